@@ -1,0 +1,223 @@
+"""A checkpoint whose every name, dtype and shape is known now, and whose bytes come on request, by rows.
+
+Transformations build a new :class:`Checkpoint` from an old one (:meth:`Checkpoint.replace`), so that merge and pad
+compose and every shape is checked before the first byte moves.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
+from qwen_pipeline.errors import CheckpointRefused
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE_SHARD = "model.safetensors"
+MANIFEST = "manifest.json"
+
+SIDECARS = (
+    "generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files that describe how a model is used rather than what it computes: they travel through the stages unchanged."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+ReadRows = Callable[[int, int], torch.Tensor]
+"""``read(start, stop)`` returns rows ``start:stop``, shape ``[stop - start, *shape[1:]]``, in the spec's dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyTensor:
+    """A tensor as a recipe. ``read`` must be deterministic: the same rows give the same bytes."""
+
+    spec: TensorSpec
+    read: ReadRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint(Mapping[str, TensorSpec]):
+    """Names to specs, plus the config, the shard that each tensor lives in, and the files beside the weights.
+
+    Attributes:
+        config: The parsed ``config.json``.
+        config_file: The file it was parsed from, to be carried byte for byte; None once the config was changed.
+        tensors: Every tensor in the order of its bytes on disk.
+        shards: Tensor name -> file name of its shard.
+        sidecars: Relative path -> file to be carried along unchanged (:data:`SIDECARS`).
+        left_behind: Files of the source directory that are not carried along, by relative path.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, LazyTensor]
+    shards: Mapping[str, str]
+    config_file: Path | None = None
+    sidecars: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    left_behind: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self.tensors[name].spec
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.values())
+
+    def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Return a tensor, or only its ``rows`` (a slice of the first axis with step 1)."""
+        tensor = self.tensors[name]
+        start, stop, step = (rows or slice(None)).indices(tensor.spec.rows)
+        if step != 1:
+            raise ValueError(f"rows must be contiguous, got {rows}")
+        return tensor.read(start, max(start, stop))
+
+    def replace(
+        self,
+        *,
+        tensors: Mapping[str, LazyTensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+        sidecars: Mapping[str, Path] | None = None,
+    ) -> "Checkpoint":
+        """Return this checkpoint with some tensors, config fields' whole mapping or sidecars replaced.
+
+        Raises:
+            KeyError: A tensor is not in this checkpoint (adding one would need a shard).
+        """
+        changed = tensors or {}
+        if unknown := changed.keys() - self.tensors.keys():
+            raise KeyError(f"not in the checkpoint: {', '.join(sorted(unknown))}")
+        return Checkpoint(
+            config=self.config if config is None else config,
+            tensors={name: changed.get(name, tensor) for name, tensor in self.tensors.items()},
+            shards=self.shards,
+            config_file=self.config_file if config is None else None,
+            sidecars=self.sidecars if sidecars is None else sidecars,
+            left_behind=self.left_behind,
+        )
+
+
+def open_checkpoint(root: Path) -> Checkpoint:
+    """Open a Hugging Face model directory: one ``model.safetensors`` or shards with an index. Headers only.
+
+    Raises:
+        CheckpointRefused: Not a directory, no config, pickled weights, a path that leaves the directory, or an index
+            that does not agree with the shards.
+    """
+    if not root.is_dir():
+        raise CheckpointRefused(f"{root} is not a directory.", remedy="Name a Hugging Face model directory.")
+    config = _load_json(root / CONFIG)
+    shards = _open_shards(root)
+    tensors: dict[str, LazyTensor] = {}
+    owners: dict[str, str] = {}
+    for shard in shards:
+        for name, spec in shard.specs.items():
+            if name in owners:
+                raise CheckpointRefused(
+                    f"Tensor {name!r} is in both {owners[name]} and {shard.path.name} of {root}.",
+                    remedy="Save the checkpoint again so that each tensor is in one shard.",
+                )
+            owners[name] = shard.path.name
+            tensors[name] = LazyTensor(spec=spec, read=_rows_reader(shard, name))
+    sidecars = open_sidecars(root)
+    known = {CONFIG, INDEX, MANIFEST, *owners.values(), *sidecars}
+    return Checkpoint(
+        config=config,
+        tensors=tensors,
+        shards=owners,
+        config_file=root / CONFIG,
+        sidecars=sidecars,
+        left_behind=tuple(path for path in _relative_files(root) if path not in known),
+    )
+
+
+def open_sidecars(root: Path) -> dict[str, Path]:
+    """Return the files of a directory that travel with a model: relative path -> absolute path."""
+    return {path: root / path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
+
+
+def _open_shards(root: Path) -> list[SafetensorsFile]:
+    index_path, single = root / INDEX, root / SINGLE_SHARD
+    if index_path.exists() and single.exists():
+        raise CheckpointRefused(
+            f"{root} has both {SINGLE_SHARD} and {INDEX}; loaders disagree about which one counts.",
+            remedy="Remove the stale one.",
+        )
+    if single.exists():
+        return [open_safetensors(single)]
+    if not index_path.exists():
+        raise _no_weights(root)
+    weight_map = _load_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointRefused(f"{index_path} has no weight_map.", remedy="Save the checkpoint again.")
+    owners = {str(name): str(file) for name, file in cast("dict[Any, Any]", weight_map).items()}
+    shards = [open_safetensors(_shard_path(root, file)) for file in sorted(set(owners.values()))]
+    held = {name: shard.path.name for shard in shards for name in shard.specs}
+    if wrong := sorted(name for name in owners.keys() | held.keys() if owners.get(name) != held.get(name)):
+        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {held.get(n)}" for n in wrong[:5])
+        raise CheckpointRefused(
+            f"{INDEX} of {root} does not agree with its shards for {len(wrong)} tensors: {shown}.",
+            remedy="The upload or download is incomplete, or files of two saves are mixed: fetch it again.",
+        )
+    return shards
+
+
+def _shard_path(root: Path, file: str) -> Path:
+    if Path(file).name != file or not file.endswith(".safetensors"):
+        raise CheckpointRefused(
+            f"{INDEX} of {root} names the shard {file!r}, which is not a plain *.safetensors file name.",
+            remedy="Use a checkpoint whose shards lie beside its index.",
+        )
+    path = root / file
+    if not path.is_file():
+        raise CheckpointRefused(f"Shard {path} is missing.", remedy="Fetch the missing shard, then run again.")
+    return path
+
+
+def _rows_reader(shard: SafetensorsFile, name: str) -> ReadRows:
+    return lambda start, stop: shard.load(name, start, stop)
+
+
+def _no_weights(root: Path) -> CheckpointRefused:
+    pickles = [path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in PICKLES)]
+    if pickles:
+        return CheckpointRefused(
+            f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded.",
+            remedy="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+        )
+    return CheckpointRefused(
+        f"{root} holds neither {SINGLE_SHARD} nor {INDEX}.", remedy="Name a directory with safetensors weights."
+    )
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointRefused(f"{path} is missing.", remedy="Name a complete Hugging Face model directory.")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointRefused(f"{path} is not valid JSON: {error}.", remedy="Fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointRefused(f"{path} is not a JSON object.", remedy="Fetch the file again.")
+    return cast("dict[str, Any]", value)
+
+
+def _relative_files(root: Path) -> list[str]:
+    """Files below ``root``, sorted, without the hidden ones; links are followed, as in a hub's cache."""
+    return sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )

@@ -1,0 +1,44 @@
+"""Wall clock time and peak resident memory of a piece of work."""
+
+import resource
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from qwen_pipeline.checkpoint.manifest import RunFigures, describe_environment
+
+
+class Figures(Protocol):
+    def __call__(self, *, worker_peak_bytes: int = 0) -> RunFigures: ...
+
+
+@contextmanager
+def measured() -> Generator[Figures, None, None]:
+    """Measure the body; call what is yielded after it to get the figures.
+
+    The peak is the kernel's high-water mark, reset at the start where ``/proc/self/clear_refs`` allows it.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def figures(*, worker_peak_bytes: int = 0) -> RunFigures:
+        return RunFigures(
+            seconds=round(time.perf_counter() - clock, 3),
+            peak_memory_bytes=max(resident_peak(), worker_peak_bytes),
+            started=started.isoformat(timespec="seconds"),
+            environment=describe_environment(),
+        )
+
+    yield figures
+
+
+def resident_peak() -> int:
+    """Highest resident memory of this process, in bytes, since the start or the last reset."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,183 @@
+"""One safetensors file: its header now, its bytes block by block.
+
+The format is eight bytes of little-endian header length, a JSON header, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). Reads use ``pread``, not a memory map, so that resident memory is
+the block asked for and a file that shrinks underneath is an error instead of a bus fault.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from qwen_pipeline.errors import CheckpointRefused
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor without its bytes. ``dtype`` is the safetensors name, such as ``BF16``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis; a scalar has one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.torch_dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetensorsFile:
+    """A file whose header was read and found consistent. Tensors are in the order of their bytes."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows ``start:stop`` of a tensor (all rows by default), dtype as stored.
+
+        Raises:
+            CheckpointRefused: The file ends before the bytes that its header promises.
+        """
+        spec = self.specs[name]
+        stop = spec.rows if stop is None else stop
+        shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
+        buffer = bytearray((stop - start) * spec.row_bytes)
+        with self.path.open("rb", buffering=0) as file:
+            _read_into(file.fileno(), memoryview(buffer), self.offsets[name] + start * spec.row_bytes, self.path)
+        if not buffer:
+            return torch.empty(shape, dtype=spec.torch_dtype)
+        return torch.frombuffer(buffer, dtype=spec.torch_dtype).reshape(shape)
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read and verify the header of one file.
+
+    Raises:
+        CheckpointRefused: The header is damaged, or offsets, shapes and the file's size do not agree.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise _damaged(path, f"a header of {length:,} bytes does not fit the file's {size:,} bytes")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
+        except ValueError as error:
+            raise _damaged(path, f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return _checked_file(path, cast("dict[str, Any]", header), data_start=8 + length, size=size)
+
+
+def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the length prefix and header for tensors laid out back to back in the order of ``specs``.
+
+    The header is padded with spaces to a multiple of eight, so that data starts aligned.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _checked_file(path: Path, header: dict[str, Any], *, data_start: int, size: int) -> SafetensorsFile:
+    metadata = header.pop("__metadata__", {})
+    entries: list[tuple[int, int, str, TensorSpec]] = []
+    for name, entry in header.items():
+        try:
+            spec = TensorSpec(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+            begin, end = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"the entry of tensor {name!r} is incomplete ({error!r})") from error
+        if spec.dtype not in TORCH_DTYPES:
+            raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; known are {', '.join(TORCH_DTYPES)}")
+        if not all(isinstance(n, int) and n >= 0 for n in (*spec.shape, begin, end)):
+            raise _damaged(path, f"tensor {name!r} has a shape or offset that is not a natural number")
+        if end - begin != spec.nbytes:
+            raise _damaged(path, f"tensor {name!r} {list(spec.shape)} needs {spec.nbytes} bytes, has {end - begin}")
+        entries.append((begin, end, name, spec))
+    entries.sort(key=lambda entry: entry[:2])
+    expected = 0
+    for begin, end, name, _ in entries:
+        if begin != expected:
+            raise _damaged(path, f"tensor {name!r} starts at byte {begin}, where {expected} was expected")
+        expected = end
+    if data_start + expected != size:
+        raise _damaged(path, f"its header describes {data_start + expected:,} bytes, the file has {size:,}")
+    return SafetensorsFile(
+        path=path,
+        specs={name: spec for _, _, name, spec in entries},
+        offsets={name: data_start + begin for begin, _, name, _ in entries},
+        metadata={str(key): str(value) for key, value in dict(metadata).items()},
+    )
+
+
+def _read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise _damaged(path, f"it ends at byte {offset + done:,}, before the tensor's last byte")
+        done += count
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        repeated = sorted({key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1})
+        raise ValueError(f"repeated keys {', '.join(repeated)}")
+    return table
+
+
+def _damaged(path: Path, why: str) -> CheckpointRefused:
+    return CheckpointRefused(
+        f"{path} is not a valid safetensors file: {why}.",
+        remedy="Download or save the file again and compare its checksum with the source's.",
+    )

@@ -1,0 +1,49 @@
+"""What a stage checked about its own output, in one form for manifests, Dagster and people."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Severity = Literal["ERROR", "WARN"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSpec:
+    """A check that a stage promises to report on each run. ``blocking`` stops everything downstream when it fails."""
+
+    name: str
+    description: str
+    blocking: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """The outcome of one check.
+
+    Attributes:
+        severity: What a failure means; a failed WARN never blocks.
+        measured: The value found, in the unit that ``detail`` names.
+        limit: The value that decides, if there is one.
+        detail: One sentence for a reader who does not know the check; on failure it says what to do.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    severity: Severity = "ERROR"
+    measured: float | str | None = None
+    limit: float | str | None = None
+
+    @property
+    def blocks(self) -> bool:
+        return not self.passed and self.severity == "ERROR"
+
+
+def dump_reports(reports: Sequence[CheckReport]) -> list[dict[str, Any]]:
+    """Return reports as JSON values, the form they have in ``Manifest.result["checks"]``."""
+    return [asdict(report) for report in reports]
+
+
+def load_reports(result: Mapping[str, Any]) -> list[CheckReport]:
+    """Return the reports of a manifest's ``result``."""
+    return [CheckReport(**report) for report in result.get("checks", ())]

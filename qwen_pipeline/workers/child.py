@@ -1,0 +1,71 @@
+"""The worker's side: tie our life to the parent's, call the target, report. Runs under an engine's own interpreter."""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from qwen_pipeline.checkpoint.measure import resident_peak
+from qwen_pipeline.errors import EnvironmentFault, PipelineError
+from qwen_pipeline.progress import Observe, Progress
+
+Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(target: str) -> None:
+    """Run ``package.module:function`` with the spec from standard input, then exit."""
+    sys.exit(_call(target))
+
+
+def _call(target: str) -> int:
+    _die_with_parent()
+    with os.fdopen(int(os.environ["QWEN_PIPELINE_MESSAGES_FD"]), "wb", buffering=0) as messages:
+
+        def send(kind: str, content: Mapping[str, Any]) -> None:
+            messages.write(json.dumps([kind, content]).encode() + b"\n")
+
+        def observe(progress: Progress) -> None:
+            send("progress", asdict(progress))
+
+        spec = json.load(sys.stdin)
+        try:
+            value = _function(target)(spec, observe)
+        except PipelineError as fault:
+            send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
+            return fault.exit_code
+        except Exception as error:
+            if fault := _out_of_memory(error):
+                send("fault", {"kind": "EnvironmentFault", "what": fault.what, "remedy": fault.remedy})
+                return fault.exit_code
+            raise
+        send("result", {"value": value, "peak_memory_bytes": resident_peak()})
+    return 0
+
+
+def _function(target: str) -> Target:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill us when the parent dies, however it dies (on Linux; elsewhere by its clean-up)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ["QWEN_PIPELINE_PARENT"]):
+            sys.exit("the parent is gone already")
+
+
+def _out_of_memory(error: Exception) -> EnvironmentFault | None:
+    """Name an out-of-memory of the host or of the GPU, which libraries raise as several classes."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):
+        return EnvironmentFault(
+            f"Memory ran out: {error}", remedy="Lower the batch size or the number of samples, or use a larger machine."
+        )
+    return None
