@@ -18,6 +18,7 @@ from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
+from qwen_pipeline.transforms.guards import is_finite
 from qwen_pipeline.transforms.lora_settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -122,7 +123,7 @@ def require_finite_factors(adapter: Adapter) -> None:
     Raises:
         AdapterRefused: Naming the tensors.
     """
-    if broken := [name for name in adapter.weights.specs if not adapter.weights.load(name).isfinite().all()]:
+    if broken := [name for name in adapter.weights.specs if not is_finite(adapter.weights.load(name))]:
         raise AdapterRefused(
             f"{adapter.root} has values that are not finite in {listed(broken)}.",
             remedy="The training diverged: use an earlier checkpoint of the adapter.",
