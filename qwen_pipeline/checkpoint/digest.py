@@ -19,7 +19,7 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
 
 
