@@ -10,9 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
 from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
 from qwen_pipeline.checkpoint.digest import digest_files
@@ -20,6 +19,9 @@ from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -122,7 +124,7 @@ class Adapter:
     def spec(self, tensor: str) -> TensorSpec:
         return self.weights.specs[tensor]
 
-    def load(self, tensor: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def load(self, tensor: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
         """Return rows of a factor as stored."""
         return self.weights.load(tensor, start, stop)
 

@@ -1,11 +1,13 @@
 """Checks that ride along with the one pass in which a checkpoint is written, so that none needs a second read."""
 
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckFailed
+
+if TYPE_CHECKING:
+    import torch
 
 
 def guard_finite(checkpoint: Checkpoint, *, remedy: str) -> Checkpoint:
@@ -24,7 +26,7 @@ def guard_finite(checkpoint: Checkpoint, *, remedy: str) -> Checkpoint:
 
 
 def _guarded(name: str, tensor: LazyTensor, remedy: str) -> LazyTensor:
-    def read(start: int, stop: int) -> torch.Tensor:
+    def read(start: int, stop: int) -> "torch.Tensor":
         rows = tensor.read(start, stop)
         if not rows.isfinite().all():
             raise CheckFailed(f"{name} has values that are not finite in rows {start} to {stop}.", remedy=remedy)
