@@ -9,15 +9,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.digest import as_bytes
 from qwen_pipeline.errors import InputRefused
 
+if TYPE_CHECKING:
+    import torch
 
-def draw_windows(file: Path, checkpoint: Path, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+
+def draw_windows(file: Path, checkpoint: Path, *, samples: int, seq_len: int, seed: int) -> "torch.Tensor":
     """Return calibration tokens, int32 of shape ``[samples, seq_len]``.
 
     Records are tokenized only until the windows are full.
@@ -26,6 +27,8 @@ def draw_windows(file: Path, checkpoint: Path, *, samples: int, seq_len: int, se
         InputRefused: A line is not a record, the checkpoint has no tokenizer or no chat template for conversations, or
             the whole file has too few tokens.
     """
+    import torch
+
     records = load_records(file)
     tokenizer = _load_tokenizer(checkpoint)
     needed = samples * seq_len
@@ -40,8 +43,10 @@ def draw_windows(file: Path, checkpoint: Path, *, samples: int, seq_len: int, se
     )
 
 
-def window_digest(windows: torch.Tensor) -> str:
+def window_digest(windows: "torch.Tensor") -> str:
     """Return ``sha256:<hex>`` of shape and token ids."""
+    import torch
+
     sha = hashlib.sha256(json.dumps(list(windows.shape)).encode())
     sha.update(as_bytes(windows.to(torch.int32)))
     return f"sha256:{sha.hexdigest()}"
