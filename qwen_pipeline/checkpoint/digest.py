@@ -21,7 +21,7 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
 
 
