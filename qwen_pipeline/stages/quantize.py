@@ -79,7 +79,7 @@ def quantize(
     derivation = Derivation(
         stage=STAGE,
         inputs={"source": checkpoint_digest(source, observe=observe), "calibration": window_digest(windows)},
-        spec={**spec.to_json(), "versions": {name: versions[name] for name in (spec.engine, "torch")}},
+        spec={**spec.to_json(), "versions": {name: versions[name] for name in (engine.package, "torch")}},
         code_version=CODE_VERSION,
     )
 
@@ -95,7 +95,7 @@ def quantize(
             observe=observe,
         )
         losses = read_losses(job.quant_log, linears)
-        quantization = spec.quantization_config(f"{spec.engine}:{versions[spec.engine]}")
+        quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
         quantized = quantized_checkpoint(
             checkpoint,
             open_checkpoint(job.packed),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
@@ -124,7 +124,25 @@ def test_the_directory_holds_nothing_else(run: Run) -> None:
 
 
 def test_codes_stand_for_the_weights(run: Run) -> None:
-    source, output = open_checkpoint(run.source), run.output
+    require_faithful(open_checkpoint(run.source), run.output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gptqmodel", "autogptq"])
+def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineName) -> None:
+    artifact = quantize(
+        source=run.source,
+        destination=Directory(tmp_path / "out"),
+        calibration=run.calibration,
+        spec=replace(SPEC, engine=name, device="cuda"),
+        engine=find_environment(name),
+    )
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    assert all(0 < loss["loss"] < 1 for loss in artifact.manifest.result["losses"])
+    require_faithful(open_checkpoint(run.source), open_checkpoint(artifact.path))
+
+
+def require_faithful(source: Checkpoint, output: Checkpoint) -> None:
     for linear in decoder_linears(source):
         weight_OI = source.load(f"{linear.module}.weight").double()
         error = (dequantized(output, linear.module) - weight_OI).norm() / weight_OI.norm()
@@ -235,7 +253,7 @@ import json, sys
 from pathlib import Path
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 source, out, calibration = map(Path, sys.argv[1:4])
 tell = lambda event: print(event.remark, flush=True) if event.task == "quantize" else None
