@@ -4,6 +4,8 @@ Every message says what is wrong, with names and values, and what to do about it
 command line and whether Dagster may retry.
 """
 
+from collections.abc import Sequence
+
 
 class PipelineError(Exception):
     """Base of every fault; ``exit_code`` is what the command line ends with.
@@ -66,3 +68,9 @@ class EngineFault(EnvironmentFault):
     """A worker process ended without a result."""
 
     retryable = False
+
+
+def listed(items: Sequence[str], *, limit: int = 6) -> str:
+    """Return the first items and how many more there are, as messages name them."""
+    rest = f"; and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + rest

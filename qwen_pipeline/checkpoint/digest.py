@@ -10,14 +10,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, TensorDigest, canonical_sha256, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_BYTES = 32 * 2**20
 """Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
@@ -67,7 +69,7 @@ def digest_file(path: Path) -> FileDigest:
         return FileDigest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator["torch.Tensor"]:
     """Yield a tensor as consecutive blocks of rows of at most :data:`BLOCK_BYTES` (at least one row)."""
     for start, stop in block_ranges(checkpoint[name]):
         yield checkpoint.tensors[name].read(start, stop)
@@ -79,8 +81,10 @@ def block_ranges(spec: TensorSpec) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, spec.rows)
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
     """A contiguous tensor's memory, without a copy."""
+    import torch
+
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

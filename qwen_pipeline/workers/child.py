@@ -1,6 +1,7 @@
 """The worker's side: tie our life to the parent's, call the target, report. Runs under an engine's own interpreter."""
 
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -41,7 +42,7 @@ def _call(target: str) -> int:
             send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
             return fault.exit_code
         except Exception as error:
-            if fault := _out_of_memory(error):
+            if fault := _fault_of_the_machine(error):
                 send("fault", {"kind": "EnvironmentFault", "what": fault.what, "remedy": fault.remedy})
                 return fault.exit_code
             raise
@@ -62,10 +63,12 @@ def _die_with_parent() -> None:
             sys.exit("the parent is gone already")
 
 
-def _out_of_memory(error: Exception) -> EnvironmentFault | None:
-    """Name an out-of-memory of the host or of the GPU, which libraries raise as several classes."""
+def _fault_of_the_machine(error: Exception) -> EnvironmentFault | None:
+    """Name the end of memory (the host's or the GPU's) or of disk space, which libraries raise as several classes."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):
         return EnvironmentFault(
             f"Memory ran out: {error}", remedy="Lower the batch size or the number of samples, or use a larger machine."
         )
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return EnvironmentFault(f"The disk is full: {error}", remedy="Free disk space and run again.")
     return None

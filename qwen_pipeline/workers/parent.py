@@ -41,8 +41,8 @@ def run_worker(
 ) -> WorkerResult:
     """Call ``target`` (``package.module:function``, taking the spec and an observer) under another interpreter.
 
-    This package is put at the *end* of the other interpreter's path, so that the environment's own versions of shared
-    dependencies win.
+    The worker imports this copy of the package. What lies beside it is put at the *end* of the other interpreter's
+    path, so that the environment's own versions of shared dependencies win.
 
     Raises:
         PipelineError: The fault that the function raised, of the same class.
@@ -79,8 +79,12 @@ def run_worker(
 
 
 def _bootstrap() -> str:
+    """Import this very package, whichever the environment has, but nothing else that lies beside it."""
     root = str(Path(qwen_pipeline.__file__).parents[1])
-    return f"import sys; sys.path.append({root!r}); from qwen_pipeline.workers.child import main; main(sys.argv[1])"
+    return (
+        f"import sys; sys.path.insert(0, {root!r}); import qwen_pipeline; sys.path.append(sys.path.pop(0)); "
+        "from qwen_pipeline.workers.child import main; main(sys.argv[1])"
+    )
 
 
 def _hand_over(worker: subprocess.Popen[bytes], spec: Mapping[str, Any]) -> None:

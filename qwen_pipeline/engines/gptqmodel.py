@@ -1,0 +1,93 @@
+"""GPTQModel (https://github.com/ModelCloud/GPTQModel), pinned in ``gptqmodel.requirements.txt``.
+
+:func:`quantize_directory` runs in the engine's own process and environment. It leaves the library's checkpoint and its
+``quant_log.csv`` in a workshop directory; the stage takes from them what is true.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.errors import CheckFailed, EnvironmentFault
+from qwen_pipeline.progress import Observe, Progress
+
+NOT_SOLVED = 999_999_999
+"""The loss that GPTQModel 7 logs for a module that it only rounded to nearest."""
+
+
+def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
+    """Quantize ``job.source`` with ``job.windows`` into ``job.packed`` and return nothing but the files' names.
+
+    Rounding to nearest as a fallback is switched off; where the solver gives up all the same (a Hessian that is not
+    positive definite) GPTQModel logs :data:`NOT_SOLVED` as the loss, and the stage's check fails.
+
+    Raises:
+        EnvironmentFault: The spec wants CUDA and there is none.
+        CheckFailed: A module's loss is NaN.
+    """
+    job = QuantJob.from_json(spec)
+    _require_device(job.spec)
+    job.workshop.mkdir(exist_ok=True)
+    os.chdir(job.workshop)  # the library writes ./logs
+    os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # with one, its loader cannot start
+    torch.set_num_threads(job.spec.threads)
+
+    library: Any = import_module("gptqmodel")
+    model = library.GPTQModel.load(
+        str(job.source),
+        library.GPTQConfig(
+            bits=job.spec.bits,
+            group_size=job.spec.group_size,
+            sym=job.spec.sym,
+            desc_act=job.spec.desc_act,
+            act_group_aware=job.spec.act_group_aware,
+            damp_percent=job.spec.damp_percent,
+            mse=job.spec.mse,
+            fallback=None,
+        ),
+        device=job.spec.device,
+        dtype=torch.float32 if job.spec.device == "cpu" else "auto",
+    )
+    _follow(model.model.config.num_hidden_layers, observe)
+    windows = torch.tensor(np.load(job.windows)).long()
+    try:
+        model.quantize(
+            [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows],
+            batch_size=job.spec.batch_size,
+            calibration_sort=None,
+        )
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise CheckFailed(
+            f"GPTQModel stopped at a loss that is not a number: {error}",
+            remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
+        ) from error
+    model.save(str(job.packed))
+    return {}
+
+
+def _require_device(spec: QuantSpec) -> None:
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"The spec wants a CUDA device, but torch {torch.__version__} of the engine's environment sees none.",
+            remedy="Quantize with device 'cpu', or on a machine with a GPU and a CUDA build of torch.",
+        )
+
+
+def _follow(layers: int, observe: Observe) -> None:
+    """Tell each module's loss. GPTQModel's callbacks name layers and modules; only its table of results has losses."""
+    processor: Any = import_module("gptqmodel.looper.gptq_processor").GPTQProcessor
+    write_row = processor.log_new_row
+
+    def write_and_tell(self: object, row: Mapping[str, Any]) -> None:
+        write_row(self, row)
+        remark = f"layers.{row['layer']}.{row['module']} loss {row['loss']}"
+        observe(Progress(task="quantize", done=int(row["layer"]), total=layers, unit="layers", remark=remark))
+
+    processor.log_new_row = write_and_tell

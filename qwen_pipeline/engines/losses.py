@@ -1,0 +1,61 @@
+"""What the solver says about each module, read from the table that it writes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from qwen_pipeline.qwen.linears import Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleLoss:
+    """One row of a quantization log.
+
+    Attributes:
+        loss: Squared output error per calibration token, as the solver estimates it; None where it is not finite or
+            where the module was only rounded.
+        samples: Calibration tokens that reached the module.
+        damp: Share of the mean Hessian diagonal that was added, raised above the spec's where that failed.
+        rounded: Whether the solver gave up and rounded to nearest.
+    """
+
+    module: str
+    loss: float | None
+    samples: int
+    damp: float
+    rounded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleLoss]:
+    """Read ``layer,module,loss,samples,damp``; rows come in the order of ``linears``, absent ones are left out.
+
+    Losses that are words (``rtn fallback``) or :data:`~qwen_pipeline.engines.gptqmodel.NOT_SOLVED` mean rounding.
+    """
+    import pandas as pd
+
+    from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
+
+    table = pd.read_csv(quant_log, dtype={"module": str, "loss": str}, keep_default_na=False)
+    table["number"] = pd.to_numeric(table["loss"], errors="coerce")
+    is_word = table["number"].isna() & (table["loss"].str.lower() != "nan")
+    table["rounded"] = is_word | (table["number"] >= NOT_SOLVED)
+    rows = table.set_index(["layer", "module"]).to_dict("index")
+    losses: list[ModuleLoss] = []
+    for linear in linears:
+        if row := rows.get((linear.layer, linear.kind)):
+            solved = isfinite(row["number"]) and not row["rounded"]
+            losses.append(
+                ModuleLoss(
+                    module=linear.module,
+                    loss=float(row["number"]) if solved else None,
+                    samples=int(row["samples"]),
+                    damp=float(row["damp"]),
+                    rounded=bool(row["rounded"]),
+                )
+            )
+    return losses

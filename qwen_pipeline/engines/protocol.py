@@ -1,0 +1,147 @@
+"""What every engine is told: the settings that decide the bytes it writes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qwen_pipeline.errors import InputRefused
+
+EngineName = Literal["gptqmodel", "autogptq"]
+Device = Literal["cpu", "cuda"]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _device() -> Device:
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """How a checkpoint is quantized. Two runs with equal specs, inputs and versions write the same bytes.
+
+    Sums of floats depend on how work is cut, so ``batch_size``, ``threads`` and ``device`` belong here too.
+
+    Attributes:
+        group_size: Consecutive input channels that share one scale.
+        sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
+        desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
+        act_group_aware: Like ``desc_act``, but within and between groups only, so that serving sees ordinary groups.
+        damp_percent: Share of the mean Hessian diagonal that is added to it.
+        mse: Exponent of the error that a search over clipped scales minimizes; 0 takes the extreme values.
+        samples: Windows of calibration tokens.
+        seq_len: Tokens per window.
+        seed: Decides which calibration records are drawn, and their order.
+        threads: Threads of one CPU operation.
+        device: ``cpu`` computes in float32, ``cuda`` in the checkpoint's dtype.
+    """
+
+    engine: EngineName = "gptqmodel"
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    act_group_aware: bool = True
+    damp_percent: float = 0.05
+    mse: float = 0.0
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 42
+    batch_size: int = 8
+    threads: int = field(default_factory=_cores)
+    device: Device = field(default_factory=_device)
+
+    def __post_init__(self) -> None:
+        _require("engine", self.engine, get_args(EngineName))
+        _require("device", self.device, get_args(Device))
+        _require("bits", self.bits, (4, 8))
+        _require("group_size", self.group_size, (32, 64, 128))
+        for name in ("samples", "seq_len", "batch_size", "threads"):
+            _require_range(name, getattr(self, name), low=1)
+        _require_range("mse", self.mse, low=0)
+        if not 0 < self.damp_percent < 1:
+            raise InputRefused(
+                f"damp_percent is {self.damp_percent}, expected more than 0 and less than 1.", remedy="Try 0.05."
+            )
+        if self.desc_act and self.act_group_aware:
+            raise InputRefused(
+                "desc_act and act_group_aware order the same columns in two ways.", remedy="Choose one of them."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def quantization_config(self, quantizer: str) -> dict[str, Any]:
+        """Return what ``config.json`` says about the codes, so that Transformers, vLLM and GPTQModel can load them.
+
+        Args:
+            quantizer: Who made them, as ``name:version``; GPTQModel demands it of asymmetric checkpoints.
+        """
+        return {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": self.desc_act,
+            "lm_head": False,
+            "format": "gptq",
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "meta": {
+                "quantizer": [quantizer],
+                "damp_percent": self.damp_percent,
+                "act_group_aware": self.act_group_aware,
+                "mse": self.mse,
+                "true_sequential": True,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantJob:
+    """One run of an engine.
+
+    Attributes:
+        source: The checkpoint to quantize.
+        windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``.
+        workshop: A directory that the engine may fill as it likes.
+    """
+
+    spec: QuantSpec
+    source: Path
+    windows: Path
+    workshop: Path
+
+    @property
+    def packed(self) -> Path:
+        """Where the engine's checkpoint is expected: ``config.json`` and safetensors files."""
+        return self.workshop / "packed"
+
+    @property
+    def quant_log(self) -> Path:
+        """Where the engine's table of losses is expected: ``layer,module,loss,samples,damp``."""
+        return self.packed / "quant_log.csv"
+
+    def to_json(self) -> dict[str, Any]:
+        paths = {name: str(getattr(self, name)) for name in ("source", "windows", "workshop")}
+        return {"spec": self.spec.to_json(), **paths}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "QuantJob":
+        paths = {name: Path(value[name]) for name in ("source", "windows", "workshop")}
+        return cls(spec=QuantSpec(**value["spec"]), **paths)
+
+
+def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(map(str, allowed))
+        raise InputRefused(f"{name} is {value!r}, expected one of {choices}.", remedy=f"Set {name} to one of them.")
+
+
+def _require_range(name: str, value: float, *, low: float) -> None:
+    if value < low:
+        raise InputRefused(f"{name} is {value}, expected at least {low}.", remedy=f"Raise {name}.")

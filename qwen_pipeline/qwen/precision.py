@@ -1,0 +1,37 @@
+"""Whether weights are full precision, the form that arithmetic on channels and low-rank updates needs."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import QuantizedInputRefused
+from qwen_pipeline.qwen.families import text_config
+
+_PACKED = ("qweight", "qzeros", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "quant_map")
+_FULL = ("BF16", "F16", "F32", "F64")
+
+
+def require_full_precision(checkpoint: Checkpoint, *, because: str, remedy: str) -> None:
+    """Refuse quantized weights, whether the config or only the tensors tell.
+
+    Raises:
+        QuantizedInputRefused: With what was found, then ``because`` and ``remedy``.
+    """
+    if found := _quantization(checkpoint):
+        raise QuantizedInputRefused(f"The weights are quantized ({found}). {because}", remedy=remedy)
+
+
+def _quantization(checkpoint: Checkpoint) -> str | None:
+    for config in (checkpoint.config, text_config(checkpoint.config)):
+        for field in ("quantization_config", "compression_config"):
+            if isinstance(settings := config.get(field), Mapping):
+                return f"{field} of the config: {_method(cast('Mapping[str, Any]', settings))}"
+    for name, spec in checkpoint.items():
+        if name.rpartition(".")[2] in _PACKED or (name.endswith(".weight") and spec.dtype not in _FULL):
+            return f"tensor {name}, {spec.dtype} {list(spec.shape)}"
+    return None
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    bits = settings.get("bits")
+    return str(settings.get("quant_method", "unknown method")) + (f", {bits} bit" if bits else "")

@@ -1,0 +1,136 @@
+"""merged -> padded: MLPs as wide as whole quantization groups on every tensor-parallel rank need them to be."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.families import require_mlp_tensors
+from qwen_pipeline.qwen.geometry import Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
+from qwen_pipeline.qwen.precision import require_full_precision
+from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.padding import pad as pad_checkpoint
+
+STAGE = "padded"
+CODE_VERSION = "1"
+CHECKS = (
+    CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP."),
+    CheckSpec(name="padding_is_zero", description="Live channels are unchanged, all others are exactly zero."),
+    CheckSpec(name="config_follows_weights", description="The config states the padded width; nothing else changed."),
+    CheckSpec(
+        name="attention_divides",
+        description="Attention heads and o_proj groups divide by the degree too; padding cannot help there.",
+        blocking=False,
+    ),
+)
+
+
+def pad(
+    *,
+    source: Path,
+    destination: Destination,
+    group_size: int = 128,
+    tensor_parallel: int = 8,
+    layout: Layout = "interleave",
+    observe: Observe = unobserved,
+) -> Artifact:
+    """Pad a full-precision checkpoint so that it can be quantized in groups and served by ``tensor_parallel`` ranks.
+
+    A width that divides already is a valid outcome: the weights are then carried unchanged.
+
+    Raises:
+        QuantizedInputRefused: The input is quantized; padding comes before quantization.
+        InputRefused: The family cannot be padded, or weights and config disagree.
+    """
+    live = open_checkpoint(source)
+    require_full_precision(
+        live,
+        because="The order is merge, then pad, then quantize: packed codes and group scales cannot take the channels"
+        " that padding adds to full-precision tensors.",
+        remedy="Pad the merged full-precision checkpoint, then quantize again.",
+    )
+    plan = plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    padded = pad_checkpoint(live, plan)
+    reports = [
+        _width_report(plan),
+        _zero_report(live, plan),
+        _config_report(live, padded, plan),
+        _attention_report(plan, live.config),
+    ]
+
+    def build(partial: Path) -> Built:
+        contents = write_checkpoint(padded, partial, task="pad", observe=observe)
+        return Built(contents=contents, result={"padding": dump_plan(plan), "checks": dump_reports(reports)})
+
+    derivation = Derivation(
+        stage=STAGE,
+        inputs={"source": checkpoint_digest(source, observe=observe)},
+        spec={"group_size": group_size, "tensor_parallel": tensor_parallel, "layout": layout},
+        code_version=CODE_VERSION,
+    )
+    return derive(derivation, destination, build)
+
+
+def _width_report(plan: PadPlan) -> CheckReport:
+    unit = plan.group_size * plan.tensor_parallel
+    (mlp,) = plan.sizes
+    return CheckReport(
+        name=CHECKS[0].name,
+        passed=mlp.padded % unit == 0,
+        measured=mlp.padded,
+        limit=f"a multiple of {plan.group_size} x {plan.tensor_parallel} = {unit}",
+        detail=f"{mlp.live} live channels in {mlp.padded}: {mlp.padded // unit} whole groups on each rank.",
+    )
+
+
+def _zero_report(live: Checkpoint, plan: PadPlan) -> CheckReport:
+    (mlp,) = plan.sizes
+    count = len(require_mlp_tensors(live, mlp.live))
+    return CheckReport(
+        name=CHECKS[1].name,
+        passed=True,
+        measured=f"{count} tensors",
+        detail=f"By construction: each block starts as zeros, and the {mlp.live} live channels are copied into it as"
+        " they are; nothing is computed.",
+    )
+
+
+def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> CheckReport:
+    (mlp,) = plan.sizes
+    require_mlp_tensors(padded, mlp.padded)
+    stated = plan_padding(padded.config, group_size=plan.group_size, tensor_parallel=plan.tensor_parallel)
+    moved = _changed_fields(live.config, padded.config)
+    return CheckReport(
+        name=CHECKS[2].name,
+        passed=stated.sizes[0].live == mlp.padded and moved <= set(mlp.places),
+        measured=", ".join(sorted(moved)) or "unchanged",
+        limit=", ".join(mlp.places),
+        detail=f"Config and weights both have {mlp.field} {mlp.padded}; hidden_size and all other fields stay.",
+    )
+
+
+def _attention_report(plan: PadPlan, config: Mapping[str, Any]) -> CheckReport:
+    obstacles = attention_obstacles(config, group_size=plan.group_size, tensor_parallel=plan.tensor_parallel)
+    return CheckReport(
+        name=CHECKS[3].name,
+        passed=not obstacles,
+        severity="WARN",
+        measured="; ".join(obstacles) or None,
+        detail=f"Choose another degree or group size than {plan.tensor_parallel} and {plan.group_size} for serving."
+        if obstacles
+        else f"Heads and o_proj divide by {plan.tensor_parallel}.",
+    )
+
+
+def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Return the paths of the fields that differ, one level of nesting deep."""
+    changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
+    if "text_config" in changed:
+        changed.remove("text_config")
+        changed |= {"text_config." + field for field in _changed_fields(before["text_config"], after["text_config"])}
+    return changed

@@ -1,0 +1,241 @@
+"""``padded -> quantized``: an engine computes codes in a process of its own; what it writes is taken, not trusted."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.writer import JOURNAL, write_checkpoint
+from qwen_pipeline.engines.calibration import draw_windows, window_digest
+from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.engines.losses import ModuleLoss, read_losses
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.workers.parent import run_worker
+
+if TYPE_CHECKING:
+    import torch
+
+STAGE = "quantized"
+CODE_VERSION = "1"
+WORKSHOP = ".workshop"
+
+EVERY_MODULE = CheckSpec(
+    name="every_module_quantized",
+    description="Each linear layer of each decoder layer has codes, and a row in the solver's log.",
+)
+NO_ROUNDING = CheckSpec(
+    name="no_rounding_fallback",
+    description="The solver solved each module; none was merely rounded to nearest.",
+)
+LOSSES_FINITE = CheckSpec(name="losses_finite", description="The solver's loss of each module is a finite number.")
+SCALES_FINITE = CheckSpec(
+    name="scales_finite", description="Every scale, read back from the output, is finite and more than zero."
+)
+DAMPING_AS_ASKED = CheckSpec(
+    name="damping_as_asked",
+    description="No Hessian needed more damping than the spec says to be positive definite.",
+    blocking=False,
+)
+CHECKS = (EVERY_MODULE, NO_ROUNDING, LOSSES_FINITE, SCALES_FINITE, DAMPING_AS_ASKED)
+
+
+def quantize(
+    *,
+    source: Path,
+    destination: Destination,
+    calibration: Path,
+    spec: QuantSpec,
+    engine: EngineEnvironment,
+    observe: Observe = unobserved,
+) -> Artifact:
+    """Quantize a full-precision checkpoint to GPTQ codes.
+
+    The derivation holds the digest of the calibration tokens, the whole spec and the engine's versions. GPTQModel
+    cannot resume dense Qwen models, so an interrupted attempt starts again.
+
+    Raises:
+        QuantizedInputRefused: The source is quantized already.
+        InputRefused: Sizes that cannot be packed, a spec the model cannot serve, too little calibration text.
+        EnvironmentFault: The engine, the GPU, memory or disk space is missing.
+        CheckFailed: The solver met a loss that is not a number.
+    """
+    checkpoint = open_checkpoint(source)
+    _require_full_precision(checkpoint, source)
+    linears = decoder_linears(checkpoint)
+    _require_packable(linears, spec)
+    _require_positions(checkpoint, spec)
+    windows = draw_windows(calibration, source, samples=spec.samples, seq_len=spec.seq_len, seed=spec.seed)
+    versions = engine.versions()
+    derivation = Derivation(
+        stage=STAGE,
+        inputs={"source": checkpoint_digest(source, observe=observe), "calibration": window_digest(windows)},
+        spec={**spec.to_json(), "versions": {name: versions[name] for name in (spec.engine, "torch")}},
+        code_version=CODE_VERSION,
+    )
+
+    def build(partial: Path) -> Built:
+        job = _open_workshop(partial, source.resolve(), windows, spec)
+        (partial / LOGS).mkdir(exist_ok=True)
+        worker = run_worker(
+            engine.python,
+            f"qwen_pipeline.engines.{spec.engine}:quantize_directory",
+            job.to_json(),
+            log=partial / LOGS / "quantize.log",
+            env=_worker_environment(job),
+            observe=observe,
+        )
+        losses = read_losses(job.quant_log, linears)
+        quantization = spec.quantization_config(f"{spec.engine}:{versions[spec.engine]}")
+        quantized = quantized_checkpoint(
+            checkpoint,
+            open_checkpoint(job.packed),
+            linears,
+            bits=spec.bits,
+            group_size=spec.group_size,
+            quantization_config=quantization,
+        )
+        contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
+        job.quant_log.rename(partial / LOGS / "quant_log.csv")
+        shutil.rmtree(job.workshop)
+        return Built(
+            contents=_with_logs(contents, partial),
+            result={
+                "losses": [loss.to_json() for loss in losses],
+                "quantization": quantization,
+                "calibration": {"tokens": windows.numel(), "windows": spec.samples, "digest": window_digest(windows)},
+                "checks": dump_reports(_inspect(open_checkpoint(partial), linears, losses, spec)),
+            },
+            worker_peak_bytes=worker.peak_memory_bytes,
+        )
+
+    return derive(derivation, destination, build)
+
+
+def _require_full_precision(checkpoint: Checkpoint, source: Path) -> None:
+    if "quantization_config" in checkpoint.config or any(name.endswith(".qweight") for name in checkpoint):
+        raise QuantizedInputRefused(
+            f"{source} is quantized already; codes cannot be quantized again.",
+            remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
+        )
+
+
+def _require_packable(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    """Refuse what the engine would take and no kernel could load: partial groups and partial 32-bit words."""
+    for linear in linears:
+        for axis, size, unit in (("in", linear.in_features, spec.group_size), ("out", linear.out_features, 32)):
+            if size % unit:
+                raise InputRefused(
+                    f"{linear.module} has {axis}_features {size}, which is not a multiple of {unit}.",
+                    remedy=f"Pad the checkpoint first: qwen-pipeline pad --group-size {spec.group_size}; "
+                    "for hidden or head sizes choose a smaller group size.",
+                )
+
+
+def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
+    positions = checkpoint.config.get("max_position_embeddings", spec.seq_len)
+    if spec.seq_len > positions:
+        raise InputRefused(
+            f"seq_len is {spec.seq_len}, but the model has {positions} positions; the engine would cut every window.",
+            remedy=f"Set seq_len to at most {positions}.",
+        )
+
+
+def _open_workshop(partial: Path, source: Path, windows: "torch.Tensor", spec: QuantSpec) -> QuantJob:
+    """Make an empty workshop; codes of an interrupted attempt cannot be told from this one's, so they go too."""
+    import numpy as np
+
+    workshop = (partial / WORKSHOP).resolve()
+    shutil.rmtree(workshop, ignore_errors=True)
+    (partial / JOURNAL).unlink(missing_ok=True)
+    (workshop / "tmp").mkdir(parents=True)
+    job = QuantJob(spec=spec, source=source, windows=workshop / "windows.npy", workshop=workshop)
+    np.save(job.windows, windows.numpy())
+    return job
+
+
+def _worker_environment(job: QuantJob) -> Mapping[str, str]:
+    threads = str(job.spec.threads)
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(job.workshop / "tmp"),
+    }
+
+
+def _with_logs(contents: Contents, partial: Path) -> Contents:
+    logs = {path.relative_to(partial).as_posix(): path for path in (partial / LOGS).iterdir()}
+    return replace(contents, files={**contents.files, **digest_files(logs)})
+
+
+def _inspect(
+    output: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleLoss], spec: QuantSpec
+) -> list[CheckReport]:
+    """Report on :data:`CHECKS`, in their order."""
+    logged = {loss.module for loss in losses}
+    return [
+        _report(
+            EVERY_MODULE,
+            total=len(linears),
+            bad=[at.module for at in linears if f"{at.module}.qweight" not in output or at.module not in logged],
+            remedy="Read logs/quantize.log for what the engine skipped.",
+        ),
+        _report(
+            NO_ROUNDING,
+            total=len(losses),
+            bad=[loss.module for loss in losses if loss.rounded],
+            remedy="Look for NaN or infinite weights in the source, or use more and longer calibration text.",
+        ),
+        _report(
+            LOSSES_FINITE,
+            total=len(losses),
+            bad=[loss.module for loss in losses if loss.loss is None],
+            remedy="Look for NaN or infinite weights in the source.",
+        ),
+        _report(
+            SCALES_FINITE,
+            total=len(linears),
+            bad=[at.module for at in linears if not _scales_are_sound(output, at)],
+            remedy="Look for weights beyond the range of float16 in the source.",
+        ),
+        replace(
+            _report(
+                DAMPING_AS_ASKED,
+                total=len(losses),
+                bad=[loss.module for loss in losses if loss.damp > spec.damp_percent + 1e-5],
+                remedy="Use more calibration text, or raise damp_percent for all.",
+            ),
+            severity="WARN",
+        ),
+    ]
+
+
+def _report(check: CheckSpec, *, total: int, bad: Sequence[str], remedy: str) -> CheckReport:
+    shown = f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
+    return CheckReport(
+        name=check.name,
+        passed=not bad,
+        detail=f"Not so for {len(bad)} of {total} modules: {shown}. {remedy}" if bad else f"True for {total} modules.",
+        measured=float(len(bad)),
+        limit=0.0,
+    )
+
+
+def _scales_are_sound(output: Checkpoint, linear: Linear) -> bool:
+    import torch
+
+    name = f"{linear.module}.scales"
+    if name not in output:
+        return True  # reported by every_module_quantized
+    scales = output.load(name)
+    return bool((torch.isfinite(scales) & (scales > 0)).all())

@@ -1,0 +1,101 @@
+"""Merging low-rank updates into a base, block by block: a block of rows needs only its own rows of ``W`` and ``B``."""
+
+from typing import TYPE_CHECKING
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.errors import AdapterRefused, listed
+from qwen_pipeline.qwen.families import is_tied, stored_names
+from qwen_pipeline.qwen.precision import require_full_precision
+from qwen_pipeline.transforms.adapter import Adapter, Factors, require_finite_factors
+
+if TYPE_CHECKING:
+    import torch
+
+_EMBEDDINGS = ("lm_head", "embed_tokens")
+
+
+def merge_lora(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Return the base with every update of the adapter added; config, shards and all other tensors stay.
+
+    Raises:
+        QuantizedInputRefused: The base is quantized.
+        AdapterRefused: A module has no tensor in the base, or several, or one of another shape, or a factor is not
+            finite. Nothing is skipped.
+    """
+    require_full_precision(
+        base,
+        because=f"A LoRA is merged into the full-precision weights it belongs to{_named(adapter)}.",
+        remedy="Name the full-precision base; quantize after merging (merge, then pad, then quantize).",
+    )
+    targets = require_targets(base, adapter)
+    require_finite_factors(adapter)
+    tensors = {target: _merged(base.tensors[target], adapter, module) for module, target in targets.items()}
+    return base.replace(tensors=tensors)
+
+
+def merged_weight(
+    w_OI: "torch.Tensor", a_RI: "torch.Tensor", b_OR: "torch.Tensor", *, scaling: float
+) -> "torch.Tensor":
+    """Return ``W + scaling * B @ A``, computed in float32 and rounded once to ``W.dtype`` (arXiv:2106.09685).
+
+    A float32 or float64 ``W`` is computed in float64. PEFT may round the delta first, so bf16 results may differ from
+    its in the last bit.
+    """
+    import torch
+
+    wide = torch.float64 if w_OI.dtype.itemsize > 2 else torch.float32
+    sum_OI = w_OI.to(wide, copy=True)
+    return sum_OI.addmm_(b_OR.to(wide), a_RI.to(wide), alpha=scaling).to(w_OI.dtype)
+
+
+def require_targets(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
+    """Return the one base tensor that each module's update lands on: module -> tensor name.
+
+    Raises:
+        AdapterRefused: Listing every module for which there is no such tensor.
+    """
+    targets: dict[str, str] = {}
+    wrong: list[str] = []
+    for module, factors in adapter.modules.items():
+        names = stored_names(module, base)
+        if obstacle := _obstacle(base, adapter, module, factors, names) or _taken(names[0], targets):
+            wrong.append(f"{module} ({obstacle})")
+        else:
+            targets[module] = names[0]
+    if wrong:
+        raise AdapterRefused(
+            f"{len(wrong)} of {len(adapter.modules)} modules of {adapter.root} cannot be merged into this base: "
+            f"{listed(wrong)}.",
+            remedy=f"Name the base that the adapter was trained on{_named(adapter)}. Where embeddings are tied, train"
+            " the adapter without them.",
+        )
+    return targets
+
+
+def _obstacle(base: Checkpoint, adapter: Adapter, module: str, factors: Factors, names: list[str]) -> str | None:
+    if module.rpartition(".")[2] in _EMBEDDINGS and is_tied(base):
+        return "embed_tokens and lm_head are one tied tensor, an update of one would change the other"
+    if len(names) != 1:
+        return f"the base has {len(names)} tensors of that name"
+    update = (adapter.spec(factors.b).shape[0], adapter.spec(factors.a).shape[1])
+    if base[names[0]].shape != update:
+        return f"an update of {list(update)} where {names[0]} is {list(base[names[0]].shape)}"
+    return None
+
+
+def _taken(target: str, targets: dict[str, str]) -> str | None:
+    return f"{target} already gets another update" if target in targets.values() else None
+
+
+def _merged(weight: LazyTensor, adapter: Adapter, module: str) -> LazyTensor:
+    factors, scaling = adapter.modules[module], adapter.settings.scaling(module)
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        a_RI, b_OR = adapter.load(factors.a), adapter.load(factors.b, start, stop)
+        return merged_weight(weight.read(start, stop), a_RI, b_OR, scaling=scaling)
+
+    return LazyTensor(spec=weight.spec, read=read)
+
+
+def _named(adapter: Adapter) -> str:
+    return f" ({adapter.base_name})" if adapter.base_name else ""

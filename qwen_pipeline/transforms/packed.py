@@ -1,0 +1,77 @@
+"""A quantized checkpoint made of two: the engine's codes, and the source's everything else.
+
+What is not quantized (embeddings, norms, biases, config, tokenizer) is the source's, byte for byte, because engines
+cast it to the dtype they compute in and rewrite the files beside it. Tensors keep the source's order and shards.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.errors import EngineFault
+from qwen_pipeline.qwen.linears import Linear
+
+CODES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def code_specs(linear: Linear, *, bits: int, group_size: int) -> dict[str, TensorSpec]:
+    """Return the tensors that replace a weight ``[O, I]`` in GPTQ's format, packed along I into 32-bit words.
+
+    ``G = I / group_size`` groups. Symmetric version 1 stores zero points less one.
+    """
+    groups, per_word = linear.in_features // group_size, 32 // bits
+    return {
+        f"{linear.module}.qweight": TensorSpec(
+            dtype="I32", shape=(linear.in_features // per_word, linear.out_features)
+        ),
+        f"{linear.module}.qzeros": TensorSpec(dtype="I32", shape=(groups, linear.out_features // per_word)),
+        f"{linear.module}.scales": TensorSpec(dtype="F16", shape=(groups, linear.out_features)),
+        f"{linear.module}.g_idx": TensorSpec(dtype="I32", shape=(linear.in_features,)),
+    }
+
+
+def quantized_checkpoint(
+    source: Checkpoint,
+    packed: Checkpoint,
+    linears: Collection[Linear],
+    *,
+    bits: int,
+    group_size: int,
+    quantization_config: Mapping[str, Any],
+) -> Checkpoint:
+    """Replace the weight of each linear layer by its codes from ``packed``; a layer without codes keeps its weight.
+
+    Raises:
+        EngineFault: The codes have another dtype or shape than the source's weight gives.
+    """
+    codes = {
+        f"{linear.module}.weight": code_specs(linear, bits=bits, group_size=group_size)
+        for linear in linears
+        if f"{linear.module}.qweight" in packed
+    }
+    tensors: dict[str, LazyTensor] = {}
+    shards: dict[str, str] = {}
+    for name, tensor in source.tensors.items():
+        replacements = {code: _code(packed, code, spec) for code, spec in codes[name].items()} if name in codes else {}
+        for new_name, new_tensor in (replacements or {name: tensor}).items():
+            tensors[new_name], shards[new_name] = new_tensor, source.shards[name]
+    return replace(
+        source,
+        tensors=tensors,
+        shards=shards,
+        config={**source.config, "quantization_config": dict(quantization_config)},
+        config_file=None,
+    )
+
+
+def _code(packed: Checkpoint, name: str, spec: TensorSpec) -> LazyTensor:
+    found = packed.get(name)
+    if found != spec:
+        shown = f"{found.dtype} {list(found.shape)}" if found else "missing"
+        raise EngineFault(
+            f"The engine's {name} is {shown}, expected {spec.dtype} {list(spec.shape)}.",
+            remedy="Report this as a defect: the engine writes another format than this pipeline knows.",
+        )
+    return packed.tensors[name]

@@ -1,0 +1,291 @@
+"""Quantization by the real engine, of a tiny model whose every byte can be looked at."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
+from qwen_pipeline.reports import load_reports
+from qwen_pipeline.stages.quantize import CHECKS, quantize
+from qwen_pipeline_tests.tiny import tiny_qwen2
+
+SPEC = QuantSpec(group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@dataclass(frozen=True)
+class Run:
+    source: Path
+    calibration: Path
+    artifact: Artifact
+    progress: list[Progress]
+
+    @property
+    def output(self) -> Checkpoint:
+        return open_checkpoint(self.artifact.path)
+
+
+@pytest.fixture(scope="session")
+def engine() -> EngineEnvironment:
+    return find_environment("gptqmodel")
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("calibration") / "mixed.jsonl"
+    texts = [{"text": f"Record {i} speaks of {i * i} things, in prose. " * 3} for i in range(12)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"How many are {i}?"}, {"role": "assistant", "content": f"{i}."}]}
+        for i in range(12)
+    ]
+    file.write_text("\n".join(json.dumps(record) for record in texts + talks))
+    return file
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, calibration: Path, engine: EngineEnvironment) -> Run:
+    root = tmp_path_factory.mktemp("quantize")
+    source = tiny_qwen2(root / "source", intermediate_size=128, shards=2)
+    progress: list[Progress] = []
+    artifact = quantize(
+        source=source,
+        destination=Directory(root / "quantized"),
+        calibration=calibration,
+        spec=SPEC,
+        engine=engine,
+        observe=progress.append,
+    )
+    return Run(source=source, calibration=calibration, artifact=artifact, progress=progress)
+
+
+def test_every_check_is_reported_and_passes(run: Run) -> None:
+    reports = load_reports(run.artifact.manifest.result)
+    assert [report.name for report in reports] == [check.name for check in CHECKS]
+    assert all(report.passed for report in reports)
+
+
+def test_each_module_has_its_loss_in_the_manifest_and_its_remark_in_the_progress(run: Run) -> None:
+    losses = run.artifact.manifest.result["losses"]
+    assert [loss["module"] for loss in losses] == [
+        f"model.layers.{layer}.{kind}" for layer in range(2) for kind in DECODER_LINEARS
+    ]
+    assert all(0 < loss["loss"] < 1 and loss["samples"] == 8 * 64 for loss in losses)
+    told = [event for event in run.progress if event.task == "quantize"]
+    assert {(event.done, event.total, event.unit) for event in told} == {(0, 2, "layers"), (1, 2, "layers")}
+    assert {event.remark.split(" loss ")[0] for event in told} == {
+        loss["module"].removeprefix("model.") for loss in losses
+    }
+
+
+def test_the_derivation_names_tokens_spec_and_versions(run: Run) -> None:
+    manifest = run.artifact.manifest
+    assert manifest.derivation.inputs.keys() == {"source", "calibration"}
+    assert manifest.derivation.inputs["calibration"] == manifest.result["calibration"]["digest"]
+    assert SPEC.to_json().items() <= manifest.derivation.spec.items()
+    assert manifest.derivation.spec["versions"].keys() == {"gptqmodel", "torch"}
+    assert manifest.run.peak_memory_bytes > 300 * 2**20, "the worker's memory counts"
+
+
+def test_what_is_not_quantized_is_the_source_byte_for_byte(run: Run) -> None:
+    source, output = open_checkpoint(run.source), run.output
+    weights = {f"{linear.module}.weight" for linear in decoder_linears(source)}
+    kept = [name for name in source if name not in weights]
+    assert any(name.endswith(".bias") for name in kept)
+    for name in kept:
+        assert output[name] == source[name]
+        assert torch.equal(output.load(name), source.load(name))
+        assert output.shards[name] == source.shards[name]
+    assert {name: value for name, value in output.config.items() if name != "quantization_config"} == source.config
+    for relative, file in source.sidecars.items():
+        assert (run.artifact.path / relative).read_bytes() == file.read_bytes()
+    assert not weights & output.keys()
+
+
+def test_the_directory_holds_nothing_else(run: Run) -> None:
+    require_intact(run.artifact.path)
+    assert sorted(path.name for path in (run.artifact.path / "logs").iterdir()) == ["quant_log.csv", "quantize.log"]
+    assert not any(path.name.startswith(".") for path in run.artifact.path.iterdir())
+
+
+def test_codes_stand_for_the_weights(run: Run) -> None:
+    source, output = open_checkpoint(run.source), run.output
+    for linear in decoder_linears(source):
+        weight_OI = source.load(f"{linear.module}.weight").double()
+        error = (dequantized(output, linear.module) - weight_OI).norm() / weight_OI.norm()
+        assert error < 0.15, f"{linear.module}: {error}"
+
+
+def dequantized(output: Checkpoint, module: str) -> torch.Tensor:
+    """The oracle: scale * (code - (stored zero + 1)), one nibble at a time, in float64."""
+    qweight, qzeros = output.load(f"{module}.qweight"), output.load(f"{module}.qzeros")
+    scales_GO, g_idx_I = output.load(f"{module}.scales").double(), output.load(f"{module}.g_idx").long()
+    codes_IO = torch.stack([(qweight >> 4 * k) & 15 for k in range(8)], dim=1).flatten(0, 1)
+    zeros_GO = torch.stack([(qzeros >> 4 * k) & 15 for k in range(8)], dim=2).flatten(1, 2) + 1
+    return (scales_GO[g_idx_I] * (codes_IO - zeros_GO[g_idx_I])).T
+
+
+def test_transformers_loads_it_and_predicts_nearly_the_same(run: Run, engine: EngineEnvironment) -> None:
+    printed = subprocess.run(
+        [engine.python, "-c", LOAD_AND_COMPARE, run.source, run.artifact.path],
+        capture_output=True, text=True, check=True, env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"},
+    )  # fmt: skip
+    found = json.loads(printed.stdout.splitlines()[-1])
+    assert found["missing"] == found["unexpected"] == found["mismatched"] == []
+    assert found["kl"] < 0.1
+
+
+LOAD_AND_COMPARE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+ids = torch.arange(256).reshape(4, 64)
+def log_probabilities(path):
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    with torch.inference_mode():
+        return model(ids).logits.double().log_softmax(-1), info
+reference, _ = log_probabilities(sys.argv[1])
+candidate, info = log_probabilities(sys.argv[2])
+kl = (reference.exp() * (reference - candidate)).sum(-1).mean().item()
+names = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+print(); print(json.dumps({"kl": kl, **names}))
+"""
+
+
+def test_a_hessian_that_cannot_be_solved_fails_the_check(
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment
+) -> None:
+    source = broken(tiny_qwen2(tmp_path / "source", intermediate_size=128), "model.layers.1.input_layernorm.weight")
+
+    artifact = quantize(
+        source=source, destination=Directory(tmp_path / "out"), calibration=calibration, spec=SPEC, engine=engine
+    )
+
+    failed = {report.name: report for report in load_reports(artifact.manifest.result) if report.blocks}
+    assert failed.keys() == {"no_rounding_fallback", "losses_finite"}
+    assert failed["no_rounding_fallback"].measured == len(DECODER_LINEARS)
+    assert "model.layers.1.self_attn.q_proj" in failed["no_rounding_fallback"].detail
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment
+) -> None:
+    source = broken(tiny_qwen2(tmp_path / "source", intermediate_size=128), DOWN)
+    with pytest.raises(CheckFailed, match=r"mlp\.down_proj"):
+        quantize(
+            source=source, destination=Directory(tmp_path / "out"), calibration=calibration, spec=SPEC, engine=engine
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def broken(source: Path, name: str) -> Path:
+    """Put one NaN into a tensor."""
+    tensors = load_file(source / "model.safetensors")
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_ends_in_the_same_bytes(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", QUANTIZE, run.source, out, run.calibration, json.dumps(SPEC.to_json())],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert "layers.0" in parent.stdout.readline()
+        workers = descendants(parent.pid)
+        parent.send_signal(signal.SIGKILL)
+    assert workers
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)
+    assert not out.exists()
+
+    again = quantize(
+        source=run.source, destination=Directory(out), calibration=run.calibration, spec=SPEC, engine=engine
+    )
+
+    assert again.manifest.contents.tensors == run.artifact.manifest.contents.tensors
+    assert again.manifest.content_digest == run.artifact.manifest.content_digest
+    assert quantize(
+        source=run.source, destination=Directory(out), calibration=run.calibration, spec=SPEC, engine=engine
+    ).reused
+
+
+QUANTIZE = """
+import json, sys
+from pathlib import Path
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.stages.quantize import quantize
+source, out, calibration = map(Path, sys.argv[1:4])
+tell = lambda event: print(event.remark, flush=True) if event.task == "quantize" else None
+quantize(source=source, destination=Directory(out), calibration=calibration, spec=QuantSpec(**json.loads(sys.argv[4])),
+         engine=find_environment("gptqmodel"), observe=tell)
+"""
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+class TestRefusals:
+    """What cannot be quantized is refused before anything is written or started."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        return tiny_qwen2(tmp_path / "source", intermediate_size=128)
+
+    def refused(self, source: Path, calibration: Path, tmp_path: Path, spec: QuantSpec = SPEC) -> InputRefused:
+        nothing = EngineEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
+        with pytest.raises(InputRefused) as caught:
+            quantize(
+                source=source, destination=Directory(tmp_path / "out"), calibration=calibration, spec=spec,
+                engine=nothing,
+            )  # fmt: skip
+        assert not list(tmp_path.glob("out*"))
+        return caught.value
+
+    def test_codes(self, run: Run, calibration: Path, tmp_path: Path) -> None:
+        fault = self.refused(run.artifact.path, calibration, tmp_path)
+        assert isinstance(fault, QuantizedInputRefused)
+        assert "merge, then pad, then quantize" in fault.remedy
+
+    def test_codes_whose_config_was_lost(self, run: Run, calibration: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(run.artifact.path, tmp_path / "copy"))
+        shutil.copy(run.source / "config.json", copy / "config.json")
+        assert isinstance(self.refused(copy, calibration, tmp_path), QuantizedInputRefused)
+
+    def test_a_width_of_partial_groups(self, calibration: Path, tmp_path: Path) -> None:
+        source = tiny_qwen2(tmp_path / "odd", intermediate_size=96)
+        fault = self.refused(source, calibration, tmp_path, replace(SPEC, group_size=64))
+        assert "down_proj has in_features 96, which is not a multiple of 64" in fault.what
+        assert "Pad the checkpoint first" in fault.remedy
+
+    def test_windows_longer_than_the_model(self, source: Path, calibration: Path, tmp_path: Path) -> None:
+        fault = self.refused(source, calibration, tmp_path, replace(SPEC, samples=1, seq_len=513))
+        assert "512 positions" in fault.what
+
+    def test_too_little_text(self, source: Path, calibration: Path, tmp_path: Path) -> None:
+        fault = self.refused(source, calibration, tmp_path, replace(SPEC, samples=1000))
+        assert "1000 windows of 64 need 64,000" in fault.what
