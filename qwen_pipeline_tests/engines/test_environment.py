@@ -1,0 +1,84 @@
+"""Environments of engines: whole or absent, installed once, their faults readable."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.engines import environment
+from qwen_pipeline.engines.environment import (
+    SEAL,
+    EngineEnvironment,
+    check_environment,
+    find_environment,
+    install_environment,
+)
+from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.progress import Progress
+
+
+def test_the_installed_engine_imports_and_tells_its_versions() -> None:
+    versions = check_environment("gptqmodel")
+    assert versions["gptqmodel"] == "7.6.0"
+    assert versions == find_environment("gptqmodel").versions()
+    assert set(versions) == {"gptqmodel", "optimum", "transformers", "torch"}
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(InputRefused, match="There is no engine 'other'"):
+        find_environment("other")
+
+
+def test_an_absent_engine_names_the_command_that_installs_it(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="is not installed") as caught:
+        find_environment("gptqmodel", engines=tmp_path)
+    assert "qwen-pipeline engine install gptqmodel" in caught.value.remedy
+
+
+def test_an_environment_without_a_seal_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "gptqmodel" / "bin").mkdir(parents=True)
+    (tmp_path / "gptqmodel" / "bin" / "python").symlink_to(sys.executable)
+    with pytest.raises(EnvironmentFault, match="not installed completely"):
+        find_environment("gptqmodel", engines=tmp_path)
+
+
+def test_an_environment_of_the_users_own_needs_no_seal() -> None:
+    assert find_environment("gptqmodel", Path(sys.executable)).python == Path(sys.executable)
+    with pytest.raises(EnvironmentFault, match="does not exist"):
+        find_environment("gptqmodel", Path("/nowhere/python"))
+
+
+def test_an_environment_without_the_engine_is_named() -> None:
+    with pytest.raises(EnvironmentFault, match="lacks gptqmodel"):
+        EngineEnvironment(name="gptqmodel", python=Path(sys.executable)).versions()
+
+
+def test_a_failed_installation_quotes_pip_and_leaves_no_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_requirements", lambda _: f"{tmp_path}/no-such-package-1.0-py3-none-any.whl\n")
+    with pytest.raises(EnvironmentFault, match=r"(?s)its last lines:.*no-such-package"):
+        install_environment("gptqmodel", engines=tmp_path)
+    assert not (tmp_path / "gptqmodel" / SEAL).exists()
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "engines").write_text("a file")
+    with pytest.raises(EnvironmentFault, match="cannot be written"):
+        install_environment("gptqmodel", engines=tmp_path / "engines")
+
+
+@pytest.mark.slow
+def test_an_installation_is_layered_sealed_and_done_once(tmp_path: Path) -> None:
+    told: list[Progress] = []
+    found = install_environment("gptqmodel", told.append, engines=tmp_path)
+    assert found.versions()["gptqmodel"] == "7.6.0"
+    where = "import torch, numpy; print(torch.__file__); print(numpy.__file__)"
+    torch_file, numpy_file = subprocess.check_output([found.python, "-c", where], text=True).split()
+    assert tmp_path not in Path(torch_file).parents, "torch is shared"
+    assert tmp_path in Path(numpy_file).parents, "numpy is the engine's own"
+    assert any("gptqmodel" in event.remark for event in told)
+    assert all(event.done <= event.total for event in told)
+
+    told.clear()
+    assert install_environment("gptqmodel", told.append, engines=tmp_path) == found
+    assert not told, "a second installation has nothing to do"

@@ -1,0 +1,42 @@
+"""GPTQModel's table of losses, as it writes it and as it goes wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.engines.losses import ModuleLoss, read_losses
+from qwen_pipeline.qwen.linears import Linear
+
+HEADER = "layer,module,loss,samples,damp,time\n"
+DOWN = Linear(module="model.layers.1.mlp.down_proj", layer=1, kind="mlp.down_proj", out_features=64, in_features=96)
+GATE = Linear(module="model.layers.1.mlp.gate_proj", layer=1, kind="mlp.gate_proj", out_features=96, in_features=64)
+
+
+def read(tmp_path: Path, *rows: str) -> list[ModuleLoss]:
+    (tmp_path / "quant_log.csv").write_text(HEADER + "".join(f"{row}\n" for row in rows))
+    return read_losses(tmp_path / "quant_log.csv", [GATE, DOWN])
+
+
+def test_rows_come_in_the_order_of_the_modules(tmp_path: Path) -> None:
+    down, gate = "1,mlp.down_proj,0.0001242781,512,0.05000,0.014", "1,mlp.gate_proj,0.0006914565,512,0.07000,0.014"
+    assert read(tmp_path, down, gate) == [
+        ModuleLoss(module=GATE.module, loss=0.0006914565, samples=512, damp=0.07, rounded=False),
+        ModuleLoss(module=DOWN.module, loss=0.0001242781, samples=512, damp=0.05, rounded=False),
+    ]
+
+
+@pytest.mark.parametrize("loss", ["999999999.0000000000", "rtn fallback", "fallback(rtn): 0.0012345"])
+def test_a_fallback_is_no_loss(tmp_path: Path, loss: str) -> None:
+    (found,) = read(tmp_path, f"1,mlp.down_proj,{loss},0,1.00000,0.014")
+    assert found.rounded
+    assert found.loss is None
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_is_none(tmp_path: Path, loss: str) -> None:
+    (found,) = read(tmp_path, f"1,mlp.down_proj,{loss},512,0.05000,0.014")
+    assert found.loss is None
+
+
+def test_a_module_without_a_row_is_left_out(tmp_path: Path) -> None:
+    assert read(tmp_path, "0,mlp.down_proj,0.1,512,0.05000,0.014") == []
