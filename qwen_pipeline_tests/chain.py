@@ -12,7 +12,28 @@ from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 GROUP_SIZE = 32
-WORDS = "the a model reads writes weight layer token group rank scale channel small large quiet loud and or of in".split()
+WORDS = [
+    "the",
+    "a",
+    "model",
+    "reads",
+    "writes",
+    "weight",
+    "layer",
+    "token",
+    "group",
+    "rank",
+    "scale",
+    "channel",
+    "small",
+    "large",
+    "quiet",
+    "loud",
+    "and",
+    "or",
+    "of",
+    "in",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.digest import directory_digest
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
-from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.transforms.guards import is_finite
@@ -92,9 +91,9 @@ class Adapter:
         return down.T if factors.transposed else down
 
     def digest(self) -> str:
-        """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars, which are read once."""
+        """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
         files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
-        return "sha256:" + canonical_sha256({path: file.sha256 for path, file in digest_files(files).items()})
+        return directory_digest(files)
 
 
 def is_adapter(root: Path) -> bool:
