@@ -8,16 +8,18 @@ before a release.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, TensorDigest, canonical_sha256, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_BYTES = 16 * 2**20
 """Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
@@ -31,15 +33,15 @@ def checkpoint_digest(root: Path, *, observe: Observe = unobserved) -> str:
         pass
     checkpoint = open_checkpoint(root)
     files = {*(root / shard for shard in checkpoint.shards.values()), root / CONFIG, *checkpoint.sidecars.values()}
-    memory = _cache_dir() / f"{_stat_key(files)}.json"
-    if memory.is_file():
-        return str(json.loads(memory.read_bytes())["content_digest"])
-    digest = contents_of(checkpoint, root, observe=observe).digest
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = memory.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"content_digest": digest, "root": str(root.resolve())}))
-    scratch.replace(memory)
-    return digest
+    return _remembered(files, lambda: contents_of(checkpoint, root, observe=observe).digest)
+
+
+def directory_digest(files: Mapping[str, Path]) -> str:
+    """Return a digest of files as they are, relative path -> file: ``sha256:<hex>``; each is read once."""
+    shas = {
+        relative: _remembered([path], lambda path=path: digest_file(path).sha256) for relative, path in files.items()
+    }
+    return "sha256:" + canonical_sha256(shas)
 
 
 def contents_of(checkpoint: Checkpoint, root: Path, *, observe: Observe = unobserved) -> Contents:
@@ -67,7 +69,7 @@ def digest_file(path: Path) -> FileDigest:
         return FileDigest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator["torch.Tensor"]:
     """Yield a tensor as consecutive blocks of rows of at most :data:`BLOCK_BYTES` (at least one row)."""
     for start, stop in block_ranges(checkpoint[name]):
         yield checkpoint.tensors[name].read(start, stop)
@@ -79,9 +81,23 @@ def block_ranges(spec: TensorSpec) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, spec.rows)
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
     """A contiguous tensor's memory, without a copy."""
+    import torch
+
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
+    memory = _cache_dir() / f"{_stat_key(files)}.json"
+    if memory.is_file():
+        return str(json.loads(memory.read_bytes())["digest"])
+    digest = compute()
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = memory.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({"digest": digest}))
+    scratch.replace(memory)
+    return digest
 
 
 def _stat_key(files: Iterable[Path]) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -31,7 +32,7 @@ SIDECARS = (
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
-ReadRows = Callable[[int, int], torch.Tensor]
+ReadRows = Callable[[int, int], "torch.Tensor"]
 """``read(start, stop)`` returns rows ``start:stop``, shape ``[stop - start, *shape[1:]]``, in the spec's dtype."""
 
 
@@ -76,7 +77,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.values())
 
-    def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def load(self, name: str, rows: slice | None = None) -> "torch.Tensor":
         """Return a tensor, or only its ``rows`` (a slice of the first axis with step 1)."""
         tensor = self.tensors[name]
         start, stop, step = (rows or slice(None)).indices(tensor.spec.rows)

@@ -2,7 +2,8 @@
 
 The format is eight bytes of little-endian header length, a JSON header, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format). Reads use ``pread``, not a memory map, so that resident memory is
-the block asked for and a file that shrinks underneath is an error instead of a bus fault.
+the block asked for and a file that shrinks underneath is an error instead of a bus fault. Headers are read without
+torch, which takes seconds to import and is not needed to look at a store or to define an asset.
 """
 
 import json
@@ -11,33 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.errors import CheckpointRefused
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+ITEM_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Every dtype that can be read, by its safetensors name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +39,9 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
+        from qwen_pipeline.checkpoint.dtypes import TORCH_DTYPES
+
         return TORCH_DTYPES[self.dtype]
 
     @property
@@ -58,11 +51,11 @@ class TensorSpec:
 
     @property
     def row_bytes(self) -> int:
-        return prod(self.shape[1:]) * self.torch_dtype.itemsize
+        return prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.torch_dtype.itemsize
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +67,14 @@ class SafetensorsFile:
     offsets: Mapping[str, int]
     metadata: Mapping[str, str]
 
-    def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
         """Return rows ``start:stop`` of a tensor (all rows by default), dtype as stored.
 
         Raises:
             CheckpointRefused: The file ends before the bytes that its header promises.
         """
+        import torch
+
         spec = self.specs[name]
         stop = spec.rows if stop is None else stop
         shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
@@ -136,8 +131,8 @@ def _checked_file(path: Path, header: dict[str, Any], *, data_start: int, size: 
             begin, end = entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"the entry of tensor {name!r} is incomplete ({error!r})") from error
-        if spec.dtype not in TORCH_DTYPES:
-            raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; known are {', '.join(TORCH_DTYPES)}")
+        if spec.dtype not in ITEM_BYTES:
+            raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; known are {', '.join(ITEM_BYTES)}")
         if not all(isinstance(n, int) and n >= 0 for n in (*spec.shape, begin, end)):
             raise _damaged(path, f"tensor {name!r} has a shape or offset that is not a natural number")
         if end - begin != spec.nbytes:

@@ -6,9 +6,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
 from qwen_pipeline.qwen.linears import Linear
 
 
@@ -37,8 +34,12 @@ class ModuleLoss:
 def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleLoss]:
     """Read ``layer,module,loss,samples,damp``; rows come in the order of ``linears``, absent ones are left out.
 
-    Losses that are words (``rtn fallback``) or :data:`NOT_SOLVED` mean rounding.
+    Losses that are words (``rtn fallback``) or :data:`~qwen_pipeline.engines.gptqmodel.NOT_SOLVED` mean rounding.
     """
+    import pandas as pd
+
+    from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
+
     table = pd.read_csv(quant_log, dtype={"module": str, "loss": str}, keep_default_na=False)
     table["number"] = pd.to_numeric(table["loss"], errors="coerce")
     is_word = table["number"].isna() & (table["loss"].str.lower() != "nan")

@@ -8,13 +8,15 @@ serves 2, 4 and 8.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import TypeAdapter
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import places_of, require_dense, text_config
+
+if TYPE_CHECKING:
+    import torch
 
 Layout = Literal["interleave", "append"]
 WIDTH = "intermediate_size"
@@ -42,12 +44,14 @@ class PaddedSize:
     def zeros(self) -> int:
         return self.padded - self.live
 
-    def positions(self) -> torch.Tensor:
+    def positions(self) -> "torch.Tensor":
         """Return the padded position of each live channel: int64 ``[live]``, strictly increasing.
 
         Interleaving at most ``live`` zeros puts one after each of the first channels, which is the procedure of Qwen's
         GPTQ documentation (r0, 0, r1, 0, ..., then the rest); more zeros than that are spread evenly.
         """
+        import torch
+
         channels = torch.arange(self.live)
         if self.layout == "append":
             return channels

@@ -4,9 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
@@ -24,6 +22,9 @@ from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import run_worker
+
+if TYPE_CHECKING:
+    import torch
 
 STAGE = "quantized"
 CODE_VERSION = "1"
@@ -147,8 +148,10 @@ def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
         )
 
 
-def _open_workshop(partial: Path, source: Path, windows: torch.Tensor, spec: QuantSpec) -> QuantJob:
+def _open_workshop(partial: Path, source: Path, windows: "torch.Tensor", spec: QuantSpec) -> QuantJob:
     """Make an empty workshop; codes of an interrupted attempt cannot be told from this one's, so they go too."""
+    import numpy as np
+
     workshop = (partial / WORKSHOP).resolve()
     shutil.rmtree(workshop, ignore_errors=True)
     (partial / JOURNAL).unlink(missing_ok=True)
@@ -228,6 +231,8 @@ def _report(check: CheckSpec, *, total: int, bad: Sequence[str], remedy: str) ->
 
 
 def _scales_are_sound(output: Checkpoint, linear: Linear) -> bool:
+    import torch
+
     name = f"{linear.module}.scales"
     if name not in output:
         return True  # reported by every_module_quantized

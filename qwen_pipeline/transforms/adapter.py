@@ -9,17 +9,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.digest import directory_digest
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
-from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.transforms.guards import is_finite
 from qwen_pipeline.transforms.lora_settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -77,23 +77,23 @@ class Adapter:
         o, i = (1, 0) if factors.transposed else (0, 1)
         return specs[factors.up].shape[o], specs[factors.down].shape[i]
 
-    def load_up(self, module: str, start: int, stop: int) -> torch.Tensor:
+    def load_up(self, module: str, start: int, stop: int) -> "torch.Tensor":
         """Return rows ``start:stop`` of the factor ``[O, R]``."""
         factors = self.modules[module]
         if factors.transposed:
             return self.weights.load(factors.up)[:, start:stop].T
         return self.weights.load(factors.up, start, stop)
 
-    def load_down(self, module: str) -> torch.Tensor:
+    def load_down(self, module: str) -> "torch.Tensor":
         """Return the factor ``[R, I]``."""
         factors = self.modules[module]
         down = self.weights.load(factors.down)
         return down.T if factors.transposed else down
 
     def digest(self) -> str:
-        """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars, which are read once."""
+        """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
         files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
-        return "sha256:" + canonical_sha256({path: file.sha256 for path, file in digest_files(files).items()})
+        return directory_digest(files)
 
 
 def is_adapter(root: Path) -> bool:

@@ -1,8 +1,7 @@
 """Merging low-rank updates into a base, block by block: a block of rows needs only its own rows of ``W`` and ``B``."""
 
 from collections.abc import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
@@ -10,6 +9,9 @@ from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.qwen.families import is_tied, stored_names
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.transforms.adapter import Adapter, require_finite_factors
+
+if TYPE_CHECKING:
+    import torch
 
 _EMBEDDINGS = ("lm_head", "embed_tokens")
 
@@ -34,12 +36,16 @@ def merge_lora(base: Checkpoint, adapter: Adapter) -> Checkpoint:
     return base.replace(tensors=tensors)
 
 
-def merged_weight(w_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, *, scaling: float) -> torch.Tensor:
+def merged_weight(
+    w_OI: "torch.Tensor", a_RI: "torch.Tensor", b_OR: "torch.Tensor", *, scaling: float
+) -> "torch.Tensor":
     """Return ``W + scaling * B @ A``, computed in float32 and rounded once to ``W.dtype`` (arXiv:2106.09685).
 
     A float32 or float64 ``W`` is computed in float64. PEFT may round the delta first, so bf16 results may differ from
     its in the last bit.
     """
+    import torch
+
     wide = torch.float64 if w_OI.dtype.itemsize > 2 else torch.float32
     sum_OI = w_OI.to(wide, copy=True)
     return sum_OI.addmm_(b_OR.to(wide), a_RI.to(wide), alpha=scaling).to(w_OI.dtype)
@@ -103,7 +109,7 @@ def _require_same_copies(base: Checkpoint, adapter: Adapter, targets: Mapping[st
 def _merged(weight: LazyTensor, adapter: Adapter, module: str) -> LazyTensor:
     scaling = adapter.settings.scaling(module)
 
-    def read(start: int, stop: int) -> torch.Tensor:
+    def read(start: int, stop: int) -> "torch.Tensor":
         b_OR, a_RI = adapter.load_up(module, start, stop), adapter.load_down(module)
         return merged_weight(weight.read(start, stop), a_RI, b_OR, scaling=scaling)
 

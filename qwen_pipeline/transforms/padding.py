@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.qwen.families import require_mlp_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
@@ -42,18 +43,20 @@ def padded_config(config: Mapping[str, Any], size: PaddedSize) -> dict[str, Any]
     return changed
 
 
-def _padded(tensor: LazyTensor, axis: int, width: int, positions: torch.Tensor) -> LazyTensor:
+def _padded(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor") -> LazyTensor:
     """Return the tensor with ``width`` channels along ``axis``: its own at ``positions``, zeros elsewhere."""
+    import torch
+
     shape = list(tensor.spec.shape)
     shape[axis] = width
     spec = replace(tensor.spec, shape=tuple(shape))
 
-    def read_rows(start: int, stop: int) -> torch.Tensor:
+    def read_rows(start: int, stop: int) -> "torch.Tensor":
         first, last = (int(n) for n in torch.searchsorted(positions, torch.tensor([start, stop])))
         block = torch.zeros((stop - start, *shape[1:]), dtype=spec.torch_dtype)
         return block.index_copy_(0, positions[first:last] - start, tensor.read(first, last))
 
-    def read_columns(start: int, stop: int) -> torch.Tensor:
+    def read_columns(start: int, stop: int) -> "torch.Tensor":
         block = torch.zeros((stop - start, *shape[1:]), dtype=spec.torch_dtype)
         return block.index_copy_(1, positions, tensor.read(start, stop))
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_pipeline.engines.calibration import draw_windows, load_records, shuffled, window_digest
+from qwen_pipeline.corpus import load_records
+from qwen_pipeline.engines.calibration import draw_windows, shuffled, window_digest
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 

@@ -1,0 +1,109 @@
+"""Text for calibration and evaluation: records in files, and their tokens.
+
+A ``.txt`` file is one record. Any other file is JSONL with one record a line: ``{"text": "..."}``, which the
+end-of-text token ends, or ``{"messages": [{"role": ..., "content": ...}, ...]}``, written out by the checkpoint's own
+chat template.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from qwen_pipeline.errors import InputRefused
+
+_FORMAT = 'Write one JSON object per line: {"text": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
+
+
+def load_records(file: Path) -> list[Mapping[str, Any]]:
+    """Read a file's records; each gains ``line``, its number from 1. Blank lines pass.
+
+    Raises:
+        InputRefused: The file is missing or empty, or a line is not a record.
+    """
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{file} cannot be read: {error}.", remedy="Name a JSONL or .txt file in UTF-8.") from error
+    if file.suffix == ".txt":
+        return [{"text": content, "line": 1}]
+    lines = content.split("\n")
+    records = [_parse(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not records:
+        raise InputRefused(f"{file} holds no records.", remedy=_FORMAT)
+    return records
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """Load the tokenizer beside a checkpoint's weights.
+
+    Raises:
+        InputRefused: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # a second of imports that only this needs
+
+    try:
+        return cast("Any", AutoTokenizer).from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputRefused(
+            f"{checkpoint} has no tokenizer that can be loaded: {error}",
+            remedy="Keep the tokenizer with the checkpoint.",
+        ) from error
+
+
+def encode_record(record: Mapping[str, Any], tokenizer: Any, *, where: str) -> list[int]:
+    """Return a record's token ids.
+
+    Raises:
+        InputRefused: It is a conversation, and the tokenizer has no chat template.
+    """
+    if "text" in record:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [*tokenizer(record["text"], add_special_tokens=False)["input_ids"], *end]
+    if not tokenizer.chat_template:
+        raise InputRefused(
+            f"{where} is a conversation, but the checkpoint's tokenizer has no chat template.",
+            remedy='Use {"text": ...} records, or add the chat template to the checkpoint.',
+        )
+    return _encode_chat(record["messages"], tokenizer)
+
+
+def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    """Return a prompt's token ids: a user's turn where the tokenizer has a chat template, plain text where not."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    return _encode_chat([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+
+
+def _encode_chat(
+    messages: list[Mapping[str, str]], tokenizer: Any, *, add_generation_prompt: bool = False
+) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _parse(line: str, file: Path, number: int) -> Mapping[str, Any]:
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise InputRefused(f"{file} line {number} is not valid JSON: {error}.", remedy=_FORMAT) from error
+    record = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if _is_text(record) != _is_conversation(record):
+        return {**record, "line": number}
+    raise InputRefused(f"{file} line {number} is neither text nor a conversation: {line[:80]}", remedy=_FORMAT)
+
+
+def _is_text(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("text"), str) and bool(record["text"])
+
+
+def _is_conversation(record: Mapping[str, Any]) -> bool:
+    messages = cast("list[object]", record["messages"]) if isinstance(record.get("messages"), list) else []
+    return bool(messages) and all(_is_message(message) for message in messages)
+
+
+def _is_message(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    fields = cast("dict[str, object]", message)
+    return all(isinstance(fields.get(key), str) for key in ("role", "content"))

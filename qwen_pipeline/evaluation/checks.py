@@ -1,0 +1,226 @@
+"""What a validation promises to check, and the verdict on what it found."""
+
+from collections.abc import Sequence
+
+from qwen_pipeline.errors import listed
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
+from qwen_pipeline.evaluation.limits import Limits
+from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
+
+STRUCTURE = CheckSpec(
+    name="structure",
+    description="Every expected tensor is there with the right shape and dtype, nothing else is; scales are finite and"
+    " positive; the config agrees; what was not quantized is unchanged.",
+)
+LOADS = CheckSpec(
+    name="loads_in_transformers",
+    description="Transformers loads every model with no tensor missing, unexpected, of another shape or made up.",
+)
+PADDING = CheckSpec(
+    name="padding_is_silent",
+    description="Padding changes no prediction, and padded channels are exactly zero after quantization.",
+)
+PERPLEXITY = CheckSpec(
+    name="perplexity_ratio", description="Perplexity on held-out text: quantized over merged stays below the limit."
+)
+KL = CheckSpec(name="kl_divergence", description="Mean KL(merged || quantized) on held-out text stays below the limit.")
+AGREEMENT = CheckSpec(
+    name="top1_agreement", description="Merged and quantized model rate the same next token highest often enough."
+)
+PARALLEL = CheckSpec(
+    name="tensor_parallel", description="Every rank of the wanted tensor-parallel degree holds whole groups and heads."
+)
+MERGED_NOT_WORSE = CheckSpec(
+    name="merged_not_worse",
+    description="The fine-tune did not cost the base its language: merged over base perplexity stays below the limit.",
+    blocking=False,
+)
+SAMPLES = CheckSpec(
+    name="sample_texts",
+    description="No answer of the quantized model is empty or repeats itself where the merged model's does not.",
+    blocking=False,
+)
+CHECKS = (STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, MERGED_NOT_WORSE, SAMPLES)
+
+
+def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
+    """Return a report for each of :data:`CHECKS`, in their order."""
+    return [
+        _structure(findings),
+        _loading(findings),
+        _padding(findings, limits),
+        _perplexity(findings, limits),
+        _kl(findings, limits),
+        _agreement(findings, limits),
+        _parallel(findings),
+        _merged_not_worse(findings, limits),
+        _samples(findings),
+    ]
+
+
+def _structure(findings: Findings) -> CheckReport:
+    problems = findings.structure.problems
+    return _report(
+        STRUCTURE,
+        passed=not problems,
+        measured=len(problems),
+        limit=0,
+        detail=listed(problems) if problems else f"All {len(findings.structure.errors)} quantized weights are sound.",
+    )
+
+
+def _loading(findings: Findings) -> CheckReport:
+    faults = [f"{role}: {model.fault}" for role, model in findings.models.items() if model.fault]
+    return _report(
+        LOADS,
+        passed=not faults,
+        measured=len(faults),
+        limit=0,
+        detail=listed(faults) if faults else f"{', '.join(findings.models)}: every tensor found its place.",
+    )
+
+
+def _padding(findings: Findings, limits: Limits) -> CheckReport:
+    padding = findings.structure.padding
+    if PADDED not in findings.models:
+        return _report(PADDING, passed=True, detail="There is no padded checkpoint to check.")
+    divergence = findings.models[PADDED].divergence
+    if divergence is None:
+        return _unmeasured(PADDING, limits.max_padding_kl, findings, PADDED)
+    silent = divergence.mean <= limits.max_padding_kl
+    loudness = [] if silent else [f"mean KL(merged || padded) is {divergence.mean:.3g} nats a token"]
+    problems = [*loudness, *padding.audible]
+    return _report(
+        PADDING,
+        passed=not problems,
+        measured=divergence.mean,
+        limit=limits.max_padding_kl,
+        detail=f"{listed(problems)}. Pad and quantize again."
+        if problems
+        else f"Mean KL(merged || padded) in nats a token; all {padding.channels} padded channels are exactly zero.",
+    )
+
+
+def _perplexity(findings: Findings, limits: Limits) -> CheckReport:
+    ratio = findings.perplexity_ratio(QUANTIZED, to=MERGED)
+    if ratio is None:
+        return _unmeasured(PERPLEXITY, limits.max_perplexity_ratio, findings, MERGED, QUANTIZED)
+    return _report(
+        PERPLEXITY,
+        passed=ratio <= limits.max_perplexity_ratio,
+        measured=ratio,
+        limit=limits.max_perplexity_ratio,
+        detail=f"{findings.perplexity(QUANTIZED):.4g} quantized, {findings.perplexity(MERGED):.4g} merged."
+        + _advice(ratio <= limits.max_perplexity_ratio),
+    )
+
+
+def _kl(findings: Findings, limits: Limits) -> CheckReport:
+    divergence = findings.models[QUANTIZED].divergence
+    if divergence is None:
+        return _unmeasured(KL, limits.max_mean_kl, findings, MERGED, QUANTIZED)
+    passed = divergence.mean <= limits.max_mean_kl
+    return _report(
+        KL,
+        passed=passed,
+        measured=divergence.mean,
+        limit=limits.max_mean_kl,
+        detail=f"Nats a token; 95 % of tokens are below {divergence.p95:.3g}, the worst is at {divergence.max:.3g}."
+        + _advice(passed),
+    )
+
+
+def _agreement(findings: Findings, limits: Limits) -> CheckReport:
+    divergence = findings.models[QUANTIZED].divergence
+    if divergence is None:
+        return _unmeasured(AGREEMENT, limits.min_top1_agreement, findings, MERGED, QUANTIZED)
+    passed = divergence.top1_agreement >= limits.min_top1_agreement
+    return _report(
+        AGREEMENT,
+        passed=passed,
+        measured=divergence.top1_agreement,
+        limit=limits.min_top1_agreement,
+        detail="Share of tokens for which both models rate the same one highest." + _advice(passed),
+    )
+
+
+def _parallel(findings: Findings) -> CheckReport:
+    outlook = findings.parallel
+    if outlook is None:
+        return _report(PARALLEL, passed=False, detail="Not known: the config does not say how the codes are grouped.")
+    whole = outlook.target == outlook.live
+    return _report(
+        PARALLEL,
+        passed=whole and outlook.legal,
+        measured=outlook.degree,
+        detail=f"At degree {outlook.degree}: {outlook.sentence}",
+        severity="WARN" if whole else "ERROR",
+    )
+
+
+def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:
+    if BASE not in findings.models:
+        return _report(MERGED_NOT_WORSE, passed=True, detail="There is no base to compare with.")
+    ratio = findings.perplexity_ratio(MERGED, to=BASE)
+    if ratio is None:
+        return _unmeasured(MERGED_NOT_WORSE, limits.max_merged_ratio, findings, BASE, MERGED)
+    passed = ratio <= limits.max_merged_ratio
+    return _report(
+        MERGED_NOT_WORSE,
+        passed=passed,
+        measured=ratio,
+        limit=limits.max_merged_ratio,
+        detail=f"{findings.perplexity(MERGED):.4g} merged, {findings.perplexity(BASE):.4g} base."
+        + ("" if passed else " Train for fewer steps or with a smaller learning rate, or use text of the domain."),
+    )
+
+
+def _samples(findings: Findings) -> CheckReport:
+    faults = [f"the answer to {sample.prompt!r} {sample.fault}" for sample in findings.samples if sample.fault]
+    return _report(
+        SAMPLES,
+        passed=not faults,
+        measured=len(faults),
+        limit=0,
+        detail=f"{listed(faults)}. Read the answers in the report." if faults else "Read them in the report.",
+    )
+
+
+def _advice(passed: bool) -> str:
+    return "" if passed else " Use more calibration text, smaller groups or 8 bits."
+
+
+def _unmeasured(check: CheckSpec, limit: float, findings: Findings, *roles: str) -> CheckReport:
+    absent = [role for role in roles if findings.models[role].fault]
+    return _report(
+        check, passed=False, limit=limit, detail=f"Not measured: not loaded: {', '.join(absent or [MERGED])}."
+    )
+
+
+def _report(
+    check: CheckSpec,
+    *,
+    passed: bool,
+    detail: str,
+    measured: float | None = None,
+    limit: float | None = None,
+    severity: Severity = "ERROR",
+) -> CheckReport:
+    return CheckReport(
+        name=check.name,
+        passed=passed,
+        detail=detail,
+        severity=severity if check.blocking else "WARN",
+        measured=measured,
+        limit=limit,
+    )
+
+
+def verdict(reports: Sequence[CheckReport]) -> str:
+    """Say in one line how the checks went."""
+    failed = [report.name for report in reports if report.blocks]
+    warned = [report.name for report in reports if not report.passed and not report.blocks]
+    words = (
+        f"failed: {', '.join(failed)}" if failed else f"passed: {len(reports) - len(warned)} of {len(reports)} checks"
+    )
+    return words + (f", with warnings: {', '.join(warned)}" if warned else "")

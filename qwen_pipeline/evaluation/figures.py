@@ -1,0 +1,52 @@
+"""What the worker measures of each model, in the form that crosses the process boundary and enters reports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceFigures:
+    """KL(reference || candidate) over all predicted tokens in nats, and how often both rate the same token highest."""
+
+    mean: float
+    p95: float
+    p99_9: float
+    max: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFigures:
+    """One model.
+
+    Attributes:
+        fault: Why Transformers did not load it, or not all of it; then nothing else is known.
+        perplexity: ``exp`` of the mean surprise over every token but the first of each window.
+        tokens: How many tokens were predicted.
+        linears: Class name of its linear layers -> how many; tells which kernel ran.
+        divergence: From the reference model, where asked for.
+        answers: Token ids of the greedy answer to each prompt, where asked for.
+    """
+
+    fault: str | None = None
+    perplexity: float | None = None
+    tokens: int = 0
+    linears: Mapping[str, int] = field(default_factory=dict[str, int])
+    divergence: DivergenceFigures | None = None
+    answers: tuple[tuple[int, ...], ...] = ()
+
+
+_FIGURES = TypeAdapter(dict[str, ModelFigures])
+
+
+def dump_figures(figures: Mapping[str, ModelFigures]) -> dict[str, Any]:
+    """Return role -> figures as JSON values."""
+    return _FIGURES.dump_python(dict(figures), mode="json")
+
+
+def load_figures(value: Mapping[str, Any]) -> dict[str, ModelFigures]:
+    """Return what :func:`dump_figures` was given."""
+    return _FIGURES.validate_python(value)

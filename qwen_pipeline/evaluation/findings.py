@@ -1,0 +1,62 @@
+"""Everything that one validation found, in the form that is judged, drawn and written down."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from qwen_pipeline.evaluation.figures import ModelFigures
+from qwen_pipeline.evaluation.samples import Sample
+from qwen_pipeline.qwen.geometry import DegreeOutlook
+
+if TYPE_CHECKING:
+    from qwen_pipeline.evaluation.structure import Structure
+
+BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
+SIGNIFICANT_DIGITS = 6
+"""What is written down: beyond them floating-point sums depend on the number of threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """One validation.
+
+    Attributes:
+        structure: The quantized checkpoint against the one it was made from.
+        models: Role -> figures, in the order in which the models come to be; base and padded may be absent.
+        nbytes: Role -> bytes of its tensors.
+        samples: What the merged and the quantized model answer.
+        losses: Module -> the solver's loss; empty where the quantized checkpoint's manifest has none.
+        parallel: What the asked-for tensor-parallel degree means; None where the group size is not known.
+    """
+
+    structure: "Structure"
+    models: Mapping[str, ModelFigures]
+    nbytes: Mapping[str, int]
+    samples: Sequence[Sample]
+    losses: Mapping[str, float]
+    parallel: DegreeOutlook | None
+
+    def perplexity(self, role: str) -> float | None:
+        """Return a model's perplexity, or None if it is absent or did not load."""
+        return self.models[role].perplexity if role in self.models else None
+
+    def perplexity_ratio(self, role: str, to: str) -> float | None:
+        """Return one model's perplexity over another's, or None if one of them is not known."""
+        above, below = self.perplexity(role), self.perplexity(to)
+        return above / below if above and below else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, floats rounded to :data:`SIGNIFICANT_DIGITS`."""
+        return rounded(asdict(self))
+
+
+def rounded(value: Any) -> Any:
+    """Round every float in a JSON value to :data:`SIGNIFICANT_DIGITS`; what is not finite becomes its name."""
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value

@@ -1,0 +1,42 @@
+"""What the worker is asked to measure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+TARGET = "qwen_pipeline.evaluation.language:measure"
+ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "HF_HUB_OFFLINE": "1"}
+"""For the worker's process: unpack codes once instead of in every forward, and never look for a hub."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Models to load one after the other, and what to do with each.
+
+    Attributes:
+        models: Role -> directory.
+        reference: The role that the others are compared with.
+        compared: Roles whose every prediction is compared with the reference's.
+        answering: Roles that answer the prompts.
+        windows: Token ids; every token but the first of each window is predicted.
+        prompts: Token ids of each prompt.
+    """
+
+    models: Mapping[str, str]
+    reference: str
+    compared: Sequence[str]
+    answering: Sequence[str]
+    windows: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+
+    def in_order(self) -> list[tuple[str, str]]:
+        """Return roles and directories, the reference first."""
+        return sorted(self.models.items(), key=lambda model: model[0] != self.reference)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Measurement":
+        return cls(**value)

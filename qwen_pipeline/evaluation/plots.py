@@ -1,0 +1,90 @@
+"""Two plots for the report: what each stage costs, and where quantization loses. The same input gives the same bytes.
+
+Backgrounds are transparent and ink is a middle grey, so that they read on light and on dark pages.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qwen_pipeline.evaluation.findings import Findings
+from qwen_pipeline.evaluation.weights import WeightError
+
+INK = "#7d8590"
+ACCENT = "#8957e5"
+PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a05ab8")
+"""One colour a kind of layer, attention cool and MLP warm, of about equal lightness."""
+
+
+def draw_perplexity(findings: Findings, path: Path) -> None:
+    """Draw a bar for each model that loaded, with its perplexity and the change from the one before."""
+    known = [(role, model.perplexity) for role, model in findings.models.items() if model.perplexity]
+    figure = Figure(figsize=(7.2, 0.7 + 0.42 * len(known)), layout="constrained")
+    axes = _axes(figure)
+    previous = None
+    for row, (role, perplexity) in enumerate(known):
+        axes.barh(row, perplexity, height=0.62, color=ACCENT if role == known[-1][0] else INK, alpha=0.85)
+        change = f"  {perplexity / previous - 1:+.2%}" if previous else ""
+        axes.annotate(
+            f"{perplexity:.3f}{change}", (perplexity, row), xytext=(5, 0), textcoords="offset points",
+            va="center", color=INK, fontsize=9,
+        )  # fmt: skip
+        previous = perplexity
+    axes.set_yticks(range(len(known)), [role for role, _ in known])
+    axes.invert_yaxis()
+    axes.margins(x=0.22)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("perplexity on held-out text (lower is better)", color=INK, fontsize=9)
+    _save(figure, path)
+
+
+def draw_quantization_error(findings: Findings, path: Path) -> None:
+    """Draw the relative error of each weight by layer and, where the solver's losses are known, them below."""
+    errors = findings.structure.errors
+    losses = findings.losses
+    figure = Figure(figsize=(7.2, 5.4 if losses else 3.0), layout="constrained")
+    rows = 2 if losses else 1
+    axes = _axes(figure, rows, 1)
+    _draw_by_layer(axes, errors, {error.module: error.relative for error in errors})
+    axes.set_ylabel("‖W - Wq‖ / ‖W‖", color=INK, fontsize=9)
+    axes.set_ylim(bottom=0)
+    if losses:
+        axes = _axes(figure, rows, 2)
+        _draw_by_layer(axes, errors, losses)
+        axes.set_ylabel("loss of the solver", color=INK, fontsize=9)
+        axes.set_yscale("log")
+    axes.set_xlabel("layer", color=INK, fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
+    _save(figure, path)
+
+
+def _draw_by_layer(axes: Axes, errors: Sequence[WeightError], values: Mapping[str, float]) -> None:
+    kinds = list(dict.fromkeys(error.kind for error in errors))
+    for kind, color in zip(kinds, PALETTE * (1 + len(kinds) // len(PALETTE)), strict=False):
+        points = [
+            (error.layer, values[error.module]) for error in errors if error.kind == kind and error.module in values
+        ]
+        axes.plot(
+            [layer for layer, _ in points], [value for _, value in points],
+            label=kind.rpartition(".")[2], color=color, linewidth=1.3, marker="o", markersize=2.6,
+        )  # fmt: skip
+    axes.locator_params(axis="x", integer=True)
+
+
+def _axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
+    axes = figure.add_subplot(rows, 1, row)
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(visible=True, color=INK, alpha=0.18, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    return axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130, transparent=True, metadata={"Software": None})

@@ -1,0 +1,52 @@
+"""Answers to a few prompts, and whether they are broken in the ways that broken quantized models break."""
+
+import re
+from dataclasses import dataclass
+
+DEFAULT_PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences what a list is in Python.",
+    "Write one short sentence about the sea.",
+)
+MAX_NEW_TOKENS = 48
+MAX_PHRASE_WORDS = 12
+MIN_REPEATS = 4
+_RUN = re.compile(r"([^\s.\-=_*#])\1{7,}")
+"""One character eight times in a row; not what rulers, headings and ellipses are made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A prompt and two models' greedy answers to it; None where a model did not load."""
+
+    prompt: str
+    reference: str | None
+    candidate: str | None
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with the candidate's answer but not with the reference's."""
+        if self.candidate is None or (self.reference is not None and degeneration(self.reference)):
+            return None
+        return degeneration(self.candidate)
+
+
+def degeneration(text: str) -> str | None:
+    """Say how a text is degenerate, or return None.
+
+    It is when it is empty, holds a run of one character (the ``!!!!`` of kernels that overflow), or ends in one phrase
+    of up to :data:`MAX_PHRASE_WORDS` words said :data:`MIN_REPEATS` times or more.
+    """
+    if not text.strip():
+        return "is empty"
+    if run := _RUN.search(text):
+        return f"has a run of {len(run[0])} times {run[1]!r}"
+    words = text.split()
+    for length in range(1, MAX_PHRASE_WORDS + 1):
+        phrase = words[-length:]
+        repeats = 1
+        while words[-length * (repeats + 1) : -length * repeats] == phrase:
+            repeats += 1
+        if repeats >= MIN_REPEATS:
+            return f"ends in {' '.join(phrase)!r} said {repeats} times"
+    return None

@@ -1,0 +1,198 @@
+"""``quantized -> validated``: what a quantized checkpoint is worth, measured against the model it was made from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, open_manifest
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, contents_of_directory, derive, require_intact
+from qwen_pipeline.corpus import encode_prompt, load_tokenizer
+from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.errors import InputRefused, PipelineError
+from qwen_pipeline.evaluation.checks import CHECKS, judge
+from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
+from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
+from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT, render_report
+from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Sample
+from qwen_pipeline.evaluation.text import token_windows
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
+from qwen_pipeline.qwen.precision import require_full_precision
+from qwen_pipeline.reports import dump_reports
+from qwen_pipeline.workers.parent import run_worker
+
+__all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
+
+STAGE = "validated"
+CODE_VERSION = "1"
+ENGINE = "gptqmodel"
+"""What Transformers loads GPTQ checkpoints with, whichever engine made them."""
+
+
+def validate(
+    *,
+    reference: Path,
+    candidate: Path,
+    text: Path,
+    destination: Destination,
+    engine: Path,
+    base: Path | None = None,
+    padded: Path | None = None,
+    tensor_parallel: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    windows: int = 8,
+    seq_len: int = 512,
+    observe: Observe = unobserved,
+) -> Artifact:
+    """Check and measure a quantized checkpoint, and write a report with the verdict.
+
+    Whatever fails, the directory is finished: the reports say what, and the caller decides.
+
+    Args:
+        reference: The merged full-precision checkpoint.
+        candidate: The quantized checkpoint.
+        text: Held-out text, ``.txt`` or JSONL of ``text`` or ``messages``.
+        destination: Where the report goes.
+        engine: The python of an environment in which Transformers can load the candidate.
+        base: The checkpoint that was fine-tuned, to tell what fine-tuning did.
+        padded: The padded checkpoint, if it was that which was quantized.
+        tensor_parallel: Ranks that are to serve the candidate.
+        limits: The thresholds of the checks.
+        prompts: What merged and quantized model answer side by side.
+        windows: Windows of text, at most.
+        seq_len: Tokens of a window.
+        observe: Told about each window and module.
+
+    Raises:
+        InputRefused: A checkpoint cannot be read, the reference is quantized, or the text is too short.
+        CheckpointRefused: The candidate's files are not those of its manifest.
+        EnvironmentFault: The engine's environment cannot load GPTQ checkpoints, or memory ran out.
+    """
+    roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate}
+    models = {role: root.resolve() for role, root in roots.items() if root}
+    checkpoints = {role: open_checkpoint(root) for role, root in models.items()}
+    require_full_precision(
+        checkpoints[MERGED],
+        because="The reference says what the model was before quantization.",
+        remedy="Name the merged full-precision checkpoint as the reference.",
+    )
+    tokenizer = load_tokenizer(reference)
+    tokens = token_windows(text, tokenizer, windows=windows, seq_len=seq_len)
+    _require_vocabulary(checkpoints, tokens)
+    roles = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate"}
+    digests = {roles[role]: checkpoint_digest(root, observe=observe) for role, root in models.items()}
+    derivation = Derivation(
+        stage=STAGE,
+        inputs={**digests, "text": f"sha256:{canonical_sha256(tokens)}"},
+        spec={
+            "limits": asdict(limits),
+            "prompts": list(prompts),
+            "seq_len": seq_len,
+            "tensor_parallel": tensor_parallel,
+            "windows": windows,
+            "versions": EngineEnvironment(name=ENGINE, python=engine).versions(),
+        },
+        code_version=CODE_VERSION,
+    )
+    measurement = Measurement(
+        models={role: str(root) for role, root in models.items()},
+        reference=MERGED,
+        compared=[PADDED, QUANTIZED],
+        answering=[MERGED, QUANTIZED],
+        windows=tokens,
+        prompts=[encode_prompt(prompt, tokenizer) for prompt in prompts],
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+    def build(partial: Path) -> Built:
+        from qwen_pipeline.evaluation.structure import check_structure
+
+        if (candidate / MANIFEST).is_file():
+            require_intact(candidate)
+        (partial / LOGS).mkdir(exist_ok=True)
+        quantized_from = checkpoints[PADDED if padded else MERGED]
+        structure = check_structure(quantized_from, checkpoints[QUANTIZED], observe=observe)
+        worker = run_worker(
+            engine,
+            TARGET,
+            measurement.to_json(),
+            log=partial / LOGS / "validate.log",
+            env=ENVIRONMENT,
+            observe=observe,
+        )
+        figures = load_figures(worker.value)
+        findings = Findings(
+            structure=structure,
+            models={role: figures[role] for role in models},
+            nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
+            samples=_samples(prompts, figures, tokenizer),
+            losses=_losses(candidate),
+            parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel),
+        )
+        reports = judge(findings, limits)
+        result = {"checks": rounded(dump_reports(reports)), "findings": findings.to_json()}
+        _write_report(partial, findings, result, render_report(findings, reports, windows=len(tokens), seq_len=seq_len))
+        return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
+
+    return derive(derivation, destination, build)
+
+
+def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[Sequence[int]]) -> None:
+    highest = max(max(window) for window in tokens)
+    for role, checkpoint in checkpoints.items():
+        if highest >= (size := int(text_config(checkpoint.config)["vocab_size"])):
+            raise InputRefused(
+                f"The text has token {highest}, but the {role} model's vocabulary has {size}.",
+                remedy="Use checkpoints of one model, or text without the tokens that fine-tuning added.",
+            )
+
+
+def _samples(prompts: Sequence[str], figures: Mapping[str, ModelFigures], tokenizer: Any) -> list[Sample]:
+    answers = {
+        role: tokenizer.batch_decode([list(answer) for answer in figures[role].answers], skip_special_tokens=True)
+        for role in (MERGED, QUANTIZED)
+        if not figures[role].fault
+    }
+    return [
+        Sample(
+            prompt=prompt,
+            reference=answers[MERGED][number] if MERGED in answers else None,
+            candidate=answers[QUANTIZED][number] if QUANTIZED in answers else None,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def _losses(candidate: Path) -> dict[str, float]:
+    """Return module -> the solver's loss, from the manifest of the stage that quantized it."""
+    if not (candidate / MANIFEST).is_file():
+        return {}
+    rows = open_manifest(candidate).result.get("losses", ())
+    return {row["module"]: row["loss"] for row in rows if row["loss"]}
+
+
+def _outlook(config: Mapping[str, Any], degree: int) -> DegreeOutlook | None:
+    from qwen_pipeline.transforms.gptq_codes import gptq_format
+
+    try:
+        group_size = gptq_format(config).group_size
+        return outlook(config, group_size=max(group_size, 1), degrees=[degree])[0]
+    except PipelineError:
+        return None
+
+
+def _write_report(partial: Path, findings: Findings, result: Mapping[str, Any], report: str) -> None:
+    from qwen_pipeline.evaluation.plots import draw_perplexity, draw_quantization_error
+
+    draw_perplexity(findings, partial / PERPLEXITY_PLOT)
+    draw_quantization_error(findings, partial / ERROR_PLOT)
+    (partial / REPORT).write_text(report)
+    (partial / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

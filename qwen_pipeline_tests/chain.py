@@ -1,0 +1,71 @@
+"""A tiny model that went through the real stages: merged, padded, quantized. Made once, read by many tests."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline_tests.tiny import tiny_qwen2
+
+GROUP_SIZE = 32
+WORDS = [
+    "the",
+    "a",
+    "model",
+    "reads",
+    "writes",
+    "weight",
+    "layer",
+    "token",
+    "group",
+    "rank",
+    "scale",
+    "channel",
+    "small",
+    "large",
+    "quiet",
+    "loud",
+    "and",
+    "or",
+    "of",
+    "in",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """96 MLP channels, padded to 128 for 2 ranks, at 4 bits in groups of 32."""
+
+    merged: Path
+    padded: Path
+    quantized: Path
+    text: Path
+    engine: EngineEnvironment
+
+
+def make_chain(root: Path) -> Chain:
+    """Make a chain below ``root``; takes about ten seconds."""
+    engine = find_environment("gptqmodel")
+    merged = tiny_qwen2(root / "merged")
+    padded = pad(source=merged, destination=Directory(root / "padded"), group_size=GROUP_SIZE, tensor_parallel=2).path
+    calibration = write_text(root / "calibration.jsonl", documents=24, stride=7)
+    quantized = quantize(
+        source=padded,
+        destination=Directory(root / "quantized"),
+        calibration=calibration,
+        spec=QuantSpec(group_size=GROUP_SIZE, samples=16, seq_len=64, batch_size=8, threads=2, device="cpu"),
+        engine=engine,
+    ).path
+    text = write_text(root / "held_out.jsonl", documents=12, stride=5)
+    return Chain(merged=merged, padded=padded, quantized=quantized, text=text, engine=engine)
+
+
+def write_text(file: Path, *, documents: int, stride: int) -> Path:
+    """Write a JSONL file of word salad, the same for the same numbers."""
+    salads = (" ".join(WORDS[(i * stride + j * j) % len(WORDS)] for j in range(24)) for i in range(documents))
+    file.write_text("\n".join(json.dumps({"text": salad}) for salad in salads))
+    return file

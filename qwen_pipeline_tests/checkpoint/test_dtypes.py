@@ -1,0 +1,17 @@
+"""Sizes are known without torch, and are torch's."""
+
+import subprocess
+import sys
+
+from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES
+
+
+def test_every_readable_dtype_has_the_size_torch_gives_it() -> None:
+    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == dict(ITEM_BYTES)
+    assert {DTYPE_NAMES[dtype]: dtype for dtype in TORCH_DTYPES.values()} == TORCH_DTYPES
+
+
+def test_a_store_is_read_without_torch() -> None:
+    code = "import sys, qwen_pipeline.checkpoint.store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
