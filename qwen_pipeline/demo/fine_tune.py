@@ -14,7 +14,7 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 class Training:
     """One pass of AdamW with a linearly falling learning rate over windows of packed conversations."""
 
-    steps: int = 60
+    steps: int = 20
     windows_per_step: int = 2
     seq_len: int = 256
     learning_rate: float = 1e-3

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qwen_pipeline.checkpoint.dtypes import TORCH_DTYPES
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TORCH_DTYPES, header_bytes, open_safetensors
+from qwen_pipeline.checkpoint.safetensors_file import header_bytes, open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
 
 INDEX = "model.safetensors.index.json"
