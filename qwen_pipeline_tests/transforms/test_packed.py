@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import EngineFault
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.packed import CODES, code_specs, quantized_checkpoint
