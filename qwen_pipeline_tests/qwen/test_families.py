@@ -1,7 +1,7 @@
 """Every Qwen family of the installed Transformers is either padded or refused by name."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,24 +13,10 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import DENSE, places_of, require_dense, require_mlp_tensors, stored_names
 from qwen_pipeline.qwen.geometry import plan_padding
 from qwen_pipeline.transforms.padding import pad
+from qwen_pipeline_tests.tiny import VISION, tiny_qwen2, tiny_qwen3, tiny_vl
 
 FAMILIES = sorted(name for name in CONFIG_MAPPING_NAMES if "qwen" in name)
-TEXT: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-}
-VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 3},
-    "qwen2_5_vl": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64},
-    "qwen3_vl": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64,
-                 "deepstack_visual_indexes": [0]},
-}  # fmt: skip
+TINY = {"qwen2": tiny_qwen2, "qwen3": tiny_qwen3} | {family: partial(tiny_vl, family) for family in VISION}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,12 +40,7 @@ def test_experts_and_hybrids_are_told_apart_from_the_unknown() -> None:
 def test_the_mlps_of_the_decoder_are_found_as_transformers_saves_them_and_no_others(
     family: str, tmp_path: Path
 ) -> None:
-    if family in VISION:
-        config = AutoConfig.for_model(family, text_config=TEXT, vision_config=VISION[family])
-        model = AutoModelForImageTextToText.from_config(config)
-    else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TEXT))
-    model.save_pretrained(tmp_path)
+    TINY[family](tmp_path)
     live = open_checkpoint(tmp_path)
 
     axes = require_mlp_tensors(live, 96)
@@ -71,10 +52,14 @@ def test_the_mlps_of_the_decoder_are_found_as_transformers_saves_them_and_no_oth
     assert [name for name in live if padded[name] != live[name]] == [name for name in live if name in axes]
     if family in VISION:
         assert padded.config["vision_config"] == live.config["vision_config"]
-    assert [place.rpartition(".")[0] for place in places_of(live.config, "intermediate_size")] == (
-        ["text_config"] if family in VISION else [""]
-    )
+    place = "text_config.intermediate_size" if family in VISION else "intermediate_size"
+    assert places_of(live.config, "intermediate_size") == (place,)
 
-    for name, module in model.named_modules():
+
+@pytest.mark.parametrize("family", DENSE)
+def test_each_linear_layer_in_memory_has_one_stored_tensor(family: str, tmp_path: Path) -> None:
+    stored = open_checkpoint(TINY[family](tmp_path))
+    auto = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
+    for name, module in auto.from_pretrained(tmp_path).named_modules():
         if isinstance(module, torch.nn.Linear):
-            assert len(stored_names(name, live)) == 1, name
+            assert len(stored_names(name, stored)) == 1, name

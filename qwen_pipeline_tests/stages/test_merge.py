@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, contents_of
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
@@ -19,7 +21,7 @@ from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.merge import CHECKS, fine_tune_digest, merge
 from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS
 from qwen_pipeline_tests.oracles import logits, peft_merge
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import VISION, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl
 
 
 def reports_of(artifact: Artifact) -> dict[str, CheckReport]:
@@ -49,6 +51,23 @@ def test_an_adapter_merges_into_a_checkpoint_that_transformers_loads(tmp_path: P
     assert all(report.passed for report in reports.values())
     assert reports["every_tensor_is_used"].measured == "28 of 28"
     assert merge(base=base, fine_tune=adapter, destination=Directory(tmp_path / "merged")).reused
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_an_adapter_of_a_vision_language_model_finds_the_published_names(tmp_path: Path, family: str) -> None:
+    base = tiny_vl(family, tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    peft = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "qkv", "down_proj"], init_lora_weights=False)
+    )
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    merged = merge(base=base, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "merged"))
+
+    theirs = peft.merge_and_unload().state_dict()
+    ours = AutoModelForImageTextToText.from_pretrained(merged.path).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
+    assert any("visual" in name for name in merged.manifest.result["scalings"])
 
 
 def test_a_full_fine_tune_passes_through(tmp_path: Path) -> None:

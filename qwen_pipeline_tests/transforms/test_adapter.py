@@ -84,9 +84,9 @@ def test_every_tensor_counts(adapter: Path, change: Callable[[Tensors, str], Non
         {"trainable_token_indices": [1, 2]},
         {"alora_invocation_tokens": [3]},
         {"layer_replication": [(0, 2), (1, 2)]},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa", "target_modules": ["q_proj"]},
+        {"init_lora_weights": "pissa_niter_4", "target_modules": ["q_proj"]},
+        {"init_lora_weights": "olora", "target_modules": ["q_proj"]},
     ],
     ids=lambda lora: next(iter(lora)),
 )

@@ -102,6 +102,16 @@ def test_modules_that_the_base_does_not_have_are_named(tmp_path: Path) -> None:
         merge_lora(open_checkpoint(tiny_qwen2(tmp_path / "base")), adapter)
 
 
+def test_two_updates_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    base = tiny_qwen2(tmp_path / "base")
+    root = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tensors = load_file(root / ADAPTER_WEIGHTS)
+    tensors |= {name.replace("model.layers", "model.language_model.layers"): t.clone() for name, t in tensors.items()}
+    save_file(tensors, root / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterRefused, match=r"layers\.0\.self_attn\.q_proj\.weight already gets another update"):
+        merge_lora(open_checkpoint(base), open_adapter(root))
+
+
 def test_a_changed_copy_of_a_base_weight_is_refused(tmp_path: Path) -> None:
     base = tiny_qwen2(tmp_path / "base")
     root = tiny_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
