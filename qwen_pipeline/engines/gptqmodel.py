@@ -21,7 +21,7 @@ NOT_SOLVED = 999_999_999
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Quantize ``job.source`` with ``job.windows`` into ``job.packed`` and return nothing but the files' names.
+    """Quantize ``job.source`` with ``job.windows`` into ``job.packed``; the files are the result.
 
     Rounding to nearest as a fallback is switched off; where the solver gives up all the same (a Hessian that is not
     positive definite) GPTQModel logs :data:`NOT_SOLVED` as the loss, and the stage's check fails.

@@ -31,7 +31,7 @@ class QuantSpec:
         sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
         damp_percent: Share of the mean Hessian diagonal that is added to it.
-        mse: Exponent of the error that a search over clipped scales minimizes; 0 takes the extreme values.
+        mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 takes the extreme values.
         samples: Windows of calibration tokens.
         seq_len: Tokens per window.
         seed: Decides which calibration records are drawn, and their order.
@@ -61,6 +61,8 @@ class QuantSpec:
         for name in ("samples", "seq_len", "batch_size", "threads"):
             _require_range(name, getattr(self, name), low=1)
         _require_range("mse", self.mse, low=0)
+        if self.mse and self.engine == "autogptq":
+            raise InputRefused(f"AutoGPTQ does not search scales, mse is {self.mse}.", remedy="Leave mse at 0.")
         if not 0 < self.damp_percent < 1:
             raise InputRefused(
                 f"damp_percent is {self.damp_percent}, expected more than 0 and less than 1.", remedy="Try 0.05."

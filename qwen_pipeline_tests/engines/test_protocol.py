@@ -16,6 +16,7 @@ from qwen_pipeline.errors import InputRefused
     [
         {"engine": "other"}, {"device": "tpu"}, {"bits": 3}, {"group_size": 0}, {"group_size": -1}, {"samples": 0},
         {"seq_len": 0}, {"batch_size": 0}, {"threads": 0}, {"damp_percent": 0.0}, {"damp_percent": 1.0}, {"mse": -1.0},
+        {"mse": 2.4, "engine": "autogptq"},
     ],
     ids=str,
 )  # fmt: skip
