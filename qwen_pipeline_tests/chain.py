@@ -3,37 +3,18 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store import Artifact, Directory
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.stages.validate import validate
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 GROUP_SIZE = 32
-WORDS = [
-    "the",
-    "a",
-    "model",
-    "reads",
-    "writes",
-    "weight",
-    "layer",
-    "token",
-    "group",
-    "rank",
-    "scale",
-    "channel",
-    "small",
-    "large",
-    "quiet",
-    "loud",
-    "and",
-    "or",
-    "of",
-    "in",
-]
+WORDS = "the a model reads writes weight layer token group rank scale channel small large quiet loud of in".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +43,24 @@ def make_chain(root: Path) -> Chain:
     ).path
     text = write_text(root / "held_out.jsonl", documents=12, stride=5)
     return Chain(merged=merged, padded=padded, quantized=quantized, text=text, engine=engine)
+
+
+def validate_chain(chain: Chain, out: Path, **changes: Any) -> Artifact:
+    """Validate a chain into ``out``; ``changes`` replace arguments of the stage."""
+    arguments: dict[str, Any] = {
+        "reference": chain.merged,
+        "candidate": chain.quantized,
+        "padded": chain.padded,
+        "base": chain.merged,
+        "text": chain.text,
+        "engine": chain.engine.python,
+        "destination": Directory(out),
+        "tensor_parallel": 2,
+        "windows": 2,
+        "seq_len": 64,
+        "prompts": ["Hi", "Yo"],
+    }
+    return validate(**(arguments | changes))
 
 
 def write_text(file: Path, *, documents: int, stride: int) -> Path:

@@ -90,6 +90,7 @@ def load_model(root: str) -> nn.Module:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be told which they are
             **kernel,
         )
     except MemoryError:

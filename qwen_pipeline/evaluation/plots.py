@@ -4,6 +4,7 @@ Backgrounds are transparent and ink is a middle grey, so that they read on light
 """
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
     """Draw a bar for each model that loaded, with its perplexity and the change from the one before."""
-    known = [(role, model.perplexity) for role, model in findings.models.items() if model.perplexity]
+    known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
     figure = Figure(figsize=(7.2, 0.7 + 0.42 * len(known)), layout="constrained")
     axes = _axes(figure)
     previous = None
@@ -49,7 +50,7 @@ def draw_quantization_error(findings: Findings, path: Path) -> None:
     axes = _axes(figure, rows, 1)
     _draw_by_layer(axes, errors, {error.module: error.relative for error in errors})
     axes.set_ylabel("‖W - Wq‖ / ‖W‖", color=INK, fontsize=9)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max((error.relative for error in errors), default=1))
     if losses:
         axes = _axes(figure, rows, 2)
         _draw_by_layer(axes, errors, losses)
@@ -77,7 +78,7 @@ def _draw_by_layer(axes: Axes, errors: Sequence[WeightError], values: Mapping[st
 def _axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
     axes = figure.add_subplot(rows, 1, row)
     axes.patch.set_alpha(0)
-    axes.tick_params(colors=INK, labelsize=8)
+    axes.tick_params(which="both", colors=INK, labelsize=8)
     axes.grid(visible=True, color=INK, alpha=0.18, linewidth=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():

@@ -2,10 +2,11 @@
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qwen_pipeline.evaluation.checks import verdict
+from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import Findings
 from qwen_pipeline.evaluation.samples import Sample
 from qwen_pipeline.reports import CheckReport
@@ -21,7 +22,7 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, windows
     sections = [
         "# Validation report",
         f"**{verdict(reports).capitalize()}.**",
-        quality_table(findings),
+        quality_table(findings.models, findings.nbytes),
         "## Checks",
         checks_table(reports),
         f"![Perplexity by stage]({PERPLEXITY_PLOT})",
@@ -61,11 +62,11 @@ def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> 
     return _IMAGE.sub(inline, (path / REPORT).read_text())
 
 
-def quality_table(findings: Findings) -> str:
+def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
     """Return one row a model: size, perplexity, its change from the model before, distance from the merged model."""
     return _table(
         ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement"),
-        _quality_rows(findings),
+        _quality_rows(models, nbytes),
     )
 
 
@@ -86,10 +87,10 @@ def checks_table(reports: Sequence[CheckReport]) -> str:
     )
 
 
-def _quality_rows(findings: Findings) -> Iterator[Sequence[str]]:
+def _quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> Iterator[Sequence[str]]:
     before = None
-    for role, model in findings.models.items():
-        size = f"{findings.nbytes[role] / 1e6:,.1f}"
+    for role, model in models.items():
+        size = f"{nbytes[role] / 1e6:,.1f}"
         if model.perplexity is None:
             yield (role, size, "not loaded", "", "", "", "")
             continue

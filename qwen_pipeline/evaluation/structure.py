@@ -6,6 +6,7 @@ for.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Structure:
     Attributes:
         problems: A sentence for each thing that is wrong or missing; it names the tensor or the config field.
         padding: What became of the channels that padding had added.
-        errors: One for each quantized weight whose codes could be read, layer by layer.
+        errors: One for each quantized weight whose codes give numbers, layer by layer.
     """
 
     problems: Sequence[str]
@@ -71,7 +72,7 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
     return Structure(
         problems=problems,
         padding=check_padding(comparisons, {linear.layer for linear in linears}),
-        errors=[comparison.error for comparison in comparisons.values()],
+        errors=[found.error for found in comparisons.values() if isfinite(found.error.relative)],
     )
 
 

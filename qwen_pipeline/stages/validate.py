@@ -22,6 +22,7 @@ from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT,
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Sample
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
 from qwen_pipeline.qwen.precision import require_full_precision
@@ -138,7 +139,8 @@ def validate(
             parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel),
         )
         reports = judge(findings, limits)
-        result = {"checks": rounded(dump_reports(reports)), "findings": findings.to_json()}
+        lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
+        result = {"checks": rounded(dump_reports(reports)), "findings": findings.to_json(), "lineage": lineage}
         _write_report(partial, findings, result, render_report(findings, reports, windows=len(tokens), seq_len=seq_len))
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
 

@@ -138,7 +138,7 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpack int32 words [R, C] into int32 codes [R * 32 / bits, C]: the first rows come from the lowest bits."""
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
     codes = (words[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
-    return codes.reshape(-1, words.shape[1])
+    return codes.reshape(len(words) * len(shifts), words.shape[1])
 
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:

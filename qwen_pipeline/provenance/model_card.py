@@ -1,0 +1,157 @@
+"""The README of a release: what a hub reads in its first lines, and what a person needs below them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from qwen_pipeline.provenance.lineage import Step
+from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.qwen.geometry import WIDTH, outlook
+
+DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Tensor-parallel degrees that a card speaks about."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What a card is rendered from.
+
+    Attributes:
+        name: The fine-tune's name.
+        base_model: Hub id of the base, or a directory, of which the card says the last part only.
+        config: The quantized checkpoint's ``config.json``.
+        zero_channels: Channels that padding added to each MLP.
+        quality: A Markdown table of what validation measured.
+        verdict: How its checks went, in words.
+        steps: Lineage, from the first step to the validation.
+    """
+
+    name: str
+    base_model: str
+    config: Mapping[str, Any]
+    zero_channels: int
+    quality: str
+    verdict: str
+    steps: Sequence[Step]
+
+    def render(self) -> str:
+        """Return the card: YAML front matter, then Markdown."""
+        sections = [
+            f"# {self.name}, GPTQ {self._bits} bits",
+            f"A fine-tune of {self._base_link}, quantized with GPTQ to {self._bits} bits in groups of"
+            f" {self._group_size}. The weights are safetensors; no remote code is needed.",
+            "## How to load it",
+            self._transformers(),
+            self._vllm(),
+            "## Quality",
+            f"Measured on held-out text before release: {self.verdict}. The full report is in"
+            " [validation/report.md](validation/report.md).",
+            self.quality,
+            *self._padding(),
+            "## Lineage",
+            "Each content digest covers tensors and files, not times or machines; the same inputs give the same digest."
+            " Settings are in [provenance.json](provenance.json).",
+            self._lineage(),
+        ]
+        return f"---\n{self._front_matter()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+    @property
+    def _quantization(self) -> Mapping[str, Any]:
+        return self.config["quantization_config"]
+
+    @property
+    def _bits(self) -> int:
+        return self._quantization["bits"]
+
+    @property
+    def _group_size(self) -> int:
+        return self._quantization["group_size"]
+
+    @property
+    def base_name(self) -> str:
+        """The base's hub id, or the name of its directory."""
+        return self.base_model if _HUB_ID.fullmatch(self.base_model) else PurePath(self.base_model).name
+
+    @property
+    def _base_link(self) -> str:
+        return (
+            f"[{self.base_name}](https://huggingface.co/{self.base_name})"
+            if "/" in self.base_name
+            else f"`{self.base_name}`"
+        )
+
+    def _front_matter(self) -> str:
+        from huggingface_hub import ModelCardData
+
+        data = ModelCardData(
+            base_model=self.base_name,
+            base_model_relation="quantized",
+            library_name="transformers",
+            license=self.config.get("license"),
+            pipeline_tag="text-generation",
+            tags=["gptq", f"{self._bits}-bit", str(self.config["model_type"])],
+        )
+        return data.to_yaml()
+
+    def _transformers(self) -> str:
+        return f"""```python
+# pip install transformers optimum gptqmodel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{self.name}"  # this directory, or where you uploaded it
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
+chat = [{{"role": "user", "content": "What is the capital of France?"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs.to(model.device), max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+    def _vllm(self) -> str:
+        degrees = serving_degrees(self.config)
+        command = f"vllm serve {self.name}" + (f" --tensor-parallel-size {degrees[-1]}" if degrees[-1:] > [1] else "")
+        listed = ", ".join(map(str, degrees)) or "none"
+        return (
+            f"```bash\n{command}\n```\n\n"
+            f"Tensor-parallel degrees at which every rank holds whole quantization groups and heads: **{listed}**"
+            f" (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong answers."
+        )
+
+    def _padding(self) -> list[str]:
+        if not self.zero_channels:
+            return []
+        width = int(text_config(self.config)[WIDTH])
+        return [
+            "## Padding",
+            f"Each MLP has {width} channels instead of the base's {width - self.zero_channels}: {self.zero_channels}"
+            " channels of zeros were added before quantization, so that tensor-parallel ranks can share whole groups of"
+            f" {self._group_size}. They change no output: silu(0) x 0 = 0 meets zero columns in `down_proj`, and"
+            " validation found all of them exactly zero. Adapters trained on this checkpoint do not fit the unpadded"
+            " base.",
+        ]
+
+    def _lineage(self) -> str:
+        made = {step.content_digest for step in self.steps}
+        inputs = ((role, digest) for step in self.steps for role, digest in step.inputs.items())
+        given: dict[str, str] = {}
+        for role, digest in inputs:
+            if digest not in made:
+                given.setdefault(digest, role)
+        return "\n".join(
+            [
+                "| what | content digest | made from |",
+                "| --- | --- | --- |",
+                *(f"| {role} | `{digest}` | |" for digest, role in given.items()),
+                *(f"| {step.stage} | `{step.content_digest}` | {', '.join(step.inputs)} |" for step in self.steps),
+            ]
+        )
+
+
+def serving_degrees(config: Mapping[str, Any]) -> list[int]:
+    """Return those of :data:`DEGREES` at which ranks hold whole groups and whole heads."""
+    group_size = max(1, config["quantization_config"]["group_size"])
+    rows = outlook(config, group_size=group_size, degrees=DEGREES)
+    return [row.degree for row in rows if row.legal and row.target == row.live]

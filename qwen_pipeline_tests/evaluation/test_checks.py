@@ -1,0 +1,119 @@
+"""The verdict: each threshold decides its own check, and what was not measured never passes."""
+
+from dataclasses import replace
+from math import nan
+
+import pytest
+
+from qwen_pipeline.evaluation.checks import CHECKS, judge, verdict
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.limits import Limits
+from qwen_pipeline.evaluation.samples import Sample
+from qwen_pipeline.evaluation.structure import Structure
+from qwen_pipeline.evaluation.weights import PaddingFindings, WeightError
+from qwen_pipeline.qwen.geometry import outlook
+from qwen_pipeline.reports import CheckReport
+
+CONFIG = {
+    "model_type": "qwen2",
+    "intermediate_size": 96,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+SILENT = DivergenceFigures(mean=1e-9, p95=0, p99_9=0, max=0, top1_agreement=1)
+CLOSE = DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
+GOOD = Findings(
+    structure=Structure(
+        problems=[],
+        padding=PaddingFindings(channels=64),
+        errors=[WeightError(module="layers.0.mlp.up_proj", layer=0, kind="mlp.up_proj", relative=0.1)],
+    ),
+    models={
+        BASE: ModelFigures(perplexity=20.0),
+        MERGED: ModelFigures(perplexity=10.0),
+        PADDED: ModelFigures(perplexity=10.0, divergence=SILENT),
+        QUANTIZED: ModelFigures(perplexity=11.0, divergence=CLOSE),
+    },
+    nbytes={},
+    samples=[Sample(prompt="?", reference="Yes.", candidate="Yes!")],
+    losses={},
+    parallel=outlook(CONFIG, group_size=32, degrees=[1])[0],
+)
+
+
+def failed(findings: Findings, limits: Limits | None = None) -> dict[str, CheckReport]:
+    reports = judge(findings, limits or Limits())
+    assert [report.name for report in reports] == [check.name for check in CHECKS]
+    return {report.name: report for report in reports if not report.passed}
+
+
+def with_model(role: str, model: ModelFigures) -> Findings:
+    return replace(GOOD, models={**GOOD.models, role: model})
+
+
+def test_a_good_model_passes_everything() -> None:
+    assert failed(GOOD) == {}
+    assert verdict(judge(GOOD, Limits())) == "passed: 9 of 9 checks"
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [
+        (Limits(max_perplexity_ratio=1.05), "perplexity_ratio"),
+        (Limits(max_mean_kl=0.05), "kl_divergence"),
+        (Limits(min_top1_agreement=0.95), "top1_agreement"),
+        (Limits(max_padding_kl=1e-10), "padding_is_silent"),
+        (Limits(max_merged_ratio=0.4), "merged_not_worse"),
+    ],
+)
+def test_each_limit_decides_one_check(limits: Limits, name: str) -> None:
+    assert failed(GOOD, limits).keys() == {name}
+
+
+def test_structure_padding_and_answers_are_heard() -> None:
+    problems = replace(GOOD, structure=replace(GOOD.structure, problems=["x.scales is missing."]))
+    assert failed(problems)["structure"].detail == "x.scales is missing."
+    audible = replace(GOOD, structure=replace(GOOD.structure, padding=PaddingFindings(audible=["down_proj: loud"])))
+    assert "down_proj: loud" in failed(audible)["padding_is_silent"].detail
+    broken = replace(GOOD, samples=[Sample(prompt="?", reference="Yes.", candidate="!" * 9)])
+    (report,) = failed(broken).values()
+    assert not report.blocks
+
+
+def test_a_candidate_that_does_not_load_fails_what_needs_it() -> None:
+    found = failed(with_model(QUANTIZED, ModelFigures(fault="ValueError: no")))
+    assert found.keys() == {"loads_in_transformers", "perplexity_ratio", "kl_divergence", "top1_agreement"}
+    assert found["loads_in_transformers"].detail == "quantized: ValueError: no"
+    assert found["kl_divergence"].detail == "Not measured: not loaded: quantized."
+
+
+def test_a_perplexity_that_is_not_a_number_fails() -> None:
+    nans = DivergenceFigures(mean=nan, p95=nan, p99_9=nan, max=nan, top1_agreement=0)
+    found = failed(with_model(QUANTIZED, ModelFigures(perplexity=nan, divergence=nans)))
+    assert found.keys() == {"perplexity_ratio", "kl_divergence", "top1_agreement"}
+    assert rounded(found["kl_divergence"].measured) == "nan"
+
+
+def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
+    width = failed(replace(GOOD, parallel=outlook(CONFIG, group_size=32, degrees=[2])[0]))["tensor_parallel"]
+    assert width.blocks
+    assert "pad 96 to 128" in width.detail
+    heads = failed(replace(GOOD, parallel=outlook(CONFIG, group_size=32, degrees=[3])[0]))["tensor_parallel"]
+    assert not heads.blocks
+    assert "4 attention heads do not divide by 3" in heads.detail
+    assert failed(replace(GOOD, parallel=None))["tensor_parallel"].blocks
+
+
+def test_without_base_and_padding_there_is_nothing_to_fail() -> None:
+    models = {role: GOOD.models[role] for role in (MERGED, QUANTIZED)}
+    assert failed(replace(GOOD, models=models)) == {}
+
+
+def test_rounding_keeps_structure_and_names_what_is_not_finite() -> None:
+    assert rounded({"a": [0.123456789, 3, "x", None, True], "b": float("inf")}) == {
+        "a": [0.123457, 3, "x", None, True],
+        "b": "inf",
+    }

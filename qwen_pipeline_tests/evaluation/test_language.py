@@ -1,0 +1,120 @@
+"""The worker's measurements against plain Transformers, and what it says of checkpoints that do not load whole."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
+
+from qwen_pipeline.errors import EnvironmentFault
+from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
+from qwen_pipeline.evaluation.language import NotLoaded, Reference, evaluate, load_model
+from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
+from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2, tiny_qwen3
+
+
+def windows(count: int = 3, length: int = 20) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return str(tiny_qwen2(root / "a", tie=True)), str(tiny_qwen3(root / "b", seed=3))
+
+
+def test_perplexity_and_divergence_are_plain_transformers(models: tuple[str, str]) -> None:
+    first, second = (load_model(root) for root in models)
+    reference_figures, hidden = evaluate(first, windows())
+    reference = Reference(head=first.get_output_embeddings(), hidden=hidden)  # pyright: ignore[reportCallIssue]
+    figures, _ = evaluate(second, windows(), reference=reference)
+
+    plain = [AutoModelForCausalLM.from_pretrained(root, dtype=torch.float64) for root in models]
+    with torch.no_grad():
+        logits = [torch.cat([model(w[None]).logits[0, :-1] for w in windows()]) for model in plain]
+    targets = torch.cat([w[1:] for w in windows()])
+    for model, expected in zip((reference_figures, figures), logits, strict=True):
+        assert model.perplexity == pytest.approx(cross_entropy(expected, targets).exp().item(), rel=1e-4)
+        assert model.tokens == 3 * 19
+    p, q = (x.log_softmax(-1) for x in logits)
+    kl = kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    assert figures.divergence
+    assert figures.divergence.mean == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert figures.divergence.p95 == pytest.approx(kl.quantile(0.95).item(), rel=1e-4)
+    assert figures.divergence.max == pytest.approx(kl.max().item(), rel=1e-4)
+    assert figures.divergence.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+
+
+def test_the_kept_head_gives_the_reference_logits_again(models: tuple[str, str]) -> None:
+    model = load_model(models[0])
+    _, hidden = evaluate(model, windows(1))
+    figures, _ = evaluate(
+        model,
+        windows(1),
+        reference=Reference(head=model.get_output_embeddings(), hidden=hidden),  # pyright: ignore[reportCallIssue]
+    )
+    assert figures.divergence
+    assert figures.divergence.max == 0
+
+
+def test_a_model_with_made_up_weights_is_not_loaded(tmp_path: Path) -> None:
+    root = tiny_qwen2(tmp_path / "model")
+    file = root / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.extra.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(NotLoaded) as fault:
+        load_model(str(root))
+    assert "missing_keys: model.layers.1.mlp.up_proj.weight" in str(fault.value)
+    assert "unexpected_keys: model.layers.0.extra.weight" in str(fault.value)
+
+
+def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(chain: Chain, tmp_path: Path) -> None:
+    """One process: the merged model, its quantized form, one without a tensor, one whose sizes are another model's."""
+    missing = copy_without(chain.quantized, tmp_path / "missing", "model.layers.0.mlp.gate_proj.qweight")
+    resized = Path(shutil.copytree(chain.quantized, tmp_path / "resized"))
+    config = json.loads((resized / "config.json").read_text())
+    (resized / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    found = measure(chain, tmp_path, quantized=chain.quantized, missing=missing, resized=resized)
+
+    assert found["quantized"].linears == {"Linear": 1, "TorchLinear": 14}
+    assert found["quantized"].divergence
+    assert 0 < found["quantized"].divergence.mean < 0.1
+    assert len(found["quantized"].answers[0]) == 4
+    assert "model.layers.0.mlp.gate_proj.qweight" in (found["missing"].fault or "")
+    assert "mlp.down_proj" in (found["resized"].fault or "")
+
+
+def test_an_environment_without_the_engine_is_a_fault(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="cannot load GPTQ checkpoints: No module named"):
+        measure(chain, tmp_path, python=Path(sys.executable))
+
+
+def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: Path) -> dict[str, ModelFigures]:
+    measurement = Measurement(
+        models={"merged": str(chain.merged)} | {role: str(root) for role, root in others.items()},
+        reference="merged",
+        compared=list(others),
+        answering=["quantized"],
+        windows=[window.tolist() for window in windows(2)],
+        prompts=[[5, 6, 7]],
+        max_new_tokens=4,
+    )
+    python = python or chain.engine.python
+    return load_figures(run_worker(python, TARGET, measurement.to_json(), log=logs / "log", env=ENVIRONMENT).value)
+
+
+def copy_without(root: Path, out: Path, name: str) -> Path:
+    shutil.copytree(root, out)
+    tensors = load_file(out / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out

@@ -1,0 +1,110 @@
+"""Validation end to end on a chain that the real stages made."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint.store import Artifact, require_intact
+from qwen_pipeline.errors import CheckpointRefused, InputRefused, QuantizedInputRefused
+from qwen_pipeline.evaluation.report import report_markdown
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.stages.validate import CHECKS
+from qwen_pipeline_tests.chain import Chain, validate_chain
+
+
+def reports(artifact: Artifact) -> dict[str, CheckReport]:
+    found = load_reports(artifact.manifest.result)
+    assert [report.name for report in found] == [check.name for check in CHECKS]
+    return {report.name: report for report in found}
+
+
+def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validated: Artifact) -> None:
+    assert all(report.passed for report in reports(validated).values() if report.name != "sample_texts")
+    assert reports(validated)["padding_is_silent"].measured == pytest.approx(0, abs=1e-9)
+    assert validated.manifest.derivation.inputs.keys() == {"base", "reference", "padded", "candidate", "text"}
+    assert [step["stage"] for step in validated.manifest.result["lineage"]] == ["padded"]
+    assert validated.manifest.run.peak_memory_bytes > 200e6  # the worker's
+    require_intact(validated.path)
+
+    report = (validated.path / "report.md").read_text()
+    assert report.startswith("# Validation report\n\n**Passed: ")
+    for words in ("| quantized |", "| padding_is_silent |", "(perplexity.png)", "(quantization_error.png)", "> Hi"):
+        assert words in report
+    for file in ("report.json", "perplexity.png", "quantization_error.png"):
+        assert (validated.path / file).stat().st_size > 500
+    assert json.loads((validated.path / "report.json").read_text()) == validated.manifest.result
+    assert not re.search(r"/tmp|/home|20\d\d-", report + (validated.path / "report.json").read_text())
+
+    inlined = report_markdown(validated.path)
+    assert inlined.count("data:image/png;base64,") == 2
+    assert ".png)" not in inlined
+    assert "data:image" not in report_markdown(validated.path, max_inline_bytes=100)
+
+    assert validate_chain(chain, validated.path).reused
+
+
+def test_the_same_inputs_give_the_same_bytes(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
+    progress: list[Progress] = []
+    again = validate_chain(chain, tmp_path / "again", observe=progress.append)
+    assert again.manifest.content_digest == validated.manifest.content_digest
+    tasks = {event.task: event for event in progress if event.done}
+    assert tasks["evaluate quantized"].done == tasks["evaluate quantized"].total == 2
+    assert tasks["compare weights"].done == 14
+
+
+def test_a_candidate_that_cannot_be_loaded_fails_with_the_reason(chain: Chain, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(chain.quantized, tmp_path / "broken", ignore=_manifest))
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.0.mlp.gate_proj.scales"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+
+    found = reports(validate_chain(chain, tmp_path / "out", candidate=broken, base=None))
+    failed = {name for name, report in found.items() if report.blocks}
+    assert failed == {"structure", "loads_in_transformers", "perplexity_ratio", "kl_divergence", "top1_agreement"}
+    assert found["structure"].detail == "model.layers.0.mlp.gate_proj.scales is missing."
+    assert "gate_proj.scales" in found["loads_in_transformers"].detail
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.startswith("# Validation report\n\n**Failed: structure, ")
+    assert "*not loaded*" in report
+
+
+def test_a_byte_that_changed_since_quantization_is_refused(chain: Chain, tmp_path: Path) -> None:
+    tampered = Path(shutil.copytree(chain.quantized, tmp_path / "tampered"))
+    tensors = load_file(tampered / "model.safetensors")
+    scales = tensors["model.layers.0.mlp.gate_proj.scales"]
+    scales[0, 0] = scales[0, 0].nextafter(scales[0, 1] * 0)
+    save_file(tensors, tampered / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointRefused, match=r"not what its manifest says.*model\.safetensors"):
+        validate_chain(chain, tmp_path / "out", candidate=tampered)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_inputs_are_refused_before_anything_is_written(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(QuantizedInputRefused, match="reference"):
+        validate_chain(chain, tmp_path / "out", reference=chain.quantized)
+    with pytest.raises(InputRefused, match="fewer than one window of 100000"):
+        validate_chain(chain, tmp_path / "out", seq_len=100_000)
+    with pytest.raises(InputRefused, match="cannot be read"):
+        validate_chain(chain, tmp_path / "out", text=tmp_path / "absent.txt")
+    cut = Path(shutil.copytree(chain.quantized, tmp_path / "cut"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointRefused, match=r"cut/model\.safetensors"):
+        validate_chain(chain, tmp_path / "out", candidate=cut)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_tokens_beyond_a_vocabulary_are_refused(chain: Chain, tmp_path: Path) -> None:
+    small = Path(shutil.copytree(chain.merged, tmp_path / "small"))
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(InputRefused, match="the base model's vocabulary has 100"):
+        validate_chain(chain, tmp_path / "out", base=small)
+
+
+def _manifest(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name == "manifest.json"]
