@@ -87,11 +87,11 @@ def demo(
     base: Annotated[str | None, typer.Option(help="Directory or hub id of another base than the small one.")] = None,
 ) -> Answer:
     """Train a small LoRA on a small real model and take it all the way to a published checkpoint, in minutes."""
+    from qwen_pipeline.cli.demo import run_demo
     from qwen_pipeline.cli.watching import watching
-    from qwen_pipeline.demo import run_demo
 
     with watching() as observe:
-        return Answer(data=run_demo(base=base, observe=observe))
+        return run_demo(base=base, observe=observe)
 
 
 @answering(app, "ui", examples=["qwen-pipeline ui", "qwen-pipeline ui --port 3001"])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import dagster as dg
 
@@ -14,7 +15,7 @@ from qwen_pipeline.defs.home import open_instance
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.defs.sensors import ARRIVAL_TAG
+from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
 from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.errors import CheckFailed, PipelineError
 from qwen_pipeline.inbox import require_name
@@ -56,6 +57,21 @@ def run_fine_tune(settings: Settings, fine_tune: str, *, watch: Observe = unobse
 def publish_fine_tune(settings: Settings, fine_tune: str, *, watch: Observe = unobserved) -> Outcome:
     """Materialize the release alone, from what the store last held."""
     return materialize(Pipeline(settings, watch, pauses=()), require_name(fine_tune), only=["published_checkpoint"])
+
+
+def look_into_inbox(settings: Settings) -> list[str]:
+    """Have the real sensor look twice, as the daemon would, and return what it says each time."""
+    pipeline, cursor, said = Pipeline(settings), None, list[str]()
+    with open_instance(settings) as instance:
+        for _ in range(2):
+            context = dg.build_sensor_context(
+                instance, cursor, definitions=code_location(pipeline), resources={"pipeline": pipeline}
+            )
+            result = cast("dg.SensorResult", fine_tune_inbox(context))
+            cursor = result.cursor
+            asked = [f"a run of {request.run_key} is asked for" for request in result.run_requests or ()]
+            said += asked or [str(result.skip_reason.skip_message if result.skip_reason else "nothing new")]
+    return said
 
 
 def materialize(

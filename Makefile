@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up what they need first.
+.PHONY: demo test test-slow check bench ui clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ENGINE := $(VENV)/engines/gptqmodel/.installed
+
+demo: $(ENGINE)
+	$(BIN)/qwen-pipeline demo
+
+test: $(ENGINE)
+	$(BIN)/python -m pytest
+
+test-slow: $(ENGINE)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+ui: $(INSTALLED)
+	$(BIN)/qwen-pipeline ui
+
+clean:
+	rm -rf $(VENV) workspace build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The quantizer's pins collide with Dagster's, so it has an environment of its own that borrows torch from this one.
+$(ENGINE): $(INSTALLED) qwen_pipeline/engines/gptqmodel.requirements.txt
+	$(BIN)/qwen-pipeline engine install gptqmodel
+	@touch $@

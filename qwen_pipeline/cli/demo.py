@@ -1,0 +1,139 @@
+"""``qwen-pipeline demo``: a real base and fine-tune, the real sensor and graph, and what the wrong order would do."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+
+from qwen_pipeline.checkpoint.store import Artifact, Directory
+from qwen_pipeline.cli.answers import Answer
+from qwen_pipeline.cli.tables import artifact_data, artifact_table, check_table
+from qwen_pipeline.config import Settings, config_file, load_settings
+from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
+from qwen_pipeline.demo.fine_tune import train_adapter
+from qwen_pipeline.demo.texts import write_texts
+from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
+from qwen_pipeline.hub import find_base
+from qwen_pipeline.progress import Observe, Progress
+
+if TYPE_CHECKING:
+    from qwen_pipeline.defs.headless import Outcome
+
+FINE_TUNE = "python-tutor"
+_FIRST_LINE = "# Written by `qwen-pipeline demo`. Change it for a model of your own; see docs/operations.md."
+
+
+def run_demo(*, base: str | None, observe: Observe) -> Answer:
+    """Make or find base and fine-tune, let the sensor find the upload, run the graph, then try the wrong order.
+
+    Raises:
+        InputRefused: ``qwen_pipeline.toml`` of this directory was written by somebody else.
+    """
+    from qwen_pipeline.defs.headless import look_into_inbox, run_fine_tune
+
+    settings = _write_settings(base)
+    home = settings.workspace / "demo"
+    model = find_base(base) if base else build_base(home / "base", observe=observe).path
+    texts = write_texts(home)
+    settings.inbox.mkdir(parents=True, exist_ok=True)
+    train_adapter(base=model, texts=texts.training, out=settings.inbox / FINE_TUNE, observe=observe)
+    for remark in look_into_inbox(settings):
+        observe(Progress(task="inbox", done=1, total=1, remark=remark))
+    outcome = run_fine_tune(settings, FINE_TUNE, watch=observe)
+    if outcome.fault:
+        return Answer(data=_data(outcome), view=_story(outcome), fault=outcome.fault)
+    refusal = _wrong_order(settings, outcome)
+    return Answer(
+        data={**_data(outcome), "wrong_order": {"what": refusal.what, "remedy": refusal.remedy}},
+        view=[*_story(outcome), _refusal_panel(refusal), _farewell(outcome)],
+    )
+
+
+def _write_settings(base: str | None) -> Settings:
+    file = config_file()
+    if file.exists() and not file.read_text().startswith(_FIRST_LINE):
+        raise InputRefused(
+            f"{file} holds settings of your own, which the demo would replace.",
+            remedy="Run the demo in another directory.",
+        )
+    file.write_text(_settings_text(base))
+    return load_settings()
+
+
+def _settings_text(base: str | None) -> str:
+    return f"""{_FIRST_LINE}
+workspace = "workspace"
+base_model = {json.dumps(base or "workspace/demo/base")}
+calibration = "workspace/demo/calibration.jsonl"
+
+[padding]
+tensor_parallel = {2 if base else TENSOR_PARALLEL}
+
+[quantization]
+bits = 4
+group_size = {GROUP_SIZE}
+samples = 24
+seq_len = 512
+
+[validation]
+text = "workspace/demo/held_out.jsonl"
+"""
+
+
+def _wrong_order(settings: Settings, outcome: "Outcome") -> QuantizedInputRefused:
+    """Do what the first users of padding did: pad the checkpoint that is already quantized."""
+    from qwen_pipeline.stages import pad, quantize
+
+    quantized = _stage(outcome.artifacts, quantize.STAGE)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            pad.pad(
+                source=quantized.path,
+                destination=Directory(Path(scratch) / "padded"),
+                group_size=settings.quantization.group_size,
+                tensor_parallel=settings.padding.tensor_parallel,
+            )
+        except QuantizedInputRefused as refusal:
+            return refusal
+    raise AssertionError("a quantized checkpoint was padded")
+
+
+def _stage(artifacts: Sequence[Artifact], stage: str) -> Artifact:
+    return next(artifact for artifact in artifacts if artifact.manifest.derivation.stage == stage)
+
+
+def _figures(artifacts: Sequence[Artifact]) -> Mapping[str, Mapping[str, Any]]:
+    """What validation measured: role -> figures."""
+    results = (artifact.manifest.result for artifact in artifacts)
+    return next((result["findings"]["models"] for result in results if "findings" in result), {})
+
+
+def _data(outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "fine_tune": outcome.fine_tune,
+        "stages": [artifact_data(artifact) for artifact in outcome.artifacts],
+        "perplexity": {role: figures["perplexity"] for role, figures in _figures(outcome.artifacts).items()},
+    }
+
+
+def _story(outcome: "Outcome") -> list[RenderableType]:
+    perplexity = Table("model", "perplexity on held-out text")
+    for role, figures in _figures(outcome.artifacts).items():
+        perplexity.add_row(role, f"{figures['perplexity']:.3f}" if figures["perplexity"] else "did not load")
+    return [artifact_table(outcome.artifacts), check_table(outcome.artifacts), perplexity]
+
+
+def _refusal_panel(refusal: QuantizedInputRefused) -> Panel:
+    return Panel(str(refusal), title="And in the wrong order, quantize and then pad?", title_align="left")
+
+
+def _farewell(outcome: "Outcome") -> str:
+    from qwen_pipeline.stages import publish, validate
+
+    release, report = (_stage(outcome.artifacts, stage).path for stage in (publish.STAGE, validate.STAGE))
+    return f"Released:  {release}\nReport:    {report}/report.md\nThe UI:    make ui, then http://127.0.0.1:3000"

@@ -1,0 +1,138 @@
+"""Derivations: one directory for one key, found again, never overwritten, never half there."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.store import (
+    Built,
+    CheckpointStore,
+    Directory,
+    contents_of_directory,
+    derive,
+    require_intact,
+)
+from qwen_pipeline.checkpoint.writer import write_bytes, write_checkpoint
+from qwen_pipeline.errors import CheckpointRefused, DestinationLocked, DestinationRefused
+from qwen_pipeline_tests.checkpoint.test_writer import copy, flip_bit
+
+
+def note(text: str) -> Derivation:
+    return Derivation(stage="note", inputs={}, spec={"text": text}, code_version="1")
+
+
+def write_note(partial: Path) -> Built:
+    write_bytes(partial / "note.txt", b"hello")
+    return Built(contents=contents_of_directory(partial))
+
+
+def test_the_store_finds_what_a_stage_produced_last(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert store.latest("note", "alice") is None
+
+    first = derive(note("one"), store.slot("alice"), write_note)
+    second = derive(note("two"), store.slot("alice"), write_note)
+    assert first.path != second.path
+    assert store.require_latest("note", "alice").path == second.path
+
+    again = derive(note("one"), store.slot("alice"), write_note)
+    assert again.reused
+    assert store.require_latest("note", "alice").path == first.path
+    with pytest.raises(CheckpointRefused, match=r"no note checkpoint of 'bob'.*\n.*qwen-pipeline run bob"):
+        store.require_latest("note", "bob")
+
+
+def test_a_directory_that_holds_something_else_is_refused(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(DestinationRefused, match="was not made by this pipeline"):
+        copy(sharded, sharded)
+    made = derive(note("one"), Directory(tmp_path / "out"), write_note)
+    with pytest.raises(DestinationRefused, match=r'another spec: \{"text": "one"\}, wanted \{"text": "two"\}'):
+        derive(note("two"), Directory(made.path), write_note)
+
+
+def test_an_empty_directory_may_be_named(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    assert derive(note("one"), Directory(tmp_path / "out"), write_note).path == tmp_path / "out"
+
+
+def test_two_writers_of_one_output_exclude_each_other(tmp_path: Path) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow(partial: Path) -> Built:
+        inside.set()
+        assert leave.wait(10)
+        return write_note(partial)
+
+    writer = threading.Thread(target=derive, args=(note("one"), Directory(tmp_path / "out"), slow))
+    writer.start()
+    assert inside.wait(10)
+    with pytest.raises(DestinationLocked, match="Another process is writing"):
+        derive(note("one"), Directory(tmp_path / "out"), write_note)
+    leave.set()
+    writer.join()
+    assert derive(note("one"), Directory(tmp_path / "out"), write_note).reused
+
+
+def test_the_remains_of_another_derivation_are_discarded(sharded: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "out.partial"
+    stale.mkdir()
+    (stale / "stale.safetensors").write_bytes(b"stale")
+    (stale / ".derivation").write_text("another key")
+
+    assert "stale.safetensors" not in copy(sharded, tmp_path / "out").manifest.contents.files
+
+
+def test_any_flipped_bit_is_found(sharded: Path, tmp_path: Path) -> None:
+    made = copy(sharded, tmp_path / "out")
+    for file in sorted(made.path.iterdir()):
+        flip_bit(file, offset=0)
+        with pytest.raises(CheckpointRefused, match=file.name):
+            require_intact(made.path)
+        flip_bit(file, offset=0)
+    require_intact(made.path)
+
+
+def test_a_truncated_or_missing_file_is_found_without_reading_bytes(sharded: Path, tmp_path: Path) -> None:
+    made = copy(sharded, tmp_path / "out")
+    (made.path / "model-00001-of-00002.safetensors").write_bytes(b"")
+
+    with pytest.raises(CheckpointRefused, match=r"model-00001-of-00002\.safetensors is missing or has another size"):
+        copy(sharded, tmp_path / "out")
+
+
+def test_digests_of_foreign_directories_are_remembered_until_a_file_changes(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = checkpoint_digest(sharded)
+    assert first == copy(sharded, tmp_path / "out").manifest.content_digest
+    assert checkpoint_digest(sharded) == first
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+
+    (sharded / "config.json").write_text('{"model_type": "qwen3"}')
+    assert checkpoint_digest(sharded) != first
+
+
+def test_the_key_depends_on_every_field() -> None:
+    derivation = Derivation(stage="a", inputs={"x": "1"}, spec={"y": 1}, code_version="1")
+    changed = [
+        replace(derivation, stage="b"),
+        replace(derivation, inputs={"x": "2"}),
+        replace(derivation, spec={"y": 2}),
+        replace(derivation, code_version="2"),
+    ]
+
+    assert len({each.key for each in (derivation, *changed)}) == 1 + len(changed)
+
+
+def test_a_copy_of_a_checkpoint_has_its_digest(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    contents = write_checkpoint(open_checkpoint(sharded), tmp_path / "copy", task="")
+
+    assert contents.digest == contents_of_directory(tmp_path / "copy").digest

@@ -1,0 +1,170 @@
+"""What the writer writes is what the reference library reads; what was interrupted continues to the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_pipeline.checkpoint import digest, writer
+from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.checkpoint.store import Artifact, Built, Directory, derive, require_intact
+from qwen_pipeline.errors import EnvironmentFault
+
+DERIVATION = Derivation(stage="copy", inputs={}, spec={}, code_version="1")
+
+
+def copy(source: Path, out: Path) -> Artifact:
+    def build(partial: Path) -> Built:
+        return Built(contents=writer.write_checkpoint(open_checkpoint(source), partial, task="copy"))
+
+    return derive(DERIVATION, Directory(out), build)
+
+
+def test_a_copy_has_the_same_tensors_files_and_digest(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 64)
+    source = open_checkpoint(sharded)
+
+    made = copy(sharded, tmp_path / "out")
+
+    for shard in set(source.shards.values()):
+        expected, found = load_file(sharded / shard), load_file(made.path / shard)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (made.path / "config.json").read_bytes() == (sharded / "config.json").read_bytes()
+    assert not (made.path / "README.md").exists()
+    assert source.left_behind == ("README.md",)
+    assert made.manifest.content_digest == digest.contents_of(source, sharded).digest
+    assert require_intact(made.path) == made.manifest
+
+
+def test_a_second_run_moves_no_byte(sharded: Path, tmp_path: Path) -> None:
+    first = copy(sharded, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
+
+    second = copy(sharded, tmp_path / "out")
+
+    assert second.reused
+    assert second.manifest == first.manifest
+    assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == before
+
+
+def test_the_digest_does_not_depend_on_the_shard_layout(sharded: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(sharded)
+    single = Checkpoint(
+        config=source.config,
+        config_file=source.config_file,
+        tensors=dict(reversed(list(source.tensors.items()))),
+        shards=dict.fromkeys(source, "model.safetensors"),
+        sidecars=source.sidecars,
+    )
+    (tmp_path / "one").mkdir()
+
+    assert (
+        writer.write_checkpoint(single, tmp_path / "one", task="").digest == digest.contents_of(source, sharded).digest
+    )
+    assert open_checkpoint(tmp_path / "one").keys() == source.keys()
+
+
+def killed_copy(source: Path, out: Path, at_sync: int) -> int:
+    """Copy in a forked process that kills itself at its n-th ``fsync``; return its exit code."""
+    if (child := os.fork()) == 0:
+        syncs = iter(range(1, at_sync))
+        fsync = os.fsync
+
+        def dying_fsync(fd: int) -> None:
+            if next(syncs, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(fd)
+
+        os.fsync = dying_fsync
+        copy(source, out)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("at_sync", range(1, 25))
+def test_a_kill_leaves_nothing_visible_and_the_next_run_ends_in_the_same_bytes(
+    sharded: Path, tmp_path: Path, at_sync: int
+) -> None:
+    undisturbed = copy(sharded, tmp_path / "undisturbed")
+
+    code = killed_copy(sharded, tmp_path / "out", at_sync)
+
+    assert code in (0, -signal.SIGKILL)
+    assert (tmp_path / "out").exists() == (tmp_path / "out" / MANIFEST).exists()
+    assert copy(sharded, tmp_path / "out").manifest.contents == undisturbed.manifest.contents
+    assert not list(tmp_path.glob("out.partial"))
+
+
+def test_finished_shards_are_kept_unless_their_bytes_changed(sharded: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(sharded)
+    first, second = (tmp_path / shard for shard in sorted(set(source.shards.values())))
+    contents = writer.write_checkpoint(source, tmp_path, task="")
+    kept, replaced = first.stat().st_ino, second.stat().st_ino
+    flip_bit(second, offset=-1)
+
+    assert writer.write_checkpoint(source, tmp_path, task="") == contents
+    assert first.stat().st_ino == kept
+    assert second.stat().st_ino != replaced
+
+
+def test_a_full_disk_is_refused_with_numbers_before_the_first_byte(sharded: Path, tmp_path: Path) -> None:
+    vast = LazyTensor(spec=TensorSpec(dtype="F32", shape=(10**15,)), read=never)
+    checkpoint = open_checkpoint(sharded).replace(tensors={"a.weight": vast})
+
+    with pytest.raises(EnvironmentFault, match=r"4000000\.\d\d GB more, its disk has \d+\.\d\d GB free"):
+        writer.write_checkpoint(checkpoint, tmp_path, task="")
+    assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_a_disk_that_fills_up_is_named_and_the_work_done_is_kept(sharded: Path, tmp_path: Path) -> None:
+    """A real ENOSPC: ``/dev/full`` refuses every write."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".derivation").write_text(DERIVATION.key)
+    (tmp_path / "out.partial" / "model-00002-of-00002.safetensors.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(EnvironmentFault, match="is full"):
+        copy(sharded, tmp_path / "out")
+    (tmp_path / "out.partial" / "model-00002-of-00002.safetensors.tmp").unlink(missing_ok=True)
+
+    assert (tmp_path / "out.partial" / "model-00001-of-00002.safetensors").is_file()
+    assert not copy(sharded, tmp_path / "out").reused
+
+
+def test_memory_stays_at_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
+    """Half a GiB in one tensor is written with less than 150 MB more than what was resident before."""
+    script = """
+import sys, torch
+from pathlib import Path
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.measure import resident_peak
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+spec = TensorSpec(dtype="BF16", shape=(2**18, 1024))
+big = LazyTensor(spec=spec, read=lambda a, b: torch.ones(b - a, 1024, dtype=torch.bfloat16))
+before = resident_peak()
+checkpoint = Checkpoint(config={}, tensors={"w": big}, shards={"w": "model.safetensors"})
+write_checkpoint(checkpoint, Path(sys.argv[1]), task="")
+print(resident_peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert int(run.stdout) < 150e6
+
+
+def flip_bit(path: Path, *, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def never(start: int, stop: int) -> torch.Tensor:
+    raise AssertionError(f"rows {start}:{stop} were read")
