@@ -14,28 +14,7 @@ from qwen_pipeline.stages.validate import validate
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 GROUP_SIZE = 32
-WORDS = [
-    "the",
-    "a",
-    "model",
-    "reads",
-    "writes",
-    "weight",
-    "layer",
-    "token",
-    "group",
-    "rank",
-    "scale",
-    "channel",
-    "small",
-    "large",
-    "quiet",
-    "loud",
-    "and",
-    "or",
-    "of",
-    "in",
-]
+WORDS = "the a model reads writes weight layer token group rank scale channel small large quiet loud of in".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

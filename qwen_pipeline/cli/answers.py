@@ -38,11 +38,13 @@ class Answer:
         data: For machines: the object that ``--json`` prints.
         view: For people: printed one below the other.
         fault: Why the command did not get all the way; ``data`` and ``view`` say how far it came.
+        then: What the command goes on to do once its answer is out.
     """
 
     data: Mapping[str, Any]
     view: Sequence[RenderableType] = ()
     fault: BaseException | None = None
+    then: Callable[[], object] | None = None
 
 
 Command = Callable[..., Answer]
@@ -82,6 +84,8 @@ def _deliver(command: Callable[[], Answer], *, as_json: bool, debug: bool) -> in
         console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
         for part in answer.view:
             console.print(part)
+    if answer.then:
+        answer.then()
     if answer.fault is None:
         return 0
     _complain(answer.fault, debug=debug)

@@ -102,11 +102,10 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> 
     login.
     """
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.defs.home import serve
+    from qwen_pipeline.defs.home import become_server
 
-    settings = load_settings()
-    serve(settings, port=port)
-    return Answer(data={"url": f"http://127.0.0.1:{port}"})
+    settings, url = load_settings(), f"http://127.0.0.1:{port}"
+    return Answer(data={"url": url}, view=[f"Opening {url}"], then=lambda: become_server(settings, port=port))
 
 
 def _outcome(outcome: "Outcome") -> Answer:

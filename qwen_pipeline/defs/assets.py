@@ -24,6 +24,8 @@ from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import merge, pad, publish, quantize, validate
 
+GROUP = "fine_tune_to_release"
+
 COMPLETE = CheckSpec(name="complete", description="The upload is whole: nothing partial, no file shorter than it says.")
 
 
@@ -36,7 +38,7 @@ def _stage_asset(
         name=name,
         deps=deps,
         partitions_def=FINE_TUNES,
-        group_name="checkpoints",
+        group_name=GROUP,
         kinds=kinds,
         code_version=stage.CODE_VERSION,
         check_specs=asset_check_specs(name, stage.CHECKS),
@@ -54,7 +56,7 @@ def _materialized(artifact: Artifact, partition: str, **more: Any) -> dg.Materia
     )
 
 
-@dg.asset(group_name="sources", kinds={"huggingface", "qwen"})
+@dg.asset(group_name=GROUP, kinds={"huggingface", "qwen"})
 def base_model(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.MaterializeResult:
     """The full-precision model that the fine-tunes were trained from.
 
@@ -72,7 +74,7 @@ def base_model(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pip
 
 
 @dg.asset(
-    group_name="sources",
+    group_name=GROUP,
     kinds={"huggingface", "pytorch"},
     partitions_def=FINE_TUNES,
     check_specs=asset_check_specs("fine_tune", [COMPLETE]),

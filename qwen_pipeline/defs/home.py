@@ -1,14 +1,13 @@
 """The Dagster instance that the server, the daemon and the command line share."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import dagster as dg
 
 from qwen_pipeline.config import Settings
-from qwen_pipeline.errors import EnvironmentFault
 
 SHIPPED = Path(__file__).parent
 
@@ -28,17 +27,10 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
     return dg.DagsterInstance.from_config(str(dagster_home(settings)))
 
 
-def serve(settings: Settings, *, port: int) -> None:
-    """Run the web UI and the daemon on this machine's loopback until they end.
-
-    Raises:
-        EnvironmentFault: They ended with an error, as when the port is taken.
-    """
+def become_server(settings: Settings, *, port: int) -> NoReturn:
+    """Turn this process into the web UI and the daemon, on this machine's loopback, talking on standard error."""
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(SHIPPED / "workspace.yaml")]
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "DAGSTER_HOME": str(dagster_home(settings).resolve())}
-    code = subprocess.run([*command, *address], env=env, stdout=sys.stderr, check=False).returncode
-    if code:
-        raise EnvironmentFault(
-            f"dagster dev ended with exit code {code}.", remedy="Read its last lines above, or try another --port."
-        )
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), 1)
+    os.execve(command[0], [*command, *address], {**os.environ, "DAGSTER_HOME": str(dagster_home(settings).resolve())})
