@@ -84,13 +84,16 @@ class RunFigures:
 
     Attributes:
         seconds: Wall clock time of the derivation.
-        peak_memory_bytes: Highest resident memory of the process while it ran, workers included.
+        peak_memory_bytes: Highest resident memory of one process, this one or a worker.
+        added_memory_bytes: What the work itself took: how far this process rose above where it stood at the start, or
+            the whole of a worker, whichever is more.
         started: ISO 8601 time in UTC.
         environment: Versions of what computed the bytes, and the platform.
     """
 
     seconds: float
     peak_memory_bytes: int
+    added_memory_bytes: int
     started: str
     environment: Mapping[str, str]
 

@@ -24,11 +24,14 @@ def measured() -> Generator[Figures, None, None]:
     started, clock = datetime.now(UTC), time.perf_counter()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    at_start = _resident("VmRSS")
 
     def figures(*, worker_peak_bytes: int = 0) -> RunFigures:
+        peak = resident_peak()
         return RunFigures(
             seconds=round(time.perf_counter() - clock, 3),
-            peak_memory_bytes=max(resident_peak(), worker_peak_bytes),
+            peak_memory_bytes=max(peak, worker_peak_bytes),
+            added_memory_bytes=max(peak - at_start, worker_peak_bytes),
             started=started.isoformat(timespec="seconds"),
             environment=describe_environment(),
         )
@@ -38,7 +41,12 @@ def measured() -> Generator[Figures, None, None]:
 
 def resident_peak() -> int:
     """Highest resident memory of this process, in bytes, since the start or the last reset."""
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    """Return a figure of ``/proc/self/status`` in bytes; where there is none, the highest that the system kept."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+        return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -24,6 +24,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "bytes": manifest.contents.nbytes,
         "seconds": manifest.run.seconds,
         "peak_memory_bytes": manifest.run.peak_memory_bytes,
+        "added_memory_bytes": manifest.run.added_memory_bytes,
         "reused": artifact.reused,
         "inputs": dict(manifest.derivation.inputs),
         "checks": list(manifest.result.get("checks", ())),
@@ -31,7 +32,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
 
 
 def artifact_table(artifacts: Iterable[Artifact]) -> Table:
-    table = Table("stage", "size", "digest", "seconds", "peak memory", "")
+    table = Table("stage", "size", "digest", "seconds", "peak memory", "added by it", "")
     for artifact in artifacts:
         manifest = artifact.manifest
         table.add_row(
@@ -40,6 +41,7 @@ def artifact_table(artifacts: Iterable[Artifact]) -> Table:
             manifest.content_digest.removeprefix("sha256:")[:12],
             f"{manifest.run.seconds:.1f}",
             size(manifest.run.peak_memory_bytes),
+            size(manifest.run.added_memory_bytes),
             "was there" if artifact.reused else "new",
         )
     return table

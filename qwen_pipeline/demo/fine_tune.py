@@ -1,13 +1,16 @@
 """The demo's fine-tune: a LoRA on all linear layers, trained by PEFT on conversations about Python."""
 
 import json
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_pipeline.progress import Observe, Progress, unobserved
+from qwen_pipeline.workers.parent import run_worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,34 +29,48 @@ def train_adapter(
 ) -> Path:
     """Train a LoRA on ``texts`` (JSONL of ``messages``) into ``out``; free when it is there.
 
-    The directory is written beside ``out`` and renamed when it is complete, as an upload tool should do it.
+    It is trained by a process of its own, which gives its memory back, beside ``out`` and is renamed when it is
+    complete, as an upload tool should do it.
     """
-    if out.exists():
-        return out
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    training = training or Training()
-    torch.manual_seed(training.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _train(model, _windows(tokenizer, texts, training.seq_len), training, observe)
-    partial = out.with_name(f".{out.name}.partial")
-    model.save_pretrained(str(partial))
-    tokenizer.save_pretrained(partial)
-    partial.rename(out)
+    if not out.exists():
+        partial = out.with_name(f".{out.name}.partial")
+        partial.mkdir(exist_ok=True)
+        job = {
+            "base": str(base.resolve()),
+            "texts": str(texts.resolve()),
+            "out": str(partial.resolve()),
+            "training": asdict(training or Training()),
+        }
+        log = texts.with_name("training.log")
+        run_worker(Path(sys.executable), f"{__name__}:train", job, log=log, observe=observe)
+        partial.rename(out)
     return out
 
 
-def _train(model: Any, windows_WT: torch.Tensor, training: Training, observe: Observe) -> None:
+def train(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
+    """Train as ``job`` says, save adapter and tokenizer; the worker's side of :func:`train_adapter`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    training = Training(**job["training"])
+    torch.manual_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    loss = _train(model, _windows(tokenizer, Path(job["texts"]), training.seq_len), training, observe)
+    model.save_pretrained(job["out"])
+    tokenizer.save_pretrained(job["out"])
+    return {"loss": loss}
+
+
+def _train(model: Any, windows_WT: torch.Tensor, training: Training, observe: Observe) -> float:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=training.steps)
     order = torch.randperm(len(windows_WT), generator=torch.Generator().manual_seed(training.seed))
     model.train()
+    loss = torch.tensor(torch.nan)
     for step in range(training.steps):
         start = step * training.windows_per_step
         picked = order[torch.arange(start, start + training.windows_per_step) % len(order)]
@@ -65,6 +82,7 @@ def _train(model: Any, windows_WT: torch.Tensor, training: Training, observe: Ob
         schedule.step()
         remark = f"loss {loss.item():.3f}"
         observe(Progress(task="fine-tune", done=step + 1, total=training.steps, remark=remark))
+    return loss.item()
 
 
 def _windows(tokenizer: Any, texts: Path, seq_len: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ def write_texts(root: Path) -> Texts:
     """
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
+    names = sorted({text: name for name, text in sorted(topics.items())}.values())  # some texts have several names
     held_out = names[::HELD_OUT_EVERY]
     seen = [name for name in names if name not in held_out]
     texts = Texts(
