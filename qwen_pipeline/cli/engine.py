@@ -1,19 +1,18 @@
 """The environments of the quantization engines."""
 
-from typing import Annotated
-
 import typer
 
 from qwen_pipeline.cli.answers import Answer, answering
 
 app = typer.Typer(no_args_is_help=True, help="Install or check the environment of a quantization engine.")
 
-Name = Annotated[str, typer.Argument(help="gptqmodel or autogptq.")]
-
 
 @answering(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
-def install(name: Name) -> Answer:
-    """Build an engine's environment, a layer above this one, because their requirements collide. Safe to repeat."""
+def install(name: str) -> Answer:
+    """Build an engine's environment, a layer above this one, because their requirements collide. Safe to repeat.
+
+    NAME is gptqmodel or autogptq.
+    """
     from qwen_pipeline.cli.watching import watching
     from qwen_pipeline.engines.environment import install_environment
 
@@ -23,8 +22,11 @@ def install(name: Name) -> Answer:
 
 
 @answering(app, "check", examples=["qwen-pipeline engine check gptqmodel"])
-def check(name: Name) -> Answer:
-    """Import an engine in its own environment and show the versions found there."""
+def check(name: str) -> Answer:
+    """Import an engine in its own environment and show the versions found there.
+
+    NAME is gptqmodel or autogptq.
+    """
     from qwen_pipeline.engines.environment import check_environment
 
     versions = check_environment(name)

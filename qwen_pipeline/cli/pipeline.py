@@ -12,14 +12,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-FineTune = Annotated[str, typer.Argument(help="Name of a fine-tune in the inbox.")]
-
 
 @answering(app, "run", examples=["qwen-pipeline run my-lora", "qwen-pipeline run ~/training/my-lora --json"])
-def run(
-    fine_tune: Annotated[str, typer.Argument(help="Name of a fine-tune in the inbox, or the path of a directory.")],
-) -> Answer:
+def run(fine_tune: str) -> Answer:
     """Take one fine-tune all the way: merge, pad, quantize, validate, publish.
+
+    FINE_TUNE is the name of a directory in the inbox, or the path of a directory elsewhere.
 
     The same graph, store and Dagster instance as the UI's, in this process and without a daemon. What is up to date
     is not done again; an interrupted run continues where it stopped.
@@ -38,8 +36,8 @@ def run(
 
 
 @answering(app, "publish", examples=["qwen-pipeline publish my-lora"])
-def publish(fine_tune: FineTune) -> Answer:
-    """Release the quantized checkpoint of a fine-tune, if its validation says that it may go out.
+def publish(fine_tune: str) -> Answer:
+    """Release the quantized checkpoint of FINE_TUNE, if its validation says that it may go out.
 
     The reports are read and demanded here as well: there is no way around a failed check.
     """
@@ -66,11 +64,14 @@ def status() -> Answer:
 
 @answering(app, "plan", examples=["qwen-pipeline plan Qwen2.5-72B/ --tp 2 --tp 4 --tp 8 --group-size 128"])
 def plan(
-    model: Annotated[Path, typer.Argument(help="Model directory, or its config.json.")],
+    model: Path,
     tp: Annotated[list[int], typer.Option(help="Tensor-parallel degree; repeat it for more.")] = [2, 4, 8],  # noqa: B006
     group_size: Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")] = 128,
 ) -> Answer:
-    """Say what each tensor-parallel degree would do to a model: its width now and padded, and what would go wrong."""
+    """Say what each tensor-parallel degree would do to a model: its width now and padded, and what would go wrong.
+
+    MODEL is a model directory or a config.json; no weights are needed.
+    """
     from dataclasses import asdict
 
     from qwen_pipeline.cli.tables import outlook_table

@@ -32,7 +32,9 @@ def train_adapter(
         return out
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     training = training or Training()
     torch.manual_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
