@@ -1,6 +1,7 @@
 """Take a picture of a page of a running UI: ``python docs/screenshot.py URL FILE.png [WIDTHxHEIGHT]``.
 
-Needs Chromium. The asset graph is at ``/asset-groups``.
+Needs Chromium. The asset graph is at ``/asset-groups``, in more detail at
+``/locations/qwen_pipeline/asset-groups/fine_tune_to_release/lineage``.
 """
 
 import shutil

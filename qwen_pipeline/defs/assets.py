@@ -51,7 +51,7 @@ def _materialized(artifact: Artifact, partition: str, **more: Any) -> dg.Materia
     manifest = artifact.manifest
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.content_digest),
-        metadata={**artifact_metadata(artifact), **more},
+        metadata={**more, **artifact_metadata(artifact)},
         check_results=[asset_check_result(report, partition) for report in load_reports(manifest.result)],
     )
 

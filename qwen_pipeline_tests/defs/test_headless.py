@@ -1,7 +1,13 @@
 """A real LoRA of a tiny model through the whole graph, with the real engine and no server."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -91,6 +97,20 @@ def test_the_night_has_nothing_to_do_until_a_setting_changes(
         monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "8")
         assert states(finished.site)["quantized"] == "stale"
         assert [name for name, _ in requested(finished.site, instance)] == [FINE_TUNE]
+
+
+def test_an_interrupted_run_ends_with_130_and_leaves_no_worker(finished: Finished) -> None:
+    env = {**os.environ, **finished.site.environment, "QWEN_PIPELINE_QUANTIZATION__SEED": "7"}
+    command = [sys.executable, "-m", "qwen_pipeline", "run", FINE_TUNE, "--json"]
+    run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    assert any(line.startswith("quantize:") for line in run.stderr)
+    workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    run.send_signal(signal.SIGINT)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == json.loads(out)["error"]["exit_code"] == 130
+    assert workers
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_failed_limit_stops_the_release_everywhere(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_spec_result_progress_and_environment_cross_the_boundary(log: Path, capf
     assert result.value["TOKEN"] == "given"
     assert result.value["pid"] != os.getpid()
     assert seen == [Progress(task="echo", done=1, total=2, unit="layers", remark="half")]
-    assert result.peak_memory_bytes > 50 * 2**20
+    assert result.peak_memory_bytes > 10 * 2**20
     assert capfd.readouterr() == ("", ""), "what libraries print belongs to the log"
     assert "a library that prints" in log.read_text()
     assert "a library that complains" in log.read_text()
