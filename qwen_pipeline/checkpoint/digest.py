@@ -5,10 +5,13 @@ modification time. Whoever rewrites a file and restores its time on purpose defe
 before a release.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16 * 2**20
 """Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
+_M_MMAP_THRESHOLD = -3
+"""``malloc.h``"""
 
 
 def checkpoint_digest(root: Path, *, observe: Observe = unobserved) -> str:
@@ -71,8 +76,20 @@ def digest_file(path: Path) -> FileDigest:
 
 def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator["torch.Tensor"]:
     """Yield a tensor as consecutive blocks of rows of at most :data:`BLOCK_BYTES` (at least one row)."""
+    _give_blocks_back_when_freed()
     for start, stop in block_ranges(checkpoint[name]):
         yield checkpoint.tensors[name].read(start, stop)
+
+
+@cache
+def _give_blocks_back_when_freed() -> None:
+    """Have glibc map each block by itself, so that the kernel has it back once it is freed.
+
+    Otherwise glibc raises its threshold with the first blocks, keeps later ones on a heap that fragments, and the peak
+    is a matter of luck. Other C libraries have no such knob.
+    """
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def block_ranges(spec: TensorSpec) -> Iterator[tuple[int, int]]:
