@@ -2,13 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import RenderableType
 from rich.panel import Panel
-from rich.table import Table
 
 from qwen_pipeline.checkpoint.store import Artifact, Directory
 from qwen_pipeline.cli.answers import Answer
@@ -20,9 +19,6 @@ from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
 from qwen_pipeline.hub import find_base
 from qwen_pipeline.progress import Observe, Progress
-
-if TYPE_CHECKING:
-    from qwen_pipeline.defs.headless import Outcome
 
 FINE_TUNE = "python-tutor"
 _FIRST_LINE = "# Written by `qwen-pipeline demo`. Change it for a model of your own; see docs/operations.md."
@@ -38,19 +34,21 @@ def run_demo(*, base: str | None, observe: Observe) -> Answer:
 
     settings = _write_settings(base)
     home = settings.workspace / "demo"
-    model = find_base(base) if base else build_base(home / "base", observe=observe).path
+    built = [] if base else [build_base(home / "base", observe=observe)]
+    model = find_base(base) if base else built[0].path
     texts = write_texts(home)
     settings.inbox.mkdir(parents=True, exist_ok=True)
     train_adapter(base=model, texts=texts.training, out=settings.inbox / FINE_TUNE, observe=observe)
     for remark in look_into_inbox(settings):
         observe(Progress(task="inbox", done=1, total=1, remark=remark))
     outcome = run_fine_tune(settings, FINE_TUNE, watch=observe)
+    artifacts = [*built, *outcome.artifacts]
     if outcome.fault:
-        return Answer(data=_data(outcome), view=_story(outcome), fault=outcome.fault)
-    refusal = _wrong_order(settings, outcome)
+        return Answer(data=_data(artifacts), view=_story(artifacts), fault=outcome.fault)
+    refusal = _wrong_order(settings, artifacts)
     return Answer(
-        data={**_data(outcome), "wrong_order": {"what": refusal.what, "remedy": refusal.remedy}},
-        view=[*_story(outcome), _refusal_panel(refusal), _farewell(outcome)],
+        data={**_data(artifacts), "wrong_order": {"what": refusal.what, "remedy": refusal.remedy}},
+        view=[*_story(artifacts), _refusal_panel(refusal), _farewell(artifacts)],
     )
 
 
@@ -85,11 +83,11 @@ text = "workspace/demo/held_out.jsonl"
 """
 
 
-def _wrong_order(settings: Settings, outcome: "Outcome") -> QuantizedInputRefused:
+def _wrong_order(settings: Settings, artifacts: Sequence[Artifact]) -> QuantizedInputRefused:
     """Do what the first users of padding did: pad the checkpoint that is already quantized."""
     from qwen_pipeline.stages import pad, quantize
 
-    quantized = _stage(outcome.artifacts, quantize.STAGE)
+    quantized = _stage(artifacts, quantize.STAGE)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             pad.pad(
@@ -107,33 +105,31 @@ def _stage(artifacts: Sequence[Artifact], stage: str) -> Artifact:
     return next(artifact for artifact in artifacts if artifact.manifest.derivation.stage == stage)
 
 
-def _figures(artifacts: Sequence[Artifact]) -> Mapping[str, Mapping[str, Any]]:
-    """What validation measured: role -> figures."""
+def _perplexity(artifacts: Sequence[Artifact]) -> dict[str, float]:
+    """What validation measured: the model of which stage -> its perplexity on held-out text."""
     results = (artifact.manifest.result for artifact in artifacts)
-    return next((result["findings"]["models"] for result in results if "findings" in result), {})
+    models = next((result["findings"]["models"] for result in results if "findings" in result), {})
+    return {role: figures["perplexity"] for role, figures in models.items()}
 
 
-def _data(outcome: "Outcome") -> dict[str, Any]:
+def _data(artifacts: Sequence[Artifact]) -> dict[str, Any]:
     return {
-        "fine_tune": outcome.fine_tune,
-        "stages": [artifact_data(artifact) for artifact in outcome.artifacts],
-        "perplexity": {role: figures["perplexity"] for role, figures in _figures(outcome.artifacts).items()},
+        "fine_tune": FINE_TUNE,
+        "stages": [artifact_data(artifact) for artifact in artifacts],
+        "perplexity": _perplexity(artifacts),
     }
 
 
-def _story(outcome: "Outcome") -> list[RenderableType]:
-    perplexity = Table("model", "perplexity on held-out text")
-    for role, figures in _figures(outcome.artifacts).items():
-        perplexity.add_row(role, f"{figures['perplexity']:.3f}" if figures["perplexity"] else "did not load")
-    return [artifact_table(outcome.artifacts), check_table(outcome.artifacts), perplexity]
+def _story(artifacts: Sequence[Artifact]) -> list[RenderableType]:
+    return [artifact_table(artifacts, _perplexity(artifacts)), check_table(artifacts)]
 
 
 def _refusal_panel(refusal: QuantizedInputRefused) -> Panel:
     return Panel(str(refusal), title="And in the wrong order, quantize and then pad?", title_align="left")
 
 
-def _farewell(outcome: "Outcome") -> str:
+def _farewell(artifacts: Sequence[Artifact]) -> str:
     from qwen_pipeline.stages import publish, validate
 
-    release, report = (_stage(outcome.artifacts, stage).path for stage in (publish.STAGE, validate.STAGE))
+    release, report = (_stage(artifacts, stage).path for stage in (publish.STAGE, validate.STAGE))
     return f"Released:  {release}\nReport:    {report}/report.md\nThe UI:    make ui, then http://127.0.0.1:3000"

@@ -1,6 +1,6 @@
 """Tables: what was made, what was checked, where everything stands."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -31,8 +31,9 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def artifact_table(artifacts: Iterable[Artifact]) -> Table:
-    table = Table("stage", "size", "digest", "seconds", "peak memory", "added by it", "")
+def artifact_table(artifacts: Iterable[Artifact], perplexity: Mapping[str, float] | None = None) -> Table:
+    """What was made, with the perplexity of each stage's model where it is known."""
+    table = Table("stage", "size", "digest", "seconds", "peak memory", "added by it", "perplexity", "")
     for artifact in artifacts:
         manifest = artifact.manifest
         table.add_row(
@@ -42,6 +43,7 @@ def artifact_table(artifacts: Iterable[Artifact]) -> Table:
             f"{manifest.run.seconds:.1f}",
             size(manifest.run.peak_memory_bytes),
             size(manifest.run.added_memory_bytes),
+            value((perplexity or {}).get(manifest.derivation.stage)),
             "was there" if artifact.reused else "new",
         )
     return table

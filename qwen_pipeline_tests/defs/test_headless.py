@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,26 @@ def test_an_interrupted_run_ends_with_130_and_leaves_no_worker(finished: Finishe
     assert run.returncode == json.loads(out)["error"]["exit_code"] == 130
     assert workers
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("task", ["merge", "pad", "quantize", "evaluate quantized", "publish quantized"])
+def test_a_run_killed_in_any_stage_ends_in_the_same_digests(finished: Finished, tmp_path: Path, task: str) -> None:
+    fresh = Site(tmp_path / "site")
+    ignored = shutil.ignore_patterns("store", "dagster_home")
+    shutil.copytree(finished.site.root, fresh.root, ignore=ignored)
+    command = [sys.executable, "-m", "qwen_pipeline", "run", FINE_TUNE, "--json"]
+    env = {**os.environ, **fresh.environment}
+    killed = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert killed.stderr
+    assert any(line.startswith(f"{task}:") for line in killed.stderr)
+    killed.kill()
+    killed.wait()
+
+    again = qwen_pipeline("run", FINE_TUNE, "--json", env=fresh.environment)
+
+    assert again.code == 0
+    undisturbed = [artifact.manifest.content_digest for artifact in finished.outcome.artifacts]
+    assert [stage["content_digest"] for stage in again.data["stages"]] == undisturbed
 
 
 def test_a_failed_limit_stops_the_release_everywhere(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
