@@ -1,5 +1,6 @@
 """How a stage tells whoever watches how far it is: one event type for the terminal and for Dagster's log."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -26,3 +27,32 @@ Observe = Callable[[Progress], None]
 
 def unobserved(_: Progress) -> None:
     """Watch nothing."""
+
+
+def figures(progress: Progress) -> str:
+    """How far, in words: ``3 of 30 layers``, ``0.21 of 1.02 GB``."""
+    if progress.unit == "bytes":
+        scale, name = (1e9, "GB") if progress.total >= 1e9 else (1e6, "MB")
+        return f"{progress.done / scale:.2f} of {progress.total / scale:.2f} {name}"
+    return f"{progress.done} of {progress.total} {progress.unit}"
+
+
+def describe(progress: Progress) -> str:
+    """One line for a log: ``quantize: 3 of 30 layers, layers.2.mlp.down_proj loss 0.0012``."""
+    return f"{progress.task}: {figures(progress)}" + (f", {progress.remark}" if progress.remark else "")
+
+
+def as_lines(say: Callable[[str], None], *, seconds: float = 5.0) -> Observe:
+    """Say each layer once, the end always, and everything between at most every ``seconds``."""
+    said: dict[str, int] = {}
+    last = -seconds
+
+    def observe(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        is_news = progress.unit == "layers" or progress.done == progress.total
+        if (is_news and said.get(progress.task) != progress.done) or now - last >= seconds:
+            said[progress.task], last = progress.done, now
+            say(describe(progress))
+
+    return observe

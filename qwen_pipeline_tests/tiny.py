@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -29,6 +31,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": HIDDEN, "mlp_ratio": 3},
+    "qwen2_5_vl": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": HIDDEN},
+    "qwen3_vl": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": HIDDEN,
+                 "deepstack_visual_indexes": [0]},
+}  # fmt: skip
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -63,6 +71,16 @@ def tiny_qwen3(
     """Save a two-layer Qwen3 (with query and key norms) and its tokenizer into ``root``; see :func:`tiny_qwen2`."""
     sizes = _sizes(intermediate_size=intermediate_size, tie=tie) | config
     return _save(Qwen3ForCausalLM, Qwen3Config(**sizes), root, shards=shards, dtype=dtype, seed=seed)
+
+
+def tiny_vl(family: str, root: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """Save a vision-language model of a :data:`VISION` family, whose vision MLP is as wide as the text's."""
+    text = _sizes(intermediate_size=INTERMEDIATE, tie=False)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, text_config=text, vision_config=VISION[family])
+    AutoModelForImageTextToText.from_config(config).to(dtype).save_pretrained(root)
+    return root
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

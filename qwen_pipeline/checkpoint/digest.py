@@ -8,7 +8,7 @@ before a release.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
 
 
@@ -33,15 +33,15 @@ def checkpoint_digest(root: Path, *, observe: Observe = unobserved) -> str:
         pass
     checkpoint = open_checkpoint(root)
     files = {*(root / shard for shard in checkpoint.shards.values()), root / CONFIG, *checkpoint.sidecars.values()}
-    memory = _cache_dir() / f"{_stat_key(files)}.json"
-    if memory.is_file():
-        return str(json.loads(memory.read_bytes())["content_digest"])
-    digest = contents_of(checkpoint, root, observe=observe).digest
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = memory.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"content_digest": digest, "root": str(root.resolve())}))
-    scratch.replace(memory)
-    return digest
+    return _remembered(files, lambda: contents_of(checkpoint, root, observe=observe).digest)
+
+
+def directory_digest(files: Mapping[str, Path]) -> str:
+    """Return a digest of files as they are, relative path -> file: ``sha256:<hex>``; each is read once."""
+    shas = {
+        relative: _remembered([path], lambda path=path: digest_file(path).sha256) for relative, path in files.items()
+    }
+    return "sha256:" + canonical_sha256(shas)
 
 
 def contents_of(checkpoint: Checkpoint, root: Path, *, observe: Observe = unobserved) -> Contents:
@@ -86,6 +86,18 @@ def as_bytes(tensor: "torch.Tensor") -> memoryview:
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
+    memory = _cache_dir() / f"{_stat_key(files)}.json"
+    if memory.is_file():
+        return str(json.loads(memory.read_bytes())["digest"])
+    digest = compute()
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = memory.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({"digest": digest}))
+    scratch.replace(memory)
+    return digest
 
 
 def _stat_key(files: Iterable[Path]) -> str:

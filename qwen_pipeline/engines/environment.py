@@ -8,6 +8,7 @@ whole environment from what an interrupted installation left.
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,11 @@ class EngineEnvironment:
 
     name: str
     python: Path
+
+    @property
+    def package(self) -> str:
+        """The name of the engine's own package."""
+        return _PACKAGES[self.name][0]
 
     def versions(self) -> dict[str, str]:
         """Return the versions of what computes the codes, from package metadata: nothing is imported."""
@@ -153,7 +159,13 @@ def _run(command: list[str], lock: int, tell: _Teller) -> None:
     """Run an installer, one step per package. It keeps the lock should we die before it does."""
     tail: deque[str] = deque(maxlen=15)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, pass_fds=(lock,)
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        pass_fds=(lock,),
+        env=os.environ | {"BUILD_CUDA_EXT": "0"},
     ) as installer:
         assert installer.stdout is not None
         for line in installer.stdout:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
-from qwen_pipeline.errors import CheckFailed, EnvironmentFault
+from qwen_pipeline.engines.protocol import QuantJob, require_device
+from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Observe, Progress
 
 NOT_SOLVED = 999_999_999
@@ -21,7 +21,7 @@ NOT_SOLVED = 999_999_999
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Quantize ``job.source`` with ``job.windows`` into ``job.packed`` and return nothing but the files' names.
+    """Quantize ``job.source`` with ``job.windows`` into ``job.packed``; the files are the result.
 
     Rounding to nearest as a fallback is switched off; where the solver gives up all the same (a Hessian that is not
     positive definite) GPTQModel logs :data:`NOT_SOLVED` as the loss, and the stage's check fails.
@@ -31,7 +31,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         CheckFailed: A module's loss is NaN.
     """
     job = QuantJob.from_json(spec)
-    _require_device(job.spec)
+    require_device(job.spec)
     job.workshop.mkdir(exist_ok=True)
     os.chdir(job.workshop)  # the library writes ./logs
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # with one, its loader cannot start
@@ -45,7 +45,6 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             group_size=job.spec.group_size,
             sym=job.spec.sym,
             desc_act=job.spec.desc_act,
-            act_group_aware=job.spec.act_group_aware,
             damp_percent=job.spec.damp_percent,
             mse=job.spec.mse,
             fallback=None,
@@ -70,14 +69,6 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         ) from error
     model.save(str(job.packed))
     return {}
-
-
-def _require_device(spec: QuantSpec) -> None:
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault(
-            f"The spec wants a CUDA device, but torch {torch.__version__} of the engine's environment sees none.",
-            remedy="Quantize with device 'cpu', or on a machine with a GPU and a CUDA build of torch.",
-        )
 
 
 def _follow(layers: int, observe: Observe) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.errors import EnvironmentFault, InputRefused
 
 EngineName = Literal["gptqmodel", "autogptq"]
 Device = Literal["cpu", "cuda"]
@@ -30,14 +30,13 @@ class QuantSpec:
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
-        act_group_aware: Like ``desc_act``, but within and between groups only, so that serving sees ordinary groups.
         damp_percent: Share of the mean Hessian diagonal that is added to it.
-        mse: Exponent of the error that a search over clipped scales minimizes; 0 takes the extreme values.
+        mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 takes the extreme values.
         samples: Windows of calibration tokens.
         seq_len: Tokens per window.
         seed: Decides which calibration records are drawn, and their order.
         threads: Threads of one CPU operation.
-        device: ``cpu`` computes in float32, ``cuda`` in the checkpoint's dtype.
+        device: ``cpu`` computes in float32, ``cuda`` in 16 bit (the checkpoint's dtype; AutoGPTQ in float16).
     """
 
     engine: EngineName = "gptqmodel"
@@ -45,7 +44,6 @@ class QuantSpec:
     group_size: int = 128
     sym: bool = True
     desc_act: bool = False
-    act_group_aware: bool = True
     damp_percent: float = 0.05
     mse: float = 0.0
     samples: int = 128
@@ -63,13 +61,11 @@ class QuantSpec:
         for name in ("samples", "seq_len", "batch_size", "threads"):
             _require_range(name, getattr(self, name), low=1)
         _require_range("mse", self.mse, low=0)
+        if self.mse and self.engine == "autogptq":
+            raise InputRefused(f"AutoGPTQ does not search scales, mse is {self.mse}.", remedy="Leave mse at 0.")
         if not 0 < self.damp_percent < 1:
             raise InputRefused(
                 f"damp_percent is {self.damp_percent}, expected more than 0 and less than 1.", remedy="Try 0.05."
-            )
-        if self.desc_act and self.act_group_aware:
-            raise InputRefused(
-                "desc_act and act_group_aware order the same columns in two ways.", remedy="Choose one of them."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +90,6 @@ class QuantSpec:
             "meta": {
                 "quantizer": [quantizer],
                 "damp_percent": self.damp_percent,
-                "act_group_aware": self.act_group_aware,
                 "mse": self.mse,
                 "true_sequential": True,
             },
@@ -134,6 +129,21 @@ class QuantJob:
     def from_json(cls, value: Mapping[str, Any]) -> "QuantJob":
         paths = {name: Path(value[name]) for name in ("source", "windows", "workshop")}
         return cls(spec=QuantSpec(**value["spec"]), **paths)
+
+
+def require_device(spec: QuantSpec) -> None:
+    """Refuse to start without the device of the spec; called in the engine's process.
+
+    Raises:
+        EnvironmentFault: The spec wants CUDA and torch sees none.
+    """
+    import torch  # the command line reads specs without it
+
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"The spec wants a CUDA device, but torch {torch.__version__} of the engine's environment sees none.",
+            remedy="Quantize with device 'cpu', or on a machine with a GPU and a CUDA build of torch.",
+        )
 
 
 def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -6,7 +6,7 @@ Transformers keeps a vision-language model's decoder at ``model.language_model``
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
@@ -98,14 +98,13 @@ def require_mlp_tensors(checkpoint: Checkpoint, width: int) -> dict[str, int]:
     return axes
 
 
-def stored_names(module: str, checkpoint: Iterable[str]) -> list[str]:
+def stored_names(module: str, checkpoint: Container[str]) -> list[str]:
     """Return the weights in ``checkpoint`` that the module path of a model in memory can stand for."""
     spellings = {f"{module}.weight"}
     for new, old in _MODULE_SPELLINGS:
         spellings |= {f"{old}{module.removeprefix(new)}.weight"} if module.startswith(new) else set()
         spellings |= {f"{new}{module.removeprefix(old)}.weight"} if module.startswith(old) else set()
-    names = set(checkpoint)
-    return sorted(spellings & names)
+    return sorted(name for name in spellings if name in checkpoint)
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:

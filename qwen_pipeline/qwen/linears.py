@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.errors import InputRefused, listed
 
 DECODER_LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -56,7 +56,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
     missing = [f"layers.{i}.{kind}" for i in layers for kind in DECODER_LINEARS if (i, kind) not in found]
     if missing or not linears:
         raise InputRefused(
-            f"The checkpoint lacks linear layers of a dense Qwen decoder: {', '.join(missing[:5]) or 'all of them'}.",
+            f"The checkpoint lacks linear layers of a dense Qwen decoder: {listed(missing) or 'all of them'}.",
             remedy="Use a complete checkpoint of a dense Qwen model.",
         )
     return sorted(linears, key=lambda linear: (linear.layer, DECODER_LINEARS.index(linear.kind)))

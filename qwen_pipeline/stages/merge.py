@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
-from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.adapter import Adapter, is_adapter, open_adapter
@@ -78,7 +79,14 @@ def open_fine_tune(root: Path) -> Adapter | Checkpoint:
     Raises:
         InputRefused: It holds neither in a form that can be merged.
     """
-    return open_adapter(root) if is_adapter(root) else open_checkpoint(root)
+    if not is_adapter(root):
+        return open_checkpoint(root)
+    if (root / SINGLE_SHARD).exists() or (root / INDEX).exists():
+        raise InputRefused(
+            f"{root} holds an adapter and a whole model; it does not say which one is the fine-tune.",
+            remedy="Put only one of them into the directory.",
+        )
+    return open_adapter(root)
 
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:

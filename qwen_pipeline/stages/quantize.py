@@ -15,9 +15,10 @@ from qwen_pipeline.engines.calibration import draw_windows, window_digest
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
-from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
+from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import run_worker
@@ -69,8 +70,13 @@ def quantize(
         EnvironmentFault: The engine, the GPU, memory or disk space is missing.
         CheckFailed: The solver met a loss that is not a number.
     """
+    assert spec.engine == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
     checkpoint = open_checkpoint(source)
-    _require_full_precision(checkpoint, source)
+    require_full_precision(
+        checkpoint,
+        because="Codes cannot be quantized again.",
+        remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
+    )
     linears = decoder_linears(checkpoint)
     _require_packable(linears, spec)
     _require_positions(checkpoint, spec)
@@ -79,7 +85,7 @@ def quantize(
     derivation = Derivation(
         stage=STAGE,
         inputs={"source": checkpoint_digest(source, observe=observe), "calibration": window_digest(windows)},
-        spec={**spec.to_json(), "versions": {name: versions[name] for name in (spec.engine, "torch")}},
+        spec={**spec.to_json(), "versions": {name: versions[name] for name in (engine.package, "torch")}},
         code_version=CODE_VERSION,
     )
 
@@ -95,7 +101,7 @@ def quantize(
             observe=observe,
         )
         losses = read_losses(job.quant_log, linears)
-        quantization = spec.quantization_config(f"{spec.engine}:{versions[spec.engine]}")
+        quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
         quantized = quantized_checkpoint(
             checkpoint,
             open_checkpoint(job.packed),
@@ -113,20 +119,12 @@ def quantize(
                 "losses": [loss.to_json() for loss in losses],
                 "quantization": quantization,
                 "calibration": {"tokens": windows.numel(), "windows": spec.samples, "digest": window_digest(windows)},
-                "checks": dump_reports(_inspect(open_checkpoint(partial), linears, losses, spec)),
+                "checks": dump_reports(check_output(open_checkpoint(partial), linears, losses, spec)),
             },
             worker_peak_bytes=worker.peak_memory_bytes,
         )
 
     return derive(derivation, destination, build)
-
-
-def _require_full_precision(checkpoint: Checkpoint, source: Path) -> None:
-    if "quantization_config" in checkpoint.config or any(name.endswith(".qweight") for name in checkpoint):
-        raise QuantizedInputRefused(
-            f"{source} is quantized already; codes cannot be quantized again.",
-            remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
-        )
 
 
 def _require_packable(linears: Sequence[Linear], spec: QuantSpec) -> None:
@@ -178,7 +176,7 @@ def _with_logs(contents: Contents, partial: Path) -> Contents:
     return replace(contents, files={**contents.files, **digest_files(logs)})
 
 
-def _inspect(
+def check_output(
     output: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleLoss], spec: QuantSpec
 ) -> list[CheckReport]:
     """Report on :data:`CHECKS`, in their order."""
@@ -221,11 +219,12 @@ def _inspect(
 
 
 def _report(check: CheckSpec, *, total: int, bad: Sequence[str], remedy: str) -> CheckReport:
-    shown = f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
     return CheckReport(
         name=check.name,
         passed=not bad,
-        detail=f"Not so for {len(bad)} of {total} modules: {shown}. {remedy}" if bad else f"True for {total} modules.",
+        detail=f"Not so for {len(bad)} of {total} modules: {listed(bad)}. {remedy}"
+        if bad
+        else f"True for {total} modules.",
         measured=float(len(bad)),
         limit=0.0,
     )

@@ -16,7 +16,7 @@ from qwen_pipeline.errors import InputRefused
     [
         {"engine": "other"}, {"device": "tpu"}, {"bits": 3}, {"group_size": 0}, {"group_size": -1}, {"samples": 0},
         {"seq_len": 0}, {"batch_size": 0}, {"threads": 0}, {"damp_percent": 0.0}, {"damp_percent": 1.0}, {"mse": -1.0},
-        {"desc_act": True},
+        {"mse": 2.4, "engine": "autogptq"},
     ],
     ids=str,
 )  # fmt: skip
@@ -27,7 +27,7 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
 
 
 def test_a_job_survives_json() -> None:
-    spec = QuantSpec(bits=8, act_group_aware=False, desc_act=True, threads=3, device="cuda")
+    spec = QuantSpec(bits=8, desc_act=True, threads=3, device="cuda")
     job = QuantJob(spec=spec, source=Path("/a"), windows=Path("/b.npy"), workshop=Path("/c"))
     assert QuantJob.from_json(json.loads(json.dumps(job.to_json()))) == job
 

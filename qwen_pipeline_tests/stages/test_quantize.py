@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.engines.losses import ModuleLoss
+from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.stages.quantize import CHECKS, quantize
+from qwen_pipeline.stages.quantize import CHECKS, check_output, quantize
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 SPEC = QuantSpec(group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
@@ -124,7 +125,25 @@ def test_the_directory_holds_nothing_else(run: Run) -> None:
 
 
 def test_codes_stand_for_the_weights(run: Run) -> None:
-    source, output = open_checkpoint(run.source), run.output
+    require_faithful(open_checkpoint(run.source), run.output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gptqmodel", "autogptq"])
+def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineName) -> None:
+    artifact = quantize(
+        source=run.source,
+        destination=Directory(tmp_path / "out"),
+        calibration=run.calibration,
+        spec=replace(SPEC, engine=name, device="cuda"),
+        engine=find_environment(name),
+    )
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    assert all(0 < loss["loss"] < 1 for loss in artifact.manifest.result["losses"])
+    require_faithful(open_checkpoint(run.source), open_checkpoint(artifact.path))
+
+
+def require_faithful(source: Checkpoint, output: Checkpoint) -> None:
     for linear in decoder_linears(source):
         weight_OI = source.load(f"{linear.module}.weight").double()
         error = (dequantized(output, linear.module) - weight_OI).norm() / weight_OI.norm()
@@ -235,7 +254,7 @@ import json, sys
 from pathlib import Path
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 source, out, calibration = map(Path, sys.argv[1:4])
 tell = lambda event: print(event.remark, flush=True) if event.task == "quantize" else None
@@ -289,3 +308,34 @@ class TestRefusals:
     def test_too_little_text(self, source: Path, calibration: Path, tmp_path: Path) -> None:
         fault = self.refused(source, calibration, tmp_path, replace(SPEC, samples=1000))
         assert "1000 windows of 64 need 64,000" in fault.what
+
+
+class TestChecks:
+    """Each check fails for what it names, on checkpoints that no engine should write."""
+
+    def failed(self, output: Checkpoint, run: Run) -> dict[str, str]:
+        losses = [ModuleLoss(**loss) for loss in run.artifact.manifest.result["losses"]]
+        reports = check_output(output, decoder_linears(open_checkpoint(run.source)), losses, SPEC)
+        assert [report.name for report in reports] == [check.name for check in CHECKS]
+        return {report.name: report.detail for report in reports if not report.passed}
+
+    def test_a_module_without_codes(self, run: Run) -> None:
+        output = run.output
+        tensors = {name: tensor for name, tensor in output.tensors.items() if "layers.1.mlp.down_proj" not in name}
+        failed = self.failed(replace(output, tensors=tensors), run)
+        assert failed.keys() == {"every_module_quantized"}
+        assert "1 of 14 modules: model.layers.1.mlp.down_proj" in failed["every_module_quantized"]
+
+    @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+    def test_a_scale_that_is_no_scale(self, run: Run, value: float) -> None:
+        name = "model.layers.0.mlp.up_proj.scales"
+        scales = run.output.load(name)
+        scales[1, 2] = value
+        wrong = replace(run.output.tensors[name], read=lambda start, stop: scales[start:stop])
+        assert self.failed(run.output.replace(tensors={name: wrong}), run).keys() == {"scales_finite"}
+
+    def test_more_damping_than_asked_only_warns(self, run: Run) -> None:
+        losses = [ModuleLoss(**loss | {"damp": 0.06}) for loss in run.artifact.manifest.result["losses"]]
+        *_, damping = check_output(run.output, decoder_linears(open_checkpoint(run.source)), losses, SPEC)
+        assert not damping.passed
+        assert not damping.blocks

@@ -1,0 +1,5 @@
+"""``python -m qwen_pipeline``."""
+
+from qwen_pipeline.cli import main
+
+main()

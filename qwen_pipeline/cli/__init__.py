@@ -1,0 +1,47 @@
+"""``qwen-pipeline``: the same stages, store and graph as in Dagster, from a terminal.
+
+What computes is imported when a command runs, not before: help answers at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+import qwen_pipeline
+from qwen_pipeline.cli import engine, pipeline, stages
+
+app = typer.Typer(
+    name="qwen-pipeline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 a check failed, 2 the input or the usage was refused and nothing was written, "
+    "3 a fault of the machine, 130 interrupted, 70 a mistake in this program.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(qwen_pipeline.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """From a fine-tune of a Qwen model to a quantized checkpoint that is proven to serve right.
+
+    base + fine-tune -> merged -> padded -> quantized -> validated -> published
+
+    Settings come from qwen_pipeline.toml in the working directory, or where QWEN_PIPELINE_CONFIG points.
+    """
+
+
+app.add_typer(pipeline.app)
+app.add_typer(stages.app)
+app.add_typer(engine.app, name="engine")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,34 @@
+"""The environments of the quantization engines."""
+
+from typing import Annotated
+
+import typer
+
+from qwen_pipeline.cli.answers import Answer, answering
+
+app = typer.Typer(no_args_is_help=True, help="Install or check the environment of a quantization engine.")
+
+Name = Annotated[str, typer.Argument(help="gptqmodel or autogptq.")]
+
+
+@answering(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
+def install(name: Name) -> Answer:
+    """Build an engine's environment, a layer above this one, because their requirements collide. Safe to repeat."""
+    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.engines.environment import install_environment
+
+    with watching() as observe:
+        engine = install_environment(name, observe)
+    return Answer(data={"engine": name, "python": str(engine.python)}, view=[f"{name}: {engine.python}"])
+
+
+@answering(app, "check", examples=["qwen-pipeline engine check gptqmodel"])
+def check(name: Name) -> Answer:
+    """Import an engine in its own environment and show the versions found there."""
+    from qwen_pipeline.engines.environment import check_environment
+
+    versions = check_environment(name)
+    return Answer(
+        data={"engine": name, "versions": dict(versions)},
+        view=[f"{package} {version}" for package, version in versions.items()],
+    )

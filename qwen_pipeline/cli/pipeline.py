@@ -1,0 +1,134 @@
+"""The whole pipeline: run a fine-tune through it, see where everything stands, open the UI."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen_pipeline.cli.answers import Answer, answering
+
+if TYPE_CHECKING:
+    from qwen_pipeline.defs.headless import Outcome
+
+app = typer.Typer()
+
+FineTune = Annotated[str, typer.Argument(help="Name of a fine-tune in the inbox.")]
+
+
+@answering(app, "run", examples=["qwen-pipeline run my-lora", "qwen-pipeline run ~/training/my-lora --json"])
+def run(
+    fine_tune: Annotated[str, typer.Argument(help="Name of a fine-tune in the inbox, or the path of a directory.")],
+) -> Answer:
+    """Take one fine-tune all the way: merge, pad, quantize, validate, publish.
+
+    The same graph, store and Dagster instance as the UI's, in this process and without a daemon. What is up to date
+    is not done again; an interrupted run continues where it stopped.
+    """
+    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.defs.headless import run_fine_tune
+    from qwen_pipeline.inbox import Inbox
+
+    settings = load_settings()
+    is_path = "/" in fine_tune or fine_tune in (".", "..")
+    arrival = Inbox(settings.inbox).admit(Path(fine_tune)) if is_path else Inbox(settings.inbox).require(fine_tune)
+    with watching() as observe:
+        outcome = run_fine_tune(settings, arrival.name, watch=observe)
+    return _outcome(outcome)
+
+
+@answering(app, "publish", examples=["qwen-pipeline publish my-lora"])
+def publish(fine_tune: FineTune) -> Answer:
+    """Release the quantized checkpoint of a fine-tune, if its validation says that it may go out.
+
+    The reports are read and demanded here as well: there is no way around a failed check.
+    """
+    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.defs.headless import publish_fine_tune
+
+    with watching() as observe:
+        return _outcome(publish_fine_tune(load_settings(), fine_tune, watch=observe))
+
+
+@answering(app, "status", examples=["qwen-pipeline status", "qwen-pipeline status --json | jq '.fine_tunes[].name'"])
+def status() -> Answer:
+    """Show every fine-tune and how far it is: done, failed, stale (its input or the code changed) or missing."""
+    from qwen_pipeline.cli.tables import standing_data, standing_table
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.standing import everything
+
+    settings = load_settings()
+    found = everything(settings)
+    view = [standing_table(found)] if found else [f"No fine-tune yet: copy one into {settings.inbox}."]
+    return Answer(data={"fine_tunes": standing_data(found)}, view=view)
+
+
+@answering(app, "plan", examples=["qwen-pipeline plan Qwen2.5-72B/ --tp 2 --tp 4 --tp 8 --group-size 128"])
+def plan(
+    model: Annotated[Path, typer.Argument(help="Model directory, or its config.json.")],
+    tp: Annotated[list[int], typer.Option(help="Tensor-parallel degree; repeat it for more.")] = [2, 4, 8],  # noqa: B006
+    group_size: Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")] = 128,
+) -> Answer:
+    """Say what each tensor-parallel degree would do to a model: its width now and padded, and what would go wrong."""
+    from dataclasses import asdict
+
+    from qwen_pipeline.cli.tables import outlook_table
+    from qwen_pipeline.qwen.geometry import outlook
+
+    file = model / "config.json" if model.is_dir() else model
+    rows = outlook(_read_config(file), group_size=group_size, degrees=tp)
+    data = [{**asdict(row), "extra_percent": row.extra_percent} for row in rows]
+    return Answer(data={"group_size": group_size, "degrees": data}, view=[outlook_table(rows, group_size)])
+
+
+@answering(app, "demo", examples=["qwen-pipeline demo", "qwen-pipeline demo --base Qwen/Qwen2.5-0.5B-Instruct"])
+def demo(
+    base: Annotated[str | None, typer.Option(help="Directory or hub id of another base than the small one.")] = None,
+) -> Answer:
+    """Train a small LoRA on a small real model and take it all the way to a published checkpoint, in minutes."""
+    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.demo import run_demo
+
+    with watching() as observe:
+        return Answer(data=run_demo(base=base, observe=observe))
+
+
+@answering(app, "ui", examples=["qwen-pipeline ui", "qwen-pipeline ui --port 3001"])
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> Answer:
+    """Open Dagster's web UI and its daemon, which watches the inbox. Ends with Ctrl-C.
+
+    The UI has no login, so it listens on this machine only; reach it from elsewhere through ssh or a proxy with a
+    login.
+    """
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.defs.home import become_server
+
+    settings, url = load_settings(), f"http://127.0.0.1:{port}"
+    return Answer(data={"url": url}, view=[f"Opening {url}"], then=lambda: become_server(settings, port=port))
+
+
+def _outcome(outcome: "Outcome") -> Answer:
+    from qwen_pipeline.cli.tables import artifact_data, artifact_table, check_table
+
+    artifacts = outcome.artifacts
+    release = next((a.path for a in artifacts if a.manifest.derivation.stage == "published"), None)
+    data = {
+        "fine_tune": outcome.fine_tune,
+        "run_id": outcome.run_id,
+        "stages": [artifact_data(artifact) for artifact in artifacts],
+        "release": str(release) if release else None,
+    }
+    view = [artifact_table(artifacts), check_table(artifacts)] if artifacts else []
+    return Answer(data=data, view=[*view, f"Released: {release}"] if release else view, fault=outcome.fault)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    import json
+
+    from qwen_pipeline.errors import CheckpointRefused
+
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointRefused(f"{file} cannot be read: {error}.", remedy="Name a model directory.") from error

@@ -1,0 +1,186 @@
+"""The stages one by one: a directory in, a directory out."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_pipeline.cli.answers import Answer, answering
+
+if TYPE_CHECKING:
+    from qwen_pipeline.checkpoint.store import Artifact
+    from qwen_pipeline.progress import Observe
+
+app = typer.Typer()
+
+
+class LayoutChoice(StrEnum):
+    interleave = "interleave"
+    append = "append"
+
+
+class EngineChoice(StrEnum):
+    gptqmodel = "gptqmodel"
+    autogptq = "autogptq"
+
+
+Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
+Out = Annotated[Path, typer.Option(help="New or empty directory. The same work a second time is free.")]
+GroupSize = Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")]
+EngineName = Annotated[EngineChoice, typer.Option(help="Library that quantizes, in an environment of its own.")]
+EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
+
+
+@answering(app, "merge", examples=["qwen-pipeline merge --base base/ --adapter my-lora/ --out merged/"])
+def merge(
+    base: Annotated[Path, typer.Option(help="Full-precision base checkpoint.")],
+    adapter: Annotated[Path, typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint.")],
+    out: Out,
+    base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
+) -> Answer:
+    """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
+
+    Every adapter tensor must land on a base tensor; what cannot be merged exactly is refused by name.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.stages import merge as stage
+
+    return _made_by(
+        lambda observe: stage.merge(
+            base=base, fine_tune=adapter, destination=Directory(out), base_names=base_name or (), observe=observe
+        )
+    )
+
+
+@answering(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
+def pad(
+    source: Source,
+    out: Out,
+    group_size: GroupSize = 128,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
+    layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = LayoutChoice.interleave,
+) -> Answer:
+    """Widen the MLP to the next multiple of group size x tensor-parallel degree. This comes before quantize.
+
+    The model computes the same as before, and nothing to pad is a valid outcome. A quantized checkpoint is refused:
+    its codes and scales can no longer be widened.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.stages import pad as stage
+
+    return _made_by(
+        lambda observe: stage.pad(
+            source=source,
+            destination=Directory(out),
+            group_size=group_size,
+            tensor_parallel=tp,
+            layout=layout.value,
+            observe=observe,
+        )
+    )
+
+
+@answering(
+    app,
+    "quantize",
+    examples=["qwen-pipeline quantize --in padded/ --out quantized/ --calibration chats.jsonl --bits 4"],
+)
+def quantize(
+    source: Source,
+    out: Out,
+    calibration: Annotated[Path, typer.Option(help='JSONL of {"text"} or {"messages"}: what the model will see.')],
+    bits: Annotated[int, typer.Option(help="Bits per weight.")] = 4,
+    group_size: GroupSize = 128,
+    engine: EngineName = EngineChoice.gptqmodel,
+    samples: Annotated[int, typer.Option(help="Windows of calibration tokens.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Decides which records are drawn.")] = 42,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass; other sizes give other bytes.")] = 8,
+    engine_python: EnginePython = None,
+) -> Answer:
+    """Quantize a checkpoint with GPTQ, in a process of its own. Pad it first.
+
+    The same input, settings and versions give the same bytes. A module that could only be rounded fails the check.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.engines.environment import find_environment
+    from qwen_pipeline.engines.protocol import QuantSpec
+    from qwen_pipeline.stages import quantize as stage
+
+    spec = QuantSpec(
+        engine=engine.value,
+        bits=bits,
+        group_size=group_size,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return _made_by(
+        lambda observe: stage.quantize(
+            source=source,
+            destination=Directory(out),
+            calibration=calibration,
+            spec=spec,
+            engine=find_environment(engine.value, engine_python),
+            observe=observe,
+        )
+    )
+
+
+@answering(
+    app,
+    "validate",
+    examples=["qwen-pipeline validate --reference merged/ --candidate quantized/ --text held-out.txt --tp 8"],
+)
+def validate(
+    reference: Annotated[Path, typer.Option(help="The merged, full-precision checkpoint.")],
+    candidate: Annotated[Path, typer.Option(help="The quantized checkpoint.")],
+    text: Annotated[Path, typer.Option(help="Text that calibration did not see: .txt, or .jsonl as for quantize.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the report; default: <candidate>-validation.")] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel degree that the checkpoint must serve at.")] = 1,
+    base: Annotated[Path | None, typer.Option(help="The base, to compare perplexities with.")] = None,
+    padded: Annotated[Path | None, typer.Option(help="The padded checkpoint, to compare perplexities with.")] = None,
+    engine: EngineName = EngineChoice.gptqmodel,
+    engine_python: EnginePython = None,
+) -> Answer:
+    """Hold a quantized checkpoint against the one it came from, and write a report.
+
+    Limits, prompts and the amount of text come from the section [validation] of qwen_pipeline.toml.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.engines.environment import find_environment
+    from qwen_pipeline.stages import validate as stage
+
+    settings = load_settings().validation
+    return _made_by(
+        lambda observe: stage.validate(
+            reference=reference,
+            candidate=candidate,
+            text=text,
+            destination=Directory(out or candidate.resolve().with_name(f"{candidate.resolve().name}-validation")),
+            engine=find_environment(engine.value, engine_python).python,
+            base=base,
+            padded=padded,
+            tensor_parallel=tp,
+            limits=settings.limits,
+            prompts=settings.prompts,
+            windows=settings.windows,
+            seq_len=settings.seq_len,
+            observe=observe,
+        )
+    )
+
+
+def _made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
+    """Run a stage under the eyes of the user, and show what it made and what it checked."""
+    from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table
+    from qwen_pipeline.cli.watching import watching
+
+    with watching() as observe:
+        artifact = stage(observe)
+    view = [artifact_table([artifact]), check_table([artifact]), str(artifact.path)]
+    return Answer(data=artifact_data(artifact), view=view, fault=blocking_failure([artifact]))

@@ -1,0 +1,122 @@
+"""Tables: what was made, what was checked, where everything stands."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
+
+from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.qwen.geometry import DegreeOutlook
+from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.standing import STAGES, FineTuneStanding
+
+
+def artifact_data(artifact: Artifact) -> dict[str, Any]:
+    """An artifact for machines."""
+    manifest = artifact.manifest
+    return {
+        "stage": manifest.derivation.stage,
+        "path": str(artifact.path),
+        "content_digest": manifest.content_digest,
+        "bytes": manifest.contents.nbytes,
+        "seconds": manifest.run.seconds,
+        "peak_memory_bytes": manifest.run.peak_memory_bytes,
+        "reused": artifact.reused,
+        "inputs": dict(manifest.derivation.inputs),
+        "checks": list(manifest.result.get("checks", ())),
+    }
+
+
+def artifact_table(artifacts: Iterable[Artifact]) -> Table:
+    table = Table("stage", "size", "digest", "seconds", "peak memory", "")
+    for artifact in artifacts:
+        manifest = artifact.manifest
+        table.add_row(
+            manifest.derivation.stage,
+            size(manifest.contents.nbytes),
+            manifest.content_digest.removeprefix("sha256:")[:12],
+            f"{manifest.run.seconds:.1f}",
+            size(manifest.run.peak_memory_bytes),
+            "was there" if artifact.reused else "new",
+        )
+    return table
+
+
+def check_table(artifacts: Sequence[Artifact]) -> Group:
+    """The verdicts, and below them in words whatever did not pass."""
+    table = Table("stage", Column("check", no_wrap=True), "verdict", "measured", "limit")
+    remarks: list[Text] = []
+    for artifact in artifacts:
+        stage = artifact.manifest.derivation.stage
+        for report in load_reports(artifact.manifest.result):
+            table.add_row(stage, report.name, verdict(report), value(report.measured), value(report.limit))
+            if not report.passed:
+                remarks.append(Text.assemble(verdict(report), f" {stage} {report.name}: {report.detail}"))
+    return Group(table, *remarks)
+
+
+def verdict(report: CheckReport) -> Text:
+    if report.passed:
+        return Text("passed", style="green")
+    return Text("FAILED", style="bold red") if report.blocks else Text("warning", style="yellow")
+
+
+def value(measured: float | str | None) -> str:
+    return "" if measured is None else f"{measured:.4g}" if isinstance(measured, float) else str(measured)
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
+    """The first check that stops the pipeline, as a fault."""
+    for artifact in artifacts:
+        for report in load_reports(artifact.manifest.result):
+            if report.blocks:
+                return CheckFailed(f"The check {report.name} failed: {report.detail}", remedy=f"Read {artifact.path}.")
+    return None
+
+
+_COLORS = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
+
+
+def standing_table(found: Sequence[FineTuneStanding]) -> Table:
+    table = Table("fine-tune", *STAGES, "remark")
+    for fine_tune in found:
+        states = [fine_tune.stages[stage].state for stage in STAGES]
+        table.add_row(fine_tune.name, *(Text(state, style=_COLORS[state]) for state in states), Text(fine_tune.remark))
+    return table
+
+
+def standing_data(found: Sequence[FineTuneStanding]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": fine_tune.name,
+            "remark": fine_tune.remark or None,
+            "stages": {
+                stage: {"state": stands.state, **(artifact_data(stands.artifact) if stands.artifact else {})}
+                for stage, stands in fine_tune.stages.items()
+            },
+        }
+        for fine_tune in found
+    ]
+
+
+def outlook_table(rows: Sequence[DegreeOutlook], group_size: int) -> Table:
+    table = Table("TP", "width", "padded", "extra", f"groups of {group_size} per rank", "serves", "what happens")
+    for row in rows:
+        before, after = (f"{groups:g}" for groups in row.groups_per_rank)
+        table.add_row(
+            str(row.degree),
+            f"{row.live:,}",
+            f"{row.target:,}",
+            f"{row.extra_percent:.2f} %",
+            f"{before} -> {after}",
+            Text("yes", style="green") if row.legal else Text("no", style="bold red"),
+            row.sentence,
+        )
+    return table

@@ -1,0 +1,48 @@
+"""Progress for whoever sits at the terminal: bars, or plain lines where bars cannot be drawn. Always standard error."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qwen_pipeline import progress
+from qwen_pipeline.progress import Observe, as_lines
+
+
+@contextmanager
+def watching() -> Generator[Observe, None, None]:
+    """Show what the body's stages tell. Survives a redirection of standard error, which Dagster does to keep logs."""
+    with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
+        console = Console(file=stderr)
+        if not console.is_terminal:
+            yield as_lines(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}", markup=False, style="progress.percentage"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[remark]}", markup=False, style="dim"),
+        )
+        with Progress(*columns, console=console) as bars:
+            yield _drawing(bars)
+
+
+def _drawing(bars: Progress) -> Observe:
+    tasks = {}
+
+    def observe(event: progress.Progress) -> None:
+        if event.task not in tasks:
+            tasks[event.task] = bars.add_task(event.task, figures="", remark="")
+        bars.update(
+            tasks[event.task],
+            completed=event.done,
+            total=event.total,
+            figures=progress.figures(event),
+            remark=event.remark,
+        )
+
+    return observe

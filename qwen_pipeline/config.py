@@ -1,0 +1,210 @@
+"""Every setting of the pipeline: one typed model, read from one file and the environment.
+
+The file is ``qwen_pipeline.toml`` in the working directory, or what ``QWEN_PIPELINE_CONFIG`` names. A variable
+``QWEN_PIPELINE_<FIELD>``, with ``__`` between a section and its field, wins over the file. Relative paths start at the
+directory of the file, so that a pipeline means the same from wherever it is called.
+"""
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from tomllib import TOMLDecodeError
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.evaluation.limits import Limits
+from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
+from qwen_pipeline.qwen.geometry import Layout
+
+PREFIX = "QWEN_PIPELINE_"
+FILE_VARIABLE = PREFIX + "CONFIG"
+DEFAULT_FILE = "qwen_pipeline.toml"
+_INTERNAL = {FILE_VARIABLE, PREFIX + "MESSAGES_FD", PREFIX + "PARENT"}
+
+
+def config_file() -> Path:
+    """The settings file, whether or not it is there."""
+    return Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE)).expanduser().absolute()
+
+
+def _beside_config(path: Path) -> Path:
+    return config_file().parent / path.expanduser()
+
+
+ConfiguredPath = Annotated[Path, AfterValidator(_beside_config)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Padding(_Section):
+    """How wide the MLP becomes: a multiple of ``tensor_parallel`` times the quantization's group size."""
+
+    tensor_parallel: int = Field(default=8, ge=1)
+    layout: Layout = "interleave"
+
+
+class Validation(_Section):
+    """What a quantized checkpoint is held against.
+
+    Attributes:
+        text: Held-out text, ``.txt`` or ``.jsonl``; calibration must not have seen it.
+        limits: The thresholds of the checks; what is left out keeps its default.
+        prompts: What the merged and the quantized model answer side by side.
+        windows: Number of evaluation windows.
+        seq_len: Tokens per window.
+    """
+
+    text: ConfiguredPath | None = None
+    limits: Limits = Field(default_factory=Limits)
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    windows: int = Field(default=8, ge=1)
+    seq_len: int = Field(default=512, ge=2)
+
+
+class Engine(_Section):
+    """Where an engine's environment is, if not where ``qwen-pipeline engine install`` puts it."""
+
+    python: ConfiguredPath | None = None
+
+
+class Settings(BaseSettings):
+    """What ``qwen_pipeline.toml`` may say.
+
+    Attributes:
+        workspace: Root of everything the pipeline writes.
+        inbox: Where fine-tunes arrive, a directory each; by default ``<workspace>/inbox``.
+        base_model: Directory or hub id of the full-precision base.
+        base_revision: Commit, tag or branch of a hub base.
+        base_names: Further names that adapters may know the base by.
+        padding: Geometry of the padded checkpoint.
+        quantization: What the engine is asked for.
+        calibration: JSONL of ``text`` or ``messages``.
+        validation: Held-out text and limits.
+        engines: Engine name -> its environment.
+        owners: Who Dagster shows as responsible: ``team:name`` or an e-mail address.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    workspace: ConfiguredPath = Path("workspace")
+    inbox: ConfiguredPath = Field(default_factory=lambda known: known["workspace"] / "inbox")
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_names: tuple[str, ...] = ()
+    padding: Padding = Field(default_factory=Padding)
+    quantization: QuantSpec = Field(default_factory=QuantSpec)
+    calibration: ConfiguredPath | None = None
+    validation: Validation = Field(default_factory=Validation)
+    engines: Mapping[str, Engine] = Field(default_factory=dict[str, Engine])
+    owners: tuple[str, ...] = ()
+
+    @property
+    def store(self) -> Path:
+        return self.workspace / "store"
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.workspace / "dagster_home"
+
+    def engine_python(self) -> Path | None:
+        """The interpreter configured for the quantization's engine; None means the one that was installed here."""
+        return self.engines.get(self.quantization.engine, Engine()).python
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config_file())
+
+
+def load_settings() -> Settings:
+    """Read the file and the environment.
+
+    Raises:
+        InputRefused: The named file is missing or not TOML, a key is unknown, or a value does not fit.
+    """
+    file = config_file()
+    if FILE_VARIABLE in os.environ and not file.is_file():
+        raise InputRefused(f"{FILE_VARIABLE} names {file}, which is not there.", remedy="Correct or unset it.")
+    if unknown := sorted(name for name in os.environ if _is_unknown_variable(name)):
+        raise InputRefused(
+            f"The environment sets {unknown[0]}, which no setting reads.{_meant(unknown[0], _variables())}",
+            remedy="Correct or unset it.",
+        )
+    try:
+        return Settings()
+    except TOMLDecodeError as error:
+        raise InputRefused(f"{file} is not valid TOML: {error}.", remedy="Correct the file.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputRefused(_explain(first), remedy=f"Correct it in {file} or in {_variable(first)}.") from error
+    except SettingsError as error:
+        raise InputRefused(f"{error}: {error.__cause__}.", remedy="Write lists as JSON in the environment.") from error
+
+
+T = TypeVar("T")
+
+
+def require_setting(value: T | None, key: str, example: str) -> T:
+    """Return a setting that some command cannot do without."""
+    if value is None:
+        raise InputRefused(f"The setting {key} is missing.", remedy=f"Add to {config_file()}: {key} = {example}")
+    return value
+
+
+def _variables() -> list[str]:
+    return [PREFIX + field.upper() for field in Settings.model_fields]
+
+
+def _is_unknown_variable(name: str) -> bool:
+    return name.startswith(PREFIX) and name not in _INTERNAL and name.split("__")[0] not in _variables()
+
+
+def _variable(error: ErrorDetails) -> str:
+    return PREFIX + "__".join(str(part).upper() for part in error["loc"])
+
+
+def _explain(error: ErrorDetails) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"The setting {key} does not exist.{_meant(str(error['loc'][-1]), _known_beside(error['loc']))}"
+    return f"The setting {key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def _known_beside(loc: tuple[int | str, ...]) -> list[str]:
+    """The fields of the section that a key was found in; a table's key leads to the type of its values."""
+    section: Any = Settings
+    for part in loc[:-1]:
+        if field := _fields(section).get(str(part)):
+            section = (get_args(field.annotation) or (field.annotation,))[-1]
+    return list(_fields(section))
+
+
+def _fields(section: Any) -> Mapping[str, Any]:
+    return getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {})
+
+
+def _meant(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(known)}." if known else ""

@@ -1,0 +1,219 @@
+"""The asset graph, from a base and a fine-tune to a published checkpoint: one asset per directory that comes to be.
+
+Assets exchange paths through the store, never tensors. Each is a call of one stage; what the stage checked about its
+own output arrives with it as asset checks.
+"""
+
+# pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
+# Dagster recognizes MaterializeResult in a signature only without its type argument.
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import dagster as dg
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.config import Settings
+from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
+from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, loss_table
+from qwen_pipeline.defs.partitions import FINE_TUNES
+from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.evaluation.report import report_markdown
+from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
+from qwen_pipeline.stages import merge, pad, publish, quantize, validate
+
+GROUP = "fine_tune_to_release"
+
+COMPLETE = CheckSpec(name="complete", description="The upload is whole: nothing partial, no file shorter than it says.")
+
+
+def _stage_asset(
+    stage: ModuleType, *, deps: Sequence[dg.AssetsDefinition], kinds: set[str], pool: str | None = None
+) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
+    """An asset whose version and checks are those of its stage."""
+    name = f"{stage.STAGE}_checkpoint"
+    return dg.asset(
+        name=name,
+        deps=deps,
+        partitions_def=FINE_TUNES,
+        group_name=GROUP,
+        kinds=kinds,
+        code_version=stage.CODE_VERSION,
+        check_specs=asset_check_specs(name, stage.CHECKS),
+        pool=pool,
+    )
+
+
+def _materialized(artifact: Artifact, partition: str, **more: Any) -> dg.MaterializeResult:
+    """Report a stage's output: the content digest is its data version, so that equal bytes leave downstream fresh."""
+    manifest = artifact.manifest
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(manifest.content_digest),
+        metadata={**artifact_metadata(artifact), **more},
+        check_results=[asset_check_result(report, partition) for report in load_reports(manifest.result)],
+    )
+
+
+@dg.asset(group_name=GROUP, kinds={"huggingface", "qwen"})
+def base_model(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.MaterializeResult:
+    """The full-precision model that the fine-tunes were trained from.
+
+    A directory, or a snapshot of a hub's repository. It is read once to be hashed; its digest is part of the identity
+    of everything downstream.
+    """
+    with pipeline.step(context) as observe:
+        base = pipeline.base
+        digest = checkpoint_digest(base, observe=observe)
+    nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest),
+        metadata={"name": pipeline.base_name, **directory_metadata(base, digest, nbytes)},
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    kinds={"huggingface", "pytorch"},
+    partitions_def=FINE_TUNES,
+    check_specs=asset_check_specs("fine_tune", [COMPLETE]),
+)
+def fine_tune(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.MaterializeResult:
+    """A fine-tune as it arrived in the inbox: a PEFT adapter or a whole checkpoint.
+
+    It is read and never written to. An upload that is not whole fails the check `complete` and goes no further.
+    """
+    with pipeline.step(context):
+        arrival = pipeline.inbox.find(context.partition_key)
+        obstacle = arrival.obstacle()
+        digest = arrival.digest if obstacle else merge.fine_tune_digest(arrival.path)
+    detail = obstacle or "Every file is there in its full length."
+    report = CheckReport(name=COMPLETE.name, passed=obstacle is None, detail=detail)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest),
+        metadata=directory_metadata(arrival.path, digest, arrival.nbytes),
+        check_results=[asset_check_result(report, arrival.name)],
+    )
+
+
+@_stage_asset(merge, deps=[base_model, fine_tune], kinds={"pytorch", "qwen"})
+def merged_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.MaterializeResult:
+    """Base and fine-tune as one full-precision checkpoint.
+
+    Every adapter tensor lands on exactly one base tensor: `W + scaling * B @ A`, computed in float32 and rounded once.
+    A full fine-tune passes through.
+    """
+    with pipeline.step(context) as observe:
+        artifact = merge.merge(
+            base=pipeline.base,
+            fine_tune=pipeline.inbox.require(context.partition_key).path,
+            destination=pipeline.slot(context),
+            base_names=(pipeline.base_name, *pipeline.settings.base_names),
+            observe=observe,
+        )
+    return _materialized(artifact, context.partition_key)
+
+
+@_stage_asset(pad, deps=[merged_checkpoint], kinds={"pytorch", "qwen"})
+def padded_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.MaterializeResult:
+    """The merged checkpoint with its MLP widened, so that every tensor-parallel rank gets whole quantization groups.
+
+    The function that the model computes is unchanged: the new channels are zero. This must come **before**
+    quantization, because packed codes and scales can no longer be widened freely.
+    """
+    settings = pipeline.settings
+    with pipeline.step(context) as observe:
+        artifact = pad.pad(
+            source=pipeline.latest(context, merge.STAGE).path,
+            destination=pipeline.slot(context),
+            group_size=settings.quantization.group_size,
+            tensor_parallel=settings.padding.tensor_parallel,
+            layout=settings.padding.layout,
+            observe=observe,
+        )
+    return _materialized(artifact, context.partition_key)
+
+
+@_stage_asset(quantize, deps=[padded_checkpoint], kinds={"pytorch", "qwen"}, pool="gpu")
+def quantized_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
+) -> dg.MaterializeResult:
+    """The padded checkpoint with its linear layers as integers of few bits and one scale per group (GPTQ).
+
+    The engine runs in a process and a Python environment of its own. One step at a time holds the pool `gpu`.
+    """
+    with pipeline.step(context) as observe:
+        artifact = quantize.quantize(
+            source=pipeline.latest(context, pad.STAGE).path,
+            destination=pipeline.slot(context),
+            calibration=pipeline.calibration,
+            spec=pipeline.settings.quantization,
+            engine=pipeline.engine,
+            observe=observe,
+        )
+    losses = loss_table(artifact.manifest.result["losses"])
+    return _materialized(artifact, context.partition_key, worst_modules=losses)
+
+
+@_stage_asset(validate, deps=[merged_checkpoint, quantized_checkpoint], kinds={"report", "matplotlib"}, pool="gpu")
+def validated_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
+) -> dg.MaterializeResult:
+    """The proof: what the quantized checkpoint was held against, with a report.
+
+    Structure, a load without a missing tensor, perplexity and KL divergence against the merged checkpoint on text that
+    calibration did not see, answers side by side. The report is in this asset's metadata.
+    """
+    settings = pipeline.settings.validation
+    with pipeline.step(context) as observe:
+        artifact = validate.validate(
+            reference=pipeline.latest(context, merge.STAGE).path,
+            candidate=pipeline.latest(context, quantize.STAGE).path,
+            text=pipeline.text,
+            destination=pipeline.slot(context),
+            engine=pipeline.engine.python,
+            base=pipeline.base,
+            padded=pipeline.latest(context, pad.STAGE).path,
+            tensor_parallel=pipeline.settings.padding.tensor_parallel,
+            limits=settings.limits,
+            prompts=settings.prompts,
+            windows=settings.windows,
+            seq_len=settings.seq_len,
+            observe=observe,
+        )
+    return _materialized(artifact, context.partition_key, report=dg.MetadataValue.md(report_markdown(artifact.path)))
+
+
+@_stage_asset(publish, deps=[quantized_checkpoint, validated_checkpoint], kinds={"huggingface", "qwen"})
+def published_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
+) -> dg.MaterializeResult:
+    """The release: the quantized checkpoint, its model card and its validation report, ready to serve.
+
+    Publishing reads the reports itself and demands that they are about exactly these bytes, however it was started.
+    """
+    with pipeline.step(context) as observe:
+        artifact = publish.publish(
+            quantized=pipeline.latest(context, quantize.STAGE).path,
+            validated=pipeline.latest(context, validate.STAGE).path,
+            destination=pipeline.slot(context),
+            base_model=pipeline.base_name,
+            fine_tune=context.partition_key,
+            observe=observe,
+        )
+    return _materialized(artifact, context.partition_key)
+
+
+def graph(settings: Settings) -> list[dg.AssetsDefinition]:
+    """Every asset, with the owners that the settings name."""
+    assets = [
+        base_model,
+        fine_tune,
+        merged_checkpoint,
+        padded_checkpoint,
+        quantized_checkpoint,
+        validated_checkpoint,
+        published_checkpoint,
+    ]
+    return list(dg.map_asset_specs(lambda spec: spec.replace_attributes(owners=list(settings.owners)), assets))

@@ -1,0 +1,36 @@
+"""The Dagster instance that the server, the daemon and the command line share."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import dagster as dg
+
+from qwen_pipeline.config import Settings
+
+SHIPPED = Path(__file__).parent
+
+
+def dagster_home(settings: Settings) -> Path:
+    """Return ``DAGSTER_HOME`` if it is set, else the workspace's own, made with its ``dagster.yaml`` when it is new."""
+    if home := os.environ.get("DAGSTER_HOME"):
+        return Path(home)
+    own = settings.dagster_home
+    own.mkdir(parents=True, exist_ok=True)
+    if not (own / "dagster.yaml").exists():
+        (own / "dagster.yaml").write_bytes((SHIPPED / "dagster.yaml").read_bytes())
+    return own
+
+
+def open_instance(settings: Settings) -> dg.DagsterInstance:
+    return dg.DagsterInstance.from_config(str(dagster_home(settings)))
+
+
+def become_server(settings: Settings, *, port: int) -> NoReturn:
+    """Turn this process into the web UI and the daemon, on this machine's loopback, talking on standard error."""
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(SHIPPED / "workspace.yaml")]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), 1)
+    os.execve(command[0], [*command, *address], {**os.environ, "DAGSTER_HOME": str(dagster_home(settings).resolve())})

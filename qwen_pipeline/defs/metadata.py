@@ -1,0 +1,42 @@
+"""What the UI shows of a directory: where it is, what it is, how long it took, and the figures worth comparing."""
+
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from qwen_pipeline.checkpoint.store import Artifact
+
+
+def directory_metadata(path: Path, digest: str, nbytes: int) -> dict[str, Any]:
+    return {
+        "path": dg.MetadataValue.path(path),
+        "content_digest": digest,
+        "size_mb": round(nbytes / 1e6, 3),
+    }
+
+
+def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
+    """Describe a finished directory from its manifest, with the raw digests of its inputs: the lineage in full."""
+    manifest = artifact.manifest
+    return {
+        **directory_metadata(artifact.path, manifest.content_digest, manifest.contents.nbytes),
+        "seconds": manifest.run.seconds,
+        "peak_memory_mb": round(manifest.run.peak_memory_bytes / 1e6, 1),
+        "reused": artifact.reused,
+        "derivation": manifest.derivation.key,
+        "inputs": dict(manifest.derivation.inputs),
+        "spec": dict(manifest.derivation.spec),
+        "environment": dict(manifest.run.environment),
+    }
+
+
+def loss_table(losses: Sequence[Mapping[str, Any]], *, rows: int = 20) -> dg.TableMetadataValue:
+    """Show the modules that lost most, worst first; those without a finite loss lead."""
+    worst = sorted(losses, key=lambda entry: -inf if entry["loss"] is None else -entry["loss"])[:rows]
+    return dg.MetadataValue.table(
+        [dg.TableRecord({"module": entry["module"], "loss": str(entry["loss"])}) for entry in worst],
+        schema=dg.TableSchema([dg.TableColumn("module", "string"), dg.TableColumn("loss", "string")]),
+    )

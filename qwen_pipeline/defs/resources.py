@@ -1,0 +1,102 @@
+"""What every step needs: the settings, the places they name, and a way to say how far it is and what went wrong."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+
+from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Slot
+from qwen_pipeline.config import Settings, config_file, require_setting
+from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
+from qwen_pipeline.errors import InputRefused, PipelineError
+from qwen_pipeline.hub import find_base
+from qwen_pipeline.inbox import Inbox
+from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The resource of every asset.
+
+    Attributes:
+        watch: Sees the same progress as Dagster's log.
+        pauses: Seconds to wait before each further attempt of a step after a fault of the machine.
+    """
+
+    settings: Settings
+    watch: Observe = unobserved
+    pauses: tuple[int, ...] = (30, 120)
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.settings.store)
+
+    @property
+    def inbox(self) -> Inbox:
+        return Inbox(self.settings.inbox)
+
+    @property
+    def base_name(self) -> str:
+        return require_setting(self.settings.base_model, "base_model", '"Qwen/Qwen2.5-7B-Instruct"')
+
+    @property
+    def base(self) -> Path:
+        return find_base(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
+
+    @property
+    def calibration(self) -> Path:
+        return _require_file(self.settings.calibration, "calibration", "calibration.jsonl")
+
+    @property
+    def text(self) -> Path:
+        return _require_file(self.settings.validation.text, "validation.text", "held-out.txt")
+
+    @property
+    def engine(self) -> EngineEnvironment:
+        return find_environment(self.settings.quantization.engine, self.settings.engine_python())
+
+    def require_ready(self) -> None:
+        """Raise now what a setting or an environment that is missing would raise hours later."""
+        for needed in ("base_name", "calibration", "text", "engine"):
+            getattr(self, needed)
+
+    def slot(self, context: dg.AssetExecutionContext) -> Slot:
+        return self.store.slot(context.partition_key)
+
+    def latest(self, context: dg.AssetExecutionContext, stage: str) -> Artifact:
+        """What a stage upstream last made of the context's fine-tune."""
+        return self.store.require_latest(stage, context.partition_key)
+
+    @contextmanager
+    def step(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
+        """Run a stage: its progress goes to the log, its named faults become Dagster's failures.
+
+        Only a fault that another attempt may not meet again is retried.
+        """
+        say = as_lines(context.log.info)
+
+        def observe(progress: Progress) -> None:
+            say(progress)
+            self.watch(progress)
+
+        try:
+            yield observe
+        except PipelineError as fault:
+            if fault.retryable and context.retry_number < len(self.pauses):
+                context.log.warning(str(fault))
+                pause = self.pauses[context.retry_number]
+                raise dg.RetryRequested(len(self.pauses), seconds_to_wait=pause) from fault
+            raise dg.Failure(
+                description=str(fault),
+                metadata={"fault": type(fault).__name__, "what": fault.what, "remedy": fault.remedy},
+                allow_retries=False,
+            ) from fault
+
+
+def _require_file(path: Path | None, key: str, example: str) -> Path:
+    file = require_setting(path, key, f'"{example}"')
+    if not file.is_file():
+        raise InputRefused(f"The setting {key} names {file}, which is not a file.", remedy="Correct it.")
+    return file

@@ -1,0 +1,126 @@
+"""Where each fine-tune stands: what the store holds, whether it still follows from its inputs, and the verdicts.
+
+This reads manifests only. It is what ``qwen-pipeline status`` shows and what the nightly schedule decides by.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore
+from qwen_pipeline.config import Settings
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.inbox import Arrival, Inbox
+from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.stages import merge, pad, publish, quantize, validate
+
+State = Literal["missing", "damaged", "stale", "failed", "done"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStanding:
+    """One stage of one fine-tune.
+
+    Attributes:
+        state: ``stale``: made from other inputs than there are now, or by another code version. ``failed``: up to
+            date, and a blocking check says that it is not good enough.
+        artifact: What the store holds, if anything.
+    """
+
+    state: State
+    artifact: Artifact | None = None
+
+    @property
+    def reports(self) -> list[CheckReport]:
+        return load_reports(self.artifact.manifest.result) if self.artifact else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FineTuneStanding:
+    """Every stage of one fine-tune, in order. ``remark`` says what is odd about its upload, if anything."""
+
+    name: str
+    stages: Mapping[str, StageStanding]
+    remark: str = ""
+
+    @property
+    def needs_work(self) -> bool:
+        """Whether running the pipeline may change something: a verdict that stands is not asked for again."""
+        state = next((stands.state for stands in self.stages.values() if stands.state != "done"), "done")
+        return state in ("missing", "stale") and not self.remark
+
+
+_MAKERS: Mapping[ModuleType, Mapping[str, str]] = {
+    merge: {},
+    pad: {"source": merge.STAGE},
+    quantize: {"source": pad.STAGE},
+    validate: {"reference": merge.STAGE, "candidate": quantize.STAGE},
+    publish: {"quantized": quantize.STAGE, "validated": validate.STAGE},
+}
+"""Every stage in order, and the stages that make its inputs: role in the derivation -> stage."""
+
+STAGES = tuple(str(stage.STAGE) for stage in _MAKERS)
+
+
+def everything(settings: Settings) -> list[FineTuneStanding]:
+    """Return the standing of each fine-tune that is in the inbox or in the store, by name."""
+    arrivals = {arrival.name: arrival for arrival in Inbox(settings.inbox).arrivals()}
+    kept = {path.name for stage in STAGES for path in (settings.store / stage).glob("*")}
+    return [standing(settings, name, arrivals.get(name)) for name in sorted(arrivals.keys() | kept)]
+
+
+def standing(settings: Settings, name: str, arrival: Arrival | None) -> FineTuneStanding:
+    """Compare what the store holds of a fine-tune with its upload and the settings as they are now.
+
+    Without a usable upload, what was made of an earlier one still stands.
+    """
+    arrived, remark = _look_at(arrival)
+    inputs = {"fine_tune": arrived} if arrived else {}
+    specs = _specs(settings)
+    current: dict[str, str] = {}
+    stages: dict[str, StageStanding] = {}
+    for stage, makers in _MAKERS.items():
+        inputs = {role: current.get(maker) for role, maker in makers.items()} or inputs
+        stages[stage.STAGE] = stands = _stage_standing(settings, name, stage, inputs, specs.get(stage.STAGE, {}))
+        if stands.artifact and stands.state in ("done", "failed"):
+            current[stage.STAGE] = stands.artifact.manifest.content_digest
+    return FineTuneStanding(name=name, stages=stages, remark=remark)
+
+
+def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
+    """Return the digest of an upload that can be merged, or None and why there is none."""
+    if arrival is None:
+        return None, "no longer in the inbox"
+    if obstacle := arrival.obstacle():
+        return None, obstacle
+    try:
+        return merge.fine_tune_digest(arrival.path), ""
+    except InputRefused as refusal:
+        return None, refusal.what
+
+
+def _specs(settings: Settings) -> dict[str, Mapping[str, Any]]:
+    """The part of each stage's spec that the settings decide."""
+    quantization, padding = settings.quantization, settings.padding
+    return {
+        pad.STAGE: {"group_size": quantization.group_size, **padding.model_dump()},
+        quantize.STAGE: quantization.to_json(),
+    }
+
+
+def _stage_standing(
+    settings: Settings, name: str, stage: ModuleType, inputs: Mapping[str, str | None], spec: Mapping[str, Any]
+) -> StageStanding:
+    try:
+        artifact = CheckpointStore(settings.store).latest(stage.STAGE, name)
+    except CheckpointRefused:
+        return StageStanding(state="damaged")
+    if artifact is None:
+        return StageStanding(state="missing")
+    made = artifact.manifest.derivation
+    follows = inputs.items() <= made.inputs.items() and spec.items() <= made.spec.items()
+    if not follows or made.code_version != stage.CODE_VERSION:
+        return StageStanding(state="stale", artifact=artifact)
+    failed = any(report.blocks for report in load_reports(artifact.manifest.result))
+    return StageStanding(state="failed" if failed else "done", artifact=artifact)

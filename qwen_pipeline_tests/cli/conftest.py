@@ -1,0 +1,5 @@
+"""The tiny site."""
+
+from qwen_pipeline_tests.site import site
+
+__all__ = ["site"]

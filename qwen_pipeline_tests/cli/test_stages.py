@@ -1,0 +1,78 @@
+"""Stage commands on a tiny model: what scripts rely on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.cli import stages
+from qwen_pipeline_tests.cli.terminal import qwen_pipeline
+from qwen_pipeline_tests.site import Site
+from qwen_pipeline_tests.tiny import tiny_qwen2
+
+
+@pytest.fixture
+def merged(site: Site, tmp_path: Path) -> Path:
+    answer = stages.merge(base=site.root / "base", adapter=site.drop(), out=tmp_path / "merged")
+    return Path(answer.data["path"])
+
+
+def test_merge_then_pad_for_machines(site: Site, tmp_path: Path) -> None:
+    merged, padded = tmp_path / "merged", tmp_path / "padded"
+    ended = qwen_pipeline("merge", "--base", site.root / "base", "--adapter", site.drop(), "--out", merged, "--json")
+    assert (ended.code, ended.data["stage"], ended.data["path"]) == (0, "merged", str(merged))
+    assert not ended.data["reused"]
+    assert all(check["passed"] for check in ended.data["checks"])
+
+    pad = ("pad", "--in", merged, "--out", padded, "--group-size", 32, "--tp", 2, "--json")
+    first, second = qwen_pipeline(*pad), qwen_pipeline(*pad)
+    assert first.data["inputs"] == {"source": ended.data["content_digest"]}
+    assert second.data["reused"]
+    assert second.data["content_digest"] == first.data["content_digest"]
+
+
+def test_a_table_for_people_and_progress_on_standard_error(merged: Path, tmp_path: Path) -> None:
+    ended = qwen_pipeline("pad", "--in", merged, "--out", tmp_path / "padded", "--tp", 2, "--group-size", 32)
+    assert ended.code == 0
+    assert "width_divides" in ended.out
+    assert str(tmp_path / "padded") in ended.out
+    assert "pad: " in ended.err
+    assert "pad: " not in ended.out
+
+
+def test_a_quantized_checkpoint_is_not_padded_and_the_order_is_named(tmp_path: Path) -> None:
+    quantized = tiny_qwen2(tmp_path / "quantized")
+    config = quantized / "config.json"
+    declared = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    config.write_text(json.dumps(json.loads(config.read_bytes()) | declared))
+    ended = qwen_pipeline("pad", "--in", quantized, "--out", tmp_path / "padded", "--tp", 2, "--group-size", 32)
+    assert ended.code == 2
+    assert "merge, then pad, then quantize" in " ".join(ended.err.split())
+    assert "Remedy: Pad the merged" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "padded").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("pad", "--in", "x"), ("pad", "--in", "x", "--out", "y", "--layout", "sideways"), ("nothing",), ("plan",)],
+)
+def test_wrong_usage_ends_with_2(arguments: tuple[str, ...]) -> None:
+    ended = qwen_pipeline(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert "Usage" in ended.err
+
+
+def test_what_is_not_a_checkpoint_is_refused_for_machines_too(tmp_path: Path) -> None:
+    ended = qwen_pipeline("pad", "--in", tmp_path / "none", "--out", tmp_path / "out", "--json")
+    assert ended.code == ended.data["error"]["exit_code"] == 2
+    assert ended.data["error"]["remedy"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_is_not_installed_is_the_machines_fault(merged: Path, site: Site, tmp_path: Path) -> None:
+    ended = qwen_pipeline(
+        *("quantize", "--in", merged, "--out", tmp_path / "out", "--calibration", site.root / "calibration.jsonl"),
+        *("--engine-python", tmp_path / "no-python", "--json"),
+    )
+    assert ended.code == ended.data["error"]["exit_code"] == 3

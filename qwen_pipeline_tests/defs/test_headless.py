@@ -1,0 +1,110 @@
+"""A real LoRA of a tiny model through the whole graph, with the real engine and no server."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import dagster as dg
+import pytest
+
+from qwen_pipeline.defs.headless import Outcome, publish_fine_tune, run_fine_tune
+from qwen_pipeline.defs.home import open_instance
+from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.defs.wiring import code_location
+from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.standing import STAGES, standing
+from qwen_pipeline_tests.cli.terminal import qwen_pipeline
+from qwen_pipeline_tests.defs.test_schedules import requested
+from qwen_pipeline_tests.site import FINE_TUNE, Site, make_site
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Finished:
+    site: Site
+    outcome: Outcome
+    progress: list[Progress]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A site whose only fine-tune went all the way."""
+    site = make_site(tmp_path_factory.mktemp("headless") / "site")
+    site.drop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DAGSTER_HOME", raising=False)
+        for name, value in site.environment.items():
+            patch.setenv(name, value)
+        progress: list[Progress] = []
+        yield Finished(site, run_fine_tune(site.settings, FINE_TUNE, watch=progress.append), progress)
+
+
+def states(site: Site) -> dict[str, str]:
+    found = standing(site.settings, FINE_TUNE, site.inbox.require(FINE_TUNE))
+    return {stage: stands.state for stage, stands in found.stages.items()}
+
+
+def test_every_stage_is_done(finished: Finished) -> None:
+    outcome = finished.outcome
+    assert outcome.fault is None
+    assert [artifact.manifest.derivation.stage for artifact in outcome.artifacts] == list(STAGES)
+    assert set(states(finished.site).values()) == {"done"}
+    assert (outcome.artifacts[-1].path / "README.md").is_file()
+
+
+def test_whoever_watches_sees_layers(finished: Finished) -> None:
+    assert {event.done for event in finished.progress if event.unit == "layers"} >= {1}
+
+
+def test_every_check_is_stored_with_its_partition(finished: Finished) -> None:
+    keys = code_location(Pipeline(finished.site.settings)).resolve_asset_graph().asset_check_keys
+    with open_instance(finished.site.settings) as instance:
+        records = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys))
+    assert records.keys() == keys
+    assert {record.partition for record in records.values()} == {FINE_TUNE}
+
+
+def test_the_report_with_its_plots_is_in_the_metadata(finished: Finished) -> None:
+    with open_instance(finished.site.settings) as instance:
+        (record,) = instance.fetch_materializations(dg.AssetKey("validated_checkpoint"), limit=1).records
+    assert record.asset_materialization
+    report = record.asset_materialization.metadata["report"]
+    assert isinstance(report, dg.MarkdownMetadataValue)
+    assert "data:image/png;base64," in report.value
+
+
+def test_a_second_run_makes_nothing_new(finished: Finished) -> None:
+    again = qwen_pipeline("run", FINE_TUNE, "--json", env=finished.site.environment)
+    assert again.code == 0
+    assert all(stage["reused"] for stage in again.data["stages"])
+    digests = [artifact.manifest.content_digest for artifact in finished.outcome.artifacts]
+    assert [stage["content_digest"] for stage in again.data["stages"]] == digests
+    assert again.data["release"] == str(finished.outcome.artifacts[-1].path)
+
+
+def test_the_night_has_nothing_to_do_until_a_setting_changes(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_instance(finished.site.settings) as instance:
+        assert requested(finished.site, instance) == []
+        monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "8")
+        assert states(finished.site)["quantized"] == "stale"
+        assert [name for name, _ in requested(finished.site, instance)] == [FINE_TUNE]
+
+
+def test_a_failed_limit_stops_the_release_everywhere(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__LIMITS__MAX_MEAN_KL", "0")
+    ended = qwen_pipeline("run", FINE_TUNE, "--json")
+    assert (ended.code, ended.data["error"]["kind"]) == (1, "CheckFailed")
+    assert [stage["stage"] for stage in ended.data["stages"]] == list(STAGES[:-1])
+    assert ended.data["release"] is None
+    assert states(finished.site)["validated"] == "failed"
+
+    with open_instance(finished.site.settings) as instance:
+        stats = instance.get_run_step_stats(ended.data["run_id"])
+    assert "published_checkpoint" not in {step.step_key for step in stats}
+
+    by_hand = publish_fine_tune(finished.site.settings, FINE_TUNE)
+    assert isinstance(by_hand.fault, CheckFailed)
+    assert not by_hand.artifacts

@@ -1,0 +1,137 @@
+"""A real server and daemon on the loopback: a fine-tune is launched over GraphQL and comes out published."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_pipeline.checkpoint.store import CheckpointStore
+from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.defs.sensors import ARRIVAL_TAG
+from qwen_pipeline.defs.wiring import code_location
+from qwen_pipeline_tests.site import FINE_TUNE, Site
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_SECONDS = 400
+ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
+
+ADD_PARTITION = """mutation ($repository: RepositorySelector!, $key: String!) {
+  addDynamicPartition(repositorySelector: $repository, partitionsDefName: "fine_tunes", partitionKey: $key) {
+    __typename } }"""
+LAUNCH = """mutation ($parameters: ExecutionParams!) { launchRun(executionParams: $parameters) {
+  __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
+STATUS = "query ($run: ID!) { runOrError(runId: $run) { ... on Run { status } } }"
+RUNS = "query { runsOrError { ... on Runs { results { runId jobName } } } }"
+CHECKS = """query { assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks {
+  checks { name executionForLatestMaterialization { status } } } } } }"""
+
+
+class Server:
+    """``qwen-pipeline ui`` in a process group of its own."""
+
+    def __init__(self, site: Site, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.log = log
+        command = [sys.executable, "-m", "qwen_pipeline", "ui", "--port", str(self.port), "--json"]
+        env = {**os.environ, **site.environment}
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=output, text=True, start_new_session=True
+            )
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert "errors" not in answer, answer
+        return answer["data"]
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                if self.ask("{ workspaceOrError { ... on Workspace { locationEntries { loadStatus } } } }"):
+                    return
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.5)
+
+    def wait_for_run(self, run_id: str) -> str:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (status := self.ask(STATUS, run=run_id)["runOrError"]["status"]) not in ENDED:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(1)
+        return status
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            self.process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def server(site: Site, tmp_path: Path) -> Iterator[Server]:
+    running = Server(site, tmp_path / "server.log")
+    try:
+        running.wait_until_up()
+        yield running
+    finally:
+        running.stop()
+
+
+def test_a_partition_launched_over_graphql_is_published_and_every_check_is_stored(site: Site, server: Server) -> None:
+    assert server.process.stdout
+    assert json.loads(server.process.stdout.readline())["url"].endswith(f":{server.port}")
+    site.drop()
+    arrival = site.inbox.require(FINE_TUNE)
+    where = {"repositoryLocationName": "qwen_pipeline", "repositoryName": "__repository__"}
+    added = server.ask(ADD_PARTITION, repository=where, key=FINE_TUNE)
+    assert added["addDynamicPartition"]["__typename"] == "AddDynamicPartitionSuccess"
+    tags = {"dagster/partition": FINE_TUNE, ARRIVAL_TAG: f"{FINE_TUNE}@{arrival.digest}"}
+    parameters = {
+        "selector": {**where, "jobName": "process_fine_tune"},
+        "mode": "default",
+        "runConfigData": {},
+        "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+    }
+    launched = server.ask(LAUNCH, parameters=parameters)["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    run_id = launched["run"]["runId"]
+
+    assert server.wait_for_run(run_id) == "SUCCESS", server.log.read_text()
+
+    stored = {
+        (node["assetKey"]["path"][-1], check["name"]): check["executionForLatestMaterialization"]["status"]
+        for node in server.ask(CHECKS)["assetNodes"]
+        for check in node["assetChecksOrError"].get("checks", ())
+    }
+    graph = code_location(Pipeline(site.settings)).resolve_asset_graph()
+    blocking = {
+        (key.asset_key.to_user_string(), key.name): graph.get_check_spec(key).blocking for key in graph.asset_check_keys
+    }
+    assert stored.keys() == blocking.keys()
+    assert {status for key, status in stored.items() if blocking[key]} == {"SUCCEEDED"}
+    assert set(stored.values()) <= {"SUCCEEDED", "FAILED"}
+    assert (CheckpointStore(site.settings.store).require_latest("published", FINE_TUNE).path / "README.md").is_file()
+    # The sensor has seen the same content meanwhile, and left it to the run by hand.
+    assert [run["runId"] for run in server.ask(RUNS)["runsOrError"]["results"]] == [run_id]

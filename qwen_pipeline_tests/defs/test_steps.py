@@ -1,0 +1,93 @@
+"""What stops a run, where, and what the reader is told. No engine is needed to get that far."""
+
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.store import Built, contents_of_directory, derive
+from qwen_pipeline.defs.headless import Outcome, materialize
+from qwen_pipeline.defs.home import open_instance
+from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, QuantizedInputRefused
+from qwen_pipeline_tests.site import FINE_TUNE, Site
+from qwen_pipeline_tests.tiny import tiny_qwen2
+
+
+def steps(site: Site, outcome: Outcome) -> dict[str, str]:
+    """Return the steps that were started -> SUCCESS or FAILURE."""
+    with open_instance(site.settings) as instance:
+        stats = instance.get_run_step_stats(outcome.run_id)
+    return {step.step_key: step.status.value for step in stats if step.status}
+
+
+def test_merging_and_padding_arrive_in_the_instance(site: Site) -> None:
+    site.drop()
+    selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
+    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    assert outcome.fault is None
+    with open_instance(site.settings) as instance:
+        for artifact in outcome.artifacts:
+            key = dg.AssetKey(f"{artifact.manifest.derivation.stage}_checkpoint")
+            (record,) = instance.fetch_materializations(key, limit=1).records
+            stored = record.asset_materialization
+            assert stored
+            assert stored.partition == FINE_TUNE
+            assert (stored.tags or {})["dagster/data_version"] == artifact.manifest.content_digest
+            assert stored.metadata["path"].value == str(artifact.path)
+            assert stored.metadata["inputs"].value == dict(artifact.manifest.derivation.inputs)
+
+
+def test_an_incomplete_upload_goes_no_further(site: Site) -> None:
+    (site.drop() / "adapter_model.safetensors").unlink()
+    selection = ["base_model", "fine_tune", "merged_checkpoint"]
+    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    assert steps(site, outcome) == {"base_model": "SUCCESS", "fine_tune": "FAILURE"}
+    assert isinstance(outcome.fault, CheckFailed)
+    assert "complete" in outcome.fault.what
+    check = dg.AssetCheckKey(dg.AssetKey("fine_tune"), "complete")
+    with open_instance(site.settings) as instance:
+        record = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])[check]
+    assert (record.partition, record.status.value) == (FINE_TUNE, "FAILED")
+
+
+def test_quantized_weights_are_not_padded_and_the_order_is_named(site: Site, tmp_path: Path) -> None:
+    quantized = tiny_qwen2(tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
+
+    def build(partial: Path) -> Built:
+        shutil.copytree(quantized, partial, dirs_exist_ok=True)
+        return Built(contents=contents_of_directory(partial))
+
+    pipeline = Pipeline(site.settings)
+    derive(Derivation(stage="merged", inputs={}, spec={}, code_version="1"), pipeline.store.slot(FINE_TUNE), build)
+    outcome = materialize(pipeline, FINE_TUNE, only=["padded_checkpoint"])
+    assert isinstance(outcome.fault, QuantizedInputRefused)
+    assert "merge, then pad, then quantize" in outcome.fault.what
+    assert "Pad the merged" in outcome.fault.remedy
+    assert not list(pipeline.settings.store.glob("padded/*/*"))
+
+
+@pytest.mark.parametrize("fault", [InputRefused("no", remedy="yes"), CheckFailed("bad", remedy="better")])
+def test_what_another_attempt_would_meet_again_fails_at_once(site: Site, fault: PipelineError) -> None:
+    with pytest.raises(dg.Failure) as failure, Pipeline(site.settings).step(dg.build_asset_context()):
+        raise fault
+    assert not failure.value.allow_retries
+    assert failure.value.description == str(fault)
+    assert failure.value.metadata["remedy"].value == fault.remedy
+
+
+@pytest.mark.parametrize(("faults", "success"), [(1, True), (2, True), (3, False)])
+def test_a_fault_of_the_machine_is_tried_again_twice(site: Site, faults: int, success: bool) -> None:
+    attempts: list[int] = []
+
+    @dg.asset
+    def disk(context: dg.AssetExecutionContext) -> None:
+        with Pipeline(site.settings, pauses=(0, 0)).step(context):
+            attempts.append(context.retry_number)
+            if len(attempts) <= faults:
+                raise EnvironmentFault("the disk is full", remedy="free space")
+
+    assert dg.materialize([disk], raise_on_error=False).success == success
+    assert attempts == list(range(min(faults, 2) + 1))

@@ -1,0 +1,21 @@
+"""The answers of trusted libraries: PEFT's own merge, and logits of Transformers, in a dtype of choice."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+def peft_merge(base: Path, adapter: Path, *, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors after PEFT's ``merge_and_unload`` with the base loaded in ``dtype``."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return dict(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict())
+
+
+@torch.inference_mode()
+def logits(root: Path, *, dtype: torch.dtype = torch.float64, tokens: int = 24) -> torch.Tensor:
+    """Return the logits ``[1, T, V]`` for one fixed random sequence."""
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, attn_implementation="eager")
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(7))
+    return model(ids).logits

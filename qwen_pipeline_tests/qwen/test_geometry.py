@@ -1,0 +1,99 @@
+"""Plans are minimal, legal, and say what each degree would do."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.geometry import Layout, dump_plan, load_plan, outlook, plan_padding
+
+QWEN2_72B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+@given(
+    live=st.integers(1, 40_000),
+    group_size=st.sampled_from([1, 32, 64, 128]),
+    tensor_parallel=st.integers(1, 16),
+    layout=st.sampled_from(["interleave", "append"]),
+)
+def test_a_plan_is_legal_minimal_and_keeps_the_order(
+    live: int, group_size: int, tensor_parallel: int, layout: Layout
+) -> None:
+    config = QWEN2_72B | {"intermediate_size": live}
+    plan = plan_padding(config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    (size,) = plan.sizes
+    unit = group_size * tensor_parallel
+    positions = size.positions()
+
+    assert size.padded % unit == 0
+    assert 0 <= size.zeros < unit
+    assert plan.changes == (live % unit != 0)
+    assert len(positions) == live
+    assert positions[0] >= 0
+    assert positions[-1] < size.padded
+    assert (positions.diff() > 0).all()
+    assert load_plan(dump_plan(plan)) == plan
+
+
+@given(live=st.integers(64, 4_000), tensor_parallel=st.integers(1, 8))
+def test_interleaving_leaves_no_group_without_a_live_channel(live: int, tensor_parallel: int) -> None:
+    config = QWEN2_72B | {"intermediate_size": live}
+    (size,) = plan_padding(config, group_size=64, tensor_parallel=tensor_parallel).sizes
+    assert len((size.positions() // 64).unique()) == size.padded // 64
+
+
+def test_the_width_follows_in_a_nested_text_config_too() -> None:
+    text = {name: value for name, value in QWEN2_72B.items() if name != "model_type"}
+    nested = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": {"intermediate_size": 3420}}
+    assert plan_padding(nested, group_size=128, tensor_parallel=8).sizes[0].places == ("text_config.intermediate_size",)
+    both = nested | {"intermediate_size": 29568}
+    places = plan_padding(both, group_size=128, tensor_parallel=8).sizes[0].places
+    assert places == ("intermediate_size", "text_config.intermediate_size")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QWEN2_72B | {"text_config": {"intermediate_size": 29696}},
+        QWEN2_72B | {"intermediate_size": None},
+        {"model_type": "qwen2"},
+    ],
+    ids=["places disagree", "not a number", "nowhere"],
+)
+def test_a_config_without_one_width_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(InputRefused, match="intermediate_size"):
+        plan_padding(config, group_size=128, tensor_parallel=8)
+
+
+@pytest.mark.parametrize(("group_size", "tensor_parallel"), [(0, 8), (-1, 8), (128, 0)])
+def test_numbers_that_are_not_positive_are_refused(group_size: int, tensor_parallel: int) -> None:
+    with pytest.raises(InputRefused, match="positive"):
+        plan_padding(QWEN2_72B, group_size=group_size, tensor_parallel=tensor_parallel)
+
+
+def test_the_outlook_of_the_72b() -> None:
+    rows = outlook(QWEN2_72B, group_size=128, degrees=[1, 2, 4, 8, 3])
+    assert [row.target for row in rows] == [29568, 29696, 29696, 29696, 29568]
+    assert [row.groups_per_rank for row in rows[:4]] == [(231, 231), (115.5, 116), (57.75, 58), (28.875, 29)]
+    assert [row.legal for row in rows] == [True, True, True, True, False]
+    assert rows[0].sentence == "Serves as it is."
+    assert "pad 29568 to 29696 before quantizing" in rows[1].sentence
+    assert "64 attention heads do not divide by 3" in rows[4].sentence
+    assert rows[3].extra_percent == pytest.approx(100 * 128 / 29568)
+
+
+def test_an_output_projection_that_straddles_groups_is_said_to_be_beyond_padding() -> None:
+    small = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+             "num_key_value_heads": 2}  # fmt: skip
+    (row,) = outlook(small, group_size=128, degrees=[2])
+    assert not row.legal
+    assert "o_proj has 448 inputs per rank" in row.sentence

@@ -1,0 +1,117 @@
+"""The pad stage: order, plan and config are kept, and a kill in the middle changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
+from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.stages.pad import CHECKS, pad
+from qwen_pipeline_tests.oracles import logits
+from qwen_pipeline_tests.tiny import HIDDEN, tiny_qwen2, tiny_qwen3
+
+
+def reports_of(artifact: Artifact) -> dict[str, CheckReport]:
+    reports = load_reports(artifact.manifest.result)
+    assert [report.name for report in reports] == [check.name for check in CHECKS]
+    return {report.name: report for report in reports}
+
+
+def test_a_padded_checkpoint_loads_and_answers_as_the_live_one(tmp_path: Path) -> None:
+    live = tiny_qwen3(tmp_path / "live", shards=3)
+    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2)
+
+    config = json.loads((padded.path / "config.json").read_text())
+    assert config == json.loads((live / "config.json").read_text()) | {"intermediate_size": 128}
+    assert config["hidden_size"] == HIDDEN
+    assert (logits(padded.path) - logits(live)).abs().max() < 1e-12
+    assert all(report.passed for report in reports_of(padded).values())
+    (size,) = load_plan(padded.manifest.result["padding"]).sizes
+    up = "model.layers.0.mlp.up_proj.weight"
+    before, after = (_load(root, up) for root in (live, padded.path))
+    assert torch.equal(after[size.positions()], before)
+    require_intact(padded.path)
+    assert pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2).reused
+
+
+def test_nothing_to_pad_is_a_valid_outcome(tmp_path: Path) -> None:
+    live = tiny_qwen2(tmp_path / "live", intermediate_size=128)
+    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2)
+    assert not load_plan(padded.manifest.result["padding"]).changes
+    assert (padded.path / "config.json").read_bytes() == (live / "config.json").read_bytes()
+    assert (padded.path / "model.safetensors").stat().st_size == (live / "model.safetensors").stat().st_size
+    assert all(report.passed for report in reports_of(padded).values())
+
+
+def test_attention_that_cannot_be_shared_is_a_warning(tmp_path: Path) -> None:
+    live = tiny_qwen2(tmp_path / "live")
+    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=3)
+    report = reports_of(padded)["attention_divides"]
+    assert not report.passed
+    assert not report.blocks
+    assert "4 attention heads do not divide by 3" in str(report.measured)
+
+
+@pytest.mark.parametrize("tells", ["the config", "only a tensor"])
+def test_a_quantized_input_is_refused_naming_order_and_remedy(tmp_path: Path, tells: str) -> None:
+    root = tiny_qwen2(tmp_path / "quantized")
+    if tells == "the config":
+        config = json.loads((root / "config.json").read_text())
+        (root / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    else:
+        tensors = load_file(root / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 96, dtype=torch.int32)
+        save_file(tensors, root / "model.safetensors")
+    with pytest.raises(QuantizedInputRefused, match="merge, then pad, then quantize") as refusal:
+        pad(source=root, destination=Directory(tmp_path / "out" / "padded"))
+    assert "Pad the merged full-precision checkpoint, then quantize again" in refusal.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_with_experts_is_refused_by_name(tmp_path: Path) -> None:
+    root = tiny_qwen2(tmp_path / "live")
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_moe", "num_experts": 4}))
+    with pytest.raises(InputRefused, match="'qwen2_moe' cannot be padded by this version: its MLPs are mixtures"):
+        pad(source=root, destination=Directory(tmp_path / "padded"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.stages.pad import pad
+
+def kill_after_a_shard(progress):
+    if (Path(sys.argv[2] + ".partial") / ".journal.jsonl").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pad(source=Path(sys.argv[1]), destination=Directory(Path(sys.argv[2])), group_size=32, tensor_parallel=2,
+    observe=kill_after_a_shard)
+"""
+
+
+def test_a_killed_padding_resumes_to_the_same_content(tmp_path: Path) -> None:
+    live, out = tiny_qwen2(tmp_path / "live", shards=3), tmp_path / "padded"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(live), str(out)], env={**os.environ})
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+
+    resumed = pad(source=live, destination=Directory(out), group_size=32, tensor_parallel=2)
+    again = pad(source=live, destination=Directory(tmp_path / "again"), group_size=32, tensor_parallel=2)
+    assert resumed.manifest.content_digest == again.manifest.content_digest
+    assert require_intact(out).contents.files == again.manifest.contents.files
+
+
+def _load(root: Path, name: str) -> torch.Tensor:
+    tensors = {name: tensor for shard in root.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    return tensors[name]

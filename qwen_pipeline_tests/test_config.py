@@ -1,0 +1,101 @@
+"""Settings say what they mean, and refuse by name what they do not know."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.config import FILE_VARIABLE, load_settings, require_setting
+from qwen_pipeline.errors import InputRefused
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty settings file that this process reads."""
+    file = tmp_path / "qwen_pipeline.toml"
+    file.touch()
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    return file
+
+
+def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings()
+    assert settings.workspace == tmp_path / "workspace"
+    assert settings.inbox == tmp_path / "workspace" / "inbox"
+    assert settings.store.parent == settings.dagster_home.parent == settings.workspace
+    assert settings.quantization.bits == 4
+
+
+def test_paths_start_at_the_file(settings_file: Path) -> None:
+    settings_file.write_text('workspace = "w"\ncalibration = "chats.jsonl"\n[validation]\ntext = "/abs/held-out.txt"\n')
+    settings = load_settings()
+    assert settings.inbox == settings_file.parent / "w" / "inbox"
+    assert settings.calibration == settings_file.parent / "chats.jsonl"
+    assert settings.validation.text == Path("/abs/held-out.txt")
+
+
+def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings_file.write_text("[quantization]\nbits = 8\ngroup_size = 64\n")
+    monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "4")
+    monkeypatch.setenv("QWEN_PIPELINE_BASE_NAMES", '["a/b"]')
+    settings = load_settings()
+    assert (settings.quantization.bits, settings.quantization.group_size) == (4, 64)
+    assert settings.base_names == ("a/b",)
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "hint"),
+    [
+        ("bse_model = 'x'", "bse_model", "base_model"),
+        ("[quantization]\nbitz = 4", "quantization.bitz", "bits"),
+        ("[padding]\ntp = 4", "padding.tp", "tensor_parallel"),
+        ("[validation.limits]\nnonsense = 1", "validation.limits.nonsense", "Known are"),
+        ("[engines.gptqmodel]\npyton = 'x'", "engines.gptqmodel.pyton", "python"),
+        ("[quantization]\nbits = 'four'", "quantization.bits is 'four'", "valid integer"),
+        ("[padding]\ntensor_parallel = 0", "padding.tensor_parallel is 0", "greater than or equal to 1"),
+        ("[quantization]\nbits = 5", "bits is 5", "4, 8"),
+        ("base_model = ", "not valid TOML", "Invalid value"),
+    ],
+)
+def test_what_is_wrong_is_named(settings_file: Path, text: str, named: str, hint: str) -> None:
+    settings_file.write_text(text)
+    with pytest.raises(InputRefused) as refusal:
+        load_settings()
+    assert named in refusal.value.what
+    assert hint in refusal.value.what
+    assert refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("QWEN_PIPELINE_WORKSPCE", "x", "QWEN_PIPELINE_WORKSPACE"),
+        ("QWEN_PIPELINE_PADDING__TENSOR_PARALEL", "2", "tensor_parallel"),
+        ("QWEN_PIPELINE_OWNERS", "team:x", "owners"),
+    ],
+)
+def test_a_wrong_variable_is_named(
+    settings_file: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, named: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputRefused, match=named):
+        load_settings()
+
+
+def test_a_named_file_must_be_there(settings_file: Path) -> None:
+    settings_file.unlink()
+    with pytest.raises(InputRefused, match="is not there"):
+        load_settings()
+
+
+def test_a_missing_setting_says_how_to_add_it(settings_file: Path) -> None:
+    with pytest.raises(InputRefused) as refusal:
+        require_setting(load_settings().base_model, "base_model", '"Qwen/Qwen2.5-7B"')
+    assert f'{settings_file}: base_model = "Qwen/Qwen2.5-7B"' in refusal.value.remedy
+
+
+def test_settings_are_read_without_torch() -> None:
+    code = "import sys, qwen_pipeline.config; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

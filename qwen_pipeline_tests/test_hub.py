@@ -1,0 +1,39 @@
+"""A base is a directory, or a snapshot; what cannot be had is a named fault."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault
+from qwen_pipeline.hub import find_base
+
+
+def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    assert find_base("base", beside=tmp_path) == tmp_path / "base"
+    assert find_base(str(tmp_path / "base")) == tmp_path / "base"
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/base", "a/b/c", "../x", ""])
+def test_neither_a_directory_nor_a_hub_id(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointRefused, match="neither a directory"):
+        find_base(name or "not an id", beside=tmp_path)
+
+
+def test_without_a_connection_the_fault_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EnvironmentFault, match="Qwen/None-Such at revision v1 is not in the hub's cache"):
+        find_base("Qwen/None-Such", revision="v1")
+
+
+def test_a_snapshot_in_the_cache_needs_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--base"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert find_base("some/base") == snapshot

@@ -1,0 +1,25 @@
+"""A log gets each layer once, and bytes only now and then."""
+
+from qwen_pipeline.progress import Progress, as_lines, describe
+
+
+def test_layers_are_said_once_bytes_rarely_and_the_end_always() -> None:
+    lines: list[str] = []
+    observe = as_lines(lines.append, seconds=3600)
+    for done in range(1, 4):
+        observe(Progress(task="merge", done=done * 10**9, total=3 * 10**9, unit="bytes"))
+        observe(Progress(task="quantize", done=done, total=3, unit="layers"))
+        observe(Progress(task="quantize", done=done, total=3, unit="layers", remark="another module"))
+    assert lines == [
+        "merge: 1.00 of 3.00 GB",
+        "quantize: 1 of 3 layers",
+        "quantize: 2 of 3 layers",
+        "merge: 3.00 of 3.00 GB",
+        "quantize: 3 of 3 layers",
+    ]
+
+
+def test_a_line_names_task_figures_and_remark() -> None:
+    event = Progress(task="quantize", done=3, total=30, unit="layers", remark="layers.2.mlp.down_proj loss 0.0012")
+    assert describe(event) == "quantize: 3 of 30 layers, layers.2.mlp.down_proj loss 0.0012"
+    assert describe(Progress(task="pad", done=2 * 10**6, total=4 * 10**6, unit="bytes")) == "pad: 2.00 of 4.00 MB"

@@ -1,0 +1,21 @@
+"""No value that is not finite gets past the guard, in any floating dtype."""
+
+import pytest
+import torch
+
+from qwen_pipeline.transforms.guards import is_finite
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_is_enough(dtype: torch.dtype, value: float) -> None:
+    tensor = torch.randn(33, 17).to(dtype)
+    assert is_finite(tensor)
+    for position in (0, 280, 560):
+        broken = tensor.flatten().clone()
+        broken[position] = value
+        assert not is_finite(broken.view(33, 17))
+
+
+def test_nothing_is_finite() -> None:
+    assert is_finite(torch.empty(0, 4))

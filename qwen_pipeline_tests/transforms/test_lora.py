@@ -1,0 +1,135 @@
+"""What we merge is what PEFT merges, never further from the float64 answer than PEFT itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint import digest
+from qwen_pipeline.checkpoint.digest import row_blocks
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.errors import AdapterRefused, QuantizedInputRefused
+from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS, open_adapter
+from qwen_pipeline.transforms.lora import merge_lora, merged_weight
+from qwen_pipeline_tests.oracles import peft_merge
+from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3
+
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 8},
+    "two linears": {"target_modules": ["q_proj", "down_proj"]},
+    "one layer": {"layers_to_transform": [1]},
+    "patterns": {
+        "rank_pattern": {"down_proj": 2, r"layers\.1\.mlp\.up_proj": 6, "^model.layers.0.self_attn.q_proj": 3},
+        "alpha_pattern": {"k_proj": 32, r".*\.0\.mlp\..*": 5},
+        "use_rslora": True,
+    },
+    "patterns that overlap": {"alpha_pattern": {"self_attn.q_proj": 3, "q_proj": 5, ".*proj": 7}},
+    "untied embeddings": {"target_modules": [*LINEARS, "lm_head", "embed_tokens"]},
+    "orthogonal start": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_no_flavour_is_further_from_the_float64_answer_than_peft(
+    tmp_path: Path, flavour: str, dtype: torch.dtype
+) -> None:
+    base = tiny_qwen2(tmp_path / "base", dtype=dtype)
+    adapter = tiny_adapter(base, tmp_path / "adapter", **FLAVOURS[flavour])
+    merged = merge_lora(open_checkpoint(base), open_adapter(adapter))
+    exact, theirs = (peft_merge(base, adapter, dtype=d) for d in (torch.float64, dtype))
+
+    assert merged.keys() == exact.keys()
+    for name in merged:
+        our_error = (merged.load(name).double() - exact[name]).abs().max()
+        assert our_error <= (theirs[name].double() - exact[name]).abs().max(), name
+
+
+def test_tied_embeddings_are_no_obstacle_for_the_linear_layers(tmp_path: Path) -> None:
+    base = tiny_qwen3(tmp_path / "base", tie=True, shards=3, dtype=torch.float32)
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    merged = merge_lora(open_checkpoint(base), open_adapter(adapter))
+    theirs = peft_merge(base, adapter, dtype=torch.float32)
+    assert all(torch.allclose(merged.load(name), theirs[name], rtol=0, atol=1e-6) for name in merged)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_refused_as_targets(tmp_path: Path, target: str) -> None:
+    base = tiny_qwen2(tmp_path / "base", tie=True)
+    adapter = open_adapter(tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target]))
+    with pytest.raises(AdapterRefused, match=rf"{target} \(embed_tokens and lm_head are one tied tensor"):
+        merge_lora(open_checkpoint(base), adapter)
+
+
+def test_blocks_of_rows_give_the_same_bytes_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_qwen2(tmp_path / "base")
+    merged = merge_lora(open_checkpoint(base), open_adapter(tiny_adapter(base, tmp_path / "adapter")))
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 8 * 64 * 2)
+    for name in merged:
+        assert torch.equal(torch.cat(list(row_blocks(merged, name))), merged.load(name)), name
+
+
+def test_the_sum_is_rounded_once() -> None:
+    w_OI, b_OR, a_RI = torch.tensor([[1.0]]).bfloat16(), torch.tensor([[1.0]]), torch.tensor([[2**-8 + 2**-16]])
+    assert merged_weight(w_OI, a_RI, b_OR, scaling=1.0).item() == 1 + 2**-7
+    rounded_delta = (b_OR @ a_RI).bfloat16()
+    assert (w_OI + rounded_delta).item() == 1.0
+
+
+def test_a_quantized_base_is_refused_with_the_name_of_the_one_needed(tmp_path: Path) -> None:
+    base = tiny_qwen2(tmp_path / "base")
+    adapter = open_adapter(tiny_adapter(base, tmp_path / "adapter"))
+    checkpoint = open_checkpoint(base)
+    quantized = checkpoint.replace(config={**checkpoint.config, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(QuantizedInputRefused, match=rf"gptq.*{base}"):
+        merge_lora(quantized, adapter)
+
+
+def test_an_update_of_another_width_names_both_shapes(tmp_path: Path) -> None:
+    wide = tiny_qwen2(tmp_path / "wide", intermediate_size=128)
+    adapter = open_adapter(tiny_adapter(wide, tmp_path / "adapter"))
+    with pytest.raises(AdapterRefused, match=r"an update of \[64, 128\] where .*down_proj.weight is \[64, 96\]"):
+        merge_lora(open_checkpoint(tiny_qwen2(tmp_path / "base")), adapter)
+
+
+def test_modules_that_the_base_does_not_have_are_named(tmp_path: Path) -> None:
+    deep = tiny_qwen2(tmp_path / "deep", num_hidden_layers=3)
+    adapter = open_adapter(tiny_adapter(deep, tmp_path / "adapter"))
+    with pytest.raises(AdapterRefused, match=r"7 of 21 modules .*model\.layers\.2\.mlp\.down_proj \(the base has 0"):
+        merge_lora(open_checkpoint(tiny_qwen2(tmp_path / "base")), adapter)
+
+
+def test_two_updates_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    base = tiny_qwen2(tmp_path / "base")
+    root = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tensors = load_file(root / ADAPTER_WEIGHTS)
+    tensors |= {name.replace("model.layers", "model.language_model.layers"): t.clone() for name, t in tensors.items()}
+    save_file(tensors, root / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterRefused, match=r"layers\.0\.self_attn\.q_proj\.weight already gets another update"):
+        merge_lora(open_checkpoint(base), open_adapter(root))
+
+
+def test_a_changed_copy_of_a_base_weight_is_refused(tmp_path: Path) -> None:
+    base = tiny_qwen2(tmp_path / "base")
+    root = tiny_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    copy = "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(root / ADAPTER_WEIGHTS)
+    tensors[copy][5, 5] += 1
+    save_file(tensors, root / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterRefused, match=copy):
+        merge_lora(open_checkpoint(base), open_adapter(root))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, value: float) -> None:
+    base = tiny_qwen2(tmp_path / "base")
+    root = tiny_adapter(base, tmp_path / "adapter")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors = load_file(root / ADAPTER_WEIGHTS)
+    tensors[name][3, 1] = value
+    save_file(tensors, root / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterRefused, match=name):
+        merge_lora(open_checkpoint(base), open_adapter(root))
