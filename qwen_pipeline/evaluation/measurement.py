@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TARGET = "qwen_pipeline.evaluation.language:measure"
-ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "HF_HUB_OFFLINE": "1"}
-"""For the worker's process: unpack codes once instead of in every forward, and never look for a hub."""
+ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+"""For the worker's process: unpack codes once instead of in every forward, compile nothing for that, ask no hub."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

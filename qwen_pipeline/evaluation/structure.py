@@ -23,6 +23,9 @@ from qwen_pipeline.transforms.gptq_codes import CODES, GptqFormat, PackedLinear,
 SAVERS_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
 """Config fields that say how and by whom a checkpoint was saved; all others say what it computes."""
 
+MAX_RELATIVE_ERROR = 0.5
+"""Plain rounding to 4 bits is near 0.1; beyond this, codes stand for another weight, as after a mix-up of layers."""
+
 Expected = Mapping[str, tuple[TensorSpec, ...]]
 """Tensor name -> the dtypes and shapes it may have."""
 
@@ -62,7 +65,9 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
         if _agree(candidate, expected, (f"{linear.module}.{code}" for code in CODES)):
             packed = load_packed(candidate, linear.module, form)
             problems += _code_problems(linear, packed)
-            comparisons[linear.layer, linear.kind] = compare_weight(source, linear, packed)
+            comparison = comparisons[linear.layer, linear.kind] = compare_weight(source, linear, packed)
+            if comparison.error.relative > MAX_RELATIVE_ERROR:
+                problems.append(f"{linear.module} stands for another weight: {comparison.error.relative:.0%} off.")
         observe(Progress(task="compare weights", done=done, total=len(linears), unit="modules"))
     problems += [
         f"{name} is not what it was before quantization."

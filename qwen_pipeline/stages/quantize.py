@@ -106,9 +106,7 @@ def quantize(
             checkpoint,
             open_checkpoint(job.packed),
             linears,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            quantization_config=quantization,
+            quantization,
         )
         contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
         job.quant_log.rename(partial / LOGS / "quant_log.csv")

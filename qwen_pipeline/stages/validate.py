@@ -24,7 +24,7 @@ from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
-from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
+from qwen_pipeline.qwen.geometry import WIDTH, DegreeOutlook, outlook, plan_padding
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.workers.parent import run_worker
@@ -64,7 +64,8 @@ def validate(
         destination: Where the report goes.
         engine: The python of an environment in which Transformers can load the candidate.
         base: The checkpoint that was fine-tuned, to tell what fine-tuning did.
-        padded: The padded checkpoint, if it was that which was quantized.
+        padded: The padded checkpoint, if the candidate is wider than the reference. Without it the candidate is held
+            against the reference, padded in the default layout, and what padding does to predictions is not measured.
         tensor_parallel: Ranks that are to serve the candidate.
         limits: The thresholds of the checks.
         prompts: What merged and quantized model answer side by side.
@@ -119,8 +120,7 @@ def validate(
         if (candidate / MANIFEST).is_file():
             require_intact(candidate)
         (partial / LOGS).mkdir(exist_ok=True)
-        quantized_from = checkpoints[PADDED if padded else MERGED]
-        structure = check_structure(quantized_from, checkpoints[QUANTIZED], observe=observe)
+        structure = check_structure(_quantized_from(checkpoints), checkpoints[QUANTIZED], observe=observe)
         worker = run_worker(
             engine,
             TARGET,
@@ -145,6 +145,17 @@ def validate(
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
 
     return derive(derivation, destination, build)
+
+
+def _quantized_from(checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:
+    """Return what was quantized: the padded checkpoint or, unless it is given, the merged one padded as by default."""
+    from qwen_pipeline.transforms.padding import pad
+
+    if PADDED in checkpoints:
+        return checkpoints[PADDED]
+    merged = checkpoints[MERGED]
+    live, width = (text_config(checkpoints[role].config)[WIDTH] for role in (MERGED, QUANTIZED))
+    return pad(merged, plan_padding(merged.config, group_size=width, tensor_parallel=1)) if width > live else merged
 
 
 def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[Sequence[int]]) -> None:

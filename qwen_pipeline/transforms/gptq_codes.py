@@ -18,13 +18,14 @@ format ``gptq`` store ``zero - 1``; ``gptq_v2`` stores ``zero``.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal, cast, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
+
+if TYPE_CHECKING:
+    import torch
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 WORD_BITS = 32
@@ -103,12 +104,12 @@ class PackedLinear:
     """The four tensors of one layer in memory (about ``bits / 8`` bytes a weight); weights come by rows."""
 
     format: GptqFormat
-    qweight: torch.Tensor
-    qzeros: torch.Tensor
-    scales: torch.Tensor
-    g_idx: torch.Tensor
+    qweight: "torch.Tensor"
+    qzeros: "torch.Tensor"
+    scales: "torch.Tensor"
+    g_idx: "torch.Tensor"
 
-    def weight_rows(self, start: int, stop: int) -> torch.Tensor:
+    def weight_rows(self, start: int, stop: int) -> "torch.Tensor":
         """Return rows ``start:stop`` of the weight, float32 [stop - start, I], exactly as the codes say.
 
         A product of a float16 scale and a difference of codes below 2**8 is exact in float32.
@@ -119,7 +120,7 @@ class PackedLinear:
         steps_IO = codes_IO - zeros_GO[groups_I]
         return (steps_IO * self.scales[:, start:stop].float()[groups_I]).T
 
-    def zeros(self, start: int, stop: int) -> torch.Tensor:
+    def zeros(self, start: int, stop: int) -> "torch.Tensor":
         """Return the zero points of outputs ``start:stop``, int32 [G, stop - start]."""
         per_word = self.format.codes_per_word
         first = start // per_word
@@ -134,15 +135,19 @@ def load_packed(checkpoint: Checkpoint, module: str, form: GptqFormat) -> Packed
     return PackedLinear(format=form, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
 
 
-def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack_rows(words: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Unpack int32 words [R, C] into int32 codes [R * 32 / bits, C]: the first rows come from the lowest bits."""
+    import torch
+
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
     codes = (words[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.reshape(len(words) * len(shifts), words.shape[1])
 
 
-def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_rows(codes: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Pack codes [R * 32 / bits, C] into int32 words [R, C]; the inverse of :func:`unpack_rows`."""
+    import torch
+
     per_word = WORD_BITS // bits
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64)
     words = (codes.long().reshape(-1, per_word, codes.shape[1]) << shifts[None, :, None]).sum(dim=1)

@@ -12,33 +12,13 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import EngineFault
 from qwen_pipeline.qwen.linears import Linear
-
-CODES = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def code_specs(linear: Linear, *, bits: int, group_size: int) -> dict[str, TensorSpec]:
-    """Return the tensors that replace a weight ``[O, I]`` in GPTQ's format, packed along I into 32-bit words.
-
-    ``G = I / group_size`` groups. Symmetric version 1 stores zero points less one.
-    """
-    groups, per_word = linear.in_features // group_size, 32 // bits
-    return {
-        f"{linear.module}.qweight": TensorSpec(
-            dtype="I32", shape=(linear.in_features // per_word, linear.out_features)
-        ),
-        f"{linear.module}.qzeros": TensorSpec(dtype="I32", shape=(groups, linear.out_features // per_word)),
-        f"{linear.module}.scales": TensorSpec(dtype="F16", shape=(groups, linear.out_features)),
-        f"{linear.module}.g_idx": TensorSpec(dtype="I32", shape=(linear.in_features,)),
-    }
+from qwen_pipeline.transforms.gptq_codes import gptq_format
 
 
 def quantized_checkpoint(
     source: Checkpoint,
     packed: Checkpoint,
     linears: Collection[Linear],
-    *,
-    bits: int,
-    group_size: int,
     quantization_config: Mapping[str, Any],
 ) -> Checkpoint:
     """Replace the weight of each linear layer by its codes from ``packed``; a layer without codes keeps its weight.
@@ -46,8 +26,12 @@ def quantized_checkpoint(
     Raises:
         EngineFault: The codes have another dtype or shape than the source's weight gives.
     """
+    form = gptq_format({"quantization_config": quantization_config})
     codes = {
-        f"{linear.module}.weight": code_specs(linear, bits=bits, group_size=group_size)
+        f"{linear.module}.weight": {
+            f"{linear.module}.{code}": spec
+            for code, spec in form.code_specs(linear.out_features, linear.in_features).items()
+        }
         for linear in linears
         if f"{linear.module}.qweight" in packed
     }

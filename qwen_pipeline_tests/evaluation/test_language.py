@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
 from qwen_pipeline.evaluation.language import NotLoaded, Reference, evaluate, load_model
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
+from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2, tiny_qwen3
@@ -78,12 +79,16 @@ def test_a_model_with_made_up_weights_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(chain: Chain, tmp_path: Path) -> None:
-    """One process: the merged model, its quantized form, one without a tensor, one whose sizes are another model's."""
+    """One process: a quantized model, one without a tensor, one whose sizes are another's, one with packed experts.
+
+    Of the last Transformers only logs that it gives the experts random weights.
+    """
     missing = copy_without(chain.quantized, tmp_path / "missing", "model.layers.0.mlp.gate_proj.qweight")
     resized = Path(shutil.copytree(chain.quantized, tmp_path / "resized"))
     config = json.loads((resized / "config.json").read_text())
     (resized / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
-    found = measure(chain, tmp_path, quantized=chain.quantized, missing=missing, resized=resized)
+    experts = packed_experts(tmp_path / "experts")
+    found = measure(chain, tmp_path, quantized=chain.quantized, missing=missing, resized=resized, experts=experts)
 
     assert found["quantized"].linears == {"Linear": 1, "TorchLinear": 14}
     assert found["quantized"].divergence
@@ -91,6 +96,7 @@ def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(ch
     assert len(found["quantized"].answers[0]) == 4
     assert "model.layers.0.mlp.gate_proj.qweight" in (found["missing"].fault or "")
     assert "mlp.down_proj" in (found["resized"].fault or "")
+    assert "missing_keys: model.layers.0.mlp.experts.down_proj" in (found["experts"].fault or "")
 
 
 def test_an_environment_without_the_engine_is_a_fault(chain: Chain, tmp_path: Path) -> None:
@@ -110,6 +116,28 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
     )
     python = python or chain.engine.python
     return load_figures(run_worker(python, TARGET, measurement.to_json(), log=logs / "log", env=ENVIRONMENT).value)
+
+
+def packed_experts(root: Path) -> Path:
+    """Save a mixture of experts whose linear layers, the experts among them, have codes (all zero)."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(root)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    form = gptq_format({"quantization_config": settings})
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(root / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            for code, spec in form.code_specs(*weight.shape).items():
+                tensors[f"{name.removesuffix('.weight')}.{code}"] = torch.zeros(spec.shape, dtype=spec.torch_dtype)
+        else:
+            tensors[name] = weight
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps(written | {"quantization_config": settings}))
+    return root
 
 
 def copy_without(root: Path, out: Path, name: str) -> Path:

@@ -82,6 +82,12 @@ def flip_a_bias(tensors: Tensors, _: Config) -> None:
     flip_bit(tensors["model.layers.1.self_attn.k_proj.bias"], 0)
 
 
+def mix_up_layers(tensors: Tensors, _: Config) -> None:
+    other = UP.replace("layers.0", "layers.1")
+    for part in ("qweight", "scales"):
+        tensors[f"{UP}.{part}"] = tensors[f"{other}.{part}"].clone()
+
+
 def wrong_width(_: Tensors, config: Config) -> None:
     config["intermediate_size"] = 96
 
@@ -108,6 +114,7 @@ def not_quantized(tensors: Tensors, _: Config) -> None:
         (swap_groups, [f"{DOWN}.g_idx is not in order, although desc_act is false."]),
         (flip_a_norm, ["model.norm.weight is not what it was before quantization."]),
         (flip_a_bias, ["model.layers.1.self_attn.k_proj.bias is not what it was before quantization."]),
+        (mix_up_layers, [f"{UP} stands for another weight: 143% off."]),
         (wrong_width, ["config.json has intermediate_size 96, expected 128."]),
         (
             not_quantized,

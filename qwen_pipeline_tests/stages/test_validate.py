@@ -48,6 +48,13 @@ def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validat
     assert validate_chain(chain, validated.path).reused
 
 
+def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain: Chain, tmp_path: Path) -> None:
+    found = reports(validate_chain(chain, tmp_path / "out", padded=None, base=None))
+    assert found["structure"].passed
+    assert found["padding_is_silent"].passed
+    assert found["padding_is_silent"].detail == "All 64 padded channels are exactly zero."
+
+
 def test_the_same_inputs_give_the_same_bytes(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
     progress: list[Progress] = []
     again = validate_chain(chain, tmp_path / "again", observe=progress.append)

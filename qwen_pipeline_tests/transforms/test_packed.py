@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoin
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import EngineFault
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.packed import CODES, code_specs, quantized_checkpoint
+from qwen_pipeline.transforms.gptq_codes import CODES, gptq_format
+from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 
@@ -31,14 +33,20 @@ def source(tmp_path: Path) -> Checkpoint:
 
 
 def codes(linears: list[Linear], bits: int) -> dict[str, torch.Tensor]:
-    specs = {name: spec for at in linears for name, spec in code_specs(at, bits=bits, group_size=32).items()}
-    return {name: torch.ones(spec.shape, dtype=spec.torch_dtype) for name, spec in specs.items()}
+    form = gptq_format({"quantization_config": settings(bits)})
+    return {
+        f"{at.module}.{code}": torch.ones(spec.shape, dtype=spec.torch_dtype)
+        for at in linears
+        for code, spec in form.code_specs(at.out_features, at.in_features).items()
+    }
+
+
+def settings(bits: int) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": 32}
 
 
 def quantized(source: Checkpoint, packed: Mapping[str, torch.Tensor], bits: int = 4) -> Checkpoint:
-    return quantized_checkpoint(
-        source, in_memory(packed), decoder_linears(source), bits=bits, group_size=32, quantization_config={"bits": bits}
-    )
+    return quantized_checkpoint(source, in_memory(packed), decoder_linears(source), settings(bits))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -54,7 +62,7 @@ def test_each_weight_becomes_four_tensors_in_its_place(source: Checkpoint, bits:
     assert output.shards == {
         new: source.shards.get(new) or source.shards[f"{new.rpartition('.')[0]}.weight"] for new in expected
     }
-    assert output.config == {**source.config, "quantization_config": {"bits": bits}}
+    assert output.config == {**source.config, "quantization_config": settings(bits)}
     assert output["model.layers.0.mlp.down_proj.qweight"].shape == (96 * bits // 32, 64)
 
 
