@@ -1,12 +1,9 @@
-"""Peak resident memory of merge and pad above a bare interpreter with torch imported, with PEFT's merge beside them.
+"""Peak resident memory of merge and pad against the model's size, with PEFT's merge beside them in the same run.
 
-Run as ``python -m benchmarks.memory [--layers N]`` from the root of the repository. Each figure is the kernel's
-high-water mark of a process of its own.
+Each figure is the high-water mark of a process of its own, less that of a bare interpreter with torch imported.
 """
 
-import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,21 +30,27 @@ _RUNS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=16, help="16 layers are about 300 MB")
-    layers = parser.parse_args().layers
-    with tempfile.TemporaryDirectory() as scratch:
-        base = tiny_qwen2(
-            Path(scratch) / "base", hidden_size=1024, intermediate_size=2432, num_hidden_layers=layers, vocab_size=8192
-        )
-        tiny_adapter(base, Path(scratch) / "adapter", r=16)
-        size = (base / "model.safetensors").stat().st_size
-        bare = _peak(_BARE, scratch)
-        print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-        print(f"base {size / 1e6:.0f} MB; bare interpreter with torch {bare / 1e6:.0f} MB")
-        for name, code in _RUNS.items():
-            print(f"{name:12} {(_peak(code, scratch) - bare) / 1e6:6.0f} MB above")
+LAYERS = (8, 16, 32)
+
+
+def measure() -> list[dict[str, int | str]]:
+    """Return one row for each size and each way: base bytes and peak bytes above the bare interpreter."""
+    rows: list[dict[str, int | str]] = []
+    for layers in LAYERS:
+        with tempfile.TemporaryDirectory() as scratch:
+            base = tiny_qwen2(
+                Path(scratch) / "base",
+                hidden_size=1024,
+                intermediate_size=2432,
+                num_hidden_layers=layers,
+                vocab_size=8192,
+            )
+            tiny_adapter(base, Path(scratch) / "adapter", r=16)
+            size = (base / "model.safetensors").stat().st_size
+            bare = _peak(_BARE, scratch)
+            for name, code in _RUNS.items():
+                rows.append({"base_bytes": size, "run": name, "peak_bytes_above": _peak(code, scratch) - bare})
+    return rows
 
 
 def _peak(code: str, directory: str) -> int:
@@ -55,7 +58,3 @@ def _peak(code: str, directory: str) -> int:
     command = [sys.executable, "-c", code + _PEAK]
     done = subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1]) * 1024
-
-
-if __name__ == "__main__":
-    main()

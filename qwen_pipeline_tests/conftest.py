@@ -1,7 +1,19 @@
+"""What several rooms share: one chain of real stages on a tiny model, made once."""
+
+from collections.abc import Iterator
+
 import pytest
 
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline_tests.chain import Chain, make_chain, validate_chain
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """No digest that a test remembers outlives the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ before a release.
 
 import ctypes
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -106,13 +105,13 @@ def as_bytes(tensor: "torch.Tensor") -> memoryview:
 
 
 def _remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
-    memory = _cache_dir() / f"{_stat_key(files)}.json"
+    memory = _cache_dir() / f"{_stat_key(files)}.txt"
     if memory.is_file():
-        return str(json.loads(memory.read_bytes())["digest"])
+        return memory.read_text()
     digest = compute()
     memory.parent.mkdir(parents=True, exist_ok=True)
     scratch = memory.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"digest": digest}))
+    scratch.write_text(digest)
     scratch.replace(memory)
     return digest
 

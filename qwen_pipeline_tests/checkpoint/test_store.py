@@ -113,7 +113,7 @@ def test_digests_of_foreign_directories_are_remembered_until_a_file_changes(
     first = checkpoint_digest(sharded)
     assert first == copy(sharded, tmp_path / "out").manifest.content_digest
     assert checkpoint_digest(sharded) == first
-    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.txt"))) == 1
 
     (sharded / "config.json").write_text('{"model_type": "qwen3"}')
     assert checkpoint_digest(sharded) != first

@@ -1,0 +1,48 @@
+"""``make bench``: run every benchmark and write what came out, with the machine, to ``benchmarks/results/``."""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import memory
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine() -> dict[str, str | int | None]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def main() -> None:
+    day, machine, rows = datetime.now(UTC).date().isoformat(), describe_machine(), memory.measure()
+    table = (
+        pd.DataFrame(rows).pivot_table(index="base_bytes", columns="run", values="peak_bytes_above", sort=False) / 1e6
+    )
+    table.index = (table.index / 1e6).round().astype(int).rename("base, MB")
+    text = f"""# Peak memory above a bare interpreter with torch, MB
+
+{day}, {machine["cpu"]}, {machine["cores"]} cores. bfloat16 checkpoints, LoRA of rank 16 on all linear layers.
+
+{_markdown(table.round().astype(int).reset_index())}
+"""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "memory.json").write_text(json.dumps({"date": day, "machine": machine, "rows": rows}, indent=2) + "\n")
+    (RESULTS / "memory.md").write_text(text)
+    print(text)
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *(list(map(str, row)) for row in frame.to_numpy())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
