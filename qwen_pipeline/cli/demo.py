@@ -68,6 +68,7 @@ def _settings_text(base: str | None) -> str:
 workspace = "workspace"
 base_model = {json.dumps(base or "workspace/demo/base")}
 calibration = "workspace/demo/calibration.jsonl"
+owners = ["team:demo"]
 
 [padding]
 tensor_parallel = {2 if base else TENSOR_PARALLEL}
