@@ -23,15 +23,20 @@ def describe_machine() -> dict[str, str | int | None]:
 
 def main() -> None:
     day, machine, rows = datetime.now(UTC).date().isoformat(), describe_machine(), memory.measure()
-    table = (
-        pd.DataFrame(rows).pivot_table(index="base_bytes", columns="run", values="peak_bytes_above", sort=False) / 1e6
+    frame = pd.DataFrame(rows)
+    megabytes = pd.DataFrame(
+        {
+            "base, MB": (frame["base_bytes"] / 1e6).round().astype(int),
+            "run": frame["run"],
+            "peak": (frame["peak_bytes_above"] / 1e6).round().astype(int),
+        }
     )
-    table.index = (table.index / 1e6).round().astype(int).rename("base, MB")
+    table = megabytes.pivot_table(index="base, MB", columns="run", values="peak", aggfunc="first", sort=False)
     text = f"""# Peak memory above a bare interpreter with torch, MB
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores. bfloat16 checkpoints, LoRA of rank 16 on all linear layers.
 
-{_markdown(table.round().astype(int).reset_index())}
+{_markdown(table.reset_index())}
 """
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps({"date": day, "machine": machine, "rows": rows}, indent=2) + "\n")

@@ -38,6 +38,18 @@ class CheckReport:
     def blocks(self) -> bool:
         return not self.passed and self.severity == "ERROR"
 
+    @property
+    def figures(self) -> tuple[str, str]:
+        """What was measured and the limit, for a reader; under a limit of zero, faults were counted."""
+        if self.limit == 0:
+            return f"{shown(self.measured)} faults", "none"
+        return shown(self.measured), shown(self.limit)
+
+
+def shown(value: float | str | None) -> str:
+    """Return a figure with four significant digits, a text as it is, nothing for None."""
+    return f"{value:.4g}" if isinstance(value, (int, float)) else value or ""
+
 
 def dump_reports(reports: Sequence[CheckReport]) -> list[dict[str, Any]]:
     """Return reports as JSON values, the form they have in ``Manifest.result["checks"]``."""

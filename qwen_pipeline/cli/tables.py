@@ -10,7 +10,7 @@ from rich.text import Text
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.qwen.geometry import DegreeOutlook
-from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.reports import CheckReport, load_reports, shown
 from qwen_pipeline.standing import STAGES, FineTuneStanding
 
 
@@ -43,7 +43,7 @@ def artifact_table(artifacts: Iterable[Artifact], perplexity: Mapping[str, float
             f"{manifest.run.seconds:.1f}",
             size(manifest.run.peak_memory_bytes),
             size(manifest.run.added_memory_bytes),
-            value((perplexity or {}).get(manifest.derivation.stage)),
+            shown((perplexity or {}).get(manifest.derivation.stage)),
             "was there" if artifact.reused else "new",
         )
     return table
@@ -56,7 +56,7 @@ def check_table(artifacts: Sequence[Artifact]) -> Group:
     for artifact in artifacts:
         stage = artifact.manifest.derivation.stage
         for report in load_reports(artifact.manifest.result):
-            table.add_row(stage, report.name, verdict(report), value(report.measured), value(report.limit))
+            table.add_row(stage, report.name, verdict(report), *report.figures)
             if not report.passed:
                 remarks.append(Text.assemble(verdict(report), f" {stage} {report.name}: {report.detail}"))
     return Group(table, *remarks)
@@ -66,10 +66,6 @@ def verdict(report: CheckReport) -> Text:
     if report.passed:
         return Text("passed", style="green")
     return Text("FAILED", style="bold red") if report.blocks else Text("warning", style="yellow")
-
-
-def value(measured: float | str | None) -> str:
-    return "" if measured is None else f"{measured:.4g}" if isinstance(measured, float) else str(measured)
 
 
 def size(nbytes: int) -> str:
@@ -111,7 +107,7 @@ def standing_data(found: Sequence[FineTuneStanding]) -> list[dict[str, Any]]:
 
 
 def outlook_table(rows: Sequence[DegreeOutlook], group_size: int) -> Table:
-    table = Table("TP", "width", "padded", "extra", f"groups of {group_size} per rank", "serves", "what happens")
+    table = Table("TP", "width", "padded", "extra", f"groups of {group_size} per rank", "then serves", "what happens")
     for row in rows:
         before, after = (f"{groups:g}" for groups in row.groups_per_rank)
         table.add_row(

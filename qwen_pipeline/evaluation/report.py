@@ -78,8 +78,7 @@ def checks_table(reports: Sequence[CheckReport]) -> str:
             (
                 "✅" if report.passed else "❌" if report.blocks else "⚠️",
                 report.name,
-                _number(report.measured),
-                _number(report.limit),
+                *report.figures,
                 report.detail,
             )
             for report in reports
@@ -137,7 +136,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Seque
 
 def _cell(answer: str | None) -> str:
     return "*not loaded*" if answer is None else answer.strip().replace("\n", "<br>")
-
-
-def _number(value: float | str | None) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else value or ""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -116,18 +115,20 @@ def test_an_interrupted_run_ends_with_130_and_leaves_no_worker(finished: Finishe
 
 @pytest.mark.parametrize("task", ["merge", "pad", "quantize", "evaluate quantized", "publish quantized"])
 def test_a_run_killed_in_any_stage_ends_in_the_same_digests(finished: Finished, tmp_path: Path, task: str) -> None:
-    fresh = Site(tmp_path / "site")
-    ignored = shutil.ignore_patterns("store", "dagster_home")
-    shutil.copytree(finished.site.root, fresh.root, ignore=ignored)
+    fresh = {
+        **finished.site.environment,
+        "QWEN_PIPELINE_WORKSPACE": str(tmp_path),
+        "QWEN_PIPELINE_INBOX": str(finished.site.inbox.root),
+    }
     command = [sys.executable, "-m", "qwen_pipeline", "run", FINE_TUNE, "--json"]
-    env = {**os.environ, **fresh.environment}
+    env = {**os.environ, **fresh}
     killed = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert killed.stderr
     assert any(line.startswith(f"{task}:") for line in killed.stderr)
     killed.kill()
     killed.wait()
 
-    again = qwen_pipeline("run", FINE_TUNE, "--json", env=fresh.environment)
+    again = qwen_pipeline("run", FINE_TUNE, "--json", env=fresh)
 
     assert again.code == 0
     undisturbed = [artifact.manifest.content_digest for artifact in finished.outcome.artifacts]
