@@ -1,6 +1,7 @@
 """The Dagster instance that the server, the daemon and the command line share."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +32,7 @@ def become_server(settings: Settings, *, port: int) -> NoReturn:
     """Turn this process into the web UI and the daemon, on this machine's loopback, talking on standard error."""
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(SHIPPED / "workspace.yaml")]
     address = ["--host", "127.0.0.1", "--port", str(port)]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and Dagster then SIGTERM too
     sys.stdout.flush()
     os.dup2(sys.stderr.fileno(), 1)
     os.execve(command[0], [*command, *address], {**os.environ, "DAGSTER_HOME": str(dagster_home(settings).resolve())})
