@@ -39,8 +39,9 @@ def run_demo(*, base: str | None, observe: Observe) -> Answer:
     texts = write_texts(home)
     settings.inbox.mkdir(parents=True, exist_ok=True)
     train_adapter(base=model, texts=texts.training, out=settings.inbox / FINE_TUNE, observe=observe)
-    for remark in look_into_inbox(settings):
-        observe(Progress(task="inbox", done=1, total=1, remark=remark))
+    said = look_into_inbox(settings)
+    for look, remark in enumerate(said, 1):
+        observe(Progress(task="inbox", done=look, total=len(said), remark=remark))
     outcome = run_fine_tune(settings, FINE_TUNE, watch=observe)
     artifacts = [*built, *outcome.artifacts]
     if outcome.fault:
