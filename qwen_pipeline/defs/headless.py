@@ -11,6 +11,7 @@ from qwen_pipeline import errors
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.config import Settings
+from qwen_pipeline.defs.departed import PROCESS_TAG, end_departed_runs, this_process
 from qwen_pipeline.defs.home import open_instance
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
@@ -80,12 +81,13 @@ def materialize(
     """Materialize all assets of one partition, or ``only`` some by name, and say what came of it."""
     job = code_location(pipeline).resolve_job_def(process_fine_tune.name)
     with open_instance(pipeline.settings) as instance:
+        end_departed_runs(instance)
         instance.add_dynamic_partitions(FINE_TUNES.name or "", [fine_tune])
         result = job.execute_in_process(
             instance=instance,
             partition_key=fine_tune,
             asset_selection=[dg.AssetKey(name) for name in only] or None,
-            tags=tags,
+            tags={PROCESS_TAG: this_process(), **(tags or {})},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             raise_on_error=False,
         )
