@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Observe, Progress
@@ -52,6 +53,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         device=job.spec.device,
         dtype=torch.float32 if job.spec.device == "cpu" else "auto",
     )
+    settle_before_solving()
     _follow(model.model.config.num_hidden_layers, observe)
     windows = torch.tensor(np.load(job.windows)).long()
     try:
@@ -69,6 +71,23 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         ) from error
     model.save(str(job.packed))
     return {}
+
+
+def settle_before_solving() -> None:
+    """Have GPTQModel's solver settle dead channels before it looks for them, so that it finds none.
+
+    ``module_copy`` is where it takes the weights from, if they are there.
+    """
+    solver: Any = import_module("gptqmodel.quantization").GPTQ
+    quantize = solver.quantize
+
+    def settle_and_quantize(self: Any, blocksize: int = 128) -> Any:
+        hessian_II = self.finalize_hessian(target_device=getattr(self.module, "target_device", None))
+        self.module_copy = self.clone_module(device=hessian_II.device)
+        settle_dead_channels(hessian_II, self.module_copy)
+        return quantize(self, blocksize)
+
+    solver.quantize = settle_and_quantize
 
 
 def _follow(layers: int, observe: Observe) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 STAGE = "quantized"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 WORKSHOP = ".workshop"
 
 EVERY_MODULE = CheckSpec(
