@@ -14,25 +14,27 @@ from qwen_pipeline.evaluation.findings import Findings
 from qwen_pipeline.evaluation.weights import WeightError
 
 INK = "#7d8590"
-ACCENT = "#8957e5"
+BETTER, WORSE = "#2da44e", "#d9822b"
 PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a05ab8")
 """One colour a kind of layer, attention cool and MLP warm, of about equal lightness."""
 
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
-    """Draw a bar for each model that loaded, with its perplexity and the change from the one before."""
+    """Draw a waterfall: the first model's perplexity, then what each stage after it added or took away."""
     known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
-    figure = Figure(figsize=(7.2, 0.7 + 0.42 * len(known)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.8 + 0.46 * len(known)), layout="constrained")
     axes = _axes(figure)
-    previous = None
+    before = 0.0
     for row, (role, perplexity) in enumerate(known):
-        axes.barh(row, perplexity, height=0.62, color=ACCENT if role == known[-1][0] else INK, alpha=0.85)
-        change = f"  {perplexity / previous - 1:+.2%}" if previous else ""
+        change = f"  {perplexity / before - 1:+.2%}" if before else ""
+        color = INK if not before else WORSE if perplexity > before else BETTER
+        axes.barh(row, perplexity - before, left=before, height=0.62, color=color, alpha=0.85, label=role)
+        axes.plot([perplexity] * 2, [row - 0.31, min(row + 1.31, len(known) - 0.69)], color=INK, linewidth=1)
         axes.annotate(
-            f"{perplexity:.3f}{change}", (perplexity, row), xytext=(5, 0), textcoords="offset points",
+            f"{perplexity:.3f}{change}", (max(perplexity, before), row), xytext=(6, 0), textcoords="offset points",
             va="center", color=INK, fontsize=9,
         )  # fmt: skip
-        previous = perplexity
+        before = perplexity
     axes.set_yticks(range(len(known)), [role for role, _ in known])
     axes.invert_yaxis()
     axes.margins(x=0.22)

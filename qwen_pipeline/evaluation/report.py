@@ -4,12 +4,16 @@ import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import Findings
-from qwen_pipeline.evaluation.samples import Sample
+from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.reports import CheckReport
+
+if TYPE_CHECKING:
+    from qwen_pipeline.evaluation.weights import WeightError
 
 REPORT, PERPLEXITY_PLOT, ERROR_PLOT = "report.md", "perplexity.png", "quantization_error.png"
 MAX_INLINE_BYTES = 400_000
@@ -17,7 +21,7 @@ MAX_INLINE_BYTES = 400_000
 _IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)\n*")
 
 
-def render_report(findings: Findings, reports: Sequence[CheckReport], *, windows: int, seq_len: int) -> str:
+def render_report(findings: Findings, reports: Sequence[CheckReport], *, method: str) -> str:
     """Return the report; the plots lie beside it."""
     sections = [
         "# Validation report",
@@ -28,16 +32,25 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, windows
         f"![Perplexity by stage]({PERPLEXITY_PLOT})",
         "## Where quantization loses",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",
-        _worst_weights(findings),
+        _table(
+            ("worst weights", "‖W - Wq‖ / ‖W‖"),
+            [(f"`{error.module}`", f"{error.relative:.4f}") for error in worst_weights(findings)],
+        ),
         "## Answers side by side",
         *(_side_by_side(sample) for sample in findings.samples),
         "## How it was measured",
-        f"Plain Transformers on the CPU in float32. {windows} windows of {seq_len} tokens, spread evenly over held-out"
-        " text; every token but the first of each window is predicted from those before it in the window. Perplexity is"
-        " `exp` of the mean surprise; KL is KL(merged || model) in nats a token; answers are greedy. Linear layers"
-        f" ran as {_kernels(findings)}.",
+        f"{method} Linear layers ran as {kernels(findings)}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def method_of(windows: int, seq_len: int) -> str:
+    """Say how the figures came about."""
+    return (
+        f"Plain Transformers on the CPU in float32. {windows} windows of {seq_len} tokens, spread evenly over held-out"
+        " text; every token but the first of each window is predicted from those before it in the window. Perplexity is"
+        " the exponential of the mean surprise; KL is KL(merged || model) in nats a token; answers are greedy."
+    )
 
 
 def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> str:
@@ -66,7 +79,7 @@ def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int])
     """Return one row a model: size, perplexity, its change from the model before, distance from the merged model."""
     return _table(
         ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement"),
-        _quality_rows(models, nbytes),
+        quality_rows(models, nbytes),
     )
 
 
@@ -86,7 +99,8 @@ def checks_table(reports: Sequence[CheckReport]) -> str:
     )
 
 
-def _quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> Iterator[Sequence[str]]:
+def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> Iterator[Sequence[str]]:
+    """Yield the cells of :func:`quality_table`."""
     before = None
     for role, model in models.items():
         size = f"{nbytes[role] / 1e6:,.1f}"
@@ -108,18 +122,19 @@ def _quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int])
         before = model.perplexity
 
 
-def _worst_weights(findings: Findings, count: int = 5) -> str:
-    worst = sorted(findings.structure.errors, key=lambda error: -error.relative)[:count]
-    return _table(("worst weights", "‖W - Wq‖ / ‖W‖"), [(f"`{e.module}`", f"{e.relative:.4f}") for e in worst])
+def worst_weights(findings: Findings, count: int = 5) -> "list[WeightError]":
+    """Return the weights that quantization changed most, worst first."""
+    return sorted(findings.structure.errors, key=lambda error: -error.relative)[:count]
 
 
 def _side_by_side(sample: Sample) -> str:
-    answers = [("merged", "quantized"), (_cell(sample.reference), _cell(sample.candidate))]
-    fault = f"\n\n⚠️ The quantized answer {sample.fault}." if sample.fault else ""
-    return f"> {sample.prompt}\n\n" + _table(answers[0], answers[1:]) + fault
+    answers = _table(("merged", "quantized"), [(_cell(sample.reference), _cell(sample.candidate))])
+    fault = f"⚠️ The quantized answer {sample.fault}." if sample.fault else ""
+    return "\n\n".join(filter(None, [f"> {sample.prompt}", answers, fault]))
 
 
-def _kernels(findings: Findings) -> str:
+def kernels(findings: Findings) -> str:
+    """Name the classes of each model's linear layers, which tells the kernels that ran."""
     return "; ".join(
         f"{role}: " + ", ".join(f"{count} {name}" for name, count in model.linears.items())
         for role, model in findings.models.items()
@@ -134,5 +149,5 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Seque
     )
 
 
-def _cell(answer: str | None) -> str:
-    return "*not loaded*" if answer is None else answer.strip().replace("\n", "<br>")
+def _cell(answer: Answer | None) -> str:
+    return "*not loaded*" if answer is None else answer.text.strip().replace("\n", "<br>")

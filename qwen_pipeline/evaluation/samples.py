@@ -1,7 +1,9 @@
 """Answers to a few prompts, and whether they are broken in the ways that broken quantized models break."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 DEFAULT_PROMPTS = (
     "What is the capital of France?",
@@ -16,19 +18,43 @@ _RUN = re.compile(r"([^\s.\-=_*#])\1{7,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A greedy answer: its text without special tokens, its token ids, and whether the model ended it by itself."""
+
+    text: str
+    tokens: Sequence[int]
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """A prompt and two models' greedy answers to it; None where a model did not load."""
 
     prompt: str
-    reference: str | None
-    candidate: str | None
+    reference: Answer | None
+    candidate: Answer | None
+
+    @property
+    def agreed_tokens(self) -> int:
+        """How many tokens both answers start with; from there on they have different histories."""
+        return _agreed(self.reference.tokens, self.candidate.tokens) if self.reference and self.candidate else 0
+
+    @property
+    def agreed_characters(self) -> int:
+        """How many characters both answers start with."""
+        return _agreed(self.reference.text, self.candidate.text) if self.reference and self.candidate else 0
 
     @property
     def fault(self) -> str | None:
         """What is wrong with the candidate's answer but not with the reference's."""
-        if self.candidate is None or (self.reference is not None and degeneration(self.reference)):
+        reference, candidate = self.reference, self.candidate
+        if candidate is None or (reference is not None and degeneration(reference.text)):
             return None
-        return degeneration(self.candidate)
+        if reference and reference.ended and not candidate.ended:
+            ended, running = len(reference.tokens), len(candidate.tokens)
+            if 2 * ended <= running:
+                return f"runs on at {running} tokens, where the merged model's ended after {ended}"
+        return degeneration(candidate.text)
 
 
 def degeneration(text: str) -> str | None:
@@ -50,3 +76,7 @@ def degeneration(text: str) -> str | None:
         if repeats >= MIN_REPEATS:
             return f"ends in {' '.join(phrase)!r} said {repeats} times"
     return None
+
+
+def _agreed(first: Sequence[object], second: Sequence[object]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

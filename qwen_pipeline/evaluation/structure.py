@@ -4,9 +4,11 @@ Nothing is loaded into a model: every tensor is accounted for, and every code is
 for.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +60,11 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
         return Structure(problems=[refusal.what], padding=PaddingFindings())
     linears = decoder_linears(source)
     expected = _expected(source, linears, form)
-    problems = [*_config_problems(source.config, candidate.config), *_header_problems(expected, candidate)]
+    problems = [
+        *_config_problems(source.config, candidate.config),
+        *_sidecar_problems(source, candidate),
+        *_header_problems(expected, candidate),
+    ]
 
     comparisons: dict[tuple[int, str], Comparison] = {}
     for done, linear in enumerate(linears, start=1):
@@ -101,6 +107,26 @@ def _config_problems(source: Mapping[str, Any], candidate: Mapping[str, Any]) ->
             yield f"config.json lacks {field}, expected {source[field]!r}."
         elif candidate[field] != source[field]:
             yield f"config.json has {field} {candidate[field]!r}, expected {source[field]!r}."
+
+
+def _sidecar_problems(source: Checkpoint, candidate: Checkpoint) -> Iterator[str]:
+    """Tokenizer, chat template and generation config decide answers as weights do; only their JSON layout is free."""
+    for path in sorted(source.sidecars.keys() | candidate.sidecars.keys()):
+        if path not in candidate.sidecars:
+            yield f"{path} is missing."
+        elif path not in source.sidecars:
+            yield f"{path} is unexpected."
+        elif _meaning(source.sidecars[path]) != _meaning(candidate.sidecars[path]):
+            yield f"{path} is not the fine-tune's."
+
+
+def _meaning(sidecar: Path) -> Any:
+    """Return what a file says: JSON values, or bytes."""
+    content = sidecar.read_bytes()
+    try:
+        return json.loads(content) if sidecar.suffix == ".json" else content
+    except ValueError:
+        return content
 
 
 def _header_problems(expected: Expected, candidate: Checkpoint) -> Iterator[str]:

@@ -18,21 +18,21 @@ from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
-from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT, render_report
-from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Sample
+from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT, method_of, render_report
+from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.geometry import WIDTH, DegreeOutlook, outlook, plan_padding
 from qwen_pipeline.qwen.precision import require_full_precision
-from qwen_pipeline.reports import dump_reports
+from qwen_pipeline.reports import CheckReport, dump_reports
 from qwen_pipeline.workers.parent import run_worker
 
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 ENGINE = "gptqmodel"
 """What Transformers loads GPTQ checkpoints with, whichever engine made them."""
 
@@ -141,7 +141,8 @@ def validate(
         reports = judge(findings, limits)
         lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
         result = {"checks": rounded(dump_reports(reports)), "findings": findings.to_json(), "lineage": lineage}
-        _write_report(partial, findings, result, render_report(findings, reports, windows=len(tokens), seq_len=seq_len))
+        steps = [*lineage, *(dump_step(step) for step in steps_of(candidate))]
+        _write_report(partial, findings, reports, result, lineage=steps, method=method_of(len(tokens), seq_len))
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
 
     return derive(derivation, destination, build)
@@ -169,11 +170,7 @@ def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[
 
 
 def _samples(prompts: Sequence[str], figures: Mapping[str, ModelFigures], tokenizer: Any) -> list[Sample]:
-    answers = {
-        role: tokenizer.batch_decode([list(answer) for answer in figures[role].answers], skip_special_tokens=True)
-        for role in (MERGED, QUANTIZED)
-        if not figures[role].fault
-    }
+    answers = {role: _answers(figures[role], tokenizer) for role in (MERGED, QUANTIZED) if not figures[role].fault}
     return [
         Sample(
             prompt=prompt,
@@ -181,6 +178,14 @@ def _samples(prompts: Sequence[str], figures: Mapping[str, ModelFigures], tokeni
             candidate=answers[QUANTIZED][number] if QUANTIZED in answers else None,
         )
         for number, prompt in enumerate(prompts)
+    ]
+
+
+def _answers(figures: ModelFigures, tokenizer: Any) -> list[Answer]:
+    texts = tokenizer.batch_decode([list(tokens) for tokens in figures.answers], skip_special_tokens=True)
+    return [
+        Answer(text=text, tokens=tokens, ended=len(tokens) < MAX_NEW_TOKENS)
+        for text, tokens in zip(texts, figures.answers, strict=True)
     ]
 
 
@@ -202,10 +207,25 @@ def _outlook(config: Mapping[str, Any], degree: int) -> DegreeOutlook | None:
         return None
 
 
-def _write_report(partial: Path, findings: Findings, result: Mapping[str, Any], report: str) -> None:
+def _write_report(
+    partial: Path,
+    findings: Findings,
+    reports: Sequence[CheckReport],
+    result: Mapping[str, Any],
+    *,
+    lineage: Sequence[Mapping[str, Any]],
+    method: str,
+) -> None:
+    from qwen_pipeline.evaluation.page import PAGE, render_page
     from qwen_pipeline.evaluation.plots import draw_perplexity, draw_quantization_error
 
     draw_perplexity(findings, partial / PERPLEXITY_PLOT)
     draw_quantization_error(findings, partial / ERROR_PLOT)
-    (partial / REPORT).write_text(report)
+    plots = {
+        "Perplexity on held-out text, and what each stage changed": partial / PERPLEXITY_PLOT,
+        "Error of each quantized weight by layer": partial / ERROR_PLOT,
+    }
+    page = render_page(findings, reports, plots=plots, lineage=lineage, method=method)
+    (partial / PAGE).write_text(page)
+    (partial / REPORT).write_text(render_report(findings, reports, method=method))
     (partial / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -9,7 +9,7 @@ from qwen_pipeline.evaluation.checks import CHECKS, judge, verdict
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import Limits
-from qwen_pipeline.evaluation.samples import Sample
+from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.structure import Structure
 from qwen_pipeline.evaluation.weights import PaddingFindings, WeightError
 from qwen_pipeline.qwen.geometry import outlook
@@ -23,6 +23,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
+YES = Answer(text="Yes.", tokens=(5, 6), ended=True)
 SILENT = DivergenceFigures(mean=1e-9, p95=0, p99_9=0, max=0, top1_agreement=1)
 CLOSE = DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
 GOOD = Findings(
@@ -38,7 +39,7 @@ GOOD = Findings(
         QUANTIZED: ModelFigures(perplexity=11.0, divergence=CLOSE),
     },
     nbytes={},
-    samples=[Sample(prompt="?", reference="Yes.", candidate="Yes!")],
+    samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="Yes!"))],
     losses={},
     parallel=outlook(CONFIG, group_size=32, degrees=[1])[0],
 )
@@ -78,7 +79,7 @@ def test_structure_padding_and_answers_are_heard() -> None:
     assert failed(problems)["structure"].detail == "x.scales is missing."
     audible = replace(GOOD, structure=replace(GOOD.structure, padding=PaddingFindings(audible=["down_proj: loud"])))
     assert "down_proj: loud" in failed(audible)["padding_is_silent"].detail
-    broken = replace(GOOD, samples=[Sample(prompt="?", reference="Yes.", candidate="!" * 9)])
+    broken = replace(GOOD, samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="!" * 9))])
     (report,) = failed(broken).values()
     assert not report.blocks
 

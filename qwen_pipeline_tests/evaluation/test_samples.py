@@ -1,6 +1,6 @@
 import pytest
 
-from qwen_pipeline.evaluation.samples import Sample, degeneration
+from qwen_pipeline.evaluation.samples import Answer, Sample, degeneration
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,30 @@ def test_degeneration(text: str, fault: str | None) -> None:
     assert degeneration(text) == fault
 
 
+def answer(text: str, *tokens: int, ended: bool = True) -> Answer:
+    return Answer(text=text, tokens=tokens, ended=ended)
+
+
+BROKEN, FINE = answer("!" * 20, *[7] * 5, ended=False), answer("Paris.", 3, 4)
+
+
 def test_only_what_quantization_broke_counts() -> None:
-    broken, fine = "!" * 20, "Paris."
-    assert Sample(prompt="?", reference=fine, candidate=broken).fault
-    assert not Sample(prompt="?", reference=broken, candidate=broken).fault
-    assert not Sample(prompt="?", reference=broken, candidate=fine).fault
-    assert not Sample(prompt="?", reference=fine, candidate=None).fault
+    assert Sample(prompt="?", reference=FINE, candidate=BROKEN).fault
+    assert not Sample(prompt="?", reference=BROKEN, candidate=BROKEN).fault
+    assert not Sample(prompt="?", reference=BROKEN, candidate=FINE).fault
+    assert not Sample(prompt="?", reference=FINE, candidate=None).fault
+
+
+def test_an_answer_that_does_not_end_where_the_other_did_is_a_fault() -> None:
+    rambling = answer("Paris, of course, and", 3, 4, 5, 6, ended=False)
+    fault = "runs on at 4 tokens, where the merged model's ended after 2"
+    assert Sample(prompt="?", reference=FINE, candidate=rambling).fault == fault
+    longer = answer("Paris, of course", 3, 4, 5, ended=True)
+    assert not Sample(prompt="?", reference=longer, candidate=rambling).fault
+    assert not Sample(prompt="?", reference=answer("Paris", 3, 4, ended=False), candidate=rambling).fault
+
+
+def test_answers_agree_up_to_their_first_different_token() -> None:
+    sample = Sample(prompt="?", reference=answer("A list is", 1, 2, 3), candidate=answer("A list has", 1, 2, 9, 3))
+    assert (sample.agreed_tokens, sample.agreed_characters) == (2, len("A list "))
+    assert Sample(prompt="?", reference=FINE, candidate=None).agreed_tokens == 0

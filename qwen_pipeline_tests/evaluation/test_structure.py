@@ -136,6 +136,20 @@ def test_a_field_that_is_gone_is_named(chain: Chain, tmp_path: Path) -> None:
     assert [problem.partition(",")[0] for problem in found.problems] == ["config.json lacks rope_parameters"]
 
 
+def test_another_chat_template_or_generation_config_is_named(chain: Chain, tmp_path: Path) -> None:
+    copy = mutated(chain.quantized, tmp_path / "mutated", lambda _tensors, _config: None)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = copy / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), indent=7))
+    (copy / "generation_config.json").write_text('{"temperature": 9.5}')
+    (copy / "added_tokens.json").write_text("{}")
+    assert check(chain, copy).problems == [
+        "added_tokens.json is unexpected.",
+        "chat_template.jinja is not the fine-tune's.",
+        "generation_config.json is not the fine-tune's.",
+    ]
+
+
 def test_a_wrong_group_size_disagrees_with_every_layer(chain: Chain, tmp_path: Path) -> None:
     def regroup(_: Tensors, config: Config) -> None:
         config["quantization_config"]["group_size"] = 64
