@@ -11,6 +11,7 @@ from typing import Any, Literal
 from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore
 from qwen_pipeline.config import Settings
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.evaluation.regression import compare, load_verdict
 from qwen_pipeline.inbox import Arrival, Inbox
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages import merge, pad, publish, quantize, validate
@@ -124,3 +125,14 @@ def _stage_standing(
         return StageStanding(state="stale", artifact=artifact)
     failed = any(report.blocks for report in load_reports(artifact.manifest.result))
     return StageStanding(state="failed" if failed else "done", artifact=artifact)
+
+
+def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:
+    """Hold a validation against that of the last release of other bytes, which is what is served until now."""
+    candidate = validated.manifest.derivation.inputs["candidate"]
+    released = [
+        release
+        for release in store.finished(publish.STAGE, fine_tune)
+        if release.manifest.derivation.inputs["quantized"] != candidate
+    ]
+    return compare(load_verdict(released[-1].path) if released else None, load_verdict(validated.path))

@@ -23,6 +23,7 @@ from qwen_pipeline.errors import CheckpointRefused, DestinationLocked, Destinati
 
 KEY_LENGTH = 16
 """Hex digits of a derivation key in a path; the manifest holds and checks all 64."""
+PARTIAL = ".partial"
 _DERIVATION = ".derivation"
 
 
@@ -100,6 +101,13 @@ class CheckpointStore:
             return None
         path = link.resolve()
         return Artifact(path=path, manifest=open_manifest(path), reused=True)
+
+    def finished(self, stage: str, fine_tune: str) -> list[Artifact]:
+        """Return everything ``stage`` ever finished for a fine-tune and that is still there, oldest first."""
+        roots = {path.parent.resolve() for path in (self.root / stage / fine_tune).glob(f"*/{MANIFEST}")}
+        whole = [root for root in roots if not root.name.endswith(PARTIAL)]
+        found = [Artifact(path=root, manifest=open_manifest(root), reused=True) for root in whole]
+        return sorted(found, key=lambda artifact: artifact.manifest.run.started)
 
     def require_latest(self, stage: str, fine_tune: str) -> Artifact:
         """Like :meth:`latest`, but its absence is an error."""
@@ -183,7 +191,7 @@ def _finished(out: Path, derivation: Derivation) -> Artifact | None:
 
 def _build_under_lock(out: Path, derivation: Derivation, build: Callable[[Path], Built]) -> Artifact:
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     with _lock(out), _disk_faults(partial):
         if found := _finished(out, derivation):
             return found

@@ -175,6 +175,21 @@ def validate(
     )
 
 
+@answering(app, "compare", examples=["qwen-pipeline compare released/ validated/"])
+def compare(before: Path, now: Path) -> Answer:
+    """Say how the quantized model changed from one release or validation (BEFORE) to a later one (NOW)."""
+    from dataclasses import asdict
+
+    from qwen_pipeline.cli.tables import change_table
+    from qwen_pipeline.evaluation.regression import changes, load_verdict
+    from qwen_pipeline.evaluation.regression import compare as compare_verdicts
+
+    old, new = load_verdict(before), load_verdict(now)
+    report, found = compare_verdicts(old, new), changes(old, new)
+    data = {"changes": [asdict(change) for change in found], "report": asdict(report)}
+    return Answer(data=data, view=[change_table(found), report.detail])
+
+
 def _made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
     """Run a stage under the eyes of the user, and show what it made and what it checked."""
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.evaluation.regression import Change
 from qwen_pipeline.qwen.geometry import DegreeOutlook
 from qwen_pipeline.reports import CheckReport, load_reports, shown
 from qwen_pipeline.standing import STAGES, FineTuneStanding
@@ -119,4 +120,12 @@ def outlook_table(rows: Sequence[DegreeOutlook], group_size: int) -> Table:
             Text("yes", style="green") if row.legal else Text("no", style="bold red"),
             row.sentence,
         )
+    return table
+
+
+def change_table(changes: Sequence[Change]) -> Table:
+    table = Table("quantized model", "before", "now", "change")
+    for change in changes:
+        relative = f"{change.now / change.before - 1:+.2%}" if change.before else ""
+        table.add_row(change.figure, shown(change.before), shown(change.now), relative)
     return table

@@ -20,9 +20,12 @@ from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
 from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, loss_table
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.evaluation.page import PAGE
+from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import merge, pad, publish, quantize, validate
+from qwen_pipeline.standing import against_last_release
 
 GROUP = "fine_tune_to_release"
 
@@ -30,7 +33,12 @@ COMPLETE = CheckSpec(name="complete", description="The upload is whole: nothing 
 
 
 def _stage_asset(
-    stage: ModuleType, *, deps: Sequence[dg.AssetsDefinition], kinds: set[str], pool: str | None = None
+    stage: ModuleType,
+    *,
+    deps: Sequence[dg.AssetsDefinition],
+    kinds: set[str],
+    pool: str | None = None,
+    more_checks: Sequence[CheckSpec] = (),
 ) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
     """An asset whose version and checks are those of its stage."""
     name = f"{stage.STAGE}_checkpoint"
@@ -41,18 +49,22 @@ def _stage_asset(
         group_name=GROUP,
         kinds=kinds,
         code_version=stage.CODE_VERSION,
-        check_specs=asset_check_specs(name, stage.CHECKS),
+        check_specs=asset_check_specs(name, [*stage.CHECKS, *more_checks]),
         pool=pool,
     )
 
 
-def _materialized(artifact: Artifact, partition: str, **more: Any) -> dg.MaterializeResult:
+def _materialized(
+    artifact: Artifact, partition: str, *, more_reports: Sequence[CheckReport] = (), **more: Any
+) -> dg.MaterializeResult:
     """Report a stage's output: the content digest is its data version, so that equal bytes leave downstream fresh."""
     manifest = artifact.manifest
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.content_digest),
         metadata={**more, **artifact_metadata(artifact)},
-        check_results=[asset_check_result(report, partition) for report in load_reports(manifest.result)],
+        check_results=[
+            asset_check_result(report, partition) for report in [*load_reports(manifest.result), *more_reports]
+        ],
     )
 
 
@@ -156,7 +168,13 @@ def quantized_checkpoint(
     return _materialized(artifact, context.partition_key, worst_modules=losses)
 
 
-@_stage_asset(validate, deps=[merged_checkpoint, quantized_checkpoint], kinds={"report", "matplotlib"}, pool="gpu")
+@_stage_asset(
+    validate,
+    deps=[merged_checkpoint, quantized_checkpoint],
+    kinds={"report", "matplotlib"},
+    pool="gpu",
+    more_checks=[NOT_WORSE],
+)
 def validated_checkpoint(
     context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
 ) -> dg.MaterializeResult:
@@ -182,7 +200,13 @@ def validated_checkpoint(
             seq_len=settings.seq_len,
             observe=observe,
         )
-    return _materialized(artifact, context.partition_key, report=dg.MetadataValue.md(report_markdown(artifact.path)))
+    return _materialized(
+        artifact,
+        context.partition_key,
+        more_reports=[against_last_release(pipeline.store, context.partition_key, artifact)],
+        report=dg.MetadataValue.md(report_markdown(artifact.path)),
+        page=dg.MetadataValue.path(artifact.path / PAGE),
+    )
 
 
 @_stage_asset(publish, deps=[quantized_checkpoint, validated_checkpoint], kinds={"huggingface", "qwen"})

@@ -140,7 +140,12 @@ def validate(
         )
         reports = judge(findings, limits)
         lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
-        result = {"checks": rounded(dump_reports(reports)), "findings": findings.to_json(), "lineage": lineage}
+        result = {
+            "checks": rounded(dump_reports(reports)),
+            "findings": findings.to_json(),
+            "lineage": lineage,
+            "text": derivation.inputs["text"],
+        }
         steps = [*lineage, *(dump_step(step) for step in steps_of(candidate))]
         _write_report(partial, findings, reports, result, lineage=steps, method=method_of(len(tokens), seq_len))
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)

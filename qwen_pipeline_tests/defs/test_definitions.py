@@ -9,6 +9,7 @@ import pytest
 from qwen_pipeline.defs.assets import COMPLETE
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.wiring import code_location
+from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.stages import merge, pad, publish, quantize, validate
 from qwen_pipeline_tests.site import Site
 
@@ -40,7 +41,7 @@ def test_the_graph_is_complete_and_in_order(definitions: dg.Definitions) -> None
 
 def test_every_promised_check_is_declared_for_each_partition(definitions: dg.Definitions) -> None:
     graph = definitions.resolve_asset_graph()
-    promised = {("fine_tune", COMPLETE.name, True)} | {
+    promised = {("fine_tune", COMPLETE.name, True), ("validated_checkpoint", NOT_WORSE.name, False)} | {
         (f"{stage.STAGE}_checkpoint", check.name, check.blocking) for stage in STAGES for check in stage.CHECKS
     }
     declared = {

@@ -1,0 +1,46 @@
+"""A release is compared with the one before it, on the same text or not at all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
+from qwen_pipeline.evaluation.regression import Verdict, changes, compare, load_verdict
+
+FIGURES = ModelFigures(
+    perplexity=10.0, divergence=DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
+)
+RELEASED = Verdict(quantized=FIGURES, text="sha256:1")
+
+
+def with_perplexity(value: float) -> Verdict:
+    return replace(RELEASED, quantized=replace(FIGURES, perplexity=value))
+
+
+@pytest.mark.parametrize(("perplexity", "passed"), [(9.0, True), (10.2, True), (10.3, False)])
+def test_a_worse_model_is_reported_by_how_much(perplexity: float, passed: bool) -> None:
+    report = compare(RELEASED, with_perplexity(perplexity))
+    assert report.passed == passed
+    assert not report.blocks
+    assert report.measured == pytest.approx(perplexity / 10)
+    assert f"perplexity 10 -> {perplexity:g}" in report.detail
+    assert ("Regressed by 3.0%" in report.detail) != passed
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    assert "no earlier release" in compare(None, RELEASED).detail
+    assert "another text" in compare(RELEASED, replace(RELEASED, text="sha256:2")).detail
+    unloaded = replace(RELEASED, quantized=ModelFigures(fault="OSError: no"))
+    assert not compare(RELEASED, unloaded).passed
+    assert [change.figure for change in changes(RELEASED, RELEASED)] == ["perplexity", "mean KL", "top-1 agreement"]
+
+
+def test_verdicts_are_read_from_validations(validated: Artifact, tmp_path: Path) -> None:
+    verdict = load_verdict(validated.path)
+    assert verdict.text == validated.manifest.derivation.inputs["text"]
+    assert verdict.quantized.perplexity
+    with pytest.raises(InputRefused, match="holds no validation report"):
+        load_verdict(tmp_path)
