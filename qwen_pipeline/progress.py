@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 Unit = Literal["bytes", "layers", "modules", "tokens", "windows", "steps"]
@@ -27,6 +28,22 @@ Observe = Callable[[Progress], None]
 
 def unobserved(_: Progress) -> None:
     """Watch nothing."""
+
+
+class Meter:
+    """Counts bytes of one task, from any thread, and tells an observer from the one that asks it to."""
+
+    def __init__(self, task: str, total: int, observe: Observe, *, done: int = 0) -> None:
+        self._task, self._total, self._observe = task, total, observe
+        self._done = done
+        self._lock = Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+
+    def tell(self) -> None:
+        self._observe(Progress(task=self._task, done=self._done, total=self._total, unit="bytes"))
 
 
 def figures(progress: Progress) -> str:

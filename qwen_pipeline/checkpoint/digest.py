@@ -1,66 +1,155 @@
-"""Digests of directories that were not made here: bases from a hub, adapters from a trainer.
+"""Digests of checkpoints, and of directories that were not made here: bases from a hub, adapters from a trainer.
 
-Hashing a base costs one read of it, so the result is remembered, keyed by every file's path, size, inode and
+Hashing a base costs one read of it, so what was found is remembered, keyed by every file's path, size, inode and
 modification time. Whoever rewrites a file and restores its time on purpose defeats the memory, not the verification
 before a release.
 """
 
-import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, TensorDigest, canonical_sha256, open_manifest
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.progress import Observe, Progress, unobserved
+from pydantic import TypeAdapter
+
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
+from qwen_pipeline.checkpoint.crew import HashInOrder, work_in_order
+from qwen_pipeline.checkpoint.finite import is_finite
+from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, Checkpoint, LazyTensor, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import (
+    Contents,
+    FileDigest,
+    ShardDigest,
+    TensorDigest,
+    canonical_sha256,
+    open_manifest,
+)
+from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes, read_header
+from qwen_pipeline.progress import Meter, Observe, unobserved
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 16 * 2**20
-"""Bytes of one block of rows: the unit in which tensors are read, computed, hashed and written."""
-_M_MMAP_THRESHOLD = -3
-"""``malloc.h``"""
+GRAIN_ROWS = 64
+"""Blocks of at least this many rows begin at a multiple of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenTensor:
+    """What is known of a tensor whose every byte was seen. ``finite``: no NaN and no infinity; None: not looked at."""
+
+    digest: TensorDigest
+    finite: bool | None = None
+
+
+Seen = Mapping[str, SeenTensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownCheckpoint:
+    """What is known of a checkpoint without reading it again: every tensor, and the files beside the weights."""
+
+    tensors: Seen
+    files: Mapping[str, FileDigest]
+
+    @property
+    def digest(self) -> str:
+        return Contents(tensors={name: seen.digest for name, seen in self.tensors.items()}, files=self.files).digest
+
+
+_KNOWN = TypeAdapter(KnownCheckpoint)
+
+
+class PassingTensor:
+    """Learns about a tensor as its blocks pass by, from whichever thread."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._spec = spec
+        self._hash = HashInOrder()
+        self._finite = True
+
+    def see(self, start: int, block: "torch.Tensor") -> bool:
+        """Take the block that begins at byte ``start``, once those before it were taken; return if it is finite."""
+        finite = is_finite(block)
+        self._finite &= finite
+        self._hash.add(start, as_bytes(block))
+        return finite
+
+    @property
+    def seen(self) -> SeenTensor | None:
+        """What was learned, or None while bytes are missing."""
+        if self._hash.done < self._spec.nbytes:
+            return None
+        digest = TensorDigest(dtype=self._spec.dtype, shape=self._spec.shape, sha256=self._hash.hexdigest())
+        return SeenTensor(digest=digest, finite=self._finite)
 
 
 def checkpoint_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of a model directory: from its manifest, from memory, or by reading it once."""
-    try:
-        return open_manifest(root).content_digest
-    except CheckpointRefused:
-        pass
+    if known := known_checkpoint(root):
+        return known.digest
     checkpoint = open_checkpoint(root)
-    files = {*(root / shard for shard in checkpoint.shards.values()), root / CONFIG, *checkpoint.sidecars.values()}
-    return _remembered(files, lambda: contents_of(checkpoint, root, observe=observe).digest)
+    tensors = read_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    return remember(root, checkpoint, tensors).digest
+
+
+def known_checkpoint(root: Path) -> KnownCheckpoint | None:
+    """Return what a manifest or the memory says about a model directory, or None if it has to be read."""
+    if (root / MANIFEST).is_file():
+        contents = open_manifest(root).contents
+        files = {path: file for path, file in contents.files.items() if isinstance(file, FileDigest)}
+        tensors = {name: SeenTensor(digest=digest) for name, digest in contents.tensors.items()}
+        return KnownCheckpoint(tensors=tensors, files=files)
+    memory = _memory(_files_of(root, open_checkpoint(root)))
+    return _KNOWN.validate_json(memory.read_bytes()) if memory.is_file() else None
+
+
+def remember(root: Path, checkpoint: Checkpoint, tensors: Seen) -> KnownCheckpoint:
+    """Keep what was learned of a directory that has no manifest."""
+    known = KnownCheckpoint(tensors=tensors, files=digest_files({CONFIG: root / CONFIG, **checkpoint.sidecars}))
+    _keep(_memory(_files_of(root, checkpoint)), _KNOWN.dump_json(known))
+    return known
+
+
+def appearance(root: Path) -> str:
+    """Return what a model directory looks like without reading it: its digest if it is known for good, else stats."""
+    if (root / MANIFEST).is_file():
+        return open_manifest(root).content_digest
+    return f"files:{_stat_key(_files_of(root, open_checkpoint(root)))}"
 
 
 def directory_digest(files: Mapping[str, Path]) -> str:
     """Return a digest of files as they are, relative path -> file: ``sha256:<hex>``; each is read once."""
-    shas = {
-        relative: _remembered([path], lambda path=path: digest_file(path).sha256) for relative, path in files.items()
-    }
-    return "sha256:" + canonical_sha256(shas)
+    return "sha256:" + canonical_sha256({relative: _remembered_sha256(path) for relative, path in files.items()})
 
 
 def contents_of(checkpoint: Checkpoint, root: Path, *, observe: Observe = unobserved) -> Contents:
     """Hash every tensor and sidecar of a stored checkpoint; shards are not hashed as files."""
-    done, total = 0, checkpoint.nbytes
-    tensors: dict[str, TensorDigest] = {}
-    for name, spec in checkpoint.items():
-        sha = hashlib.sha256()
-        for block in row_blocks(checkpoint, name):
-            sha.update(as_bytes(block))
-        tensors[name] = TensorDigest(dtype=spec.dtype, shape=spec.shape, sha256=sha.hexdigest())
-        done += spec.nbytes
-        observe(Progress(task=f"digest {root.name}", done=done, total=total, unit="bytes"))
-    beside = {CONFIG: root / CONFIG, **checkpoint.sidecars}
-    return Contents(tensors=tensors, files=digest_files(beside))
+    tensors = read_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    return Contents(
+        tensors={name: seen.digest for name, seen in tensors.items()},
+        files=digest_files({CONFIG: root / CONFIG, **checkpoint.sidecars}),
+    )
+
+
+def read_tensors(
+    checkpoint: Checkpoint, names: Collection[str], *, task: str, observe: Observe = unobserved
+) -> dict[str, SeenTensor]:
+    """Read these tensors, as fast as the disk and all cores allow, and return what was seen."""
+    passing = {name: PassingTensor(checkpoint[name]) for name in names}
+    meter = Meter(task, sum(checkpoint[name].nbytes for name in names), observe)
+    blocks = ((name, block) for name in names for block in blocks_of(checkpoint.tensors[name]))
+
+    def read(job: tuple[str, Block]) -> None:
+        name, block = job
+        loaded = block.load()
+        passing[name].see(block.start, loaded)
+        meter.add(loaded.nbytes)
+
+    work_in_order(blocks, read, tick=meter.tell)
+    return {name: _all_seen(name, tensor) for name, tensor in passing.items()}
 
 
 def digest_files(files: Mapping[str, Path]) -> dict[str, FileDigest]:
@@ -73,47 +162,75 @@ def digest_file(path: Path) -> FileDigest:
         return FileDigest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def digest_shard(path: Path) -> ShardDigest:
+    """Hash the header of a safetensors file; its tensors are hashed by themselves."""
+    return ShardDigest(bytes=path.stat().st_size, header_sha256=hashlib.sha256(read_header(path)).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive bytes of a tensor, from byte ``start`` on, not loaded yet."""
+
+    start: int
+    load: Callable[[], "torch.Tensor"]
+
+
+def blocks_of(tensor: LazyTensor) -> Iterator[Block]:
+    """Yield a tensor in blocks of at most :data:`BLOCK_BYTES`.
+
+    Stored bytes are cut anywhere. What is computed is cut between rows, so that a block has at least one row.
+    """
+    if not tensor.spec.nbytes:
+        yield Block(0, lambda: tensor.read(0, tensor.spec.rows))
+    elif stored := tensor.stored:
+        item = ITEM_BYTES[tensor.spec.dtype]
+        elements, most = tensor.spec.nbytes // item, BLOCK_BYTES // item
+        for start in range(0, elements, most):
+            yield Block(start * item, _calling(stored.load, start, min(start + most, elements)))
+    else:
+        for start, stop in block_ranges(tensor.spec):
+            yield Block(start * tensor.spec.row_bytes, _calling(tensor.read, start, stop))
+
+
 def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator["torch.Tensor"]:
     """Yield a tensor as consecutive blocks of rows of at most :data:`BLOCK_BYTES` (at least one row)."""
-    _give_blocks_back_when_freed()
     for start, stop in block_ranges(checkpoint[name]):
         yield checkpoint.tensors[name].read(start, stop)
 
 
-@cache
-def _give_blocks_back_when_freed() -> None:
-    """Have glibc map each block by itself, so that the kernel has it back once it is freed.
-
-    Otherwise glibc raises its threshold with the first blocks, keeps later ones on a heap that fragments, and the peak
-    is a matter of luck. Other C libraries have no such knob.
-    """
-    with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
-
-
 def block_ranges(spec: TensorSpec) -> Iterator[tuple[int, int]]:
     rows = max(1, BLOCK_BYTES // max(1, spec.row_bytes))
+    rows -= rows % GRAIN_ROWS if rows > GRAIN_ROWS else 0
     for start in range(0, spec.rows, rows):
         yield start, min(start + rows, spec.rows)
 
 
-def as_bytes(tensor: "torch.Tensor") -> memoryview:
-    """A contiguous tensor's memory, without a copy."""
-    import torch
-
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _calling(load: Callable[[int, int], "torch.Tensor"], start: int, stop: int) -> Callable[[], "torch.Tensor"]:
+    return lambda: load(start, stop)
 
 
-def _remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
-    memory = _cache_dir() / f"{_stat_key(files)}.txt"
-    if memory.is_file():
-        return memory.read_text()
-    digest = compute()
+def _all_seen(name: str, tensor: PassingTensor) -> SeenTensor:
+    seen = tensor.seen
+    assert seen, f"{name} was not read from end to end"
+    return seen
+
+
+def _files_of(root: Path, checkpoint: Checkpoint) -> set[Path]:
+    return {*(root / shard for shard in checkpoint.shards.values()), root / CONFIG, *checkpoint.sidecars.values()}
+
+
+def _remembered_sha256(path: Path) -> str:
+    memory = _memory([path])
+    if not memory.is_file():
+        _keep(memory, digest_file(path).sha256.encode())
+    return memory.read_text()
+
+
+def _keep(memory: Path, data: bytes) -> None:
     memory.parent.mkdir(parents=True, exist_ok=True)
     scratch = memory.with_suffix(f".{os.getpid()}")
-    scratch.write_text(digest)
+    scratch.write_bytes(data)
     scratch.replace(memory)
-    return digest
 
 
 def _stat_key(files: Iterable[Path]) -> str:
@@ -121,6 +238,7 @@ def _stat_key(files: Iterable[Path]) -> str:
     return canonical_sha256([[path, s.st_size, s.st_ino, s.st_mtime_ns] for path, s in stats])
 
 
-def _cache_dir() -> Path:
+def _memory(files: Iterable[Path]) -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "qwen-pipeline" / "digests"
+    cache = Path(home) if home else Path.home() / ".cache"
+    return cache / "qwen-pipeline" / "digests-2" / _stat_key(files)

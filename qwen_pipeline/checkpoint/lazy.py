@@ -36,12 +36,31 @@ ReadRows = Callable[[int, int], "torch.Tensor"]
 """``read(start, stop)`` returns rows ``start:stop``, shape ``[stop - start, *shape[1:]]``, in the spec's dtype."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """Where the bytes of a tensor are, exactly as they are."""
+
+    file: SafetensorsFile
+    name: str
+
+    def load(self, start: int, stop: int) -> "torch.Tensor":
+        """Return elements ``start:stop`` of the tensor taken as one long row."""
+        return self.file.load_elements(self.name, start, stop)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LazyTensor:
-    """A tensor as a recipe. ``read`` must be deterministic: the same rows give the same bytes."""
+    """A tensor as a recipe.
+
+    Attributes:
+        read: Deterministic: a row has the same bytes whatever block it is read in. The memory is the caller's to keep,
+            not to change.
+        stored: Set if the tensor is one of a file, unchanged.
+    """
 
     spec: TensorSpec
     read: ReadRows
+    stored: StoredTensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,7 +150,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
                     remedy="Save the checkpoint again so that each tensor is in one shard.",
                 )
             owners[name] = shard.path.name
-            tensors[name] = LazyTensor(spec=spec, read=_rows_reader(shard, name))
+            tensors[name] = LazyTensor(spec=spec, read=_rows_reader(shard, name), stored=StoredTensor(shard, name))
     sidecars = open_sidecars(root)
     known = {CONFIG, INDEX, MANIFEST, *owners.values(), *sidecars}
     return Checkpoint(

@@ -19,7 +19,11 @@ from pydantic import TypeAdapter, ValidationError
 from qwen_pipeline.checkpoint.lazy import INDEX, MANIFEST
 from qwen_pipeline.errors import CheckpointRefused
 
-FORMAT = "qwen-pipeline/manifest/1"
+FORMAT = "qwen-pipeline/manifest/2"
+READABLE = ("qwen-pipeline/manifest/1", FORMAT)
+"""Version 1 has the SHA-256 of every file, shards included; it means the same where it is found."""
+UNREAD = "unread"
+"""Stands for the digest of an input that is found while the input is read; never in a manifest."""
 LOGS = "logs/"
 """Files below this folder are kept and listed but are not content: they hold times and hosts."""
 
@@ -38,16 +42,30 @@ class FileDigest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardDigest:
+    """A safetensors file whose tensors have digests of their own: with its header they determine every byte.
+
+    Attributes:
+        header_sha256: Of the length prefix and the header.
+    """
+
+    bytes: int
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
     """Digests of every tensor, and of every file including the shards (relative path -> digest)."""
 
     tensors: Mapping[str, TensorDigest]
-    files: Mapping[str, FileDigest]
+    files: Mapping[str, FileDigest | ShardDigest]
 
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` over tensors and files; independent of shard layout and file order."""
-        beside = {path: file.sha256 for path, file in self.files.items() if is_content(path)}
+        beside = {
+            path: file.sha256 for path, file in self.files.items() if is_content(path) and isinstance(file, FileDigest)
+        }
         tensors = {name: [t.dtype, list(t.shape), t.sha256] for name, t in self.tensors.items()}
         return "sha256:" + canonical_sha256({"tensors": tensors, "files": beside})
 
@@ -71,6 +89,11 @@ class Derivation:
     inputs: Mapping[str, str]
     spec: Mapping[str, Any]
     code_version: str
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the digest of every input is known."""
+        return UNREAD not in self.inputs.values()
 
     @cached_property
     def key(self) -> str:
@@ -104,12 +127,15 @@ class Manifest:
 
     Attributes:
         result: What the stage found out, as JSON values: the padding map, per-module losses, check reports.
+        recipe: Role -> path of what the weights are computed from, if they are not stored here; ``contents.tensors``
+            says what comes out.
     """
 
     derivation: Derivation
     contents: Contents
     content_digest: str
     result: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    recipe: Mapping[str, str] | None = None
     run: RunFigures
     format: str = FORMAT
 
@@ -137,7 +163,7 @@ def open_manifest(root: Path) -> Manifest:
         manifest = _MANIFEST.validate_json(path.read_bytes())
     except ValidationError as error:
         raise _damaged(path, str(error)) from error
-    if manifest.format != FORMAT:
+    if manifest.format not in READABLE:
         raise _damaged(path, f"format {manifest.format!r}, expected {FORMAT!r}")
     if manifest.content_digest != manifest.contents.digest:
         raise _damaged(path, f"it states {manifest.content_digest}, its entries give {manifest.contents.digest}")

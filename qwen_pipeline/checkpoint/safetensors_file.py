@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.errors import CheckpointRefused
 
 if TYPE_CHECKING:
@@ -73,17 +74,24 @@ class SafetensorsFile:
         Raises:
             CheckpointRefused: The file ends before the bytes that its header promises.
         """
-        import torch
-
         spec = self.specs[name]
         stop = spec.rows if stop is None else stop
         shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
-        buffer = bytearray((stop - start) * spec.row_bytes)
+        return self._read(name, start * spec.row_bytes, shape)
+
+    def load_elements(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Return elements ``start:stop`` of a tensor taken as one long row: a block may end within a row.
+
+        Raises:
+            CheckpointRefused: The file ends before the bytes that its header promises.
+        """
+        return self._read(name, start * ITEM_BYTES[self.specs[name].dtype], (stop - start,))
+
+    def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> "torch.Tensor":
+        tensor = empty(shape, self.specs[name].torch_dtype)
         with self.path.open("rb", buffering=0) as file:
-            _read_into(file.fileno(), memoryview(buffer), self.offsets[name] + start * spec.row_bytes, self.path)
-        if not buffer:
-            return torch.empty(shape, dtype=spec.torch_dtype)
-        return torch.frombuffer(buffer, dtype=spec.torch_dtype).reshape(shape)
+            _read_into(file.fileno(), as_bytes(tensor), self.offsets[name] + offset, self.path)
+        return tensor
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -105,6 +113,20 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     return _checked_file(path, cast("dict[str, Any]", header), data_start=8 + length, size=size)
+
+
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
+    """A contiguous tensor's memory, without a copy."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_header(path: Path) -> bytes:
+    """Return the length prefix and the header of a file that was opened before."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))
 
 
 def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:

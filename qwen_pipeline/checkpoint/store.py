@@ -10,15 +10,24 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_pipeline.checkpoint.digest import contents_of, digest_files
+from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_shard
+from qwen_pipeline.checkpoint.files import sync_directory, write_bytes
+from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Contents, Derivation, Manifest, RunFigures, dump_manifest, open_manifest
+from qwen_pipeline.checkpoint.manifest import (
+    Contents,
+    Derivation,
+    Manifest,
+    RunFigures,
+    ShardDigest,
+    dump_manifest,
+    open_manifest,
+)
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.checkpoint.writer import JOURNAL, sync_directory, write_bytes
 from qwen_pipeline.errors import CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
 KEY_LENGTH = 16
@@ -31,6 +40,10 @@ class Destination(Protocol):
     """Where an output goes, once it is known what it is derived from."""
 
     def path_for(self, derivation: Derivation, /) -> Path: ...
+
+    def may_hold(self, stage: str, /) -> bool:
+        """Whether an output of a stage may be there, whatever it was derived from."""
+        ...
 
     def arrived(self, path: Path, /) -> None:
         """Called each time a derivation is wanted and its directory is complete, new or not."""
@@ -46,6 +59,9 @@ class Directory(Destination):
     def path_for(self, _: Derivation, /) -> Path:
         return self.path
 
+    def may_hold(self, _: str, /) -> bool:
+        return self.path.is_dir() and any(self.path.iterdir())
+
     def arrived(self, _: Path, /) -> None:
         return None
 
@@ -59,6 +75,9 @@ class Slot(Destination):
 
     def path_for(self, derivation: Derivation, /) -> Path:
         return self.root / derivation.stage / self.fine_tune / derivation.key[:KEY_LENGTH]
+
+    def may_hold(self, stage: str, /) -> bool:
+        return any((self.root / stage / self.fine_tune).glob(f"*/{MANIFEST}"))
 
     def arrived(self, path: Path, /) -> None:
         scratch = path.parent / ".latest.tmp"
@@ -78,11 +97,18 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What a build hands over: digests of what it wrote, what it found out, and the peak memory of its workers."""
+    """What a build hands over: digests of what it wrote, what it found out, and the peak memory of its workers.
+
+    Attributes:
+        inputs: Digests of the inputs that were not known before the work.
+        recipe: See :class:`Manifest`.
+    """
 
     contents: Contents
     result: Mapping[str, Any] = field(default_factory=dict[str, Any])
     worker_peak_bytes: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    recipe: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,51 +145,83 @@ class CheckpointStore:
         )
 
 
-def derive(derivation: Derivation, destination: Destination, build: Callable[[Path], Built]) -> Artifact:
+def derive(
+    derivation: Derivation,
+    destination: Destination,
+    build: Callable[[Path], Built],
+    *,
+    appearance: Mapping[str, str] | None = None,
+) -> Artifact:
     """Return the finished directory of a derivation, building it only if it is not there.
 
     ``build`` writes into the partial directory it is given, which may hold an interrupted attempt at the same
     derivation.
+
+    Args:
+        derivation: What is wanted. An input may be :data:`UNREAD`; the build then says what it was.
+        destination: Where it goes.
+        build: Makes it.
+        appearance: Role -> what an input looks like from outside. Attempts are told apart by it, so that an interrupted
+            one is continued whether or not the digest of the input has become known meanwhile.
 
     Raises:
         DestinationRefused: The directory holds something else.
         DestinationLocked: Another process is building it.
         EnvironmentFault: The disk is full.
     """
-    out = destination.path_for(derivation)
-    artifact = _finished(out, derivation) or _build_under_lock(out, derivation, build)
+    artifact = _found(derivation, destination)
+    if not artifact:
+        attempt = replace(derivation, inputs={**derivation.inputs, **(appearance or {})})
+        artifact = _build_under_lock(attempt, derivation, destination, build)
     destination.arrived(artifact.path)
     return artifact
 
 
 def contents_of_directory(root: Path) -> Contents:
-    """Hash a directory that a library wrote: all files, and each tensor of a checkpoint if it is one."""
-    files = {
-        path.relative_to(root).as_posix(): path
-        for path in root.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
-    }
-    has_weights = CONFIG in files and any(path.endswith(".safetensors") for path in files)
-    return Contents(
-        tensors=contents_of(open_checkpoint(root), root).tensors if has_weights else {}, files=digest_files(files)
-    )
+    """Hash a directory that a library wrote: all files, and of a checkpoint's shards each tensor."""
+    files = _files_below(root)
+    if CONFIG not in files or not any(path.endswith(".safetensors") for path in files):
+        return Contents(tensors={}, files={path: digest_file(file) for path, file in files.items()})
+    checkpoint = open_checkpoint(root)
+    shards = set(checkpoint.shards.values())
+    digests = {path: (digest_shard if path in shards else digest_file)(file) for path, file in files.items()}
+    return Contents(tensors=contents_of(checkpoint, root).tensors, files=digests)
 
 
 def require_intact(root: Path) -> Manifest:
-    """Read every file of a finished directory and compare it with the manifest.
+    """Read every file of a finished directory, each byte once, and compare it with the manifest.
 
     Raises:
         CheckpointRefused: A file is missing, was added or has other bytes.
     """
     manifest = open_manifest(root)
-    expected = manifest.contents.files
-    found = contents_of_directory(root).files
-    if wrong := sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)):
+    expected, files = manifest.contents.files, _files_below(root)
+    shards = {path for path, file in expected.items() if isinstance(file, ShardDigest)}
+    found = {path: (digest_shard if path in shards else digest_file)(file) for path, file in files.items()}
+    wrong = {path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)}
+    if not wrong and shards:
+        checkpoint = open_checkpoint(root)
+        tensors = contents_of(checkpoint, root).tensors
+        wrong = {checkpoint.shards[name] for name in tensors if tensors[name] != manifest.contents.tensors.get(name)}
+    if wrong:
         raise CheckpointRefused(
-            f"{root} is not what its manifest says; these files differ: {', '.join(wrong[:5])}.",
+            f"{root} is not what its manifest says; these files differ: {', '.join(sorted(wrong)[:5])}.",
             remedy="Delete the directory and run its stage again; the result is the same.",
         )
     return manifest
+
+
+def _files_below(root: Path) -> dict[str, Path]:
+    """Return every file but the manifest and hidden ones, by relative path."""
+    return {
+        path.relative_to(root).as_posix(): path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
+    }
+
+
+def _found(derivation: Derivation, destination: Destination) -> Artifact | None:
+    return _finished(destination.path_for(derivation), derivation) if derivation.is_settled else None
 
 
 def _finished(out: Path, derivation: Derivation) -> Artifact | None:
@@ -189,42 +247,58 @@ def _finished(out: Path, derivation: Derivation) -> Artifact | None:
     return Artifact(path=out, manifest=manifest, reused=True)
 
 
-def _build_under_lock(out: Path, derivation: Derivation, build: Callable[[Path], Built]) -> Artifact:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + PARTIAL)
-    with _lock(out), _disk_faults(partial):
-        if found := _finished(out, derivation):
+def _build_under_lock(
+    attempt: Derivation, derivation: Derivation, destination: Destination, build: Callable[[Path], Built]
+) -> Artifact:
+    place = destination.path_for(attempt)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(place.name + PARTIAL)
+    with _lock(place), _disk_faults(partial):
+        if found := _found(derivation, destination):
             return found
-        _prepare(partial, derivation)
+        _prepare(partial, attempt)
         if not (partial / MANIFEST).is_file():
             with measured() as figures:
                 built = build(partial)
             _seal(partial, derivation, built, figures(worker_peak_bytes=built.worker_peak_bytes))
-        for scratch in (_DERIVATION, JOURNAL):
-            (partial / scratch).unlink(missing_ok=True)
-        partial.rename(out)
-        sync_directory(out.parent)
-    return Artifact(path=out, manifest=open_manifest(out))
+        return _reveal(partial, destination)
 
 
-def _prepare(partial: Path, derivation: Derivation) -> None:
+def _prepare(partial: Path, attempt: Derivation) -> None:
     """Keep an interrupted attempt at the same derivation, discard one at another."""
     label = partial / _DERIVATION
-    if partial.exists() and not (label.is_file() and label.read_text() == derivation.key):
+    if partial.exists() and not (label.is_file() and label.read_text() == attempt.key):
         shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
-    write_bytes(label, derivation.key.encode())
+    write_bytes(label, attempt.key.encode())
 
 
 def _seal(partial: Path, derivation: Derivation, built: Built, run: RunFigures) -> None:
+    settled = replace(derivation, inputs={**derivation.inputs, **built.inputs})
+    assert settled.is_settled, f"the build of {settled.stage} did not say what its inputs were: {settled.inputs}"
+    (partial / JOURNAL).unlink(missing_ok=True)
     manifest = Manifest(
-        derivation=derivation,
+        derivation=settled,
         contents=built.contents,
         content_digest=built.contents.digest,
         result=built.result,
+        recipe=built.recipe,
         run=run,
     )
     write_bytes(partial / MANIFEST, dump_manifest(manifest))
+
+
+def _reveal(partial: Path, destination: Destination) -> Artifact:
+    """Give a sealed directory its name, unless the same was made from a copy of the inputs meanwhile."""
+    derivation = open_manifest(partial).derivation
+    out = destination.path_for(derivation)
+    if found := _finished(out, derivation):
+        shutil.rmtree(partial)
+        return found
+    partial.rename(out)
+    (out / _DERIVATION).unlink(missing_ok=True)
+    sync_directory(out.parent)
+    return Artifact(path=out, manifest=open_manifest(out))
 
 
 @contextmanager

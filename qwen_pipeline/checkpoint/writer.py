@@ -1,106 +1,210 @@
-"""Stream a checkpoint to disk, shard by shard, in memory that does not grow with the model.
+"""Stream a checkpoint to disk, block by block over a few threads, in memory that does not grow with the model.
 
-A shard is written under a temporary name, synced, renamed and entered in a journal. A later attempt verifies the
-journal's shards and continues after them; at most one shard is written again.
+A tensor whose bytes are on disk enters a journal. A later attempt hashes what the journal names and continues after it.
+A shard of which nothing changed is not written at all where the disk can share its blocks.
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from threading import Lock
 
-from pydantic import TypeAdapter
-
-from qwen_pipeline.checkpoint.digest import as_bytes, digest_file, row_blocks
+from qwen_pipeline.checkpoint.admission import needs_of, require_admitted
+from qwen_pipeline.checkpoint.crew import work_in_order
+from qwen_pipeline.checkpoint.digest import (
+    Block,
+    PassingTensor,
+    SeenTensor,
+    blocks_of,
+    digest_file,
+    digest_shard,
+    known_checkpoint,
+)
+from qwen_pipeline.checkpoint.files import share_file, write_bytes
+from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, still_there
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, SINGLE_SHARD, Checkpoint
-from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, TensorDigest
-from qwen_pipeline.checkpoint.safetensors_file import header_bytes
-from qwen_pipeline.errors import EnvironmentFault
-from qwen_pipeline.progress import Observe, Progress, unobserved
-
-JOURNAL = ".journal.jsonl"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenShard:
-    """One line of the journal."""
-
-    shard: str
-    file: FileDigest
-    tensors: Mapping[str, TensorDigest]
+from qwen_pipeline.checkpoint.manifest import Contents
+from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, as_bytes
+from qwen_pipeline.checkpoint.shard_file import ShardFile
+from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.progress import Meter, Observe, unobserved
 
 
-_SHARD = TypeAdapter(WrittenShard)
-
-
-def write_checkpoint(checkpoint: Checkpoint, out: Path, *, task: str, observe: Observe = unobserved) -> Contents:
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    task: str,
+    taps: Sequence[Tap] = (),
+    if_not_finite: str | None = None,
+    hard_links: bool = False,
+    observe: Observe = unobserved,
+) -> Contents:
     """Write weights, index, config and sidecars into ``out`` and return the digests of what was written.
 
-    Shards keep the names and the tensor order of the checkpoint. ``out`` may hold shards of an earlier, interrupted
-    attempt at the same derivation; they are verified against the journal and kept.
+    Shards keep the names and the tensor order of the checkpoint. ``out`` may hold an earlier, interrupted attempt at
+    the same derivation; what it finished is verified and kept.
+
+    Args:
+        checkpoint: What to write.
+        out: An existing directory.
+        task: What the progress is called.
+        taps: Settled at the end: what passed them is kept across interruptions, what did not is read.
+        if_not_finite: What to do about a NaN or an infinity, for the reader; without it they are written.
+        hard_links: Whether a shard of which nothing changed may become a second name of its source's file.
+        observe: Told about bytes.
 
     Raises:
-        EnvironmentFault: The disk has less room than the shards that are still to be written need.
+        CheckFailed: A value is not finite.
+        EnvironmentFault: The disk has less room than what is still to be written needs.
     """
-    finished = _verified_journal(out)
-    names_by_shard = _tensors_by_shard(checkpoint)
-    missing = {shard: names for shard, names in names_by_shard.items() if shard not in finished}
-    _require_room(out, sum(checkpoint[name].nbytes for names in missing.values() for name in names))
-
-    total = checkpoint.nbytes
-    done = total - sum(checkpoint[name].nbytes for names in missing.values() for name in names)
-    observe(Progress(task=task, done=done, total=total, unit="bytes"))
-    for shard, names in missing.items():
-        with _replacing(out / shard) as file:
-            written = _write_shard(checkpoint, shard, names, file, Meter(task, done, total, observe))
-        done += sum(checkpoint[name].nbytes for name in names)
-        _append(out / JOURNAL, _SHARD.dump_json(written) + b"\n")
-        finished[shard] = written
-
-    files = {shard: finished[shard].file for shard in names_by_shard}
+    writing = _Writing(checkpoint, out, taps, if_not_finite)
+    writing.carry_unchanged(hard_links=hard_links)
+    writing.keep_finished(task=f"{task}: verify what is there", observe=observe)
+    writing.write(task=task, observe=observe)
+    for tap in taps:
+        tap.settle(checkpoint, writing.seen, task=f"{task}: digest what was not needed", observe=observe)
+    files = {shard: digest_shard(out / shard) for shard in writing.shards}
     files |= {path: digest_file(out / path) for path in _write_files_beside(checkpoint, out)}
-    tensors = {name: digest for shard in names_by_shard for name, digest in finished[shard].tensors.items()}
-    return Contents(tensors=tensors, files=files)
+    return Contents(tensors={name: writing.seen[name].digest for name in writing.names}, files=files)
 
 
-@dataclass(slots=True)
-class Meter:
-    """Counts bytes within one task and tells the observer."""
+@dataclass(frozen=True, slots=True)
+class _Passage:
+    """One tensor on its way; without a shard it is only looked at, since its file is there."""
 
-    task: str
-    done: int
-    total: int
-    observe: Observe
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self.observe(Progress(task=self.task, done=self.done, total=self.total, unit="bytes"))
+    name: str
+    shard: ShardFile | None
+    tensor: PassingTensor
 
 
-def _write_shard(checkpoint: Checkpoint, shard: str, names: list[str], file: BinaryIO, meter: Meter) -> WrittenShard:
-    file_sha = hashlib.sha256()
-    header = header_bytes({name: checkpoint[name] for name in names})
-    file_sha.update(header)
-    size = file.write(header)
-    tensors: dict[str, TensorDigest] = {}
-    for name in names:
-        spec, tensor_sha, written = checkpoint[name], hashlib.sha256(), 0
-        for block in row_blocks(checkpoint, name):
-            assert block.dtype == spec.torch_dtype, f"{name}: {block.dtype} where {spec.dtype} was promised"
-            view = as_bytes(block)
-            tensor_sha.update(view)
-            file_sha.update(view)
-            written += file.write(view)
-            meter.add(len(view))
-        assert written == spec.nbytes, f"{name}: {written} bytes where {spec.nbytes} were promised"
-        tensors[name] = TensorDigest(dtype=spec.dtype, shape=spec.shape, sha256=tensor_sha.hexdigest())
-        size += written
-    return WrittenShard(shard=shard, file=FileDigest(bytes=size, sha256=file_sha.hexdigest()), tensors=tensors)
+class _Writing:
+    """One attempt at filling one directory.
+
+    Attributes:
+        shards: File name -> its tensors, in the order of their bytes.
+        seen: Every tensor that is there, or of which nothing needs to be read again.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, out: Path, taps: Sequence[Tap], if_not_finite: str | None) -> None:
+        self._checkpoint, self._out, self._taps, self._if_not_finite = checkpoint, out, taps, if_not_finite
+        self.shards: dict[str, list[str]] = {}
+        for name in checkpoint:
+            self.shards.setdefault(checkpoint.shards[name], []).append(name)
+        self.names = [name for names in self.shards.values() for name in names]
+        self.seen: dict[str, SeenTensor] = {}
+        self._journal = Journal(out)
+        self._finished = self._journal.read()
+        self._files = {
+            shard: ShardFile(out / shard, {name: checkpoint[name] for name in names})
+            for shard, names in self.shards.items()
+        }
+        self._lock = Lock()
+
+    def carry_unchanged(self, *, hard_links: bool) -> None:
+        """Share the file of each shard of which nothing changed, where the disk can."""
+        for shard in self.shards:
+            source = self._unchanged(shard)
+            if source and share_file(source.path, self._out / shard, hard_links=hard_links):
+                del self._files[shard]
+                self._recall(shard, source)
+
+    def keep_finished(self, *, task: str, observe: Observe) -> None:
+        """Verify what an earlier attempt wrote, and keep it."""
+        claimed = {
+            file.found: [self._finished[name] for name in self.shards[shard] if name in self._finished]
+            for shard, file in self._files.items()
+        }
+        for name in still_there(claimed, task=task, observe=observe):
+            self._keep(self._finished[name])
+
+    def write(self, *, task: str, observe: Observe) -> None:
+        """Write, or look at, every tensor that was not seen yet."""
+        self._require_admitted()
+        done = sum(self._checkpoint[name].nbytes for name in self.seen)
+        meter = Meter(task, self._checkpoint.nbytes, observe, done=done)
+        meter.tell()
+
+        def pass_on(job: tuple[_Passage, Block]) -> None:
+            meter.add(self._pass_on(*job))
+
+        try:
+            work_in_order(self._blocks(), pass_on, tick=meter.tell)
+        finally:
+            for file in self._files.values():
+                file.close()
+
+    def _blocks(self) -> Iterator[tuple[_Passage, Block]]:
+        for shard, names in self.shards.items():
+            file, missing = self._files.get(shard), [name for name in names if name not in self.seen]
+            if file and not (file.is_finished and not missing):
+                file.begin(missing)
+            for name in missing:
+                passage = _Passage(name, file, PassingTensor(self._checkpoint[name]))
+                for block in blocks_of(self._checkpoint.tensors[name]):
+                    yield passage, block
+
+    def _pass_on(self, passage: _Passage, block: Block) -> int:
+        """Compute one block, write it, look at it; return how many bytes it has."""
+        name, spec = passage.name, self._checkpoint[passage.name]
+        loaded = block.load()
+        assert loaded.dtype == spec.torch_dtype, f"{name}: {loaded.dtype} where {spec.dtype} was promised"
+        end = block.start + loaded.nbytes
+        assert end <= spec.nbytes, f"{name}: {end} bytes where {spec.nbytes} were promised"
+        if passage.shard:
+            passage.shard.write(name, block.start, as_bytes(loaded))
+        if not passage.tensor.see(block.start, loaded) and self._if_not_finite:
+            raise CheckFailed(f"{name} has values that are not finite.", remedy=self._if_not_finite)
+        if end == spec.nbytes:
+            self._complete(passage)
+        return loaded.nbytes
+
+    def _complete(self, passage: _Passage) -> None:
+        """Note a tensor whose last block was hashed: those before it were written and hashed earlier."""
+        seen = passage.tensor.seen
+        assert seen, f"{passage.name} was not written from end to end"
+        passed = {tap.name: noted for tap in self._taps if (noted := tap.note(passage.name))}
+        line = FinishedTensor(name=passage.name, written=seen, passed=passed)
+        with self._lock:
+            self._journal.append(line)
+            self.seen[passage.name] = seen
+        if passage.shard:
+            passage.shard.complete(passage.name)
+
+    def _unchanged(self, shard: str) -> SafetensorsFile | None:
+        """Return the file whose tensors, all of them and under the same names, are those of a shard."""
+        stored = {name: self._checkpoint.tensors[name].stored for name in self.shards[shard]}
+        files = {id(place.file): place.file for place in stored.values() if place}
+        if len(files) != 1:
+            return None
+        (file,) = files.values()
+        same = (
+            all(place and place.name == name for name, place in stored.items()) and stored.keys() == file.specs.keys()
+        )
+        return file if same else None
+
+    def _recall(self, shard: str, source: SafetensorsFile) -> None:
+        """Use what is known of a shared file's tensors, unless they must be finite and nobody looked."""
+        known = known_checkpoint(source.path.parent)
+        for name in self.shards[shard]:
+            seen = known.tensors.get(name) if known else None
+            if seen and (seen.finite or not self._if_not_finite):
+                self.seen[name] = seen
+            elif name in self._finished:
+                self._keep(self._finished[name])
+
+    def _keep(self, finished: FinishedTensor) -> None:
+        self.seen[finished.name] = finished.written
+        for tap in self._taps:
+            if tap.name in finished.passed:
+                tap.recall(finished.name, finished.passed[tap.name])
+
+    def _require_admitted(self) -> None:
+        unwritten = [name for shard in self._files for name in self.shards[shard] if name not in self.seen]
+        disk_bytes = sum(self._checkpoint[name].nbytes for name in unwritten)
+        require_admitted(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
 
 
 def _write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:
@@ -120,62 +224,3 @@ def _write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:
         write_bytes(out / INDEX, json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
         written.append(INDEX)
     return written
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file so that after a crash it is either absent or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file:
-        file.write(data)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and new names within a directory survive a crash."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _replacing(path: Path) -> Generator[BinaryIO, None, None]:
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    sync_directory(path.parent)
-
-
-def _append(path: Path, line: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _verified_journal(out: Path) -> dict[str, WrittenShard]:
-    """Return the journal's shards whose files still have the digests written down; a torn last line is ignored."""
-    if not (out / JOURNAL).is_file():
-        return {}
-    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
-    entries = [_SHARD.validate_json(line) for line in lines if line.endswith(b"\n")]
-    return {e.shard: e for e in entries if (out / e.shard).is_file() and digest_file(out / e.shard) == e.file}
-
-
-def _tensors_by_shard(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for name in checkpoint:
-        names.setdefault(checkpoint.shards[name], []).append(name)
-    return names
-
-
-def _require_room(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise EnvironmentFault(
-            f"{out} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free.",
-            remedy="Free disk space or choose another destination; finished shards are kept and not written again.",
-        )

@@ -7,19 +7,18 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
-from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.checkpoint.rewrite import Rewrite
+from qwen_pipeline.checkpoint.source import open_source
+from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.adapter import Adapter, is_adapter, open_adapter
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
-from qwen_pipeline.transforms.guards import guard_finite
 from qwen_pipeline.transforms.lora import merge_lora, require_targets
 
 STAGE = "merged"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 CHECKS = (
     CheckSpec(name="every_tensor_is_used", description="Each tensor of the fine-tune lands on one tensor of the base."),
     CheckSpec(name="base_is_the_one_trained_on", description="The adapter names the base that it was merged into."),
@@ -33,6 +32,7 @@ def merge(
     fine_tune: Path,
     destination: Destination,
     base_names: Collection[str] = (),
+    hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Merge a fine-tune into its base.
@@ -43,34 +43,43 @@ def merge(
         destination: Where the merged checkpoint goes.
         base_names: Every name the base is known under. If given, an adapter that names another base fails a check;
             if not, the directory's name is compared, and a difference is only a warning.
+        hard_links: Whether a shard that the fine-tune does not touch may be the base's own file, by a second name.
         observe: Called with the progress.
 
     Raises:
         InputRefused: The fine-tune does not fit the base exactly, or one of them is quantized.
         CheckFailed: A merged weight is not finite.
     """
-    parent, child = open_checkpoint(base), open_fine_tune(fine_tune)
-    merged = merge_lora(parent, child) if isinstance(child, Adapter) else adopt(parent, child)
-    merged = guard_finite(
-        merged.replace(sidecars=usage_files(parent.sidecars, child.sidecars)),
-        remedy="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
-    )
+    read_now = destination.may_hold(STAGE)
+    work = prepare(base=base, fine_tune=fine_tune, base_names=base_names, read_now=read_now, observe=observe)
+    return work.write(destination, task="merge", hard_links=hard_links, observe=observe)
+
+
+def prepare(
+    *, base: Path, fine_tune: Path, base_names: Collection[str], read_now: bool, observe: Observe = unobserved
+) -> Rewrite:
+    """Check a merge and say what it is derived from and what it writes; see :func:`merge`."""
+    sources = {"base": open_source("base", base, read_now=read_now, observe=observe)}
+    parent, child = sources["base"].checkpoint, open_fine_tune(fine_tune)
+    others: dict[str, str] = {}
+    if isinstance(child, Adapter):
+        merged, others["fine_tune"] = merge_lora(parent, child), child.digest()
+    else:
+        sources["fine_tune"] = open_source("fine_tune", fine_tune, read_now=read_now, observe=observe)
+        child = sources["fine_tune"].checkpoint
+        merged = adopt(parent, child)
+    merged = merged.replace(sidecars=usage_files(parent.sidecars, child.sidecars))
     reports = [_use_report(parent, child), _base_report(base, child, base_names), _finite_report(merged)]
-
-    def build(partial: Path) -> Built:
-        contents = write_checkpoint(merged, partial, task="merge", observe=observe)
-        return Built(contents=contents, result={**_summary(parent, child), "checks": dump_reports(reports)})
-
-    derivation = Derivation(
+    return Rewrite(
         stage=STAGE,
-        inputs={
-            "base": checkpoint_digest(base, observe=observe),
-            "fine_tune": fine_tune_digest(fine_tune, observe=observe),
-        },
-        spec={"base_names": sorted(base_names)},
         code_version=CODE_VERSION,
+        spec={"base_names": sorted(base_names)},
+        sources=sources,
+        others=others,
+        output=merged,
+        result={**_summary(parent, child), "checks": dump_reports(reports)},
+        if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
-    return derive(derivation, destination, build)
 
 
 def open_fine_tune(root: Path) -> Adapter | Checkpoint:
@@ -144,5 +153,5 @@ def _finite_report(merged: Checkpoint) -> CheckReport:
         name=CHECKS[2].name,
         passed=True,
         measured=f"{len(merged)} of {len(merged)}",
-        detail="Every block was tested on its way to disk; a NaN or an infinity would have ended the stage.",
+        detail="Every block was tested as it passed; a NaN or an infinity would have ended the stage.",
     )

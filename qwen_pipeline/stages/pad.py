@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
-from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
-from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.rewrite import Rewrite
+from qwen_pipeline.checkpoint.source import Source, open_source
+from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import require_mlp_tensors
 from qwen_pipeline.qwen.geometry import Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
@@ -17,7 +16,7 @@ from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 
 STAGE = "padded"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 CHECKS = (
     CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP."),
     CheckSpec(name="padding_is_zero", description="Live channels are unchanged, all others are exactly zero."),
@@ -37,17 +36,26 @@ def pad(
     group_size: int = 128,
     tensor_parallel: int = 8,
     layout: Layout = "interleave",
+    hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Pad a full-precision checkpoint so that it can be quantized in groups and served by ``tensor_parallel`` ranks.
 
-    A width that divides already is a valid outcome: the weights are then carried unchanged.
+    A width that divides already is a valid outcome: the weights are then carried unchanged, as second names of the
+    source's own files if ``hard_links`` allows that.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
         InputRefused: The family cannot be padded, or weights and config disagree.
     """
-    live = open_checkpoint(source)
+    live = open_source("source", source, read_now=destination.may_hold(STAGE), observe=observe)
+    work = prepare(live, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    return work.write(destination, task="pad", hard_links=hard_links, observe=observe)
+
+
+def prepare(source: Source, *, group_size: int, tensor_parallel: int, layout: Layout) -> Rewrite:
+    """Check a padding and say what it is derived from and what it writes; see :func:`pad`."""
+    live = source.checkpoint
     require_full_precision(
         live,
         because="The order is merge, then pad, then quantize: packed codes and group scales cannot take the channels"
@@ -62,18 +70,14 @@ def pad(
         _config_report(live, padded, plan),
         _attention_report(plan, live.config),
     ]
-
-    def build(partial: Path) -> Built:
-        contents = write_checkpoint(padded, partial, task="pad", observe=observe)
-        return Built(contents=contents, result={"padding": dump_plan(plan), "checks": dump_reports(reports)})
-
-    derivation = Derivation(
+    return Rewrite(
         stage=STAGE,
-        inputs={"source": checkpoint_digest(source, observe=observe)},
-        spec={"group_size": group_size, "tensor_parallel": tensor_parallel, "layout": layout},
         code_version=CODE_VERSION,
+        spec={"group_size": group_size, "tensor_parallel": tensor_parallel, "layout": layout},
+        sources={"source": source},
+        output=padded,
+        result={"padding": dump_plan(plan), "checks": dump_reports(reports)},
     )
-    return derive(derivation, destination, build)
 
 
 def _width_report(plan: PadPlan) -> CheckReport:

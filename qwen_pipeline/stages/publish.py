@@ -1,11 +1,10 @@
 """``validated -> published``: the directory that a person would upload, made only from what passed."""
 
 import json
-import shutil
-from fcntl import ioctl
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import digest_file, digest_files
+from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_files, digest_shard
+from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation, FileDigest, Manifest, open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
@@ -29,8 +28,6 @@ PASSED = CheckSpec(
 )
 INTACT = CheckSpec(name="release_intact", description="Every file of the release has the SHA-256 that was validated.")
 CHECKS = (PASSED, INTACT)
-
-_FICLONE = 0x40049409
 
 
 def publish(
@@ -85,16 +82,6 @@ def publish(
     return derive(derivation, destination, build)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file so that no later write to either is seen in the other; the disk shares blocks where it can."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reading, target.open("wb") as writing:
-        try:
-            ioctl(writing.fileno(), _FICLONE, reading.fileno())
-        except OSError:
-            shutil.copyfileobj(reading, writing, length=2**24)
-
-
 def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path) -> list[CheckReport]:
     of = validation.derivation.inputs.get("candidate")
     if of != checkpoint.content_digest:
@@ -116,19 +103,35 @@ def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path)
 
 
 def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> dict[str, FileDigest]:
-    """Copy the files of a finished directory, logs left out; read each copy back and compare it with the manifest."""
+    """Copy the files of a finished directory, logs left out; read each copy back and compare it with the manifest.
+
+    Every file of a release has a SHA-256 of its own, shards too, for whoever checks it with other tools.
+    """
     files = {path: file for path, file in manifest.contents.files.items() if not path.startswith(LOGS)}
+    released: dict[str, FileDigest] = {}
     done, total = 0, sum(file.bytes for file in files.values())
     for path, file in files.items():
         copy_file(root / path, out / path)
-        if digest_file(out / path) != file:
-            raise CheckpointRefused(
-                f"{root / path} is not the file that was validated.",
-                remedy=f"Delete {root} and run its stage again; the result is the same.",
-            )
+        released[path] = digest_file(out / path)
+        found = released[path] if isinstance(file, FileDigest) else digest_shard(out / path)
+        if found != file:
+            raise _other_file(root / path)
         done += file.bytes
         observe(Progress(task=f"publish {manifest.derivation.stage}", done=done, total=total, unit="bytes"))
-    return files
+    if manifest.contents.tensors:
+        copied = open_checkpoint(out)
+        tensors = contents_of(copied, out, observe=observe).tensors
+        for name in tensors:
+            if tensors[name] != manifest.contents.tensors.get(name):
+                raise _other_file(root / copied.shards[name])
+    return released
+
+
+def _other_file(path: Path) -> CheckpointRefused:
+    return CheckpointRefused(
+        f"{path} is not the file that was validated.",
+        remedy=f"Delete {path.parent} and run its stage again; the result is the same.",
+    )
 
 
 def _card(release: Path, checkpoint: Manifest, validation: Manifest, *, base_model: str, fine_tune: str) -> ModelCard:

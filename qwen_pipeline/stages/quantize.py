@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
+from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
-from qwen_pipeline.checkpoint.writer import JOURNAL, write_checkpoint
+from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines.calibration import draw_windows, window_digest
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses

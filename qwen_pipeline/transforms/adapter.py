@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.digest import directory_digest
+from qwen_pipeline.checkpoint.finite import is_finite
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
-from qwen_pipeline.transforms.guards import is_finite
 from qwen_pipeline.transforms.lora_settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
 
 if TYPE_CHECKING:

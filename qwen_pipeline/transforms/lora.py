@@ -9,6 +9,7 @@ from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.qwen.families import is_tied, stored_names
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.transforms.adapter import Adapter, require_finite_factors
+from qwen_pipeline.transforms.low_rank import cell_range, merged_rows
 
 if TYPE_CHECKING:
     import torch
@@ -34,21 +35,6 @@ def merge_lora(base: Checkpoint, adapter: Adapter) -> Checkpoint:
     _require_same_copies(base, adapter, targets)
     tensors = {target: _merged(base.tensors[target], adapter, module) for module, target in targets.items()}
     return base.replace(tensors=tensors)
-
-
-def merged_weight(
-    w_OI: "torch.Tensor", a_RI: "torch.Tensor", b_OR: "torch.Tensor", *, scaling: float
-) -> "torch.Tensor":
-    """Return ``W + scaling * B @ A``, computed in float32 and rounded once to ``W.dtype`` (arXiv:2106.09685).
-
-    A float32 or float64 ``W`` is computed in float64. PEFT may round the delta first, so bf16 results may differ from
-    its in the last bit.
-    """
-    import torch
-
-    wide = torch.float64 if w_OI.dtype.itemsize > 2 else torch.float32
-    sum_OI = w_OI.to(wide, copy=True)
-    return sum_OI.addmm_(b_OR.to(wide), a_RI.to(wide), alpha=scaling).to(w_OI.dtype)
 
 
 def require_targets(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
@@ -110,8 +96,9 @@ def _merged(weight: LazyTensor, adapter: Adapter, module: str) -> LazyTensor:
     scaling = adapter.settings.scaling(module)
 
     def read(start: int, stop: int) -> "torch.Tensor":
-        b_OR, a_RI = adapter.load_up(module, start, stop), adapter.load_down(module)
-        return merged_weight(weight.read(start, stop), a_RI, b_OR, scaling=scaling)
+        first, last = cell_range(start, stop, weight.spec.rows)
+        b_OR, a_RI = adapter.load_up(module, first, last), adapter.load_down(module)
+        return merged_rows(weight.read(start, stop), a_RI, b_OR, scaling=scaling, above=start - first)
 
     return LazyTensor(spec=weight.spec, read=read)
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.qwen.families import require_mlp_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+from qwen_pipeline.transforms.strided import copy_channels
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +55,12 @@ def _padded(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor"
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
         first, last = (int(n) for n in torch.searchsorted(positions, torch.tensor([start, stop])))
-        block = torch.zeros((stop - start, *shape[1:]), dtype=spec.torch_dtype)
-        return block.index_copy_(0, positions[first:last] - start, tensor.read(first, last))
+        block = empty((stop - start, *shape[1:]), spec.torch_dtype).zero_()
+        live = torch.arange(last - first)
+        return copy_channels(tensor.read(first, last), live, block, positions[first:last] - start, axis=0)
 
     def read_columns(start: int, stop: int) -> "torch.Tensor":
-        block = torch.zeros((stop - start, *shape[1:]), dtype=spec.torch_dtype)
-        return block.index_copy_(1, positions, tensor.read(start, stop))
+        block = empty((stop - start, *shape[1:]), spec.torch_dtype).zero_()
+        return copy_channels(tensor.read(start, stop), torch.arange(len(positions)), block, positions, axis=1)
 
     return LazyTensor(spec=spec, read=read_rows if axis == 0 else read_columns)

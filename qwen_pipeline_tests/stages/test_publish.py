@@ -12,11 +12,12 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
+from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.manifest import Manifest, dump_manifest, open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.stages.publish import CHECKS, copy_file, publish
+from qwen_pipeline.stages.publish import CHECKS, publish
 from qwen_pipeline_tests.chain import Chain
 
 

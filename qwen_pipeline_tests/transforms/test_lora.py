@@ -12,7 +12,8 @@ from qwen_pipeline.checkpoint.digest import row_blocks
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import AdapterRefused, QuantizedInputRefused
 from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS, open_adapter
-from qwen_pipeline.transforms.lora import merge_lora, merged_weight
+from qwen_pipeline.transforms.lora import merge_lora
+from qwen_pipeline.transforms.low_rank import merged_weight
 from qwen_pipeline_tests.oracles import peft_merge
 from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3
 

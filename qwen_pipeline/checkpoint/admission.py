@@ -1,0 +1,81 @@
+"""What writing a checkpoint will take, known from headers alone, and whether this machine has it."""
+
+import resource
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
+from qwen_pipeline.checkpoint.crew import crew_size
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import EnvironmentFault
+
+BLOCKS_PER_THREAD = 6
+"""A source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
+FILES_PER_THREAD = 2
+"""One read from, one written to."""
+FILES_BESIDE = 8
+"""Journal, lock, headers, directories, a progress display."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a stage takes beyond what the process has: bytes of disk and of memory, and open files.
+
+    Memory is ``threads x 6 x max(8 MiB, the longest row)``: it does not depend on the model's depth.
+    """
+
+    disk_bytes: int
+    memory_bytes: int
+    open_files: int
+
+
+def needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> Needs:
+    """Return what writing so many bytes takes on this machine's cores."""
+    threads = crew_size()
+    return Needs(
+        disk_bytes=disk_bytes,
+        memory_bytes=threads * BLOCKS_PER_THREAD * max(BLOCK_BYTES, longest_row_bytes),
+        open_files=threads * FILES_PER_THREAD + FILES_BESIDE,
+    )
+
+
+def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> Needs:
+    """Return what writing a checkpoint takes; ``disk_bytes`` is less than its size if a part of it is there."""
+    rows = (tensor.spec.row_bytes for tensor in checkpoint.tensors.values() if not tensor.stored)
+    return needs(
+        disk_bytes=checkpoint.nbytes if disk_bytes is None else disk_bytes, longest_row_bytes=max(rows, default=0)
+    )
+
+
+def require_admitted(asked: Needs, out: Path) -> None:
+    """Refuse work that this machine cannot finish.
+
+    Raises:
+        EnvironmentFault: There is less disk, memory or open files than it takes; the message has the numbers.
+    """
+    free, memory, files = shutil.disk_usage(out).free, available_memory(), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if asked.disk_bytes > free:
+        raise EnvironmentFault(
+            f"{out} needs {asked.disk_bytes / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free.",
+            remedy="Free disk space or choose another destination; what is finished is kept and not written again.",
+        )
+    if memory is not None and asked.memory_bytes > memory:
+        raise EnvironmentFault(
+            f"Writing {out} takes {asked.memory_bytes / 1e6:.0f} MB of memory, {memory / 1e6:.0f} MB are available.",
+            remedy="End other programs, or run with fewer cores (taskset): memory is proportional to them.",
+        )
+    if files not in (resource.RLIM_INFINITY,) and asked.open_files > files:
+        raise EnvironmentFault(
+            f"Writing {out} takes {asked.open_files} open files, the limit is {files}.",
+            remedy=f"Raise it: ulimit -n {asked.open_files}.",
+        )
+
+
+def available_memory() -> int | None:
+    """Return the bytes that the kernel could give this process without swapping, if it says."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    return None

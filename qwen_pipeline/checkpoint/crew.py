@@ -1,0 +1,172 @@
+"""Jobs over a few threads, begun in order, and hashes that follow that order.
+
+Each block is read, computed, hashed and written by one thread from beginning to end, so what is in memory is a few
+blocks for each thread, whatever the size of a tensor. Reading, arithmetic, hashing and writing all release Python's
+lock. A hash takes its bytes in order: a thread waits until the blocks before its own have passed. The threads fall into
+step, and a hash that is the slowest part of the work never pauses.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from qwen_pipeline.checkpoint.buffers import Pool, recycling
+
+T = TypeVar("T")
+
+TICK_SECONDS = 0.2
+"""How often whoever set a crew to work gets to look up."""
+
+
+def crew_size() -> int:
+    """Threads of a crew: two more than the cores it may use, since some wait for a disk or for their turn."""
+    return min(len(os.sched_getaffinity(0)) + 2, 24)
+
+
+def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[[], None] = lambda: None) -> None:
+    """Do every job on one of a few threads, begun in the order given; the first fault ends all and is raised here.
+
+    Args:
+        jobs: Taken one by one as threads become free, never by two threads at once.
+        do: May use :meth:`HashInOrder.add`.
+        tick: Called every :data:`TICK_SECONDS` and at the end, on the calling thread.
+    """
+    crew = _Crew(jobs)
+    threads = [threading.Thread(target=_serve, args=(crew, do)) for _ in range(crew_size())]
+    with _torch_threads_restored():
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(TICK_SECONDS)
+                    tick()
+        except BaseException as fault:
+            crew.stop(fault)
+            raise
+        finally:
+            for thread in threads:
+                if thread.ident:
+                    thread.join()
+    if crew.fault:
+        raise crew.fault
+    tick()
+
+
+class HashInOrder:
+    """SHA-256 of bytes that several jobs bring, each its own part.
+
+    Bytes count once: a part that was there before is passed over. If the part that is due comes from no job begun
+    earlier, the later ones are passed over too and ``done`` stays short.
+    """
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+        self._claimed = 0
+        self.done = 0
+
+    def add(self, start: int, view: memoryview) -> None:
+        """Take the bytes from ``start`` on when it is their turn. Outside of a job nothing is taken."""
+        job = _thread.job
+        if job and job.crew.turn(lambda: self.done >= start, lambda: self._claim(start, len(view)), job.number):
+            self._sha.update(view)
+            job.crew.move(lambda: self._pass(start + len(view)))
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+    def _claim(self, start: int, length: int) -> bool:
+        due = start == self._claimed == self.done
+        self._claimed += length if due else 0
+        return due
+
+    def _pass(self, end: int) -> None:
+        self.done = end
+
+
+class _Stopped(Exception):
+    """Another job failed: what this one waits for will not come."""
+
+
+class _Crew(Generic[T]):
+    def __init__(self, jobs: Iterable[T]) -> None:
+        self._jobs = enumerate(jobs)
+        self._moved = threading.Condition()
+        self._running: set[int] = set()
+        self.fault: BaseException | None = None
+
+    def begin(self) -> tuple[int, T] | None:
+        """Take the next job, if there is one and nothing failed."""
+        with self._moved:
+            if self.fault is None and (taken := next(self._jobs, None)):
+                self._running.add(taken[0])
+                return taken
+        return None
+
+    def end(self, number: int) -> None:
+        self.move(lambda: self._running.remove(number))
+
+    def stop(self, fault: BaseException) -> None:
+        with self._moved:
+            self.fault = self.fault or fault
+            self._moved.notify_all()
+
+    def turn(self, ready: Callable[[], bool], claim: Callable[[], bool], number: int) -> bool:
+        """Wait until something is so, or until no older job is left that could make it so; then try to claim it."""
+        with self._moved:
+            self._moved.wait_for(lambda: self.fault or ready() or number == min(self._running))
+            if self.fault:
+                raise _Stopped
+            return claim()
+
+    def move(self, change: Callable[[], None]) -> None:
+        """Change what others may wait for."""
+        with self._moved:
+            change()
+            self._moved.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    crew: _Crew[Any]
+    number: int
+
+
+class _Thread(threading.local):
+    job: _Job | None = None
+
+
+_thread = _Thread()
+
+
+def _serve(crew: _Crew[T], do: Callable[[T], None]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with recycling(Pool()):
+        try:
+            while taken := crew.begin():
+                number, job = taken
+                _thread.job = _Job(crew, number)
+                do(job)
+                crew.end(number)
+        except _Stopped:
+            return
+        except BaseException as fault:
+            crew.stop(fault)
+
+
+@contextmanager
+def _torch_threads_restored() -> Generator[None, None, None]:
+    """Leave the process's number of torch threads as it was: each of the crew's threads sets it to one."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, and copies that cost nothing where the file system can share blocks."""
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from fcntl import ioctl
+from pathlib import Path
+from typing import BinaryIO
+
+_FICLONE = 0x40049409
+"""``linux/fs.h``"""
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file so that after a crash it is either absent or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names within a directory survive a crash."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file so that no later write to either is seen in the other; the disk shares blocks where it can."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not clone_file(source, target):
+        shutil.copyfile(source, target)
+
+
+def clone_file(source: Path, target: Path) -> bool:
+    """Make ``target`` a copy-on-write copy that shares the source's blocks; return whether the disk can do that."""
+    try:
+        with source.open("rb") as reading, _replacing(target) as writing:
+            ioctl(writing.fileno(), _FICLONE, reading.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def share_file(source: Path, target: Path, *, hard_links: bool) -> bool:
+    """Make ``target`` a copy that takes no room, or else a second name of the file; return whether one could be."""
+    if clone_file(source, target):
+        return True
+    if not hard_links:
+        return False
+    try:
+        target.unlink(missing_ok=True)
+        target.hardlink_to(source.resolve())
+    except OSError:
+        return False
+    sync_directory(target.parent)
+    return True
+
+
+@contextmanager
+def _replacing(path: Path) -> Generator[BinaryIO, None, None]:
+    scratch = path.with_name(path.name + ".new")
+    try:
+        with scratch.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_directory(path.parent)

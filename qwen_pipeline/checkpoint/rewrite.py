@@ -1,0 +1,78 @@
+"""A stage that makes one checkpoint of others: what it derives from and what it writes, before a byte moves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.source import Source
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.progress import Observe, unobserved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """One stage's work on one input, prepared.
+
+    Attributes:
+        sources: Role -> input checkpoint.
+        others: Role -> digest of each further input.
+        output: What is to be written, lazily.
+        result: What the stage found out.
+        if_not_finite: See :func:`write_checkpoint`.
+    """
+
+    stage: str
+    code_version: str
+    spec: Mapping[str, Any]
+    sources: Mapping[str, Source]
+    others: Mapping[str, str] = field(default_factory=dict[str, str])
+    output: Checkpoint
+    result: Mapping[str, Any]
+    if_not_finite: str | None = None
+
+    @property
+    def derivation(self) -> Derivation:
+        return self._derivation({role: source.digest for role, source in self.sources.items()})
+
+    @property
+    def appearance(self) -> Mapping[str, str]:
+        return {role: source.appearance for role, source in self.sources.items()}
+
+    @property
+    def attempt(self) -> Derivation:
+        """The derivation by what its inputs look like."""
+        return self._derivation(self.appearance)
+
+    @property
+    def taps(self) -> list[Tap]:
+        return [source.tap for source in self.sources.values() if source.tap]
+
+    def write(
+        self, destination: Destination, *, task: str, hard_links: bool = False, observe: Observe = unobserved
+    ) -> Artifact:
+        """Do the work, unless its result is there."""
+
+        def build(partial: Path) -> Built:
+            contents = write_checkpoint(
+                self.output,
+                partial,
+                task=task,
+                taps=self.taps,
+                if_not_finite=self.if_not_finite,
+                hard_links=hard_links,
+                observe=observe,
+            )
+            inputs = {role: source.settle() for role, source in self.sources.items()}
+            return Built(contents=contents, result=self.result, inputs=inputs)
+
+        return derive(self.derivation, destination, build, appearance=self.appearance)
+
+    def _derivation(self, inputs: Mapping[str, str]) -> Derivation:
+        return Derivation(
+            stage=self.stage, inputs={**inputs, **self.others}, spec=self.spec, code_version=self.code_version
+        )

@@ -1,0 +1,95 @@
+"""One shard while it is written: by several threads, at any place, continued after a kill."""
+
+import ctypes
+import os
+import stat
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from qwen_pipeline.checkpoint.files import sync_directory
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
+
+_SYNC_FILE_RANGE_WRITE = 2
+"""``linux/fs.h``"""
+
+
+class ShardFile:
+    """A safetensors file that gets its name when its last tensor is complete and on disk; until then it is ``.tmp``."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self._path, self._scratch = path, path.with_name(path.name + ".tmp")
+        self._header = header_bytes(specs)
+        self._offsets: dict[str, int] = {}
+        self._size = len(self._header)
+        for name, spec in specs.items():
+            self._offsets[name] = self._size
+            self._size += spec.nbytes
+        self._missing: set[str] = set()
+        self._lock = Lock()
+        self._fd = -1
+
+    @property
+    def is_finished(self) -> bool:
+        return self._path.is_file()
+
+    @property
+    def found(self) -> Path:
+        """Where an earlier attempt left the file, if it did."""
+        return self._path if self.is_finished else self._scratch
+
+    def begin(self, missing: Collection[str]) -> None:
+        """Open the file for the tensors that are missing, around those that an earlier attempt completed."""
+        if self.is_finished:
+            self._path.replace(self._scratch)
+        if not self._is_resumable():
+            self._scratch.unlink(missing_ok=True)
+        self._missing = set(missing)
+        self._fd = os.open(self._scratch, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        os.ftruncate(self._fd, self._size)
+        self._write(0, memoryview(self._header))
+        if not missing:
+            self._finish()
+
+    def write(self, name: str, start: int, view: memoryview) -> None:
+        """Write a part of a tensor from its byte ``start`` on, and have the disk begin with it at once."""
+        offset = self._offsets[name] + start
+        self._write(offset, view)
+        with suppress(AttributeError):
+            ctypes.CDLL(None).sync_file_range(
+                self._fd, ctypes.c_int64(offset), ctypes.c_int64(len(view)), _SYNC_FILE_RANGE_WRITE
+            )
+
+    def complete(self, name: str) -> None:
+        """Count a tensor whose every byte was written; after the last one, give the file its name."""
+        with self._lock:
+            self._missing.remove(name)
+            is_last = not self._missing
+        if is_last:
+            self._finish()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _is_resumable(self) -> bool:
+        """Whether the temporary file is there, lays out the same tensors and is no other file's second name."""
+        with suppress(OSError):
+            found = self._scratch.lstat()
+            if stat.S_ISREG(found.st_mode) and (found.st_nlink, found.st_size) == (1, self._size):
+                with self._scratch.open("rb") as file:
+                    return file.read(len(self._header)) == self._header
+        return False
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def _finish(self) -> None:
+        os.fsync(self._fd)
+        self.close()
+        self._scratch.rename(self._path)
+        sync_directory(self._path.parent)

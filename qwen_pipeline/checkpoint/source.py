@@ -1,0 +1,56 @@
+"""Inputs whose digest is known, or is found while they are read: no input is read only to learn what it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_pipeline.checkpoint.digest import appearance, checkpoint_digest, known_checkpoint, remember
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import UNREAD
+from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.progress import Observe, unobserved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One input of a stage.
+
+    Attributes:
+        checkpoint: To be read from.
+        digest: Its content digest, or :data:`UNREAD`.
+        appearance: What it looks like from outside.
+        tap: Sees it being read, if the digest has to be found.
+        settle: Returns the content digest once the tap is settled.
+    """
+
+    checkpoint: Checkpoint
+    digest: str
+    appearance: str
+    tap: Tap | None
+    settle: Callable[[], str]
+
+
+def open_source(role: str, root: Path, *, read_now: bool = False, observe: Observe = unobserved) -> Source:
+    """Open a model directory as an input.
+
+    Args:
+        role: Name of the input in the derivation.
+        root: The directory.
+        read_now: Whether to read it at once if its digest is not known: something made from it may be there.
+        observe: Told about bytes read.
+    """
+    checkpoint, looks = open_checkpoint(root), appearance(root)
+    if read_now or known_checkpoint(root):
+        digest = checkpoint_digest(root, observe=observe)
+        return Source(checkpoint=checkpoint, digest=digest, appearance=looks, tap=None, settle=lambda: digest)
+    tap = Tap(role, checkpoint)
+
+    def settle() -> str:
+        if appearance(root) != looks:
+            raise CheckpointRefused(
+                f"{root} was changed while it was read.", remedy="Run again once it stays as it is."
+            )
+        return remember(root, checkpoint, tap.seen).digest
+
+    return Source(checkpoint=tap.checkpoint, digest=UNREAD, appearance=looks, tap=tap, settle=settle)

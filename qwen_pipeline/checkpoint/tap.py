@@ -1,0 +1,61 @@
+"""Digesting a checkpoint while it is read for something else, so that its bytes move once."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qwen_pipeline.checkpoint.digest import PassingTensor, Seen, SeenTensor, read_tensors
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.progress import Observe, unobserved
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Tap:
+    """Sees what passes on its way from one checkpoint to whatever is made of it.
+
+    Attributes:
+        name: What it is called in a journal.
+        checkpoint: The same checkpoint; its rows are seen as they are read.
+    """
+
+    def __init__(self, name: str, source: Checkpoint) -> None:
+        self.name = name
+        self._source = source
+        self._passing = {name: PassingTensor(spec) for name, spec in source.items()}
+        self._seen: dict[str, SeenTensor] = {}
+        self.checkpoint = source.replace(
+            tensors={name: _tapped(tensor, self._passing[name]) for name, tensor in source.tensors.items()}
+        )
+
+    def recall(self, name: str, seen: SeenTensor) -> None:
+        """Take over what was seen in an earlier attempt."""
+        self._seen[name] = seen
+
+    def note(self, name: str) -> SeenTensor | None:
+        """Return what was seen of a tensor, if every byte of it passed."""
+        return self._seen.get(name) or (self._passing[name].seen if name in self._passing else None)
+
+    @property
+    def seen(self) -> Seen:
+        """Every tensor, once the tap is settled."""
+        return {name: self._seen[name] for name in self._source}
+
+    def settle(self, output: Checkpoint, written: Seen, *, task: str, observe: Observe = unobserved) -> None:
+        """Complete what was seen: by what the output has unchanged, and by reading what did not pass at all."""
+        self._seen |= {name: seen for name in self._source if (seen := self.note(name))}
+        self._seen |= {name: written[name] for name, tensor in output.tensors.items() if self._is_own(name, tensor)}
+        if missing := [name for name in self._source if name not in self._seen]:
+            self._seen |= read_tensors(self._source, missing, task=task, observe=observe)
+
+    def _is_own(self, name: str, tensor: LazyTensor) -> bool:
+        return tensor.stored is not None and name in self._source and self._source.tensors[name].stored is tensor.stored
+
+
+def _tapped(tensor: LazyTensor, passing: PassingTensor) -> LazyTensor:
+    def read(start: int, stop: int) -> "torch.Tensor":
+        rows = tensor.read(start, stop)
+        passing.see(start * tensor.spec.row_bytes, rows)
+        return rows
+
+    return replace(tensor, read=read)
