@@ -139,7 +139,7 @@ def unpack_rows(words: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Unpack int32 words [R, C] into int32 codes [R * 32 / bits, C]: the first rows come from the lowest bits."""
     import torch
 
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
     codes = (words[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.reshape(len(words) * len(shifts), words.shape[1])
 
@@ -149,6 +149,6 @@ def pack_rows(codes: "torch.Tensor", bits: int) -> "torch.Tensor":
     import torch
 
     per_word = WORD_BITS // bits
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64, device=codes.device)
     words = (codes.long().reshape(-1, per_word, codes.shape[1]) << shifts[None, :, None]).sum(dim=1)
     return (words - ((words >> (WORD_BITS - 1)) << WORD_BITS)).int()

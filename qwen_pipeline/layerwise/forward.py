@@ -1,0 +1,181 @@
+"""Many batches through one or several models, one decoder layer in memory at a time.
+
+Layer by layer: read the layer (the next one is read meanwhile), take every batch through it, let it go. Hidden states of
+all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_pipeline.checkpoint.digest import block_ranges
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.layerwise.skeleton import Arguments, Skeleton
+from qwen_pipeline.layerwise.weights import HostTensors, Weights, ahead, fill
+
+SHARE_OF_GPU = 0.25
+"""Hidden states stay on a GPU while they take at most this share of its free memory, else in pinned host memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where models compute, and in what."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def shelve(self, tensor: Tensor, *, copies: int) -> Tensor:
+        """Return a tensor where it and others of its size, ``copies`` in all, can wait for their next layer."""
+        if self.device.type == "cpu" or copies * tensor.nbytes <= SHARE_OF_GPU * torch.cuda.mem_get_info()[0]:
+            return tensor
+        return tensor.cpu().pin_memory()
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+class Passage:
+    """Batches on their way through one model.
+
+    Args:
+        checkpoint: Full precision or GPTQ codes, of any Qwen family.
+        batches: Token ids [B, T].
+        place: Where to compute.
+        beside: How many other models will be on their way at the same time.
+
+    Attributes:
+        hidden: Of each batch, [B, T, H]: what entered the first layer, then what left the last layer that was run.
+
+    Raises:
+        CheckpointRefused: A tensor that the model needs is missing or has another shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batches: Sequence[Tensor], place: Place, *, beside: int = 0) -> None:
+        self.weights = Weights.of(checkpoint)
+        self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
+        self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
+        self._batches, self._place, self._copies = batches, place, len(batches) * (1 + beside)
+        self.hidden: list[Tensor] = []
+        self._arguments: list[Sequence[Arguments]] = []
+        for batch in batches:
+            entry = self.skeleton.enter(batch)
+            self.hidden.append(place.shelve(entry.hidden, copies=self._copies))
+            self._arguments.append(_sharing(entry.arguments, self._arguments[0] if self._arguments else ()))
+
+    def read(self, layer: int) -> HostTensors:
+        """Return a layer's stored tensors; may run in a thread beside everything else."""
+        return self.parts[layer].read(pinned=self._place.device.type == "cuda")
+
+    def build(self, layer: int, stored: HostTensors) -> nn.Module:
+        """Return a layer that can be called; ``stored`` is emptied."""
+        parameters = self.parts[layer].assemble(stored, device=self._place.device, dtype=self._place.dtype)
+        return fill(self.skeleton.layers[layer], parameters)
+
+    @torch.inference_mode()
+    def run(self, layer: int, module: nn.Module) -> None:
+        """Take every batch through a layer."""
+        for hidden, output in zip(self.hidden, self.outputs(layer, module), strict=True):
+            hidden.copy_(output, non_blocking=True)
+
+    def outputs(self, layer: int, module: nn.Module) -> Iterator[Tensor]:
+        """Yield what a layer makes of each batch; the batches stay where they are."""
+        for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
+            yield module(self._place.fetch(hidden), **arguments[layer])
+
+    def leave(self) -> list[Tensor]:
+        """Return what enters the output head for each batch, [B, T, H]; no hidden state is kept."""
+        leaving: list[Tensor] = []
+        for batch in self._batches:
+            left = self.skeleton.leave(batch, self._place.fetch(self.hidden.pop(0)))
+            leaving.append(self._place.shelve(left, copies=self._copies))
+        return leaving
+
+
+def advance(passages: Sequence[Passage]) -> Iterator[int]:
+    """Take models through their layers side by side; yield each layer's number once all have passed it.
+
+    Raises:
+        InputRefused: The models have different numbers of layers.
+    """
+    depths = {len(passage.parts) for passage in passages}
+    if len(depths) != 1:
+        raise InputRefused(f"The models have {sorted(depths)} layers.", remedy="Compare models of one family and size.")
+    steps = [(layer, passage) for layer in range(depths.pop()) for passage in passages]
+    reads = ahead([partial(passage.read, layer) for layer, passage in steps])
+    for (layer, passage), stored in zip(steps, reads, strict=True):
+        passage.run(layer, passage.build(layer, stored))
+        if passage is passages[-1]:
+            yield layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logits:
+    """Several models' logits for the same tokens and the same part of the vocabulary.
+
+    Attributes:
+        batch: Which batch the tokens are.
+        first: The first token id of the part.
+        values: Of each model, float32 [tokens, part]; the last position of each window predicts nothing and is absent.
+    """
+
+    batch: int
+    first: int
+    values: Sequence[Tensor]
+
+
+@torch.inference_mode()
+def logit_blocks(passages: Sequence[Passage], place: Place) -> Iterator[Logits]:
+    """Yield the models' logits for all batches, a part of the vocabulary after the other.
+
+    Each output head is read once, in blocks of rows; logits over the whole vocabulary are never in memory.
+
+    Raises:
+        InputRefused: The vocabularies differ.
+    """
+    heads = [(passage.weights.checkpoint, passage.weights.head) for passage in passages]
+    specs = {checkpoint[name].shape[0] for checkpoint, name in heads}
+    if len(specs) != 1:
+        raise InputRefused(f"The vocabularies have {sorted(specs)} tokens.", remedy="Compare models of one family.")
+    leaving = [passage.leave() for passage in passages]
+    ranges = list(block_ranges(min((checkpoint[name] for checkpoint, name in heads), key=lambda spec: -spec.row_bytes)))
+    for (start, stop), rows in zip(ranges, ahead([partial(_head_rows, heads, *ends) for ends in ranges]), strict=True):
+        near = [block.to(place.device, place.dtype) for block in rows]
+        for batch, hidden in enumerate(zip(*leaving, strict=True)):
+            values = [
+                _product(place.fetch(states)[:, :-1].flatten(0, 1), block)
+                for states, block in zip(hidden, near, strict=True)
+            ]
+            yield Logits(batch=batch, first=start, values=values)
+
+
+def _head_rows(heads: Sequence[tuple[Checkpoint, str]], start: int, stop: int) -> list[Tensor]:
+    return [checkpoint.load(name, slice(start, stop)) for checkpoint, name in heads]
+
+
+def _product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:
+    if hidden_NH.device.type == "cuda" and hidden_NH.dtype != torch.float32:
+        return torch.mm(hidden_NH, rows_VH.T, out_dtype=torch.float32)
+    return (hidden_NH @ rows_VH.T).float()
+
+
+def _sharing(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) -> Sequence[Arguments]:
+    """Return a batch's arguments, with the first batch's in the place of equal ones: most are the same for all."""
+    if not earlier:
+        return arguments
+    return [
+        {name: first.get(name) if _equal(value, first.get(name)) else value for name, value in own.items()}
+        for own, first in zip(arguments, earlier, strict=True)
+    ]
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value is other or (value.shape == other.shape and torch.equal(value, other))
+    if isinstance(value, tuple | list) and isinstance(other, tuple | list):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return bool(value is other)

@@ -1,0 +1,221 @@
+"""Weights of modules in memory, from the tensors of a checkpoint on disk.
+
+The two differ. A language model's names have a prefix that depends on the family; experts that Transformers keeps in
+one tensor may be stored one by one, or transposed; a quantized linear layer is stored as codes, whose weight is computed
+where it is needed.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qwen_pipeline.checkpoint.digest import block_ranges
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.transforms.gptq_codes import CODES, PackedLinear, gptq_format
+
+READERS = 4
+"""Threads that read one layer's tensors: one alone does not keep a fast disk busy."""
+
+T = TypeVar("T")
+HostTensors = dict[str, Tensor]
+Take = Callable[[str], Tensor]
+"""Hands out a stored tensor by name, once, on the device of the parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one parameter comes from stored tensors: ``write`` fills it, in whatever dtype it has."""
+
+    stored: tuple[str, ...]
+    shape: tuple[int, ...]
+    write: Callable[[Tensor, Take], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """All parameters of one module, by their names in it."""
+
+    checkpoint: Checkpoint
+    recipes: Mapping[str, Recipe]
+
+    def read(self, *, pinned: bool = False) -> HostTensors:
+        """Return the stored tensors in host memory; from ``pinned`` memory a GPU copies while it computes."""
+        names = [name for recipe in self.recipes.values() for name in recipe.stored]
+
+        def load(name: str) -> Tensor:
+            tensor = self.checkpoint.load(name)
+            return tensor.pin_memory() if pinned else tensor
+
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(names, pool.map(load, names), strict=True))
+
+    def assemble(self, stored: HostTensors, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Compute the parameters. ``stored`` is emptied on the way, so that memory is given back."""
+
+        def take(name: str) -> Tensor:
+            return stored.pop(name).to(device, non_blocking=True)
+
+        parameters: dict[str, Tensor] = {}
+        for name, recipe in self.recipes.items():
+            parameters[name] = torch.empty(recipe.shape, dtype=dtype, device=device)
+            recipe.write(parameters[name], take)
+        return parameters
+
+    def load(self, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        return self.assemble(self.read(), device=device, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A checkpoint by the names of its language model: ``embed_tokens.weight``, ``layers.0.mlp.up_proj.weight``, ..."""
+
+    checkpoint: Checkpoint
+    prefix: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Weights":
+        """Find the language model of a checkpoint: the embedding with the shortest name.
+
+        Raises:
+            CheckpointRefused: It has none.
+        """
+        ending = "embed_tokens.weight"
+        prefixes = [name.removesuffix(ending) for name in checkpoint if name.endswith(ending)]
+        if not prefixes:
+            raise CheckpointRefused("The checkpoint has no embed_tokens.weight.", remedy="Name a language model.")
+        return cls(checkpoint=checkpoint, prefix=min(prefixes, key=len))
+
+    @property
+    def embedding(self) -> str:
+        return f"{self.prefix}embed_tokens.weight"
+
+    @property
+    def head(self) -> str:
+        """The stored tensor that is the output head: ``lm_head.weight`` beside or above the model, or the embedding."""
+        config = self.checkpoint.config
+        tied = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
+        above = self.prefix.split(".")[:-1]
+        names = (".".join([*above[:depth], "lm_head.weight"]) for depth in range(len(above), -1, -1))
+        return self.embedding if tied else next((name for name in names if name in self.checkpoint), self.embedding)
+
+    def part(self, path: str, module: nn.Module) -> Part:
+        """Return how the parameters of ``module``, which the language model has at ``path``, are stored.
+
+        Raises:
+            CheckpointRefused: One of them is not in the checkpoint, or has another shape.
+        """
+        parameters = module.state_dict()
+        return Part(
+            checkpoint=self.checkpoint,
+            recipes={
+                name: self._recipe(f"{self.prefix}{path}.{name}", tuple(tensor.shape))
+                for name, tensor in parameters.items()
+            },
+        )
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Return these rows of the embedding, which must be ascending; no other row is read."""
+        blocks = [self.checkpoint.load(self.embedding, slice(start, stop)) for start, stop in _runs(ids)]
+        return torch.cat(blocks)
+
+    def _recipe(self, name: str, shape: tuple[int, ...]) -> Recipe:
+        found = self.checkpoint.get(name)
+        module, experts = name.removesuffix(".weight"), name.rpartition(".")[0]
+        if found and found.shape == shape:
+            return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name)))
+        if found and len(shape) == 3 and found.shape == (shape[0], shape[2], shape[1]):
+            return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name).mT))
+        if f"{module}.qweight" in self.checkpoint:
+            return self._dequantized(module, shape)
+        if name.endswith("experts.gate_up_proj"):
+            half = (shape[1] // 2, shape[2])
+            pairs = [[self._recipe(f"{experts}.{e}.{kind}.weight", half) for kind in _HALVES] for e in range(shape[0])]
+            return _stacked([_above(pair) for pair in pairs])
+        if name.endswith("experts.down_proj"):
+            return _stacked([self._recipe(f"{experts}.{e}.down_proj.weight", shape[1:]) for e in range(shape[0])])
+        raise CheckpointRefused(
+            f"{name} is {f'{list(found.shape)}' if found else 'missing'}, the model needs {list(shape)}.",
+            remedy="Config and weights must be of one model, in a layout of a Qwen family.",
+        )
+
+    def _dequantized(self, module: str, shape: tuple[int, ...]) -> Recipe:
+        form = gptq_format(self.checkpoint.config)
+        names = {code: f"{module}.{code}" for code in CODES}
+        for code, spec in form.code_specs(shape[0], shape[1]).items():
+            if self.checkpoint.get(names[code]) != spec:
+                raise CheckpointRefused(
+                    f"{names[code]} is {self.checkpoint.get(names[code])}, expected {spec}.",
+                    remedy="Quantize the checkpoint again.",
+                )
+
+        def write(out: Tensor, take: Take) -> None:
+            packed = PackedLinear(format=form, **{code: take(name) for code, name in names.items()})
+            for start, stop in block_ranges(TensorSpec(dtype="F32", shape=shape)):
+                out[start:stop] = packed.weight_rows(start, stop)
+
+        return Recipe(stored=tuple(names.values()), shape=shape, write=write)
+
+
+_HALVES = ("gate_proj", "up_proj")
+
+
+def fill(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a module of the meta device with real weights."""
+    real = copy.deepcopy(module)
+    real.load_state_dict(parameters, assign=True)
+    return real.eval().requires_grad_(requires_grad=False)
+
+
+def ahead(works: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield what each piece of work returns, doing the next one in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for work in works:
+            ready, coming = coming, pool.submit(work)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
+
+
+def _stacked(recipes: Sequence[Recipe]) -> Recipe:
+    """Put parameters into one, along a new first axis."""
+
+    def write(out: Tensor, take: Take) -> None:
+        for slot, recipe in zip(out, recipes, strict=True):
+            recipe.write(slot, take)
+
+    return Recipe(stored=_stored(recipes), shape=(len(recipes), *recipes[0].shape), write=write)
+
+
+def _above(recipes: Sequence[Recipe]) -> Recipe:
+    """Put parameters of one shape into one, along its first axis."""
+    stacked, (rows, *rest) = _stacked(recipes), recipes[0].shape
+
+    def write(out: Tensor, take: Take) -> None:
+        stacked.write(out.view(len(recipes), rows, *rest), take)
+
+    return Recipe(stored=stacked.stored, shape=(len(recipes) * rows, *rest), write=write)
+
+
+def _stored(recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    return tuple(name for recipe in recipes for name in recipe.stored)
+
+
+def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield ``start, stop`` of each run of consecutive numbers."""
+    start = previous = ids[0]
+    for number in ids[1:]:
+        if number != previous + 1:
+            yield start, previous + 1
+            start = number
+        previous = number
+    yield start, previous + 1
