@@ -26,7 +26,7 @@ class Pool:
     """Buffers of :data:`BLOCK_BYTES` each, as many as were ever in use at once."""
 
     def __init__(self) -> None:
-        _give_blocks_back_when_freed()
+        give_blocks_back_when_freed()
         self._spare: list[torch.Tensor] = []
 
     def take(self, nbytes: int) -> "torch.Tensor":
@@ -72,7 +72,7 @@ def empty(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
 
 
 @cache
-def _give_blocks_back_when_freed() -> None:
+def give_blocks_back_when_freed() -> None:
     """Have glibc map each block by itself, so that the kernel has it back once it is freed.
 
     Otherwise glibc raises its threshold with the first blocks, keeps later ones on a heap that fragments, and the peak

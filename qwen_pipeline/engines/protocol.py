@@ -16,7 +16,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _device() -> Device:
+def default_device() -> Device:
+    """A GPU where the machine has one."""
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
@@ -51,7 +52,7 @@ class QuantSpec:
     seed: int = 42
     batch_size: int = 8
     threads: int = field(default_factory=_cores)
-    device: Device = field(default_factory=_device)
+    device: Device = field(default_factory=default_device)
 
     def __post_init__(self) -> None:
         _require("engine", self.engine, get_args(EngineName))

@@ -1,50 +1,74 @@
-"""How surprised a model is by each token, and how far two models' predictions are apart. Pure tensor maths.
+"""How surprised models are by each token, and how far their predictions are apart. Pure tensor maths.
 
-Everything is computed in float64 from float32 logits, a block of tokens at a time: the difference between a model and
-its padded self is around 1e-9, below what float32 can sum over a vocabulary.
+Logits come a part of the vocabulary at a time, so every sum over the vocabulary is kept running: as ``sum exp(z - m)``
+with the highest logit ``m`` so far, rescaled when ``m`` rises. Everything is computed in float64 from float32 logits:
+the difference between a model and its padded self is around 1e-9, below what float32 can sum over a vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
-
-BLOCK_TOKENS = 64
-"""Tokens whose log-probabilities over the vocabulary are in memory at a time."""
+from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Divergence:
-    """Two models' predictions compared, one value per predicted token.
+class Predictions:
+    """What several models predict for the same N tokens, while their logits arrive.
 
-    Attributes:
-        kl: KL(reference || candidate) in nats, float64 [T].
-        agrees: Whether both give the highest probability to the same token, bool [T].
+    Args:
+        targets: The token that really came, int64 [N].
+        roles: The models.
+        reference: The one whose predictions those of ``compared`` are held against.
+        compared: Roles to compare with it.
     """
 
-    kl: torch.Tensor
-    agrees: torch.Tensor
+    def __init__(self, targets: Tensor, *, roles: Collection[str], reference: str, compared: Collection[str]) -> None:
+        self._reference = reference
+        self._sums = {role: _Softmax(targets) for role in roles}
+        self._gaps = {role: torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for role in compared}
+
+    def see(self, first: int, logits: Mapping[str, Tensor]) -> None:
+        """Take a part of the vocabulary into account: the models' logits [N, part] of token ids from ``first`` on."""
+        exact = {role: values.double() for role, values in logits.items() if values.shape[1]}
+        for role, values in exact.items():
+            shrinkage_N, weights_NV = self._sums[role].see(first, values)
+            if role == self._reference:
+                for other, gap_N in self._gaps.items():
+                    gap_N.mul_(shrinkage_N).add_((weights_NV * (values - exact[other])).sum(dim=1))
+
+    def nll(self, role: str) -> Tensor:
+        """Return ``-log p(target)`` in nats for each token, float64 [N]."""
+        return self._sums[role].log_total - self._sums[role].target
+
+    def kl(self, role: str) -> Tensor:
+        """Return KL(reference || role) in nats for each token, float64 [N]: ``E[z - z'] - log Z + log Z'``."""
+        reference, other = self._sums[self._reference], self._sums[role]
+        return self._gaps[role] / reference.total - (reference.log_total - other.log_total)
+
+    def agrees(self, role: str) -> Tensor:
+        """Return whether the reference and ``role`` rate the same token highest, bool [N]."""
+        return self._sums[role].top == self._sums[self._reference].top
 
 
-def token_nll(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """Return ``-log p(target)`` in nats for each token, float64 [T]."""
-    blocks = [
-        -torch.log_softmax(logits_TV[block].double(), dim=-1).gather(1, targets_T[block, None]).squeeze(1)
-        for block in _blocks(len(targets_T))
-    ]
-    return torch.cat(blocks)
+class _Softmax:
+    """The running denominator of one model's softmax, with the logit of the target and the best token so far."""
 
+    def __init__(self, targets_N: Tensor) -> None:
+        self._targets = targets_N
+        zeros = torch.zeros(len(targets_N), dtype=torch.float64, device=targets_N.device)
+        self._highest, self.total, self.target = zeros - torch.inf, zeros, zeros.clone()
+        self.top = torch.zeros_like(targets_N)
 
-def token_divergence(reference_TV: torch.Tensor, candidate_TV: torch.Tensor) -> Divergence:
-    """Compare the predictions behind two models' logits [T, V]."""
-    kl = torch.empty(len(reference_TV), dtype=torch.float64)
-    for block in _blocks(len(reference_TV)):
-        log_p = torch.log_softmax(reference_TV[block].double(), dim=-1)
-        log_q = torch.log_softmax(candidate_TV[block].double(), dim=-1)
-        kl[block] = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return Divergence(kl=kl, agrees=reference_TV.argmax(dim=-1) == candidate_TV.argmax(dim=-1))
+    @property
+    def log_total(self) -> Tensor:
+        return self._highest + self.total.log()
 
-
-def _blocks(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, BLOCK_TOKENS):
-        yield slice(start, start + BLOCK_TOKENS)
+    def see(self, first: int, values_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return by what earlier sums shrink [N], and the weights ``exp(z - m)`` of this part [N, V]."""
+        best_N, place_N = values_NV.max(dim=1)
+        self.top = torch.where(best_N > self._highest, first + place_N, self.top)
+        highest_N = torch.maximum(self._highest, best_N)
+        shrinkage_N, weights_NV = (self._highest - highest_N).exp(), (values_NV - highest_N[:, None]).exp()
+        self._highest, self.total = highest_N, self.total * shrinkage_N + weights_NV.sum(dim=1)
+        here = ((self._targets >= first) & (self._targets < first + values_NV.shape[1])).nonzero().flatten()
+        self.target[here] = values_NV[here, self._targets[here] - first]
+        return shrinkage_N, weights_NV

@@ -9,13 +9,17 @@ from pydantic import TypeAdapter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceFigures:
-    """KL(reference || candidate) over all predicted tokens in nats, and how often both rate the same token highest."""
+    """KL(reference || candidate) over all predicted tokens in nats, and how often both rate the same token highest.
+
+    ``by_position`` is the mean over windows at each position: whether distance grows along the context.
+    """
 
     mean: float
     p95: float
     p99_9: float
     max: float
     top1_agreement: float
+    by_position: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +30,9 @@ class ModelFigures:
         fault: Why Transformers did not load it, or not all of it; then nothing else is known.
         perplexity: ``exp`` of the mean surprise over every token but the first of each window.
         tokens: How many tokens were predicted.
-        linears: Class name of its linear layers -> how many; tells which kernel ran.
+        linears: Class name of the linear layers that Transformers loaded -> how many.
         divergence: From the reference model, where asked for.
+        drift: Distance of the hidden state from the reference's after each layer, relative to the latter's norm.
         answers: Token ids of the greedy answer to each prompt, where asked for.
     """
 
@@ -36,6 +41,7 @@ class ModelFigures:
     tokens: int = 0
     linears: Mapping[str, int] = field(default_factory=dict[str, int])
     divergence: DivergenceFigures | None = None
+    drift: tuple[float, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
 
 

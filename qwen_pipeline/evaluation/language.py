@@ -1,23 +1,25 @@
-"""The worker that loads checkpoints with plain Transformers and measures what they say. Runs under an engine's python.
+"""The worker that measures what checkpoints say. Runs under an engine's python.
 
-One model is in memory at a time. To compare others with the reference, its last hidden states (float32 [T, H] a window)
-and its output head are kept: together they give its logits again, without logits over the vocabulary being stored.
+Whether a checkpoint is whole, and what it answers, is asked of plain Transformers, one model in memory at a time.
+Perplexity and divergence come from the streamed forward, which needs no more memory than a layer.
 """
 
 import gc
-from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import EnvironmentFault
-from qwen_pipeline.evaluation.divergence import Divergence, token_divergence, token_nll
-from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, dump_figures
+from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
 from qwen_pipeline.evaluation.measurement import Measurement
-from qwen_pipeline.progress import Observe, Progress, unobserved
+from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.progress import Observe, Progress
 
 KERNEL = "gptq_torch"
 """GPTQModel's kernel that multiplies, in the model's dtype, by the weights that the codes stand for.
@@ -30,17 +32,6 @@ class NotLoaded(Exception):
     """Transformers cannot load a checkpoint, or not all of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """What is kept of the reference: its output head, and what went into it, a tensor [T, H] for each window."""
-
-    head: nn.Module
-    hidden: Sequence[Tensor]
-
-    def logits(self, window: int) -> Tensor:
-        return self.head(self.hidden[window])
-
-
 def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """Run a :class:`Measurement`; return role -> :class:`ModelFigures`, both as JSON values.
 
@@ -49,26 +40,41 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """
     _require_loaders()
     asked = Measurement.from_json(spec)
-    windows = [torch.tensor(window) for window in asked.windows]
-    figures: dict[str, ModelFigures] = {}
-    reference: Reference | None = None
-    for role, root in asked.in_order():
-        observe(Progress(task=f"evaluate {role}", done=0, total=len(windows), unit="windows", remark="loading"))
-        try:
-            model = load_model(root)
-        except NotLoaded as fault:
-            figures[role] = ModelFigures(fault=str(fault))
-            continue
-        compared = reference if role in asked.compared else None
-        figures[role], hidden = evaluate(model, windows, reference=compared, task=f"evaluate {role}", observe=observe)
-        if role in asked.answering:
-            answers = [greedy_answer(model, prompt, max_new_tokens=asked.max_new_tokens) for prompt in asked.prompts]
-            figures[role] = replace(figures[role], answers=tuple(answers))
-        if role == asked.reference:
-            reference = Reference(head=_head(model), hidden=hidden)
-        del model, hidden
-        gc.collect()
-    return dump_figures(figures)
+    loaded = {role: _loaded(role, root, asked, observe) for role, root in asked.models.items()}
+    whole = {role: open_checkpoint(Path(asked.models[role])) for role, figures in loaded.items() if not figures.fault}
+    if asked.reference in whole:
+        measured = evaluate(
+            whole,
+            [torch.tensor(window) for window in asked.windows],
+            reference=asked.reference,
+            compared=[role for role in asked.compared if role in whole],
+            place=Place(device=torch.device(asked.device), dtype=torch.float32),
+            observe=observe,
+        )
+        loaded |= {
+            role: replace(figures, linears=loaded[role].linears, answers=loaded[role].answers)
+            for role, figures in measured.items()
+        }
+    return dump_figures(loaded)
+
+
+def _loaded(role: str, root: str, asked: Measurement, observe: Observe) -> ModelFigures:
+    """Have Transformers load a model and, where it is asked to, answer."""
+    prompts = asked.prompts if role in asked.answering else ()
+    observe(Progress(task=f"load {role}", done=0, total=len(prompts) + 1))
+    try:
+        model = load_model(root)
+    except NotLoaded as fault:
+        return ModelFigures(fault=str(fault))
+    answers: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        observe(Progress(task=f"load {role}", done=1 + len(answers), total=len(prompts) + 1, remark="answers"))
+        answers.append(greedy_answer(model, prompt, max_new_tokens=asked.max_new_tokens))
+    observe(Progress(task=f"load {role}", done=len(prompts) + 1, total=len(prompts) + 1))
+    figures = ModelFigures(linears=_linears(model), answers=tuple(answers))
+    del model
+    gc.collect()
+    return figures
 
 
 def load_model(root: str) -> nn.Module:
@@ -102,54 +108,6 @@ def load_model(root: str) -> nn.Module:
     return model.eval()
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    windows: Sequence[Tensor],
-    *,
-    reference: Reference | None = None,
-    task: str = "evaluate",
-    observe: Observe = unobserved,
-) -> tuple[ModelFigures, list[Tensor]]:
-    """Score every token but the first of each window, and compare each prediction with the reference's.
-
-    Returns:
-        The figures, and what went into the model's output head: a tensor [T, H] for each window.
-    """
-    nll: list[Tensor] = []
-    divergences: list[Divergence] = []
-    hidden: list[Tensor] = []
-    for index, window in enumerate(windows):
-        with _head_inputs(model) as inputs:
-            logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-        hidden.append(inputs[0][0])
-        nll.append(token_nll(logits[:-1], window[1:]))
-        if reference:
-            divergences.append(token_divergence(reference.logits(index)[:-1], logits[:-1]))
-        observe(Progress(task=task, done=index + 1, total=len(windows), unit="windows"))
-    surprise = torch.cat(nll)
-    figures = ModelFigures(
-        perplexity=surprise.mean().exp().item(),
-        tokens=len(surprise),
-        linears=_linears(model),
-        divergence=summarize(divergences) if divergences else None,
-    )
-    return figures, hidden
-
-
-def summarize(divergences: Sequence[Divergence]) -> DivergenceFigures:
-    """Return mean, percentiles and maximum over the tokens of all windows."""
-    kl_T = torch.cat([divergence.kl for divergence in divergences])
-    agrees_T = torch.cat([divergence.agrees for divergence in divergences])
-    return DivergenceFigures(
-        mean=kl_T.mean().item(),
-        p95=kl_T.quantile(0.95).item(),
-        p99_9=kl_T.quantile(0.999).item(),
-        max=kl_T.max().item(),
-        top1_agreement=agrees_T.double().mean().item(),
-    )
-
-
 def greedy_answer(model: Any, prompt: Sequence[int], *, max_new_tokens: int) -> tuple[int, ...]:
     """Return the tokens that the model finds most likely after a prompt, to its end-of-text token or the limit."""
     from transformers import GenerationConfig
@@ -171,24 +129,6 @@ def _require_loaders() -> None:
             f"This environment cannot load GPTQ checkpoints: {error}.",
             remedy="Install the engine: qwen-pipeline engine install gptqmodel",
         ) from error
-
-
-def _head(model: nn.Module) -> nn.Module:
-    return cast("Any", model).get_output_embeddings()
-
-
-@contextmanager
-def _head_inputs(model: nn.Module) -> Generator[list[Tensor]]:
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-
-    hook = _head(model).register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def _linears(model: nn.Module) -> dict[str, int]:

@@ -11,7 +11,7 @@ ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Models to load one after the other, and what to do with each.
+    """Models, and what to ask of each.
 
     Attributes:
         models: Role -> directory.
@@ -20,6 +20,7 @@ class Measurement:
         answering: Roles that answer the prompts.
         windows: Token ids; every token but the first of each window is predicted.
         prompts: Token ids of each prompt.
+        device: Where predictions are computed, in float32: ``cpu`` or ``cuda``.
     """
 
     models: Mapping[str, str]
@@ -29,10 +30,7 @@ class Measurement:
     windows: Sequence[Sequence[int]]
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
-
-    def in_order(self) -> list[tuple[str, str]]:
-        """Return roles and directories, the reference first."""
-        return sorted(self.models.items(), key=lambda model: model[0] != self.reference)
+    device: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

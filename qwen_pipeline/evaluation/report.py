@@ -47,9 +47,10 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, method:
 def method_of(windows: int, seq_len: int) -> str:
     """Say how the figures came about."""
     return (
-        f"Plain Transformers on the CPU in float32. {windows} windows of {seq_len} tokens, spread evenly over held-out"
-        " text; every token but the first of each window is predicted from those before it in the window. Perplexity is"
-        " the exponential of the mean surprise; KL is KL(merged || model) in nats a token; answers are greedy."
+        f"In float32, one decoder layer in memory at a time. {windows} windows of {seq_len} tokens, spread evenly over"
+        " held-out text; every token but the first of each window is predicted from those before it in the window."
+        " Perplexity is the exponential of the mean surprise; KL is KL(merged || model) in nats a token; answers are"
+        " greedy, by plain Transformers on the CPU."
     )
 
 

@@ -1,10 +1,10 @@
 """Many batches through one or several models, one decoder layer in memory at a time.
 
-Layer by layer: read the layer (the next one is read meanwhile), take every batch through it, let it go. Hidden states of
-all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
+Layer by layer: read the layer (the next one is read meanwhile), take every batch through it, let it go. Hidden states
+of all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_pipeline.checkpoint.buffers import give_blocks_back_when_freed
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
@@ -38,6 +39,10 @@ class Place:
     def fetch(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
+    def compute(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return weights where and in what they are computed with."""
+        return [tensor.to(self.device).to(self.dtype) for tensor in tensors]
+
 
 class Passage:
     """Batches on their way through one model.
@@ -56,6 +61,7 @@ class Passage:
     """
 
     def __init__(self, checkpoint: Checkpoint, batches: Sequence[Tensor], place: Place, *, beside: int = 0) -> None:
+        give_blocks_back_when_freed()
         self.weights = Weights.of(checkpoint)
         self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
         self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
@@ -68,8 +74,12 @@ class Passage:
             self._arguments.append(_sharing(entry.arguments, self._arguments[0] if self._arguments else ()))
 
     def read(self, layer: int) -> HostTensors:
-        """Return a layer's stored tensors; may run in a thread beside everything else."""
-        return self.parts[layer].read(pinned=self._place.device.type == "cuda")
+        """Return a layer's stored tensors, to be built later; may run in a thread beside everything else.
+
+        Without a GPU they share its memory with the layer that computes: half a layer of them is enough to be ahead.
+        """
+        part, on_gpu = self.parts[layer], self._place.device.type == "cuda"
+        return part.read(room=None if on_gpu else part.numel * self._place.dtype.itemsize // 2, pinned=on_gpu)
 
     def build(self, layer: int, stored: HostTensors) -> nn.Module:
         """Return a layer that can be called; ``stored`` is emptied."""
@@ -106,9 +116,9 @@ def advance(passages: Sequence[Passage]) -> Iterator[int]:
     if len(depths) != 1:
         raise InputRefused(f"The models have {sorted(depths)} layers.", remedy="Compare models of one family and size.")
     steps = [(layer, passage) for layer in range(depths.pop()) for passage in passages]
-    reads = ahead([partial(passage.read, layer) for layer, passage in steps])
-    for (layer, passage), stored in zip(steps, reads, strict=True):
-        passage.run(layer, passage.build(layer, stored))
+    modules = ahead([(partial(passage.read, layer), partial(passage.build, layer)) for layer, passage in steps])
+    for layer, passage in steps:
+        passage.run(layer, next(modules))
         if passage is passages[-1]:
             yield layer
 
@@ -121,6 +131,7 @@ class Logits:
         batch: Which batch the tokens are.
         first: The first token id of the part.
         values: Of each model, float32 [tokens, part]; the last position of each window predicts nothing and is absent.
+            A smaller vocabulary's parts end sooner and are empty at last.
     """
 
     batch: int
@@ -133,18 +144,12 @@ def logit_blocks(passages: Sequence[Passage], place: Place) -> Iterator[Logits]:
     """Yield the models' logits for all batches, a part of the vocabulary after the other.
 
     Each output head is read once, in blocks of rows; logits over the whole vocabulary are never in memory.
-
-    Raises:
-        InputRefused: The vocabularies differ.
     """
     heads = [(passage.weights.checkpoint, passage.weights.head) for passage in passages]
-    specs = {checkpoint[name].shape[0] for checkpoint, name in heads}
-    if len(specs) != 1:
-        raise InputRefused(f"The vocabularies have {sorted(specs)} tokens.", remedy="Compare models of one family.")
     leaving = [passage.leave() for passage in passages]
-    ranges = list(block_ranges(min((checkpoint[name] for checkpoint, name in heads), key=lambda spec: -spec.row_bytes)))
-    for (start, stop), rows in zip(ranges, ahead([partial(_head_rows, heads, *ends) for ends in ranges]), strict=True):
-        near = [block.to(place.device, place.dtype) for block in rows]
+    ranges = list(block_ranges(max((checkpoint[name] for checkpoint, name in heads), key=lambda spec: spec.nbytes)))
+    blocks = ahead([(partial(_head_rows, heads, *ends), place.compute) for ends in ranges])
+    for (start, _), near in zip(ranges, blocks, strict=True):
         for batch, hidden in enumerate(zip(*leaving, strict=True)):
             values = [
                 _product(place.fetch(states)[:, :-1].flatten(0, 1), block)

@@ -1,14 +1,16 @@
 """Weights of modules in memory, from the tensors of a checkpoint on disk.
 
 The two differ. A language model's names have a prefix that depends on the family; experts that Transformers keeps in
-one tensor may be stored one by one, or transposed; a quantized linear layer is stored as codes, whose weight is computed
-where it is needed.
+one tensor may be stored one by one, or transposed; a quantized linear layer is stored as codes, and its weight is
+computed where it is needed.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -25,6 +27,7 @@ READERS = 4
 """Threads that read one layer's tensors: one alone does not keep a fast disk busy."""
 
 T = TypeVar("T")
+U = TypeVar("U")
 HostTensors = dict[str, Tensor]
 Take = Callable[[str], Tensor]
 """Hands out a stored tensor by name, once, on the device of the parameter."""
@@ -46,22 +49,32 @@ class Part:
     checkpoint: Checkpoint
     recipes: Mapping[str, Recipe]
 
-    def read(self, *, pinned: bool = False) -> HostTensors:
-        """Return the stored tensors in host memory; from ``pinned`` memory a GPU copies while it computes."""
+    @property
+    def numel(self) -> int:
+        return sum(prod(recipe.shape) for recipe in self.recipes.values())
+
+    def read(self, *, room: int | None = None, pinned: bool = False) -> HostTensors:
+        """Return stored tensors in host memory, in their order; with a bound, the first ``room`` bytes of them.
+
+        What is left out is read when it is needed. From ``pinned`` memory a GPU copies while it computes.
+        """
         names = [name for recipe in self.recipes.values() for name in recipe.stored]
+        ends = accumulate(self.checkpoint[name].nbytes for name in names)
+        fitting = [name for name, end in zip(names, ends, strict=True) if room is None or end <= room]
 
         def load(name: str) -> Tensor:
             tensor = self.checkpoint.load(name)
             return tensor.pin_memory() if pinned else tensor
 
         with ThreadPoolExecutor(READERS) as pool:
-            return dict(zip(names, pool.map(load, names), strict=True))
+            return dict(zip(fitting, pool.map(load, fitting), strict=True))
 
     def assemble(self, stored: HostTensors, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Compute the parameters. ``stored`` is emptied on the way, so that memory is given back."""
 
         def take(name: str) -> Tensor:
-            return stored.pop(name).to(device, non_blocking=True)
+            tensor = stored.pop(name) if name in stored else self.checkpoint.load(name)
+            return tensor.to(device, non_blocking=True)
 
         parameters: dict[str, Tensor] = {}
         for name, recipe in self.recipes.items():
@@ -70,7 +83,7 @@ class Part:
         return parameters
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        return self.assemble(self.read(), device=device, dtype=dtype)
+        return self.assemble({}, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,16 +187,17 @@ def fill(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     return real.eval().requires_grad_(requires_grad=False)
 
 
-def ahead(works: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield what each piece of work returns, doing the next one in a thread meanwhile."""
+def ahead(steps: Sequence[tuple[Callable[[], T], Callable[[T], U]]]) -> Iterator[U]:
+    """Yield ``use(read())`` for each ``(read, use)``; the next one reads in a thread once this one was used.
+
+    Nothing that was yielded is kept here, so that it is gone when the receiver drops it.
+    """
     with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for work in works:
-            ready, coming = coming, pool.submit(work)
-            if ready:
-                yield ready.result()
-        if coming:
-            yield coming.result()
+        coming = [pool.submit(read) for read, _ in steps[:1]]
+        for (_, use), following in zip(steps, [*steps[1:], None], strict=True):
+            used = [use(coming.pop().result())]
+            coming += [pool.submit(following[0])] if following else []
+            yield used.pop()
 
 
 def _stacked(recipes: Sequence[Recipe]) -> Recipe:

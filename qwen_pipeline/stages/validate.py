@@ -12,6 +12,7 @@ from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, contents_of_directory, derive, require_intact
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
 from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.engines.protocol import Device, default_device
 from qwen_pipeline.errors import InputRefused, PipelineError
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
@@ -32,7 +33,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 ENGINE = "gptqmodel"
 """What Transformers loads GPTQ checkpoints with, whichever engine made them."""
 
@@ -51,6 +52,7 @@ def validate(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     windows: int = 8,
     seq_len: int = 512,
+    device: Device | None = None,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Check and measure a quantized checkpoint, and write a report with the verdict.
@@ -71,6 +73,7 @@ def validate(
         prompts: What merged and quantized model answer side by side.
         windows: Windows of text, at most.
         seq_len: Tokens of a window.
+        device: Where predictions are computed; by default a GPU where there is one.
         observe: Told about each window and module.
 
     Raises:
@@ -80,6 +83,7 @@ def validate(
     """
     roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate}
     models = {role: root.resolve() for role, root in roots.items() if root}
+    device = device or default_device()
     checkpoints = {role: open_checkpoint(root) for role, root in models.items()}
     require_full_precision(
         checkpoints[MERGED],
@@ -96,6 +100,7 @@ def validate(
         inputs={**digests, "text": f"sha256:{canonical_sha256(tokens)}"},
         spec={
             "limits": asdict(limits),
+            "device": device,
             "prompts": list(prompts),
             "seq_len": seq_len,
             "tensor_parallel": tensor_parallel,
@@ -112,6 +117,7 @@ def validate(
         windows=tokens,
         prompts=[encode_prompt(prompt, tokenizer) for prompt in prompts],
         max_new_tokens=MAX_NEW_TOKENS,
+        device=device,
     )
 
     def build(partial: Path) -> Built:

@@ -1,0 +1,134 @@
+"""The streamed forward against Transformers' own, for every kind of family; its memory; what it refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
+from qwen_pipeline.transforms.gptq_codes import gptq_format, load_packed
+from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline_tests.tiny import VISION, tiny_qwen2, tiny_qwen3, tiny_vl
+
+CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+BATCHES = torch.randint(0, 250, (5, 20), generator=torch.Generator().manual_seed(0)).split(2)
+TEXT = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+EYES = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0],
+}  # fmt: skip
+
+
+def save(architecture: str, root: Path, model_type: str, **config: object) -> Path:
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(model_type, **config))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(root)
+    return root
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "qwen2": tiny_qwen2,
+    "qwen3, tied": lambda root: tiny_qwen3(root, tie=True),
+    **{family: lambda root, family=family: tiny_vl(family, root) for family in VISION},
+    "qwen2_moe": lambda root: save("Qwen2MoeForCausalLM", root, "qwen2_moe", **TEXT),
+    "qwen3_moe": lambda root: save("Qwen3MoeForCausalLM", root, "qwen3_moe", **TEXT),
+    "qwen3_next": lambda root: save("Qwen3NextForCausalLM", root, "qwen3_next", **TEXT),
+    "qwen3_5_moe": lambda root: save(
+        "Qwen3_5MoeForConditionalGeneration", root, "qwen3_5_moe", text_config=TEXT, vision_config=EYES
+    ),
+}
+
+
+def streamed_logits(checkpoint: Checkpoint) -> torch.Tensor:
+    passage = Passage(checkpoint, BATCHES, CPU)
+    assert list(advance([passage])) == list(range(len(passage.parts)))
+    parts: list[list[torch.Tensor]] = [[] for _ in BATCHES]
+    for block in logit_blocks([passage], CPU):
+        parts[block.batch].append(block.values[0])
+    return torch.cat([torch.cat(part, dim=-1) for part in parts])
+
+
+def plain_logits(root: Path) -> torch.Tensor:
+    architecture = json.loads((root / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(root, dtype=torch.float32)
+    with torch.no_grad():
+        return torch.cat([model(input_ids=batch).logits[:, :-1].flatten(0, 1) for batch in BATCHES])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    root = FAMILIES[family](tmp_path / "model")
+    torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_compute_what_they_stand_for(chain: Chain, tmp_path: Path) -> None:
+    quantized = open_checkpoint(chain.quantized)
+    root = tiny_qwen2(tmp_path / "model", intermediate_size=128, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    form = gptq_format(quantized.config)
+    weights = {name: quantized.load(name).float() for name in quantized if name.endswith((".weight", ".bias"))}
+    for name in quantized:
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
+            packed = load_packed(quantized, module, form)
+            weights[f"{module}.weight"] = packed.weight_rows(0, packed.qweight.shape[1])
+    model.load_state_dict(weights)
+    model.save_pretrained(root)
+    torch.testing.assert_close(streamed_logits(quantized), plain_logits(root), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_missing_is_named_before_anything_runs(tmp_path: Path) -> None:
+    whole = open_checkpoint(tiny_qwen2(tmp_path / "model"))
+    tensors = {name: tensor for name, tensor in whole.tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(CheckpointRefused, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        Passage(replace(whole, tensors=tensors), BATCHES, CPU)
+    with pytest.raises(CheckpointRefused, match="NoSuchModel"):
+        Passage(whole.replace(config={**whole.config, "architectures": ["NoSuchModel"]}), BATCHES, CPU)
+
+
+def test_models_of_different_depth_are_not_run_side_by_side(tmp_path: Path) -> None:
+    roots = (tiny_qwen2(tmp_path / str(layers), num_hidden_layers=layers) for layers in (1, 2))
+    with pytest.raises(InputRefused, match=r"\[1, 2\] layers"):
+        next(advance([Passage(open_checkpoint(root), BATCHES, CPU) for root in roots]))
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.measure import resident_peak
+from qwen_pipeline.layerwise.forward import Passage, Place, advance
+batches = list(torch.randint(0, 300, (1, 1, 16)))
+passage = Passage(open_checkpoint(Path(sys.argv[1])), batches, Place(device=torch.device("cpu"), dtype=torch.float32))
+Path("/proc/self/clear_refs").write_text("5")
+before = resident_peak()
+list(advance([passage, passage]))
+print(resident_peak() - before)
+"""
+
+
+def test_memory_is_a_layer_and_a_half_whatever_the_depth(tmp_path: Path) -> None:
+    peaks: list[int] = []
+    for layers in (2, 6):
+        root = tiny_qwen2(tmp_path / str(layers), hidden_size=1024, intermediate_size=5632, num_hidden_layers=layers)
+        peaks.append(int(subprocess.check_output([sys.executable, "-c", PEAK, root], cwd=Path(__file__).parents[2])))
+    layer = 2 * sum(spec.nbytes for name, spec in open_checkpoint(root).items() if "layers.0." in name)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
+    assert peaks[1] < 1.65 * layer
