@@ -88,16 +88,16 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
 
 
 def _expected(source: Checkpoint, linears: Sequence[Linear], form: GptqFormat) -> Expected:
-    quantized = {linear.module for linear in linears}
+    modules, weights = {linear.module for linear in linears}, {linear.tensor for linear in linears}
     expected: dict[str, tuple[TensorSpec, ...]] = {}
     for name, spec in source.items():
-        module, _, part = name.rpartition(".")
-        if module not in quantized:
-            expected[name] = (spec,)
-        elif part == "weight":
-            expected |= {f"{module}.{code}": (packed,) for code, packed in form.code_specs(*spec.shape).items()}
-        else:
-            expected[name] = (spec, TensorSpec(dtype="F16", shape=spec.shape))
+        if name in weights:
+            continue
+        is_bias = name.rpartition(".")[0] in modules
+        expected[name] = (spec, TensorSpec(dtype="F16", shape=spec.shape)) if is_bias else (spec,)
+    for linear in linears:
+        codes = form.code_specs(linear.out_features, linear.in_features)
+        expected |= {f"{linear.module}.{code}": (packed,) for code, packed in codes.items()}
     return expected
 
 

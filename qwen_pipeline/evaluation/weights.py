@@ -9,7 +9,8 @@ from torch.linalg import vector_norm
 
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.qwen.linears import Linear
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.qwen.linears import Linear, load_weight
 from qwen_pipeline.transforms.gptq_codes import PackedLinear
 
 
@@ -54,11 +55,11 @@ def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> 
 
     Norms are float32 within a block of rows and float64 over blocks.
     """
-    name, spec = f"{linear.module}.weight", source[f"{linear.module}.weight"]
+    spec = TensorSpec(dtype=source[linear.tensor].dtype, shape=(linear.out_features, linear.in_features))
     before, after = (ZeroLines.of_shape(linear.out_features, linear.in_features) for _ in range(2))
     squared_error = squared_norm = 0.0
     for start, stop in block_ranges(spec):
-        w_OI, wq_OI = source.load(name, slice(start, stop)).float(), packed.weight_rows(start, stop)
+        w_OI, wq_OI = load_weight(source, linear, slice(start, stop)).float(), packed.weight_rows(start, stop)
         before.see(start, w_OI)
         after.see(start, wq_OI)
         squared_error += vector_norm(w_OI - wq_OI).item() ** 2

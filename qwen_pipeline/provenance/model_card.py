@@ -7,8 +7,8 @@ from pathlib import PurePath
 from typing import Any
 
 from qwen_pipeline.provenance.lineage import Step
-from qwen_pipeline.qwen.families import text_config
-from qwen_pipeline.qwen.geometry import WIDTH, outlook
+from qwen_pipeline.qwen.geometry import outlook
+from qwen_pipeline.qwen.layers import required, size_fields
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tensor-parallel degrees that a card speaks about."""
@@ -123,7 +123,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     def _padding(self) -> list[str]:
         if not self.zero_channels:
             return []
-        width = int(text_config(self.config)[WIDTH])
+        width = required(self.config, size_fields(self.config)[0])
         return [
             "## Padding",
             f"Each MLP has {width} channels instead of the base's {width - self.zero_channels}: {self.zero_channels}"

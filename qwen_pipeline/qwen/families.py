@@ -1,114 +1,156 @@
-"""The dense Qwen families: where their sizes are written, how their tensors are named, what stored names mean.
+"""The Qwen families: what their layers consist of, where their configs keep sizes, how their tensors are named.
 
-Transformers keeps a vision-language model's decoder at ``model.language_model``; Qwen2-VL and Qwen2.5-VL are published
-(and saved) with it at ``model`` and the vision tower at ``visual``. Both spellings name the same tensor.
+The tables were read from Transformers 5.23 (``models/qwen*/configuration_*.py`` and ``modeling_*.py``,
+``conversion_mapping.py``); a test compares them with every family of the installed Transformers. A family that is not
+here is refused: nothing is guessed from the shape of a config.
 """
 
-import re
-from collections import Counter
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
+from qwen_pipeline.errors import InputRefused
 
 Config = Mapping[str, Any]
+SizeField = Literal["intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"]
+"""The sizes that padding may move; ``hidden_size`` never does."""
+Part = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "audio", "talker", "vocoder"]
+"""What a tensor belongs to. ``mtp`` is a draft head whose layers are built from the decoder's config."""
+Mixer = Literal["attention", "next", "3.5", "4"]
+"""What mixes tokens: full attention, or gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4) beside it."""
 
-DENSE = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Values of ``model_type`` whose every decoder layer has one gated MLP and full attention."""
-
-_MODULE_SPELLINGS = (
-    ("model.language_model.", "model."),
-    ("model.visual.", "visual."),
-)
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-_MLP = re.compile(
-    r"model\.(?:language_model\.)?layers\.(?P<layer>\d+)\.mlp"
-    rf"\.(?P<tensor>(?:{'|'.join(PROJECTIONS)})\.(?:weight|bias))"
-)
-_CHANNEL_AXIS = {
-    "gate_proj.weight": 0,
-    "gate_proj.bias": 0,
-    "up_proj.weight": 0,
-    "up_proj.bias": 0,
-    "down_proj.weight": 1,
+_TOWERS: Mapping[str, Part] = {"visual.": "vision", "model.visual.": "vision"}
+_EARS: Mapping[str, Part] = {
+    f"{prefix}{tower}.": "audio" for prefix in ("", "model.") for tower in ("audio_tower", "multi_modal_projector")
 }
+_NESTED = ("model.language_model.", "model.")
 
 
-def text_config(config: Config) -> Config:
-    """Return the part of a config that describes the language model."""
-    return config.get("text_config", config)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One value of ``model_type``.
 
-
-def places_of(config: Config, field: str) -> tuple[str, ...]:
-    """Return every place of the language model's ``field``, such as ``text_config.intermediate_size``.
-
-    A vision-language config may repeat it at the top; the vision tower's field of the same name is not among them.
+    Attributes:
+        mixer: What mixes tokens.
+        experts: Whether layers may be mixtures of experts (``num_experts``, ``moe_intermediate_size``).
+        shared: Whether such a layer has a shared expert (``shared_expert_intermediate_size``).
+        decoder: Prefixes that decoder tensors may have on disk or in memory.
+        heads: Names of the output head, without ``.weight``.
+        towers: Prefix of a tensor outside the decoder -> what it belongs to.
+        head_dim: Default of the config field; 0 means ``hidden_size // num_attention_heads``.
+        drafts: Whether published checkpoints have a multi-token prediction head at ``mtp.``.
     """
-    nested = ("text_config." + field,) if field in config.get("text_config", {}) else ()
-    return ((field,) if field in config else ()) + nested
+
+    mixer: Mixer = "attention"
+    experts: bool = False
+    shared: bool = False
+    decoder: tuple[str, ...] = ("model.",)
+    heads: tuple[str, ...] = ("lm_head",)
+    towers: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    head_dim: int = 0
+    drafts: bool = False
 
 
-def require_dense(config: Config) -> str:
-    """Return ``model_type`` of a dense Qwen family.
-
-    Raises:
-        InputRefused: It is another family; the message says what its layers have that this version cannot pad.
-    """
-    family, text = str(config.get("model_type")), text_config(config)
-    if any("expert" in field for field in text):
-        obstacle = "its MLPs are mixtures of experts"
-    elif "linear_attention" in text.get("layer_types", ()):
-        obstacle = "its layers mix linear and full attention"
-    elif family not in DENSE:
-        obstacle = "its tensor names are not known here"
-    else:
-        return family
-    raise InputRefused(
-        f"Models of type {family!r} cannot be padded by this version: {obstacle}.",
-        remedy=f"Use a model of one of the families {', '.join(DENSE)}, or quantize this one without padding.",
+def _thinker(towers: Mapping[str, Part], **rest: Any) -> Family:
+    """A thinker alone, or the whole omni model that it is part of: both spellings are met in one and the same file."""
+    others: dict[str, Part] = {"talker.": "talker", "token2wav.": "vocoder", "code2wav.": "vocoder"}
+    return Family(
+        decoder=("thinker.model.language_model.", "thinker.model.", *_NESTED),
+        heads=("thinker.lm_head", "lm_head"),
+        towers={prefix + tower: part for tower, part in towers.items() for prefix in ("thinker.", "")} | others,
+        **rest,
     )
 
 
-def require_mlp_tensors(checkpoint: Checkpoint, width: int) -> dict[str, int]:
-    """Return the tensors of a dense checkpoint that have the MLP's channels: name -> the axis that counts them.
+_VL = Family(decoder=_NESTED, towers=_TOWERS)
+_OMNI_2_5 = _thinker({**_TOWERS, **_EARS})
+_OMNI_3 = _thinker({**_TOWERS, **_EARS}, experts=True)
+_TEXT_3_5 = Family(mixer="3.5", decoder=_NESTED, towers=_TOWERS, head_dim=256, drafts=True)
+_TEXT_3_5_MOE = Family(
+    mixer="3.5", experts=True, shared=True, decoder=_NESTED, towers=_TOWERS, head_dim=256, drafts=True
+)
+_TEXT_4 = Family(mixer="4", experts=True, shared=True, decoder=_NESTED, towers=_TOWERS, head_dim=256, drafts=True)
 
-    Args:
-        checkpoint: A checkpoint of a dense family.
-        width: The channels that every layer's MLP must have.
+FAMILIES: Mapping[str, Family] = {
+    "qwen2": Family(),
+    "qwen2_moe": Family(experts=True, shared=True),
+    "qwen2_vl": _VL,
+    "qwen2_5_vl": _VL,
+    "qwen2_5_omni": _OMNI_2_5,
+    "qwen2_5_omni_thinker": _OMNI_2_5,
+    "qwen2_audio": Family(
+        decoder=("language_model.model.", *_NESTED), heads=("language_model.lm_head", "lm_head"), towers=_EARS
+    ),
+    "qwen3": Family(head_dim=128),
+    "qwen3_moe": Family(experts=True),
+    "qwen3_next": Family(mixer="next", experts=True, shared=True, head_dim=256, drafts=True),
+    "qwen3_vl": Family(decoder=_NESTED, towers=_TOWERS, head_dim=128),
+    "qwen3_vl_moe": Family(experts=True, decoder=_NESTED, towers=_TOWERS),
+    "qwen3_omni_moe": _OMNI_3,
+    "qwen3_omni_moe_thinker": _OMNI_3,
+    "qwen3_asr": Family(decoder=_NESTED, towers=_EARS, head_dim=128),
+    "qwen3_5": _TEXT_3_5,
+    "qwen3_5_text": _TEXT_3_5,
+    "qwen3_5_moe": _TEXT_3_5_MOE,
+    "qwen3_5_moe_text": _TEXT_3_5_MOE,
+    "qwen4_exp": _TEXT_4,
+    "qwen4_exp_text": _TEXT_4,
+}
+
+
+def require_family(config: Config) -> Family:
+    """Return what is known of the config's ``model_type``.
 
     Raises:
-        CheckpointRefused: A projection is missing, is there twice or has another width; the message names them.
+        InputRefused: Nothing is.
     """
-    matches = {name: match for name in checkpoint if (match := _MLP.fullmatch(name))}
-    axes = {name: _CHANNEL_AXIS[m["tensor"]] for name, m in matches.items() if m["tensor"] in _CHANNEL_AXIS}
-    roles = {name: f"layers.{m['layer']}.mlp.{m['tensor']}" for name, m in matches.items()}
-    held = Counter(roles.values())
-    layers = range(int(text_config(checkpoint.config)["num_hidden_layers"]))
-    expected = [f"layers.{n}.mlp.{projection}.weight" for n in layers for projection in PROJECTIONS]
-    wrong = [f"{role} is missing" for role in expected if role not in held]
-    wrong += [f"{name} is one of {held[role]} spellings of it" for name, role in roles.items() if held[role] > 1]
-    wrong += [f"{n} is {list(checkpoint[n].shape)}" for n, axis in axes.items() if checkpoint[n].shape[axis] != width]
-    if wrong:
-        raise CheckpointRefused(
-            f"The MLP weights do not fit {len(layers)} layers of intermediate_size {width}: {listed(wrong)}.",
-            remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
-        )
-    return axes
+    name = str(config.get("model_type"))
+    if name in FAMILIES:
+        return FAMILIES[name]
+    raise InputRefused(
+        f"Models of type {name!r} are not known here: which tensors carry which size is only known for Qwen families.",
+        remedy=f"Use a model of one of the families {', '.join(FAMILIES)}.",
+    )
 
 
-def stored_names(module: str, checkpoint: Container[str]) -> list[str]:
-    """Return the weights in ``checkpoint`` that the module path of a model in memory can stand for."""
-    spellings = {f"{module}.weight"}
-    for new, old in _MODULE_SPELLINGS:
-        spellings |= {f"{old}{module.removeprefix(new)}.weight"} if module.startswith(new) else set()
-        spellings |= {f"{new}{module.removeprefix(old)}.weight"} if module.startswith(old) else set()
-    return sorted(name for name in spellings if name in checkpoint)
+def text_config(config: Config) -> Config:
+    """Return the part of a config that describes the language model: ``thinker_config``, ``text_config``, or all."""
+    return _levels(config)[-1][1]
+
+
+def places_of(config: Config, field: str) -> tuple[str, ...]:
+    """Return every place of the language model's ``field``, such as ``thinker_config.text_config.intermediate_size``.
+
+    A vision-language config may repeat it at the top; fields of that name that describe towers are not among them.
+    """
+    return tuple(prefix + field for prefix, level in _levels(config) if field in level)
+
+
+def place_values(config: Config, field: str) -> set[Any]:
+    """Return the values at :func:`places_of`; a sound config has one."""
+    return {level[field] for _, level in _levels(config) if field in level}
+
+
+def number_of_experts(config: Config) -> int:
+    """Return how many routed experts each mixture has; 0 in a dense model."""
+    text = text_config(config)
+    return int(text.get("num_experts", text.get("num_local_experts")) or 0)
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output head is the embedding itself: the config says so, or there is no tensor for it."""
     config = checkpoint.config
+    heads = FAMILIES[name].heads if (name := str(config.get("model_type"))) in FAMILIES else ("lm_head",)
     declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
-    return bool(declared) or "lm_head.weight" not in checkpoint
+    return bool(declared) or not any(f"{head}.weight" in checkpoint for head in heads)
+
+
+def _levels(config: Config) -> list[tuple[str, Config]]:
+    """Return the parts of a config on the way to the language model, the outermost first, each with its path."""
+    levels = [("", config)]
+    for part in ("thinker_config", "text_config"):
+        prefix, level = levels[-1]
+        if isinstance(inner := level.get(part), Mapping):
+            levels.append((f"{prefix}{part}.", inner))
+    return levels

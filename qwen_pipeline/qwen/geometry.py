@@ -5,7 +5,7 @@ scales stay right only if that is a multiple of the group size: 29568 = 231 x 12
 serves 2, 4 and 8.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import places_of, require_dense, text_config
+from qwen_pipeline.qwen.families import SizeField, places_of
+from qwen_pipeline.qwen.layers import (
+    delta_geometry,
+    head_geometry,
+    is_linear_attention,
+    number_of_layers,
+    required,
+    size_fields,
+)
 
 if TYPE_CHECKING:
     import torch
 
 Layout = Literal["interleave", "append"]
-WIDTH = "intermediate_size"
-"""The only size that padding moves; ``hidden_size`` never does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +40,7 @@ class PaddedSize:
             live channels; ``append`` puts them last.
     """
 
-    field: str
+    field: SizeField
     places: tuple[str, ...]
     live: int
     padded: int
@@ -90,18 +96,22 @@ def load_plan(value: Mapping[str, Any]) -> PadPlan:
 def plan_padding(
     config: Mapping[str, Any], *, group_size: int, tensor_parallel: int, layout: Layout = "interleave"
 ) -> PadPlan:
-    """Return the smallest padding after which every rank of ``tensor_parallel`` holds whole groups of the MLP.
+    """Return the smallest padding after which every rank of ``tensor_parallel`` holds whole groups of every MLP.
+
+    Routed experts and shared experts have sizes of their own. Towers are never padded.
 
     Raises:
         InputRefused: The family cannot be padded, the config's sizes disagree, or a number is not positive.
     """
-    require_dense(config)
     unit = _unit(group_size, tensor_parallel)
-    live = _width(config)
-    size = PaddedSize(
-        field=WIDTH, places=places_of(config, WIDTH), live=live, padded=_round_up(live, unit), layout=layout
-    )
-    return PadPlan(group_size=group_size, tensor_parallel=tensor_parallel, sizes=(size,))
+    sizes = _sizes(config, lambda _, live: _round_up(live, unit), layout)
+    return PadPlan(group_size=group_size, tensor_parallel=tensor_parallel, sizes=sizes)
+
+
+def plan_between(live: Mapping[str, Any], padded: Mapping[str, Any], *, layout: Layout = "interleave") -> PadPlan:
+    """Return the padding that leads from one config's sizes to the other's."""
+    sizes = _sizes(live, lambda field, _: required(padded, field), layout)
+    return PadPlan(group_size=1, tensor_parallel=1, sizes=sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +119,8 @@ class DegreeOutlook:
     """What one tensor-parallel degree means for a model.
 
     Attributes:
-        live: MLP channels now.
-        target: MLP channels after padding for this degree.
+        live: Channels now of the size that padding moves, or of the first if it moves none.
+        target: The same after padding for this degree.
         groups_per_rank: Quantization groups of ``down_proj`` on each rank, now and after; a fraction is what breaks.
         legal: Whether the padded model serves at this degree: heads and ``o_proj`` divide too.
         sentence: What would happen, for a reader.
@@ -131,9 +141,7 @@ class DegreeOutlook:
 
 def outlook(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int]) -> list[DegreeOutlook]:
     """Return what each tensor-parallel degree would mean, the illegal ones included."""
-    require_dense(config)
-    live = _width(config)
-    return [_outlook(config, live, group_size, degree) for degree in degrees]
+    return [_outlook(config, group_size, degree) for degree in degrees]
 
 
 def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_parallel: int) -> list[str]:
@@ -141,10 +149,7 @@ def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_pa
 
     Key-value heads are replicated where there are fewer of them than ranks, as vLLM and SGLang do.
     """
-    text = text_config(config)
-    heads = int(text["num_attention_heads"])
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
+    heads, kv_heads, head_dim = head_geometry(config)
     obstacles: list[str] = []
     if heads % tensor_parallel:
         obstacles.append(f"{heads} attention heads do not divide by {tensor_parallel}")
@@ -153,37 +158,54 @@ def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_pa
     if not obstacles and (heads * head_dim // tensor_parallel) % group_size:
         inputs = heads * head_dim // tensor_parallel
         obstacles.append(f"o_proj has {inputs} inputs per rank, not a multiple of the group size {group_size}")
+    if any(is_linear_attention(config, layer) for layer in range(number_of_layers(config))):
+        obstacles += _delta_obstacles(config, group_size, tensor_parallel)
     return obstacles
 
 
-def _outlook(config: Mapping[str, Any], live: int, group_size: int, degree: int) -> DegreeOutlook:
-    target = _round_up(live, _unit(group_size, degree))
+def _delta_obstacles(config: Mapping[str, Any], group_size: int, tensor_parallel: int) -> list[str]:
+    _, value, value_heads = delta_geometry(config)
+    heads = {"key": required(config, "linear_num_key_heads"), "value": value_heads}
+    obstacles = [
+        f"{count} linear-attention {kind} heads do not divide by {tensor_parallel}"
+        for kind, count in heads.items()
+        if count % tensor_parallel
+    ]
+    if not obstacles and (value // tensor_parallel) % group_size:
+        inputs = value // tensor_parallel
+        obstacles.append(f"linear_attn.out_proj has {inputs} inputs per rank, not a multiple of {group_size}")
+    return obstacles
+
+
+def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeOutlook:
+    sizes = plan_padding(config, group_size=group_size, tensor_parallel=degree).sizes
+    moved = [size for size in sizes if size.zeros]
+    shown = (moved or sizes)[0]
     obstacles = attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
     if obstacles:
         sentence = f"Cannot serve: {'; '.join(obstacles)}."
-    elif target == live:
+    elif not moved:
         sentence = "Serves as it is."
     else:
-        sentence = f"Breaks as it is; pad {live} to {target} before quantizing."
+        pads = " and ".join(f"{size.live} to {size.padded}" for size in moved)
+        sentence = f"Breaks as it is; pad {pads} before quantizing."
     return DegreeOutlook(
         degree=degree,
-        live=live,
-        target=target,
-        groups_per_rank=(live / group_size / degree, target / group_size / degree),
+        live=shown.live,
+        target=shown.padded,
+        groups_per_rank=(shown.live / group_size / degree, shown.padded / group_size / degree),
         legal=not obstacles,
         sentence=sentence,
     )
 
 
-def _width(config: Mapping[str, Any]) -> int:
-    """Return the MLP width that every place of it in the config agrees on."""
-    found = {part[WIDTH] for part in (config, text_config(config)) if WIDTH in part}
-    if len(found) == 1 and isinstance(width := found.pop(), int) and width > 0:
-        return width
-    places = ", ".join(places_of(config, WIDTH)) or "nowhere"
-    raise InputRefused(
-        f"{WIDTH} must be one positive number; it is in {places}: {sorted(map(str, found))}.",
-        remedy="Correct config.json: the width of the MLP weights is right.",
+def _sizes(
+    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], layout: Layout
+) -> tuple[PaddedSize, ...]:
+    lives: dict[SizeField, int] = {field: required(config, field) for field in size_fields(config)}
+    return tuple(
+        PaddedSize(field=field, places=places_of(config, field), live=live, padded=padded(field, live), layout=layout)
+        for field, live in lives.items()
     )
 
 

@@ -1,62 +1,149 @@
-"""The linear layers of a dense Qwen decoder: the seven of each layer that are quantized."""
+"""The linear layers of a Qwen decoder that are quantized, found in a checkpoint, and their weights.
 
-import re
+Experts that are stored in stacks are linear layers like all others here: each is a view of its stack.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import InputRefused, listed
+from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.qwen.channels import channels_of
+from qwen_pipeline.qwen.families import Config
+from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers
+from qwen_pipeline.qwen.names import DOWN, Place, decoder_prefix, places_in, stack_of
+
+if TYPE_CHECKING:
+    import torch
 
 DECODER_LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
-_IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)\.weight$")
+"""The linear layers of a dense layer with full attention, in the order in which data meets them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """Which part of a stack of experts one weight is.
+
+    Attributes:
+        expert: Its number.
+        start: The first of its outputs among those of the stack: ``up`` follows ``gate``.
+        transposed: Whether the stack has inputs before outputs.
+        stack: Shape of the whole stack.
+    """
+
+    expert: int
+    start: int
+    transposed: bool
+    stack: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One linear layer: ``module`` is its name without ``.weight``, ``kind`` one of :data:`DECODER_LINEARS`."""
+    """One linear layer.
+
+    Attributes:
+        module: Its name without ``.weight``; codes of it are named after this.
+        layer: Number of the decoder layer.
+        kind: Path inside the layer, such as ``mlp.experts.7.gate_proj``.
+        tensor: Name of the stored tensor that holds the weight.
+        slab: Which part of that tensor the weight is; None if it is all of it.
+    """
 
     module: str
     layer: int
     kind: str
     out_features: int
     in_features: int
+    tensor: str
+    slab: Slab | None = None
 
 
 def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
-    """Return the linear layers of every decoder layer, by layer and in the order of :data:`DECODER_LINEARS`.
+    """Return the linear layers that quantization turns into codes, by layer and in the order in which data meets them.
+
+    Routers, gates, embeddings, towers and draft heads are not among them.
 
     Raises:
-        InputRefused: A layer lacks one of :data:`DECODER_LINEARS`, or has matrices besides them (experts, linear
-            attention).
+        InputRefused: The family is unknown.
+        CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than the config says; the
+            message names them.
     """
+    places, config = places_in(checkpoint), checkpoint.config
+    prefix = decoder_prefix(checkpoint)
     linears: list[Linear] = []
-    for name, spec in checkpoint.items():
-        match = _IN_LAYER.search(name)
-        if not match or len(spec.shape) < 2:
-            continue
-        layer, kind = int(match[1]), match[2]
-        if kind not in DECODER_LINEARS or len(spec.shape) != 2:
-            raise InputRefused(
-                f"{name} {list(spec.shape)} is not one of the linear layers of a dense Qwen decoder.",
-                remedy="Mixtures of experts and linear attention are not supported yet; use a dense Qwen model.",
+    wrong: list[str] = []
+    for layer in range(number_of_layers(config)):
+        for kind, matrix in _quantized(layer_matrices(config, layer)):
+            module = f"{prefix}layers.{layer}.{kind}"
+            own, stack = (
+                places.get(Place(part="decoder", layer=layer, module=path, parameter="weight"))
+                for path in (kind, stack_of(kind) or "")
             )
-        linears.append(
-            Linear(
-                module=name.removesuffix(".weight"),
-                layer=layer,
-                kind=kind,
-                out_features=spec.shape[0],
-                in_features=spec.shape[1],
+            if not (tensor := own or stack):
+                wrong.append(f"{module} is missing")
+                continue
+            shape = checkpoint[tensor].shape
+            slab = None if own else _slab(kind, matrix, shape, config)
+            if shape != (slab.stack if slab else (matrix.out_features, matrix.in_features)):
+                wrong.append(
+                    f"{tensor} is {list(shape)}, where {module} is {matrix.out_features} x {matrix.in_features}"
+                )
+            linears.append(
+                Linear(
+                    module=module,
+                    layer=layer,
+                    kind=kind,
+                    out_features=matrix.out_features,
+                    in_features=matrix.in_features,
+                    tensor=tensor,
+                    slab=slab,
+                )
             )
+    if wrong:
+        raise CheckpointRefused(
+            f"The weights of the decoder do not fit its config: {listed(wrong)}.",
+            remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
         )
-    found = {(linear.layer, linear.kind) for linear in linears}
-    layers = sorted({linear.layer for linear in linears})
-    missing = [f"layers.{i}.{kind}" for i in layers for kind in DECODER_LINEARS if (i, kind) not in found]
-    if missing or not linears:
-        raise InputRefused(
-            f"The checkpoint lacks linear layers of a dense Qwen decoder: {listed(missing) or 'all of them'}.",
-            remedy="Use a complete checkpoint of a dense Qwen model.",
-        )
-    return sorted(linears, key=lambda linear: (linear.layer, DECODER_LINEARS.index(linear.kind)))
+    return linears
+
+
+def load_weight(checkpoint: Checkpoint, linear: Linear, rows: slice | None = None) -> "torch.Tensor":
+    """Return the weight of a linear layer [O, I], or only ``rows`` of its outputs.
+
+    A part of a stack is read with the whole of its expert, because the rows of a stack are experts.
+    """
+    if (slab := linear.slab) is None:
+        return checkpoint.load(linear.tensor, rows)
+    expert = checkpoint.load(linear.tensor, slice(slab.expert, slab.expert + 1))[0]
+    w_OI = (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features]
+    return w_OI if rows is None else w_OI[rows]
+
+
+def _quantized(matrices: Sequence[Matrix]) -> Iterator[tuple[str, Matrix]]:
+    """Yield every matrix that is quantized with a kind of its own, one expert after the other."""
+    experts = [matrix for matrix in matrices if matrix.count > 1 or "*" in matrix.kind]
+    for matrix in matrices:
+        if matrix in experts:
+            if matrix is experts[0]:
+                yield from ((m.kinds()[expert], m) for expert in range(matrix.count) for m in experts)
+        elif matrix.quantized:
+            yield matrix.kind, matrix
+
+
+def _slab(kind: str, matrix: Matrix, shape: tuple[int, ...], config: Config) -> Slab:
+    stack, outputs = stack_of(kind), matrix.out_features
+    channels = channels_of(Place(part="decoder", module=str(stack), parameter="weight"), shape, config)
+    assert channels, f"{stack} has no channels"
+    rows = outputs * channels.halves
+    transposed = channels.axis == (1 if stack == DOWN else 2)
+    sides = (matrix.in_features, rows) if transposed else (rows, matrix.in_features)
+    return Slab(
+        expert=int(kind.split(".")[2]),
+        start=outputs if kind.endswith(".up_proj") else 0,
+        transposed=transposed,
+        stack=(matrix.count, *sides),
+    )

@@ -9,7 +9,7 @@ from qwen_pipeline.checkpoint.rewrite import Rewrite
 from qwen_pipeline.checkpoint.source import Source, open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.families import require_mlp_tensors
+from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -82,39 +82,43 @@ def prepare(source: Source, *, group_size: int, tensor_parallel: int, layout: La
 
 def _width_report(plan: PadPlan) -> CheckReport:
     unit = plan.group_size * plan.tensor_parallel
-    (mlp,) = plan.sizes
+    widths = [f"{size.padded}" for size in plan.sizes]
     return CheckReport(
         name=CHECKS[0].name,
-        passed=mlp.padded % unit == 0,
-        measured=mlp.padded,
+        passed=all(size.padded % unit == 0 for size in plan.sizes),
+        measured=plan.sizes[0].padded if len(widths) == 1 else ", ".join(widths),
         limit=f"a multiple of {plan.group_size} x {plan.tensor_parallel} = {unit}",
-        detail=f"{mlp.live} live channels in {mlp.padded}: {mlp.padded // unit} whole groups on each rank.",
+        detail=" ".join(
+            f"{size.live} live channels in {size.padded}: {size.padded // unit} whole groups on each rank."
+            for size in plan.sizes
+        ),
     )
 
 
 def _zero_report(live: Checkpoint, plan: PadPlan) -> CheckReport:
-    (mlp,) = plan.sizes
-    count = len(require_mlp_tensors(live, mlp.live))
+    count = sum(len(sized_tensors(live, size.field)) for size in plan.sizes)
     return CheckReport(
         name=CHECKS[1].name,
         passed=True,
         measured=f"{count} tensors",
-        detail=f"By construction: each block starts as zeros, and the {mlp.live} live channels are copied into it as"
-        " they are; nothing is computed.",
+        detail="By construction: each block starts as zeros, and the live channels are copied into it as they are;"
+        " nothing is computed.",
     )
 
 
 def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> CheckReport:
-    (mlp,) = plan.sizes
-    require_mlp_tensors(padded, mlp.padded)
+    for size in plan.sizes:
+        sized_tensors(padded, size.field)
     stated = plan_padding(padded.config, group_size=plan.group_size, tensor_parallel=plan.tensor_parallel)
     moved = _changed_fields(live.config, padded.config)
+    places = [place for size in plan.sizes for place in size.places]
+    widths = ", ".join(f"{size.field} {size.padded}" for size in plan.sizes)
     return CheckReport(
         name=CHECKS[2].name,
-        passed=stated.sizes[0].live == mlp.padded and moved <= set(mlp.places),
+        passed=[size.live for size in stated.sizes] == [size.padded for size in plan.sizes] and moved <= set(places),
         measured=", ".join(sorted(moved)) or "unchanged",
-        limit=", ".join(mlp.places),
-        detail=f"Config and weights both have {mlp.field} {mlp.padded}; hidden_size and all other fields stay.",
+        limit=", ".join(places),
+        detail=f"Config and weights both have {widths}; hidden_size and all other fields stay.",
     )
 
 
@@ -132,9 +136,12 @@ def _attention_report(plan: PadPlan, config: Mapping[str, Any]) -> CheckReport:
 
 
 def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """Return the paths of the fields that differ, one level of nesting deep."""
-    changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
-    if "text_config" in changed:
-        changed.remove("text_config")
-        changed |= {"text_config." + field for field in _changed_fields(before["text_config"], after["text_config"])}
+    """Return the paths of the fields that differ, however deep."""
+    changed: set[str] = set()
+    for field in before.keys() | after.keys():
+        old, new = before.get(field), after.get(field)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed |= {f"{field}.{path}" for path in _changed_fields(old, new)}
+        elif old != new:
+            changed.add(field)
     return changed

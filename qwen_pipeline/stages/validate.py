@@ -25,7 +25,7 @@ from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
-from qwen_pipeline.qwen.geometry import WIDTH, DegreeOutlook, outlook, plan_padding
+from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook, plan_between
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, dump_reports
 from qwen_pipeline.workers.parent import run_worker
@@ -166,8 +166,7 @@ def _quantized_from(checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:
     if PADDED in checkpoints:
         return checkpoints[PADDED]
     merged = checkpoints[MERGED]
-    live, width = (text_config(checkpoints[role].config)[WIDTH] for role in (MERGED, QUANTIZED))
-    return pad(merged, plan_padding(merged.config, group_size=width, tensor_parallel=1)) if width > live else merged
+    return pad(merged, plan_between(merged.config, checkpoints[QUANTIZED].config))
 
 
 def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[Sequence[int]]) -> None:

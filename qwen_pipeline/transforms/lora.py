@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import AdapterRefused, listed
-from qwen_pipeline.qwen.families import is_tied, stored_names
+from qwen_pipeline.qwen.families import is_tied
+from qwen_pipeline.qwen.names import stored_names
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.transforms.adapter import Adapter, require_finite_factors
 from qwen_pipeline.transforms.low_rank import cell_range, merged_rows

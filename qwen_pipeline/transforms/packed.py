@@ -23,18 +23,22 @@ def quantized_checkpoint(
 ) -> Checkpoint:
     """Replace the weight of each linear layer by its codes from ``packed``; a layer without codes keeps its weight.
 
+    A stack of experts is kept whole if one of them has no codes.
+
     Raises:
         EngineFault: The codes have another dtype or shape than the source's weight gives.
     """
     form = gptq_format({"quantization_config": quantization_config})
-    codes = {
-        f"{linear.module}.weight": {
-            f"{linear.module}.{code}": spec
-            for code, spec in form.code_specs(linear.out_features, linear.in_features).items()
-        }
-        for linear in linears
-        if f"{linear.module}.qweight" in packed
-    }
+    unsolved = {linear.tensor for linear in linears if f"{linear.module}.qweight" not in packed}
+    codes: dict[str, dict[str, TensorSpec]] = {}
+    for linear in linears:
+        if linear.tensor not in unsolved:
+            codes.setdefault(linear.tensor, {}).update(
+                {
+                    f"{linear.module}.{code}": spec
+                    for code, spec in form.code_specs(linear.out_features, linear.in_features).items()
+                }
+            )
     tensors: dict[str, LazyTensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in source.tensors.items():

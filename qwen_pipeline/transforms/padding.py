@@ -1,12 +1,12 @@
 """Widening every MLP with zero channels, changing no output: silu(0) * 0 = 0 meets zero columns in ``down_proj``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
-from qwen_pipeline.qwen.families import require_mlp_tensors
+from qwen_pipeline.qwen.channels import Channels, sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
 from qwen_pipeline.transforms.strided import copy_channels
 
@@ -23,12 +23,9 @@ def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
         CheckpointRefused: The MLP weights do not have the live width.
     """
     for size in plan.sizes:
-        axes = require_mlp_tensors(checkpoint, size.live)
+        sized = sized_tensors(checkpoint, size.field)
         if size.zeros:
-            positions = size.positions()
-            tensors = {
-                name: _padded(checkpoint.tensors[name], axis, size.padded, positions) for name, axis in axes.items()
-            }
+            tensors = {name: _padded(checkpoint.tensors[name], at, size) for name, at in sized.items()}
             checkpoint = checkpoint.replace(tensors=tensors, config=padded_config(checkpoint.config, size))
     return checkpoint
 
@@ -37,20 +34,24 @@ def padded_config(config: Mapping[str, Any], size: PaddedSize) -> dict[str, Any]
     """Return the config with one size changed wherever it is written, and nothing else."""
     changed = dict(config)
     for place in size.places:
-        part, _, field = place.rpartition(".")
-        if part:
-            changed[part] = {**changed[part], field: size.padded}
-        else:
-            changed[field] = size.padded
+        changed = _with(changed, place.split("."), size.padded)
     return changed
 
 
-def _padded(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor") -> LazyTensor:
-    """Return the tensor with ``width`` channels along ``axis``: its own at ``positions``, zeros elsewhere."""
+def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
+    """Return the config with ``value`` at the end of ``path``."""
+    field, *rest = path
+    return {**config, field: _with(config[field], rest, value) if rest else value}
+
+
+def _padded(tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:
+    """Return the tensor with its live channels at their padded positions, and zeros elsewhere."""
     import torch
 
+    halves = range(at.halves)
+    positions = torch.cat([size.positions() + half * size.padded for half in halves])
     shape = list(tensor.spec.shape)
-    shape[axis] = width
+    shape[at.axis] = size.padded * at.halves
     spec = replace(tensor.spec, shape=tuple(shape))
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
@@ -61,6 +62,6 @@ def _padded(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor"
 
     def read_columns(start: int, stop: int) -> "torch.Tensor":
         block = empty((stop - start, *shape[1:]), spec.torch_dtype).zero_()
-        return copy_channels(tensor.read(start, stop), torch.arange(len(positions)), block, positions, axis=1)
+        return copy_channels(tensor.read(start, stop), torch.arange(len(positions)), block, positions, axis=at.axis)
 
-    return LazyTensor(spec=spec, read=read_rows if axis == 0 else read_columns)
+    return LazyTensor(spec=spec, read=read_rows if at.axis == 0 else read_columns)

@@ -8,8 +8,17 @@ from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.qwen.linears import Linear
 
 HEADER = "layer,module,loss,samples,damp,time\n"
-DOWN = Linear(module="model.layers.1.mlp.down_proj", layer=1, kind="mlp.down_proj", out_features=64, in_features=96)
-GATE = Linear(module="model.layers.1.mlp.gate_proj", layer=1, kind="mlp.gate_proj", out_features=96, in_features=64)
+GATE, DOWN = (
+    Linear(
+        module=f"model.layers.1.{kind}",
+        layer=1,
+        kind=kind,
+        out_features=64,
+        in_features=64,
+        tensor=f"model.layers.1.{kind}.weight",
+    )
+    for kind in ("mlp.gate_proj", "mlp.down_proj")
+)
 
 
 def read(tmp_path: Path, *rows: str) -> list[ModuleLoss]:

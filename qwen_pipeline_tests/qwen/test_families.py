@@ -1,65 +1,94 @@
-"""Every Qwen family of the installed Transformers is either padded or refused by name."""
+"""Every Qwen family of the installed Transformers is known, and every tensor of it in every layout is placed."""
 
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import DENSE, places_of, require_dense, require_mlp_tensors, stored_names
-from qwen_pipeline.qwen.geometry import plan_padding
-from qwen_pipeline.transforms.padding import pad
-from qwen_pipeline_tests.tiny import VISION, tiny_qwen2, tiny_qwen3, tiny_vl
+from qwen_pipeline.qwen.families import FAMILIES, number_of_experts, places_of, require_family, text_config
+from qwen_pipeline.qwen.layers import head_geometry, layer_matrices, number_of_layers, size_fields
+from qwen_pipeline_tests.tiny_sizes import LANGUAGE_FAMILIES, tiny_sizes
 
-FAMILIES = sorted(name for name in CONFIG_MAPPING_NAMES if "qwen" in name)
-TINY = {"qwen2": tiny_qwen2, "qwen3": tiny_qwen3} | {family: partial(tiny_vl, family) for family in VISION}
+OTHERS = sorted(name for name in CONFIG_MAPPING_NAMES if "qwen" in name and name not in LANGUAGE_FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_dense_or_refused_by_name(family: str) -> None:
-    config = AutoConfig.for_model(family).to_dict()
-    if family in DENSE:
-        assert require_dense(config) == family
-    else:
-        with pytest.raises(InputRefused, match=family):
-            require_dense(config)
+def test_the_table_is_the_list_of_transformers() -> None:
+    assert sorted(FAMILIES) == sorted(LANGUAGE_FAMILIES)
 
 
-def test_experts_and_hybrids_are_told_apart_from_the_unknown() -> None:
-    reasons = {"qwen3_moe": "experts", "qwen3_5": "linear and full attention", "qwen2_audio": "tensor names"}
-    for family, reason in reasons.items():
-        with pytest.raises(InputRefused, match=reason):
-            require_dense(AutoConfig.for_model(family).to_dict())
+@pytest.mark.parametrize("family", OTHERS)
+def test_parts_and_other_models_are_refused_by_name(family: str) -> None:
+    with pytest.raises(InputRefused, match=family):
+        require_family({"model_type": family})
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_the_mlps_of_the_decoder_are_found_as_transformers_saves_them_and_no_others(
-    family: str, tmp_path: Path
-) -> None:
-    TINY[family](tmp_path)
-    live = open_checkpoint(tmp_path)
-
-    axes = require_mlp_tensors(live, 96)
-    expected = [name for name in live if ".mlp." in name and "visual" not in name]
-    assert sorted(axes) == sorted(expected)
-    assert len(axes) == 6
-
-    padded = pad(live, plan_padding(live.config, group_size=32, tensor_parallel=4))
-    assert [name for name in live if padded[name] != live[name]] == [name for name in live if name in axes]
-    if family in VISION:
-        assert padded.config["vision_config"] == live.config["vision_config"]
-    place = "text_config.intermediate_size" if family in VISION else "intermediate_size"
-    assert places_of(live.config, "intermediate_size") == (place,)
+@pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
+def test_sizes_are_where_transformers_reads_them(family: str) -> None:
+    default = AutoConfig.for_model(family)
+    config = type(default)(**tiny_sizes(default, {"moe_intermediate_size": 80, "intermediate_size": 112}))
+    theirs, ours = config.get_text_config(), config.to_dict()
+    assert text_config(ours)["hidden_size"] == theirs.hidden_size
+    assert number_of_layers(ours) == theirs.num_hidden_layers
+    assert number_of_experts(ours) == getattr(theirs, "num_experts", 0)
+    assert head_geometry(ours)[:2] == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    for field in size_fields(ours):
+        (place,) = places_of(ours, field)
+        part: object = config
+        for name in place.split("."):
+            part = getattr(part, name)
+        assert part is getattr(theirs, field)
+        assert part == {"moe_intermediate_size": 80, "intermediate_size": 112}.get(field, 160)
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_each_linear_layer_in_memory_has_one_stored_tensor(family: str, tmp_path: Path) -> None:
-    stored = open_checkpoint(TINY[family](tmp_path))
-    auto = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
-    for name, module in auto.from_pretrained(tmp_path).named_modules():
-        if isinstance(module, torch.nn.Linear):
-            assert len(stored_names(name, stored)) == 1, name
+@pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
+def test_the_matrices_of_a_config_are_those_of_the_model(family: str) -> None:
+    """Built on the meta device, from sizes of which no two are equal."""
+    from qwen_pipeline_tests.tiny import model_class
+
+    default = AutoConfig.for_model(family)
+    odd = {} if family in ("qwen2_vl", "qwen2_5_vl") else {"head_dim": 24}  # those two always divide hidden_size
+    odd |= {"intermediate_size": 112, "moe_intermediate_size": 48, "num_experts": 3}
+    config = type(default)(**tiny_sizes(default, odd))
+    with torch.device("meta"):
+        model = model_class(family)(config)
+    layers = next(
+        module for name, module in model.named_modules() if (name.endswith("layers") and "language_model" in f"{name}_")
+        or name in ("model.layers", "thinker.model.language_model.layers")
+    )  # fmt: skip
+    for number, layer in enumerate(layers.children()):
+        theirs: Counter[str] = Counter()
+        for name, parameter in layer.named_parameters():
+            theirs.update(_shapes(name, parameter))
+        ours: Counter[str] = Counter()
+        for matrix in layer_matrices(config.to_dict(), number):
+            ours.update(f"{kind} {matrix.out_features} x {matrix.in_features}" for kind in matrix.kinds())
+        assert ours == theirs
+
+
+def _shapes(name: str, parameter: torch.Tensor) -> list[str]:
+    """Return the matrices that a parameter is made of; norms, biases, convolutions and embeddings are none."""
+    shape = list(parameter.shape)
+    if name.endswith("experts.gate_up_proj"):
+        owner = name.removesuffix("gate_up_proj")
+        parts = [(f"{owner}{e}.{half}_proj", shape[1] // 2) for e in range(shape[0]) for half in ("gate", "up")]
+        return [f"{kind} {rows} x {shape[2]}" for kind, rows in parts]
+    if name.endswith("experts.down_proj"):
+        return [f"{name[:-9]}{e}.down_proj {shape[1]} x {shape[2]}" for e in range(shape[0])]
+    is_matrix = len(shape) == 2 and "embedding" not in name
+    return [f"{name.removesuffix('.weight')} {shape[0]} x {shape[1]}"] if is_matrix else []
+
+
+def test_a_config_that_leaves_out_defaults_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    for family in ("qwen2", "qwen3", "qwen3_next", "qwen3_5_text", "qwen3_moe"):
+        default = AutoConfig.for_model(family)
+        shown = {"model_type": family} | {
+            name: value
+            for name, value in default.to_dict().items()
+            if name not in ("head_dim", "layer_types", "mlp_only_layers", "decoder_sparse_step")
+        }
+        for layer in range(4):
+            assert layer_matrices(shown, layer) == layer_matrices(default.to_dict(), layer), family

@@ -65,7 +65,7 @@ def test_the_width_follows_in_a_nested_text_config_too() -> None:
     [
         QWEN2_72B | {"text_config": {"intermediate_size": 29696}},
         QWEN2_72B | {"intermediate_size": None},
-        {"model_type": "qwen2"},
+        {name: value for name, value in QWEN2_72B.items() if name != "intermediate_size"},
     ],
     ids=["places disagree", "not a number", "nowhere"],
 )
@@ -93,7 +93,7 @@ def test_the_outlook_of_the_72b() -> None:
 
 def test_an_output_projection_that_straddles_groups_is_said_to_be_beyond_padding() -> None:
     small = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
-             "num_key_value_heads": 2}  # fmt: skip
+             "num_key_value_heads": 2, "num_hidden_layers": 24}  # fmt: skip
     (row,) = outlook(small, group_size=128, degrees=[2])
     assert not row.legal
     assert "o_proj has 448 inputs per rank" in row.sentence

@@ -1,18 +1,22 @@
-"""The linear layers of a checkpoint, found by name."""
+"""The linear layers of a checkpoint and their weights, experts in stacks included."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
-from qwen_pipeline_tests.tiny import tiny_qwen2, tiny_qwen3
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears, load_weight
+from qwen_pipeline_tests.layouts import Layout, layouts_of
+from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, tiny_model, tiny_qwen2, tiny_qwen3
+
+MIXTURES = [(f, layout) for f in LANGUAGE_FAMILIES for layout in layouts_of(f) if layout in ("fused", "transposed")]
 
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_qwen3])
-def test_each_layer_has_seven(tmp_path: Path, make: object) -> None:
+def test_each_dense_layer_has_seven(tmp_path: Path, make: object) -> None:
     linears = decoder_linears(open_checkpoint(make(tmp_path / "model", shards=2)))  # pyright: ignore[reportCallIssue]
     assert [(linear.layer, linear.kind) for linear in linears] == [
         (i, kind) for i in (0, 1) for kind in DECODER_LINEARS
@@ -21,24 +25,43 @@ def test_each_layer_has_seven(tmp_path: Path, make: object) -> None:
     assert (gate.out_features, gate.in_features) == (96, 64)
 
 
-def checkpoint_of(**shapes: tuple[int, ...]) -> Checkpoint:
-    def unread(_: int, __: int) -> None:
-        raise AssertionError("names and shapes decide")
+@pytest.mark.parametrize(("family", "layout"), MIXTURES)
+def test_a_view_of_a_stack_is_the_expert_that_lies_alone_in_another_layout(
+    family: str, layout: Layout, tmp_path: Path
+) -> None:
+    alone = open_checkpoint(tiny_model(family, tmp_path / "saved"))
+    stacked = open_checkpoint(tiny_model(family, tmp_path / "stacked", layout=layout))
+    linears = decoder_linears(stacked)
+    assert [at.module for at in linears] == [at.module for at in decoder_linears(alone)]
+    assert sum("experts." in at.kind for at in linears) == 2 * 4 * 3
+    for ours, theirs in zip(linears, decoder_linears(alone), strict=True):
+        weight = load_weight(stacked, ours)
+        assert weight.shape == (ours.out_features, ours.in_features)
+        assert torch.equal(weight, load_weight(alone, theirs))
+        assert torch.equal(load_weight(stacked, ours, slice(3, 9)), weight[3:9])
 
-    tensors = {
-        name.replace("__", "."): LazyTensor(spec=TensorSpec(dtype="BF16", shape=shape), read=unread)  # pyright: ignore[reportArgumentType]
-        for name, shape in shapes.items()
-    }
-    return Checkpoint(config={}, tensors=tensors, shards=dict.fromkeys(tensors, "model.safetensors"))
+
+def test_routers_gates_and_small_projections_stay_in_full_precision(tmp_path: Path) -> None:
+    kinds = {at.kind for at in decoder_linears(open_checkpoint(tiny_model("qwen3_next", tmp_path)))}
+    assert {"linear_attn.in_proj_qkvz", "linear_attn.out_proj", "mlp.shared_expert.down_proj"} < kinds
+    assert not kinds & {"mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"}
 
 
-def test_experts_are_refused_by_name() -> None:
-    with pytest.raises(InputRefused, match=r"layers\.0\.mlp\.experts\.3\.up_proj\.weight \[8, 4\]"):
-        decoder_linears(checkpoint_of(model__layers__0__mlp__experts__3__up_proj__weight=(8, 4)))
+def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
+    sound = open_checkpoint(tiny_model("qwen3_moe", tmp_path))
+    with pytest.raises(CheckpointRefused, match=r"layers\.1\.mlp\.experts\.2\.up_proj is missing"):
+        decoder_linears(without(sound, "model.layers.1.mlp.experts.2.up_proj.weight"))
+    wider = replace(sound, config={**sound.config, "moe_intermediate_size": 128})
+    with pytest.raises(CheckpointRefused, match=r"gate_proj\.weight is \[96, 64\], where .* is 128 x 64"):
+        decoder_linears(wider)
 
 
-def test_missing_layers_are_named() -> None:
-    with pytest.raises(InputRefused, match=r"layers\.0\.self_attn\.k_proj"):
-        decoder_linears(checkpoint_of(model__layers__0__self_attn__q_proj__weight=(8, 8)))
-    with pytest.raises(InputRefused, match="all of them"):
-        decoder_linears(checkpoint_of(lm_head__weight=(8, 8)))
+def test_a_checkpoint_without_layers_is_refused(tmp_path: Path) -> None:
+    sound = open_checkpoint(tiny_qwen2(tmp_path))
+    with pytest.raises(CheckpointRefused, match="no tensor of a decoder layer"):
+        decoder_linears(without(sound, *(name for name in sound if "layers" in name)))
+
+
+def without(checkpoint: Checkpoint, *names: str) -> Checkpoint:
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in names}
+    return Checkpoint(config=checkpoint.config, tensors=kept, shards=dict.fromkeys(kept, "model.safetensors"))

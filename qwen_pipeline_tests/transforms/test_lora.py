@@ -15,7 +15,7 @@ from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS, open_adapter
 from qwen_pipeline.transforms.lora import merge_lora
 from qwen_pipeline.transforms.low_rank import merged_weight
 from qwen_pipeline_tests.oracles import peft_merge
-from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -104,10 +104,10 @@ def test_modules_that_the_base_does_not_have_are_named(tmp_path: Path) -> None:
 
 
 def test_two_updates_of_one_tensor_are_refused(tmp_path: Path) -> None:
-    base = tiny_qwen2(tmp_path / "base")
+    base = tiny_vl("qwen2_vl", tmp_path / "base")
     root = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     tensors = load_file(root / ADAPTER_WEIGHTS)
-    tensors |= {name.replace("model.layers", "model.language_model.layers"): t.clone() for name, t in tensors.items()}
+    tensors |= {name.replace("model.language_model.layers", "model.layers"): t.clone() for name, t in tensors.items()}
     save_file(tensors, root / ADAPTER_WEIGHTS)
     with pytest.raises(AdapterRefused, match=r"layers\.0\.self_attn\.q_proj\.weight already gets another update"):
         merge_lora(open_checkpoint(base), open_adapter(root))

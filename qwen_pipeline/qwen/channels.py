@@ -1,0 +1,102 @@
+"""Channels: which tensors have the channels of a size field, and on which axis.
+
+Gate and up have them as outputs, down as inputs; stacks of experts have them for all experts at once.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.qwen.families import Config, SizeField, text_config
+from qwen_pipeline.qwen.layers import mlp_matrices, number_of_layers, required
+from qwen_pipeline.qwen.names import DOWN, FUSED, Place, places_in, stack_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channels:
+    """Where a tensor has the channels of a size field.
+
+    Attributes:
+        field: Name of the config field that counts them.
+        axis: Axis of the tensor that they lie along.
+        halves: 2 where gate channels and up channels follow each other on that axis, else 1.
+    """
+
+    field: SizeField
+    axis: int
+    halves: int = 1
+
+
+def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channels]:
+    """Return the tensors of the decoder and of a draft head that have the channels of ``field``.
+
+    Raises:
+        InputRefused: The family is unknown, or the config's places of ``field`` disagree.
+        CheckpointRefused: A projection is missing, is there twice or has another width than the config says, or a
+            tensor is unknown; the message names them.
+    """
+    config, places = checkpoint.config, places_in(checkpoint)
+    width = required(config, field)
+    found = {
+        name: channels
+        for place, name in places.items()
+        if (channels := channels_of(place, checkpoint[name].shape, config)) and channels.field == field
+    }
+    wrong = [f"{role} is missing" for role in _missing(places, config, field)]
+    wrong += [
+        f"{name} is {list(checkpoint[name].shape)}"
+        for name, at in found.items()
+        if checkpoint[name].shape[at.axis] != at.halves * width
+    ]
+    if wrong:
+        raise CheckpointRefused(
+            f"The weights do not fit {number_of_layers(config)} layers of {field} {width}: {listed(wrong)}.",
+            remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
+        )
+    return found
+
+
+def channels_of(place: Place, shape: tuple[int, ...], config: Config) -> Channels | None:
+    """Return where a full-precision tensor of this shape has the channels of a size field; None if it has none.
+
+    Stacks of experts are [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]: the former wherever the shape allows
+    it, which is how Transformers decides too (``Transpose(check_dims=True)``).
+    """
+    if place.part not in ("decoder", "mtp") or place.parameter not in ("weight", "bias"):
+        return None
+    if place.module in FUSED:
+        return _stacked_channels(place.module, shape, int(text_config(config)["hidden_size"]))
+    owner, _, projection = place.module.rpartition(".")
+    size_field = _size_field(owner)
+    if size_field is None or (place.parameter == "bias" and projection == "down_proj"):
+        return None
+    return Channels(field=size_field, axis=1 if projection == "down_proj" else 0)
+
+
+def _size_field(owner: str) -> SizeField | None:
+    if owner == "mlp":
+        return "intermediate_size"
+    if owner == "mlp.shared_expert":
+        return "shared_expert_intermediate_size"
+    return "moe_intermediate_size" if owner.startswith("mlp.experts") else None
+
+
+def _stacked_channels(module: str, shape: tuple[int, ...], hidden_size: int) -> Channels:
+    field: SizeField = "moe_intermediate_size"
+    if module == DOWN:
+        return Channels(field=field, axis=2 if shape[1] == hidden_size else 1)
+    return Channels(field=field, axis=1 if shape[2] == hidden_size else 2, halves=2)
+
+
+def _missing(places: Collection[Place], config: Config, field: SizeField) -> list[str]:
+    """Return the projections that a layer should have and has not, neither one by one nor in stacks."""
+    modules = {(place.layer, place.module) for place in places if place.part == "decoder"}
+    return [
+        f"layers.{layer}.{kind}.weight"
+        for layer in range(number_of_layers(config))
+        for matrix in mlp_matrices(config, layer)
+        if matrix.size == field
+        for kind in matrix.kinds()
+        if (layer, kind) not in modules and (layer, stack_of(kind)) not in modules
+    ]

@@ -1,0 +1,224 @@
+"""Tensor names: what each stored name means, and which stored tensors a module in memory is made of.
+
+One tensor has several spellings: Transformers keeps a vision-language model's decoder at ``model.language_model``,
+Qwen2-VL is published (and saved) with it at ``model``. All spellings of a tensor have the same :class:`Place`. Experts
+lie one by one or in stacks.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.qwen.families import Config, Family, Mixer, Part, number_of_experts, require_family
+
+GATE_UP = "mlp.experts.gate_up_proj"
+DOWN = "mlp.experts.down_proj"
+FUSED = (GATE_UP, DOWN)
+"""Stacks of experts: parameters without ``.weight``."""
+_CODES = (
+    "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point",
+    "weight_shape", "weight_g_idx",
+)  # fmt: skip
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
+
+_MIXERS: Mapping[str, str] = {
+    "attention": "",
+    "next": r"|linear_attn\.(?:in_proj_qkvz|in_proj_ba|out_proj|conv1d|norm)",
+    "3.5": r"|linear_attn\.(?:in_proj_(?:qkv|z|a|b)|out_proj|conv1d|norm)",
+}
+_INDEXED = (
+    r"|self_attn\.indexer\.(?:index_qk_proj|[qk]_layernorm)"
+    r"|(?:attn|mlp)_hyper_connection\.(?:hc_norm|input_mix_weight_down|input_mix_weight_up|block_inject_weight)"
+    r"|ple\.(?:conv1d|key_proj|value_proj|norm_(?:conv|key|query)|ple_embedding\.ngram_embedding(?:\.shard_\d+)?)"
+)
+_BARE = re.compile(
+    r"linear_attn\.(?:A_log|dt_bias)"
+    r"|ple\.ple_embedding\.(?:layer_multipliers|ngram_heads_offsets|ngram_heads_vocab_sizes)"
+)
+"""Tensors that are parameters of a layer's module themselves: they have no ``.weight``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What a tensor is, however it is spelled.
+
+    Attributes:
+        part: What it belongs to.
+        layer: Number of the decoder (or draft) layer; None outside of them.
+        module: Path inside the layer, such as ``self_attn.q_proj``, ``mlp.experts.7.gate_proj``,
+            ``mlp.experts.gate_up_proj`` or ``linear_attn.in_proj_qkvz``. Outside of layers the path inside the part,
+            which for towers begins with the tower, as in ``visual.merger.mlp.0``.
+        parameter: ``weight``, ``bias`` or a code such as ``qweight``. A stack of experts is a ``weight``.
+    """
+
+    part: Part
+    layer: int | None = None
+    module: str
+    parameter: str
+
+
+def place_of(name: str, config: Config) -> Place:
+    """Return what the stored (or in-memory) tensor ``name`` is in a model of this config.
+
+    Raises:
+        InputRefused: The family is unknown.
+        CheckpointRefused: The family has no such tensor.
+    """
+    if place := _place(name, require_family(config)):
+        return place
+    raise CheckpointRefused(
+        f"The tensor {name} is not one that models of type {config['model_type']} have.",
+        remedy="Fetch the checkpoint again, or correct model_type in its config: weights and config must be of one"
+        " model.",
+    )
+
+
+def places_in(checkpoint: Checkpoint) -> dict[Place, str]:
+    """Return the name of the tensor at each place of a checkpoint.
+
+    Raises:
+        InputRefused: The family is unknown.
+        CheckpointRefused: The family has no such tensor, or two tensors are spellings of one; the message names them.
+    """
+    places: dict[Place, str] = {}
+    for name in checkpoint:
+        place = place_of(name, checkpoint.config)
+        if place in places:
+            raise CheckpointRefused(
+                f"{places[place]} and {name} are two spellings of one tensor.",
+                remedy="Remove the stale one: files of two saves are mixed.",
+            )
+        places[place] = name
+    return places
+
+
+def decoder_prefix(checkpoint: Checkpoint) -> str:
+    """Return what stands before ``layers.`` in the names of the decoder's tensors, such as ``model.language_model.``.
+
+    Raises:
+        CheckpointRefused: The decoder has no layer.
+    """
+    for name in checkpoint:
+        if place_of(name, checkpoint.config).part == "decoder" and "layers." in name:
+            return name[: name.index("layers.")]
+    raise CheckpointRefused(
+        "The checkpoint has no tensor of a decoder layer.", remedy="Name a complete Hugging Face model directory."
+    )
+
+
+def stored_names(module: str, checkpoint: Checkpoint) -> list[str]:
+    """Return the weights in ``checkpoint`` that the module path of a model in memory can stand for.
+
+    A path of one expert (``...mlp.experts.7.gate_proj``) finds the stack that holds it, if experts are stacked; a path
+    of a stack (``...mlp.experts.gate_up_proj``) finds the experts' own tensors, if they lie one by one. An unknown path
+    finds nothing.
+    """
+    family = require_family(checkpoint.config)
+    place = _place(module if module.endswith(FUSED) else f"{module}.weight", family)
+    if place is None:
+        return []
+    alternatives = [place], *_regrouped(place, checkpoint)
+    found = ([name for each in places for name in _held(each, checkpoint, family)] for places in alternatives)
+    return next(filter(None, found), [])
+
+
+def spellings(place: Place, family: Family) -> list[str]:
+    """Return every name that the tensor at ``place`` may have on disk or in memory, the published ones first."""
+    leaf = place.module if place.module in FUSED else f"{place.module}.{place.parameter}"
+    inner = leaf if place.layer is None else f"layers.{place.layer}.{leaf}"
+    if place.part == "head":
+        return [f"{head}.{place.parameter}" for head in family.heads]
+    if place.part == "mtp":
+        return [f"mtp.{inner}"]
+    if place.part in ("decoder", "embedding", "norm"):
+        return [f"{prefix}{inner}" for prefix in family.decoder]
+    tower = place.module.partition(".")[0]
+    return [prefix.removesuffix(f"{tower}.") + leaf for prefix in family.towers if _tower(prefix) == tower]
+
+
+def _place(name: str, family: Family) -> Place | None:
+    for prefix, part in family.towers.items():
+        if name.startswith(prefix):
+            module, _, parameter = name.removeprefix(prefix).rpartition(".")
+            return Place(part=part, module=f"{_tower(prefix)}.{module}".rstrip("."), parameter=parameter)
+    if name.startswith("mtp.") and family.drafts:
+        return _in_draft(name.removeprefix("mtp."), family)
+    module, _, parameter = name.rpartition(".")
+    if module in family.heads and parameter in ("weight", *_CODES):
+        return Place(part="head", module="lm_head", parameter=parameter)
+    for prefix in family.decoder:
+        if name.startswith(prefix) and (place := _in_decoder(name.removeprefix(prefix), family)):
+            return place
+    return None
+
+
+def _tower(prefix: str) -> str:
+    return prefix.removesuffix(".").rpartition(".")[2]
+
+
+def _in_decoder(name: str, family: Family) -> Place | None:
+    if match := _LAYER.fullmatch(name):
+        return _in_layer("decoder", int(match[1]), match[2], family)
+    module, _, parameter = name.rpartition(".")
+    if name == "embed_tokens.weight":
+        return Place(part="embedding", module=module, parameter=parameter)
+    mixer = family.mixer == "4" and module.startswith("hyper_connection_mixer.")
+    return Place(part="norm", module=module, parameter=parameter) if name == "norm.weight" or mixer else None
+
+
+def _in_draft(name: str, family: Family) -> Place | None:
+    if match := _LAYER.fullmatch(name):
+        return _in_layer("mtp", int(match[1]), match[2], family)
+    module, _, parameter = name.rpartition(".")
+    return Place(part="mtp", module=module, parameter=parameter)
+
+
+def _in_layer(part: Literal["decoder", "mtp"], layer: int, name: str, family: Family) -> Place | None:
+    module, _, parameter = name.rpartition(".")
+    if name in FUSED and family.experts:
+        return Place(part=part, layer=layer, module=name, parameter="weight")
+    if _BARE.fullmatch(name) and family.mixer != "attention":
+        return Place(part=part, layer=layer, module=module, parameter=parameter)
+    if parameter in ("weight", "bias", *_CODES) and _modules(family.mixer, family.experts, family.shared)(module):
+        return Place(part=part, layer=layer, module=module, parameter=parameter)
+    return None
+
+
+@cache
+def _modules(mixer: Mixer, experts: bool, shared: bool) -> "Callable[[str], re.Match[str] | None]":
+    pattern = (
+        r"input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\.(?:gate|up|down)_proj"
+    )
+    pattern += _MIXERS.get(mixer, _MIXERS["3.5"] + _INDEXED)
+    pattern += r"|mlp\.gate|mlp\.experts\.\d+\.(?:gate|up|down)_proj" if experts else ""
+    pattern += r"|mlp\.shared_expert\.(?:gate|up|down)_proj|mlp\.shared_expert_gate" if shared else ""
+    return re.compile(pattern).fullmatch
+
+
+def stack_of(module: str) -> str | None:
+    """Return the stack that one expert's projection lies in where experts are stacked; None if it is no expert's."""
+    match = _EXPERT.fullmatch(module)
+    return (DOWN if match[2] == "down" else GATE_UP) if match else None
+
+
+def _held(place: Place, checkpoint: Checkpoint, family: Family) -> list[str]:
+    return [name for name in spellings(place, family) if name in checkpoint]
+
+
+def _regrouped(place: Place, checkpoint: Checkpoint) -> Iterator[list[Place]]:
+    """Yield the stack that holds one expert, or the experts that a stack is made of."""
+    if stack := stack_of(place.module):
+        if int(place.module.split(".")[2]) < number_of_experts(checkpoint.config):
+            yield [replace(place, module=stack)]
+    elif place.module in FUSED:
+        projections = ("down_proj",) if place.module == DOWN else ("gate_proj", "up_proj")
+        yield [
+            replace(place, module=f"mlp.experts.{expert}.{projection}")
+            for expert in range(number_of_experts(checkpoint.config))
+            for projection in projections
+        ]

@@ -1,0 +1,92 @@
+"""The other ways in which checkpoints of one family are laid out on disk, each of which Transformers loads the same.
+
+Sources: Transformers' ``conversion_mapping.py`` and ``_keys_to_ignore_on_load_unexpected``.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Layout = Literal["saved", "fused", "transposed", "nested", "mtp"]
+"""``saved`` is ``save_pretrained``'s, ``nested`` names tensors as in memory, ``mtp`` adds a draft head."""
+
+Tensors = dict[str, torch.Tensor]
+_SEPARATE = re.compile(r"(.*\.mlp\.experts)\.\d+\.gate_proj\.weight")
+_SEPARATED = (
+    "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text",
+)  # fmt: skip
+_TRANSPOSED = ("qwen3_vl_moe",)
+_NESTED = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen2_audio")
+_DRAFTED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+
+
+def layouts_of(family: str) -> list[Layout]:
+    """Return the layouts that checkpoints of a family may have."""
+    fits: dict[Layout, bool] = {
+        "saved": True,
+        "fused": family in _SEPARATED,
+        "transposed": family in _TRANSPOSED,
+        "nested": family in _NESTED,
+        "mtp": family in _DRAFTED,
+    }
+    return [layout for layout in get_args(Layout) if fits[layout]]
+
+
+def relay(root: Path, layout: Layout) -> None:
+    """Rewrite the weights in ``root``, as ``save_pretrained`` left them, in another layout."""
+    if layout == "saved":
+        return
+    family = json.loads((root / "config.json").read_bytes())["model_type"]
+    assert layout in layouts_of(family), f"{family} is not published {layout}"
+    tensors = load_file(root / "model.safetensors")
+    rewritten = {"fused": fused, "transposed": transposed, "nested": nested, "mtp": drafted}
+    save_file({n: t.contiguous() for n, t in rewritten[layout](tensors).items()}, root / "model.safetensors")
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """Stack separate experts into ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I]."""
+    kept = dict(tensors)
+    for experts in sorted({match[1] for name in tensors if (match := _SEPARATE.fullmatch(name))}):
+        count = sum(name.startswith(experts) and name.endswith(".gate_proj.weight") for name in tensors)
+        parts = {
+            part: torch.stack([kept.pop(f"{experts}.{e}.{part}_proj.weight") for e in range(count)])
+            for part in ("gate", "up", "down")
+        }
+        kept[f"{experts}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        kept[f"{experts}.down_proj"] = parts["down"]
+    return kept
+
+
+def transposed(tensors: Tensors) -> Tensors:
+    """Turn fused experts into ``gate_up_proj`` [E, H, 2I] and ``down_proj`` [E, I, H]."""
+    turned = fused(tensors)
+    return {name: t.transpose(1, 2) if ".mlp.experts." in name else t for name, t in turned.items()}
+
+
+def nested(tensors: Tensors) -> Tensors:
+    """Name tensors as the model in memory does: towers and decoder under ``model.``."""
+
+    def named(name: str) -> str:
+        if name.startswith(("visual.", "audio_tower.", "multi_modal_projector.")):
+            return f"model.{name}"
+        if name.startswith("language_model."):
+            return re.sub(r"^language_model\.(?:model\.)?", "model.language_model.", name).replace(
+                "model.language_model.lm_head", "lm_head"
+            )
+        return re.sub(r"^model\.", "model.language_model.", name)
+
+    return {named(name): tensor for name, tensor in tensors.items()}
+
+
+def drafted(tensors: Tensors) -> Tensors:
+    """Add a multi-token prediction head: the last layer again, as published checkpoints name it."""
+    layer = re.compile(r"model\.(?:language_model\.)?layers\.1\.(.+)")
+    draft = {f"mtp.layers.0.{match[1]}": t.clone() for name, t in tensors.items() if (match := layer.fullmatch(name))}
+    hidden = draft["mtp.layers.0.input_layernorm.weight"]
+    norms = {f"mtp.{name}.weight": hidden.clone() for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    return tensors | draft | norms | {"mtp.fc.weight": torch.zeros(len(hidden), 2 * len(hidden), dtype=hidden.dtype)}

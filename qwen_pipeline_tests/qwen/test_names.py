@@ -1,0 +1,132 @@
+"""Each tensor of each family in each layout has one place, and each module in memory finds its tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.qwen.families import FAMILIES
+from qwen_pipeline.qwen.names import FUSED, Place, decoder_prefix, place_of, places_in, spellings, stored_names
+from qwen_pipeline_tests.layouts import Layout, layouts_of
+from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
+
+ALL: list[tuple[str, Layout]] = [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {at: tiny_model(at[0], root / "-".join(at), layout=at[1], dtype=torch.float32) for at in ALL}
+
+
+@pytest.mark.parametrize(("family", "layout"), ALL)
+def test_every_stored_tensor_is_placed_and_is_one_of_its_spellings(
+    family: str, layout: Layout, roots: dict[tuple[str, Layout], Path]
+) -> None:
+    stored = open_checkpoint(roots[family, layout])
+    places = places_in(stored)
+    assert len(places) == len(stored)
+    for place, name in places.items():
+        if place.part not in ("talker", "vocoder"):
+            assert name in spellings(place, FAMILIES[family])
+    assert {place.layer for place in places if place.part == "decoder"} == {0, 1}
+    assert ({place.layer for place in places if place.part == "mtp"} >= {0}) == (layout == "mtp")
+
+
+@pytest.mark.parametrize(("family", "layout"), ALL)
+def test_transformers_reads_the_same_model_from_every_layout(
+    family: str, layout: Layout, roots: dict[tuple[str, Layout], Path]
+) -> None:
+    theirs = load_tiny(roots[family, "saved"]).state_dict()
+    model = load_tiny(roots[family, layout]).state_dict()
+    assert model.keys() == theirs.keys()
+    assert all(torch.equal(model[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("family", "layout"), ALL)
+def test_modules_in_memory_find_what_they_are_made_of(
+    family: str, layout: Layout, roots: dict[tuple[str, Layout], Path]
+) -> None:
+    stored = open_checkpoint(roots[family, layout])
+    model = load_tiny(roots[family, layout])
+    for module, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear) and not (linear is model.lm_head and _ties(model)):
+            (name,) = stored_names(module, stored)
+            assert torch.equal(stored.load(name), linear.weight), module
+    for name, stack in model.named_parameters():
+        if name.endswith(FUSED):
+            assert torch.equal(_stacked(stored, stored_names(name, stored)), stack), name
+            one = stored_names(f"{name.rpartition('.')[0]}.3.down_proj", stored)
+            assert len(one) == 1
+
+
+def _ties(model: torch.nn.Module) -> bool:
+    return model.lm_head.weight is model.get_input_embeddings().weight  # pyright: ignore
+
+
+def _stacked(stored: Checkpoint, names: list[str]) -> torch.Tensor:
+    tensors = [stored.load(name) for name in names]
+    if len(tensors) == 1:
+        hidden = stored.config.get("text_config", stored.config).get("hidden_size")
+        is_down, t = names[0].endswith("down_proj"), tensors[0]
+        return t if t.shape[1 if is_down else 2] == hidden or not hidden else t.transpose(1, 2)
+    if names[0].endswith("down_proj.weight"):
+        return torch.stack(tensors)
+    return torch.stack([torch.cat(tensors[i : i + 2]) for i in range(0, len(tensors), 2)])
+
+
+def test_places_say_what_a_tensor_is() -> None:
+    config = {"model_type": "qwen3_next"}
+    place = place_of("model.layers.3.mlp.experts.7.gate_proj.weight", config)
+    assert place == Place(part="decoder", layer=3, module="mlp.experts.7.gate_proj", parameter="weight")
+    assert place_of("mtp.layers.0.mlp.down_proj.weight", config).part == "mtp"
+    assert place_of("model.layers.0.linear_attn.A_log", config).parameter == "A_log"
+    assert place_of("model.layers.0.linear_attn.in_proj_qkvz.qweight", config).parameter == "qweight"
+    omni = {"model_type": "qwen3_omni_moe"}
+    assert place_of("thinker.visual.merger.ln_q.weight", omni).module == "visual.merger.ln_q"
+    assert place_of("talker.model.layers.0.mlp.gate.weight", omni).part == "talker"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2", "model.layers.0.mlp.experts.0.gate_proj.weight"),
+        ("qwen2", "visual.blocks.0.attn.qkv.weight"),
+        ("qwen2", "mtp.fc.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.shared_expert.up_proj.weight"),
+        ("qwen3_next", "model.layers.0.linear_attn.in_proj_z.weight"),
+        ("qwen3_5", "model.language_model.layers.0.linear_attn.in_proj_qkvz.weight"),
+        ("qwen2_vl", "model.layers.0.mlp.gate_proj.lora_A"),
+    ],
+)
+def test_a_tensor_that_the_family_does_not_have_is_refused_by_name(family: str, name: str) -> None:
+    with pytest.raises(CheckpointRefused, match=name):
+        place_of(name, {"model_type": family})
+
+
+def test_an_unknown_family_is_refused() -> None:
+    with pytest.raises(InputRefused, match="llama"):
+        place_of("model.layers.0.mlp.gate_proj.weight", {"model_type": "llama"})
+
+
+def test_two_spellings_of_one_tensor_are_refused(roots: dict[tuple[str, Layout], Path]) -> None:
+    stored = open_checkpoint(roots["qwen2_vl", "saved"])
+    name = "model.layers.0.mlp.gate_proj.weight"
+    twice = {**stored.tensors, name.replace("model.", "model.language_model."): stored.tensors[name]}
+    with pytest.raises(CheckpointRefused, match="two spellings"):
+        places_in(Checkpoint(config=stored.config, tensors=twice, shards=dict.fromkeys(twice, "model.safetensors")))
+
+
+def test_prefixes_are_those_on_disk(roots: dict[tuple[str, Layout], Path]) -> None:
+    expected = {
+        ("qwen2", "saved"): "model.",
+        ("qwen2_vl", "saved"): "model.",
+        ("qwen2_vl", "nested"): "model.language_model.",
+        ("qwen2_audio", "saved"): "language_model.model.",
+        ("qwen3_5", "saved"): "model.language_model.",
+        ("qwen3_omni_moe", "saved"): "thinker.model.",
+    }
+    for at, prefix in expected.items():
+        assert decoder_prefix(open_checkpoint(roots[at])) == prefix  # pyright: ignore[reportArgumentType]
