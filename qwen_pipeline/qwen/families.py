@@ -54,11 +54,11 @@ class Family:
 
 def _thinker(towers: Mapping[str, Part], **rest: Any) -> Family:
     """A thinker alone, or the whole omni model that it is part of: both spellings are met in one and the same file."""
-    others: dict[str, Part] = {"talker.": "talker", "token2wav.": "vocoder", "code2wav.": "vocoder"}
+    spelled: dict[str, Part] = {prefix + tower: part for tower, part in towers.items() for prefix in ("thinker.", "")}
     return Family(
         decoder=("thinker.model.language_model.", "thinker.model.", *_NESTED),
         heads=("thinker.lm_head", "lm_head"),
-        towers={prefix + tower: part for tower, part in towers.items() for prefix in ("thinker.", "")} | others,
+        towers={**spelled, "talker.": "talker", "token2wav.": "vocoder", "code2wav.": "vocoder"},
         **rest,
     )
 
