@@ -6,7 +6,7 @@ compose and every shape is checked before the first byte moves.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -114,7 +114,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """Return this checkpoint with some tensors, config fields' whole mapping or sidecars replaced.
 
         Raises:
-            KeyError: A tensor is not in this checkpoint (adding one would need a shard).
+            KeyError: A tensor is not in this checkpoint; :meth:`with_tensor` adds one.
         """
         changed = tensors or {}
         if unknown := changed.keys() - self.tensors.keys():
@@ -127,6 +127,21 @@ class Checkpoint(Mapping[str, TensorSpec]):
             sidecars=self.sidecars if sidecars is None else sidecars,
             left_behind=self.left_behind,
         )
+
+    def with_tensor(self, name: str, tensor: LazyTensor, *, beside: str) -> "Checkpoint":
+        """Return this checkpoint with one more tensor, right after the tensor ``beside`` and in its shard.
+
+        Raises:
+            KeyError: There is no tensor ``beside``, or ``name`` is there already.
+        """
+        if beside not in self.tensors or name in self.tensors:
+            raise KeyError(f"{name} cannot be added beside {beside}")
+        tensors: dict[str, LazyTensor] = {}
+        for each, present in self.tensors.items():
+            tensors[each] = present
+            if each == beside:
+                tensors[name] = tensor
+        return replace(self, tensors=tensors, shards={**self.shards, name: self.shards[beside]})
 
 
 def open_checkpoint(root: Path) -> Checkpoint:

@@ -1,66 +1,41 @@
-"""A PEFT LoRA as saved on disk: its settings, and the pair of low-rank factors of each module. Headers only.
+"""A PEFT LoRA as saved on disk: its settings, and what each of its tensors is. Headers only.
 
-What this version cannot merge exactly is refused by name, also settings that it has never heard of: an adapter is
-merged completely or not at all.
+What cannot be merged exactly is refused by name, also settings that nobody has heard of: an adapter is merged completely
+or not at all.
 """
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from qwen_pipeline.checkpoint.digest import directory_digest
-from qwen_pipeline.checkpoint.finite import is_finite
+from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
+from qwen_pipeline.transforms.adapter_tensors import AdapterTensors, Factors, sort_tensors
+from qwen_pipeline.checkpoint.finite import is_finite
 from qwen_pipeline.transforms.lora_settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
-
-if TYPE_CHECKING:
-    import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_COPY = "base_layer.weight"
-_TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)"
-)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factors:
-    """The tensors of one module, by their names in the file; its update is ``up @ down``.
-
-    A linear layer's are ``up`` = B ``[O, R]`` and ``down`` = A ``[R, I]``. An embedding's are stored transposed:
-    ``up`` = A ``[R, O]``, ``down`` = B ``[I, R]``, with the vocabulary as O.
-
-    Attributes:
-        copy: The module's frozen base weight, which PEFT saves along when an embedding or ``lm_head`` is a target.
-    """
-
-    up: str
-    down: str
-    transposed: bool
-    copy: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """An adapter whose every tensor belongs to exactly one module.
+    """An adapter whose every tensor has one meaning.
 
     Attributes:
         config: The parsed ``adapter_config.json``.
-        modules: Module path in the model, such as ``model.layers.0.mlp.up_proj`` -> its factors.
     """
 
     root: Path
     config: Mapping[str, Any]
     settings: LoraSettings
     weights: SafetensorsFile
-    modules: Mapping[str, Factors]
+    tensors: AdapterTensors
 
     @property
     def base_name(self) -> str | None:
@@ -68,32 +43,71 @@ class Adapter:
         return self.config.get("base_model_name_or_path")
 
     @property
+    def revision(self) -> str | None:
+        """The revision of the base, if its trainer named one."""
+        return self.config.get("revision")
+
+    @property
     def sidecars(self) -> dict[str, Path]:
         return open_sidecars(self.root)
 
-    def update_shape(self, module: str) -> tuple[int, int]:
-        """Return the shape ``[O, I]`` of a module's update."""
-        factors, specs = self.modules[module], self.weights.specs
-        o, i = (1, 0) if factors.transposed else (0, 1)
-        return specs[factors.up].shape[o], specs[factors.down].shape[i]
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weights.specs[name].shape
 
-    def load_up(self, module: str, start: int, stop: int) -> "torch.Tensor":
-        """Return rows ``start:stop`` of the factor ``[O, R]``."""
-        factors = self.modules[module]
-        if factors.transposed:
-            return self.weights.load(factors.up)[:, start:stop].T
-        return self.weights.load(factors.up, start, stop)
+    def scaling(self, factors: Factors) -> float:
+        return self.settings.scaling(factors.pattern_key)
 
-    def load_down(self, module: str) -> "torch.Tensor":
-        """Return the factor ``[R, I]``."""
-        factors = self.modules[module]
-        down = self.weights.load(factors.down)
-        return down.T if factors.transposed else down
+    def experts(self, factors: Factors) -> int:
+        """Return how many matrices an update consists of."""
+        return self.shape(factors.down)[0] // self.rank(factors) if factors.layout == "experts" else 1
+
+    def update_shape(self, factors: Factors) -> tuple[int, ...]:
+        """Return the shape of one matrix of an update: ``[O, I]``, for a convolution ``[O, ...]`` as its kernel's."""
+        up, down = self.shape(factors.up), self.shape(factors.down)
+        return (up[1], down[0]) if factors.layout == "embedding" else (up[0], *down[1:])
+
+    def files(self) -> dict[str, Path]:
+        """Return what decides the merged bytes, by relative path."""
+        return {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
 
     def digest(self) -> str:
         """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
-        files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
-        return directory_digest(files)
+        return directory_digest(self.files())
+
+    def rank(self, factors: Factors) -> int:
+        """Return the rank of an update, for stacks of experts of each of their matrices."""
+        return self.settings.rank(factors.pattern_key)
+
+    def misshapen(self) -> Iterator[str]:
+        """Yield the tensors whose shapes contradict each other or the settings, as a message names them."""
+        for factors in self.tensors.factors.values():
+            if not self._fits(factors):
+                shapes = " and ".join(f"{name} {list(self.shape(name))}" for name in factors.names)
+                yield f"{shapes} (expected rank {self.rank(factors)})"
+        for module, name in self.tensors.tokens.items():
+            rows = len(self.settings.tokens_of(module))
+            if len(self.shape(name)) != 2 or self.shape(name)[0] != rows:
+                yield f"{name} {list(self.shape(name))} (expected {rows} rows)"
+        for name, path in (self.tensors.twins | self.tensors.originals).items():
+            if self.shape(name) != self.shape(self.tensors.saved[path]):
+                yield f"{name} {list(self.shape(name))}"
+
+    def _fits(self, factors: Factors) -> bool:
+        up, down, rank = self.shape(factors.up), self.shape(factors.down), self.rank(factors)
+        match factors.layout:
+            case "linear":
+                fits = len(down) >= 2 and up == (up[0], rank, *(1 for _ in down[2:])) and down[0] == rank
+            case "embedding":
+                fits = len(up) == len(down) == 2 and up[0] == down[1] == rank
+            case "experts":
+                fits = len(up) == len(down) == 2 and up[1] == down[0] and down[0] % rank == 0
+        if not fits:
+            return False
+        outputs, inputs = self.update_shape(factors)[:2]
+        normed = inputs if factors.layout == "embedding" else outputs
+        return (not factors.magnitude or prod(self.shape(factors.magnitude)) == normed) and (
+            not factors.bias or self.shape(factors.bias) == (outputs,)
+        )
 
 
 def is_adapter(root: Path) -> bool:
@@ -104,26 +118,43 @@ def open_adapter(root: Path) -> Adapter:
     """Open a directory that PEFT's ``save_pretrained`` wrote.
 
     Raises:
-        AdapterRefused: Its weights are pickled or missing, a setting is not supported or not known, or a tensor is not
-            half of a complete pair of factors of the configured rank.
+        AdapterRefused: Its weights are pickled or missing, a setting is not supported or not known, a tensor has no
+            meaning under these settings, or another shape than they say.
     """
     config = _load_config(root)
     settings = lora_settings(config, source=root / ADAPTER_CONFIG)
     if not (root / ADAPTER_WEIGHTS).is_file():
         raise _no_weights(root)
     weights = open_safetensors(root / ADAPTER_WEIGHTS)
-    modules = _group_factors(root, weights)
-    _require_ranks(root, weights, modules, settings)
-    return Adapter(root=root, config=config, settings=settings, weights=weights, modules=modules)
+    tensors = sort_tensors(weights.specs, settings)
+    if tensors.stray or not weights.specs:
+        raise AdapterRefused(
+            f"{root} has tensors that its settings do not explain, or one of a pair without the other: "
+            f"{listed(sorted(tensors.stray)) or 'none at all'}.",
+            remedy="Use the adapter_config.json that was saved with these weights, or save the adapter again. If the"
+            f" file holds more than LoRA: {MERGE_WITH_PEFT}",
+        )
+    adapter = Adapter(root=root, config=config, settings=settings, weights=weights, tensors=tensors)
+    if wrong := list(adapter.misshapen()):
+        raise AdapterRefused(
+            f"{root} has tensors of other shapes than its settings say: {listed(wrong)}.",
+            remedy="Use the adapter_config.json that was saved with these weights; gather sharded weights when saving.",
+        )
+    return adapter
 
 
-def require_finite_factors(adapter: Adapter) -> None:
-    """Read every factor once and refuse an adapter with a NaN or an infinity in it.
+def require_finite(adapter: Adapter) -> None:
+    """Read every tensor once and refuse an adapter with a NaN or an infinity in it.
 
     Raises:
         AdapterRefused: Naming the tensors.
     """
-    if broken := [name for name in adapter.weights.specs if not is_finite(adapter.weights.load(name))]:
+    broken = [
+        name
+        for name, spec in adapter.weights.specs.items()
+        if not all(is_finite(adapter.weights.load(name, start, stop)) for start, stop in block_ranges(spec))
+    ]
+    if broken:
         raise AdapterRefused(
             f"{adapter.root} has values that are not finite in {listed(broken)}.",
             remedy="The training diverged: use an earlier checkpoint of the adapter.",
@@ -148,53 +179,10 @@ def _no_weights(root: Path) -> AdapterRefused:
         return AdapterRefused(f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait for the upload, or fetch it again.")
     convert = (
         "from safetensors.torch import save_file; import torch; "
-        f"save_file(torch.load('{pickles[0]}', weights_only=True), '{ADAPTER_WEIGHTS}')"
+        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()}}, "
+        f"'{ADAPTER_WEIGHTS}')"
     )
     return AdapterRefused(
         f"{root} holds pickled weights ({', '.join(pickles)}), which can run code when loaded.",
         remedy=f'Convert them where you trust them: python -c "{convert}"',
     )
-
-
-def _group_factors(root: Path, weights: SafetensorsFile) -> dict[str, Factors]:
-    groups: dict[str, dict[str, str]] = {}
-    for name in weights.specs:
-        match = _TENSOR.fullmatch(name)
-        module, part = match.group("module", "part") if match else ("", name)
-        groups.setdefault(module, {})[part] = name
-    modules = {module: found for module, parts in sorted(groups.items()) if (found := _factors(parts))}
-    stray = [name for module in groups.keys() - modules.keys() for name in groups[module].values()]
-    if stray or not modules:
-        raise AdapterRefused(
-            f"{root} has tensors that are not one of a pair lora_A, lora_B: {listed(sorted(stray)) or 'none at all'}.",
-            remedy=f"If the adapter holds more than LoRA factors: {MERGE_WITH_PEFT} Otherwise save it again.",
-        )
-    return modules
-
-
-def _factors(parts: Mapping[str, str]) -> Factors | None:
-    """Return a module's factors if its tensors are one complete pair, with or without a copy of the base weight."""
-    match sorted(parts.keys() - {_COPY}):
-        case ["lora_A.weight", "lora_B.weight"]:
-            up, down, transposed = "lora_B.weight", "lora_A.weight", False
-        case ["lora_embedding_A", "lora_embedding_B"]:
-            up, down, transposed = "lora_embedding_A", "lora_embedding_B", True
-        case _:
-            return None
-    return Factors(up=parts[up], down=parts[down], transposed=transposed, copy=parts.get(_COPY))
-
-
-def _require_ranks(
-    root: Path, weights: SafetensorsFile, modules: Mapping[str, Factors], settings: LoraSettings
-) -> None:
-    wrong: list[str] = []
-    for module, factors in modules.items():
-        up, down, rank = weights.specs[factors.up].shape, weights.specs[factors.down].shape, settings.rank(module)
-        inner = (up[:1], down[-1:]) if factors.transposed else (up[-1:], down[:1])
-        if len(up) != 2 or len(down) != 2 or inner != ((rank,), (rank,)):
-            wrong.append(f"{factors.up} {list(up)} and {factors.down} {list(down)} (expected rank {rank})")
-    if wrong:
-        raise AdapterRefused(
-            f"{root} has factors of other shapes than its settings say: {listed(wrong)}.",
-            remedy="Use the adapter_config.json that was saved with these weights; gather sharded weights when saving.",
-        )

@@ -1,0 +1,60 @@
+"""Weights that an adapter brings whole: biases, saved modules, vocabularies, and rows of trained tokens."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qwen_pipeline.checkpoint.digest import block_ranges
+from qwen_pipeline.checkpoint.lazy import LazyTensor
+from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    import torch
+
+
+def stored(weights: SafetensorsFile, name: str) -> LazyTensor:
+    """Return a tensor of a file, in the file's own dtype."""
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        return weights.load(name, start, stop)
+
+    return LazyTensor(spec=weights.specs[name], read=read)
+
+
+def rounded(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """Return a tensor in another dtype."""
+    spec = replace(tensor.spec, dtype=dtype)
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        return tensor.read(start, stop).to(spec.torch_dtype)
+
+    return LazyTensor(spec=spec, read=read)
+
+
+def with_rows(tensor: LazyTensor, indices: Sequence[int], rows: LazyTensor) -> LazyTensor:
+    """Return a tensor whose rows ``indices`` are those of ``rows``, in its own dtype."""
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        block = tensor.read(start, stop).clone()
+        for row, index in enumerate(indices):
+            if start <= index < stop:
+                block[index - start] = rows.read(row, row + 1)[0].to(block.dtype)
+        return block
+
+    return LazyTensor(spec=tensor.spec, read=read)
+
+
+def equal_rows(a: LazyTensor, b: LazyTensor) -> int:
+    """Return how many of the rows that both have are the same once rounded to the dtype of ``b``."""
+    common = replace(a.spec, shape=(min(a.spec.rows, b.spec.rows), *a.spec.shape[1:]))
+    wanted = b.spec.torch_dtype
+    return sum(
+        int((a.read(*rows).to(wanted) == b.read(*rows)).flatten(1).all(dim=1).sum()) for rows in block_ranges(common)
+    )
+
+
+def are_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Return whether two tensors have the same shape and values."""
+    if a.spec.shape != b.spec.shape:
+        return False
+    return all(a.read(*rows).equal(b.read(*rows)) for rows in block_ranges(a.spec))
