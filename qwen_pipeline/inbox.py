@@ -16,6 +16,7 @@ from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import DestinationRefused, InputRefused, PipelineError
 from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG
+from qwen_pipeline.transforms.adapter_set import ADAPTER_SET
 
 MARKER = ".complete"
 PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".incomplete", ".crdownload", ".aria2")
@@ -80,8 +81,8 @@ class Arrival:
                 return f"{foreign[0]} is a link to a file outside of the directory"
             if partial := [relative for relative in self.files if relative.endswith(PARTIAL_SUFFIXES)]:
                 return f"{partial[0]} is still being written"
-            if not {ADAPTER_CONFIG, CONFIG} & self.files.keys():
-                return f"neither {ADAPTER_CONFIG} nor {CONFIG} is there"
+            if not {ADAPTER_CONFIG, ADAPTER_SET, CONFIG} & self.files.keys():
+                return f"none of {ADAPTER_CONFIG}, {ADAPTER_SET} and {CONFIG} is there"
             weights = [path for relative, path in self.files.items() if relative.endswith(".safetensors")]
             if not weights:
                 return "no *.safetensors file is there"

@@ -33,12 +33,31 @@ EngineName = Annotated[EngineChoice, typer.Option(help="Library that quantizes, 
 EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
 
 
-@answering(app, "merge", examples=["qwen-pipeline merge --base base/ --adapter my-lora/ --out merged/"])
+class CombinationChoice(StrEnum):
+    cat = "cat"
+    linear = "linear"
+
+
+@answering(
+    app,
+    "merge",
+    examples=[
+        "qwen-pipeline merge --base base/ --adapter my-lora/ --out merged/",
+        "qwen-pipeline merge --base base/ --adapter style/ --weight 0.7 --adapter facts/ --weight 0.3 --out merged/",
+    ],
+)
 def merge(
     base: Annotated[Path, typer.Option(help="Full-precision base checkpoint.")],
-    adapter: Annotated[Path, typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint.")],
+    adapter: Annotated[
+        list[Path], typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint; repeat it for more LoRAs.")
+    ],
     out: Out,
+    weight: Annotated[list[float] | None, typer.Option(help="Share of the adapter in the same place.")] = None,
+    combine: Annotated[
+        CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
+    ] = CombinationChoice.cat,
     base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="The base's commit, if adapters name theirs.")] = None,
 ) -> Answer:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
@@ -46,10 +65,18 @@ def merge(
     """
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.stages import merge as stage
+    from qwen_pipeline.transforms.adapter_set import weighted
 
+    several = len(adapter) > 1 or weight
+    fine_tune = weighted(adapter, weight or [], combination=combine.value) if several else adapter[0]
     return _made_by(
         lambda observe: stage.merge(
-            base=base, fine_tune=adapter, destination=Directory(out), base_names=base_name or (), observe=observe
+            base=base,
+            fine_tune=fine_tune,
+            destination=Directory(out),
+            base_names=base_name or (),
+            base_revision=base_revision,
+            observe=observe,
         )
     )
 

@@ -122,6 +122,7 @@ def merged_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
             fine_tune=pipeline.inbox.require(context.partition_key).path,
             destination=pipeline.slot(context),
             base_names=(pipeline.base_name, *pipeline.settings.base_names),
+            base_revision=pipeline.settings.base_revision,
             observe=observe,
         )
     return _materialized(artifact, context.partition_key)

@@ -1,5 +1,6 @@
 """base + fine-tune -> merged: one full-precision checkpoint, whether the fine-tune is an adapter or a whole model."""
 
+import re
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,13 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.adapter import Adapter, is_adapter, open_adapter
+from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
-from qwen_pipeline.transforms.lora import merge_lora, require_targets
+from qwen_pipeline.transforms.lora import Merged, merge_lora
 
 STAGE = "merged"
-CODE_VERSION = "2"
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+CODE_VERSION = "3"
 CHECKS = (
     CheckSpec(name="every_tensor_is_used", description="Each tensor of the fine-tune lands on one tensor of the base."),
     CheckSpec(name="base_is_the_one_trained_on", description="The adapter names the base that it was merged into."),
@@ -29,9 +32,10 @@ CHECKS = (
 def merge(
     *,
     base: Path,
-    fine_tune: Path,
+    fine_tune: Path | AdapterSet,
     destination: Destination,
     base_names: Collection[str] = (),
+    base_revision: str | None = None,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -39,10 +43,12 @@ def merge(
 
     Args:
         base: A full-precision model directory.
-        fine_tune: A directory with a PEFT LoRA, or a whole fine-tuned model, whose tensors are then the result.
+        fine_tune: A directory with a PEFT LoRA, with several and a file that weights them, or with a whole fine-tuned
+            model, whose tensors are then the result. Or a set of adapters.
         destination: Where the merged checkpoint goes.
         base_names: Every name the base is known under. If given, an adapter that names another base fails a check;
             if not, the directory's name is compared, and a difference is only a warning.
+        base_revision: The base's commit, tag or branch. An adapter that names another one fails the same check.
         hard_links: Whether a shard that the fine-tune does not touch may be the base's own file, by a second name.
         observe: Called with the progress.
 
@@ -51,75 +57,100 @@ def merge(
         CheckFailed: A merged weight is not finite.
     """
     read_now = destination.may_hold(STAGE)
-    work = prepare(base=base, fine_tune=fine_tune, base_names=base_names, read_now=read_now, observe=observe)
+    work = prepare(
+        base=base,
+        fine_tune=fine_tune,
+        base_names=base_names,
+        base_revision=base_revision,
+        read_now=read_now,
+        observe=observe,
+    )
     return work.write(destination, task="merge", hard_links=hard_links, observe=observe)
 
 
 def prepare(
-    *, base: Path, fine_tune: Path, base_names: Collection[str], read_now: bool, observe: Observe = unobserved
+    *,
+    base: Path,
+    fine_tune: Path | AdapterSet,
+    base_names: Collection[str],
+    base_revision: str | None = None,
+    read_now: bool,
+    observe: Observe = unobserved,
 ) -> Rewrite:
     """Check a merge and say what it is derived from and what it writes; see :func:`merge`."""
     sources = {"base": open_source("base", base, read_now=read_now, observe=observe)}
-    parent, child = sources["base"].checkpoint, open_fine_tune(fine_tune)
-    others: dict[str, str] = {}
-    if isinstance(child, Adapter):
-        merged, others["fine_tune"] = merge_lora(parent, child), child.digest()
+    parent = sources["base"].checkpoint
+    child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
+    spec: dict[str, Any] = {"base_names": sorted(base_names)}
+    if isinstance(child, AdapterSet):
+        merged = merge_lora(parent, child)
+        output, others, summary = merged.checkpoint, {"fine_tune": child.digest()}, _adapter_summary(merged, child)
+        spec["base_revision"] = base_revision
+        reports = [_use_report(child, merged), _base_report(base, child, base_names, base_revision)]
     else:
+        assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_source("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
-        merged = adopt(parent, child)
-    merged = merged.replace(sidecars=usage_files(parent.sidecars, child.sidecars))
-    reports = [_use_report(parent, child), _base_report(base, child, base_names), _finite_report(merged)]
+        output, others, summary = adopt(parent, child), {}, {"kind": "full", "tensors": len(child)}
+        reports = _full_reports(parent, child)
+    output = output.replace(sidecars=usage_files(parent.sidecars, child.sidecars))
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec={"base_names": sorted(base_names)},
+        spec=spec,
         sources=sources,
         others=others,
-        output=merged,
-        result={**_summary(parent, child), "checks": dump_reports(reports)},
+        output=output,
+        result={**summary, "checks": dump_reports([*reports, _finite_report(output)])},
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
 
 
-def open_fine_tune(root: Path) -> Adapter | Checkpoint:
-    """Open an adapter or a whole model, whichever the directory holds.
+def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
+    """Open an adapter, several, or a whole model, whichever the directory holds.
 
     Raises:
-        InputRefused: It holds neither in a form that can be merged.
+        InputRefused: It holds none of them in a form that can be merged, or more than one.
     """
-    if not is_adapter(root):
-        return open_checkpoint(root)
-    if (root / SINGLE_SHARD).exists() or (root / INDEX).exists():
+    whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
+    kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": whole}
+    if len(found := [kind for kind, is_there in kinds.items() if is_there]) > 1:
         raise InputRefused(
-            f"{root} holds an adapter and a whole model; it does not say which one is the fine-tune.",
+            f"{root} holds {' and '.join(found)}; it does not say which one is the fine-tune.",
             remedy="Put only one of them into the directory.",
         )
-    return open_adapter(root)
+    if is_adapter(root):
+        return single(open_adapter(root))
+    return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
 
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
-    """Return the content digest of an adapter or of a whole model."""
-    return open_adapter(root).digest() if is_adapter(root) else checkpoint_digest(root, observe=observe)
+    """Return the content digest of adapters or of a whole model."""
+    if is_adapter(root):
+        return open_adapter(root).digest()
+    return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)
 
 
-def _summary(parent: Checkpoint, child: Adapter | Checkpoint) -> dict[str, Any]:
-    """Return what was merged: for an adapter its settings and the scaling of each changed tensor."""
-    if not isinstance(child, Adapter):
-        return {"kind": "full", "tensors": len(child)}
-    scalings = {target: child.settings.scaling(module) for module, target in require_targets(parent, child).items()}
-    return {
-        "kind": "adapter",
-        "adapter": asdict(child.settings) | {"base": child.base_name, "peft_version": child.config.get("peft_version")},
-        "scalings": scalings,
-    }
+def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
+    """Return what was merged: the adapters' settings, and the scalings of each changed tensor."""
+    described = [
+        asdict(member.adapter.settings)
+        | {
+            "weight": member.weight,
+            "base": member.adapter.base_name,
+            "revision": member.adapter.revision,
+            "peft_version": member.adapter.config.get("peft_version"),
+        }
+        for member in adapters.members
+    ]
+    recipes = merged.plan.recipes.items()
+    scalings = {name: sorted({term.scaling for term in recipe.terms}) for name, recipe in recipes if recipe.terms}
+    return {"kind": "adapter", "adapters": described, "combination": adapters.combination, "scalings": scalings}
 
 
-def _use_report(parent: Checkpoint, child: Adapter | Checkpoint) -> CheckReport:
-    if isinstance(child, Adapter):
-        count, where = len(child.weights.specs), f"{len(child.modules)} tensors of the base"
-    else:
-        count, where = len(child), f"the {len(parent)} tensors of the base, by name and shape"
+def _use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
+    count = sum(len(adapter.weights.specs) for adapter in adapters.adapters)
+    where = f"{sum(bool(recipe.uses) for recipe in merged.plan.recipes.values())} tensors of the base"
     return CheckReport(
         name=CHECKS[0].name,
         passed=True,
@@ -128,24 +159,56 @@ def _use_report(parent: Checkpoint, child: Adapter | Checkpoint) -> CheckReport:
     )
 
 
-def _base_report(base: Path, child: Adapter | Checkpoint, base_names: Collection[str]) -> CheckReport:
-    name = CHECKS[1].name
-    if not isinstance(child, Adapter):
-        return CheckReport(name=name, passed=True, detail="A whole model, with exactly the base's tensors and shapes.")
-    declared, known = child.base_name or "", sorted(base_names) or [base.name]
-    passed = declared in known or (bool(declared) and Path(declared).resolve() == base.resolve())
-    if not base_names:
-        passed = passed or Path(declared).name == base.name
+def _full_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
+    count = len(child)
+    return [
+        CheckReport(
+            name=CHECKS[0].name,
+            passed=True,
+            measured=f"{count} of {count}",
+            detail=f"All {count} tensors of the fine-tune were matched to the {len(parent)} tensors of the base, by name"
+            " and shape, before anything was written.",
+        ),
+        CheckReport(
+            name=CHECKS[1].name, passed=True, detail="A whole model, with exactly the base's tensors and shapes."
+        ),
+    ]
+
+
+def _base_report(
+    base: Path, adapters: AdapterSet, base_names: Collection[str], base_revision: str | None
+) -> CheckReport:
+    known = sorted(base_names) or [base.name]
+    strangers = [a for a in adapters.adapters if not _is_named(a, base, base_names)]
+    others = [a for a in adapters.adapters if not may_be_same_revision(a.revision, base_revision)]
+    passed = not strangers and not others
+    declared = {(a.base_name or "not named") + (f" at {a.revision}" if a.revision else "") for a in adapters.adapters}
     return CheckReport(
-        name=name,
+        name=CHECKS[1].name,
         passed=passed,
-        severity="ERROR" if base_names else "WARN",
-        measured=declared or "not named",
-        limit=", ".join(known),
+        severity="ERROR" if base_names or others else "WARN",
+        measured=", ".join(sorted(declared)),
+        limit=", ".join(known) + (f" at {base_revision}" if base_revision else ""),
         detail="The adapter names this base."
         if passed
-        else "The adapter names another base: make sure that it was trained on this one, and register the name.",
+        else "The adapter names another base: make sure that it was trained on this one, and register the name."
+        if strangers
+        else "The adapter names another revision of this base: set base_revision to the one it was trained on.",
     )
+
+
+def _is_named(adapter: Adapter, base: Path, base_names: Collection[str]) -> bool:
+    declared = adapter.base_name or ""
+    if declared in base_names or (bool(declared) and Path(declared).resolve() == base.resolve()):
+        return True
+    return not base_names and Path(declared).name == base.name
+
+
+def may_be_same_revision(one: str | None, other: str | None) -> bool:
+    """Whether two revisions can be the same: a commit may be shortened, and may be what a branch points at."""
+    if not one or not other or bool(_COMMIT.fullmatch(one)) != bool(_COMMIT.fullmatch(other)):
+        return True
+    return one.startswith(other) or other.startswith(one) if _COMMIT.fullmatch(one) else one == other
 
 
 def _finite_report(merged: Checkpoint) -> CheckReport:

@@ -1,7 +1,7 @@
 """A PEFT LoRA as saved on disk: its settings, and what each of its tensors is. Headers only.
 
-What cannot be merged exactly is refused by name, also settings that nobody has heard of: an adapter is merged completely
-or not at all.
+What cannot be merged exactly is refused by name, also settings that nobody has heard of: an adapter is merged
+completely or not at all.
 """
 
 import json
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest
+from qwen_pipeline.checkpoint.finite import is_finite
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.transforms.adapter_tensors import AdapterTensors, Factors, sort_tensors
-from qwen_pipeline.checkpoint.finite import is_finite
 from qwen_pipeline.transforms.lora_settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -66,13 +66,10 @@ class Adapter:
         up, down = self.shape(factors.up), self.shape(factors.down)
         return (up[1], down[0]) if factors.layout == "embedding" else (up[0], *down[1:])
 
-    def files(self) -> dict[str, Path]:
-        """Return what decides the merged bytes, by relative path."""
-        return {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
-
     def digest(self) -> str:
         """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
-        return directory_digest(self.files())
+        files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
+        return directory_digest(files)
 
     def rank(self, factors: Factors) -> int:
         """Return the rank of an update, for stacks of experts of each of their matrices."""

@@ -1,19 +1,19 @@
 """One adapter, or several that are merged together with weights, as PEFT's ``add_weighted_adapter`` combines them.
 
-``cat`` adds the updates: ``sum(w * scaling * B @ A)``. ``linear`` adds the factors before it multiplies them, each with the
-square root of its weight and scaling: a cheap approximation for adapters of one rank, and here the same to the letter.
+``cat`` adds the updates: ``sum(w * scaling * B @ A)``. ``linear`` adds the factors before it multiplies them, each with
+the square root of its weight and scaling: an approximation, which PEFT has because its result is again of one rank.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from qwen_pipeline.checkpoint.digest import directory_digest
-from qwen_pipeline.errors import AdapterRefused, listed
+from qwen_pipeline.checkpoint.manifest import canonical_sha256
+from qwen_pipeline.errors import AdapterRefused, InputRefused, listed
 from qwen_pipeline.qwen.geometry import PadPlan
 from qwen_pipeline.transforms.adapter import Adapter, open_adapter
 
@@ -42,25 +42,41 @@ class AdapterSet:
     combination: Combination = "cat"
 
     @property
-    def sidecars(self) -> dict[str, Path]:
-        """The files beside the weights: the last adapter's that has one of a name."""
-        return {path: file for member in self.members for path, file in member.adapter.sidecars.items()}
+    def adapters(self) -> list[Adapter]:
+        return [member.adapter for member in self.members]
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """What of this is not in the adapters' files, as JSON values."""
-        return {"weights": [member.weight for member in self.members], "combination": self.combination}
+    def sidecars(self) -> dict[str, Path]:
+        """The files beside the weights: the last adapter's that has one of a name."""
+        return {path: file for adapter in self.adapters for path, file in adapter.sidecars.items()}
 
     def digest(self) -> str:
-        """Return ``sha256:<hex>`` over every adapter's files; of a single one, its own."""
-        if len(self.members) == 1:
-            return self.members[0].adapter.digest()
-        files = {
-            f"{number}/{relative}": file
-            for number, member in enumerate(self.members)
-            for relative, file in member.adapter.files().items()
-        }
-        return directory_digest(files)
+        """Return ``sha256:<hex>`` over every adapter's files and the weights; of a single plain one, its own."""
+        if len(self.members) == 1 and self.members[0].weight == 1:
+            return self.adapters[0].digest()
+        members = [[member.adapter.digest(), member.weight] for member in self.members]
+        return "sha256:" + canonical_sha256({"members": members, "combination": self.combination})
+
+
+def single(adapter: Adapter) -> AdapterSet:
+    """Return one adapter as a set."""
+    return AdapterSet(members=(Member(adapter=adapter),))
+
+
+def weighted(roots: Sequence[Path], weights: Sequence[float], *, combination: Combination) -> AdapterSet:
+    """Open adapters that are merged together; without weights each counts fully.
+
+    Raises:
+        InputRefused: There are not as many weights as adapters.
+        AdapterRefused: An adapter is refused, or cannot be added to others.
+    """
+    if weights and len(weights) != len(roots):
+        raise InputRefused(
+            f"{len(roots)} adapters have {len(weights)} weights.", remedy="Give each adapter a weight, or none of them."
+        )
+    shares = weights or [1.0] * len(roots)
+    members = [Member(adapter=open_adapter(root), weight=share) for root, share in zip(roots, shares, strict=True)]
+    return require_combinable(AdapterSet(members=tuple(members), combination=combination))
 
 
 class _Entry(BaseModel):
@@ -75,6 +91,10 @@ class _SetFile(BaseModel):
 
     adapters: list[_Entry] = Field(min_length=1)
     combination_type: Combination = "cat"
+
+
+def is_adapter_set(root: Path) -> bool:
+    return (root / ADAPTER_SET).is_file()
 
 
 def open_set(root: Path) -> AdapterSet:
@@ -96,8 +116,8 @@ def open_set(root: Path) -> AdapterSet:
             f"{file} names {listed(outside)}, which is not a directory below it.",
             remedy="Put each adapter into a directory of its own beside the file.",
         )
-    members = tuple(Member(adapter=open_adapter(root / e.path), weight=e.weight) for e in named.adapters)
-    return require_combinable(AdapterSet(members=members, combination=named.combination_type))
+    roots, weights = [root / entry.path for entry in named.adapters], [entry.weight for entry in named.adapters]
+    return weighted(roots, weights, combination=named.combination_type)
 
 
 def require_combinable(adapters: AdapterSet) -> AdapterSet:
@@ -108,7 +128,7 @@ def require_combinable(adapters: AdapterSet) -> AdapterSet:
     """
     if len(adapters.members) == 1 and adapters.members[0].weight == 1:
         return adapters
-    for adapter in (member.adapter for member in adapters.members):
+    for adapter in adapters.adapters:
         if found := _more_than_factors(adapter):
             raise AdapterRefused(
                 f"{adapter.root} cannot be weighted or added to others: it has {listed(list(found.values()))}.",

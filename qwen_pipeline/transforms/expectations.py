@@ -1,4 +1,4 @@
-"""What an adapter's settings promise, so that a lost tensor is missed: saved modules, biases, tokens, both embeddings."""
+"""What an adapter's settings promise, so that a lost tensor is missed: saved modules, biases, tokens, vocabulary."""
 
 from collections.abc import Iterable, Iterator
 
@@ -64,7 +64,7 @@ def _lost_half(plan: MergePlan, adapter: Adapter, vocabulary: Vocabulary) -> Ite
         held = _stored_names(plan, [*tensors.saved, *tensors.factors, *(f"{module}.weight" for module in modules)])
         for name in vocabulary.names:
             if name not in held:
-                yield f"{name} ({tensors.saved[unasked[0]]} was saved as part of a vocabulary, this is not there)"
+                yield f"{name} ({tensors.saved[unasked[0]]} is there as part of a vocabulary, this is not)"
 
 
 def _stored_names(plan: MergePlan, parameters: Iterable[str]) -> set[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def land(plan: MergePlan, adapters: AdapterSet) -> None:
     """Enter everything that the adapters bring into the plan, whole weights first: updates are added to them."""
-    for adapter in (member.adapter for member in adapters.members):
+    for adapter in adapters.adapters:
         for parameter, name in adapter.tensors.saved.items():
             _land_saved(plan, adapter, parameter, name)
     groups: dict[tuple[Slot, ...], list[Update]] = {}
@@ -33,7 +33,7 @@ def land(plan: MergePlan, adapters: AdapterSet) -> None:
     for slots, updates in groups.items():
         for update in combined(updates, adapters.combination):
             _land_update(plan, update, slots)
-    for adapter in (member.adapter for member in adapters.members):
+    for adapter in adapters.adapters:
         for module, name in adapter.tensors.tokens.items():
             _land_tokens(plan, adapter, module, name)
 
@@ -145,7 +145,7 @@ def _obstacle(plan: MergePlan, update: Update, slots: Sequence[Slot]) -> str | N
         rows[slot.expert] += outputs
         if tuple(inputs) != update.shape[1:] or rows[slot.expert] > update.shape[0]:
             return _mismatch(plan, update, slot)
-    if rows != {expert: update.shape[0] for expert in range(update.experts)}:
+    if rows != dict.fromkeys(range(update.experts), update.shape[0]):
         return _mismatch(plan, update, slots[0])
     if taken := [slot.name for slot in slots if not plan.take(update.adapter, slot)]:
         return f"{taken[0]} already gets another update"

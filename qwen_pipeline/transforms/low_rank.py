@@ -1,7 +1,7 @@
 """Low-rank updates of weights, with the same bits whatever rows are asked for together (arXiv:2106.09685).
 
-Sums are computed in float32, for a float32 or float64 result in float64, and rounded once. PEFT rounds the delta first, so
-bf16 results may differ from its in the last bit.
+Sums are computed in float32, for a float32 or float64 result in float64, and rounded once. PEFT rounds the delta first,
+so bf16 results may differ from its in the last bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -94,15 +94,15 @@ class _Loaded:
     """What a term adds to consecutive rows of a matrix, from row ``top`` on."""
 
     top: int
-    up_NR: "torch.Tensor"
-    down_RI: "torch.Tensor"
+    up: "torch.Tensor"
+    down: "torch.Tensor"
     scaling: float
 
     def add_to(self, cell_NI: "torch.Tensor", start: int) -> None:
-        low, high = max(start, self.top), min(start + len(cell_NI), self.top + len(self.up_NR))
+        low, high = max(start, self.top), min(start + len(cell_NI), self.top + len(self.up))
         if low < high:
             rows = cell_NI[low - start : high - start]
-            rows.addmm_(self.up_NR[low - self.top : high - self.top], self.down_RI, alpha=self.scaling)
+            rows.addmm_(self.up[low - self.top : high - self.top], self.down, alpha=self.scaling)
 
 
 def cell_sums(
@@ -181,8 +181,8 @@ def _loaded(term: Term, low: int, high: int, wide: "torch.dtype") -> _Loaded | N
     shift = term.first - term.onto
     return _Loaded(
         top=first,
-        up_NR=term.update.up(term.expert, first + shift, last + shift).to(wide),
-        down_RI=term.update.down(term.expert).to(wide),
+        up=term.update.up(term.expert, first + shift, last + shift).to(wide),
+        down=term.update.down(term.expert).to(wide),
         scaling=term.scaling,
     )
 

@@ -103,3 +103,13 @@ class MergePlan:
         free = key not in self.taken
         self.taken.add(key)
         return free
+
+    def unused(self, adapters: Sequence[Adapter]) -> list[str]:
+        """Return the tensors that neither land anywhere nor repeat one that does."""
+        used = {use for recipe in self.recipes.values() for use in recipe.uses}
+        return [
+            f"{name} (nothing is made of it)"
+            for adapter in adapters
+            for name in adapter.weights.specs
+            if (adapter, name) not in used and name not in adapter.tensors.twins | adapter.tensors.originals
+        ]
