@@ -6,11 +6,21 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.transforms.adapter import open_adapter
+from qwen_pipeline.transforms.adapter_set import single
+from qwen_pipeline.transforms.lora import merge_lora
+
 
 def peft_merge(base: Path, adapter: Path, *, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors after PEFT's ``merge_and_unload`` with the base loaded in ``dtype``."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return dict(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict())
+
+
+def merged_with(base: Path, adapter: Path) -> Checkpoint:
+    """Return what we merge, where PEFT is asked by :func:`peft_merge`."""
+    return merge_lora(open_checkpoint(base), single(open_adapter(adapter))).checkpoint
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """DoRA: the merged weight's rows (an embedding's columns) get the norms that were trained (arXiv:2402.09353).
 
 PEFT divides by the norm of ``W + scaling * B @ A`` over the inputs of each output; for an embedding over the
-vocabulary, for each of its dimensions. The latter needs all rows before the first can be written: that is a pass of its own.
+vocabulary, for each of its dimensions. The latter needs all rows before the first can be written: a pass of its own.
 """
 
 from collections.abc import Sequence

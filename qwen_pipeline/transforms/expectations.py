@@ -56,7 +56,7 @@ def _lost_tokens(adapter: Adapter, vocabulary: Vocabulary) -> Iterator[str]:
 
 
 def _lost_half(plan: MergePlan, adapter: Adapter, vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield embedding or head where only the other was saved unasked: PEFT saves a resized vocabulary's both or none."""
+    """Yield embedding or head where only the other was saved unasked: PEFT saves both of a resized vocabulary."""
     tensors = adapter.tensors
     unasked = [path for path in tensors.saved if path.endswith(".weight") and not adapter.settings.saves(path[:-7])]
     if unasked:

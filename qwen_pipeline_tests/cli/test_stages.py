@@ -13,7 +13,7 @@ from qwen_pipeline_tests.tiny import tiny_qwen2
 
 @pytest.fixture
 def merged(site: Site, tmp_path: Path) -> Path:
-    answer = stages.merge(base=site.root / "base", adapter=site.drop(), out=tmp_path / "merged")
+    answer = stages.merge(base=site.root / "base", adapter=[site.drop()], out=tmp_path / "merged")
     return Path(answer.data["path"])
 
 

@@ -45,8 +45,8 @@ def test_an_adapter_merges_into_a_checkpoint_that_transformers_loads(tmp_path: P
 
     result = merged.manifest.result
     assert result["kind"] == "adapter"
-    assert result["scalings"]["model.layers.1.self_attn.q_proj.weight"] == 8.0
-    assert result["scalings"]["model.layers.1.mlp.up_proj.weight"] == 2.0
+    assert result["scalings"]["model.layers.1.self_attn.q_proj.weight"] == [8.0]
+    assert result["scalings"]["model.layers.1.mlp.up_proj.weight"] == [2.0]
     reports = reports_of(merged)
     assert all(report.passed for report in reports.values())
     assert reports["every_tensor_is_used"].measured == "28 of 28"
@@ -114,8 +114,8 @@ def test_the_adapter_must_name_its_base(
 
 def test_a_refusal_writes_nothing(tmp_path: Path) -> None:
     base = tiny_qwen2(tmp_path / "base")
-    adapter = tiny_adapter(base, tmp_path / "adapter", use_dora=True)
-    with pytest.raises(AdapterRefused, match="use_dora"):
+    adapter = tiny_adapter(base, tmp_path / "adapter", alora_invocation_tokens=[3])
+    with pytest.raises(AdapterRefused, match="alora_invocation_tokens"):
         merge(base=base, fine_tune=adapter, destination=Directory(tmp_path / "out" / "merged"))
     assert not (tmp_path / "out").exists()
 
