@@ -166,8 +166,8 @@ def _full_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
             name=CHECKS[0].name,
             passed=True,
             measured=f"{count} of {count}",
-            detail=f"All {count} tensors were matched to the {len(parent)} tensors of the base, by name and shape, before"
-            " anything was written.",
+            detail=f"All {count} tensors were matched to the {len(parent)} of the base, by name and shape,"
+            " before anything was written.",
         ),
         CheckReport(name=CHECKS[1].name, passed=True, detail="A whole model, with the base's tensors and shapes."),
     ]
