@@ -124,7 +124,7 @@ class Settings(BaseSettings):
 
     def engine_python(self) -> Path | None:
         """The interpreter configured for the quantization's engine; None means the one that was installed here."""
-        return self.engines.get(self.quantization.engine, Engine()).python
+        return self.engines.get(self.quantization.environment, Engine()).python
 
     @classmethod
     def settings_customise_sources(

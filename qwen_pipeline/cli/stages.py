@@ -24,6 +24,7 @@ class LayoutChoice(StrEnum):
 class EngineChoice(StrEnum):
     gptqmodel = "gptqmodel"
     autogptq = "autogptq"
+    layerwise = "layerwise"
 
 
 Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
@@ -151,7 +152,7 @@ def quantize(
             destination=Directory(out),
             calibration=calibration,
             spec=spec,
-            engine=find_environment(engine.value, engine_python),
+            engine=find_environment(spec.environment, engine_python),
             observe=observe,
         )
     )
@@ -180,6 +181,7 @@ def validate(
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.engines.environment import find_environment
+    from qwen_pipeline.engines.protocol import QuantSpec
     from qwen_pipeline.stages import validate as stage
 
     settings = load_settings().validation
@@ -189,7 +191,7 @@ def validate(
             candidate=candidate,
             text=text,
             destination=Directory(out or candidate.resolve().with_name(f"{candidate.resolve().name}-validation")),
-            engine=find_environment(engine.value, engine_python).python,
+            engine=find_environment(QuantSpec(engine=engine.value).environment, engine_python).python,
             base=base,
             padded=padded,
             tensor_parallel=tp,

@@ -55,7 +55,7 @@ class Pipeline:
 
     @property
     def engine(self) -> EngineEnvironment:
-        return find_environment(self.settings.quantization.engine, self.settings.engine_python())
+        return find_environment(self.settings.quantization.environment, self.settings.engine_python())
 
     def require_ready(self) -> None:
         """Raise now what a setting or an environment that is missing would raise hours later."""

@@ -22,7 +22,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, get_args
 
-from qwen_pipeline.engines.protocol import EngineName
+from qwen_pipeline.engines.protocol import EnvironmentName
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import run_worker
@@ -209,8 +209,10 @@ def _requirements(name: str) -> str:
 
 
 def _require_name(name: str) -> None:
-    if name not in get_args(EngineName):
-        raise InputRefused(f"There is no engine {name!r}.", remedy=f"Choose one of {', '.join(get_args(EngineName))}.")
+    if name not in get_args(EnvironmentName):
+        raise InputRefused(
+            f"There is no engine {name!r}.", remedy=f"Choose one of {', '.join(get_args(EnvironmentName))}."
+        )
 
 
 def _install(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 
-EngineName = Literal["gptqmodel", "autogptq"]
+EngineName = Literal["gptqmodel", "autogptq", "layerwise"]
+EnvironmentName = Literal["gptqmodel", "autogptq"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -68,6 +69,11 @@ class QuantSpec:
             raise InputRefused(
                 f"damp_percent is {self.damp_percent}, expected more than 0 and less than 1.", remedy="Try 0.05."
             )
+
+    @property
+    def environment(self) -> EnvironmentName:
+        """Whose environment the engine runs in: the layer loop of our own drives GPTQModel's solver."""
+        return "gptqmodel" if self.engine == "layerwise" else self.engine
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -44,6 +44,14 @@ class Place:
         return [tensor.to(self.device).to(self.dtype) for tensor in tensors]
 
 
+class _ArrivedError(Exception):
+    """Ends a layer's forward pass where its inputs have got to."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
 class Passage:
     """Batches on their way through one model.
 
@@ -96,6 +104,22 @@ class Passage:
         """Yield what a layer makes of each batch; the batches stay where they are."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
             yield module(self._place.fetch(hidden), **arguments[layer])
+
+    def inputs_within(self, layer: int, module: nn.Module, inner: str) -> Iterator[Tensor]:
+        """Yield what each batch enters a module inside a layer with; the layer computes no further than that."""
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _ArrivedError(inputs[0])
+
+        hook = module.get_submodule(inner).register_forward_pre_hook(stop)
+        try:
+            for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
+                try:
+                    module(self._place.fetch(hidden), **arguments[layer])
+                except _ArrivedError as arrived:
+                    yield arrived.inputs
+        finally:
+            hook.remove()
 
     def leave(self) -> list[Tensor]:
         """Return what enters the output head for each batch, [B, T, H]; no hidden state is kept."""

@@ -62,8 +62,8 @@ def quantize(
 ) -> Artifact:
     """Quantize a full-precision checkpoint to GPTQ codes.
 
-    The derivation holds the digest of the calibration tokens, the whole spec and the engine's versions. GPTQModel
-    cannot resume dense Qwen models, so an interrupted attempt starts again.
+    The derivation holds the digest of the calibration tokens, the whole spec and the engine's versions. The engine
+    ``layerwise`` continues an interrupted attempt at the layer that it died in; with others it starts again.
 
     Raises:
         QuantizedInputRefused: The source is quantized already.
@@ -71,7 +71,7 @@ def quantize(
         EnvironmentFault: The engine, the GPU, memory or disk space is missing.
         CheckFailed: The solver met a loss that is not a number.
     """
-    assert spec.engine == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
+    assert spec.environment == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
     checkpoint = open_checkpoint(source)
     require_full_precision(
         checkpoint,
@@ -148,13 +148,14 @@ def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
 
 
 def _open_workshop(partial: Path, source: Path, windows: "torch.Tensor", spec: QuantSpec) -> QuantJob:
-    """Make an empty workshop; codes of an interrupted attempt cannot be told from this one's, so they go too."""
+    """Make a workshop. The layer loop goes on in an interrupted one; what other engines left there goes."""
     import numpy as np
 
     workshop = (partial / WORKSHOP).resolve()
-    shutil.rmtree(workshop, ignore_errors=True)
+    if spec.engine != "layerwise":
+        shutil.rmtree(workshop, ignore_errors=True)
     (partial / JOURNAL).unlink(missing_ok=True)
-    (workshop / "tmp").mkdir(parents=True)
+    (workshop / "tmp").mkdir(parents=True, exist_ok=True)
     job = QuantJob(spec=spec, source=source, windows=workshop / "windows.npy", workshop=workshop)
     np.save(job.windows, windows.numpy())
     return job

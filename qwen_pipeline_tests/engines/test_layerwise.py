@@ -1,0 +1,79 @@
+"""The layer loop of our own against GPTQModel's, in its environment; and that it goes on where it was interrupted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.engines.calibration import draw_windows
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
+
+SPEC = QuantSpec(
+    engine="layerwise", group_size=GROUP_SIZE, samples=16, seq_len=64, batch_size=8, threads=2, device="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "calibration.jsonl", documents=24, stride=7)
+
+
+def test_codes_are_gptqmodels_where_the_inputs_are(chain: Chain, calibration: Path, tmp_path: Path) -> None:
+    """Nothing quantized comes before the first layer's q, k and v, so their inputs, and their codes, are the same.
+
+    Later inputs differ a little: ours come from weights as they are stored, with float16 scales.
+    """
+    artifact = quantize(
+        source=chain.padded, destination=Directory(tmp_path / "out"), calibration=calibration, spec=SPEC,
+        engine=chain.engine,
+    )  # fmt: skip
+    assert all(check["passed"] for check in artifact.manifest.result["checks"])
+    ours, theirs = open_checkpoint(artifact.path), open_checkpoint(chain.quantized)
+    assert dict(ours) == dict(theirs)
+    for name in ours:
+        if "layers.0.self_attn.o_proj" in name:
+            break
+        if "layers.0.self_attn" in name:
+            assert torch.equal(ours.load(name), theirs.load(name)), name
+    losses = zip(artifact.manifest.result["losses"], json_result(chain.quantized)["losses"], strict=True)
+    for our, their in losses:
+        assert our["loss"] == pytest.approx(their["loss"], rel=0.05)
+        assert our["samples"] == their["samples"] == 16 * 64
+    assert not list(artifact.path.rglob("layer-*"))
+
+
+def test_an_interrupted_run_goes_on_at_the_layer_it_died_in(chain: Chain, calibration: Path, tmp_path: Path) -> None:
+    job = QuantJob(
+        spec=replace(SPEC, bits=8, group_size=64, sym=False, desc_act=True),
+        source=chain.padded,
+        windows=tmp_path / "windows.npy",
+        workshop=tmp_path / "shop",
+    )
+    np.save(job.windows, draw_windows(calibration, chain.padded, samples=16, seq_len=64, seed=1).numpy())
+    assert solved_layers(job, chain, tmp_path) == {0, 1}
+    whole = {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")}
+
+    (job.packed / "layer-00001.safetensors").write_bytes(b"torn")
+    assert solved_layers(job, chain, tmp_path) == {1}
+    assert {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")} == whole
+
+
+def solved_layers(job: QuantJob, chain: Chain, logs: Path) -> set[int]:
+    job.workshop.mkdir(exist_ok=True)
+    seen: list[Progress] = []
+    target = "qwen_pipeline.engines.layerwise:quantize_directory"
+    run_worker(chain.engine.python, target, job.to_json(), log=logs / "log", observe=seen.append)
+    return {event.done for event in seen}
+
+
+def json_result(root: Path) -> dict[str, list[dict[str, float]]]:
+    return json.loads((root / "manifest.json").read_text())["result"]

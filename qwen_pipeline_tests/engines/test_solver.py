@@ -1,0 +1,43 @@
+"""What is relied on of GPTQModel's solver, and what is done before and after it."""
+
+from pathlib import Path
+
+import torch
+
+from qwen_pipeline.engines.solver import Hessian, pack
+from qwen_pipeline.transforms.gptq_codes import GptqFormat
+from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests.chain import Chain
+
+
+def test_a_hessian_does_not_depend_on_how_inputs_are_cut() -> None:
+    x = torch.randn(4, 7, 12, dtype=torch.float32)
+    whole, parts = Hessian(), Hessian()
+    whole.add(x)
+    for part in x.split(1):
+        parts.add(part)
+    exact = 2 / 28 * x.double().flatten(0, 1).T @ x.double().flatten(0, 1)
+    torch.testing.assert_close(whole.mean(), exact.float())
+    torch.testing.assert_close(parts.mean(), exact.float())
+
+
+def test_packing_keeps_a_weight_that_lies_on_its_grid() -> None:
+    form = GptqFormat(bits=4, group_size=32, desc_act=False, sym=False, checkpoint_format="gptq")
+    codes_OI = torch.randint(0, 16, (2080, 64))
+    scales_OG, zeros_OG = torch.rand(2080, 2).half().float() + 0.125, torch.randint(1, 16, (2080, 2)).float()
+    g_idx = torch.arange(64) // 32
+    scales_OG = scales_OG.half().float()
+    weight_OI = scales_OG[:, g_idx] * (codes_OI - zeros_OG[:, g_idx])
+    packed = pack(weight_OI, scales_OG, zeros_OG, g_idx, form)
+    assert {name: (t.dtype, t.shape) for name, t in (("qweight", packed.qweight), ("qzeros", packed.qzeros))} == {
+        "qweight": (torch.int32, (8, 2080)),
+        "qzeros": (torch.int32, (2, 260)),
+    }
+    assert torch.equal(packed.weight_rows(0, 2080), weight_OI)
+
+
+def test_the_solver_takes_our_hessian_and_weights(chain: Chain, tmp_path: Path) -> None:
+    """Driven by hand it chooses what it chooses when GPTQModel accumulates for it; dead channels stay at zero."""
+    target = "qwen_pipeline_tests.engines.targets:contract"
+    found = run_worker(chain.engine.python, target, {}, log=tmp_path / "log").value
+    assert found == {"same_codes": True, "dead_are_zero": True, "inputs_untouched": True, "damp": 0.05}
