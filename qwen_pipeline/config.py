@@ -75,6 +75,20 @@ class Validation(_Section):
     seq_len: int = Field(default=512, ge=2)
 
 
+class Store(_Section):
+    """What is kept of the way from a fine-tune to a release.
+
+    Attributes:
+        merged: Whether merged weights are stored. If not, merging and padding are one pass, and the merged checkpoint
+            is a recipe with the same digest.
+        hard_links: Whether a shard of which nothing changed may be a second name of the base's own file. Whoever then
+            writes into the base's files changes both.
+    """
+
+    merged: bool = True
+    hard_links: bool = False
+
+
 class Engine(_Section):
     """Where an engine's environment is, if not where ``qwen-pipeline engine install`` puts it."""
 
@@ -95,6 +109,7 @@ class Settings(BaseSettings):
         calibration: JSONL of ``text`` or ``messages``.
         validation: Held-out text and limits.
         engines: Engine name -> its environment.
+        store: What is stored between the stages.
         owners: Who Dagster shows as responsible: ``team:name`` or an e-mail address.
     """
 
@@ -111,11 +126,12 @@ class Settings(BaseSettings):
     quantization: QuantSpec = Field(default_factory=QuantSpec)
     calibration: ConfiguredPath | None = None
     validation: Validation = Field(default_factory=Validation)
+    store: Store = Field(default_factory=Store)
     engines: Mapping[str, Engine] = Field(default_factory=dict[str, Engine])
     owners: tuple[str, ...] = ()
 
     @property
-    def store(self) -> Path:
+    def store_root(self) -> Path:
         return self.workspace / "store"
 
     @property

@@ -67,7 +67,7 @@ STAGES = tuple(str(stage.STAGE) for stage in _MAKERS)
 def everything(settings: Settings) -> list[FineTuneStanding]:
     """Return the standing of each fine-tune that is in the inbox or in the store, by name."""
     arrivals = {arrival.name: arrival for arrival in Inbox(settings.inbox).arrivals()}
-    kept = {path.name for stage in STAGES for path in (settings.store / stage).glob("*")}
+    kept = {path.name for stage in STAGES for path in (settings.store_root / stage).glob("*")}
     return [standing(settings, name, arrivals.get(name)) for name in sorted(arrivals.keys() | kept)]
 
 
@@ -114,7 +114,7 @@ def _stage_standing(
     settings: Settings, name: str, stage: ModuleType, inputs: Mapping[str, str | None], spec: Mapping[str, Any]
 ) -> StageStanding:
     try:
-        artifact = CheckpointStore(settings.store).latest(stage.STAGE, name)
+        artifact = CheckpointStore(settings.store_root).latest(stage.STAGE, name)
     except CheckpointRefused:
         return StageStanding(state="damaged")
     if artifact is None:

@@ -24,7 +24,7 @@ def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     settings = load_settings()
     assert settings.workspace == tmp_path / "workspace"
     assert settings.inbox == tmp_path / "workspace" / "inbox"
-    assert settings.store.parent == settings.dagster_home.parent == settings.workspace
+    assert settings.store_root.parent == settings.dagster_home.parent == settings.workspace
     assert settings.quantization.bits == 4
 
 

@@ -50,7 +50,11 @@ class Rewrite:
 
     @property
     def taps(self) -> list[Tap]:
-        return [source.tap for source in self.sources.values() if source.tap]
+        return [tap for source in self.sources.values() for tap in source.taps]
+
+    def settle(self) -> dict[str, str]:
+        """Return the digest of each source, once the taps are settled."""
+        return {role: source.settle() for role, source in self.sources.items()}
 
     def write(
         self, destination: Destination, *, task: str, hard_links: bool = False, observe: Observe = unobserved
@@ -67,8 +71,7 @@ class Rewrite:
                 hard_links=hard_links,
                 observe=observe,
             )
-            inputs = {role: source.settle() for role, source in self.sources.items()}
-            return Built(contents=contents, result=self.result, inputs=inputs)
+            return Built(contents=contents, result=self.result, inputs=self.settle())
 
         return derive(self.derivation, destination, build, appearance=self.appearance)
 

@@ -1,6 +1,6 @@
 """Inputs whose digest is known, or is found while they are read: no input is read only to learn what it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,30 +20,38 @@ class Source:
         checkpoint: To be read from.
         digest: Its content digest, or :data:`UNREAD`.
         appearance: What it looks like from outside.
-        tap: Sees it being read, if the digest has to be found.
-        settle: Returns the content digest once the tap is settled.
+        taps: See it being read, and what it is made of, if the digest has to be found.
+        settle: Returns the content digest once the taps are settled.
     """
 
     checkpoint: Checkpoint
     digest: str
     appearance: str
-    tap: Tap | None
+    taps: Sequence[Tap]
     settle: Callable[[], str]
 
 
-def open_source(role: str, root: Path, *, read_now: bool = False, observe: Observe = unobserved) -> Source:
+def open_source(
+    role: str,
+    root: Path,
+    *,
+    open_root: Callable[[Path], Checkpoint] = open_checkpoint,
+    read_now: bool = False,
+    observe: Observe = unobserved,
+) -> Source:
     """Open a model directory as an input.
 
     Args:
         role: Name of the input in the derivation.
         root: The directory.
+        open_root: Opens it.
         read_now: Whether to read it at once if its digest is not known: something made from it may be there.
         observe: Told about bytes read.
     """
-    checkpoint, looks = open_checkpoint(root), appearance(root)
+    checkpoint, looks = open_root(root), appearance(root)
     if read_now or known_checkpoint(root):
         digest = checkpoint_digest(root, observe=observe)
-        return Source(checkpoint=checkpoint, digest=digest, appearance=looks, tap=None, settle=lambda: digest)
+        return Source(checkpoint=checkpoint, digest=digest, appearance=looks, taps=(), settle=lambda: digest)
     tap = Tap(role, checkpoint)
 
     def settle() -> str:
@@ -53,4 +61,4 @@ def open_source(role: str, root: Path, *, read_now: bool = False, observe: Obser
             )
         return remember(root, checkpoint, tap.seen).digest
 
-    return Source(checkpoint=tap.checkpoint, digest=UNREAD, appearance=looks, tap=tap, settle=settle)
+    return Source(checkpoint=tap.checkpoint, digest=UNREAD, appearance=looks, taps=(tap,), settle=settle)

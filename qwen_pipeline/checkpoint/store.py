@@ -28,7 +28,7 @@ from qwen_pipeline.checkpoint.manifest import (
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.errors import CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
 KEY_LENGTH = 16
 """Hex digits of a derivation key in a path; the manifest holds and checks all 64."""
@@ -169,12 +169,34 @@ def derive(
         DestinationLocked: Another process is building it.
         EnvironmentFault: The disk is full.
     """
-    artifact = _found(derivation, destination)
+    artifact = find(derivation, destination)
     if not artifact:
         attempt = replace(derivation, inputs={**derivation.inputs, **(appearance or {})})
         artifact = _build_under_lock(attempt, derivation, destination, build)
     destination.arrived(artifact.path)
     return artifact
+
+
+def fill_in(root: Path, build: Callable[[Path], Contents]) -> Artifact:
+    """Have the weights of a recipe written beside it; its manifest says so last, in one step.
+
+    Raises:
+        CheckFailed: Other weights came out than the manifest promises.
+        DestinationLocked: Another process is at it.
+    """
+    with _lock(root), _disk_faults(root):
+        manifest = open_manifest(root)
+        with measured() as figures:
+            contents = build(root)
+        if contents.digest != manifest.content_digest:
+            raise CheckFailed(
+                f"{root} gives {contents.digest}, where its manifest promises {manifest.content_digest}.",
+                remedy="Compute it where its recipe was made: another processor or torch may round differently.",
+            )
+        stored = replace(manifest, contents=contents, recipe=None, run=figures())
+        write_bytes(root / MANIFEST, dump_manifest(stored))
+        (root / JOURNAL).unlink(missing_ok=True)
+        return Artifact(path=root, manifest=stored)
 
 
 def contents_of_directory(root: Path) -> Contents:
@@ -220,7 +242,8 @@ def _files_below(root: Path) -> dict[str, Path]:
     }
 
 
-def _found(derivation: Derivation, destination: Destination) -> Artifact | None:
+def find(derivation: Derivation, destination: Destination) -> Artifact | None:
+    """Return the finished directory of a derivation, if every input of it is known and it is there."""
     return _finished(destination.path_for(derivation), derivation) if derivation.is_settled else None
 
 
@@ -254,7 +277,7 @@ def _build_under_lock(
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(place.name + PARTIAL)
     with _lock(place), _disk_faults(partial):
-        if found := _found(derivation, destination):
+        if found := find(derivation, destination):
             return found
         _prepare(partial, attempt)
         if not (partial / MANIFEST).is_file():

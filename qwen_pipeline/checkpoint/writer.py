@@ -67,7 +67,8 @@ def write_checkpoint(
     for tap in taps:
         tap.settle(checkpoint, writing.seen, task=f"{task}: digest what was not needed", observe=observe)
     files = {shard: digest_shard(out / shard) for shard in writing.shards}
-    files |= {path: digest_file(out / path) for path in _write_files_beside(checkpoint, out)}
+    files |= {path: digest_file(out / path) for path in write_files_beside(checkpoint, out)}
+    files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out)}
     return Contents(tensors={name: writing.seen[name].digest for name in writing.names}, files=files)
 
 
@@ -207,20 +208,23 @@ class _Writing:
         require_admitted(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
 
 
-def _write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:
-    """Write index, config and sidecars; return their relative paths."""
-    written = [CONFIG, *checkpoint.sidecars]
+def write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:
+    """Write config and sidecars; return their relative paths."""
     if checkpoint.config_file:
         write_bytes(out / CONFIG, checkpoint.config_file.read_bytes())
     else:
         write_bytes(out / CONFIG, json.dumps(checkpoint.config, indent=2, ensure_ascii=False).encode() + b"\n")
     for relative, source in checkpoint.sidecars.items():
         write_bytes(out / relative, source.read_bytes())
-    if set(checkpoint.shards.values()) != {SINGLE_SHARD}:
-        index = {
-            "metadata": {"total_size": checkpoint.nbytes},
-            "weight_map": {name: checkpoint.shards[name] for name in sorted(checkpoint)},
-        }
-        write_bytes(out / INDEX, json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
-        written.append(INDEX)
-    return written
+    return [CONFIG, *checkpoint.sidecars]
+
+
+def _write_index(checkpoint: Checkpoint, out: Path) -> list[str]:
+    if set(checkpoint.shards.values()) == {SINGLE_SHARD}:
+        return []
+    index = {
+        "metadata": {"total_size": checkpoint.nbytes},
+        "weight_map": {name: checkpoint.shards[name] for name in sorted(checkpoint)},
+    }
+    write_bytes(out / INDEX, json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
+    return [INDEX]

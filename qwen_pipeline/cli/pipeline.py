@@ -14,7 +14,12 @@ app = typer.Typer()
 
 
 @answering(app, "run", examples=["qwen-pipeline run my-lora", "qwen-pipeline run ~/training/my-lora --json"])
-def run(fine_tune: str) -> Answer:
+def run(
+    fine_tune: str,
+    store_merged: Annotated[
+        bool | None, typer.Option(help="Store the merged weights, or pad them in the same pass; default: the settings.")
+    ] = None,
+) -> Answer:
     """Take one fine-tune all the way: merge, pad, quantize, validate, publish.
 
     FINE_TUNE is the name of a directory in the inbox, or the path of a directory elsewhere.
@@ -28,6 +33,8 @@ def run(fine_tune: str) -> Answer:
     from qwen_pipeline.inbox import Inbox
 
     settings = load_settings()
+    if store_merged is not None:
+        settings = settings.model_copy(update={"store": settings.store.model_copy(update={"merged": store_merged})})
     is_path = "/" in fine_tune or fine_tune in (".", "..")
     arrival = Inbox(settings.inbox).admit(Path(fine_tune)) if is_path else Inbox(settings.inbox).require(fine_tune)
     with watching() as observe:

@@ -82,6 +82,51 @@ def merge(
     )
 
 
+@answering(
+    app,
+    "merge-pad",
+    examples=["qwen-pipeline merge-pad --base base/ --adapter my-lora/ --recipe merged/ --out padded/ --tp 8"],
+)
+def merge_pad(
+    base: Annotated[Path, typer.Option(help="Full-precision base checkpoint.")],
+    adapter: Annotated[Path, typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint.")],
+    out: Out,
+    recipe: Annotated[Path, typer.Option(help="Directory of the merged checkpoint, without its weights.")],
+    base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
+    group_size: GroupSize = 128,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
+    layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = LayoutChoice.interleave,
+) -> Answer:
+    """Merge and pad in one pass: the merged weights are never stored, and the padded ones are as from two passes.
+
+    The recipe has the merged checkpoint's digests; `materialize` stores its weights later.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.one_pass import merge_and_pad
+
+    return _made_by(
+        lambda observe: merge_and_pad(
+            base=base,
+            fine_tune=adapter,
+            merged=Directory(recipe),
+            padded=Directory(out),
+            base_names=base_name or (),
+            group_size=group_size,
+            tensor_parallel=tp,
+            layout=layout.value,
+            observe=observe,
+        )[1]
+    )
+
+
+@answering(app, "materialize", examples=["qwen-pipeline materialize workspace/store/merged/my-lora/latest"])
+def materialize(recipe: Path) -> Answer:
+    """Store the weights of a merged checkpoint that is only a recipe, and prove that they are the ones promised."""
+    from qwen_pipeline.transforms import model
+
+    return _made_by(lambda observe: model.materialize(recipe.resolve(), observe=observe))
+
+
 @answering(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
 def pad(
     source: Source,

@@ -26,6 +26,7 @@ from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import merge, pad, publish, quantize, validate
 from qwen_pipeline.standing import against_last_release
+from qwen_pipeline.transforms.model import materialize
 
 GROUP = "fine_tune_to_release"
 
@@ -114,17 +115,11 @@ def merged_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
     """Base and fine-tune as one full-precision checkpoint.
 
     Every adapter tensor lands on exactly one base tensor: `W + scaling * B @ A`, computed in float32 and rounded once.
-    A full fine-tune passes through.
+    A full fine-tune passes through. With the setting `store.merged = false` the weights are padded in the same pass;
+    what is kept here is a recipe with their digests.
     """
     with pipeline.step(context) as observe:
-        artifact = merge.merge(
-            base=pipeline.base,
-            fine_tune=pipeline.inbox.require(context.partition_key).path,
-            destination=pipeline.slot(context),
-            base_names=(pipeline.base_name, *pipeline.settings.base_names),
-            base_revision=pipeline.settings.base_revision,
-            observe=observe,
-        )
+        artifact = pipeline.merged(context, observe)
     return _materialized(artifact, context.partition_key)
 
 
@@ -143,6 +138,7 @@ def padded_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
             group_size=settings.quantization.group_size,
             tensor_parallel=settings.padding.tensor_parallel,
             layout=settings.padding.layout,
+            hard_links=settings.store.hard_links,
             observe=observe,
         )
     return _materialized(artifact, context.partition_key)
@@ -187,7 +183,7 @@ def validated_checkpoint(
     settings = pipeline.settings.validation
     with pipeline.step(context) as observe:
         artifact = validate.validate(
-            reference=pipeline.latest(context, merge.STAGE).path,
+            reference=materialize(pipeline.latest(context, merge.STAGE).path, observe=observe).path,
             candidate=pipeline.latest(context, quantize.STAGE).path,
             text=pipeline.text,
             destination=pipeline.slot(context),

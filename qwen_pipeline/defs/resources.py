@@ -13,7 +13,9 @@ from qwen_pipeline.engines.environment import EngineEnvironment, find_environmen
 from qwen_pipeline.errors import InputRefused, PipelineError
 from qwen_pipeline.hub import find_base
 from qwen_pipeline.inbox import Inbox
+from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
+from qwen_pipeline.stages.merge import merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Pipeline:
 
     @property
     def store(self) -> CheckpointStore:
-        return CheckpointStore(self.settings.store)
+        return CheckpointStore(self.settings.store_root)
 
     @property
     def inbox(self) -> Inbox:
@@ -68,6 +70,37 @@ class Pipeline:
     def latest(self, context: dg.AssetExecutionContext, stage: str) -> Artifact:
         """What a stage upstream last made of the context's fine-tune."""
         return self.store.require_latest(stage, context.partition_key)
+
+    def merged(self, context: dg.AssetExecutionContext, observe: Observe) -> Artifact:
+        """Merge the context's fine-tune; where merged weights are not stored, pad it in the same pass."""
+        settings, slot = self.settings, self.slot(context)
+        fine_tune = self.inbox.require(context.partition_key).path
+        base_names = (self.base_name, *settings.base_names)
+        hard_links = settings.store.hard_links
+        if settings.store.merged:
+            return merge(
+                base=self.base,
+                fine_tune=fine_tune,
+                destination=slot,
+                base_names=base_names,
+                base_revision=settings.base_revision,
+                hard_links=hard_links,
+                observe=observe,
+            )
+        recipe, _ = merge_and_pad(
+            base=self.base,
+            fine_tune=fine_tune,
+            merged=slot,
+            padded=slot,
+            base_names=base_names,
+            base_revision=settings.base_revision,
+            group_size=settings.quantization.group_size,
+            tensor_parallel=settings.padding.tensor_parallel,
+            layout=settings.padding.layout,
+            hard_links=hard_links,
+            observe=observe,
+        )
+        return recipe
 
     @contextmanager
     def step(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:

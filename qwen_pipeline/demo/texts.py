@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.writer import write_bytes
+from qwen_pipeline.checkpoint.files import write_bytes
 
 HELD_OUT_EVERY = 6
 """Every sixth topic is held out: neither training nor calibration sees it."""

@@ -6,18 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
-from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.rewrite import Rewrite
 from qwen_pipeline.checkpoint.source import open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
-from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.transforms.adapter import Adapter, is_adapter, open_adapter
-from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single
+from qwen_pipeline.transforms.adapter import Adapter
+from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
 from qwen_pipeline.transforms.lora import Merged, merge_lora
+from qwen_pipeline.transforms.model import fine_tune_digest, materialize, open_fine_tune
+
+__all__ = ["CHECKS", "CODE_VERSION", "STAGE", "fine_tune_digest", "merge", "prepare"]
 
 STAGE = "merged"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -65,7 +66,8 @@ def merge(
         read_now=read_now,
         observe=observe,
     )
-    return work.write(destination, task="merge", hard_links=hard_links, observe=observe)
+    artifact = work.write(destination, task="merge", hard_links=hard_links, observe=observe)
+    return materialize(artifact.path, observe=observe) if artifact.manifest.recipe else artifact
 
 
 def prepare(
@@ -104,31 +106,6 @@ def prepare(
         result={**summary, "checks": dump_reports([*reports, _finite_report(output)])},
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
-
-
-def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
-    """Open an adapter, several, or a whole model, whichever the directory holds.
-
-    Raises:
-        InputRefused: It holds none of them in a form that can be merged, or more than one.
-    """
-    whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
-    kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": whole}
-    if len(found := [kind for kind, is_there in kinds.items() if is_there]) > 1:
-        raise InputRefused(
-            f"{root} holds {' and '.join(found)}; it does not say which one is the fine-tune.",
-            remedy="Put only one of them into the directory.",
-        )
-    if is_adapter(root):
-        return single(open_adapter(root))
-    return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
-
-
-def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
-    """Return the content digest of adapters or of a whole model."""
-    if is_adapter(root):
-        return open_adapter(root).digest()
-    return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)
 
 
 def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 
 STAGE = "padded"
@@ -48,7 +49,7 @@ def pad(
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
         InputRefused: The family cannot be padded, or weights and config disagree.
     """
-    live = open_source("source", source, read_now=destination.may_hold(STAGE), observe=observe)
+    live = open_source("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
     work = prepare(live, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
     return work.write(destination, task="pad", hard_links=hard_links, observe=observe)
 

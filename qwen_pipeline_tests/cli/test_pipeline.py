@@ -45,4 +45,4 @@ def test_run_refuses_before_anything_is_written(site: Site) -> None:
     missing = qwen_pipeline("run", "poet", "--json")
     assert (missing.code, missing.data["error"]["exit_code"]) == (2, 2)
     assert "calibration" in missing.data["error"]["what"]
-    assert not site.settings.store.exists()
+    assert not site.settings.store_root.exists()

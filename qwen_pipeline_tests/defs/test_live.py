@@ -132,6 +132,8 @@ def test_a_partition_launched_over_graphql_is_published_and_every_check_is_store
     assert stored.keys() == blocking.keys()
     assert {status for key, status in stored.items() if blocking[key]} == {"SUCCEEDED"}
     assert set(stored.values()) <= {"SUCCEEDED", "FAILED"}
-    assert (CheckpointStore(site.settings.store).require_latest("published", FINE_TUNE).path / "README.md").is_file()
+    assert (
+        CheckpointStore(site.settings.store_root).require_latest("published", FINE_TUNE).path / "README.md"
+    ).is_file()
     # The sensor has seen the same content meanwhile, and left it to the run by hand.
     assert [run["runId"] for run in server.ask(RUNS)["runsOrError"]["results"]] == [run_id]

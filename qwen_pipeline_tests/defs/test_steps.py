@@ -66,7 +66,7 @@ def test_quantized_weights_are_not_padded_and_the_order_is_named(site: Site, tmp
     assert isinstance(outcome.fault, QuantizedInputRefused)
     assert "merge, then pad, then quantize" in outcome.fault.what
     assert "Pad the merged" in outcome.fault.remedy
-    assert not list(pipeline.settings.store.glob("padded/*/*"))
+    assert not list(pipeline.settings.store_root.glob("padded/*/*"))
 
 
 @pytest.mark.parametrize("fault", [InputRefused("no", remedy="yes"), CheckFailed("bad", remedy="better")])
@@ -91,3 +91,16 @@ def test_a_fault_of_the_machine_is_tried_again_twice(site: Site, faults: int, su
 
     assert dg.materialize([disk], raise_on_error=False).success == success
     assert attempts == list(range(min(faults, 2) + 1))
+
+
+def test_without_stored_merged_weights_one_pass_makes_both_and_the_padded_asset_finds_its_own(site: Site) -> None:
+    site.drop()
+    site.configure("\n[store]\nmerged = false\n")
+    selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
+    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    assert outcome.fault is None
+    recipe, padded = outcome.artifacts
+    assert recipe.manifest.recipe
+    assert not list(recipe.path.glob("*.safetensors"))
+    assert padded.reused
+    assert padded.manifest.derivation.inputs == {"source": recipe.manifest.content_digest}

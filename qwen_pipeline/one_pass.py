@@ -1,0 +1,80 @@
+"""Merging and padding in one pass: the merged weights are digested on their way and only the padded ones are stored."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
+from qwen_pipeline.checkpoint.rewrite import Rewrite
+from qwen_pipeline.checkpoint.source import Source, open_source
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive, find
+from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.writer import write_files_beside
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.geometry import Layout
+from qwen_pipeline.stages import merge, pad
+from qwen_pipeline.transforms.model import open_model
+
+
+def merge_and_pad(
+    *,
+    base: Path,
+    fine_tune: Path,
+    merged: Destination,
+    padded: Destination,
+    base_names: Collection[str] = (),
+    base_revision: str | None = None,
+    group_size: int = 128,
+    tensor_parallel: int = 8,
+    layout: Layout = "interleave",
+    hard_links: bool = False,
+    observe: Observe = unobserved,
+) -> tuple[Artifact, Artifact]:
+    """Merge a fine-tune and pad the result, storing only what comes out in the end.
+
+    Both artifacts have the content digests that the two stages would give them one after the other. The merged one is
+    a recipe (:func:`open_model`), unless a stored one was there.
+    """
+    read_now = merged.may_hold(merge.STAGE)
+    merging = merge.prepare(
+        base=base,
+        fine_tune=fine_tune,
+        base_names=base_names,
+        base_revision=base_revision,
+        read_now=read_now,
+        observe=observe,
+    )
+    before = find(merging.derivation, merged)
+    passing = _Passing(merging, merged, {"base": str(base.resolve()), "fine_tune": str(fine_tune.resolve())})
+    source = open_source("source", before.path, open_root=open_model) if before else passing.source
+    padding = pad.prepare(source, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    work = replace(padding, if_not_finite=merging.if_not_finite)
+    after = work.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
+    return before or passing.recipe(), after
+
+
+class _Passing:
+    """A merged checkpoint that is never stored: the source of a padded one, and then a recipe."""
+
+    def __init__(self, merging: Rewrite, destination: Destination, made_of: Mapping[str, str]) -> None:
+        self._merging, self._destination, self._made_of = merging, destination, made_of
+        self._tap = Tap("merged", merging.output)
+        self.source = Source(
+            checkpoint=self._tap.checkpoint,
+            digest=UNREAD,
+            appearance=merging.attempt.key,
+            taps=(self._tap, *merging.taps),
+            settle=lambda: self.recipe().manifest.content_digest,
+        )
+
+    def recipe(self) -> Artifact:
+        """Return the finished directory without weights; the taps must be settled if it is new."""
+        derivation = replace(self._merging.derivation, inputs={**self._merging.settle(), **self._merging.others})
+        return derive(derivation, self._destination, self._write)
+
+    def _write(self, partial: Path) -> Built:
+        files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
+        tensors = {name: seen.digest for name, seen in self._tap.seen.items()}
+        contents = Contents(tensors=tensors, files=files)
+        return Built(contents=contents, result=self._merging.result, recipe=self._made_of)

@@ -1,0 +1,102 @@
+"""A merged model as what it is made of: it reads like a stored one, and can be stored later.
+
+A recipe is a finished directory with config, tokenizer and manifest but no weights. Its manifest has the digest of
+every tensor; the content digest is that of the stored checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.lazy import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    SINGLE_SHARD,
+    Checkpoint,
+    open_checkpoint,
+    open_sidecars,
+)
+from qwen_pipeline.checkpoint.manifest import Contents, Manifest, open_manifest
+from qwen_pipeline.checkpoint.store import Artifact, fill_in
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.transforms.adapter import is_adapter, open_adapter
+from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single
+from qwen_pipeline.transforms.fine_tune import adopt
+from qwen_pipeline.transforms.lora import merge_lora
+
+
+def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
+    """Open an adapter, several, or a whole model, whichever the directory holds.
+
+    Raises:
+        InputRefused: It holds none of them in a form that can be merged, or more than one.
+    """
+    whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
+    kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": whole}
+    if len(found := [kind for kind, is_there in kinds.items() if is_there]) > 1:
+        raise InputRefused(
+            f"{root} holds {' and '.join(found)}; it does not say which one is the fine-tune.",
+            remedy="Put only one of them into the directory.",
+        )
+    if is_adapter(root):
+        return single(open_adapter(root))
+    return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
+
+
+def open_model(root: Path) -> Checkpoint:
+    """Open a model directory whose weights are stored, or whose manifest says what they are computed from.
+
+    Raises:
+        CheckpointRefused: See :func:`open_checkpoint`; or the recipe's base or fine-tune is gone or was changed.
+    """
+    manifest = open_manifest(root) if (root / MANIFEST).is_file() else None
+    if manifest is None or manifest.recipe is None:
+        return open_checkpoint(root)
+    base, fine_tune = (Path(manifest.recipe[role]) for role in ("base", "fine_tune"))
+    for role, path in (("base", base), ("fine_tune", fine_tune)):
+        _require_unchanged(root, manifest, role, path)
+    parent, child = open_model(base), open_fine_tune(fine_tune)
+    merged = merge_lora(parent, child).checkpoint if isinstance(child, AdapterSet) else adopt(parent, child)
+    return Checkpoint(
+        config=merged.config,
+        config_file=root / CONFIG,
+        tensors=merged.tensors,
+        shards=merged.shards,
+        sidecars=open_sidecars(root),
+    )
+
+
+def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
+    """Store the weights of a recipe in its directory; what is stored already stays as it is.
+
+    Raises:
+        CheckpointRefused: What it is made of is gone or was changed.
+        CheckFailed: Other weights come out than were promised.
+    """
+
+    def write(root: Path) -> Contents:
+        return write_checkpoint(open_model(root), root, task="materialize", observe=observe)
+
+    if (manifest := open_manifest(root)).recipe is None:
+        return Artifact(path=root, manifest=manifest, reused=True)
+    return fill_in(root, write)
+
+
+def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
+    """Return the content digest of adapters or of a whole model."""
+    if is_adapter(root):
+        return open_adapter(root).digest()
+    return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)
+
+
+def _require_unchanged(root: Path, manifest: Manifest, role: str, path: Path) -> None:
+    expected = manifest.derivation.inputs[role]
+    found: Any = (fine_tune_digest if role == "fine_tune" else checkpoint_digest)(path) if path.is_dir() else "gone"
+    if found != expected:
+        raise CheckpointRefused(
+            f"The weights of {root} are computed from {path}, which was {expected} and is {found}.",
+            remedy="Put it back, or make the merged checkpoint again from what there is now.",
+        )

@@ -1,0 +1,100 @@
+"""One pass gives the bytes of two, and a recipe the digest of what it stands for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Directory, require_intact
+from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.one_pass import merge_and_pad
+from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.transforms.model import materialize, open_model
+from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
+
+GEOMETRY: dict[str, Any] = {"group_size": 32, "tensor_parallel": 2}
+
+
+class Inputs:
+    """A base of three shards, an adapter, and what two stages make of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base = tiny_qwen2(root / "base", shards=3)
+        self.adapter = tiny_adapter(self.base, root / "adapter")
+        self.merged = merge(base=self.base, fine_tune=self.adapter, destination=Directory(root / "merged"))
+        self.padded = pad(source=self.merged.path, destination=Directory(root / "padded"), **GEOMETRY)
+
+    def one_pass(self, out: Path) -> tuple[Artifact, Artifact]:
+        return merge_and_pad(
+            base=self.base,
+            fine_tune=self.adapter,
+            merged=Directory(out / "recipe"),
+            padded=Directory(out / "padded"),
+            **GEOMETRY,
+        )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("first_sight", [True, False])
+def test_one_pass_gives_what_two_passes_give(
+    inputs: Inputs, tmp_path: Path, first_sight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if first_sight:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, padded = inputs.one_pass(tmp_path)
+
+    assert padded.manifest.derivation == inputs.padded.manifest.derivation
+    assert padded.manifest.contents == inputs.padded.manifest.contents
+    require_intact(padded.path)
+    assert recipe.manifest.derivation == inputs.merged.manifest.derivation
+    assert recipe.manifest.content_digest == inputs.merged.manifest.content_digest
+    assert recipe.manifest.contents.tensors == inputs.merged.manifest.contents.tensors
+    assert not list(recipe.path.glob("*.safetensors"))
+    require_intact(recipe.path)
+    again = inputs.one_pass(tmp_path)
+    assert all(artifact.reused for artifact in again)
+
+
+def test_a_recipe_reads_like_what_is_stored_and_can_be_stored_later(inputs: Inputs, tmp_path: Path) -> None:
+    recipe, _ = inputs.one_pass(tmp_path)
+    stored, computed = open_model(inputs.merged.path), open_model(recipe.path)
+    assert all(torch.equal(stored.load(name), computed.load(name)) for name in stored)
+
+    filled = materialize(recipe.path)
+    assert filled.manifest.recipe is None
+    assert filled.manifest.contents == inputs.merged.manifest.contents
+    require_intact(recipe.path)
+    assert materialize(recipe.path).reused
+    assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=Directory(recipe.path)).reused
+
+
+def test_merging_stores_the_weights_of_a_recipe_that_is_there(inputs: Inputs, tmp_path: Path) -> None:
+    recipe, _ = inputs.one_pass(tmp_path)
+    made = merge(base=inputs.base, fine_tune=inputs.adapter, destination=Directory(recipe.path))
+    assert made.manifest.contents == inputs.merged.manifest.contents
+
+
+def test_a_recipe_whose_fine_tune_was_changed_is_refused(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path)
+    recipe, _ = inputs.one_pass(tmp_path / "out")
+    config = inputs.adapter / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(CheckpointRefused, match="which was sha256"):
+        open_model(recipe.path)
+
+
+def test_a_store_keeps_one_directory_for_both_ways(inputs: Inputs, tmp_path: Path) -> None:
+    slot = CheckpointStore(tmp_path).slot("poet")
+    recipe, padded = merge_and_pad(base=inputs.base, fine_tune=inputs.adapter, merged=slot, padded=slot, **GEOMETRY)
+    assert pad(source=recipe.path, destination=slot, **GEOMETRY).path == padded.path
+    assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=slot).path == recipe.path
+    assert open_manifest(recipe.path).recipe is None
+    assert pad(source=recipe.path, destination=slot, **GEOMETRY).reused
