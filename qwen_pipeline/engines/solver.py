@@ -68,6 +68,7 @@ def solve(weight_OI: Tensor, hessian: Hessian, spec: QuantSpec) -> Solved:
         damp_percent=spec.damp_percent,
         mse=spec.mse,
         fallback=None,
+        offload_to_disk=False,
     )
     out_features, in_features = weight_OI.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")

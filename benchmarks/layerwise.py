@@ -1,0 +1,405 @@
+"""One decoder layer at a time, at 72B widths: the layer loop beside GPTQModel's own, evaluation beside the disk.
+
+``python -m benchmarks.layerwise OUT`` makes a random Qwen2 of four layers in a scratch directory, quantizes it twice
+with the same calibration tokens, in a process each, then evaluates reference and candidate together. It needs a CUDA
+device, gptqmodel in the environment of ``--python`` (by default this one), 30 GB of disk and about eight minutes.
+``--tiny`` does the same with a toy on the CPU, to see that it runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.qwen.linears import decoder_linears
+from qwen_pipeline.workers.parent import run_worker
+
+READ_BLOCK = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A Qwen2 and how much text goes through it."""
+
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    layers: int
+    vocabulary: int
+    samples: int
+    seq_len: int
+    batch: int
+    windows: int
+    group_size: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-06,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "dtype": "bfloat16",
+        }
+
+    def shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Return tensors shard by shard: each layer, then the ends."""
+        key_width = self.hidden // self.heads * self.kv_heads
+        shards: list[dict[str, tuple[int, ...]]] = []
+        for layer in range(self.layers):
+            at = f"model.layers.{layer}."
+            shard: dict[str, tuple[int, ...]] = {
+                f"{at}input_layernorm.weight": (self.hidden,),
+                f"{at}post_attention_layernorm.weight": (self.hidden,),
+                f"{at}self_attn.o_proj.weight": (self.hidden, self.hidden),
+                f"{at}mlp.gate_proj.weight": (self.mlp, self.hidden),
+                f"{at}mlp.up_proj.weight": (self.mlp, self.hidden),
+                f"{at}mlp.down_proj.weight": (self.hidden, self.mlp),
+            }
+            for name, width in (("q", self.hidden), ("k", key_width), ("v", key_width)):
+                shard |= {
+                    f"{at}self_attn.{name}_proj.weight": (width, self.hidden),
+                    f"{at}self_attn.{name}_proj.bias": (width,),
+                }
+            shards.append(shard)
+        ends = (self.vocabulary, self.hidden)
+        return [
+            *shards,
+            {"model.embed_tokens.weight": ends, "model.norm.weight": (self.hidden,), "lm_head.weight": ends},
+        ]
+
+
+WIDE = Size(
+    hidden=8192, mlp=29696, heads=64, kv_heads=8, layers=4, vocabulary=152064, samples=128, seq_len=2048, batch=8,
+    windows=8, group_size=128,
+)  # fmt: skip
+TINY = Size(
+    hidden=128, mlp=384, heads=4, kv_heads=2, layers=2, vocabulary=512, samples=16, seq_len=64, batch=8, windows=4,
+    group_size=32,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run everything; write ``layerwise.json`` and ``layerwise.md`` into the directory given, after every step."""
+    arguments = _arguments()
+    size, device = (TINY, "cpu") if arguments.tiny else (WIDE, "cuda")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"machine": _machine(device), "size": asdict(size)}
+
+    def note(step: str, found: Mapping[str, Any]) -> None:
+        results[step] = dict(found)
+        (arguments.out / "layerwise.json").write_text(json.dumps(results, indent=2) + "\n")
+        (arguments.out / "layerwise.md").write_text(render(results))
+        print(f"{step}: {json.dumps(found)[:2000]}", flush=True)
+
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        scratch = Path(folder)
+        started = time.perf_counter()
+        source = make_model(size, scratch / "model", device)
+        note("generate", {"seconds": time.perf_counter() - started, "bytes": open_checkpoint(source).nbytes})
+        if device == "cuda":
+            warm = _call(arguments.python, "warm_up", {}, scratch)
+            note("warm-up: the solver's kernels are compiled once a machine", warm)
+        spec = QuantSpec(
+            group_size=size.group_size, samples=size.samples, seq_len=size.seq_len, batch_size=size.batch,
+            device="cuda" if device == "cuda" else "cpu",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+        windows = torch.randint(3, size.vocabulary, (size.samples, size.seq_len), generator=generator)
+        np.save(scratch / "windows.npy", windows.int().numpy())
+        jobs: dict[str, QuantJob] = {}
+        for engine in ("layerwise", "gptqmodel"):
+            jobs[engine] = QuantJob(
+                spec=replace(spec, engine=engine), source=source, windows=scratch / "windows.npy",
+                workshop=scratch / engine,
+            )  # fmt: skip
+            note(engine, quantize(jobs[engine], arguments.python, device))
+        for dtype in ("bfloat16", "float32"):
+            found = _call(arguments.python, "evaluate_all", _evaluation(size, jobs, dtype, device), scratch)
+            note(f"evaluation in {dtype}", found)
+
+
+def make_model(size: Size, root: Path, device: str) -> Path:
+    """Write a random checkpoint: norms of one, weights that keep the scale of what they are given."""
+    root.mkdir()
+    (root / "config.json").write_text(json.dumps(size.config))
+    _tokenizer().save(str(root / "tokenizer.json"))
+    (root / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    generator = torch.Generator(device).manual_seed(0)
+    owners: dict[str, str] = {}
+    for number, shard in enumerate(size.shapes(), start=1):
+        file = f"model-{number:05d}.safetensors"
+        owners |= dict.fromkeys(shard, file)
+        with (root / file).open("wb") as out:
+            dtype = DTYPE_NAMES[torch.bfloat16]
+            out.write(header_bytes({name: TensorSpec(dtype=dtype, shape=shape) for name, shape in shard.items()}))
+            for name, shape in shard.items():
+                if name.endswith("norm.weight"):
+                    tensor = torch.ones(shape, dtype=torch.bfloat16)
+                else:
+                    scale = 1.0 if "embed" in name else 0.05 if name.endswith("bias") else shape[-1] ** -0.5
+                    tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
+                    tensor = tensor.normal_(std=scale, generator=generator).cpu()
+                out.write(tensor.view(torch.uint8).numpy().data)
+    (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
+    return root
+
+
+def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
+    """Run an engine in its own process and return what it took, layer by layer."""
+    job.workshop.mkdir()
+    ends: dict[int, float] = {}
+
+    def observe(progress: Progress) -> None:
+        if progress.task == "quantize":
+            ends[progress.done] = time.perf_counter()
+
+    started = time.perf_counter()
+    with _watching_gpu(device) as highest:
+        worker = run_worker(
+            python,
+            f"qwen_pipeline.engines.{job.spec.engine}:quantize_directory",
+            job.to_json(),
+            log=job.workshop / "log",
+            observe=observe,
+        )
+    times = [ends[layer] for layer in sorted(ends)]
+    per_layer = [after - before for before, after in pairwise(times)]
+    log = job.quant_log.read_text().splitlines()
+    column = log[0].split(",").index("loss")
+    return {
+        "seconds": time.perf_counter() - started,
+        "seconds_between_ends_of_layers": per_layer,
+        "seconds_a_layer": sum(per_layer) / len(per_layer),
+        "peak_gpu_bytes_of_the_device": highest[0],
+        "peak_host_bytes": worker.peak_memory_bytes,
+        "loss_sum": sum(float(line.split(",")[column]) for line in log[1:]),
+        **worker.value,
+    }
+
+
+def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
+    """Solve one small layer, for the kernels that the solver compiles at first use; runs in a worker."""
+    from qwen_pipeline.engines.solver import Hessian, solve
+
+    started = time.perf_counter()
+    hessian = Hessian()
+    hessian.add(torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16))
+    solve(torch.randn(256, 512, device="cuda"), hessian, QuantSpec(group_size=128, device="cuda"))
+    return {"seconds": time.perf_counter() - started}
+
+
+def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
+    """Evaluate the reference with one candidate, against the disk, and with the other; runs in a worker."""
+    from qwen_pipeline.evaluation.streamed import evaluate
+    from qwen_pipeline.layerwise.forward import Place
+    from qwen_pipeline.transforms.packed import quantized_checkpoint
+
+    source = open_checkpoint(Path(spec["source"]))
+    quantization = QuantSpec(**spec["quant"]).quantization_config("benchmark:0")
+    linears = decoder_linears(source)
+    place = Place(device=torch.device(spec["device"]), dtype=getattr(torch, spec["dtype"]))
+    generator = torch.Generator().manual_seed(2)
+    windows = list(torch.randint(3, spec["vocabulary"], (spec["windows"], spec["seq_len"]), generator=generator))
+    with tempfile.TemporaryDirectory() as folder:  # imports, contexts and kernels are not what is measured
+        toy = {"reference": open_checkpoint(make_model(TINY, Path(folder) / "toy", "cpu"))}
+        evaluate(toy, [torch.arange(16)], reference="reference", compared=[], place=place)
+    found: dict[str, Any] = {}
+    for engine, packed in spec["packed"].items():
+        candidate = quantized_checkpoint(source, open_checkpoint(Path(packed)), linears, quantization)
+        cold = _drop_caches()
+        disk = _seconds_to_read([source, candidate]) if engine == "layerwise" else None
+        cold = _drop_caches() and cold
+        if place.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        figures = evaluate(
+            {"reference": source, "candidate": candidate}, windows, reference="reference", compared=["candidate"],
+            place=place,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        divergence = figures["candidate"].divergence
+        assert divergence is not None
+        found[engine] = {
+            "seconds": seconds,
+            "bytes_of_both": source.nbytes + candidate.nbytes,
+            "disk_caches_were_dropped": cold,
+            "seconds_to_read_both_once": disk,
+            "share_of_reading_speed": disk / seconds if disk else None,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if place.device.type == "cuda" else None,
+            "largest_layer_bytes": _layer_bytes(source, place.dtype),
+            "perplexity": {role: model.perplexity for role, model in figures.items()},
+            "kl_mean": divergence.mean,
+            "kl_p99_9": divergence.p99_9,
+            "top1_agreement": divergence.top1_agreement,
+            "relative_output_error_by_layer": figures["candidate"].drift,
+        }
+    return found
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """Return the results as Markdown; steps that were not reached are absent."""
+    lines = ["# One decoder layer at a time", "", f"{json.dumps(results['machine'])}", ""]
+    lines += [f"Model and text: {json.dumps(results['size'])}. Random weights and tokens.", ""]
+    engines = [engine for engine in ("gptqmodel", "layerwise") if engine in results]
+    if engines:
+        rows = [
+            [
+                engine, f"{found['seconds_a_layer']:.2f}", f"{found['seconds']:.1f}",
+                f"{80 * found['seconds_a_layer'] / 60:.1f}", _gib(found["peak_gpu_bytes_of_the_device"]),
+                _gib(found["peak_host_bytes"]), f"{found['loss_sum']:.6g}",
+            ]
+            for engine in engines
+            for found in [results[engine]]
+        ]  # fmt: skip
+        head = ["loop", "s a layer", "s in all", "min for 80 layers", "GPU GiB", "host GiB", "sum of losses"]
+        lines += ["## Quantizing", "", *_table([head, *rows]), ""]
+    if len(engines) == 2:
+        ratio = results["layerwise"]["seconds_a_layer"] / results["gptqmodel"]["seconds_a_layer"]
+        lines += [f"The layer loop takes **{ratio:.2f}** of the time of GPTQModel's own (bar: 0.4).", ""]
+    head = ["", "candidate of", "s", "s to read both", "share of reading speed", "GPU GiB", "layer GiB", "KL", "top-1"]
+    rows = [
+        [
+            step, engine, f"{found['seconds']:.1f}",
+            f"{found['seconds_to_read_both_once']:.1f}" if found["seconds_to_read_both_once"] else "",
+            f"{found['share_of_reading_speed']:.2f}" if found["share_of_reading_speed"] else "",
+            _gib(found["peak_gpu_bytes"]), _gib(found["largest_layer_bytes"]), f"{found['kl_mean']:.5g}",
+            f"{found['top1_agreement']:.2%}",
+        ]
+        for step, by_engine in results.items() if step.startswith("evaluation")
+        for engine, found in by_engine.items()
+    ]  # fmt: skip
+    if rows:
+        lines += ["## Reference and candidate together (bar: 0.7 of reading speed)", "", *_table([head, *rows]), ""]
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="has gptqmodel")
+    parser.add_argument("--scratch", type=Path, default=None, help="a directory on the disk to measure")
+    parser.add_argument("--tiny", action="store_true")
+    return parser.parse_args()
+
+
+def _evaluation(size: Size, jobs: Mapping[str, QuantJob], dtype: str, device: str) -> dict[str, Any]:
+    first = next(iter(jobs.values()))
+    return {
+        "source": str(first.source),
+        "packed": {engine: str(job.packed) for engine, job in jobs.items()},
+        "quant": first.spec.to_json(),
+        "dtype": dtype,
+        "device": device,
+        "vocabulary": size.vocabulary,
+        "windows": size.windows,
+        "seq_len": size.seq_len,
+    }
+
+
+def _call(python: Path, function: str, spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+    worker = run_worker(python, f"benchmarks.layerwise:{function}", spec, log=scratch / f"{function}.log")
+    return {**worker.value}
+
+
+def _tokenizer() -> Tokenizer:
+    """Bytes as tokens: loaders want a tokenizer, nobody uses it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@contextmanager
+def _watching_gpu(device: str) -> Generator[list[int]]:
+    """Follow the memory in use on the device, every half second, as the driver counts it."""
+    highest, over = [0], threading.Event()
+
+    def watch() -> None:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not over.wait(0.5):
+            used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            highest[0] = max(highest[0], int(used.split()[0]) * 2**20)
+
+    thread = threading.Thread(target=watch)
+    if device == "cuda":
+        thread.start()
+    try:
+        yield highest
+    finally:
+        over.set()
+        if device == "cuda":
+            thread.join()
+
+
+def _seconds_to_read(checkpoints: Sequence[Checkpoint]) -> float:
+    """Read every tensor once, four at a time, as plainly as can be."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        for checkpoint in checkpoints:
+            for _ in pool.map(lambda name, of=checkpoint: of.load(name).nbytes, checkpoint):
+                pass
+    return time.perf_counter() - started
+
+
+def _drop_caches() -> bool:
+    with suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(["sync"], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return True
+    return False
+
+
+def _layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    layer = [spec for name, spec in checkpoint.items() if "layers.0." in name]
+    return sum(spec.nbytes // spec.torch_dtype.itemsize * dtype.itemsize for spec in layer)
+
+
+def _machine(device: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return {"device": name, "torch": torch.__version__}
+
+
+def _gib(nbytes: int | None) -> str:
+    return f"{nbytes / 2**30:.2f}" if nbytes else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+
+
+if __name__ == "__main__":
+    main()
