@@ -1,6 +1,7 @@
 """Where the bytes of a base model are: a directory as it is, or a snapshot of a hub's repository."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused
@@ -26,15 +27,35 @@ def find_base(name: str, *, revision: str | None = None, beside: Path = Path()) 
     directory = beside / Path(name).expanduser()
     if directory.is_dir():
         return directory
+    _require_hub_id(name, directory)
+    return _snapshot(name, revision, WANTED)
+
+
+def find_config(name: str) -> Path:
+    """Return the ``config.json`` of a model, fetching that file alone if ``name`` is a hub id.
+
+    Raises:
+        InputRefused: Neither a directory, a file nor a hub id, or the hub has no such repository for us.
+        EnvironmentFault: The hub cannot be reached and its cache does not hold the file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        _require_hub_id(name, path)
+        path = _snapshot(name, None, ("config.json",))
+    return path / "config.json"
+
+
+def _require_hub_id(name: str, directory: Path) -> None:
     if not _HUB_ID.fullmatch(name):
         raise CheckpointRefused(
             f"The base {name!r} is neither a directory ({directory}) nor a hub id.",
             remedy="Name a directory with safetensors weights, or an id such as Qwen/Qwen2.5-72B-Instruct.",
         )
-    return _snapshot(name, revision)
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def _snapshot(repository: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -46,7 +67,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
 
     what = f"{repository} at revision {revision or 'main'}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted)))
     except GatedRepoError as error:
         raise InputRefused(
             f"The hub gives {what} only to those who accepted its terms.",

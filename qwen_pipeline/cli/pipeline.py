@@ -1,7 +1,7 @@
 """The whole pipeline: run a fine-tune through it, see where everything stands, open the UI."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,27 +69,6 @@ def status() -> Answer:
     return Answer(data={"fine_tunes": standing_data(found)}, view=view)
 
 
-@answering(app, "plan", examples=["qwen-pipeline plan Qwen2.5-72B/ --tp 2 --tp 4 --tp 8 --group-size 128"])
-def plan(
-    model: Path,
-    tp: Annotated[list[int], typer.Option(help="Tensor-parallel degree; repeat it for more.")] = [2, 4, 8],  # noqa: B006
-    group_size: Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")] = 128,
-) -> Answer:
-    """Say what each tensor-parallel degree would do to a model: its width now and padded, and what would go wrong.
-
-    MODEL is a model directory or a config.json; no weights are needed.
-    """
-    from dataclasses import asdict
-
-    from qwen_pipeline.cli.tables import outlook_table
-    from qwen_pipeline.qwen.geometry import outlook
-
-    file = model / "config.json" if model.is_dir() else model
-    rows = outlook(_read_config(file), group_size=group_size, degrees=tp)
-    data = [{**asdict(row), "extra_percent": row.extra_percent} for row in rows]
-    return Answer(data={"group_size": group_size, "degrees": data}, view=[outlook_table(rows, group_size)])
-
-
 @answering(app, "demo", examples=["qwen-pipeline demo", "qwen-pipeline demo --base Qwen/Qwen2.5-0.5B-Instruct"])
 def demo(
     base: Annotated[str | None, typer.Option(help="Directory or hub id of another base than the small one.")] = None,
@@ -129,14 +108,3 @@ def _outcome(outcome: "Outcome") -> Answer:
     }
     view = [artifact_table(artifacts), check_table(artifacts)] if artifacts else []
     return Answer(data=data, view=[*view, f"Released: {release}"] if release else view, fault=outcome.fault)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    import json
-
-    from qwen_pipeline.errors import CheckpointRefused
-
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointRefused(f"{file} cannot be read: {error}.", remedy="Name a model directory.") from error

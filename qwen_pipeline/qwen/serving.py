@@ -104,7 +104,10 @@ ENGINES: Mapping[str, Engine] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What one engine does with a checkpoint at one degree, and a sentence for each layer kind that is not ``ok``."""
+    """What one engine does with a checkpoint at one degree, and a sentence for each layer kind that is not ``ok``.
+
+    An engine that refuses one layer refuses the model; else the worst layer decides.
+    """
 
     engine: str
     degree: int
@@ -138,13 +141,15 @@ def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Ser
         found.append(("unknown", "nothing was found that shares quantized layers among ranks"))
     if group_size not in rules.group_sizes:
         found.append(("refused", f"groups of {group_size}: it takes {', '.join(map(str, rules.group_sizes))}"))
-    found += [("refused", obstacle) for obstacle in head_obstacles(config, degree)]
+    refused: Verdict = "refused"
+    found += [(refused, obstacle) for obstacle in head_obstacles(config, degree)]
     if not found:
         for layer in _distinct_layers(config):
             found += [finding for matrix in layer if (finding := _finding(config, rules, matrix, group_size, degree))]
-    verdict = max((verdict for verdict, _ in found), key=VERDICTS.index, default="ok")
+    verdicts = {verdict for verdict, _ in found}
+    worst = refused if refused in verdicts else max(verdicts, key=VERDICTS.index, default=VERDICTS[0])
     reasons = tuple(dict.fromkeys(f"{verdict}: {reason}" for verdict, reason in found))
-    return Serving(engine=engine, degree=degree, group_size=group_size, verdict=verdict, reasons=reasons)
+    return Serving(engine=engine, degree=degree, group_size=group_size, verdict=worst, reasons=reasons)
 
 
 def distinct_matrices(config: Config) -> list[Matrix]:
