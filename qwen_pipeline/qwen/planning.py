@@ -8,7 +8,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, text_config
 from qwen_pipeline.qwen.geometry import PadPlan, padded_config, plan_padding
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
-from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving
+from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
 
 BITS = 4
 SCALE_BITS = 16 + BITS
@@ -43,7 +43,7 @@ class Option:
     @property
     def verdict(self) -> Verdict:
         """The worst of what the engines do."""
-        return max((at.verdict for at in self.servings), key=VERDICTS.index)
+        return worst_of(at.verdict for at in self.servings)
 
 
 def options(

@@ -6,9 +6,9 @@ give a rank the scales of another rank's channels and answer wrongly. The rules 
 August 2026, except where a source says that it was run; what was not found there is ``unknown``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config
@@ -116,6 +116,16 @@ class Serving:
     reasons: tuple[str, ...] = ()
 
 
+def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the worst verdict; without any, the best there is."""
+    return VERDICTS[max(map(VERDICTS.index, verdicts), default=0)]
+
+
+class _Found(NamedTuple):
+    verdict: Verdict
+    reason: str
+
+
 def require_engines(names: Sequence[str]) -> list[str]:
     """Return the engines that names stand for: ``vllm`` is every kernel of vLLM's, none is all engines.
 
@@ -136,63 +146,69 @@ def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Ser
         InputRefused: The family is unknown, or the config lacks a size.
     """
     rules = ENGINES[engine]
-    found: list[tuple[Verdict, str]] = []
+    found = _refusals(config, rules, group_size, degree) or [
+        finding
+        for matrix in distinct_matrices(config)
+        if (finding := _finding(config, rules, matrix, group_size, degree))
+    ]
     if degree > 1 and not rules.parallel:
-        found.append(("unknown", "nothing was found that shares quantized layers among ranks"))
-    if group_size not in rules.group_sizes:
-        found.append(("refused", f"groups of {group_size}: it takes {', '.join(map(str, rules.group_sizes))}"))
-    refused: Verdict = "refused"
-    found += [(refused, obstacle) for obstacle in head_obstacles(config, degree)]
-    if not found:
-        for layer in _distinct_layers(config):
-            found += [finding for matrix in layer if (finding := _finding(config, rules, matrix, group_size, degree))]
-    verdicts = {verdict for verdict, _ in found}
-    worst = refused if refused in verdicts else max(verdicts, key=VERDICTS.index, default=VERDICTS[0])
-    reasons = tuple(dict.fromkeys(f"{verdict}: {reason}" for verdict, reason in found))
-    return Serving(engine=engine, degree=degree, group_size=group_size, verdict=worst, reasons=reasons)
+        found.append(_Found("unknown", "nothing was found that shares quantized layers among ranks"))
+    verdicts = [at.verdict for at in found]
+    worst = "refused" if "refused" in verdicts else worst_of(verdicts)
+    return Serving(
+        engine=engine,
+        degree=degree,
+        group_size=group_size,
+        verdict=worst,
+        reasons=tuple(dict.fromkeys(f"{at.verdict}: {at.reason}" for at in found)),
+    )
+
+
+def _refusals(config: Config, rules: Engine, group_size: int, degree: int) -> list["_Found"]:
+    """Return why the engine refuses the whole model, whatever its layers."""
+    sizes = ", ".join(map(str, rules.group_sizes))
+    reasons = [f"groups of {group_size}: it takes {sizes}"] if group_size not in rules.group_sizes else []
+    return [_Found("refused", reason) for reason in (*reasons, *head_obstacles(config, degree))]
 
 
 def distinct_matrices(config: Config) -> list[Matrix]:
     """Return every kind of matrix that some layer has, once."""
-    return list(dict.fromkeys(matrix for layer in _distinct_layers(config) for matrix in layer))
+    layers = range(number_of_layers(config))
+    return list(dict.fromkeys(matrix for layer in layers for matrix in layer_matrices(config, layer)))
 
 
-def _distinct_layers(config: Config) -> list[tuple[Matrix, ...]]:
-    return list(dict.fromkeys(tuple(layer_matrices(config, n)) for n in range(number_of_layers(config))))
-
-
-def _finding(config: Config, rules: Engine, matrix: Matrix, group_size: int, degree: int) -> tuple[Verdict, str] | None:
+def _finding(config: Config, rules: Engine, matrix: Matrix, group_size: int, degree: int) -> _Found | None:
     if not matrix.quantized:
         return None
     routed = "*" in matrix.kind
     if routed and not rules.experts:
-        return "refused", f"{matrix.kind}: it serves no quantized mixtures of experts"
+        return _Found("refused", f"{matrix.kind}: it serves no quantized mixtures of experts")
     shared_by = 1 if matrix.split == "whole" else degree
     size = matrix.in_features if matrix.split == "rows" else matrix.out_features
     replicated = matrix.kind in ("self_attn.k_proj", "self_attn.v_proj")
     if size % shared_by and not replicated:
-        return "refused", f"{matrix.kind}: {size} channels do not divide by {degree} ranks"
+        return _Found("refused", f"{matrix.kind}: {size} channels do not divide by {degree} ranks")
     inputs = matrix.in_features // shared_by if matrix.split == "rows" else matrix.in_features
     if inputs % group_size:
         return _straddled(rules, matrix, inputs, group_size)
     outputs = _outputs(config, matrix, shared_by)
     if not any(inputs % k == 0 and outputs % n == 0 for k, n in rules.tiles):
         tiles = " or ".join(f"{k} x {n}" for k, n in rules.tiles)
-        return rules.misfit, f"{matrix.kind}: {inputs} x {outputs} per rank is no multiple of {tiles}"
+        return _Found(rules.misfit, f"{matrix.kind}: {inputs} x {outputs} per rank is no multiple of {tiles}")
     return None
 
 
-def _straddled(rules: Engine, matrix: Matrix, inputs: int, group_size: int) -> tuple[Verdict, str] | None:
+def _straddled(rules: Engine, matrix: Matrix, inputs: int, group_size: int) -> _Found | None:
     groups = f"{matrix.kind}: {inputs} inputs per rank are {inputs / group_size:g} groups of {group_size}"
     whole = matrix.in_features % group_size == 0
     if rules.pads_mlps and matrix.size and whole:
-        return "padded at load", f"{groups}; whole groups of zeros are appended"
+        return _Found("padded at load", f"{groups}; whole groups of zeros are appended")
     if rules.halves_groups and "*" in matrix.kind:
         half = next((g for g in (64, 32) if g < group_size and inputs % g == 0), None)
-        return ("ok", f"{groups}; it uses groups of {half}") if half else ("refused", groups)
+        return _Found("ok", f"{groups}; it uses groups of {half}") if half else _Found("refused", groups)
     if rules.straddling == "silently wrong" and not any(inputs % k == 0 for k, _ in rules.tiles):
-        return "refused", f"{groups}, and no multiple of its tiles"
-    return (rules.straddling if whole else rules.partial or rules.straddling), groups
+        return _Found("refused", f"{groups}, and no multiple of its tiles")
+    return _Found(rules.straddling if whole else rules.partial or rules.straddling, groups)
 
 
 def _outputs(config: Config, matrix: Matrix, shared_by: int) -> int:
