@@ -153,8 +153,8 @@ def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Ser
     ]
     if degree > 1 and not rules.parallel:
         found.append(_Found("unknown", "nothing was found that shares quantized layers among ranks"))
-    verdicts = [at.verdict for at in found]
-    worst = "refused" if "refused" in verdicts else worst_of(verdicts)
+    refused = any(at.verdict == "refused" for at in found)
+    worst = "refused" if refused else worst_of(at.verdict for at in found)
     return Serving(
         engine=engine,
         degree=degree,
