@@ -21,6 +21,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.qwen.names import decoder_prefix
 from qwen_pipeline.transforms.gptq_codes import CODES, PackedLinear, gptq_format
 
 READERS = 4
@@ -44,10 +45,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """All parameters of one module, by their names in it."""
+    """All parameters of one module, by their names in it; ``integers`` are the dtypes of those that are no floats."""
 
     checkpoint: Checkpoint
     recipes: Mapping[str, Recipe]
+    integers: Mapping[str, torch.dtype]
 
     @property
     def numel(self) -> int:
@@ -78,7 +80,7 @@ class Part:
 
         parameters: dict[str, Tensor] = {}
         for name, recipe in self.recipes.items():
-            parameters[name] = torch.empty(recipe.shape, dtype=dtype, device=device)
+            parameters[name] = torch.empty(recipe.shape, dtype=self.integers.get(name, dtype), device=device)
             recipe.write(parameters[name], take)
         return parameters
 
@@ -95,16 +97,12 @@ class Weights:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Weights":
-        """Find the language model of a checkpoint: the embedding with the shortest name.
+        """Find the language model of a checkpoint.
 
         Raises:
             CheckpointRefused: It has none.
         """
-        ending = "embed_tokens.weight"
-        prefixes = [name.removesuffix(ending) for name in checkpoint if name.endswith(ending)]
-        if not prefixes:
-            raise CheckpointRefused("The checkpoint has no embed_tokens.weight.", remedy="Name a language model.")
-        return cls(checkpoint=checkpoint, prefix=min(prefixes, key=len))
+        return cls(checkpoint=checkpoint, prefix=decoder_prefix(checkpoint))
 
     @property
     def embedding(self) -> str:
@@ -132,6 +130,7 @@ class Weights:
                 name: self._recipe(f"{self.prefix}{path}.{name}", tuple(tensor.shape))
                 for name, tensor in parameters.items()
             },
+            integers={name: tensor.dtype for name, tensor in parameters.items() if not tensor.is_floating_point()},
         )
 
     def rows(self, ids: Sequence[int]) -> Tensor:
@@ -148,6 +147,8 @@ class Weights:
             return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name).mT))
         if f"{module}.qweight" in self.checkpoint:
             return self._dequantized(module, shape)
+        if f"{module}.shard_0.weight" in self.checkpoint:
+            return self._from_shards(module, shape)
         if name.endswith("experts.gate_up_proj"):
             half = (shape[1] // 2, shape[2])
             pairs = [[self._recipe(f"{experts}.{e}.{kind}.weight", half) for kind in _HALVES] for e in range(shape[0])]
@@ -158,6 +159,17 @@ class Weights:
             f"{name} is {f'{list(found.shape)}' if found else 'missing'}, the model needs {list(shape)}.",
             remedy="Config and weights must be of one model, in a layout of a Qwen family.",
         )
+
+    def _from_shards(self, module: str, shape: tuple[int, ...]) -> Recipe:
+        """Put a table together whose rows are stored in parts, as an embedding of n-grams is."""
+        names = [f"{module}.shard_{n}.weight" for n in range(len(self.checkpoint))]
+        names = [name for name in names if name in self.checkpoint]
+
+        def write(out: Tensor, take: Take) -> None:
+            for rows, name in zip(out.split([self.checkpoint[n].rows for n in names]), names, strict=True):
+                rows.copy_(take(name))
+
+        return Recipe(stored=tuple(names), shape=shape, write=write)
 
     def _dequantized(self, module: str, shape: tuple[int, ...]) -> Recipe:
         form = gptq_format(self.checkpoint.config)

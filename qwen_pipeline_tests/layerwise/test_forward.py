@@ -1,9 +1,7 @@
 """The streamed forward against Transformers' own, for every kind of family; its memory; what it refuses."""
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,43 +14,10 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
 from qwen_pipeline.transforms.gptq_codes import gptq_format, load_packed
 from qwen_pipeline_tests.chain import Chain
-from qwen_pipeline_tests.tiny import VISION, tiny_qwen2, tiny_qwen3, tiny_vl
+from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2
 
 CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
 BATCHES = torch.randint(0, 250, (5, 20), generator=torch.Generator().manual_seed(0)).split(2)
-TEXT = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
-EYES = {
-    "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64,
-    "deepstack_visual_indexes": [0],
-}  # fmt: skip
-
-
-def save(architecture: str, root: Path, model_type: str, **config: object) -> Path:
-    torch.manual_seed(0)
-    model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(model_type, **config))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(root)
-    return root
-
-
-FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "qwen2": tiny_qwen2,
-    "qwen3, tied": lambda root: tiny_qwen3(root, tie=True),
-    **{family: lambda root, family=family: tiny_vl(family, root) for family in VISION},
-    "qwen2_moe": lambda root: save("Qwen2MoeForCausalLM", root, "qwen2_moe", **TEXT),
-    "qwen3_moe": lambda root: save("Qwen3MoeForCausalLM", root, "qwen3_moe", **TEXT),
-    "qwen3_next": lambda root: save("Qwen3NextForCausalLM", root, "qwen3_next", **TEXT),
-    "qwen3_5_moe": lambda root: save(
-        "Qwen3_5MoeForConditionalGeneration", root, "qwen3_5_moe", text_config=TEXT, vision_config=EYES
-    ),
-}
 
 
 def streamed_logits(checkpoint: Checkpoint) -> torch.Tensor:
@@ -64,16 +29,20 @@ def streamed_logits(checkpoint: Checkpoint) -> torch.Tensor:
     return torch.cat([torch.cat(part, dim=-1) for part in parts])
 
 
+@torch.no_grad()
 def plain_logits(root: Path) -> torch.Tensor:
-    architecture = json.loads((root / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(root, dtype=torch.float32)
-    with torch.no_grad():
-        return torch.cat([model(input_ids=batch).logits[:, :-1].flatten(0, 1) for batch in BATCHES])
+    model = load_tiny(root)
+    return torch.cat([model(input_ids=batch).logits[:, :-1].flatten(0, 1) for batch in BATCHES])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
 def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    root = FAMILIES[family](tmp_path / "model")
+    root = tiny_model(family, tmp_path / "model")
+    torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    root = tiny_qwen2(tmp_path / "model", tie=True)
     torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
 
 
