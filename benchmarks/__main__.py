@@ -1,24 +1,15 @@
 """``make bench``: run every benchmark and write what came out, with the machine, to ``benchmarks/results/``."""
 
 import json
-import os
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks import memory
+from benchmarks.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def describe_machine() -> dict[str, str | int | None]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
 
 
 def main() -> None:

@@ -59,17 +59,37 @@ def describe(progress: Progress) -> str:
     return f"{progress.task}: {figures(progress)}" + (f", {progress.remark}" if progress.remark else "")
 
 
+class Pace:
+    """How fast each task moves bytes, from when it was first heard of; what was there before does not count."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def of(self, progress: Progress) -> str:
+        """Return the rate and the time that is left, such as ``0.45 GB/s, 2:05 left``; nothing for other units."""
+        now = time.monotonic()
+        began, at = self._first.setdefault(progress.task, (now, progress.done))
+        moved, seconds = progress.done - at, now - began
+        if progress.unit != "bytes" or moved <= 0 or seconds <= 0:
+            return ""
+        left = round((progress.total - progress.done) * seconds / moved)
+        rest = f", {left // 60}:{left % 60:02} left" if left else ""
+        return f"{moved / seconds / 1e9:.2f} GB/s{rest}"
+
+
 def as_lines(say: Callable[[str], None], *, seconds: float = 5.0) -> Observe:
     """Say each layer once, the end always, and everything between at most every ``seconds``."""
     said: dict[str, int] = {}
     last = -seconds
+    pace = Pace()
 
     def observe(progress: Progress) -> None:
         nonlocal last
         now = time.monotonic()
+        rate = pace.of(progress)
         is_news = progress.unit == "layers" or progress.done == progress.total
         if (is_news and said.get(progress.task) != progress.done) or now - last >= seconds:
             said[progress.task], last = progress.done, now
-            say(describe(progress))
+            say(describe(progress) + (f", {rate}" if rate else ""))
 
     return observe

@@ -33,6 +33,7 @@ def watching() -> Generator[Observe, None, None]:
 
 def _drawing(bars: Progress) -> Observe:
     tasks = {}
+    pace = progress.Pace()
 
     def observe(event: progress.Progress) -> None:
         if event.task not in tasks:
@@ -42,7 +43,7 @@ def _drawing(bars: Progress) -> Observe:
             completed=event.done,
             total=event.total,
             figures=progress.figures(event),
-            remark=event.remark,
+            remark=event.remark or pace.of(event),
         )
 
     return observe

@@ -1,0 +1,12 @@
+"""The machine that figures were taken on."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def describe_machine() -> dict[str, str | int | None]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpu = next(names, platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
