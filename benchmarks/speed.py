@@ -253,7 +253,7 @@ def _mergekit(scratch: Path) -> tuple[str, ...]:
     return (str(home / "bin" / "mergekit-yaml"), "mergekit.yml", "out", *options)
 
 
-def _median(contender: Contender, runs: list[Run]) -> dict[str, float]:
+def _median(contender: Contender, runs: list[Run]) -> Mapping[str, float]:
     own = [asdict(each) for each in runs if each.name == contender.name]
     fields = ("seconds", "synced_seconds", "cpu_seconds", "peak_bytes", "written_bytes")
     return {field: statistics.median(row[field] for row in own) for field in fields} | {"rounds": len(own)}
