@@ -33,7 +33,8 @@ def _lost_weights(plan: MergePlan, adapter: Adapter) -> Iterator[str]:
     brought = _stored_names(plan, adapter.tensors.saved)
     parts = {place_of(name, config).part for name, recipe in plan.recipes.items() if recipe.uses} | {*_ALWAYS}
     for name in plan.base:
-        module, _, parameter = name.partition(".experts.")[0].rpartition(".")
+        module, _, parameter = name.rpartition(".")
+        module = module.partition(".experts")[0]
         is_asked = settings.saves(module) or (settings.bias == "all" and parameter == "bias")
         if is_asked and name not in brought and place_of(name, config).part in parts:
             yield f"{name} (the settings save it, it is not there)"

@@ -41,6 +41,12 @@ def land(plan: MergePlan, adapters: AdapterSet) -> None:
 def _land_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) -> None:
     brought, slots = stored(adapter.weights, name), slots_of(parameter, plan.base)
     pieces = {slot.name: _piece(brought, slot) for slot in slots}
+    cut = [slot.rows for slot in slots if slot.rows is not None and slot.expert == 0]
+    if cut and brought.spec.shape[:2] != (len(slots) // len(cut), sum(cut)):
+        plan.obstacles.append(
+            f"{name} ({list(brought.spec.shape)} where the base has {len(slots)} matrices of experts)"
+        )
+        return
     if not slots or _alone(slots) > 1 or any(slot.rows and slot.slab is not None for slot in slots):
         plan.obstacles.append(f"{name} (the base has {len(pieces)} tensors of that name)")
         return

@@ -1,0 +1,40 @@
+"""inspect says what a fine-tune is, where it lands and what is in its way."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline_tests.cli.terminal import qwen_pipeline
+from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("base"))
+
+
+def test_every_tensor_and_its_place(base: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj"])
+    ended = qwen_pipeline("inspect", adapter, "--base", base, "--json")
+    assert (ended.code, ended.data["kind"]) == (0, "adapter")
+    assert ended.data["adapters"][0]["base"] == str(base)
+    landing = ended.data["lands"]["model.layers.1.self_attn.q_proj.weight"]
+    assert landing["what"] == ["updated", "renormed"]
+    assert landing["scalings"] == [2.0]
+    assert len(landing["from"]) == 3
+    table = qwen_pipeline("inspect", adapter, "--base", base)
+    assert "model.layers.*.self_attn.q_proj.weight" in table.out
+
+
+def test_what_would_be_refused_is_named_as_merge_names_it(base: Path, tmp_path: Path) -> None:
+    deep = tiny_qwen2(tmp_path / "deep", num_hidden_layers=3)
+    adapter = tiny_adapter(deep, tmp_path / "adapter", target_modules=["q_proj"])
+    ended = qwen_pipeline("inspect", adapter, "--base", base, "--json")
+    assert ended.code == ended.data["error"]["exit_code"] == 2
+    assert "model.layers.2.self_attn.q_proj" in ended.data["error"]["what"]
+    assert ended.data["adapters"][0]["tensors"] == 6
+    assert qwen_pipeline("inspect", adapter, "--json").code == 0
+
+
+def test_a_whole_model(base: Path) -> None:
+    assert qwen_pipeline("inspect", base, "--base", base, "--json").data["kind"] == "full"

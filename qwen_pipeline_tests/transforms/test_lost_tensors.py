@@ -1,0 +1,68 @@
+"""Whatever kind an adapter is of: a tensor that was lost, renamed, doubled or reshaped is missed by its name."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.errors import PipelineError
+from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS
+from qwen_pipeline_tests.adapter_kinds import KINDS, train
+from qwen_pipeline_tests.oracles import merged_with
+from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
+
+Tensors = dict[str, torch.Tensor]
+REPEATED = ("original_module.", "modules_to_save.")
+"""What PEFT saves beside a whole trained tensor: without it the merge is the same."""
+COPY = "base_layer.weight"
+"""The frozen weight that PEFT saves beside factors: the base has it too, unless the vocabulary is another."""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["two tensors", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
+    return tiny_model("qwen2_moe", tmp_path_factory.mktemp("base") / "model", tie=request.param), request.param
+
+
+def _removed(tensors: Tensors, name: str) -> None:
+    del tensors[name]
+
+
+def _renamed(tensors: Tensors, name: str) -> None:
+    tensors[f"{name}_typo"] = tensors.pop(name)
+
+
+def _doubled(tensors: Tensors, name: str) -> None:
+    tensors[name.replace("base_model.model.", "base_model.model.copy.")] = tensors[name].clone()
+
+
+def _reshaped(tensors: Tensors, name: str) -> None:
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+
+@pytest.mark.parametrize("change", [_removed, _renamed, _doubled, _reshaped])
+def test_no_change_to_a_tensor_goes_unnoticed(
+    base: tuple[Path, bool], tmp_path: Path, change: Callable[[Tensors, str], None]
+) -> None:
+    root, is_tied = base
+    for number, (kind, wanted) in enumerate(KINDS.items()):
+        if wanted.tied != is_tied:
+            continue
+        adapter = tmp_path / str(number)
+        train(wanted, root, adapter)
+        intact = load_file(adapter / ADAPTER_WEIGHTS)
+        for name in {re.sub(r"layers\.\d+", "layers.0", name): name for name in intact}.values():
+            repeated = REPEATED if wanted.vocabulary != VOCABULARY else (*REPEATED, COPY)
+            if change is _removed and any(part in name for part in repeated):
+                continue
+            tensors = dict(intact)
+            change(tensors, name)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS)
+            module = name.removeprefix("base_model.model.").split(".lora_")[0].removesuffix(".weight")
+            last = module.removesuffix(".base_layer").split(".token_adapter")[0].split(".modules_to_save")[0]
+            with pytest.raises(PipelineError) as refusal:
+                merged_with(root, adapter)
+            wanted_name = "experts" if ".experts" in last else last.rpartition(".")[2]
+            assert wanted_name in str(refusal.value), (kind, name)

@@ -1,0 +1,63 @@
+"""Random settings, saved by PEFT, merged by PEFT and by us."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_pipeline_tests.adapter_kinds import Kind, peft_answer, train
+from qwen_pipeline_tests.oracles import merged_with
+from qwen_pipeline_tests.tiny import LINEARS, tiny_qwen2
+
+PATTERNS = st.sampled_from(
+    ["q_proj", ".*_proj", r"layers\.1\..*", "^model.layers.0.mlp.up_proj", "self_attn.[qk]_proj"]
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("base"))
+
+
+@st.composite
+def loras(draw: st.DrawFn) -> dict[str, Any]:
+    """Return fields of ``LoraConfig`` that PEFT accepts together.
+
+    Patterns are sorted, as PEFT saves them: where two overlap, another order trains what cannot be loaded again.
+    """
+    use_dora = draw(st.booleans())
+    return {
+        "r": draw(st.integers(1, 8)),
+        "lora_alpha": draw(st.integers(1, 32)),
+        "use_rslora": draw(st.booleans()),
+        "use_dora": use_dora,
+        "target_modules": draw(
+            st.lists(st.sampled_from([*LINEARS, "embed_tokens", "lm_head"]), min_size=1, unique=True)
+        ),
+        "rank_pattern": dict(sorted(draw(st.dictionaries(PATTERNS, st.integers(1, 6), max_size=2)).items())),
+        "alpha_pattern": dict(sorted(draw(st.dictionaries(PATTERNS, st.integers(1, 40), max_size=2)).items())),
+        "bias": draw(st.sampled_from(["none", "all", "lora_only"])),
+        "modules_to_save": draw(st.none() | st.just(["input_layernorm", "norm"])),
+        "layers_to_transform": draw(st.none() | st.just([1])),
+    }
+
+
+@settings(max_examples=12, deadline=None)
+@given(lora=loras())
+def test_any_settings_merge_as_peft_merges_them(base: Path, lora: dict[str, Any]) -> None:
+    if lora["layers_to_transform"] and not set(lora["target_modules"]) & set(LINEARS):
+        lora["layers_to_transform"] = None
+    if lora["layers_to_transform"]:
+        lora["target_modules"] = sorted(set(lora["target_modules"]) & set(LINEARS))
+    kind = Kind(lora=lora)
+    with tempfile.TemporaryDirectory() as scratch:
+        train(kind, base, Path(scratch))
+        ours = merged_with(base, Path(scratch))
+        exact, theirs = (peft_answer(kind, base, Path(scratch), dtype) for dtype in (torch.float64, torch.bfloat16))
+        for name in ours:
+            error = (ours.load(name).double() - exact[name]).abs().max()
+            assert error <= (theirs[name].double() - exact[name]).abs().max(), name
