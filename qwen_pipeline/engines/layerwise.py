@@ -31,6 +31,7 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetenso
 from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device
 from qwen_pipeline.engines.solver import Hessian, Solved, solve
+from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.layerwise.forward import Passage, Place
 from qwen_pipeline.layerwise.weights import Weights, ahead
 from qwen_pipeline.progress import Observe, Progress
@@ -102,6 +103,11 @@ def quantize_layers(
     """Write each layer's codes into ``out`` as a shard, keeping those that are there; return the layers' records."""
     linears = decoder_linears(source)
     by_layer = [list(group) for _, group in groupby(linears, key=lambda linear: linear.layer)]
+    if other := {linear.kind for linear in linears} - {kind for step in STEPS for kind in step}:
+        raise InputRefused(
+            f"The layer loop quantizes dense decoders only; this one has {listed(sorted(other))}.",
+            remedy="Use the engine gptqmodel.",
+        )
     dtype = torch.float32 if spec.device == "cpu" else source[f"{linears[0].module}.weight"].torch_dtype
     place = Place(device=torch.device(spec.device), dtype=dtype)
     passage = Passage(source, [batch.to(place.device) for batch in windows], place)
