@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_pipeline.transforms.channels import NEW, divided, first_positions, gathered, placed, summed
+from qwen_pipeline.transforms.channel_maps import NEW, divided, first_positions, gathered, placed, summed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
