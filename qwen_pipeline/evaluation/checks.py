@@ -18,7 +18,8 @@ LOADS = CheckSpec(
 )
 PADDING = CheckSpec(
     name="padding_is_silent",
-    description="Padding changes no prediction, and padded channels are exactly zero after quantization.",
+    description="Padding changes no prediction; after quantization the zeros that it added are still exactly zero, and"
+    " the parts of split channels still read alike.",
 )
 PERPLEXITY = CheckSpec(
     name="perplexity_ratio", description="Perplexity on held-out text: quantized over merged stays below the limit."
@@ -97,7 +98,7 @@ def _padding(findings: Findings, limits: Limits) -> CheckReport:
         limit=None if kl is None else limits.max_padding_kl,
         detail=f"{listed(problems)}. Pad and quantize again."
         if problems
-        else f"All {padding.channels} padded channels are exactly zero."
+        else f"All {padding.channels} added channels are still zero, all {padding.twins} split ones still read alike."
         + ("" if kl is None else " Measured is the mean KL(merged || padded) in nats a token."),
     )
 

@@ -82,7 +82,7 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
     ]
     return Structure(
         problems=problems,
-        padding=check_padding(comparisons, {linear.layer for linear in linears}),
+        padding=check_padding(comparisons),
         errors=[found.error for found in comparisons.values() if isfinite(found.error.relative)],
     )
 
