@@ -69,7 +69,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     Attributes:
         config: The parsed ``config.json``.
-        config_file: The file it was parsed from, to be carried byte for byte; None once the config was changed.
+        config_bytes: What it was parsed from, to be carried as it is; None once the config was changed.
         tensors: Every tensor in the order of its bytes on disk.
         shards: Tensor name -> file name of its shard.
         sidecars: Relative path -> file to be carried along unchanged (:data:`SIDECARS`).
@@ -79,7 +79,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     config: Mapping[str, Any]
     tensors: Mapping[str, LazyTensor]
     shards: Mapping[str, str]
-    config_file: Path | None = None
+    config_bytes: bytes | None = None
     sidecars: Mapping[str, Path] = field(default_factory=dict[str, Path])
     left_behind: tuple[str, ...] = ()
 
@@ -123,7 +123,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             config=self.config if config is None else config,
             tensors={name: changed.get(name, tensor) for name, tensor in self.tensors.items()},
             shards=self.shards,
-            config_file=self.config_file if config is None else None,
+            config_bytes=self.config_bytes if config is None else None,
             sidecars=self.sidecars if sidecars is None else sidecars,
             left_behind=self.left_behind,
         )
@@ -172,7 +172,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
         config=config,
         tensors=tensors,
         shards=owners,
-        config_file=root / CONFIG,
+        config_bytes=(root / CONFIG).read_bytes(),
         sidecars=sidecars,
         left_behind=tuple(path for path in _relative_files(root) if path not in known),
     )

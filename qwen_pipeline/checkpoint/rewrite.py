@@ -1,6 +1,6 @@
 """A stage that makes one checkpoint of others: what it derives from and what it writes, before a byte moves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Rewrite:
         sources: Role -> input checkpoint.
         others: Role -> digest of each further input.
         output: What is to be written, lazily.
-        result: What the stage found out.
+        result: Says what the stage found out, once everything is written.
         if_not_finite: See :func:`write_checkpoint`.
     """
 
@@ -32,7 +32,7 @@ class Rewrite:
     sources: Mapping[str, Source]
     others: Mapping[str, str] = field(default_factory=dict[str, str])
     output: Checkpoint
-    result: Mapping[str, Any]
+    result: Callable[[], Mapping[str, Any]]
     if_not_finite: str | None = None
 
     @property
@@ -71,7 +71,7 @@ class Rewrite:
                 hard_links=hard_links,
                 observe=observe,
             )
-            return Built(contents=contents, result=self.result, inputs=self.settle())
+            return Built(contents=contents, result=self.result(), inputs=self.settle())
 
         return derive(self.derivation, destination, build, appearance=self.appearance)
 

@@ -210,10 +210,8 @@ class _Writing:
 
 def write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:
     """Write config and sidecars; return their relative paths."""
-    if checkpoint.config_file:
-        write_bytes(out / CONFIG, checkpoint.config_file.read_bytes())
-    else:
-        write_bytes(out / CONFIG, json.dumps(checkpoint.config, indent=2, ensure_ascii=False).encode() + b"\n")
+    dumped = json.dumps(checkpoint.config, indent=2, ensure_ascii=False).encode() + b"\n"
+    write_bytes(out / CONFIG, checkpoint.config_bytes or dumped)
     for relative, source in checkpoint.sidecars.items():
         write_bytes(out / relative, source.read_bytes())
     return [CONFIG, *checkpoint.sidecars]

@@ -19,6 +19,7 @@ app = typer.Typer()
 class LayoutChoice(StrEnum):
     interleave = "interleave"
     append = "append"
+    split = "split"
 
 
 class EngineChoice(StrEnum):
@@ -133,7 +134,10 @@ def pad(
     out: Out,
     group_size: GroupSize = 128,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
-    layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = LayoutChoice.interleave,
+    layout: Annotated[
+        LayoutChoice,
+        typer.Option(help="New channels are zeros between the live ones or after them, or halves of live ones."),
+    ] = LayoutChoice.interleave,
 ) -> Answer:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. This comes before quantize.
 
@@ -153,6 +157,18 @@ def pad(
             observe=observe,
         )
     )
+
+
+@answering(app, "unpad", examples=["qwen-pipeline unpad --in padded/ --out merged-again/"])
+def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad wrote.")], out: Out) -> Answer:
+    """Undo pad: give back the checkpoint that was padded, bit for bit, config included.
+
+    The manifest says where each channel went. A checkpoint that was changed after padding is refused.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.stages import unpad as stage
+
+    return _made_by(lambda observe: stage.unpad(source=source, destination=Directory(out), observe=observe))
 
 
 @answering(

@@ -6,7 +6,7 @@ serves 2, 4 and 8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from qwen_pipeline.qwen.layers import (
 if TYPE_CHECKING:
     import torch
 
-Layout = Literal["interleave", "append"]
+Layout = Literal["interleave", "append", "split"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,34 +36,41 @@ class PaddedSize:
     Attributes:
         field: Name of the config field.
         places: Every place of it in the config, such as ``text_config.intermediate_size``.
-        layout: ``interleave`` puts zero channels between the first live ones, so that each quantization group keeps
-            live channels; ``append`` puts them last.
+        group_size: Channels that will share a scale.
+        layout: ``interleave`` puts zero channels between the live ones, so that each quantization group keeps live
+            channels; ``append`` puts them last; ``split`` adds no zeros but makes two channels of one.
+        splits: For ``split``: MLP, expert or stack of experts -> which live channels have one part more than the
+            others, a bit each, in base64.
     """
 
     field: SizeField
     places: tuple[str, ...]
     live: int
     padded: int
+    group_size: int
     layout: Layout
+    splits: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def zeros(self) -> int:
+        """How many channels are added."""
         return self.padded - self.live
 
     def positions(self) -> "torch.Tensor":
-        """Return the padded position of each live channel: int64 ``[live]``, strictly increasing.
+        """Return the padded position of each live channel: int64 ``[live]``, strictly increasing. Not for ``split``.
 
-        Interleaving at most ``live`` zeros puts one after each of the first channels, which is the procedure of Qwen's
-        GPTQ documentation (r0, 0, r1, 0, ..., then the rest); more zeros than that are spread evenly.
+        Interleaving puts up to one group of zeros one after each of the first channels, which is the procedure of
+        Qwen's GPTQ documentation (r0, 0, r1, 0, ..., then the rest): two groups are then half live. More zeros than
+        that are spread evenly over all groups.
         """
         import torch
 
         channels = torch.arange(self.live)
         if self.layout == "append":
             return channels
-        if self.zeros <= self.live:
+        if self.zeros <= self.group_size:
             return channels + channels.clamp(max=self.zeros)
-        return channels + channels * self.zeros // self.live
+        return channels * self.padded // self.live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +92,8 @@ _PLAN = TypeAdapter(PadPlan)
 
 def dump_plan(plan: PadPlan) -> dict[str, Any]:
     """Return a plan as JSON values, the form it has in ``Manifest.result["padding"]``."""
-    return _PLAN.dump_python(plan, mode="json")
+    sizes = tuple(replace(size, splits=dict(size.splits)) for size in plan.sizes)
+    return _PLAN.dump_python(replace(plan, sizes=sizes), mode="json")
 
 
 def load_plan(value: Mapping[str, Any]) -> PadPlan:
@@ -104,14 +112,16 @@ def plan_padding(
         InputRefused: The family cannot be padded, the config's sizes disagree, or a number is not positive.
     """
     unit = _unit(group_size, tensor_parallel)
-    sizes = _sizes(config, lambda _, live: _round_up(live, unit), layout)
+    sizes = _sizes(config, lambda _, live: _round_up(live, unit), group_size, layout)
     return PadPlan(group_size=group_size, tensor_parallel=tensor_parallel, sizes=sizes)
 
 
-def plan_between(live: Mapping[str, Any], padded: Mapping[str, Any], *, layout: Layout = "interleave") -> PadPlan:
+def plan_between(
+    live: Mapping[str, Any], padded: Mapping[str, Any], *, group_size: int, layout: Layout = "interleave"
+) -> PadPlan:
     """Return the padding that leads from one config's sizes to the other's."""
-    sizes = _sizes(live, lambda field, _: required(padded, field), layout)
-    return PadPlan(group_size=1, tensor_parallel=1, sizes=sizes)
+    sizes = _sizes(live, lambda size, _: required(padded, size), group_size, layout)
+    return PadPlan(group_size=group_size, tensor_parallel=1, sizes=sizes)
 
 
 def padded_config(config: Mapping[str, Any], size: PaddedSize) -> dict[str, Any]:
@@ -220,12 +230,19 @@ def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeO
 
 
 def _sizes(
-    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], layout: Layout
+    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], group_size: int, layout: Layout
 ) -> tuple[PaddedSize, ...]:
-    lives: dict[SizeField, int] = {field: required(config, field) for field in size_fields(config)}
+    lives: dict[SizeField, int] = {size: required(config, size) for size in size_fields(config)}
     return tuple(
-        PaddedSize(field=field, places=places_of(config, field), live=live, padded=padded(field, live), layout=layout)
-        for field, live in lives.items()
+        PaddedSize(
+            field=size,
+            places=places_of(config, size),
+            live=live,
+            padded=padded(size, live),
+            group_size=group_size,
+            layout=layout,
+        )
+        for size, live in lives.items()
     )
 
 

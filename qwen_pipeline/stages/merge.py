@@ -103,7 +103,7 @@ def prepare(
         sources=sources,
         others=others,
         output=output,
-        result={**summary, "checks": dump_reports([*reports, _finite_report(output)])},
+        result=lambda: {**summary, "checks": dump_reports([*reports, _finite_report(output)])},
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
 

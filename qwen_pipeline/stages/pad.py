@@ -15,12 +15,16 @@ from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
+from qwen_pipeline.transforms.splitting import choose_splits
 
 STAGE = "padded"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 CHECKS = (
     CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP."),
-    CheckSpec(name="padding_is_zero", description="Live channels are unchanged, all others are exactly zero."),
+    CheckSpec(
+        name="padding_is_silent",
+        description="Live channels are unchanged and new ones zero, or both are parts that add up to what was live.",
+    ),
     CheckSpec(name="config_follows_weights", description="The config states the padded width; nothing else changed."),
     CheckSpec(
         name="attention_divides",
@@ -43,7 +47,7 @@ def pad(
     """Pad a full-precision checkpoint so that it can be quantized in groups and served by ``tensor_parallel`` ranks.
 
     A width that divides already is a valid outcome: the weights are then carried unchanged, as second names of the
-    source's own files if ``hard_links`` allows that.
+    source's own files if ``hard_links`` allows that. The manifest says how to undo it.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
@@ -63,11 +67,13 @@ def prepare(source: Source, *, group_size: int, tensor_parallel: int, layout: La
         " that padding adds to full-precision tensors.",
         remedy="Pad the merged full-precision checkpoint, then quantize again.",
     )
-    plan = plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    plan = choose_splits(
+        live, plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    )
     padded = pad_checkpoint(live, plan)
     reports = [
         _width_report(plan),
-        _zero_report(live, plan),
+        _silence_report(live, plan, layout),
         _config_report(live, padded, plan),
         _attention_report(plan, live.config),
     ]
@@ -77,8 +83,14 @@ def prepare(source: Source, *, group_size: int, tensor_parallel: int, layout: La
         spec={"group_size": group_size, "tensor_parallel": tensor_parallel, "layout": layout},
         sources={"source": source},
         output=padded,
-        result={"padding": dump_plan(plan), "checks": dump_reports(reports)},
+        result=lambda: {**_way_back(live, plan), "checks": dump_reports(reports)},
     )
+
+
+def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
+    """Return what unpadding needs: where channels went, and the config as it was written."""
+    config = live.config_bytes.decode() if live.config_bytes and plan.changes else None
+    return {"padding": dump_plan(plan), "live_config": config}
 
 
 def _width_report(plan: PadPlan) -> CheckReport:
@@ -96,13 +108,16 @@ def _width_report(plan: PadPlan) -> CheckReport:
     )
 
 
-def _zero_report(live: Checkpoint, plan: PadPlan) -> CheckReport:
+def _silence_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckReport:
     count = sum(len(sized_tensors(live, size.field)) for size in plan.sizes)
     return CheckReport(
         name=CHECKS[1].name,
         passed=True,
         measured=f"{count} tensors",
-        detail="By construction: each block starts as zeros, and the live channels are copied into it as they are;"
+        detail="By construction: of a down column that is split, one part is its half and the other what that leaves;"
+        " all else is copied."
+        if layout == "split"
+        else "By construction: each block starts as zeros, and the live channels are copied into it as they are;"
         " nothing is computed.",
     )
 

@@ -165,8 +165,9 @@ def _quantized_from(checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:
 
     if PADDED in checkpoints:
         return checkpoints[PADDED]
-    merged = checkpoints[MERGED]
-    return pad(merged, plan_between(merged.config, checkpoints[QUANTIZED].config))
+    merged, quantized = checkpoints[MERGED], checkpoints[QUANTIZED].config
+    group_size = quantized.get("quantization_config", {}).get("group_size", 1)
+    return pad(merged, plan_between(merged.config, quantized, group_size=group_size))
 
 
 def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[Sequence[int]]) -> None:

@@ -8,6 +8,9 @@ channel's.
 
 from typing import TYPE_CHECKING
 
+from qwen_pipeline.checkpoint.buffers import empty
+from qwen_pipeline.transforms.strided import copy_channels
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,7 +22,7 @@ def placed(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.
     shape = list(live.shape)
     shape[axis] = len(source_P)
     held = (source_P != NEW).nonzero().flatten()
-    return live.new_zeros(shape).index_copy_(axis, held, live.index_select(axis, source_P[held]))
+    return copy_channels(live, source_P[held], empty(tuple(shape), live.dtype).zero_(), held, axis=axis)
 
 
 def divided(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":

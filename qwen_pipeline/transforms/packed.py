@@ -50,7 +50,7 @@ def quantized_checkpoint(
         tensors=tensors,
         shards=shards,
         config={**source.config, "quantization_config": dict(quantization_config)},
-        config_file=None,
+        config_bytes=None,
     )
 
 

@@ -1,16 +1,25 @@
-"""Widening every MLP with zero channels, changing no output: silu(0) * 0 = 0 meets zero columns in ``down_proj``."""
+"""Widening every MLP so that ranks can share it in whole groups, and narrowing it again; its function stays the same.
 
+New channels are zeros (``silu(0) * 0`` meets a zero column of ``down_proj``), or they are parts of live channels, which
+then read the same and share what they give (:mod:`~qwen_pipeline.transforms.channel_maps`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
-from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, padded_config
-from qwen_pipeline.transforms.strided import copy_channels
+from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+from qwen_pipeline.transforms.channel_maps import NEW, divided, first_positions, gathered, placed, summed
+from qwen_pipeline.transforms.splitting import gives_output, owner_of, split_map
 
 if TYPE_CHECKING:
     import torch
+
+    Put = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
@@ -21,32 +30,124 @@ def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
     Raises:
         CheckpointRefused: The MLP weights do not have the live width.
     """
+    return _resized(checkpoint, plan, _padded, lambda size: size.padded)
+
+
+def unpad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
+    """Return the checkpoint that :func:`pad` was given, bit for bit.
+
+    Raises:
+        CheckpointRefused: The MLP weights do not have the padded width; or, from a read, padding the result again
+            would not give the checkpoint, because the channels that padding added were changed since.
+    """
+    return _resized(checkpoint, plan, _unpadded, lambda size: size.live)
+
+
+def resized_config(config: Mapping[str, Any], size: PaddedSize, width: int) -> dict[str, Any]:
+    """Return the config with one size changed wherever it is written, and nothing else."""
+    changed = dict(config)
+    for place in size.places:
+        changed = _with(changed, place.split("."), width)
+    return changed
+
+
+def source_map(size: PaddedSize, name: str) -> "torch.Tensor":
+    """Return the map of a tensor's channels, int64 [P]; [E, P] if the experts of a stack have maps of their own."""
+    import torch
+
+    if size.layout == "split":
+        return split_map(size, owner_of(name))
+    return torch.full((size.padded,), NEW).index_copy_(0, size.positions(), torch.arange(size.live))
+
+
+def _resized(
+    checkpoint: Checkpoint,
+    plan: PadPlan,
+    resize: "Callable[[str, LazyTensor, Channels, PaddedSize], LazyTensor]",
+    width: Callable[[PaddedSize], int],
+) -> Checkpoint:
     for size in plan.sizes:
         sized = sized_tensors(checkpoint, size.field)
         if size.zeros:
-            tensors = {name: _padded(checkpoint.tensors[name], at, size) for name, at in sized.items()}
-            checkpoint = checkpoint.replace(tensors=tensors, config=padded_config(checkpoint.config, size))
+            tensors = {name: resize(name, checkpoint.tensors[name], at, size) for name, at in sized.items()}
+            config = resized_config(checkpoint.config, size, width(size))
+            checkpoint = checkpoint.replace(tensors=tensors, config=config)
     return checkpoint
 
 
-def _padded(tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:
-    """Return the tensor with its live channels at their padded positions, and zeros elsewhere."""
-    import torch
-
-    halves = range(at.halves)
-    positions = torch.cat([size.positions() + half * size.padded for half in halves])
-    shape = list(tensor.spec.shape)
-    shape[at.axis] = size.padded * at.halves
-    spec = replace(tensor.spec, shape=tuple(shape))
+def _padded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:
+    put = divided if gives_output(name) else placed
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
-        first, last = (int(n) for n in torch.searchsorted(positions, torch.tensor([start, stop])))
-        block = empty((stop - start, *shape[1:]), spec.torch_dtype).zero_()
-        live = torch.arange(last - first)
-        return copy_channels(tensor.read(first, last), live, block, positions[first:last] - start, axis=0)
+        wanted = source_map(size, name)[start:stop]
+        held = wanted[wanted != NEW].tolist() or [0, -1]
+        return placed(tensor.read(held[0], held[-1] + 1), 0, _counted_from(held[0], wanted))
 
-    def read_columns(start: int, stop: int) -> "torch.Tensor":
-        block = empty((stop - start, *shape[1:]), spec.torch_dtype).zero_()
-        return copy_channels(tensor.read(start, stop), torch.arange(len(positions)), block, positions, axis=at.axis)
+    def read(start: int, stop: int) -> "torch.Tensor":
+        return _mapped(put, tensor.read(start, stop), at, _rows_of(source_map(size, name), start, stop))
 
-    return LazyTensor(spec=spec, read=read_rows if at.axis == 0 else read_columns)
+    return LazyTensor(spec=_widened(tensor.spec, at, size.padded), read=read if at.axis else read_rows)
+
+
+def _unpadded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:
+    source = source_map(size, name)
+    put, take = (divided, summed) if gives_output(name) else (placed, gathered)
+
+    def read_rows(start: int, stop: int) -> "torch.Tensor":
+        bounds = [0, *first_positions(source)[1:].tolist(), size.padded]
+        rows = _counted_from(start, source[bounds[start] : bounds[stop]])
+        padded = tensor.read(bounds[start], bounds[stop])
+        live = gathered(padded, 0, rows)
+        _require_same(name, placed(live, 0, rows), padded)
+        return live
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        padded, rows = tensor.read(start, stop), _rows_of(source, start, stop)
+        live = _mapped(take, padded, at, rows)
+        _require_same(name, _mapped(put, live, at, rows), padded)
+        return live
+
+    return LazyTensor(spec=_widened(tensor.spec, at, size.live), read=read if at.axis else read_rows)
+
+
+def _mapped(put: "Put", block: "torch.Tensor", at: Channels, source: "torch.Tensor") -> "torch.Tensor":
+    """Apply a map of channels to each half of the axis, and to each expert its own."""
+    import torch
+
+    if source.dim() == 2:
+        of_expert = replace(at, axis=at.axis - 1)
+        return torch.stack([_mapped(put, one, of_expert, row) for one, row in zip(block, source, strict=True)])
+    return torch.cat([put(half, at.axis, source) for half in block.chunk(at.halves, dim=at.axis)], dim=at.axis)
+
+
+def _rows_of(source: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
+    return source[start:stop] if source.dim() == 2 else source
+
+
+def _counted_from(first: int, source_P: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return torch.where(source_P == NEW, NEW, source_P - first)
+
+
+def _widened(spec: TensorSpec, at: Channels, width: int) -> TensorSpec:
+    shape = list(spec.shape)
+    shape[at.axis] = at.halves * width
+    return replace(spec, shape=tuple(shape))
+
+
+def _require_same(name: str, again: "torch.Tensor", padded: "torch.Tensor") -> None:
+    import torch
+
+    if not torch.equal(again, padded):
+        raise CheckpointRefused(
+            f"{name} is no longer what padding made: the channels that it added have weights of their own.",
+            remedy="Unpad only what the stage pad wrote. What was trained after padding uses the new channels, so it"
+            " has to stay padded.",
+        )
+
+
+def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
+    """Return the config with ``value`` at the end of ``path``."""
+    field, *rest = path
+    return {**config, field: _with(config[field], rest, value) if rest else value}

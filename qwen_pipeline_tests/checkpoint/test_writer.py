@@ -61,7 +61,7 @@ def test_the_digest_does_not_depend_on_the_shard_layout(sharded: Path, tmp_path:
     source = open_checkpoint(sharded)
     single = Checkpoint(
         config=source.config,
-        config_file=source.config_file,
+        config_bytes=source.config_bytes,
         tensors=dict(reversed(list(source.tensors.items()))),
         shards=dict.fromkeys(source, "model.safetensors"),
         sidecars=source.sidecars,

@@ -1,0 +1,126 @@
+"""Which live channels are split, and how that is written down.
+
+A split channel becomes two: both read what it read, and each gives half of what it gave. Spare width then buys
+accuracy, as in outlier channel splitting (arXiv:1901.09504): where the channel's weight was the largest of its group,
+the group gets a finer scale, and of two codes the second makes up for the rounding of the first.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import ceil
+from typing import TYPE_CHECKING
+
+from qwen_pipeline.checkpoint.digest import row_blocks
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.qwen.channels import Channels, sized_tensors
+from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
+    """Return the plan with the channels that its ``split`` sizes split: each MLP's are chosen when first asked for.
+
+    They are those whose halving lowers the squares of ``down_proj``'s group scales the most, summed over outputs: the
+    expected rounding error of a group is in proportion. Ties go to the first.
+    """
+    sizes = [
+        replace(size, splits=Choices(checkpoint, size)) if size.layout == "split" and size.zeros else size
+        for size in plan.sizes
+    ]
+    return replace(plan, sizes=tuple(sizes))
+
+
+class Choices(Mapping[str, str]):
+    """MLP, expert or stack of experts -> its split channels; a choice reads ``down_proj`` once, a block at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, size: PaddedSize) -> None:
+        sized = sized_tensors(checkpoint, size.field)
+        self._checkpoint = checkpoint
+        self._size = size
+        self._down = {owner_of(name): (name, at) for name, at in sized.items() if gives_output(name)}
+        self._made: dict[str, str] = {}
+
+    def __getitem__(self, owner: str) -> str:
+        if owner not in self._made:
+            gains_EI = _gains(self._checkpoint, *self._down[owner], self._size.group_size)
+            self._made[owner] = _encoded(_largest(gains_EI, self._size.padded % self._size.live))
+        return self._made[owner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._down)
+
+    def __len__(self) -> int:
+        return len(self._down)
+
+
+def split_map(size: PaddedSize, owner: str) -> "torch.Tensor":
+    """Return the map of an MLP's channels, int64 [P], or [E, P] for a stack of experts; parts are neighbours."""
+    import torch
+
+    chosen_EI = _decoded(size.splits[owner], size.live)
+    copies_EI = size.padded // size.live + chosen_EI.long()
+    source = torch.arange(size.live).repeat(len(chosen_EI)).repeat_interleave(copies_EI.flatten())
+    return source.reshape(len(chosen_EI), size.padded).squeeze(0)
+
+
+def owner_of(name: str) -> str:
+    """Return the MLP, the expert or the stack of experts that a tensor of a projection belongs to."""
+    return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+
+
+def gives_output(name: str) -> bool:
+    """Whether a tensor has the channels as inputs: what they give is what its columns add up to."""
+    return name.removesuffix(".weight").endswith("down_proj")
+
+
+def _gains(checkpoint: Checkpoint, name: str, at: Channels, group_size: int) -> "torch.Tensor":
+    """Return for each channel how much halving it takes off the squares of group maxima, float64 [E, I].
+
+    A weight that is its group's largest gains down to the second largest, or to its own half.
+    """
+    import torch
+
+    stacked = len(checkpoint[name].shape) == 3
+    gains: list[torch.Tensor] = []
+    for block in row_blocks(checkpoint, name):
+        for matrix in block if stacked else [block]:
+            sizes_OI = (matrix if at.axis == len(checkpoint[name].shape) - 1 else matrix.T).float().abs()
+            gains.append(_gain(sizes_OI, group_size))
+    return torch.stack(gains) if stacked else torch.stack(gains).sum(dim=0, keepdim=True)
+
+
+def _gain(sizes_OI: "torch.Tensor", group_size: int) -> "torch.Tensor":
+    import torch
+
+    outputs, live = sizes_OI.shape
+    groups_OGN = torch.nn.functional.pad(sizes_OI, (0, -live % group_size)).reshape(outputs, -1, group_size)
+    largest, second = groups_OGN.topk(2, dim=2).values.split(1, dim=2)
+    lower = torch.maximum(second, largest / 2)
+    gain_OGN = torch.where(groups_OGN == largest, largest.square() - lower.square(), 0)
+    return gain_OGN.sum(dim=0, dtype=torch.float64).reshape(-1)[:live]
+
+
+def _largest(gains_EI: "torch.Tensor", count: int) -> "torch.Tensor":
+    """Return which ``count`` channels of each expert gain the most, bool [E, I]."""
+    import torch
+
+    order_EI = gains_EI.sort(dim=1, descending=True, stable=True).indices
+    return torch.zeros_like(gains_EI, dtype=torch.bool).scatter_(1, order_EI[:, :count], True)
+
+
+def _encoded(chosen_EI: "torch.Tensor") -> str:
+    """Return a bit for each live channel in base64; each expert starts at a byte, its first channel at the high bit."""
+    import numpy as np
+
+    return base64.b64encode(np.packbits(chosen_EI.numpy(), axis=1).tobytes()).decode()
+
+
+def _decoded(bits: str, live: int) -> "torch.Tensor":
+    import numpy as np
+    import torch
+
+    bytes_EB = np.frombuffer(base64.b64decode(bits), dtype=np.uint8).reshape(-1, ceil(live / 8))
+    return torch.from_numpy(np.unpackbits(bytes_EB, axis=1, count=live).astype(bool))
