@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,18 +16,13 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class LayoutChoice(StrEnum):
-    interleave = "interleave"
-    append = "append"
-    split = "split"
-
-
 class EngineChoice(StrEnum):
     gptqmodel = "gptqmodel"
     autogptq = "autogptq"
     layerwise = "layerwise"
 
 
+LayoutChoice = Literal["interleave", "append", "split"]
 Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
 Out = Annotated[Path, typer.Option(help="New or empty directory. The same work a second time is free.")]
 GroupSize = Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")]
@@ -137,7 +132,7 @@ def pad(
     layout: Annotated[
         LayoutChoice,
         typer.Option(help="New channels are zeros between the live ones or after them, or halves of live ones."),
-    ] = LayoutChoice.interleave,
+    ] = "interleave",
 ) -> Answer:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. This comes before quantize.
 
@@ -153,7 +148,7 @@ def pad(
             destination=Directory(out),
             group_size=group_size,
             tensor_parallel=tp,
-            layout=layout.value,
+            layout=layout,
             observe=observe,
         )
     )

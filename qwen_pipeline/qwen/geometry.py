@@ -6,7 +6,8 @@ serves 2, 4 and 8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,7 +50,7 @@ class PaddedSize:
     padded: int
     group_size: int
     layout: Layout
-    splits: Mapping[str, str] = field(default_factory=dict[str, str])
+    splits: Mapping[str, str] = dataclass_field(default_factory=dict[str, str])
 
     @property
     def zeros(self) -> int:

@@ -3,12 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, Derivation, Manifest, open_manifest
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive, require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -33,21 +32,15 @@ def unpad(*, source: Path, destination: Destination, observe: Observe = unobserv
     """
     padded, manifest = open_checkpoint(source), open_manifest(source)
     live = _live(padded, manifest, source)
-    digest = checkpoint_digest(source, observe=observe)
-    if digest != manifest.content_digest:
-        raise CheckpointRefused(
-            f"{source} is not what its manifest says: its content is {digest}, expected {manifest.content_digest}.",
-            remedy="Unpad the directory that pad wrote. What was trained after padding uses the new channels, so it has"
-            " to stay padded.",
-        )
 
     def build(partial: Path) -> Built:
+        require_intact(source)
         contents = write_checkpoint(live, partial, task="unpad", observe=observe)
         return Built(contents=contents, result={"checks": dump_reports([_identity_report(contents, manifest)])})
 
     derivation = Derivation(
         stage=STAGE,
-        inputs={"padded": digest},
+        inputs={"padded": manifest.content_digest},
         spec={name: manifest.result[name] for name in ("padding", "live_config")},
         code_version=CODE_VERSION,
     )
