@@ -77,4 +77,4 @@ class _Passing:
         files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
         tensors = {name: seen.digest for name, seen in self._tap.seen.items()}
         contents = Contents(tensors=tensors, files=files)
-        return Built(contents=contents, result=self._merging.result, recipe=self._made_of)
+        return Built(contents=contents, result=self._merging.result(), recipe=self._made_of)

@@ -109,7 +109,7 @@ def merge_pad(
             base_names=base_name or (),
             group_size=group_size,
             tensor_parallel=tp,
-            layout=layout.value,
+            layout=layout,
             observe=observe,
         )[1]
     )

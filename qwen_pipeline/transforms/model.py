@@ -62,7 +62,7 @@ def open_model(root: Path) -> Checkpoint:
     merged = merge_lora(parent, child).checkpoint if isinstance(child, AdapterSet) else adopt(parent, child)
     return Checkpoint(
         config=merged.config,
-        config_file=root / CONFIG,
+        config_bytes=(root / CONFIG).read_bytes(),
         tensors=merged.tensors,
         shards=merged.shards,
         sidecars=open_sidecars(root),
