@@ -91,7 +91,7 @@ def merge_pad(
     base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
     group_size: GroupSize = 128,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
-    layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = LayoutChoice.interleave,
+    layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = "interleave",
 ) -> Answer:
     """Merge and pad in one pass: the merged weights are never stored, and the padded ones are as from two passes.
 
