@@ -125,11 +125,11 @@ def plan_between(
     return PadPlan(group_size=group_size, tensor_parallel=1, sizes=sizes)
 
 
-def padded_config(config: Mapping[str, Any], size: PaddedSize) -> dict[str, Any]:
+def resized_config(config: Mapping[str, Any], size: PaddedSize, width: int) -> dict[str, Any]:
     """Return the config with one size changed wherever it is written, and nothing else."""
     changed = dict(config)
     for place in size.places:
-        changed = _with(changed, place.split("."), size.padded)
+        changed = _with(changed, place.split("."), width)
     return changed
 
 

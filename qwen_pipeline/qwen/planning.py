@@ -6,7 +6,7 @@ from math import lcm
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, text_config
-from qwen_pipeline.qwen.geometry import PadPlan, padded_config, plan_padding
+from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
 from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
 
@@ -96,7 +96,7 @@ def _bits(matrix: Matrix, group_size: int) -> int:
 def _option(config: Config, plan: PadPlan, group_size: int, engines: Sequence[str], degrees: Sequence[int]) -> Option:
     wide = config
     for size in plan.sizes:
-        wide = padded_config(wide, size)
+        wide = resized_config(wide, size, size.padded)
     name = f"groups of {group_size}, " + ("padded" if plan.changes else "as it is")
     return Option(
         name=name,

@@ -4,15 +4,15 @@ New channels are zeros (``silu(0) * 0`` meets a zero column of ``down_proj``), o
 then read the same and share what they give (:mod:`~qwen_pipeline.transforms.channel_maps`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
-from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, resized_config
 from qwen_pipeline.transforms.channel_maps import NEW, divided, first_positions, gathered, placed, summed
 from qwen_pipeline.transforms.splitting import gives_output, owner_of, split_map
 
@@ -41,14 +41,6 @@ def unpad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
             would not give the checkpoint, because the channels that padding added were changed since.
     """
     return _resized(checkpoint, plan, _unpadded, lambda size: size.live)
-
-
-def resized_config(config: Mapping[str, Any], size: PaddedSize, width: int) -> dict[str, Any]:
-    """Return the config with one size changed wherever it is written, and nothing else."""
-    changed = dict(config)
-    for place in size.places:
-        changed = _with(changed, place.split("."), width)
-    return changed
 
 
 def source_map(size: PaddedSize, name: str) -> "torch.Tensor":
@@ -145,9 +137,3 @@ def _require_same(name: str, again: "torch.Tensor", padded: "torch.Tensor") -> N
             remedy="Unpad only what the stage pad wrote. What was trained after padding uses the new channels, so it"
             " has to stay padded.",
         )
-
-
-def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
-    """Return the config with ``value`` at the end of ``path``."""
-    field, *rest = path
-    return {**config, field: _with(config[field], rest, value) if rest else value}
