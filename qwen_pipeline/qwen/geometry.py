@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 Layout = Literal["interleave", "append"]
+MapLayout = Literal[Layout, "groups"]
+"""What a padding map may say: the layouts that can be asked for, and the one of codes that were repaired."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +39,17 @@ class PaddedSize:
         field: Name of the config field.
         places: Every place of it in the config, such as ``text_config.intermediate_size``.
         layout: ``interleave`` puts zero channels between the first live ones, so that each quantization group keeps
-            live channels; ``append`` puts them last.
+            live channels; ``append`` puts them last; ``groups`` keeps live groups whole and spreads whole groups of
+            zeros evenly between them.
+        group_size: Channels that will share a scale.
     """
 
     field: SizeField
     places: tuple[str, ...]
     live: int
     padded: int
-    layout: Layout
+    layout: MapLayout
+    group_size: int = 1
 
     @property
     def zeros(self) -> int:
@@ -61,6 +66,9 @@ class PaddedSize:
         channels = torch.arange(self.live)
         if self.layout == "append":
             return channels
+        if self.layout == "groups":
+            group, place = channels // self.group_size, channels % self.group_size
+            return group * self.padded // self.live * self.group_size + place
         if self.zeros <= self.live:
             return channels + channels.clamp(max=self.zeros)
         return channels + channels * self.zeros // self.live
@@ -94,7 +102,7 @@ def load_plan(value: Mapping[str, Any]) -> PadPlan:
 
 
 def plan_padding(
-    config: Mapping[str, Any], *, group_size: int, tensor_parallel: int, layout: Layout = "interleave"
+    config: Mapping[str, Any], *, group_size: int, tensor_parallel: int, layout: MapLayout = "interleave"
 ) -> PadPlan:
     """Return the smallest padding after which every rank of ``tensor_parallel`` holds whole groups of every MLP.
 
@@ -104,7 +112,7 @@ def plan_padding(
         InputRefused: The family cannot be padded, the config's sizes disagree, or a number is not positive.
     """
     unit = _unit(group_size, tensor_parallel)
-    sizes = _sizes(config, lambda _, live: _round_up(live, unit), layout)
+    sizes = _sizes(config, lambda _, live: _round_up(live, unit), layout, group_size)
     return PadPlan(group_size=group_size, tensor_parallel=tensor_parallel, sizes=sizes)
 
 
@@ -220,11 +228,18 @@ def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeO
 
 
 def _sizes(
-    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], layout: Layout
+    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], layout: MapLayout, group_size: int = 1
 ) -> tuple[PaddedSize, ...]:
     lives: dict[SizeField, int] = {field: required(config, field) for field in size_fields(config)}
     return tuple(
-        PaddedSize(field=field, places=places_of(config, field), live=live, padded=padded(field, live), layout=layout)
+        PaddedSize(
+            field=field,
+            places=places_of(config, field),
+            live=live,
+            padded=padded(field, live),
+            layout=layout,
+            group_size=group_size,
+        )
         for field, live in lives.items()
     )
 
