@@ -70,7 +70,7 @@ def merge(
 
     several = len(adapter) > 1 or weight
     fine_tune = weighted(adapter, weight or [], combination=combine.value) if several else adapter[0]
-    return _made_by(
+    return made_by(
         lambda observe: stage.merge(
             base=base,
             fine_tune=fine_tune,
@@ -143,7 +143,7 @@ def pad(
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.stages import pad as stage
 
-    return _made_by(
+    return made_by(
         lambda observe: stage.pad(
             source=source,
             destination=Directory(out),
@@ -191,7 +191,7 @@ def quantize(
         seed=seed,
         batch_size=batch_size,
     )
-    return _made_by(
+    return made_by(
         lambda observe: stage.quantize(
             source=source,
             destination=Directory(out),
@@ -230,7 +230,7 @@ def validate(
     from qwen_pipeline.stages import validate as stage
 
     settings = load_settings().validation
-    return _made_by(
+    return made_by(
         lambda observe: stage.validate(
             reference=reference,
             candidate=candidate,
@@ -264,7 +264,7 @@ def compare(before: Path, now: Path) -> Answer:
     return Answer(data=data, view=[change_table(found), report.detail])
 
 
-def _made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
+def made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
     """Run a stage under the eyes of the user, and show what it made and what it checked."""
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table
     from qwen_pipeline.cli.watching import watching

@@ -1,7 +1,7 @@
 """What each rank of a tensor-parallel engine takes of a packed layer, and the weight that all ranks compute with.
 
-Loaders cut tensors by rows or columns: with n ranks and L elements, rank r takes ``L // n`` from ``r * (L // n)`` on, of
-codes and of scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). What is
+Loaders cut by rows or columns: of L elements and for n ranks, rank r takes ``L // n`` from ``r * (L // n)`` on, of
+codes and scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). What is
 left over belongs to nobody, and a rank applies its scales to its inputs in the order in which it holds them.
 """
 

@@ -1,4 +1,4 @@
-"""``imported -> repaired``: a checkpoint that was quantized too early, made to serve more ranks without quantizing again."""
+"""imported -> repaired: a checkpoint that was quantized too early serves more ranks, without quantizing it again."""
 
 import json
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ class Quantized:
 def open_quantized(root: Path) -> Quantized:
     """Open a quantized checkpoint as quantizers leave it. Headers only.
 
-    Weights may have another name than ``model`` (AutoGPTQ's ``gptq_model-4bit-128g``), and the settings may be in a file
-    of their own. Both are put where Transformers and engines look for them.
+    Weights may have another name than ``model`` (AutoGPTQ's ``gptq_model-4bit-128g``), and the settings may be in a
+    file of their own. Both are put where Transformers and engines look for them.
 
     Raises:
         CheckpointRefused: It is not quantized, or in a format that cannot be read.
@@ -180,18 +180,14 @@ def _silent_report(proof: RepairFindings) -> CheckReport:
 
 
 def _config_report(before: Mapping[str, Any], after: Mapping[str, Any], plan: PadPlan) -> CheckReport:
-    places = {place for size in plan.sizes for place in size.places}
-    moved = {
-        path
-        for path in _leaves(before).keys() | _leaves(after).keys()
-        if _leaves(before).get(path) != _leaves(after).get(path)
-    }
+    wanted = {place: size.padded for size in plan.sizes for place in size.places}
+    was, became = _leaves(before), _leaves(after)
+    moved = {path for path in was.keys() | became.keys() if was.get(path) != became.get(path)}
     return CheckReport(
         name=CONFIG_FOLLOWS.name,
-        passed=moved <= places
-        and all(_leaves(after)[place] == size.padded for size in plan.sizes for place in size.places),
+        passed=moved <= wanted.keys() and all(became[place] == width for place, width in wanted.items()),
         measured=", ".join(sorted(moved)) or "unchanged",
-        limit=", ".join(sorted(places)),
+        limit=", ".join(sorted(wanted)),
         detail="Config and weights have the same widths; all other fields stay.",
     )
 

@@ -1,9 +1,9 @@
 """AWQ's packed codes, in the layout of its ``gemm`` kernels.
 
 A linear layer is three tensors (https://github.com/casper-hansen/AutoAWQ, ``WQLinear_GEMM``): ``qweight``
-I32 [I, O / 8], ``qzeros`` I32 [G, O / 8] and ``scales`` [G, O]. Eight outputs share a word, in the order that the kernel unpacks them
-(:data:`ORDER`), and ``W[o, i] = scales[g, o] * (code[i, o] - zero[g, o])`` with ``g = i // group_size``: inputs are in
-order, and stored zero points are the zero points.
+I32 [I, O / 8], ``qzeros`` I32 [G, O / 8] and ``scales`` [G, O]. Eight outputs share a word, in the order in which the
+kernel unpacks them (:data:`ORDER`), and ``W[o, i] = scales[g, o] * (code[i, o] - zero[g, o])`` with
+``g = i // group_size``: inputs are in order, and stored zero points are the zero points.
 """
 
 from collections.abc import Mapping
