@@ -46,17 +46,21 @@ CHECKS = (WHOLE_GROUPS, LIVE_IDENTICAL, NEW_SILENT, CONFIG_FOLLOWS, IN_ORDER)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """A quantized checkpoint that somebody made, and what was found out about its codes."""
+    """A quantized checkpoint that somebody made.
+
+    Attributes:
+        checkpoint: With its settings in the config, whichever file stated them, and their files as sidecars.
+        form: What its codes mean.
+        stem: What its weights are called; ``gptq_model-4bit-128g`` by AutoGPTQ.
+    """
 
     checkpoint: Checkpoint
     form: CodeFormat
+    stem: str
 
 
 def open_quantized(root: Path) -> Quantized:
     """Open a quantized checkpoint as quantizers leave it. Headers only.
-
-    Weights may have another name than ``model`` (AutoGPTQ's ``gptq_model-4bit-128g``), and the settings may be in a
-    file of their own. Both are put where Transformers and engines look for them.
 
     Raises:
         CheckpointRefused: It is not quantized, or in a format that cannot be read.
@@ -64,16 +68,12 @@ def open_quantized(root: Path) -> Quantized:
     stem = _stem(root)
     checkpoint = open_checkpoint(root, stem=stem)
     files = {name: root / name for name in SETTINGS if (root / name).is_file()}
-    checkpoint = replace(
-        checkpoint,
-        shards={name: shard.replace(stem, STEM, 1) for name, shard in checkpoint.shards.items()},
-        sidecars={**checkpoint.sidecars, **files},
-    )
+    checkpoint = checkpoint.replace(sidecars={**checkpoint.sidecars, **files})
     settings = checkpoint.config.get("quantization_config") or _stated_beside(files)
     form = code_format(settings)
     if settings != checkpoint.config.get("quantization_config"):
         checkpoint = checkpoint.replace(config={**checkpoint.config, "quantization_config": dict(settings)})
-    return Quantized(checkpoint=checkpoint, form=form)
+    return Quantized(checkpoint=checkpoint, form=form, stem=stem)
 
 
 def plan(source: Path, *, tensor_parallel: int) -> PadPlan:
@@ -99,7 +99,7 @@ def repair(
     quantized = open_quantized(source)
     before, form = quantized.checkpoint, quantized.form
     found = plan_repair(before.config, form, tensor_parallel=tensor_parallel)
-    after = repair_checkpoint(before, form, found)
+    after = _named_for_loaders(repair_checkpoint(before, form, found), quantized.stem)
 
     def build(partial: Path) -> Built:
         contents = write_checkpoint(after, partial, task="repair", observe=observe)
@@ -121,6 +121,11 @@ def repair(
         code_version=CODE_VERSION,
     )
     return derive(derivation, destination, build)
+
+
+def _named_for_loaders(checkpoint: Checkpoint, stem: str) -> Checkpoint:
+    """Return the checkpoint with weights called ``model``, where Transformers and engines look for them."""
+    return replace(checkpoint, shards={name: shard.replace(stem, STEM, 1) for name, shard in checkpoint.shards.items()})
 
 
 def _stem(root: Path) -> str:

@@ -36,11 +36,10 @@ def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int) -> Pa
             remedy="Quantize again from full precision, padded first: qwen-pipeline pad"
             f" --group-size {form.group_size} --tp {tensor_parallel}, then qwen-pipeline quantize.",
         )
-    obstacles = attention_obstacles(config, group_size=form.group_size, tensor_parallel=tensor_parallel)
-    if obstacles:
+    if obstacles := attention_obstacles(config, group_size=form.group_size, tensor_parallel=tensor_parallel):
         raise InputRefused(
             f"{tensor_parallel} ranks cannot share this model, however wide its MLP is: {listed(obstacles)}.",
-            remedy=_smaller_degrees(config, form.group_size, tensor_parallel),
+            remedy=_other_ways(config, form.group_size, tensor_parallel),
         )
     return plan
 
@@ -100,12 +99,10 @@ def parts_by_module(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     return parts
 
 
-def _smaller_degrees(config: Config, group_size: int, tensor_parallel: int) -> str:
-    serving = [
-        str(degree)
-        for degree in range(1, tensor_parallel)
-        if not attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
-    ]
-    return (
-        f"Repair it for another degree ({', '.join(serving) or 'none fits'}), or quantize it again in smaller groups."
-    )
+def _other_ways(config: Config, group_size: int, tensor_parallel: int) -> str:
+    def serves(degree: int, group_size: int) -> bool:
+        return not attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
+
+    degrees = [str(degree) for degree in range(1, tensor_parallel) if serves(degree, group_size)]
+    fewer = f"Serve it on fewer ranks ({', '.join(degrees) or 'none fits'})"
+    return f"{fewer}, or quantize it again in smaller groups." if serves(tensor_parallel, 1) else f"{fewer}."
