@@ -115,7 +115,7 @@ class StatedShape(Part):
             stated[("out", "in").index(by.dimension)] = by.size.padded
             return stated[start:stop]
 
-        return replace(tensor, read=read)
+        return LazyTensor(spec=tensor.spec, read=read)
 
 
 UNPACKED: Mapping[str, Part] = MappingProxyType(
