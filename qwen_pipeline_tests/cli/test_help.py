@@ -6,7 +6,7 @@ import pytest
 
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 
-COMMANDS = ("run", "merge", "pad", "quantize", "validate", "publish", "plan", "status", "demo", "ui")
+COMMANDS = ("run", "merge", "pad", "quantize", "validate", "publish", "repair", "plan", "status", "demo", "ui")
 
 
 def test_help_answers_within_half_a_second() -> None:
