@@ -4,19 +4,23 @@ Nothing here is shared with the package. A word is a Python integer; a weight is
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Method = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
 METHODS: tuple[Method, ...] = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
 HIDDEN = 32
 Tensors = dict[str, torch.Tensor]
+_MLP_WEIGHT = re.compile(
+    r"(?!.*(?:visual|audio_tower|talker|token2wav|code2wav|mtp)\.).*mlp\..*(?:gate|up|down)_proj\.weight"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +174,19 @@ def write_checkpoint_of_codes(
     described = sizes | {"quantization_config": packing.settings} | dict(config or {})
     (root / "config.json").write_text(json.dumps(described))
     return layers
+
+
+def pack_at_random(root: Path, packing: Packing) -> Path:
+    """Replace every MLP weight of a full-precision model, experts included, by random codes; return ``root``."""
+    tensors, generator = load_file(root / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if _MLP_WEIGHT.fullmatch(name)]:
+        outputs, inputs = tensors.pop(name).shape
+        codes = write_codes(packing, random_codes(packing, inputs, outputs, generator))
+        tensors |= {name.removesuffix("weight") + ending: tensor for ending, tensor in codes.items()}
+    save_file(tensors, root / "model.safetensors")
+    config = json.loads((root / "config.json").read_bytes())
+    (root / "config.json").write_text(json.dumps(config | {"quantization_config": packing.settings}))
+    return root
 
 
 def _words(rows: Iterable[list[int]], bits: int) -> torch.Tensor:

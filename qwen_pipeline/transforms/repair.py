@@ -6,11 +6,14 @@ word. New groups make them divide. Every live code, scale and zero point keeps i
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
-from qwen_pipeline.qwen.families import Config, mlp_dimension
+from qwen_pipeline.qwen.channels import channels_of, sized_tensors
+from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, attention_obstacles, plan_padding
+from qwen_pipeline.qwen.names import FUSED, place_of
 from qwen_pipeline.transforms.code_format import CodeFormat
 from qwen_pipeline.transforms.code_parts import Widening
 from qwen_pipeline.transforms.padding import padded_config
@@ -58,17 +61,28 @@ def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoin
 
 
 def widenings(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> dict[str, Widening]:
-    """Return the layers that have channels of a size: module -> which of its dimensions they are."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint)
-    return {
-        module: Widening(dimension=dimension, size=size, group_size=form.group_size)
-        for module in modules
-        if (dimension := mlp_dimension(module))
-    }
+    """Return the layers that have channels of a size: module -> which of its dimensions they are.
+
+    Raises:
+        CheckpointRefused: A projection is missing, a tensor is unknown, or experts lie in stacks.
+    """
+    if stacks := [name for name in sized_tensors(checkpoint, size.field) if name.endswith(FUSED)]:
+        raise CheckpointRefused(
+            f"These experts lie in stacks, which no format of codes has: {listed(stacks)}.",
+            remedy="Pad the full-precision checkpoint and quantize again.",
+        )
+    found: dict[str, Widening] = {}
+    for name in checkpoint:
+        module, place = name.rpartition(".")[0], place_of(name, checkpoint.config)
+        channels = channels_of(replace(place, parameter="weight"), checkpoint[name].shape, checkpoint.config)
+        if channels and channels.field == size.field:
+            dimension = "in" if channels.axis else "out"
+            found[module] = Widening(dimension=dimension, size=size, group_size=form.group_size)
+    return found
 
 
 def _widened_tensors(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> Iterator[tuple[str, LazyTensor]]:
-    parts = parts_by_module(checkpoint)
+    parts = _parts_by_module(checkpoint)
     wrong: list[str] = []
     for module, by in widenings(checkpoint, form, size).items():
         held = parts[module]
@@ -90,7 +104,7 @@ def _widened_tensors(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize)
         )
 
 
-def parts_by_module(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+def _parts_by_module(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     """Return module -> ending -> name of each tensor."""
     parts: dict[str, dict[str, str]] = {}
     for name in checkpoint:

@@ -13,16 +13,20 @@ from hypothesis import strategies as st
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.evaluation.repaired import prove_repair
 from qwen_pipeline.qwen.geometry import PaddedSize
+from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.transforms.code_format import code_format
-from qwen_pipeline.transforms.repair import plan_repair, repair
+from qwen_pipeline.transforms.repair import plan_repair, repair, widenings
 from qwen_pipeline_tests.codes import (
     METHODS,
     Codes,
     Packing,
+    pack_at_random,
     read_codes,
     write_checkpoint_of_codes,
 )
+from qwen_pipeline_tests.tiny import tiny_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,26 @@ def test_zero_groups_are_spread_evenly_and_live_ones_stay_whole_and_in_order(
     held = torch.bincount(positions[:, 0] // unit // (padded // ranks), minlength=ranks)
     assert held.max() - held.min() <= 1
     assert bool((size.positions().diff() > 0).all())
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_omni_moe_thinker"])
+def test_experts_shared_experts_and_decoders_beside_towers(tmp_path: Path, family: str) -> None:
+    """Heads of 32 channels, so that two ranks share ``o_proj``; widths of 3 and 5 groups of 32, which they cannot."""
+    sizes: dict[str, Any] = {"head_dim": 32, "linear_value_head_dim": 32}
+    packing = Packing(method="gptq", group_size=32)
+    before = open_checkpoint(pack_at_random(tiny_model(family, tmp_path / "model", **sizes), packing))
+    form = code_format(before.config["quantization_config"])
+    plan = plan_repair(before.config, form, tensor_parallel=2)
+    after = repair(before, form, plan)
+    widened = {module: by for size in plan.sizes for module, by in widenings(before, form, size).items()}
+    packed = {name.removesuffix(".qweight") for name in before if name.endswith(".qweight")}
+    assert widened.keys() == packed
+    assert not prove_repair(before, after, form, widened, ranks=2).changed
+    assert {by.size.padded - by.size.live for by in widened.values()} == {32}
+    untouched = {name for name in before if name.rpartition(".")[0] not in packed}
+    assert all(after.tensors[name] is before.tensors[name] for name in untouched)
+    for size in plan.sizes:
+        assert required(after.config, size.field) == size.padded
 
 
 def test_one_group_more_is_appended() -> None:
