@@ -104,7 +104,7 @@ def merge_pad(
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.one_pass import merge_and_pad
 
-    return _made_by(
+    return made_by(
         lambda observe: merge_and_pad(
             base=base,
             fine_tune=adapter,
@@ -124,7 +124,7 @@ def materialize(recipe: Path) -> Answer:
     """Store the weights of a merged checkpoint that is only a recipe, and prove that they are the ones promised."""
     from qwen_pipeline.transforms import model
 
-    return _made_by(lambda observe: model.materialize(recipe.resolve(), observe=observe))
+    return made_by(lambda observe: model.materialize(recipe.resolve(), observe=observe))
 
 
 @answering(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])

@@ -11,9 +11,8 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.ranks import weight_over_ranks
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.transforms.code_format import CodeFormat
-from qwen_pipeline.transforms.code_parts import Widening
+from qwen_pipeline.transforms.code_parts import Widening, widened
 from qwen_pipeline.transforms.gptq_codes import PackedLinear
-from qwen_pipeline.transforms.padding import widened
 
 
 @dataclass(slots=True)

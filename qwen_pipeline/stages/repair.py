@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.digest import foreign_digest
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, STEM, Checkpoint, open_checkpoint
@@ -12,13 +12,15 @@ from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
-from qwen_pipeline.evaluation.repaired import RepairFindings, prove_repair
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.code_format import CodeFormat, code_format
 from qwen_pipeline.transforms.repair import plan_repair, widenings
 from qwen_pipeline.transforms.repair import repair as repair_checkpoint
+
+if TYPE_CHECKING:
+    from qwen_pipeline.evaluation.repaired import RepairFindings
 
 STAGE = "repaired"
 CODE_VERSION = "1"
@@ -76,6 +78,11 @@ def open_quantized(root: Path) -> Quantized:
     return Quantized(checkpoint=checkpoint, form=form, stem=stem)
 
 
+def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
+    """Return the content digest of a checkpoint as quantizers leave it; it is read once, and remembered."""
+    return foreign_digest(open_quantized(root).checkpoint, root, observe=observe)
+
+
 def plan(source: Path, *, tensor_parallel: int) -> PadPlan:
     """Return what a repair would add, from headers alone; raises what :func:`repair` raises."""
     quantized = open_quantized(source)
@@ -102,8 +109,10 @@ def repair(
     after = _named_for_loaders(repair_checkpoint(before, form, found), quantized.stem)
 
     def build(partial: Path) -> Built:
+        from qwen_pipeline.evaluation.repaired import prove_repair
+
         contents = write_checkpoint(after, partial, task="repair", observe=observe)
-        changed = {module: by for size in found.sizes for module, by in widenings(before, form, size).items()}
+        changed = {module: by for size in found.sizes for module, by in widenings(before, size).items()}
         proof = prove_repair(before, open_checkpoint(partial), form, changed, ranks=tensor_parallel, observe=observe)
         reports = [
             _groups_report(found),
@@ -162,7 +171,7 @@ def _groups_report(plan: PadPlan) -> CheckReport:
     )
 
 
-def _identical_report(proof: RepairFindings, ranks: int) -> CheckReport:
+def _identical_report(proof: "RepairFindings", ranks: int) -> CheckReport:
     return CheckReport(
         name=LIVE_IDENTICAL.name,
         passed=not proof.changed,
@@ -173,7 +182,7 @@ def _identical_report(proof: RepairFindings, ranks: int) -> CheckReport:
     )
 
 
-def _silent_report(proof: RepairFindings) -> CheckReport:
+def _silent_report(proof: "RepairFindings") -> CheckReport:
     return CheckReport(
         name=NEW_SILENT.name,
         passed=not proof.audible,
@@ -197,7 +206,7 @@ def _config_report(before: Mapping[str, Any], after: Mapping[str, Any], plan: Pa
     )
 
 
-def _order_report(proof: RepairFindings, ranks: int) -> CheckReport:
+def _order_report(proof: "RepairFindings", ranks: int) -> CheckReport:
     return CheckReport(
         name=IN_ORDER.name,
         passed=not proof.reordered or ranks == 1,

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.qwen.geometry import PaddedSize
-from qwen_pipeline.transforms.padding import widened
+from qwen_pipeline.transforms.strided import copy_channels
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ class Widening:
 
     dimension: Dimension
     size: PaddedSize
-    group_size: int
 
 
 class Part(Protocol):
@@ -55,7 +55,7 @@ class Axis:
     def channels(self, by: Widening) -> int:
         """Return how many of the channels that are widened one element stands for; 0 if it counts others."""
         if self.counts == "groups":
-            return by.group_size if by.dimension == "in" else 0
+            return by.size.group_size if by.dimension == "in" else 0
         return self.per if self.counts == by.dimension else 0
 
 
@@ -95,8 +95,8 @@ class GroupNumbers(Part):
 
         def read(start: int, stop: int) -> "torch.Tensor":
             positions = by.size.positions()
-            groups = torch.arange(by.size.padded) // by.group_size
-            new_number = groups[positions[:: by.group_size]]
+            groups = torch.arange(by.size.padded) // by.size.group_size
+            new_number = groups[positions[:: by.size.group_size]]
             groups[positions] = new_number[tensor.read(0, by.size.live).long()]
             return groups[start:stop].to(spec.torch_dtype)
 
@@ -122,6 +122,27 @@ UNPACKED: Mapping[str, Part] = MappingProxyType(
     {"weight": Elements((Axis("out"), Axis("in"))), "bias": Elements((Axis("out"),))}
 )
 """The parts of a layer that was not quantized, and the bias of any."""
+
+
+def widened(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor", *, fill: float = 0) -> LazyTensor:
+    """Return the tensor with ``width`` elements along ``axis`` (0, 1): its own at ``positions``, ``fill`` elsewhere."""
+    import torch
+
+    shape = list(tensor.spec.shape)
+    shape[axis] = width
+    spec = replace(tensor.spec, shape=tuple(shape))
+
+    def read_rows(start: int, stop: int) -> "torch.Tensor":
+        first, last = (int(n) for n in torch.searchsorted(positions, torch.tensor([start, stop])))
+        block = empty((stop - start, *shape[1:]), spec.torch_dtype).fill_(fill)
+        live = torch.arange(last - first)
+        return copy_channels(tensor.read(first, last), live, block, positions[first:last] - start, axis=0)
+
+    def read_columns(start: int, stop: int) -> "torch.Tensor":
+        block = empty((stop - start, *shape[1:]), spec.torch_dtype).fill_(fill)
+        return copy_channels(tensor.read(start, stop), torch.arange(len(positions)), block, positions, axis=1)
+
+    return LazyTensor(spec=spec, read=read_rows if axis == 0 else read_columns)
 
 
 def word_of(code: int, bits: int) -> int:

@@ -16,7 +16,7 @@ from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, attention_obstacles
 from qwen_pipeline.qwen.names import FUSED, place_of
 from qwen_pipeline.transforms.code_format import CodeFormat
 from qwen_pipeline.transforms.code_parts import Widening
-from qwen_pipeline.transforms.padding import padded_config
+from qwen_pipeline.transforms.padding import resized_config
 
 
 def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int) -> PadPlan:
@@ -56,11 +56,13 @@ def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoin
     for size in plan.sizes:
         if size.zeros:
             tensors = dict(_widened_tensors(checkpoint, form, size))
-            checkpoint = checkpoint.replace(tensors=tensors, config=padded_config(checkpoint.config, size))
+            checkpoint = checkpoint.replace(
+                tensors=tensors, config=resized_config(checkpoint.config, size, size.padded)
+            )
     return checkpoint
 
 
-def widenings(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> dict[str, Widening]:
+def widenings(checkpoint: Checkpoint, size: PaddedSize) -> dict[str, Widening]:
     """Return the layers that have channels of a size: module -> which of its dimensions they are.
 
     Raises:
@@ -77,14 +79,14 @@ def widenings(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> dic
         channels = channels_of(replace(place, parameter="weight"), checkpoint[name].shape, checkpoint.config)
         if channels and channels.field == size.field:
             dimension = "in" if channels.axis else "out"
-            found[module] = Widening(dimension=dimension, size=size, group_size=form.group_size)
+            found[module] = Widening(dimension=dimension, size=size)
     return found
 
 
 def _widened_tensors(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> Iterator[tuple[str, LazyTensor]]:
     parts = _parts_by_module(checkpoint)
     wrong: list[str] = []
-    for module, by in widenings(checkpoint, form, size).items():
+    for module, by in widenings(checkpoint, size).items():
         held = parts[module]
         wrong += [f"{module}.{code} is missing" for code in form.codes if code not in held and "weight" not in held]
         for ending, name in held.items():

@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.evaluation.ranks import weight_over_ranks
+from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.repair import CHECKS, open_quantized, plan, repair
 from qwen_pipeline_tests.codes import METHODS, Method, Packing, write_checkpoint_of_codes
@@ -60,6 +63,29 @@ def test_every_format_of_the_real_tool(live: Path, tmp_path: Path, name: str) ->
     assert failed == ({"inputs_in_order"} if name == "act_order" else set())
     before, after = logits_of(imported, artifact.path)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_demo_model_quantized_unpadded_is_right_on_three_ranks_only_after_repair(tmp_path: Path) -> None:
+    """1600 channels are 25 groups of 64; 27 are whole on 3 ranks."""
+    base = build_base(tmp_path / "base").path
+    imported = quantized_by_gptqmodel(base, tmp_path / "imported", bits=4, group_size=64)
+    artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=3)
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    logits, repaired_logits = logits_of(imported, artifact.path)
+    torch.testing.assert_close(repaired_logits, logits, rtol=1e-4, atol=1e-4)
+
+    form, (size,) = open_quantized(imported).form, load_plan(artifact.manifest.result["padding"]).sizes
+    assert (size.live, size.padded) == (1600, 1728)
+    before, after = open_checkpoint(imported), open_checkpoint(artifact.path)
+    for layer in (0, 29):
+        down = f"model.layers.{layer}.mlp.down_proj"
+        live, held = form.load(before, down), weight_over_ranks(form.load(after, down), "in", 3).read(0, 576)
+        assert torch.equal(held[:, size.positions()], live.weight_rows(0, 576))
+        assert held.count_nonzero() == live.weight_rows(0, 576).count_nonzero()
+        assert weight_over_ranks(live, "in", 3).spec.shape == (576, 1584), "16 inputs belong to no rank"
+        on_two = weight_over_ranks(live, "in", 2).read(0, 576)
+        assert not torch.equal(on_two, live.weight_rows(0, 576)), "two ranks load it, and scale by others' groups"
 
 
 def test_the_same_repair_is_free_and_gives_the_same_digest(imported: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_zero_groups_are_spread_evenly_and_live_ones_stay_whole_and_in_order(
 ) -> None:
     padded = -(-groups // ranks) * ranks
     size = PaddedSize(
-        field="intermediate_size", places=(), live=groups * unit, padded=padded * unit, layout="groups", unit=unit
+        field="intermediate_size", places=(), live=groups * unit, padded=padded * unit, layout="groups", group_size=unit
     )
     positions = size.positions().reshape(groups, unit)
     assert torch.equal(positions - positions[:, :1], torch.arange(unit).expand(groups, unit))
@@ -122,7 +122,7 @@ def test_experts_shared_experts_and_decoders_beside_towers(tmp_path: Path, famil
     form = code_format(before.config["quantization_config"])
     plan = plan_repair(before.config, form, tensor_parallel=2)
     after = repair(before, form, plan)
-    widened = {module: by for size in plan.sizes for module, by in widenings(before, form, size).items()}
+    widened = {module: by for size in plan.sizes for module, by in widenings(before, size).items()}
     packed = {name.removesuffix(".qweight") for name in before if name.endswith(".qweight")}
     assert widened.keys() == packed
     assert not prove_repair(before, after, form, widened, ranks=2).changed
@@ -134,7 +134,7 @@ def test_experts_shared_experts_and_decoders_beside_towers(tmp_path: Path, famil
 
 
 def test_one_group_more_is_appended() -> None:
-    size = PaddedSize(field="intermediate_size", places=(), live=29568, padded=29696, layout="groups", unit=128)
+    size = PaddedSize(field="intermediate_size", places=(), live=29568, padded=29696, layout="groups", group_size=128)
     assert torch.equal(size.positions(), torch.arange(29568))
 
 
