@@ -17,7 +17,7 @@ from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 
 STAGE = "padded"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 CHECKS = (
     CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP."),
     CheckSpec(name="padding_is_zero", description="Live channels are unchanged, all others are exactly zero."),

@@ -16,7 +16,7 @@ from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, attention_obstacles
 from qwen_pipeline.qwen.names import FUSED, place_of
 from qwen_pipeline.transforms.code_format import CodeFormat
 from qwen_pipeline.transforms.code_parts import Widening
-from qwen_pipeline.transforms.padding import resized_config
+from qwen_pipeline.transforms.padding import padded_config
 
 
 def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int) -> PadPlan:
@@ -56,9 +56,7 @@ def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoin
     for size in plan.sizes:
         if size.zeros:
             tensors = dict(_widened_tensors(checkpoint, form, size))
-            checkpoint = checkpoint.replace(
-                tensors=tensors, config=resized_config(checkpoint.config, size, size.padded)
-            )
+            checkpoint = checkpoint.replace(tensors=tensors, config=padded_config(checkpoint.config, size))
     return checkpoint
 
 
