@@ -12,11 +12,10 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
 from qwen_pipeline.qwen.channels import channels_of, sized_tensors
 from qwen_pipeline.qwen.families import Config
-from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, attention_obstacles, plan_padding
+from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, attention_obstacles, padded_config, plan_padding
 from qwen_pipeline.qwen.names import FUSED, place_of
 from qwen_pipeline.transforms.code_format import CodeFormat
 from qwen_pipeline.transforms.code_parts import Widening
-from qwen_pipeline.transforms.padding import padded_config
 
 
 def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int) -> PadPlan:
