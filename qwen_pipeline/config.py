@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     Attributes:
         workspace: Root of everything the pipeline writes.
         inbox: Where fine-tunes arrive, a directory each; by default ``<workspace>/inbox``.
+        imports: Where checkpoints arrive that were quantized elsewhere; by default ``<workspace>/imports``.
         base_model: Directory or hub id of the full-precision base.
         base_revision: Commit, tag or branch of a hub base.
         base_names: Further names that adapters may know the base by.
@@ -119,6 +120,7 @@ class Settings(BaseSettings):
 
     workspace: ConfiguredPath = Path("workspace")
     inbox: ConfiguredPath = Field(default_factory=lambda known: known["workspace"] / "inbox")
+    imports: ConfiguredPath = Field(default_factory=lambda known: known["workspace"] / "imports")
     base_model: str | None = None
     base_revision: str | None = None
     base_names: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """Sizes that make every Qwen family of the installed Transformers a model of two layers and a few hundred kilobytes."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, cast
 
 from transformers import PreTrainedConfig
@@ -88,7 +89,8 @@ def tiny_sizes(config: PreTrainedConfig, text: dict[str, Any], role: str = "text
         sizes["hidden_size"] = HIDDEN
     undeclared = _UNDECLARED.get(config.model_type or role, {})
     asked = text if role == "text_config" and not parts else {}
-    return {name: value for name, value in sizes.items() if name in known or name in asked} | undeclared | parts
+    chosen = {name: value for name, value in sizes.items() if name in known or name in asked} | undeclared
+    return deepcopy(chosen) | parts  # configuration classes write into what they are given
 
 
 def _special(config: PreTrainedConfig) -> dict[str, Any]:

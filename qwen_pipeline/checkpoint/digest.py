@@ -95,6 +95,17 @@ def checkpoint_digest(root: Path, *, observe: Observe = unobserved) -> str:
     return remember(root, checkpoint, tensors).digest
 
 
+def foreign_digest(checkpoint: Checkpoint, root: Path, *, observe: Observe = unobserved) -> str:
+    """Return the content digest of a directory that was opened in a way of its own: by name, or with more sidecars."""
+    if (root / MANIFEST).is_file():
+        return open_manifest(root).content_digest
+    memory = _memory(_files_of(root, checkpoint))
+    if memory.is_file():
+        return _KNOWN.validate_json(memory.read_bytes()).digest
+    tensors = read_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    return remember(root, checkpoint, tensors).digest
+
+
 def known_checkpoint(root: Path) -> KnownCheckpoint | None:
     """Return what a manifest or the memory says about a model directory, or None if it has to be read."""
     if (root / MANIFEST).is_file():

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE_SHARD = "model.safetensors"
+STEM = "model"
+INDEX = f"{STEM}.safetensors.index.json"
+SINGLE_SHARD = f"{STEM}.safetensors"
 MANIFEST = "manifest.json"
 
 SIDECARS = (
@@ -144,8 +145,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return replace(self, tensors=tensors, shards={**self.shards, name: self.shards[beside]})
 
 
-def open_checkpoint(root: Path) -> Checkpoint:
+def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
     """Open a Hugging Face model directory: one ``model.safetensors`` or shards with an index. Headers only.
+
+    Args:
+        root: The directory.
+        stem: What the weights are called instead of ``model``.
 
     Raises:
         CheckpointRefused: Not a directory, no config, pickled weights, a path that leaves the directory, or an index
@@ -154,7 +159,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
     if not root.is_dir():
         raise CheckpointRefused(f"{root} is not a directory.", remedy="Name a Hugging Face model directory.")
     config = _load_json(root / CONFIG)
-    shards = _open_shards(root)
+    shards = _open_shards(root, stem)
     tensors: dict[str, LazyTensor] = {}
     owners: dict[str, str] = {}
     for shard in shards:
@@ -183,8 +188,8 @@ def open_sidecars(root: Path) -> dict[str, Path]:
     return {path: root / path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
 
 
-def _open_shards(root: Path) -> list[SafetensorsFile]:
-    index_path, single = root / INDEX, root / SINGLE_SHARD
+def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
+    index_path, single = (root / name.replace(STEM, stem, 1) for name in (INDEX, SINGLE_SHARD))
     if index_path.exists() and single.exists():
         raise CheckpointRefused(
             f"{root} has both {SINGLE_SHARD} and {INDEX}; loaders disagree about which one counts.",

@@ -66,7 +66,7 @@ def merge(
 
     several = len(adapter) > 1 or weight
     fine_tune = weighted(adapter, weight or [], combination=combine.value) if several else adapter[0]
-    return _made_by(
+    return made_by(
         lambda observe: stage.merge(
             base=base,
             fine_tune=fine_tune,
@@ -100,7 +100,7 @@ def merge_pad(
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.one_pass import merge_and_pad
 
-    return _made_by(
+    return made_by(
         lambda observe: merge_and_pad(
             base=base,
             fine_tune=adapter,
@@ -120,7 +120,7 @@ def materialize(recipe: Path) -> Answer:
     """Store the weights of a merged checkpoint that is only a recipe, and prove that they are the ones promised."""
     from qwen_pipeline.transforms import model
 
-    return _made_by(lambda observe: model.materialize(recipe.resolve(), observe=observe))
+    return made_by(lambda observe: model.materialize(recipe.resolve(), observe=observe))
 
 
 @answering(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
@@ -142,7 +142,7 @@ def pad(
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.stages import pad as stage
 
-    return _made_by(
+    return made_by(
         lambda observe: stage.pad(
             source=source,
             destination=Directory(out),
@@ -163,7 +163,7 @@ def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad 
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.stages import unpad as stage
 
-    return _made_by(lambda observe: stage.unpad(source=source, destination=Directory(out), observe=observe))
+    return made_by(lambda observe: stage.unpad(source=source, destination=Directory(out), observe=observe))
 
 
 @answering(
@@ -202,7 +202,7 @@ def quantize(
         seed=seed,
         batch_size=batch_size,
     )
-    return _made_by(
+    return made_by(
         lambda observe: stage.quantize(
             source=source,
             destination=Directory(out),
@@ -241,7 +241,7 @@ def validate(
     from qwen_pipeline.stages import validate as stage
 
     settings = load_settings().validation
-    return _made_by(
+    return made_by(
         lambda observe: stage.validate(
             reference=reference,
             candidate=candidate,
@@ -275,7 +275,7 @@ def compare(before: Path, now: Path) -> Answer:
     return Answer(data=data, view=[change_table(found), report.detail])
 
 
-def _made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
+def made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
     """Run a stage under the eyes of the user, and show what it made and what it checked."""
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table
     from qwen_pipeline.cli.watching import watching

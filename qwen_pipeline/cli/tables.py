@@ -10,7 +10,7 @@ from rich.text import Text
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.evaluation.regression import Change
-from qwen_pipeline.qwen.geometry import DegreeOutlook
+from qwen_pipeline.qwen.geometry import DegreeOutlook, PadPlan
 from qwen_pipeline.reports import CheckReport, load_reports, shown
 from qwen_pipeline.standing import STAGES, FineTuneStanding
 
@@ -128,4 +128,21 @@ def change_table(changes: Sequence[Change]) -> Table:
     for change in changes:
         relative = f"{change.now / change.before - 1:+.2%}" if change.before else ""
         table.add_row(change.figure, shown(change.before), shown(change.now), relative)
+    return table
+
+
+def repair_table(plan: PadPlan) -> Table:
+    """What a repair adds to each size, in groups."""
+    ranks = plan.tensor_parallel
+    table = Table("size", "width", "repaired", "extra", f"groups of {plan.group_size}", f"on each of {ranks} ranks")
+    for size in plan.sizes:
+        before, after = (width / plan.group_size for width in (size.live, size.padded))
+        table.add_row(
+            size.field,
+            f"{size.live:,}",
+            f"{size.padded:,}",
+            f"{100 * size.zeros / size.live:.2f} %",
+            f"{before:g} -> {after:g}",
+            f"{before / ranks:g} -> {after / ranks:g}",
+        )
     return table

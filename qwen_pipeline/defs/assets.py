@@ -1,7 +1,7 @@
-"""The asset graph, from a base and a fine-tune to a published checkpoint: one asset per directory that comes to be.
+"""The asset graph, from a base and a fine-tune to a published checkpoint, and from an import to a repaired one.
 
-Assets exchange paths through the store, never tensors. Each is a call of one stage; what the stage checked about its
-own output arrives with it as asset checks.
+One asset per directory that comes to be. Assets exchange paths through the store, never tensors. Each is a call of one
+stage; what the stage checked about its own output arrives with it as asset checks.
 """
 
 # pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
@@ -18,17 +18,19 @@ from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.config import Settings
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
 from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, loss_table
-from qwen_pipeline.defs.partitions import FINE_TUNES
+from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.evaluation.page import PAGE
 from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.evaluation.report import report_markdown
+from qwen_pipeline.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
-from qwen_pipeline.stages import merge, pad, publish, quantize, validate
+from qwen_pipeline.stages import merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.standing import against_last_release
 from qwen_pipeline.transforms.model import materialize
 
 GROUP = "fine_tune_to_release"
+IMPORT_GROUP = "import_to_repair"
 
 COMPLETE = CheckSpec(name="complete", description="The upload is whole: nothing partial, no file shorter than it says.")
 
@@ -101,13 +103,7 @@ def fine_tune(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipe
         arrival = pipeline.inbox.find(context.partition_key)
         obstacle = arrival.obstacle()
         digest = arrival.digest if obstacle else merge.fine_tune_digest(arrival.path)
-    detail = obstacle or "Every file is there in its full length."
-    report = CheckReport(name=COMPLETE.name, passed=obstacle is None, detail=detail)
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(digest),
-        metadata=directory_metadata(arrival.path, digest, arrival.nbytes),
-        check_results=[asset_check_result(report, arrival.name)],
-    )
+    return _arrived(arrival, digest, obstacle)
 
 
 @_stage_asset(merge, deps=[base_model, fine_tune], kinds={"pytorch", "qwen"})
@@ -226,6 +222,59 @@ def published_checkpoint(
     return _materialized(artifact, context.partition_key)
 
 
+@dg.asset(
+    group_name=IMPORT_GROUP,
+    kinds={"huggingface", "qwen"},
+    partitions_def=IMPORTS,
+    check_specs=asset_check_specs("imported_checkpoint", [COMPLETE], IMPORTS),
+)
+def imported_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
+) -> dg.MaterializeResult:
+    """A checkpoint that somebody else quantized (GPTQ, AWQ or compressed-tensors), as it arrived among the imports."""
+    with pipeline.step(context) as observe:
+        arrival = pipeline.imports.find(context.partition_key)
+        obstacle = arrival.obstacle()
+        digest = arrival.digest if obstacle else repair.quantized_digest(arrival.path, observe=observe)
+    return _arrived(arrival, digest, obstacle)
+
+
+@dg.asset(
+    name=f"{repair.STAGE}_checkpoint",
+    deps=[imported_checkpoint],
+    group_name=IMPORT_GROUP,
+    kinds={"pytorch", "qwen"},
+    partitions_def=IMPORTS,
+    code_version=repair.CODE_VERSION,
+    check_specs=asset_check_specs(f"{repair.STAGE}_checkpoint", repair.CHECKS, IMPORTS),
+)
+def repaired_checkpoint(
+    context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
+) -> dg.MaterializeResult:
+    """The imported checkpoint with whole groups of zero codes in its MLPs, so that the configured ranks can share it.
+
+    Nothing is quantized again: every live weight is proven to keep its bits, as the ranks will hold it.
+    """
+    with pipeline.step(context) as observe:
+        artifact = repair.repair(
+            source=pipeline.imports.require(context.partition_key).path,
+            destination=pipeline.slot(context),
+            tensor_parallel=pipeline.settings.padding.tensor_parallel,
+            observe=observe,
+        )
+    return _materialized(artifact, context.partition_key)
+
+
+def _arrived(arrival: Arrival, digest: str, obstacle: str | None) -> dg.MaterializeResult:
+    detail = obstacle or "Every file is there in its full length."
+    report = CheckReport(name=COMPLETE.name, passed=obstacle is None, detail=detail)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest),
+        metadata=directory_metadata(arrival.path, digest, arrival.nbytes),
+        check_results=[asset_check_result(report, arrival.name)],
+    )
+
+
 def graph(settings: Settings) -> list[dg.AssetsDefinition]:
     """Every asset, with the owners that the settings name."""
     assets = [
@@ -236,5 +285,7 @@ def graph(settings: Settings) -> list[dg.AssetsDefinition]:
         quantized_checkpoint,
         validated_checkpoint,
         published_checkpoint,
+        imported_checkpoint,
+        repaired_checkpoint,
     ]
     return list(dg.map_asset_specs(lambda spec: spec.replace_attributes(owners=list(settings.owners)), assets))

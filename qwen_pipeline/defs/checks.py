@@ -13,7 +13,9 @@ from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.reports import CheckReport, CheckSpec
 
 
-def asset_check_specs(asset: str, specs: Sequence[CheckSpec]) -> list[dg.AssetCheckSpec]:
+def asset_check_specs(
+    asset: str, specs: Sequence[CheckSpec], partitions: dg.PartitionsDefinition = FINE_TUNES
+) -> list[dg.AssetCheckSpec]:
     """Declare the checks of a partitioned asset.
 
     Without ``partitions_def`` Dagster forgets which partition failed; it still calls that parameter a preview.
@@ -22,7 +24,7 @@ def asset_check_specs(asset: str, specs: Sequence[CheckSpec]) -> list[dg.AssetCh
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return [
             dg.AssetCheckSpec(
-                spec.name, asset=asset, description=spec.description, blocking=spec.blocking, partitions_def=FINE_TUNES
+                spec.name, asset=asset, description=spec.description, blocking=spec.blocking, partitions_def=partitions
             )
             for spec in specs
         ]

@@ -40,6 +40,10 @@ class Pipeline:
         return Inbox(self.settings.inbox)
 
     @property
+    def imports(self) -> Inbox:
+        return Inbox(self.settings.imports)
+
+    @property
     def base_name(self) -> str:
         return require_setting(self.settings.base_model, "base_model", '"Qwen/Qwen2.5-7B-Instruct"')
 

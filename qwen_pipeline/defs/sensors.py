@@ -1,13 +1,13 @@
-"""Arrivals: exactly one run for each content of each fine-tune, once it is complete."""
+"""Arrivals: exactly one run for each content of each fine-tune or import, once it is complete."""
 
 import json
 
 import dagster as dg
 
-from qwen_pipeline.defs.jobs import process_fine_tune
-from qwen_pipeline.defs.partitions import FINE_TUNES
+from qwen_pipeline.defs.jobs import process_fine_tune, repair_imported
+from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.inbox import Arrival
+from qwen_pipeline.inbox import Arrival, Inbox
 
 ARRIVAL_TAG = "qwen_pipeline/arrival"
 """A run's tag ``<fine-tune>@<content digest>``; runs from the command line carry it as well."""
@@ -22,6 +22,22 @@ _GAVE_UP = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
     description="Processes each fine-tune that is complete in the inbox, and again when its content changes.",
 )
 def fine_tune_inbox(context: dg.SensorEvaluationContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.SensorResult:
+    return _ask_for_runs(context, pipeline.inbox, FINE_TUNES)
+
+
+@dg.sensor(
+    job=repair_imported,
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Repairs each quantized checkpoint that is complete among the imports, and again when it changes.",
+)
+def import_inbox(context: dg.SensorEvaluationContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.SensorResult:
+    return _ask_for_runs(context, pipeline.imports, IMPORTS)
+
+
+def _ask_for_runs(
+    context: dg.SensorEvaluationContext, inbox: Inbox, partitions: dg.DynamicPartitionsDefinition
+) -> dg.SensorResult:
     """Ask for a run of every arrival that is settled: marked complete, or unchanged since the tick before.
 
     The cursor holds the fingerprint of everything that was there at the last tick, and whether it was taken.
@@ -30,7 +46,7 @@ def fine_tune_inbox(context: dg.SensorEvaluationContext, pipeline: dg.ResourcePa
     now: dict[str, dict[str, object]] = {}
     requests: list[dg.RunRequest] = []
     waiting: list[str] = []
-    for arrival in pipeline.inbox.arrivals():
+    for arrival in inbox.arrivals():
         try:
             fingerprint, obstacle = arrival.fingerprint, arrival.obstacle()
         except OSError:
@@ -50,8 +66,8 @@ def fine_tune_inbox(context: dg.SensorEvaluationContext, pipeline: dg.ResourcePa
         context.log.info(reason)
     return dg.SensorResult(
         run_requests=requests,
-        dynamic_partitions_requests=[FINE_TUNES.build_add_request([str(r.partition_key) for r in requests])],
-        skip_reason=None if requests else "; ".join(waiting) or f"Nothing new in {pipeline.inbox.root}.",
+        dynamic_partitions_requests=[partitions.build_add_request([str(r.partition_key) for r in requests])],
+        skip_reason=None if requests else "; ".join(waiting) or f"Nothing new in {inbox.root}.",
         cursor=json.dumps(now, sort_keys=True),
     )
 

@@ -20,7 +20,7 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.weights import Comparison, PaddingFindings, WeightError, check_padding, compare_weight
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.gptq_codes import CODES, GptqFormat, PackedLinear, gptq_format, load_packed
+from qwen_pipeline.transforms.gptq_codes import CODES, GptqFormat, PackedLinear, gptq_format
 
 SAVERS_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
 """Config fields that say how and by whom a checkpoint was saved; all others say what it computes."""
@@ -69,7 +69,7 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
     comparisons: dict[tuple[int, str], Comparison] = {}
     for done, linear in enumerate(linears, start=1):
         if _agree(candidate, expected, (f"{linear.module}.{code}" for code in CODES)):
-            packed = load_packed(candidate, linear.module, form)
+            packed = form.load(candidate, linear.module)
             problems += _code_problems(linear, packed)
             comparison = comparisons[linear.layer, linear.kind] = compare_weight(source, linear, packed)
             if comparison.error.relative > MAX_RELATIVE_ERROR:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 Layout = Literal["interleave", "append", "split"]
+MapLayout = Literal[Layout, "groups"]
+"""What a padding map may say: the layouts that can be asked for, and the one of codes that were repaired."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,8 @@ class PaddedSize:
         places: Every place of it in the config, such as ``text_config.intermediate_size``.
         group_size: Channels that will share a scale.
         layout: ``interleave`` puts zero channels between the live ones, so that each quantization group keeps live
-            channels; ``append`` puts them last; ``split`` adds no zeros but makes two channels of one.
+            channels; ``append`` puts them last; ``split`` adds no zeros but makes two channels of one; ``groups`` keeps
+            live groups whole and spreads whole groups of zeros evenly between them.
         splits: For ``split``: MLP, expert or stack of experts -> which live channels have one part more than the
             others, a bit each, in base64.
     """
@@ -49,7 +52,7 @@ class PaddedSize:
     live: int
     padded: int
     group_size: int
-    layout: Layout
+    layout: MapLayout
     splits: Mapping[str, str] = dataclass_field(default_factory=dict[str, str])
 
     @property
@@ -69,6 +72,9 @@ class PaddedSize:
         channels = torch.arange(self.live)
         if self.layout == "append":
             return channels
+        if self.layout == "groups":
+            group, place = channels // self.group_size, channels % self.group_size
+            return group * self.padded // self.live * self.group_size + place
         if self.zeros <= self.group_size:
             return channels + channels.clamp(max=self.zeros)
         return channels * self.padded // self.live
@@ -103,7 +109,7 @@ def load_plan(value: Mapping[str, Any]) -> PadPlan:
 
 
 def plan_padding(
-    config: Mapping[str, Any], *, group_size: int, tensor_parallel: int, layout: Layout = "interleave"
+    config: Mapping[str, Any], *, group_size: int, tensor_parallel: int, layout: MapLayout = "interleave"
 ) -> PadPlan:
     """Return the smallest padding after which every rank of ``tensor_parallel`` holds whole groups of every MLP.
 
@@ -231,7 +237,7 @@ def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeO
 
 
 def _sizes(
-    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], group_size: int, layout: Layout
+    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], group_size: int, layout: MapLayout
 ) -> tuple[PaddedSize, ...]:
     lives: dict[SizeField, int] = {size: required(config, size) for size in size_fields(config)}
     return tuple(

@@ -18,17 +18,27 @@ format ``gptq`` store ``zero - 1``; ``gptq_v2`` stores ``zero``.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.transforms.code_parts import (
+    QUIET_SCALE,
+    UNPACKED,
+    WORD_BITS,
+    Axis,
+    Elements,
+    GroupNumbers,
+    Part,
+    word_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
-WORD_BITS = 32
 PACKED_BITS = (4, 8)
 CODES = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -51,6 +61,32 @@ class GptqFormat:
     def stored_zero_offset(self) -> int:
         """What has to be added to a stored zero point."""
         return 1 if self.checkpoint_format == "gptq" else 0
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        return CODES if self.desc_act else CODES[:3]
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """How each tensor of a layer counts channels; new ones have the middle code, which is their zero point too."""
+        middle, per_word = 2 ** (self.bits - 1), self.codes_per_word
+        codes = {
+            "qweight": Elements((Axis("in", per_word), Axis("out")), word_of(middle, self.bits)),
+            "qzeros": Elements(
+                (Axis("groups"), Axis("out", per_word)), word_of(middle - self.stored_zero_offset, self.bits)
+            ),
+            "scales": Elements((Axis("groups"), Axis("out")), QUIET_SCALE),
+            "g_idx": GroupNumbers(),
+        }
+        return MappingProxyType({**codes, **UNPACKED})
+
+    def load(self, checkpoint: Checkpoint, module: str) -> "PackedLinear":
+        """Read one layer's codes. Some quantizers leave out ``g_idx`` where inputs are in order."""
+        qweight, qzeros, scales = (checkpoint.load(f"{module}.{code}") for code in CODES[:3])
+        inputs = len(qweight) * self.codes_per_word
+        name = f"{module}.g_idx"
+        g_idx = checkpoint.load(name) if name in checkpoint else in_order(inputs, self.inputs_per_group(inputs))
+        return PackedLinear(format=self, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
 
     def inputs_per_group(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else self.group_size
@@ -109,6 +145,14 @@ class PackedLinear:
     scales: "torch.Tensor"
     g_idx: "torch.Tensor"
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether groups are consecutive inputs, as they are without act-order."""
+        import torch
+
+        inputs = len(self.g_idx)
+        return torch.equal(self.g_idx, in_order(inputs, self.format.inputs_per_group(inputs)))
+
     def weight_rows(self, start: int, stop: int) -> "torch.Tensor":
         """Return rows ``start:stop`` of the weight, float32 [stop - start, I], exactly as the codes say.
 
@@ -129,10 +173,11 @@ class PackedLinear:
         return (stored + self.format.stored_zero_offset) & (2**self.format.bits - 1)
 
 
-def load_packed(checkpoint: Checkpoint, module: str, form: GptqFormat) -> PackedLinear:
-    """Read one layer's tensors; their shapes must already have been checked."""
-    qweight, qzeros, scales, g_idx = (checkpoint.load(f"{module}.{code}") for code in CODES)
-    return PackedLinear(format=form, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
+def in_order(inputs: int, per_group: int) -> "torch.Tensor":
+    """Return the group of each input, int32 [I], where groups are consecutive."""
+    import torch
+
+    return torch.arange(inputs, dtype=torch.int32) // per_group
 
 
 def unpack_rows(words: "torch.Tensor", bits: int) -> "torch.Tensor":

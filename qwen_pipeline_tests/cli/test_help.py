@@ -6,7 +6,20 @@ import pytest
 
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 
-COMMANDS = ("run", "merge", "pad", "quantize", "validate", "publish", "plan", "inspect", "status", "demo", "ui")
+COMMANDS = (
+    "run",
+    "merge",
+    "pad",
+    "quantize",
+    "validate",
+    "publish",
+    "repair",
+    "plan",
+    "inspect",
+    "status",
+    "demo",
+    "ui",
+)
 
 
 def test_help_answers_within_half_a_second() -> None:

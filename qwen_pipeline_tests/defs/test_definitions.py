@@ -10,10 +10,10 @@ from qwen_pipeline.defs.assets import COMPLETE
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.evaluation.regression import NOT_WORSE
-from qwen_pipeline.stages import merge, pad, publish, quantize, validate
+from qwen_pipeline.stages import merge, pad, publish, quantize, repair, validate
 from qwen_pipeline_tests.site import Site
 
-STAGES = (merge, pad, quantize, validate, publish)
+STAGES = (merge, pad, quantize, validate, publish, repair)
 
 
 @pytest.fixture
@@ -36,12 +36,15 @@ def test_the_graph_is_complete_and_in_order(definitions: dg.Definitions) -> None
         "quantized_checkpoint": ["padded_checkpoint"],
         "validated_checkpoint": ["merged_checkpoint", "quantized_checkpoint"],
         "published_checkpoint": ["quantized_checkpoint", "validated_checkpoint"],
+        "imported_checkpoint": [],
+        "repaired_checkpoint": ["imported_checkpoint"],
     }
 
 
 def test_every_promised_check_is_declared_for_each_partition(definitions: dg.Definitions) -> None:
     graph = definitions.resolve_asset_graph()
-    promised = {("fine_tune", COMPLETE.name, True), ("validated_checkpoint", NOT_WORSE.name, False)} | {
+    promised = {(arrival, COMPLETE.name, True) for arrival in ("fine_tune", "imported_checkpoint")}
+    promised |= {("validated_checkpoint", NOT_WORSE.name, False)} | {
         (f"{stage.STAGE}_checkpoint", check.name, check.blocking) for stage in STAGES for check in stage.CHECKS
     }
     declared = {
@@ -72,8 +75,8 @@ def test_steps_on_the_gpu_share_a_pool(definitions: dg.Definitions) -> None:
 
 def test_instigators_and_jobs(definitions: dg.Definitions) -> None:
     repository = definitions.get_repository_def()
-    assert set(repository.job_names) == {"process_fine_tune", "validate_and_publish", "__ASSET_JOB"}
-    assert [sensor.name for sensor in repository.sensor_defs] == ["fine_tune_inbox"]
+    assert set(repository.job_names) == {"process_fine_tune", "validate_and_publish", "repair_imported", "__ASSET_JOB"}
+    assert [sensor.name for sensor in repository.sensor_defs] == ["fine_tune_inbox", "import_inbox"]
     assert [schedule.name for schedule in repository.schedule_defs] == ["nightly"]
 
 

@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.structure import Structure, check_structure
 from qwen_pipeline.qwen.linears import decoder_linears
-from qwen_pipeline.transforms.gptq_codes import gptq_format, load_packed, pack_rows, unpack_rows
+from qwen_pipeline.transforms.gptq_codes import gptq_format, pack_rows, unpack_rows
 from qwen_pipeline_tests.chain import Chain
 
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +40,7 @@ def test_errors_are_frobenius_norms(chain: Chain) -> None:
     assert [error.module for error in errors] == [at.module for at in decoder_linears(open_checkpoint(chain.padded))]
     for error in errors:
         w = source[f"{error.module}.weight"].double()
-        packed = load_packed(candidate, error.module, gptq_format(candidate.config))
+        packed = gptq_format(candidate.config).load(candidate, error.module)
         wq = packed.weight_rows(0, len(w)).double()
         assert error.relative == pytest.approx(((w - wq).norm() / w.norm()).item(), rel=1e-6)
         assert 0.02 < error.relative < 0.2

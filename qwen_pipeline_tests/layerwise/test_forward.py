@@ -12,7 +12,7 @@ import transformers
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
-from qwen_pipeline.transforms.gptq_codes import gptq_format, load_packed
+from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2
 
@@ -55,7 +55,7 @@ def test_codes_compute_what_they_stand_for(chain: Chain, tmp_path: Path) -> None
     for name in quantized:
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
-            packed = load_packed(quantized, module, form)
+            packed = form.load(quantized, module)
             weights[f"{module}.weight"] = packed.weight_rows(0, packed.qweight.shape[1])
     model.load_state_dict(weights)
     model.save_pretrained(root)

@@ -18,7 +18,6 @@ from qwen_pipeline.transforms.gptq_codes import (
     GptqFormat,
     PackedLinear,
     gptq_format,
-    load_packed,
     pack_rows,
     unpack_rows,
 )
@@ -108,7 +107,7 @@ def test_weights_are_gptqmodels(chain: Chain, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(chain.quantized)
     form = gptq_format(checkpoint.config)
     for module in MODULES:
-        packed = load_packed(checkpoint, module, form)
+        packed = form.load(checkpoint, module)
         assert torch.equal(packed.weight_rows(0, packed.scales.shape[1]), expected[module])
 
 

@@ -1,0 +1,227 @@
+"""imported -> repaired: a checkpoint that was quantized too early serves more ranks, without quantizing it again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from qwen_pipeline.checkpoint.digest import foreign_digest
+from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, STEM, Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
+from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.code_format import CodeFormat, code_format
+from qwen_pipeline.transforms.repair import plan_repair, widenings
+from qwen_pipeline.transforms.repair import repair as repair_checkpoint
+
+if TYPE_CHECKING:
+    from qwen_pipeline.evaluation.repaired import RepairFindings
+
+STAGE = "repaired"
+CODE_VERSION = "1"
+SETTINGS = ("quantize_config.json", "quant_config.json")
+"""Where quantizers repeat their settings, or state them if ``config.json`` does not."""
+
+WHOLE_GROUPS = CheckSpec(
+    name="whole_groups_on_every_rank", description="Every rank holds whole quantization groups of every MLP."
+)
+LIVE_IDENTICAL = CheckSpec(
+    name="live_weights_identical",
+    description="Every weight of the source, read back and cut over the ranks, has the same bits as before.",
+)
+NEW_SILENT = CheckSpec(name="new_weights_are_zero", description="Every new weight dequantizes to exactly zero.")
+CONFIG_FOLLOWS = CheckSpec(
+    name="config_follows_weights", description="The config states the new widths; nothing else changed."
+)
+IN_ORDER = CheckSpec(
+    name="inputs_in_order",
+    description="Groups are consecutive inputs; with act-order only some engines can share them over ranks.",
+    blocking=False,
+)
+CHECKS = (WHOLE_GROUPS, LIVE_IDENTICAL, NEW_SILENT, CONFIG_FOLLOWS, IN_ORDER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A quantized checkpoint that somebody made.
+
+    Attributes:
+        checkpoint: With its settings in the config, whichever file stated them, and their files as sidecars.
+        form: What its codes mean.
+        stem: What its weights are called; ``gptq_model-4bit-128g`` by AutoGPTQ.
+    """
+
+    checkpoint: Checkpoint
+    form: CodeFormat
+    stem: str
+
+
+def open_quantized(root: Path) -> Quantized:
+    """Open a quantized checkpoint as quantizers leave it. Headers only.
+
+    Raises:
+        CheckpointRefused: It is not quantized, or in a format that cannot be read.
+    """
+    stem = _stem(root)
+    checkpoint = open_checkpoint(root, stem=stem)
+    files = {name: root / name for name in SETTINGS if (root / name).is_file()}
+    checkpoint = checkpoint.replace(sidecars={**checkpoint.sidecars, **files})
+    settings = checkpoint.config.get("quantization_config") or _stated_beside(files)
+    form = code_format(settings)
+    if settings != checkpoint.config.get("quantization_config"):
+        checkpoint = checkpoint.replace(config={**checkpoint.config, "quantization_config": dict(settings)})
+    return Quantized(checkpoint=checkpoint, form=form, stem=stem)
+
+
+def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
+    """Return the content digest of a checkpoint as quantizers leave it; it is read once, and remembered."""
+    return foreign_digest(open_quantized(root).checkpoint, root, observe=observe)
+
+
+def plan(source: Path, *, tensor_parallel: int) -> PadPlan:
+    """Return what a repair would add, from headers alone; raises what :func:`repair` raises."""
+    quantized = open_quantized(source)
+    found = plan_repair(quantized.checkpoint.config, quantized.form, tensor_parallel=tensor_parallel)
+    repair_checkpoint(quantized.checkpoint, quantized.form, found)
+    return found
+
+
+def repair(
+    *, source: Path, destination: Destination, tensor_parallel: int = 8, observe: Observe = unobserved
+) -> Artifact:
+    """Add whole groups of zero codes to the MLPs of a quantized checkpoint, so that ``tensor_parallel`` ranks share it.
+
+    The weights are computed from the codes again, before and after, and compared bit for bit. A checkpoint that serves
+    already is a valid outcome: it is carried unchanged.
+
+    Raises:
+        CheckpointRefused: It is not quantized, or its tensors do not fit its config.
+        InputRefused: New groups do not help this model to serve; the remedy says what does.
+    """
+    quantized = open_quantized(source)
+    before, form = quantized.checkpoint, quantized.form
+    found = plan_repair(before.config, form, tensor_parallel=tensor_parallel)
+    after = _named_for_loaders(repair_checkpoint(before, form, found), quantized.stem)
+
+    def build(partial: Path) -> Built:
+        from qwen_pipeline.evaluation.repaired import prove_repair
+
+        contents = write_checkpoint(after, partial, task="repair", observe=observe)
+        changed = {module: by for size in found.sizes for module, by in widenings(before, size).items()}
+        proof = prove_repair(before, open_checkpoint(partial), form, changed, ranks=tensor_parallel, observe=observe)
+        reports = [
+            _groups_report(found),
+            _identical_report(proof, tensor_parallel),
+            _silent_report(proof),
+            _config_report(before.config, after.config, found),
+            _order_report(proof, tensor_parallel),
+        ]
+        return Built(contents=contents, result={"padding": dump_plan(found), "checks": dump_reports(reports)})
+
+    derivation = Derivation(
+        stage=STAGE,
+        inputs={"source": foreign_digest(before, source, observe=observe)},
+        spec={"tensor_parallel": tensor_parallel},
+        code_version=CODE_VERSION,
+    )
+    return derive(derivation, destination, build)
+
+
+def _named_for_loaders(checkpoint: Checkpoint, stem: str) -> Checkpoint:
+    """Return the checkpoint with weights called ``model``, where Transformers and engines look for them."""
+    return replace(checkpoint, shards={name: shard.replace(stem, STEM, 1) for name, shard in checkpoint.shards.items()})
+
+
+def _stem(root: Path) -> str:
+    """Return what the weights are called: ``model``, unless the one set of weights has another name."""
+    indices = [path.name.removesuffix(INDEX.removeprefix(STEM)) for path in root.glob("*.safetensors.index.json")]
+    files = [path.name.removesuffix(SINGLE_SHARD.removeprefix(STEM)) for path in root.glob("*.safetensors")]
+    stems = indices or files
+    return stems[0] if len(stems) == 1 else STEM
+
+
+def _stated_beside(files: Mapping[str, Path]) -> Mapping[str, Any]:
+    for file in files.values():
+        try:
+            stated = cast("dict[str, Any]", json.loads(file.read_bytes()))
+        except ValueError as error:
+            raise CheckpointRefused(f"{file} is not valid JSON: {error}.", remedy="Fetch it again.") from error
+        method = "awq" if "w_bit" in stated else "gptq"
+        return {"quant_method": method, **stated}
+    return {}
+
+
+def _groups_report(plan: PadPlan) -> CheckReport:
+    unit = plan.group_size * plan.tensor_parallel
+    return CheckReport(
+        name=WHOLE_GROUPS.name,
+        passed=all(size.padded % unit == 0 for size in plan.sizes),
+        measured=", ".join(str(size.padded) for size in plan.sizes),
+        limit=f"multiples of {plan.group_size} x {plan.tensor_parallel} = {unit}",
+        detail="; ".join(
+            f"{size.field}: {size.live // plan.group_size} live groups and {size.zeros // plan.group_size} of zeros"
+            for size in plan.sizes
+        )
+        + ".",
+    )
+
+
+def _identical_report(proof: "RepairFindings", ranks: int) -> CheckReport:
+    return CheckReport(
+        name=LIVE_IDENTICAL.name,
+        passed=not proof.changed,
+        measured=f"{proof.live_weights:,} weights",
+        detail=f"{listed(proof.changed)}. Report this as a defect."
+        if proof.changed
+        else f"Each was computed from the codes, before and as {ranks} ranks hold them after, and compared.",
+    )
+
+
+def _silent_report(proof: "RepairFindings") -> CheckReport:
+    return CheckReport(
+        name=NEW_SILENT.name,
+        passed=not proof.audible,
+        measured=f"{proof.new_weights:,} weights",
+        detail=f"{listed(proof.audible)}. Report this as a defect."
+        if proof.audible
+        else "Their codes are their groups' zero points.",
+    )
+
+
+def _config_report(before: Mapping[str, Any], after: Mapping[str, Any], plan: PadPlan) -> CheckReport:
+    wanted = {place: size.padded for size in plan.sizes for place in size.places}
+    was, became = _leaves(before), _leaves(after)
+    moved = {path for path in was.keys() | became.keys() if was.get(path) != became.get(path)}
+    return CheckReport(
+        name=CONFIG_FOLLOWS.name,
+        passed=moved <= wanted.keys() and all(became[place] == width for place, width in wanted.items()),
+        measured=", ".join(sorted(moved)) or "unchanged",
+        limit=", ".join(sorted(wanted)),
+        detail="Config and weights have the same widths; all other fields stay.",
+    )
+
+
+def _order_report(proof: "RepairFindings", ranks: int) -> CheckReport:
+    return CheckReport(
+        name=IN_ORDER.name,
+        passed=not proof.reordered or ranks == 1,
+        severity="WARN",
+        measured=f"{proof.reordered} layers with act-order",
+        detail="vLLM's Marlin kernels give every rank all scales, which is right; Exllama, Machete and TurboMind cannot"
+        f" share such layers over {ranks} ranks. Quantize again without desc_act to serve with those."
+        if proof.reordered
+        else "Groups are consecutive inputs, as every engine expects.",
+    )
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the config flat: path, such as ``text_config.intermediate_size`` -> value."""
+    flat: dict[str, Any] = {}
+    for field, value in config.items():
+        flat |= _leaves(value, f"{prefix}{field}.") if isinstance(value, dict) else {prefix + field: value}
+    return flat

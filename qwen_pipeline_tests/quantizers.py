@@ -1,0 +1,73 @@
+"""Quantized checkpoints as people have them: made by the real GPTQModel from a tiny model, in the formats it writes."""
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.evaluation.language import load_model
+from qwen_pipeline.progress import Observe
+from qwen_pipeline.workers.parent import run_worker
+
+_QUANTIZE = """
+import json, os, sys, torch
+source, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+os.makedirs(os.path.dirname(out), exist_ok=True)
+os.chdir(os.path.dirname(out))
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+is_awq = settings.get("quant_method") == "awq"
+dtype = torch.bfloat16 if is_awq else torch.float32
+model = GPTQModel.load(source, QuantizeConfig(**settings), device="cpu", dtype=dtype)
+windows = torch.randint(0, 256, (16, 64), generator=torch.Generator().manual_seed(0))
+model.quantize(
+    [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows],
+    batch_size=4, calibration_sort=None, **({"backend": BACKEND.AWQ_TORCH} if is_awq else {}),
+)
+model.save(out)
+"""
+
+
+def quantized_by_gptqmodel(source: Path, out: Path, **settings: Any) -> Path:
+    """Quantize ``source`` into ``out`` with ``settings`` of GPTQModel's ``QuantizeConfig``; return ``out``."""
+    command = [find_environment("gptqmodel").python, "-c", _QUANTIZE, source.resolve(), out.resolve()]
+    done = subprocess.run([*map(str, command), json.dumps(settings)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def logits_of(*roots: Path) -> list[torch.Tensor]:
+    """Return the logits of quantized checkpoints for one fixed sequence, loaded in the engine's environment.
+
+    GPTQ is loaded as validation loads it, with every tensor accounted for; AWQ by GPTQModel, which has a kernel for it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits.safetensors"
+        job = {"roots": [str(root.resolve()) for root in roots], "out": str(out)}
+        run_worker(
+            find_environment("gptqmodel").python, f"{__name__}:save_logits", job, log=Path(scratch) / "worker.log"
+        )
+        logits = load_file(out)
+    return [logits[str(number)] for number in range(len(roots))]
+
+
+@torch.inference_mode()
+def save_logits(job: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
+    ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(7))
+    models = [_load(root) for root in job["roots"]]
+    save_file({str(number): model(input_ids=ids).logits.float() for number, model in enumerate(models)}, job["out"])
+    return {}
+
+
+def _load(root: str) -> Any:
+    if json.loads((Path(root) / "config.json").read_bytes())["quantization_config"]["quant_method"] == "gptq":
+        return load_model(root)
+    library: Any = import_module("gptqmodel")
+    return library.GPTQModel.load(root, backend=library.BACKEND.AWQ_TORCH, device="cpu")
