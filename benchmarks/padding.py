@@ -108,7 +108,7 @@ def _quantized(
             destination=Directory(out),
             calibration=texts.calibration,
             spec=spec,
-            engine=find_environment(spec.engine, python),
+            engine=find_environment(spec.environment, python),
         ).path
 
 
