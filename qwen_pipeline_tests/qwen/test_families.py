@@ -51,7 +51,7 @@ def test_the_matrices_of_a_config_are_those_of_the_model(family: str) -> None:
 
     default = AutoConfig.for_model(family)
     odd = {} if family in ("qwen2_vl", "qwen2_5_vl") else {"head_dim": 24}  # those two always divide hidden_size
-    odd |= {"intermediate_size": 112, "moe_intermediate_size": 48, "num_experts": 3}
+    odd |= {"intermediate_size": 112, "moe_intermediate_size": 48, "num_experts": 3, "indexer_head_dim": 24}
     config = type(default)(**tiny_sizes(default, odd))
     with torch.device("meta"):
         model = model_class(family)(config)
