@@ -1,8 +1,8 @@
 """How long merging and padding take, beside a plain copy and what others do, in the same run.
 
 ``python -m benchmarks.speed`` makes a checkpoint with a real model's widths, then runs every contender once a round, in
-turn, each in a process of its own, followed by a sync, and takes the median. Results go to ``--out`` as JSON, Markdown
-and, where matplotlib is installed, a plot of peak memory. Contenders that this machine lacks are named as skipped.
+turn, each in a process of its own, followed by a sync, and takes the median. Results go to ``--out`` as JSON and
+Markdown. Contenders that this machine lacks are named as skipped.
 """
 
 import argparse
