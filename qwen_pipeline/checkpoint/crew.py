@@ -8,6 +8,7 @@ step, and a hash that is the slowest part of the work never pauses.
 
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from qwen_pipeline.checkpoint.buffers import Pool, recycling
 
 T = TypeVar("T")
 
+CALLER, NOT_BEGUN = -1, sys.maxsize
+"""Where jobs have numbers: the calling thread, and a job that could not be taken."""
 TICK_SECONDS = 0.2
 """How often whoever set a crew to work gets to look up."""
 
@@ -46,7 +49,7 @@ def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[
                     thread.join(TICK_SECONDS)
                     tick()
         except BaseException as fault:
-            crew.stop(fault)
+            crew.stop(fault, CALLER)
             raise
         finally:
             for thread in threads:
@@ -97,6 +100,7 @@ class _Crew(Generic[T]):
         self._jobs = enumerate(jobs)
         self._moved = threading.Condition()
         self._running: set[int] = set()
+        self._failed = 0
         self.fault: BaseException | None = None
 
     def begin(self) -> tuple[int, T] | None:
@@ -110,9 +114,11 @@ class _Crew(Generic[T]):
     def end(self, number: int) -> None:
         self.move(lambda: self._running.remove(number))
 
-    def stop(self, fault: BaseException) -> None:
+    def stop(self, fault: BaseException, number: int) -> None:
+        """Begin nothing more; of several faults the oldest job's counts, so that the same work fails the same way."""
         with self._moved:
-            self.fault = self.fault or fault
+            if self.fault is None or number < self._failed:
+                self.fault, self._failed = fault, number
             self._moved.notify_all()
 
     def turn(self, ready: Callable[[], bool], claim: Callable[[], bool], number: int) -> bool:
@@ -148,16 +154,18 @@ def _serve(crew: _Crew[T], do: Callable[[T], None]) -> None:
 
     torch.set_num_threads(1)
     with recycling(Pool()):
+        number = NOT_BEGUN
         try:
             while taken := crew.begin():
                 number, job = taken
                 _thread.job = _Job(crew, number)
                 do(job)
                 crew.end(number)
+                number = NOT_BEGUN
         except _Stopped:
             return
         except BaseException as fault:
-            crew.stop(fault)
+            crew.stop(fault, number)
 
 
 @contextmanager
