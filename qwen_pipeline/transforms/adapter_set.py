@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.errors import AdapterRefused, InputRefused, listed
-from qwen_pipeline.qwen.geometry import PadPlan
 from qwen_pipeline.transforms.adapter import Adapter, open_adapter
 
 ADAPTER_SET = "adapters.toml"
@@ -23,15 +22,10 @@ Combination = Literal["cat", "linear"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An adapter and its share.
-
-    Attributes:
-        padding: How the base that it was trained on was padded; None if it was not.
-    """
+    """An adapter and its share."""
 
     adapter: Adapter
     weight: float = 1.0
-    padding: PadPlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
