@@ -84,10 +84,11 @@ class Passage:
     def read(self, layer: int) -> HostTensors:
         """Return a layer's stored tensors, to be built later; may run in a thread beside everything else.
 
-        Without a GPU they share its memory with the layer that computes: half a layer of them is enough to be ahead.
+        Without a GPU they share its memory with the layer that computes, which takes far longer than to read it: a
+        quarter of a layer is enough to be ahead, and leaves room within one and a half.
         """
         part, on_gpu = self.parts[layer], self._place.device.type == "cuda"
-        return part.read(room=None if on_gpu else part.numel * self._place.dtype.itemsize // 2, pinned=on_gpu)
+        return part.read(room=None if on_gpu else part.numel * self._place.dtype.itemsize // 4, pinned=on_gpu)
 
     def build(self, layer: int, stored: HostTensors) -> nn.Module:
         """Return a layer that can be called; ``stored`` is emptied."""
