@@ -11,7 +11,7 @@ demo: $(ENGINE)
 	$(BIN)/qwen-pipeline demo
 
 test: $(ENGINE)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(ENGINE)
 	$(BIN)/python -m pytest -m slow

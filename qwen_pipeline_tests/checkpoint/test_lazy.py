@@ -29,7 +29,6 @@ def test_every_dtype_reads_as_the_reference_library_reads_it(dtype: torch.dtype,
 
 
 @given(shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=5))
-@settings(deadline=None)
 def test_our_headers_are_read_by_the_reference_library(
     shapes: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -17,7 +17,7 @@ def seen(targets: torch.Tensor, part: int, **logits: torch.Tensor) -> Prediction
 
 
 @given(st.integers(0, 2**31), st.integers(1, 30), st.integers(2, 40), st.integers(1, 40), st.floats(0.01, 50))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_parts_of_a_vocabulary_give_what_torch_distributions_gives(
     seed: int, tokens: int, vocabulary: int, part: int, scale: float
 ) -> None:

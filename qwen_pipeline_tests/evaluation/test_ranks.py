@@ -30,7 +30,7 @@ def weight_by_loops(layer: Codes, group_size: int, ranks: int) -> torch.Tensor:
 
 
 @given(st.sampled_from(METHODS), st.booleans(), st.integers(4, 9), st.sampled_from([2, 4]), st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_rank_scales_its_inputs_by_the_groups_it_took(
     method: Method, sym: bool, groups: int, ranks: int, seed: int
 ) -> None:

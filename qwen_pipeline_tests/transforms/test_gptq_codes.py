@@ -44,7 +44,7 @@ save_file(weights, out)
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_codes_survive_packing(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([4, 8]))
     words, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
@@ -65,7 +65,7 @@ def test_codes_survive_packing(data: st.DataObject) -> None:
 
 
 @given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.sampled_from(FORMATS), st.sampled_from([-1, 16, 32]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_weights_are_what_a_loop_over_every_code_gives(
     seed: int, bits: int, checkpoint_format: CheckpointFormat, group_size: int
 ) -> None:

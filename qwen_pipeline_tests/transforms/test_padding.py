@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -96,7 +96,6 @@ def test_29568_becomes_29696_bit_for_bit_as_published(monkeypatch: pytest.Monkey
         assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), name
 
 
-@settings(deadline=None)
 @given(
     width=st.integers(1, 80),
     group_size=st.sampled_from([2, 4, 16]),
@@ -112,7 +111,6 @@ def test_unpadding_undoes_padding(
                                         layout=layout), block)  # fmt: skip
 
 
-@settings(deadline=None)
 @given(
     width=st.integers(1, 40),
     tensor_parallel=st.integers(1, 5),

@@ -46,7 +46,7 @@ def loras(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(lora=loras())
 def test_any_settings_merge_as_peft_merges_them(base: Path, lora: dict[str, Any]) -> None:
     if lora["layers_to_transform"] and not set(lora["target_modules"]) & set(LINEARS):

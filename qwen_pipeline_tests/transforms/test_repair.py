@@ -63,7 +63,7 @@ def repaired(root: Path, packing: Packing, *, groups: int, ranks: int, seed: int
 
 
 @given(packings(), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_live_weights_keep_their_bits_and_new_ones_are_zero(
     packing: Packing, groups: int, ranks: int, seed: int
 ) -> None:
@@ -84,7 +84,7 @@ def test_live_weights_keep_their_bits_and_new_ones_are_zero(
 
 
 @given(packings(), st.integers(1, 5), st.sampled_from([2, 4]), st.integers(0, 2**31), st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_rows_read_alone_are_the_rows_of_the_whole(
     packing: Packing, groups: int, ranks: int, seed: int, data: st.DataObject
 ) -> None:

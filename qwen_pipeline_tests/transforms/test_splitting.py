@@ -4,7 +4,7 @@ import base64
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint import digest
@@ -26,7 +26,6 @@ def gains(down_HI: torch.Tensor, group_size: int) -> list[float]:
     return [before - cost(weight) for weight in halved]
 
 
-@settings(deadline=None)
 @given(width=st.integers(5, 40), group_size=st.sampled_from([4, 8]), block=st.sampled_from([1, 10_000]))
 def test_the_channels_whose_halving_gains_most_are_split(width: int, group_size: int, block: int) -> None:
     live = mlp(width, 7)
