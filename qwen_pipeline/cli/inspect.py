@@ -25,7 +25,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 )
 def inspect(
     fine_tune: Path,
-    base: Annotated[Path | None, typer.Option(help="Base that it would be merged into; only headers are read.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base that it would be merged into.")] = None,
+    trained_on: Annotated[
+        Path | None, typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if it names none.")
+    ] = None,
 ) -> Answer:
     """Say what a fine-tune is, what it was trained on, and with a base where each of its tensors lands.
 
@@ -36,7 +39,8 @@ def inspect(
     from qwen_pipeline.errors import InputRefused
     from qwen_pipeline.stages.merge import open_fine_tune
     from qwen_pipeline.transforms.fine_tune import adopt
-    from qwen_pipeline.transforms.lora import plan_merge
+    from qwen_pipeline.transforms.lora import merge_lora
+    from qwen_pipeline.transforms.model import paddings_of
 
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None}
     view: list[Table] = []
@@ -50,8 +54,10 @@ def inspect(
         data |= {"kind": "adapter", "combination": child.combination, "adapters": _described(child)}
         view.append(_settings_table(data["adapters"]))
         if base:
-            recipes = plan_merge(open_checkpoint(base), child).plan.recipes
-            data["lands"] = {name: _landing(recipe) for name, recipe in recipes.items() if recipe.uses}
+            paddings = paddings_of(base, child, padded=trained_on)
+            merged = merge_lora(open_checkpoint(base), child, paddings=paddings)
+            data["trained"] = merged.crossing.trained if merged.crossing else None
+            data["lands"] = {name: _landing(recipe) for name, recipe in merged.plan.recipes.items() if recipe.uses}
             view.append(_landing_table(data["lands"]))
     except InputRefused as refusal:
         return Answer(data=data, view=view, fault=refusal)

@@ -55,10 +55,14 @@ def merge(
     ] = CombinationChoice.cat,
     base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="The base's commit, if adapters name theirs.")] = None,
+    trained_on: Annotated[
+        Path | None, typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if it names none.")
+    ] = None,
 ) -> Answer:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
-    Every adapter tensor must land on a base tensor; what cannot be merged exactly is refused by name.
+    Every adapter tensor must land on a base tensor; what cannot be merged exactly is refused by name. A LoRA of a
+    padded checkpoint merges into the live base, one of the live base into a padded checkpoint.
     """
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.stages import merge as stage
@@ -73,6 +77,7 @@ def merge(
             destination=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
+            padded=trained_on,
             observe=observe,
         )
     )

@@ -11,12 +11,14 @@ from qwen_pipeline.checkpoint.rewrite import Rewrite
 from qwen_pipeline.checkpoint.source import open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.geometry import dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
 from qwen_pipeline.transforms.lora import Merged, merge_lora
-from qwen_pipeline.transforms.model import fine_tune_digest, materialize, open_fine_tune
+from qwen_pipeline.transforms.model import fine_tune_digest, materialize, open_fine_tune, paddings_of
+from qwen_pipeline.transforms.padded_model import PaddedModel, padded_model, trained_on
 
 __all__ = ["CHECKS", "CODE_VERSION", "STAGE", "fine_tune_digest", "merge", "prepare"]
 
@@ -37,6 +39,7 @@ def merge(
     destination: Destination,
     base_names: Collection[str] = (),
     base_revision: str | None = None,
+    padded: Path | None = None,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -50,6 +53,7 @@ def merge(
         base_names: Every name the base is known under. If given, an adapter that names another base fails a check;
             if not, the directory's name is compared, and a difference is only a warning.
         base_revision: The base's commit, tag or branch. An adapter that names another one fails the same check.
+        padded: The padded checkpoint that the adapter was trained on, if it does not name it itself.
         hard_links: Whether a shard that the fine-tune does not touch may be the base's own file, by a second name.
         observe: Called with the progress.
 
@@ -63,6 +67,7 @@ def merge(
         fine_tune=fine_tune,
         base_names=base_names,
         base_revision=base_revision,
+        padded=padded,
         read_now=read_now,
         observe=observe,
     )
@@ -76,6 +81,7 @@ def prepare(
     fine_tune: Path | AdapterSet,
     base_names: Collection[str],
     base_revision: str | None = None,
+    padded: Path | None = None,
     read_now: bool,
     observe: Observe = unobserved,
 ) -> Rewrite:
@@ -85,16 +91,27 @@ def prepare(
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
     spec: dict[str, Any] = {"base_names": sorted(base_names)}
     if isinstance(child, AdapterSet):
-        merged = merge_lora(parent, child)
-        output, others, summary = merged.checkpoint, {"fine_tune": child.digest()}, _adapter_summary(merged, child)
-        spec["base_revision"] = base_revision
-        reports = [_use_report(child, merged), _base_report(base, child, base_names, base_revision)]
+        merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=padded))
+        spec |= {"base_revision": base_revision, **_crossing_spec(merged)}
+        output, others = merged.checkpoint, {"fine_tune": child.digest()}
+        summary = _adapter_summary(merged, child) | _way_back(merged, padded_model(base))
+        model = trained_on(child, padded) if merged.crossing else None
+
+        def reports() -> list[CheckReport]:
+            is_padded_base = model is not None and model.live_digest == sources["base"].settle()
+            return [
+                _use_report(child, merged),
+                _base_report(base, child, base_names, base_revision, is_padded_base=is_padded_base),
+            ]
     else:
         assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_source("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         output, others, summary = adopt(parent, child), {}, {"kind": "full", "tensors": len(child)}
-        reports = _full_reports(parent, child)
+
+        def reports() -> list[CheckReport]:
+            return _full_reports(parent, child)
+
     output = output.replace(sidecars=usage_files(parent.sidecars, child.sidecars))
     return Rewrite(
         stage=STAGE,
@@ -103,9 +120,22 @@ def prepare(
         sources=sources,
         others=others,
         output=output,
-        result=lambda: {**summary, "checks": dump_reports([*reports, _finite_report(output)])},
+        result=lambda: {**summary, "checks": dump_reports([*reports(), _finite_report(output)])},
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
+
+
+def _crossing_spec(merged: Merged) -> dict[str, Any]:
+    crossing = merged.crossing
+    return {"trained": crossing.trained, "padding": dump_plan(crossing.plan)} if crossing else {}
+
+
+def _way_back(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
+    """Return what unpadding needs, if what was merged is padded as its base is."""
+    if base is None or merged.crossing is None or merged.crossing.trained == "padded":
+        return {}
+    config = base.live_config if merged.checkpoint.config_bytes else None
+    return {"padding": dump_plan(base.plan), "live_config": config}
 
 
 def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
@@ -128,6 +158,8 @@ def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
 def _use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
     count = sum(len(adapter.weights.specs) for adapter in adapters.adapters)
     where = f"{sum(bool(recipe.uses) for recipe in merged.plan.recipes.values())} tensors of the base"
+    sides = {"live": ", which was unpadded for it and padded again", "padded": ", padded as it was in training"}
+    where += sides[merged.crossing.trained] if merged.crossing else ""
     return CheckReport(
         name=CHECKS[0].name,
         passed=True,
@@ -151,10 +183,15 @@ def _full_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
 
 
 def _base_report(
-    base: Path, adapters: AdapterSet, base_names: Collection[str], base_revision: str | None
+    base: Path,
+    adapters: AdapterSet,
+    base_names: Collection[str],
+    base_revision: str | None,
+    *,
+    is_padded_base: bool,
 ) -> CheckReport:
     known = sorted(base_names) or [base.name]
-    strangers = [a for a in adapters.adapters if not _is_named(a, base, base_names)]
+    strangers = [a for a in adapters.adapters if not is_padded_base and not _is_named(a, base, base_names)]
     others = [a for a in adapters.adapters if not may_be_same_revision(a.revision, base_revision)]
     passed = not strangers and not others
     declared = {(a.base_name or "not named") + (f" at {a.revision}" if a.revision else "") for a in adapters.adapters}
@@ -164,7 +201,9 @@ def _base_report(
         severity="ERROR" if base_names or others else "WARN",
         measured=", ".join(sorted(declared)),
         limit=", ".join(known) + (f" at {base_revision}" if base_revision else ""),
-        detail="The adapter names this base."
+        detail="The adapter was trained on a checkpoint that this base was padded to."
+        if is_padded_base and passed
+        else "The adapter names this base."
         if passed
         else "The adapter names another base: make sure that it was trained on this one, and register the name."
         if strangers

@@ -24,8 +24,10 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.transforms.adapter import is_adapter, open_adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single
+from qwen_pipeline.transforms.crossing import Paddings
 from qwen_pipeline.transforms.fine_tune import adopt
 from qwen_pipeline.transforms.lora import merge_lora
+from qwen_pipeline.transforms.padded_model import padded_model, trained_on
 
 
 def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
@@ -59,7 +61,10 @@ def open_model(root: Path) -> Checkpoint:
     for role, path in (("base", base), ("fine_tune", fine_tune)):
         _require_unchanged(root, manifest, role, path)
     parent, child = open_model(base), open_fine_tune(fine_tune)
-    merged = merge_lora(parent, child).checkpoint if isinstance(child, AdapterSet) else adopt(parent, child)
+    if isinstance(child, AdapterSet):
+        merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
+    else:
+        merged = adopt(parent, child)
     return Checkpoint(
         config=merged.config,
         config_bytes=(root / CONFIG).read_bytes(),
@@ -67,6 +72,21 @@ def open_model(root: Path) -> Checkpoint:
         shards=merged.shards,
         sidecars=open_sidecars(root),
     )
+
+
+def paddings_of(base: Path, adapters: AdapterSet, *, padded: Path | None = None) -> Paddings:
+    """Return what manifests say about the padding of a base, and of the model that adapters were trained on.
+
+    Args:
+        base: The base's directory.
+        adapters: They may name the directory of the model that they were trained on.
+        padded: That directory, if it is another by now.
+
+    Raises:
+        InputRefused: See :func:`trained_on`.
+    """
+    ours, theirs = padded_model(base), trained_on(adapters, padded)
+    return Paddings(base=ours.plan if ours else None, training=theirs.plan if theirs else None)
 
 
 def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:

@@ -6,8 +6,10 @@ then read the same and share what they give (:mod:`~qwen_pipeline.transforms.cha
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
@@ -41,6 +43,36 @@ def unpad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
             would not give the checkpoint, because the channels that padding added were changed since.
     """
     return _resized(checkpoint, plan, _unpadded, lambda size: size.live)
+
+
+def narrowed(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
+    """Do as :func:`unpad`, whatever became of the channels that padding added: they are left out, or added up."""
+    return _resized(checkpoint, plan, partial(_unpadded, is_checked=False), lambda size: size.live)
+
+
+def changed_channels(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> "torch.Tensor":
+    """Return which channels of a gate or an up are neither zeros nor the live channel again, where padding made them.
+
+    Only blocks that padding added channels to are read. The result is bool [halves, P]; of a stack [halves, E, P].
+    """
+    import torch
+
+    source = source_map(size, name)
+    if at.axis:
+        blocks: list[torch.Tensor] = []
+        for start, stop in block_ranges(tensor.spec):
+            padded, rows = tensor.read(start, stop), _rows_of(source, start, stop)
+            again = _mapped(placed, _mapped(gathered, padded, at, rows), at, rows)
+            blocks.append((again != padded).any(dim=3 - at.axis))
+        return torch.cat(blocks).unflatten(1, (at.halves, size.padded)).transpose(0, 1)
+    changed_P = torch.zeros(size.padded, dtype=torch.bool)
+    for start, stop in block_ranges(_widened(tensor.spec, at, size.live)):
+        first, last, rows = _padded_rows(source, start, stop)
+        if last - first > stop - start:
+            padded = tensor.read(first, last)
+            again = placed(gathered(padded, 0, rows), 0, rows)
+            changed_P[first:last] = (again != padded).flatten(1).any(dim=1) if padded.dim() > 1 else again != padded
+    return changed_P.unsqueeze(0)
 
 
 def source_map(size: PaddedSize, name: str) -> "torch.Tensor":
@@ -81,22 +113,23 @@ def _padded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> La
     return LazyTensor(spec=_widened(tensor.spec, at, size.padded), read=read if at.axis else read_rows)
 
 
-def _unpadded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:
+def _unpadded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize, *, is_checked: bool = True) -> LazyTensor:
     source = source_map(size, name)
     put, take = (divided, summed) if gives_output(name) else (placed, gathered)
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
-        bounds = [0, *first_positions(source)[1:].tolist(), size.padded]
-        rows = _counted_from(start, source[bounds[start] : bounds[stop]])
-        padded = tensor.read(bounds[start], bounds[stop])
+        first, last, rows = _padded_rows(source, start, stop)
+        padded = tensor.read(first, last)
         live = gathered(padded, 0, rows)
-        _require_same(name, placed(live, 0, rows), padded)
+        if is_checked:
+            _require_same(name, placed(live, 0, rows), padded)
         return live
 
     def read(start: int, stop: int) -> "torch.Tensor":
         padded, rows = tensor.read(start, stop), _rows_of(source, start, stop)
         live = _mapped(take, padded, at, rows)
-        _require_same(name, _mapped(put, live, at, rows), padded)
+        if is_checked:
+            _require_same(name, _mapped(put, live, at, rows), padded)
         return live
 
     return LazyTensor(spec=_widened(tensor.spec, at, size.live), read=read if at.axis else read_rows)
@@ -110,6 +143,12 @@ def _mapped(put: "Put", block: "torch.Tensor", at: Channels, source: "torch.Tens
         of_expert = replace(at, axis=at.axis - 1)
         return torch.stack([_mapped(put, one, of_expert, row) for one, row in zip(block, source, strict=True)])
     return torch.cat([put(half, at.axis, source) for half in block.chunk(at.halves, dim=at.axis)], dim=at.axis)
+
+
+def _padded_rows(source_P: "torch.Tensor", start: int, stop: int) -> "tuple[int, int, torch.Tensor]":
+    """Return the padded rows that live rows ``start:stop`` became: the first, the one after the last, and their map."""
+    bounds = [0, *first_positions(source_P)[1:].tolist(), len(source_P)]
+    return bounds[start], bounds[stop], _counted_from(start, source_P[bounds[start] : bounds[stop]])
 
 
 def _rows_of(source: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
