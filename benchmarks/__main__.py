@@ -27,7 +27,7 @@ def main() -> None:
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores. bfloat16 checkpoints, LoRA of rank 16 on all linear layers.
 
-{_markdown(table.reset_index())}
+{markdown(table.reset_index())}
 """
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps({"date": day, "machine": machine, "rows": rows}, indent=2) + "\n")
@@ -35,7 +35,7 @@ def main() -> None:
     print(text)
 
 
-def _markdown(frame: pd.DataFrame) -> str:
+def markdown(frame: pd.DataFrame) -> str:
     rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *(list(map(str, row)) for row in frame.to_numpy())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

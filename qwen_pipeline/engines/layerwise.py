@@ -1,9 +1,7 @@
 """A layer loop of our own over GPTQModel's solver: one decoder layer in memory, each finished one on disk.
 
-A layer is quantized in four steps, in the order in which its linear layers compute; those of one step share their
-inputs and so their Hessian. The inputs of a step are taken from a forward pass that ends there, with the steps before
-it already quantized. One whole pass then tells the next layer what the quantized layer makes of its inputs. In products
-that is about two forward passes a layer.
+A layer is quantized cohort by cohort (:mod:`~qwen_pipeline.engines.cohorts`). One whole forward pass then tells the
+next layer what the quantized layer makes of its inputs. In products that is about two forward passes a layer.
 
 A finished layer is a shard, and a row of figures written after it. An interrupted run takes finished layers from there.
 """
@@ -13,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,17 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from qwen_pipeline.checkpoint.digest import block_ranges, digest_file
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.checkpoint.writer import write_bytes
+from qwen_pipeline.engines.cohorts import cohorts, require_known
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device
-from qwen_pipeline.engines.solver import Hessian, Solved, solve
-from qwen_pipeline.errors import InputRefused, listed
+from qwen_pipeline.engines.solver import Solved, solve
 from qwen_pipeline.layerwise.forward import Passage, Place
 from qwen_pipeline.layerwise.weights import Weights, ahead
 from qwen_pipeline.progress import Observe, Progress
@@ -39,18 +38,17 @@ from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.gptq_codes import CODES
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 
-STEPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Linear layers that are quantized together: each step's share one input."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRow:
-    """What is known of one module: a row of the log, ``time`` in seconds."""
+    """What is known of one module: a row of the log.
+
+    Attributes:
+        samples: Calibration tokens that it met.
+        time: Seconds of the solver, packing included.
+        gpu_peak_bytes: Highest GPU memory since the layer began.
+        host_peak_bytes: Highest resident memory since the engine began.
+    """
 
     layer: int
     module: str
@@ -58,6 +56,10 @@ class ModuleRow:
     samples: int
     damp: float
     time: float
+    gpu_peak_bytes: int
+    host_peak_bytes: int
+    zero_groups: int
+    saturated_groups: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,96 +84,106 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     Raises:
         EnvironmentFault: The spec wants CUDA and there is none.
         CheckFailed: A module's loss is NaN.
+        InputRefused: A linear layer is of an unknown kind.
     """
     job = QuantJob.from_json(spec)
     require_device(job.spec)
     torch.set_num_threads(job.spec.threads)
     job.packed.mkdir(parents=True, exist_ok=True)
     windows = torch.tensor(np.load(job.windows)).long().split(job.spec.batch_size)
-    records = quantize_layers(open_checkpoint(job.source), windows, job.spec, job.packed, observe)
+    loop = LayerLoop(open_checkpoint(job.source), windows, job.spec, job.packed)
+    records = loop.run(observe)
     with job.quant_log.open("w", newline="") as file:
-        table = csv.DictWriter(file, ["layer", "module", "loss", "samples", "damp", "time"])
+        table = csv.DictWriter(file, [field.name for field in fields(ModuleRow)])
         table.writeheader()
         table.writerows(asdict(row) for record in records for row in record.modules)
     return {"layers": [{"seconds": each.seconds, "peak_gpu_bytes": each.peak_gpu_bytes} for each in records]}
 
 
-@torch.inference_mode()
-def quantize_layers(
-    source: Checkpoint, windows: Sequence[Tensor], spec: QuantSpec, out: Path, observe: Observe
-) -> list[LayerRecord]:
-    """Write each layer's codes into ``out`` as a shard, keeping those that are there; return the layers' records."""
-    linears = decoder_linears(source)
-    by_layer = [list(group) for _, group in groupby(linears, key=lambda linear: linear.layer)]
-    if other := {linear.kind for linear in linears} - {kind for step in STEPS for kind in step}:
-        raise InputRefused(
-            f"The layer loop quantizes dense decoders only; this one has {listed(sorted(other))}.",
-            remedy="Use the engine gptqmodel.",
-        )
-    dtype = torch.float32 if spec.device == "cpu" else source[f"{linears[0].module}.weight"].torch_dtype
-    place = Place(device=torch.device(spec.device), dtype=dtype)
-    passage = Passage(source, [batch.to(place.device) for batch in windows], place)
-    records = finished_layers(out, len(by_layer))
-    done = len(records)
-    _write_index(out, done, spec)
-    if done:
-        packed = quantized_checkpoint(source, open_checkpoint(out), linears, spec.quantization_config("layerwise"))
-        weights = Weights(checkpoint=packed, prefix=passage.weights.prefix)
-        passage.parts[:done] = [weights.part(f"layers.{n}", passage.skeleton.layers[n]) for n in range(done)]
+class LayerLoop:
+    """The layers of a checkpoint on their way into ``out``, one shard of codes each.
 
-    modules = ahead([(partial(passage.read, n), partial(passage.build, n)) for n in range(len(by_layer))])
-    with ThreadPoolExecutor(1) as disk:
-        for layer in range(done):
-            passage.run(layer, next(modules))
+    Attributes:
+        passage: The calibration tokens on their way through the quantized model.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, source: Checkpoint, windows: Sequence[Tensor], spec: QuantSpec, out: Path) -> None:
+        self._source, self._spec, self._out = source, spec, out
+        self._linears = decoder_linears(source)
+        require_known(self._linears)
+        dtype = torch.float32 if spec.device == "cpu" else source[self._linears[0].tensor].torch_dtype
+        place = Place(device=torch.device(spec.device), dtype=dtype)
+        self.passage = Passage(source, [batch.to(place.device) for batch in windows], place)
+
+    @torch.inference_mode()
+    def run(self, observe: Observe) -> list[LayerRecord]:
+        """Quantize the layers that are not there yet; return the records of all."""
+        by_layer = [list(group) for _, group in groupby(self._linears, key=lambda linear: linear.layer)]
+        records = finished_layers(self._out, len(by_layer))
+        self._take_up(len(records))
+        steps = [(partial(self.passage.read, n), partial(self.passage.build, n)) for n in range(len(by_layer))]
+        modules = ahead(steps)
+        for layer in range(len(records)):
+            self.passage.run(layer, next(modules))
+
+        def tell(row: ModuleRow) -> None:
+            remark = f"layers.{row.layer}.{row.module} loss {row.loss:.10f}"
+            observe(Progress(task="quantize", done=row.layer, total=len(by_layer), unit="layers", remark=remark))
+
         writing: Future[LayerRecord] | None = None
-        for layer in range(done, len(by_layer)):
-            clock = _Clock(place)
-            module = next(modules)
-
-            def tell(row: ModuleRow) -> None:
-                remark = f"layers.{row.layer}.{row.module} loss {row.loss:.10f}"
-                task = Progress(task="quantize", done=row.layer, total=len(by_layer), unit="layers", remark=remark)
-                observe(task)
-
-            tensors, rows = _quantize_layer(passage, module, by_layer[layer], spec, tell)
-            passage.run(layer, module)
-            del module
+        with ThreadPoolExecutor(1) as disk:
+            for layer in range(len(records), len(by_layer)):
+                clock, module = Clock(self.passage.place), next(modules)
+                tensors, rows = self._quantize(module, by_layer[layer], clock, tell)
+                self.passage.run(layer, module)
+                del module
+                records += [writing.result()] if writing else []
+                writing = disk.submit(_write_layer, self._out, layer, tensors, rows, clock.stop())
             records += [writing.result()] if writing else []
-            writing = disk.submit(_write_layer, out, layer, tensors, rows, clock.stop())
-        records += [writing.result()] if writing else []
-    _write_index(out, len(by_layer), spec)
-    return records
+        _write_index(self._out, len(by_layer), self._spec)
+        return records
 
+    def _take_up(self, done: int) -> None:
+        """Read layers that are finished from their codes."""
+        _write_index(self._out, done, self._spec)
+        if done:
+            quantization = self._spec.quantization_config("layerwise")
+            packed = quantized_checkpoint(self._source, open_checkpoint(self._out), self._linears, quantization)
+            weights = Weights(checkpoint=packed, prefix=self.passage.weights.prefix)
+            layers = enumerate(self.passage.skeleton.layers[:done])
+            self.passage.parts[:done] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
 
-def _quantize_layer(
-    passage: Passage, module: nn.Module, linears: Sequence[Linear], spec: QuantSpec, tell: Callable[[ModuleRow], None]
-) -> tuple[dict[str, Tensor], tuple[ModuleRow, ...]]:
-    """Replace a layer's weights by what their codes stand for; return the codes, in host memory, and the log's rows."""
-    names = {linear.kind: linear for linear in linears}
-    tensors: dict[str, Tensor] = {}
-    rows: list[ModuleRow] = []
-    for step in STEPS:
-        hessian = Hessian()
-        for x in passage.inputs_within(linears[0].layer, module, step[0]):
-            hessian.add(x)
-        for kind in step:
+    def _quantize(
+        self, module: nn.Module, linears: Sequence[Linear], clock: "Clock", tell: Callable[[ModuleRow], None]
+    ) -> tuple[dict[str, Tensor], list[ModuleRow]]:
+        """Replace a layer's weights by what their codes stand for; return the codes and the log's rows."""
+        tensors: dict[str, Tensor] = {}
+        rows: list[ModuleRow] = []
+        for cohort in cohorts(self.passage, module, linears, all_experts=False):
             started = time.perf_counter()
-            solved = solve(module.get_parameter(f"{kind}.weight"), hessian, spec)
-            _put(module.get_parameter(f"{kind}.weight"), solved)
-            for code in CODES:
-                tensors[f"{names[kind].module}.{code}"] = getattr(solved.packed, code).cpu()
-            rows.append(
-                ModuleRow(
-                    layer=names[kind].layer,
-                    module=kind,
-                    loss=solved.loss,
-                    samples=hessian.tokens,
-                    damp=solved.damp,
-                    time=round(time.perf_counter() - started, 3),
+            tokens, solutions = cohort.hessian.tokens, solve(cohort.weights, cohort.hessian, self._spec)
+            for linear, weight, solved in zip(cohort.linears, cohort.weights, solutions, strict=True):
+                _put(weight, solved)
+                tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}
+                now = time.perf_counter()
+                rows.append(
+                    ModuleRow(
+                        layer=linear.layer,
+                        module=linear.kind,
+                        loss=solved.loss,
+                        samples=tokens,
+                        damp=solved.damp,
+                        time=round(now - started, 3),
+                        gpu_peak_bytes=clock.gpu_peak_bytes(),
+                        host_peak_bytes=resident_peak(),
+                        zero_groups=solved.zero_groups,
+                        saturated_groups=solved.saturated_groups,
+                    )
                 )
-            )
-            tell(rows[-1])
-    return tensors, tuple(rows)
+                started = now
+                tell(rows[-1])
+        return tensors, rows
 
 
 def _put(weight_OI: Tensor, solved: Solved) -> None:
@@ -179,7 +191,7 @@ def _put(weight_OI: Tensor, solved: Solved) -> None:
         weight_OI[start:stop] = solved.packed.weight_rows(start, stop)
 
 
-class _Clock:
+class Clock:
     """Wall clock time of a layer, and the highest GPU memory since it began."""
 
     def __init__(self, place: Place) -> None:
@@ -188,20 +200,21 @@ class _Clock:
             torch.cuda.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
+    def gpu_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._on_gpu else 0
+
     def stop(self) -> tuple[float, int]:
-        peak = 0
         if self._on_gpu:
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        return round(time.perf_counter() - self._started, 3), peak
+        return round(time.perf_counter() - self._started, 3), self.gpu_peak_bytes()
 
 
 def _write_layer(
-    out: Path, layer: int, tensors: dict[str, Tensor], rows: tuple[ModuleRow, ...], took: tuple[float, int]
+    out: Path, layer: int, tensors: Mapping[str, Tensor], rows: Sequence[ModuleRow], took: tuple[float, int]
 ) -> LayerRecord:
-    write_bytes(_shard(out, layer), save(tensors))
+    write_bytes(_shard(out, layer), save({name: tensor.cpu() for name, tensor in tensors.items()}))
     sha256 = digest_file(_shard(out, layer)).sha256
-    record = LayerRecord(sha256=sha256, modules=rows, seconds=took[0], peak_gpu_bytes=took[1])
+    record = LayerRecord(sha256=sha256, modules=tuple(rows), seconds=took[0], peak_gpu_bytes=took[1])
     write_bytes(_shard(out, layer).with_suffix(".json"), _RECORD.dump_json(record))
     return record
 
@@ -213,7 +226,10 @@ def finished_layers(out: Path, layers: int) -> list[LayerRecord]:
         shard = _shard(out, layer)
         if not shard.with_suffix(".json").is_file() or not shard.is_file():
             break
-        record = _RECORD.validate_json(shard.with_suffix(".json").read_bytes())
+        try:
+            record = _RECORD.validate_json(shard.with_suffix(".json").read_bytes())
+        except ValidationError:  # of an earlier version: the layer is quantized again
+            break
         if digest_file(shard).sha256 != record.sha256:
             break
         records.append(record)

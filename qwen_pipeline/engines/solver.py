@@ -3,6 +3,7 @@
 Its file churns from release to release, so what is relied on here has contract tests (``engines/test_solver.py``).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import CheckFailed
-from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear, gptq_format, pack_rows
+from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear, gptq_format, pack_rows, unpack_rows
+
+BLOCK_INPUTS = 2048
+"""Rows of a Hessian that are summed at a time; of each block only what is on and right of the diagonal is."""
 
 BLOCK_OUTPUTS = 1024
 """Outputs whose codes are packed at a time."""
@@ -23,6 +27,7 @@ BLOCK_OUTPUTS = 1024
 class Hessian:
     """``2 / N * sum x x^T`` over N tokens [I, I], float32, of inputs as they arrive."""
 
+    inputs: int
     total: Tensor | None = None
     tokens: int = 0
 
@@ -33,33 +38,84 @@ class Hessian:
         twelve times as fast as in float32.
         """
         x_NI = x.flatten(0, -2)
-        half = x_NI.device.type == "cuda" and x_NI.dtype != torch.float32
-        product = torch.mm(x_NI.T, x_NI, out_dtype=torch.float32) if half else x_NI.float().T @ x_NI.float()
-        self.total = product if self.total is None else self.total.add_(product)
+        if self.total is None:
+            self.total = torch.zeros(self.inputs, self.inputs, device=x.device)
+        for start in range(0, self.inputs, BLOCK_INPUTS):
+            rows = slice(start, start + BLOCK_INPUTS)
+            self.total[rows, start:] += _product(x_NI[:, rows].T, x_NI[:, start:])
         self.tokens += len(x_NI)
 
-    def mean(self) -> Tensor:
-        """Return a new tensor: the solver works in place."""
-        assert self.total is not None, "no token came"
-        return self.total * (2 / self.tokens)
+    def take(self) -> Tensor:
+        """Return the mean, whose memory is the caller's from now on. Without tokens it is the identity."""
+        mean_II, self.total = self.total, None
+        if mean_II is None:
+            return torch.eye(self.inputs)
+        for start in range(BLOCK_INPUTS, self.inputs, BLOCK_INPUTS):
+            above = slice(start - BLOCK_INPUTS, start)
+            mean_II[start:, above] = mean_II[above, start:].T
+        return mean_II.mul_(2 / self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
-    """A layer's codes, with what the solver says: squared error per token, and the damping that it took."""
+    """A linear layer's codes, and what is known of them.
+
+    Attributes:
+        loss: Squared output error per token, as the solver estimates it.
+        damp: Share of the mean Hessian diagonal that was added.
+        zero_groups: Groups of one output whose weights are all zero.
+        saturated_groups: Groups of one output with a quarter of their codes or more at the ends of the grid.
+    """
 
     packed: PackedLinear
     loss: float
     damp: float
+    zero_groups: int
+    saturated_groups: int
 
 
-def solve(weight_OI: Tensor, hessian: Hessian, spec: QuantSpec) -> Solved:
-    """Choose codes for a weight that keep its outputs on the Hessian's inputs.
+def solve(weights: Sequence[Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:
+    """Choose codes for weights [O, I] that share their inputs, so that their outputs stay what they are.
+
+    The inverse of their Hessian, which is used up, is factored once.
 
     Raises:
-        CheckFailed: The loss is not a number.
+        CheckFailed: A loss is not a number.
     """
-    quantization: Any = import_module("gptqmodel.quantization")
+    factors = import_module("gptqmodel.quantization.gptq").SharedHessianFactorCache(0, "weights that share inputs")
+    tokens, form = hessian.tokens, gptq_format({"quantization_config": spec.quantization_config("")})
+    means = [hessian.take()]
+    for number, weight_OI in enumerate(weights, start=1):
+        solver = _solver(weight_OI, spec)
+        solver.attach_shared_hessian_cache(factors)
+        mean_II = means.pop()
+        means += [mean_II.clone()] if number < len(weights) else []
+        solver.H, solver.nsamples = mean_II.to(weight_OI.device), tokens
+        del mean_II
+        settle_dead_channels(solver.H, solver.module_copy)
+        try:
+            rounded_OI, scales_OG, zeros_OG, g_idx, _, loss, damp, _ = solver.quantize()
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise CheckFailed(
+                f"GPTQModel's solver stopped at a loss that is not a number: {error}",
+                remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
+            ) from error
+        solver.free()
+        packed = pack(rounded_OI, scales_OG, zeros_OG, g_idx, form)
+        zero, saturated = odd_groups(packed)
+        yield Solved(packed=packed, loss=float(loss), damp=float(damp), zero_groups=zero, saturated_groups=saturated)
+
+
+def _product(x_IN: Tensor, x_NJ: Tensor) -> Tensor:
+    if x_IN.device.type == "cuda" and x_IN.dtype != torch.float32:
+        return torch.mm(x_IN, x_NJ, out_dtype=torch.float32)
+    return x_IN.float() @ x_NJ.float()
+
+
+def _solver(weight_OI: Tensor, spec: QuantSpec) -> Any:
+    """Return GPTQModel's solver for a weight, of which it has a copy."""
     config = import_module("gptqmodel").GPTQConfig(
         bits=spec.bits,
         group_size=spec.group_size,
@@ -73,23 +129,10 @@ def solve(weight_OI: Tensor, hessian: Hessian, spec: QuantSpec) -> Solved:
     out_features, in_features = weight_OI.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight_OI.float(), requires_grad=False)
-    solver = quantization.GPTQ(linear, qcfg=config)
+    solver = import_module("gptqmodel.quantization").GPTQ(linear, qcfg=config)
     solver.quantizer.configure(perchannel=True)
-    solver.H, solver.nsamples = hessian.mean(), hessian.tokens
     solver.module_copy = linear.weight.data.clone()
-    settle_dead_channels(solver.H, solver.module_copy)
-    try:
-        rounded_OI, scales_OG, zeros_OG, g_idx, _, loss, damp, _ = solver.quantize()
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        raise CheckFailed(
-            f"GPTQModel's solver stopped at a loss that is not a number: {error}",
-            remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
-        ) from error
-    solver.free()
-    form = gptq_format({"quantization_config": spec.quantization_config("")})
-    return Solved(packed=pack(rounded_OI, scales_OG, zeros_OG, g_idx, form), loss=float(loss), damp=float(damp))
+    return solver
 
 
 def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor, form: GptqFormat) -> PackedLinear:
@@ -108,3 +151,17 @@ def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor,
         scales=scales_OG.T.contiguous().half(),
         g_idx=g_idx.int(),
     )
+
+
+def odd_groups(packed: PackedLinear) -> tuple[int, int]:
+    """Count groups of zeros, and groups with a quarter of their codes at the ends of the grid."""
+    order, size, highest = packed.g_idx.argsort(stable=True), packed.format.group_size, 2**packed.format.bits - 1
+    zero, saturated = 0, 0
+    outputs = packed.qweight.shape[1]
+    for start in range(0, outputs, BLOCK_OUTPUTS):
+        stop = min(start + BLOCK_OUTPUTS, outputs)
+        codes_GSO = unpack_rows(packed.qweight[:, start:stop], packed.format.bits)[order].unflatten(0, (-1, size))
+        at_ends_GO = ((codes_GSO == 0) | (codes_GSO == highest)).sum(dim=1)
+        zero += int((codes_GSO == packed.zeros(start, stop)[:, None]).all(dim=1).sum())
+        saturated += int((at_ends_GO * 4 >= size).sum())
+    return zero, saturated

@@ -47,7 +47,7 @@ class Place:
 class _ArrivedError(Exception):
     """Ends a layer's forward pass where its inputs have got to."""
 
-    def __init__(self, inputs: Tensor) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.inputs = inputs
 
@@ -62,6 +62,7 @@ class Passage:
         beside: How many other models will be on their way at the same time.
 
     Attributes:
+        place: Where it computes.
         hidden: Of each batch, [B, T, H]: what entered the first layer, then what left the last layer that was run.
 
     Raises:
@@ -73,7 +74,7 @@ class Passage:
         self.weights = Weights.of(checkpoint)
         self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
         self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
-        self._batches, self._place, self._copies = batches, place, len(batches) * (1 + beside)
+        self.place, self._batches, self._copies = place, batches, len(batches) * (1 + beside)
         self.hidden: list[Tensor] = []
         self._arguments: list[Sequence[Arguments]] = []
         for batch in batches:
@@ -87,12 +88,12 @@ class Passage:
         Without a GPU they share its memory with the layer that computes, which takes far longer than to read it: a
         quarter of a layer is enough to be ahead, and leaves room within one and a half.
         """
-        part, on_gpu = self.parts[layer], self._place.device.type == "cuda"
-        return part.read(room=None if on_gpu else part.numel * self._place.dtype.itemsize // 4, pinned=on_gpu)
+        part, on_gpu = self.parts[layer], self.place.device.type == "cuda"
+        return part.read(room=None if on_gpu else part.numel * self.place.dtype.itemsize // 4, pinned=on_gpu)
 
     def build(self, layer: int, stored: HostTensors) -> nn.Module:
         """Return a layer that can be called; ``stored`` is emptied."""
-        parameters = self.parts[layer].assemble(stored, device=self._place.device, dtype=self._place.dtype)
+        parameters = self.parts[layer].assemble(stored, device=self.place.device, dtype=self.place.dtype)
         return fill(self.skeleton.layers[layer], parameters)
 
     @torch.inference_mode()
@@ -104,19 +105,22 @@ class Passage:
     def outputs(self, layer: int, module: nn.Module) -> Iterator[Tensor]:
         """Yield what a layer makes of each batch; the batches stay where they are."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
-            yield module(self._place.fetch(hidden), **arguments[layer])
+            yield module(self.place.fetch(hidden), **arguments[layer])
 
-    def inputs_within(self, layer: int, module: nn.Module, inner: str) -> Iterator[Tensor]:
-        """Yield what each batch enters a module inside a layer with; the layer computes no further than that."""
+    def inputs_within(self, layer: int, module: nn.Module, inner: str) -> Iterator[tuple[Tensor, ...]]:
+        """Yield what each batch enters a module inside a layer with, all positional arguments of its call.
+
+        The layer computes no further than that.
+        """
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _ArrivedError(inputs[0])
+            raise _ArrivedError(inputs)
 
         hook = module.get_submodule(inner).register_forward_pre_hook(stop)
         try:
             for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
                 try:
-                    module(self._place.fetch(hidden), **arguments[layer])
+                    module(self.place.fetch(hidden), **arguments[layer])
                 except _ArrivedError as arrived:
                     yield arrived.inputs
         finally:
@@ -126,8 +130,8 @@ class Passage:
         """Return what enters the output head for each batch, [B, T, H]; no hidden state is kept."""
         leaving: list[Tensor] = []
         for batch in self._batches:
-            left = self.skeleton.leave(batch, self._place.fetch(self.hidden.pop(0)))
-            leaving.append(self._place.shelve(left, copies=self._copies))
+            left = self.skeleton.leave(batch, self.place.fetch(self.hidden.pop(0)))
+            leaving.append(self.place.shelve(left, copies=self._copies))
         return leaving
 
 

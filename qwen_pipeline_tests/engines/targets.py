@@ -2,41 +2,88 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.engines.layerwise import LayerLoop
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.engines.solver import Hessian, pack, solve
-from qwen_pipeline.progress import Observe
+from qwen_pipeline.layerwise.forward import Passage, logit_blocks
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear
 
 
 def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
     """Hold :func:`solve` against GPTQModel's own accumulation and solving."""
     torch.manual_seed(0)
     spec = QuantSpec(group_size=32, device="cpu", threads=1)
-    weight, x = torch.randn(64, 96), torch.randn(256, 96)
-    before, hessian = weight.clone(), Hessian()
-    hessian.add(x)
-    ours = solve(weight, hessian, spec)
+    weights, x = (torch.randn(64, 96), torch.randn(32, 96)), torch.randn(256, 96)
+    before = [weight.clone() for weight in weights]
+    solver: Any = import_module("gptqmodel.quantization").GPTQ
+    factored: list[int] = []
+    factor = solver.hessian_inverse
 
+    def counted(self: Any, hessian: torch.Tensor) -> Any:
+        factored.append(len(hessian))
+        return factor(self, hessian)
+
+    with patch.object(solver, "hessian_inverse", counted):
+        ours = list(solve(weights, hessian_of(x), spec))
+    theirs = [alone(solver, weight, x, ours[0].packed.format) for weight in weights]
+    x[:, 5] = 0
+    dead = list(solve(weights, hessian_of(x), spec))
+    return {
+        "same_codes": [torch.equal(our.packed.qweight, their.qweight) for our, their in zip(ours, theirs, strict=True)],
+        "factored": factored,
+        "dead_are_zero": [not one.packed.weight_rows(0, 32)[:, 5].any() for one in dead],
+        "inputs_untouched": all(map(torch.equal, weights, before)),
+        "damp": ours[0].damp,
+        "without_tokens": next(solve(weights, Hessian(96), spec)).loss,
+    }
+
+
+def hessian_of(x: torch.Tensor) -> Hessian:
+    hessian = Hessian(x.shape[-1])
+    hessian.add(x)
+    return hessian
+
+
+def alone(solver: Any, weight: torch.Tensor, x: torch.Tensor, form: GptqFormat) -> PackedLinear:
+    """Have GPTQModel accumulate and solve for one weight, and nothing be shared."""
     library: Any = import_module("gptqmodel")
-    linear = torch.nn.Linear(96, 64, bias=False)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
-    gptq = import_module("gptqmodel.quantization").GPTQ(
-        linear, qcfg=library.GPTQConfig(bits=4, group_size=32, damp_percent=0.05, fallback=None)
-    )
+    gptq = solver(linear, qcfg=library.GPTQConfig(bits=4, group_size=32, damp_percent=0.05, fallback=None))
     gptq.quantizer.configure(perchannel=True)
     gptq.add_batch(x, None)
     rounded, scales, zeros, g_idx = gptq.quantize()[:4]
-    theirs = pack(rounded.detach(), scales, zeros, g_idx, ours.packed.format)
+    return pack(rounded.detach(), scales, zeros, g_idx, form)
 
-    x[:, 5] = 0
-    dead = Hessian()
-    dead.add(x)
-    return {
-        "same_codes": bool(torch.equal(ours.packed.qweight, theirs.qweight)),
-        "dead_are_zero": bool((solve(weight, dead, spec).packed.weight_rows(0, 64)[:, 5] == 0).all()),
-        "inputs_untouched": bool(torch.equal(weight, before)),
-        "damp": ours.damp,
-    }
+
+def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
+    """Have the layer loop quantize tiny models; save the logits of the model that it left behind in memory."""
+    for name, source in spec["sources"].items():
+        out = Path(spec["out"]) / name
+        out.mkdir()
+        loop = LayerLoop(open_checkpoint(Path(source)), windows().split(8), QuantSpec(**spec["quant"]), out)
+        loop.run(unobserved)
+        save_file({"logits": logits(loop.passage)}, out / "own.logits")
+    return {}
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(3, 256, (16, 64), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def logits(passage: Passage) -> torch.Tensor:
+    """Return float32 [tokens, V] of batches that are through all layers."""
+    parts: dict[int, list[torch.Tensor]] = {}
+    for block in logit_blocks([passage], passage.place):
+        parts.setdefault(block.batch, []).append(block.values[0])
+    return torch.cat([torch.cat(part, dim=-1) for part in parts.values()])

@@ -2,23 +2,45 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from qwen_pipeline.engines import solver
+from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
 from qwen_pipeline.engines.solver import Hessian, pack
 from qwen_pipeline.transforms.gptq_codes import GptqFormat
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
 
 
-def test_a_hessian_does_not_depend_on_how_inputs_are_cut() -> None:
+@pytest.mark.parametrize("block", [2, 5, 12])
+def test_a_hessian_does_not_depend_on_how_inputs_are_cut(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "BLOCK_INPUTS", block)
     x = torch.randn(4, 7, 12, dtype=torch.float32)
-    whole, parts = Hessian(), Hessian()
+    whole, parts = Hessian(12), Hessian(12)
     whole.add(x)
     for part in x.split(1):
         parts.add(part)
     exact = 2 / 28 * x.double().flatten(0, 1).T @ x.double().flatten(0, 1)
-    torch.testing.assert_close(whole.mean(), exact.float())
-    torch.testing.assert_close(parts.mean(), exact.float())
+    torch.testing.assert_close(whole.take(), exact.float())
+    torch.testing.assert_close(parts.take(), exact.float())
+
+
+def test_without_tokens_a_hessian_is_the_identity() -> None:
+    assert torch.equal(Hessian(3).take(), torch.eye(3))
+
+
+def test_groups_of_zeros_and_groups_at_the_ends_of_the_grid_are_counted() -> None:
+    form = GptqFormat(bits=4, group_size=32, desc_act=True, sym=True, checkpoint_format="gptq")
+    codes_OI = torch.full((32, 64), 5)
+    codes_OI[0, :32] = 8
+    codes_OI[1, 32:40] = 15
+    codes_OI[2, 32:39] = 0
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    g_idx = (torch.arange(64) // 32)[order]
+    ones_OG = torch.ones(32, 2)
+    packed = pack((codes_OI - 8.0)[:, order], ones_OG, 8 * ones_OG, g_idx, form)
+    assert solver.odd_groups(packed) == (1, 1)
 
 
 def test_packing_keeps_a_weight_that_lies_on_its_grid() -> None:
@@ -37,7 +59,13 @@ def test_packing_keeps_a_weight_that_lies_on_its_grid() -> None:
 
 
 def test_the_solver_takes_our_hessian_and_weights(chain: Chain, tmp_path: Path) -> None:
-    """Driven by hand it chooses what it chooses when GPTQModel accumulates for it; dead channels stay at zero."""
+    """Driven by hand it chooses what it chooses when GPTQModel accumulates for it; dead channels stay at zero.
+
+    One inverse serves all weights with the same inputs. Without tokens it says that it only rounded.
+    """
     target = "qwen_pipeline_tests.engines.targets:contract"
     found = run_worker(chain.engine.python, target, {}, log=tmp_path / "log").value
-    assert found == {"same_codes": True, "dead_are_zero": True, "inputs_untouched": True, "damp": 0.05}
+    assert found == {
+        "same_codes": [True, True], "factored": [96], "dead_are_zero": [True, True], "inputs_untouched": True,
+        "damp": 0.05, "without_tokens": NOT_SOLVED,
+    }  # fmt: skip

@@ -1,0 +1,154 @@
+"""``python -m benchmarks.loops``: the layer loop beside GPTQModel's own, on real models, with the same tokens.
+
+The demo's dense base, padded as the demo pads it, and a mixture of experts made of it (:mod:`benchmarks.upcycled`) are
+quantized by both loops with several draws of calibration text. Wall clock depends on who else uses the machine, so the
+engine's processor seconds are counted too. Each figure is printed, and written, as soon as it is known.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from benchmarks.__main__ import RESULTS, markdown
+from benchmarks.machine import describe_machine
+from benchmarks.upcycled import upcycle
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.corpus import load_tokenizer
+from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
+from qwen_pipeline.demo.texts import Texts, write_texts
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.protocol import EngineName, QuantSpec
+from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.text import token_windows
+from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.quantize import quantize
+
+ENGINES: tuple[EngineName, ...] = ("layerwise", "gptqmodel")
+
+
+def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Path | None, windows: int) -> Any:
+    """Quantize ``source`` as ``spec`` says; return what it took, and how far the result is from ``model``."""
+    with tempfile.TemporaryDirectory() as out:
+        started, used = time.perf_counter(), _processor_seconds()
+        artifact = quantize(
+            source=source,
+            destination=Directory(Path(out) / "quantized"),
+            calibration=texts.calibration,
+            spec=spec,
+            engine=find_environment(spec.environment, python),
+        )
+        seconds, used = time.perf_counter() - started, _processor_seconds() - used
+        held_out = token_windows(texts.held_out, load_tokenizer(model), windows=windows, seq_len=spec.seq_len)
+        figures = evaluate(
+            {"full": open_checkpoint(model), "quantized": open_checkpoint(artifact.path)},
+            [torch.tensor(window) for window in held_out],
+            reference="full",
+            compared=["quantized"],
+            place=Place(device=torch.device(spec.device), dtype=torch.float32),
+        )
+    divergence = figures["quantized"].divergence
+    assert divergence is not None
+    return {
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(used, 1),
+        "worker_peak_bytes": artifact.manifest.run.peak_memory_bytes,
+        "loss": sum(row["loss"] or float("nan") for row in artifact.manifest.result["losses"]),
+        "kl": divergence.mean,
+        "perplexity": figures["quantized"].perplexity,
+        "perplexity_full": figures["full"].perplexity,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return model x engine: means over the draws that every engine has had."""
+    frame = pd.DataFrame(rows)
+    whole = frame.groupby(["model", "seed"])["engine"].transform("nunique") == frame["engine"].nunique()
+    means = frame[whole].groupby(["model", "engine"], sort=False).mean(numeric_only=True).reset_index()
+    return pd.DataFrame(
+        {
+            "model": means["model"],
+            "loop": means["engine"],
+            "KL": means["kl"].map("{:.4f}".format),
+            "perplexity": means["perplexity"].map("{:.3f}".format),
+            "full precision": means["perplexity_full"].map("{:.3f}".format),
+            "sum of losses": means["loss"].map("{:.5g}".format),
+            "processor s": means["processor_seconds"].round(),
+            "wall s": means["seconds"].round(),
+            "peak GiB": (means["worker_peak_bytes"] / 2**30).round(2),
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=["dense", "experts"], default=["dense", "experts"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=32, help="held-out windows")
+    parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
+    parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-loops")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loops", help="path without suffix")
+    asked = parser.parse_args()
+    asked.scratch.mkdir(parents=True, exist_ok=True)
+    texts, rows = write_texts(asked.scratch), []
+    for name, model, source in _models(asked.models, asked.base, asked.scratch):
+        for seed in asked.seeds:
+            for engine in asked.engines:
+                spec = QuantSpec(
+                    engine=engine, group_size=GROUP_SIZE, samples=24, seq_len=512, seed=seed, threads=asked.threads
+                )
+                found = compare(model, source, spec, texts, asked.engine_python, asked.windows)
+                rows.append({"model": name, "engine": engine, "seed": seed, **found})
+                print(json.dumps(rows[-1]), flush=True)
+                _write(asked.out, rows, spec)
+    print(asked.out.with_suffix(".md").read_text())
+
+
+def _models(names: Sequence[str], base: Path | None, scratch: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Yield each model's name, itself, and what is quantized of it."""
+    dense = base or build_base(scratch / "base").path
+    if "dense" in names:
+        out = Directory(scratch / "padded")
+        padded = pad(source=dense, destination=out, group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL)
+        yield "dense", dense, padded.path
+    if "experts" in names:
+        experts = scratch / "experts"
+        mixture = experts if experts.exists() else upcycle(dense, experts)
+        yield "experts", mixture, mixture
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec) -> None:
+    machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
+    text = f"""# The layer loop beside GPTQModel's own
+
+{day}, {machine["cpu"]}, {machine["cores"]} cores, {spec.threads} threads. {spec.bits} bits in groups of
+{spec.group_size}, {spec.samples} calibration windows of {spec.seq_len} tokens, the same for both loops; means over
+draws of calibration text.
+
+{markdown(table(rows))}
+"""
+    out.with_suffix(".md").write_text(text)
+    found = {"date": day, "machine": machine, "spec": spec.to_json(), "rows": list(rows)}
+    out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The layer loop on every Qwen family: what it leaves on disk computes what it had in memory."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.layerwise.forward import Passage, Place, advance
+from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests.engines.targets import logits, windows
+from qwen_pipeline_tests.layouts import Layout, layouts_of
+from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
+
+SPEC = QuantSpec(engine="layerwise", group_size=32, samples=16, seq_len=64, batch_size=8, threads=1, device="cpu")
+CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+QUICK: Sequence[tuple[str, Layout]] = (("qwen3_next", "fused"),)
+OTHERS = [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(QUICK, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(OTHERS, tmp_path_factory.mktemp("others"))
+
+
+def quantized(cases: Sequence[tuple[str, Layout]], root: Path) -> Path:
+    """Quantize tiny models in one worker; each has a source and a directory of what the loop wrote."""
+    sources = {f"{f}-{layout}": tiny_model(f, root / "sources" / f"{f}-{layout}", layout=layout) for f, layout in cases}
+    (root / "out").mkdir()
+    run_worker(
+        find_environment("gptqmodel").python,
+        "qwen_pipeline_tests.engines.targets:quantize_families",
+        {"sources": {n: str(s) for n, s in sources.items()}, "out": str(root / "out"), "quant": SPEC.to_json()},
+        log=root / "log",
+    )
+    return root
+
+
+@pytest.mark.parametrize(("family", "layout"), QUICK)
+def test_what_is_on_disk_computes_what_was_in_memory(quick: Path, tmp_path: Path, family: str, layout: str) -> None:
+    require_agreement(quick, f"{family}-{layout}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), OTHERS)
+def test_so_does_every_family(others: Path, tmp_path: Path, family: str, layout: str) -> None:
+    require_agreement(others, f"{family}-{layout}", tmp_path)
+
+
+def require_agreement(root: Path, name: str, scratch: Path) -> None:
+    """Hold the loop's own logits against the streamed forward of the codes and Transformers' of what they stand for."""
+    source = open_checkpoint(root / "sources" / name)
+    linears = decoder_linears(source)
+    packed = open_checkpoint(root / "out" / name)
+    assert {linear.module for linear in linears} == {code.rpartition(".")[0] for code in packed}
+    codes = quantized_checkpoint(source, packed, linears, SPEC.quantization_config("test:0"))
+    own = load_file(root / "out" / name / "own.logits")["logits"]
+
+    passage = Passage(codes, windows().split(8), CPU)
+    list(advance([passage]))
+    torch.testing.assert_close(logits(passage), own, rtol=1e-5, atol=1e-5)
+
+    copy = Path(shutil.copytree(root / "sources" / name, scratch / "dequantized"))
+    save_file(dequantized(source, codes, linears), copy / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        plain = load_tiny(copy)(input_ids=windows()).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-4)
+
+
+def dequantized(source: Checkpoint, codes: Checkpoint, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
+    """Return the source's tensors, those of linear layers from their codes, in whatever stacks they lie."""
+    tensors, form = {name: source.load(name) for name in source}, gptq_format(codes.config)
+    tensors |= {linear.tensor: tensors[linear.tensor].float() for linear in linears}
+    for linear in linears:
+        weight_OI = form.load(codes, linear.module).weight_rows(0, linear.out_features)
+        if slab := linear.slab:
+            expert = tensors[linear.tensor][slab.expert]
+            (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features] = weight_OI
+        else:
+            tensors[linear.tensor] = weight_OI.contiguous()
+    return tensors
