@@ -1,12 +1,13 @@
 """One decoder layer at a time, at 72B widths: the layer loop beside GPTQModel's own, evaluation beside the disk.
 
 ``python -m benchmarks.layerwise OUT`` makes a random Qwen2 of four layers in a scratch directory, quantizes it twice
-with the same calibration tokens, in a process each, then evaluates reference and candidate together. It needs a CUDA
-device, gptqmodel in the environment of ``--python`` (by default this one), 30 GB of disk and about eight minutes.
-``--tiny`` does the same with a toy on the CPU, to see that it runs.
+with the same calibration tokens, in a process each, then evaluates reference and candidates together. It needs a CUDA
+device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six minutes; what is
+known is written at once. ``--tiny`` does the same with a toy on the CPU, to see that it runs.
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -102,8 +105,12 @@ class Size:
 
 
 WIDE = Size(
-    hidden=8192, mlp=29696, heads=64, kv_heads=8, layers=4, vocabulary=152064, samples=128, seq_len=2048, batch=8,
+    hidden=8192, mlp=29696, heads=64, kv_heads=8, layers=4, vocabulary=32768, samples=128, seq_len=2048, batch=8,
     windows=8, group_size=128,
+)  # fmt: skip
+SMALL = Size(
+    hidden=1024, mlp=2944, heads=16, kv_heads=4, layers=2, vocabulary=4096, samples=16, seq_len=512, batch=8, windows=4,
+    group_size=128,
 )  # fmt: skip
 TINY = Size(
     hidden=128, mlp=384, heads=4, kv_heads=2, layers=2, vocabulary=512, samples=16, seq_len=64, batch=8, windows=4,
@@ -124,31 +131,35 @@ def main() -> None:
         (arguments.out / "layerwise.md").write_text(render(results))
         print(f"{step}: {json.dumps(found)[:2000]}", flush=True)
 
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        scratch = Path(folder)
-        started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder, ThreadPoolExecutor(1) as pool:
+        scratch, started = Path(folder), time.perf_counter()
+        warming = pool.submit(_call, arguments.python, "warm_up", {}, scratch) if device == "cuda" else None
         source = make_model(size, scratch / "model", device)
         note("generate", {"seconds": time.perf_counter() - started, "bytes": open_checkpoint(source).nbytes})
-        if device == "cuda":
-            warm = _call(arguments.python, "warm_up", {}, scratch)
-            note("warm-up: the solver's kernels are compiled once a machine", warm)
+        if warming:
+            note("warm-up: the solver's kernels are compiled once a machine", warming.result())
         spec = QuantSpec(
             group_size=size.group_size, samples=size.samples, seq_len=size.seq_len, batch_size=size.batch,
             device="cuda" if device == "cuda" else "cpu",
         )  # fmt: skip
-        generator = torch.Generator().manual_seed(1)
-        windows = torch.randint(3, size.vocabulary, (size.samples, size.seq_len), generator=generator)
-        np.save(scratch / "windows.npy", windows.int().numpy())
+        windows = scratch / "windows.npy"
+        np.save(windows, _tokens(size, (size.samples, size.seq_len)).numpy())
         jobs: dict[str, QuantJob] = {}
         for engine in ("layerwise", "gptqmodel"):
             jobs[engine] = QuantJob(
-                spec=replace(spec, engine=engine), source=source, windows=scratch / "windows.npy",
-                workshop=scratch / engine,
-            )  # fmt: skip
+                spec=replace(spec, engine=engine), source=source, windows=windows, workshop=scratch / engine
+            )
             note(engine, quantize(jobs[engine], arguments.python, device))
-        for dtype in ("bfloat16", "float32"):
-            found = _call(arguments.python, "evaluate_all", _evaluation(size, jobs, dtype, device), scratch)
-            note(f"evaluation in {dtype}", found)
+        evaluation = _evaluation(size, jobs, device)
+        note("evaluation", _call(arguments.python, "evaluate_all", evaluation, scratch))
+        twice = {"size": asdict(TINY if arguments.tiny else SMALL), "device": device}
+        note("two equal runs", _call(arguments.python, "quantize_twice", twice, scratch))
+        if time.perf_counter() - started < arguments.until:
+            note("evaluation against the disk", _call(arguments.python, "race_the_disk", evaluation, scratch))
+
+
+def _tokens(size: Size, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(3, size.vocabulary, shape, generator=torch.Generator().manual_seed(1)).int()
 
 
 def make_model(size: Size, root: Path, device: str) -> Path:
@@ -197,15 +208,18 @@ def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
         )
     times = [ends[layer] for layer in sorted(ends)]
     per_layer = [after - before for before, after in pairwise(times)]
-    log = job.quant_log.read_text().splitlines()
-    column = log[0].split(",").index("loss")
+    rows = list(csv.DictReader(job.quant_log.read_text().splitlines()))
     return {
         "seconds": time.perf_counter() - started,
         "seconds_between_ends_of_layers": per_layer,
         "seconds_a_layer": sum(per_layer) / len(per_layer),
         "peak_gpu_bytes_of_the_device": highest[0],
         "peak_host_bytes": worker.peak_memory_bytes,
-        "loss_sum": sum(float(line.split(",")[column]) for line in log[1:]),
+        "loss_sum": sum(float(row["loss"]) for row in rows),
+        "solver_seconds_by_module": {
+            kind: mean(float(row["time"]) for row in rows if row["module"] == kind and row["layer"] != "0")
+            for kind in dict.fromkeys(row["module"] for row in rows)
+        },
         **worker.value,
     }
 
@@ -222,51 +236,93 @@ def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 
 
 def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
-    """Evaluate the reference with one candidate, against the disk, and with the other; runs in a worker."""
+    """Evaluate the reference and both candidates side by side; runs in a worker."""
     from qwen_pipeline.evaluation.streamed import evaluate
     from qwen_pipeline.layerwise.forward import Place
+
+    models, windows = _models(spec)
+    place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
+    started = time.perf_counter()
+    figures = evaluate(models, windows, reference="reference", compared=list(spec["packed"]), place=place)
+    found: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    for role, model in figures.items():
+        found[role] = {"perplexity": model.perplexity}
+        if divergence := model.divergence:
+            found[role] |= {
+                "kl_mean": divergence.mean,
+                "kl_p99_9": divergence.p99_9,
+                "top1_agreement": divergence.top1_agreement,
+                "relative_output_error_by_layer": model.drift,
+            }
+    return found
+
+
+def race_the_disk(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
+    """Evaluate the reference and one candidate, beside reading both once; runs in a worker."""
+    from qwen_pipeline.evaluation.streamed import evaluate
+    from qwen_pipeline.layerwise.forward import Place
+
+    models, windows = _models(spec)
+    models = {role: models[role] for role in ("reference", "layerwise")}
+    place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:  # imports, contexts and kernels are not what is measured
+        toy = {"reference": open_checkpoint(make_model(TINY, Path(folder) / "toy", "cpu"))}
+        evaluate(toy, [torch.arange(16)], reference="reference", compared=[], place=place)
+    cold = _drop_caches()
+    disk = _seconds_to_read(list(models.values()))
+    cold = _drop_caches() and cold
+    if place.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    evaluate(models, windows, reference="reference", compared=["layerwise"], place=place)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "bytes_of_both": sum(model.nbytes for model in models.values()),
+        "disk_caches_were_dropped": cold,
+        "seconds_to_read_both_once": disk,
+        "share_of_reading_speed": disk / seconds,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if place.device.type == "cuda" else None,
+        "largest_layer_bytes": _layer_bytes(models["reference"], place.dtype),
+    }
+
+
+def quantize_twice(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
+    """Quantize a small model twice in the layer loop and compare the bytes; runs in a worker."""
+    from qwen_pipeline.engines import layerwise
+
+    size, started = Size(**spec["size"]), time.perf_counter()
+    digests: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        source, windows = make_model(size, Path(folder) / "model", spec["device"]), Path(folder) / "windows.npy"
+        np.save(windows, _tokens(size, (size.samples, size.seq_len)).numpy())
+        quant = QuantSpec(
+            engine="layerwise", group_size=size.group_size, samples=size.samples, seq_len=size.seq_len,
+            batch_size=size.batch, device=spec["device"],
+        )  # fmt: skip
+        for run in ("first", "second"):
+            job = QuantJob(spec=quant, source=source, windows=windows, workshop=Path(folder) / run)
+            layerwise.quantize_directory(job.to_json(), observe)
+            packed = open_checkpoint(job.packed)
+            digests.append({name: sha256(packed.load(name).numpy().tobytes()).hexdigest() for name in packed})
+    first, second = digests
+    differing = [name for name in first if first[name] != second[name]]
+    return {"seconds": time.perf_counter() - started, "tensors": len(first), "differing": differing}
+
+
+def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.Tensor]]:
+    """Return the reference and the candidates by name, and windows that calibration has not seen."""
     from qwen_pipeline.transforms.packed import quantized_checkpoint
 
     source = open_checkpoint(Path(spec["source"]))
     quantization = QuantSpec(**spec["quant"]).quantization_config("benchmark:0")
     linears = decoder_linears(source)
-    place = Place(device=torch.device(spec["device"]), dtype=getattr(torch, spec["dtype"]))
+    models = {"reference": source} | {
+        engine: quantized_checkpoint(source, open_checkpoint(Path(packed)), linears, quantization)
+        for engine, packed in spec["packed"].items()
+    }
     generator = torch.Generator().manual_seed(2)
-    windows = list(torch.randint(3, spec["vocabulary"], (spec["windows"], spec["seq_len"]), generator=generator))
-    with tempfile.TemporaryDirectory() as folder:  # imports, contexts and kernels are not what is measured
-        toy = {"reference": open_checkpoint(make_model(TINY, Path(folder) / "toy", "cpu"))}
-        evaluate(toy, [torch.arange(16)], reference="reference", compared=[], place=place)
-    found: dict[str, Any] = {}
-    for engine, packed in spec["packed"].items():
-        candidate = quantized_checkpoint(source, open_checkpoint(Path(packed)), linears, quantization)
-        cold = _drop_caches()
-        disk = _seconds_to_read([source, candidate]) if engine == "layerwise" else None
-        cold = _drop_caches() and cold
-        if place.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        figures = evaluate(
-            {"reference": source, "candidate": candidate}, windows, reference="reference", compared=["candidate"],
-            place=place,
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
-        divergence = figures["candidate"].divergence
-        assert divergence is not None
-        found[engine] = {
-            "seconds": seconds,
-            "bytes_of_both": source.nbytes + candidate.nbytes,
-            "disk_caches_were_dropped": cold,
-            "seconds_to_read_both_once": disk,
-            "share_of_reading_speed": disk / seconds if disk else None,
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if place.device.type == "cuda" else None,
-            "largest_layer_bytes": _layer_bytes(source, place.dtype),
-            "perplexity": {role: model.perplexity for role, model in figures.items()},
-            "kl_mean": divergence.mean,
-            "kl_p99_9": divergence.p99_9,
-            "top1_agreement": divergence.top1_agreement,
-            "relative_output_error_by_layer": figures["candidate"].drift,
-        }
-    return found
+    return models, list(torch.randint(3, spec["vocabulary"], (spec["windows"], spec["seq_len"]), generator=generator))
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -288,21 +344,33 @@ def render(results: Mapping[str, Any]) -> str:
         lines += ["## Quantizing", "", *_table([head, *rows]), ""]
     if len(engines) == 2:
         ratio = results["layerwise"]["seconds_a_layer"] / results["gptqmodel"]["seconds_a_layer"]
-        lines += [f"The layer loop takes **{ratio:.2f}** of the time of GPTQModel's own (bar: 0.4).", ""]
-    head = ["", "candidate of", "s", "s to read both", "share of reading speed", "GPU GiB", "layer GiB", "KL", "top-1"]
-    rows = [
-        [
-            step, engine, f"{found['seconds']:.1f}",
-            f"{found['seconds_to_read_both_once']:.1f}" if found["seconds_to_read_both_once"] else "",
-            f"{found['share_of_reading_speed']:.2f}" if found["share_of_reading_speed"] else "",
-            _gib(found["peak_gpu_bytes"]), _gib(found["largest_layer_bytes"]), f"{found['kl_mean']:.5g}",
-            f"{found['top1_agreement']:.2%}",
+        lines += [f"The layer loop takes **{ratio:.3f}** of the time of GPTQModel's own (bar: 0.4).", ""]
+    if layers := results.get("layerwise", {}).get("layers", [])[1:]:
+        means = {part: sum(at["seconds"][part] for at in layers) / len(layers) for part in layers[0]["seconds"]}
+        solved = results["layerwise"]["solver_seconds_by_module"]
+        lines += [
+            f"Seconds of a layer after the first: {_parts(means)}. Of the solver, by module: {_parts(solved)}.",
+            "",
         ]
-        for step, by_engine in results.items() if step.startswith("evaluation")
-        for engine, found in by_engine.items()
-    ]  # fmt: skip
-    if rows:
-        lines += ["## Reference and candidate together (bar: 0.7 of reading speed)", "", *_table([head, *rows]), ""]
+    if found := results.get("evaluation"):
+        rows = [
+            [engine, f"{found[engine]['kl_mean']:.5g}", f"{found[engine]['top1_agreement']:.2%}"] for engine in engines
+        ]
+        lines += ["## Against full precision", "", *_table([["loop", "KL", "top-1"], *rows]), ""]
+    if found := results.get("two equal runs"):
+        lines += [
+            f"Two equal runs of the layer loop on a small model: of {found['tensors']} tensors"
+            f" {len(found['differing'])} differ.",
+            "",
+        ]
+    if found := results.get("evaluation against the disk"):
+        lines += [
+            f"Reference and candidate are evaluated in {found['seconds']:.1f} s, read in"
+            f" {found['seconds_to_read_both_once']:.1f} s: {found['share_of_reading_speed']:.2f} of reading speed (bar:"
+            f" 0.7), in {_gib(found['peak_gpu_bytes'])} GiB of GPU memory; a layer has"
+            f" {_gib(found['largest_layer_bytes'])}.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -311,17 +379,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=None, help="a directory on the disk to measure")
+    parser.add_argument("--until", type=float, default=1e9, help="seconds after which nothing optional is begun")
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
 
 
-def _evaluation(size: Size, jobs: Mapping[str, QuantJob], dtype: str, device: str) -> dict[str, Any]:
+def _evaluation(size: Size, jobs: Mapping[str, QuantJob], device: str) -> dict[str, Any]:
     first = next(iter(jobs.values()))
     return {
         "source": str(first.source),
         "packed": {engine: str(job.packed) for engine, job in jobs.items()},
         "quant": first.spec.to_json(),
-        "dtype": dtype,
         "device": device,
         "vocabulary": size.vocabulary,
         "windows": size.windows,
@@ -391,6 +459,10 @@ def _layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 def _machine(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     return {"device": name, "torch": torch.__version__}
+
+
+def _parts(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {value:.2f}" for part, value in seconds.items())
 
 
 def _gib(nbytes: int | None) -> str:

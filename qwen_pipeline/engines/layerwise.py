@@ -64,11 +64,17 @@ class ModuleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
-    """A finished layer: its shard's digest, its modules, and what it took; written once the shard is on disk."""
+    """A finished layer, written once its shard is on disk.
+
+    Attributes:
+        sha256: Of the shard.
+        seconds: What it took: to ``load`` the weights, to ``capture`` inputs and Hessians, to ``solve``, and the whole
+            ``forward`` pass for the next layer.
+    """
 
     sha256: str
     modules: tuple[ModuleRow, ...]
-    seconds: float
+    seconds: Mapping[str, float]
     peak_gpu_bytes: int
 
 
@@ -79,7 +85,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, after the layers that are there already.
 
     Returns:
-        ``layers``: seconds and highest GPU memory of each.
+        ``layers``: seconds, by part, and highest GPU memory of each.
 
     Raises:
         EnvironmentFault: The spec wants CUDA and there is none.
@@ -97,7 +103,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         table = csv.DictWriter(file, [field.name for field in fields(ModuleRow)])
         table.writeheader()
         table.writerows(asdict(row) for record in records for row in record.modules)
-    return {"layers": [{"seconds": each.seconds, "peak_gpu_bytes": each.peak_gpu_bytes} for each in records]}
+    return {"layers": [{"seconds": dict(at.seconds), "peak_gpu_bytes": at.peak_gpu_bytes} for at in records]}
 
 
 class LayerLoop:
@@ -135,11 +141,13 @@ class LayerLoop:
         with ThreadPoolExecutor(1) as disk:
             for layer in range(len(records), len(by_layer)):
                 clock, module = Clock(self.passage.place), next(modules)
+                clock.lap("load")
                 tensors, rows = self._quantize(module, by_layer[layer], clock, tell)
                 self.passage.run(layer, module)
+                clock.lap("forward")
                 del module
                 records += [writing.result()] if writing else []
-                writing = disk.submit(_write_layer, self._out, layer, tensors, rows, clock.stop())
+                writing = disk.submit(_write_layer, self._out, layer, tensors, rows, clock)
             records += [writing.result()] if writing else []
         _write_index(self._out, len(by_layer), self._spec)
         return records
@@ -161,12 +169,11 @@ class LayerLoop:
         tensors: dict[str, Tensor] = {}
         rows: list[ModuleRow] = []
         for cohort in cohorts(self.passage, module, linears, all_experts=False):
-            started = time.perf_counter()
+            clock.lap("capture")
             tokens, solutions = cohort.hessian.tokens, solve(cohort.weights, cohort.hessian, self._spec)
             for linear, weight, solved in zip(cohort.linears, cohort.weights, solutions, strict=True):
                 _put(weight, solved)
                 tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}
-                now = time.perf_counter()
                 rows.append(
                     ModuleRow(
                         layer=linear.layer,
@@ -174,14 +181,13 @@ class LayerLoop:
                         loss=solved.loss,
                         samples=tokens,
                         damp=solved.damp,
-                        time=round(now - started, 3),
-                        gpu_peak_bytes=clock.gpu_peak_bytes(),
+                        time=round(clock.lap("solve"), 3),
+                        gpu_peak_bytes=clock.gpu_peak_bytes,
                         host_peak_bytes=resident_peak(),
                         zero_groups=solved.zero_groups,
                         saturated_groups=solved.saturated_groups,
                     )
                 )
-                started = now
                 tell(rows[-1])
         return tensors, rows
 
@@ -192,29 +198,35 @@ def _put(weight_OI: Tensor, solved: Solved) -> None:
 
 
 class Clock:
-    """Wall clock time of a layer, and the highest GPU memory since it began."""
+    """Seconds of a layer, part by part, and the highest GPU memory since it began."""
 
     def __init__(self, place: Place) -> None:
         self._on_gpu = place.device.type == "cuda"
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        self._started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
+    def lap(self, part: str) -> float:
+        """Count what passed since the last lap as part of the layer's time; return it."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        last, self._last = self._last, time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0) + self._last - last
+        return self._last - last
+
+    @property
     def gpu_peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() if self._on_gpu else 0
 
-    def stop(self) -> tuple[float, int]:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return round(time.perf_counter() - self._started, 3), self.gpu_peak_bytes()
-
 
 def _write_layer(
-    out: Path, layer: int, tensors: Mapping[str, Tensor], rows: Sequence[ModuleRow], took: tuple[float, int]
+    out: Path, layer: int, tensors: Mapping[str, Tensor], rows: Sequence[ModuleRow], clock: Clock
 ) -> LayerRecord:
     write_bytes(_shard(out, layer), save({name: tensor.cpu() for name, tensor in tensors.items()}))
     sha256 = digest_file(_shard(out, layer)).sha256
-    record = LayerRecord(sha256=sha256, modules=tuple(rows), seconds=took[0], peak_gpu_bytes=took[1])
+    seconds = {part: round(value, 3) for part, value in clock.seconds.items()}
+    record = LayerRecord(sha256=sha256, modules=tuple(rows), seconds=seconds, peak_gpu_bytes=rows[-1].gpu_peak_bytes)
     write_bytes(_shard(out, layer).with_suffix(".json"), _RECORD.dump_json(record))
     return record
 
