@@ -23,7 +23,7 @@ from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=16, seq_len=64, batch_size=8, threads=1, device="cpu")
 CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
 QUICK: Sequence[tuple[str, Layout]] = (("qwen3_next", "fused"),)
-OTHERS = [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)]
+ALL: Sequence[tuple[str, Layout]] = [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized(OTHERS, tmp_path_factory.mktemp("others"))
+def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(ALL, tmp_path_factory.mktemp("every"))
 
 
 def quantized(cases: Sequence[tuple[str, Layout]], root: Path) -> Path:
@@ -55,9 +55,9 @@ def test_what_is_on_disk_computes_what_was_in_memory(quick: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "layout"), OTHERS)
-def test_so_does_every_family(others: Path, tmp_path: Path, family: str, layout: str) -> None:
-    require_agreement(others, f"{family}-{layout}", tmp_path)
+@pytest.mark.parametrize(("family", "layout"), ALL)
+def test_so_does_every_family(every: Path, tmp_path: Path, family: str, layout: str) -> None:
+    require_agreement(every, f"{family}-{layout}", tmp_path)
 
 
 def require_agreement(root: Path, name: str, scratch: Path) -> None:
