@@ -1,12 +1,10 @@
-"""Jobs over a few threads, begun in order, and hashes that follow that order.
+"""Jobs over a few threads, begun in order; a job may wait for what those begun earlier bring.
 
 Each block is read, computed, hashed and written by one thread from beginning to end, so what is in memory is a few
 blocks for each thread, whatever the size of a tensor. Reading, arithmetic, hashing and writing all release Python's
-lock. A hash takes its bytes in order: a thread waits until the blocks before its own have passed. The threads fall into
-step, and a hash that is the slowest part of the work never pauses.
+lock. The oldest job never waits, so some job always moves on.
 """
 
-import hashlib
 import os
 import sys
 import threading
@@ -35,7 +33,7 @@ def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[
 
     Args:
         jobs: Taken one by one as threads become free, never by two threads at once.
-        do: May use :meth:`HashInOrder.add`.
+        do: May use :func:`take_turn`.
         tick: Called every :data:`TICK_SECONDS` and at the end, on the calling thread.
     """
     crew = _Crew(jobs)
@@ -60,35 +58,19 @@ def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[
     tick()
 
 
-class HashInOrder:
-    """SHA-256 of bytes that several jobs bring, each its own part.
+def take_turn(ready: Callable[[], bool], claim: Callable[[], bool]) -> bool:
+    """Wait until something is so, or until no job begun earlier is left that could make it so; then try to claim it.
 
-    Bytes count once: a part that was there before is passed over. If the part that is due comes from no job begun
-    earlier, the later ones are passed over too and ``done`` stays short.
+    Outside of a job nothing can be claimed.
     """
+    job = _thread.job
+    return bool(job) and job.crew.turn(ready, claim, job.number)
 
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-        self._claimed = 0
-        self.done = 0
 
-    def add(self, start: int, view: memoryview) -> None:
-        """Take the bytes from ``start`` on when it is their turn. Outside of a job nothing is taken."""
-        job = _thread.job
-        if job and job.crew.turn(lambda: self.done >= start, lambda: self._claim(start, len(view)), job.number):
-            self._sha.update(view)
-            job.crew.move(lambda: self._pass(start + len(view)))
-
-    def hexdigest(self) -> str:
-        return self._sha.hexdigest()
-
-    def _claim(self, start: int, length: int) -> bool:
-        due = start == self._claimed == self.done
-        self._claimed += length if due else 0
-        return due
-
-    def _pass(self, end: int) -> None:
-        self.done = end
+def tell_waiting(change: Callable[[], None]) -> None:
+    """Within a job, change what others may wait for."""
+    assert _thread.job, "only a job is waited for"
+    _thread.job.crew.move(change)
 
 
 class _Stopped(Exception):

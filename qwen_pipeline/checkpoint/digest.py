@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
-from qwen_pipeline.checkpoint.crew import HashInOrder, work_in_order
+from qwen_pipeline.checkpoint.crew import work_in_order
 from qwen_pipeline.checkpoint.finite import is_finite
 from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import (
@@ -27,6 +27,7 @@ from qwen_pipeline.checkpoint.manifest import (
     open_manifest,
 )
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes, read_header
+from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.progress import Meter, Observe, unobserved
 
 if TYPE_CHECKING:
@@ -63,26 +64,26 @@ _KNOWN = TypeAdapter(KnownCheckpoint)
 
 
 class PassingTensor:
-    """Learns about a tensor as its blocks pass by, from whichever thread."""
+    """Learns about a tensor as its blocks pass by, in any order, from whichever thread."""
 
     def __init__(self, spec: TensorSpec) -> None:
         self._spec = spec
-        self._hash = HashInOrder()
+        self._hash = TreeHash(spec.nbytes)
         self._finite = True
 
     def see(self, start: int, block: "torch.Tensor") -> bool:
-        """Take the block that begins at byte ``start``, once those before it were taken; return if it is finite."""
-        finite = is_finite(block)
-        self._finite &= finite
+        """Take the block that begins at byte ``start``; return if it is finite."""
+        if not (finite := is_finite(block)):
+            self._finite = False
         self._hash.add(start, as_bytes(block))
         return finite
 
     @property
     def seen(self) -> SeenTensor | None:
         """What was learned, or None while bytes are missing."""
-        if self._hash.done < self._spec.nbytes:
+        if not self._hash.is_complete:
             return None
-        digest = TensorDigest(dtype=self._spec.dtype, shape=self._spec.shape, sha256=self._hash.hexdigest())
+        digest = TensorDigest(dtype=self._spec.dtype, shape=self._spec.shape, tree_sha256=self._hash.hexdigest())
         return SeenTensor(digest=digest, finite=self._finite)
 
 
@@ -252,4 +253,4 @@ def _stat_key(files: Iterable[Path]) -> str:
 def _memory(files: Iterable[Path]) -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     cache = Path(home) if home else Path.home() / ".cache"
-    return cache / "qwen-pipeline" / "digests-2" / _stat_key(files)
+    return cache / "qwen-pipeline" / "digests-3" / _stat_key(files)

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from qwen_pipeline.checkpoint.lazy import INDEX, MANIFEST
 from qwen_pipeline.errors import CheckpointRefused
 
-FORMAT = "qwen-pipeline/manifest/2"
-READABLE = ("qwen-pipeline/manifest/1", FORMAT)
-"""Version 1 has the SHA-256 of every file, shards included; it means the same where it is found."""
+FORMAT = "qwen-pipeline/manifest/3"
+OUTDATED = ("qwen-pipeline/manifest/1", "qwen-pipeline/manifest/2")
+"""They digest a tensor by another rule, so that nothing in them can be compared with what is made now."""
 UNREAD = "unread"
 """Stands for the digest of an input that is found while the input is read; never in a manifest."""
 LOGS = "logs/"
@@ -30,9 +30,15 @@ LOGS = "logs/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorDigest:
+    """A tensor's dtype by its safetensors name, its shape and the digest of its bytes.
+
+    Attributes:
+        tree_sha256: Hex SHA-256 over the SHA-256 (32 bytes each) of the blocks of 8 MiB that the bytes are cut into.
+    """
+
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    tree_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,7 @@ class Contents:
         beside = {
             path: file.sha256 for path, file in self.files.items() if is_content(path) and isinstance(file, FileDigest)
         }
-        tensors = {name: [t.dtype, list(t.shape), t.sha256] for name, t in self.tensors.items()}
+        tensors = {name: [t.dtype, list(t.shape), t.tree_sha256] for name, t in self.tensors.items()}
         return "sha256:" + canonical_sha256({"tensors": tensors, "files": beside})
 
     @property
@@ -151,7 +157,8 @@ def open_manifest(root: Path) -> Manifest:
     """Read the manifest of a finished directory.
 
     Raises:
-        CheckpointRefused: There is none (the directory is not finished, or not ours), or it is damaged.
+        CheckpointRefused: There is none (the directory is not finished, or not ours), it is damaged, or it has an
+            older format.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -159,15 +166,26 @@ def open_manifest(root: Path) -> Manifest:
             f"{root} has no {MANIFEST}: it is unfinished or was not made by this pipeline.",
             remedy="Run the stage that makes it; an interrupted run continues where it stopped.",
         )
+    data = path.read_bytes()
+    if (found := _format(data)) in OUTDATED:
+        raise CheckpointRefused(
+            f"{path} has the format {found!r}; this version reads {FORMAT!r}.",
+            remedy="Run its stage again into another directory, and delete this one: the weights will be the same.",
+        )
+    if found != FORMAT:
+        raise _damaged(path, f"format {found!r}, expected {FORMAT!r}")
     try:
-        manifest = _MANIFEST.validate_json(path.read_bytes())
+        manifest = _MANIFEST.validate_json(data)
     except ValidationError as error:
         raise _damaged(path, str(error)) from error
-    if manifest.format not in READABLE:
-        raise _damaged(path, f"format {manifest.format!r}, expected {FORMAT!r}")
     if manifest.content_digest != manifest.contents.digest:
         raise _damaged(path, f"it states {manifest.content_digest}, its entries give {manifest.contents.digest}")
     return manifest
+
+
+def is_outdated(root: Path) -> bool:
+    """Whether a finished directory has an older format: it counts as not there, and is made again."""
+    return (root / MANIFEST).is_file() and _format((root / MANIFEST).read_bytes()) in OUTDATED
 
 
 def is_content(path: str) -> bool:
@@ -187,6 +205,14 @@ def describe_environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _format(data: bytes) -> str | None:
+    """Return what a manifest calls its format, before anything else in it is understood."""
+    try:
+        return json.loads(data)["format"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _version(package: str) -> str | None:

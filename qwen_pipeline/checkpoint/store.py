@@ -19,12 +19,14 @@ from qwen_pipeline.checkpoint.files import sync_directory, write_bytes
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import (
+    FORMAT,
     Contents,
     Derivation,
     Manifest,
     RunFigures,
     ShardDigest,
     dump_manifest,
+    is_outdated,
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
@@ -121,9 +123,9 @@ class CheckpointStore:
         return Slot(self.root, fine_tune)
 
     def latest(self, stage: str, fine_tune: str) -> Artifact | None:
-        """Return what ``stage`` last produced for a fine-tune, or None."""
+        """Return what ``stage`` last produced for a fine-tune, or None; an outdated format counts as nothing."""
         link = self.root / stage / fine_tune / "latest"
-        if not link.is_dir():
+        if not link.is_dir() or is_outdated(link):
             return None
         path = link.resolve()
         return Artifact(path=path, manifest=open_manifest(path), reused=True)
@@ -131,7 +133,7 @@ class CheckpointStore:
     def finished(self, stage: str, fine_tune: str) -> list[Artifact]:
         """Return everything ``stage`` ever finished for a fine-tune and that is still there, oldest first."""
         roots = {path.parent.resolve() for path in (self.root / stage / fine_tune).glob(f"*/{MANIFEST}")}
-        whole = [root for root in roots if not root.name.endswith(PARTIAL)]
+        whole = [root for root in roots if not root.name.endswith(PARTIAL) and not is_outdated(root)]
         found = [Artifact(path=root, manifest=open_manifest(root), reused=True) for root in whole]
         return sorted(found, key=lambda artifact: artifact.manifest.run.started)
 
@@ -289,11 +291,11 @@ def _build_under_lock(
 
 def _prepare(partial: Path, attempt: Derivation) -> None:
     """Keep an interrupted attempt at the same derivation, discard one at another."""
-    label = partial / _DERIVATION
-    if partial.exists() and not (label.is_file() and label.read_text() == attempt.key):
+    label, wanted = partial / _DERIVATION, f"{FORMAT} {attempt.key}"
+    if partial.exists() and not (label.is_file() and label.read_text() == wanted):
         shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
-    write_bytes(label, attempt.key.encode())
+    write_bytes(label, wanted.encode())
 
 
 def _seal(partial: Path, derivation: Derivation, built: Built, run: RunFigures) -> None:

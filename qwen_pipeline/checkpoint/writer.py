@@ -72,13 +72,18 @@ def write_checkpoint(
     return Contents(tensors={name: writing.seen[name].digest for name in writing.names}, files=files)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Passage:
-    """One tensor on its way; without a shard it is only looked at, since its file is there."""
+    """One tensor on its way; without a shard it is only looked at, since its file is there.
+
+    Attributes:
+        left: Bytes that are still to be written and looked at.
+    """
 
     name: str
     shard: ShardFile | None
     tensor: PassingTensor
+    left: int
 
 
 class _Writing:
@@ -143,7 +148,8 @@ class _Writing:
             if file and not (file.is_finished and not missing):
                 file.begin(missing)
             for name in missing:
-                passage = _Passage(name, file, PassingTensor(self._checkpoint[name]))
+                spec = self._checkpoint[name]
+                passage = _Passage(name, file, PassingTensor(spec), left=spec.nbytes)
                 for block in blocks_of(self._checkpoint.tensors[name]):
                     yield passage, block
 
@@ -158,12 +164,15 @@ class _Writing:
             passage.shard.write(name, block.start, as_bytes(loaded))
         if not passage.tensor.see(block.start, loaded) and self._if_not_finite:
             raise CheckFailed(f"{name} has values that are not finite.", remedy=self._if_not_finite)
-        if end == spec.nbytes:
+        with self._lock:
+            passage.left -= loaded.nbytes
+            is_last = not passage.left
+        if is_last:
             self._complete(passage)
         return loaded.nbytes
 
     def _complete(self, passage: _Passage) -> None:
-        """Note a tensor whose last block was hashed: those before it were written and hashed earlier."""
+        """Note a tensor whose every block was written and looked at."""
         seen = passage.tensor.seen
         assert seen, f"{passage.name} was not written from end to end"
         passed = {tap.name: noted for tap in self._taps if (noted := tap.note(passage.name))}
