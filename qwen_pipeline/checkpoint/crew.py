@@ -74,7 +74,7 @@ def tell_waiting(change: Callable[[], None]) -> None:
 
 
 class _Stopped(Exception):
-    """Another job failed: what this one waits for will not come."""
+    """An older job failed: what this one waits for will not come."""
 
 
 class _Crew(Generic[T]):
@@ -97,7 +97,10 @@ class _Crew(Generic[T]):
         self.move(lambda: self._running.remove(number))
 
     def stop(self, fault: BaseException, number: int) -> None:
-        """Begin nothing more; of several faults the oldest job's counts, so that the same work fails the same way."""
+        """Begin nothing more and end what is younger.
+
+        Older jobs go on: the oldest fault counts, so that the same work fails the same way.
+        """
         with self._moved:
             if self.fault is None or number < self._failed:
                 self.fault, self._failed = fault, number
@@ -106,10 +109,13 @@ class _Crew(Generic[T]):
     def turn(self, ready: Callable[[], bool], claim: Callable[[], bool], number: int) -> bool:
         """Wait until something is so, or until no older job is left that could make it so; then try to claim it."""
         with self._moved:
-            self._moved.wait_for(lambda: self.fault or ready() or number == min(self._running))
-            if self.fault:
+            self._moved.wait_for(lambda: self._is_over(number) or ready() or number == min(self._running))
+            if self._is_over(number):
                 raise _Stopped
             return claim()
+
+    def _is_over(self, number: int) -> bool:
+        return self.fault is not None and self._failed < number
 
     def move(self, change: Callable[[], None]) -> None:
         """Change what others may wait for."""
