@@ -16,8 +16,8 @@ LEAF_BYTES = 8 * 2**20
 class TreeHash:
     """The digest of ``nbytes`` bytes that several jobs bring, each its own part, in any order.
 
-    Bytes count once: a part that was there before is passed over. If the beginning of a block comes from no job begun
-    earlier than the one that brings its end, the end is passed over too and :attr:`is_complete` stays false.
+    Parts may overlap, and bytes count once. If the beginning of a block comes from no job begun earlier than the one
+    that brings its end, the end is passed over and :attr:`is_complete` stays false.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -64,7 +64,7 @@ class _Leaf:
     def add(self, start: int, view: memoryview) -> None:
         """Take the bytes from ``start`` on when it is their turn."""
         end = start + len(view)
-        if take_turn(lambda: self.done >= start, lambda: self._claim(start, end)):
+        if take_turn(lambda: self._claimed == self.done >= start, lambda: self._claim(start, end)):
             self._sha.update(view[self.done - start :])
             tell_waiting(lambda: self._pass(end))
 

@@ -58,9 +58,8 @@ def test_pieces_of_any_size_that_overlap_or_come_twice_give_the_digest_of_the_wh
     pieces = [(max(0, start - stretch[n]), end) for n, (start, end) in enumerate(pairwise(edges))]
     with patch.object(tree_hash, "LEAF_BYTES", LEAF):
         tree = brought(data, pieces + pieces * again)
-
-    assert tree.is_complete
-    assert tree.hexdigest() == naive(data, LEAF)
+        assert tree.is_complete
+        assert tree.hexdigest() == naive(data, LEAF)
 
 
 @given(order=st.permutations(range(6)))
@@ -75,7 +74,7 @@ def test_a_digest_with_a_part_missing_is_incomplete_and_nothing_waits_for_it() -
     data = bytes(100)
     with patch.object(tree_hash, "LEAF_BYTES", LEAF):
         tree = brought(data, [(0, 20), (21, 100)])
-    assert not tree.is_complete
+        assert not tree.is_complete
 
 
 def test_outside_of_a_job_nothing_is_taken() -> None:
