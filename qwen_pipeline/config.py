@@ -12,7 +12,7 @@ from pathlib import Path
 from tomllib import TOMLDecodeError
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -26,7 +26,9 @@ from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
+from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.qwen.geometry import Layout
+from qwen_pipeline.qwen.serving import require_engines
 
 PREFIX = "QWEN_PIPELINE_"
 FILE_VARIABLE = PREFIX + "CONFIG"
@@ -43,6 +45,15 @@ def _beside_config(path: Path) -> Path:
     return config_file().parent / path.expanduser()
 
 
+def _known(engine: str) -> str:
+    try:
+        require_engines([engine])
+    except InputRefused as refused:
+        raise ValueError(f"{refused.what} {refused.remedy}") from refused
+    return engine
+
+
+EngineOfServing = Annotated[str, AfterValidator(_known)]
 ConfiguredPath = Annotated[Path, AfterValidator(_beside_config)]
 
 
@@ -66,6 +77,8 @@ class Validation(_Section):
         prompts: What the merged and the quantized model answer side by side.
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
+        targets: Where the checkpoint has to serve: engine (or family of kernels, such as ``vllm``) -> numbers of ranks.
+            Without any, its ranks are simulated at the padding's ``tensor_parallel``, for no engine in particular.
     """
 
     text: ConfiguredPath | None = None
@@ -73,6 +86,12 @@ class Validation(_Section):
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
+    targets: Mapping[EngineOfServing, tuple[PositiveInt, ...]] = Field(default_factory=dict[str, tuple[int, ...]])
+
+    @property
+    def declared(self) -> list[Target]:
+        """The targets, one for each number of ranks."""
+        return [Target(engine=engine, degree=degree) for engine, ranks in self.targets.items() for degree in ranks]
 
 
 class Store(_Section):

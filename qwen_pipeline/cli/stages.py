@@ -230,6 +230,10 @@ def validate(
     text: Annotated[Path, typer.Option(help="Text that calibration did not see: .txt, or .jsonl as for quantize.")],
     out: Annotated[Path | None, typer.Option(help="Directory of the report; default: <candidate>-validation.")] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel degree that the checkpoint must serve at.")] = 1,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Engine and ranks that it must serve at, such as vllm-marlin:8; may be given several times."),
+    ] = None,
     base: Annotated[Path | None, typer.Option(help="The base, to compare perplexities with.")] = None,
     padded: Annotated[Path | None, typer.Option(help="The padded checkpoint, to compare perplexities with.")] = None,
     engine: EngineName = EngineChoice.gptqmodel,
@@ -237,12 +241,14 @@ def validate(
 ) -> Answer:
     """Hold a quantized checkpoint against the one it came from, and write a report.
 
-    Limits, prompts and the amount of text come from the section [validation] of qwen_pipeline.toml.
+    Limits, prompts, the amount of text and, unless given here, targets come from the section [validation] of
+    qwen_pipeline.toml.
     """
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.engines.environment import find_environment
     from qwen_pipeline.engines.protocol import QuantSpec
+    from qwen_pipeline.evaluation.targets import Target
     from qwen_pipeline.stages import validate as stage
 
     settings = load_settings().validation
@@ -256,6 +262,7 @@ def validate(
             base=base,
             padded=padded,
             tensor_parallel=tp,
+            targets=[Target.parse(text) for text in target or ()] or settings.declared,
             limits=settings.limits,
             prompts=settings.prompts,
             windows=settings.windows,

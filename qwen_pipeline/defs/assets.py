@@ -187,6 +187,7 @@ def validated_checkpoint(
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
+            targets=settings.declared,
             limits=settings.limits,
             prompts=settings.prompts,
             windows=settings.windows,

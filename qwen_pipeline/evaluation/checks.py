@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.limits import Limits
+from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
 
 STRUCTURE = CheckSpec(
@@ -31,6 +32,11 @@ AGREEMENT = CheckSpec(
 PARALLEL = CheckSpec(
     name="tensor_parallel", description="Every rank of the wanted tensor-parallel degree holds whole groups and heads."
 )
+RANKS = CheckSpec(
+    name="ranks_agree",
+    description="No engine that the checkpoint is declared for refuses it, and its ranks, simulated one by one, compute"
+    " with the weights of the whole.",
+)
 MERGED_NOT_WORSE = CheckSpec(
     name="merged_not_worse",
     description="The fine-tune did not cost the base its language: merged over base perplexity stays below the limit.",
@@ -41,7 +47,7 @@ SAMPLES = CheckSpec(
     description="No answer of the quantized model is empty or repeats itself where the merged model's does not.",
     blocking=False,
 )
-CHECKS = (STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, MERGED_NOT_WORSE, SAMPLES)
+CHECKS = (STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, MERGED_NOT_WORSE, SAMPLES)
 
 
 def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
@@ -54,6 +60,7 @@ def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
         _kl(findings, limits),
         _agreement(findings, limits),
         _parallel(findings),
+        _ranks(findings),
         _merged_not_worse(findings, limits),
         _samples(findings),
     ]
@@ -158,6 +165,35 @@ def _parallel(findings: Findings) -> CheckReport:
         detail=f"At degree {outlook.degree}: {outlook.sentence}",
         severity="WARN" if whole else "ERROR",
     )
+
+
+def _ranks(findings: Findings) -> CheckReport:
+    if not findings.targets:
+        return _report(RANKS, passed=False, detail="Not known: the config does not say how the codes are grouped.")
+    kernels: dict[Target, list[TargetFindings]] = {}
+    for row in findings.targets:
+        kernels.setdefault(row.target, []).append(row)
+    wrong = {target: faults for target, rows in kernels.items() if (faults := _target_faults(rows))}
+    declared = any(target.engine != ANY_ENGINE for target in kernels)
+    heads_only = not declared and not any(row.answers_wrongly for row in findings.targets)
+    return _report(
+        RANKS,
+        passed=not wrong,
+        measured=len(wrong),
+        limit=0,
+        detail=f"{listed([fault for faults in wrong.values() for fault in faults])}. Pad for these ranks before"
+        " quantizing, use smaller groups, or repair the checkpoint."
+        if wrong
+        else f"{', '.join(map(str, kernels))}: every rank computes with the weights of the whole, bit for bit.",
+        severity="WARN" if heads_only else "ERROR",
+    )
+
+
+def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:
+    """Say what is wrong with a target: no kernel of it may answer wrongly, and one at least has to serve."""
+    if wrong := [row.sentence for row in rows if row.answers_wrongly]:
+        return wrong
+    return [row.sentence for row in rows] if all(row.refuses for row in rows) else []
 
 
 def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:

@@ -11,6 +11,7 @@ from qwen_pipeline.qwen.geometry import DegreeOutlook
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure import Structure
+    from qwen_pipeline.evaluation.targets import TargetFindings
 
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
 SIGNIFICANT_DIGITS = 6
@@ -28,6 +29,7 @@ class Findings:
         samples: What the merged and the quantized model answer.
         losses: Module -> the solver's loss; empty where the quantized checkpoint's manifest has none.
         parallel: What the asked-for tensor-parallel degree means; None where the group size is not known.
+        targets: What each engine that the checkpoint is declared for makes of it; empty where that is not known.
     """
 
     structure: "Structure"
@@ -36,6 +38,7 @@ class Findings:
     samples: Sequence[Sample]
     losses: Mapping[str, float]
     parallel: DegreeOutlook | None
+    targets: "Sequence[TargetFindings]" = ()
 
     def perplexity(self, role: str) -> float | None:
         """Return a model's perplexity, or None if it is absent or did not load."""

@@ -15,8 +15,10 @@ from torch import nn
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import EnvironmentFault
+from qwen_pipeline.evaluation.cuts import diverge
 from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
-from qwen_pipeline.evaluation.measurement import Measurement
+from qwen_pipeline.evaluation.findings import QUANTIZED
+from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Observe, Progress
@@ -55,7 +57,16 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             role: replace(figures, linears=loaded[role].linears, answers=loaded[role].answers)
             for role, figures in measured.items()
         }
+    if asked.cuts and not loaded[QUANTIZED].fault:
+        loaded |= _on_ranks(asked)
     return dump_figures(loaded)
+
+
+def _on_ranks(asked: Measurement) -> dict[str, ModelFigures]:
+    place = Place(device=torch.device(asked.device), dtype=torch.float32)
+    window = torch.tensor(asked.windows[0])
+    figures = diverge(open_checkpoint(Path(asked.models[QUANTIZED])), asked.cuts, [window], place)
+    return {cut_role(number): found for number, found in enumerate(figures)}
 
 
 def _loaded(role: str, root: str, asked: Measurement, observe: Observe) -> ModelFigures:

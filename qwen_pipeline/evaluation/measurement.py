@@ -21,6 +21,8 @@ class Measurement:
         windows: Token ids; every token but the first of each window is predicted.
         prompts: Token ids of each prompt.
         device: Where predictions are computed, in float32: ``cpu`` or ``cuda``.
+        cuts: Ways in which ranks share the quantized model that change its weights
+            (:func:`qwen_pipeline.evaluation.cuts.sliced`); each is compared with the whole on one window.
     """
 
     models: Mapping[str, str]
@@ -31,6 +33,7 @@ class Measurement:
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     device: str
+    cuts: Sequence[tuple[int, Sequence[str]]] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -38,3 +41,8 @@ class Measurement:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Measurement":
         return cls(**value)
+
+
+def cut_role(number: int) -> str:
+    """Return the role under which the worker reports a cut of :attr:`Measurement.cuts`."""
+    return f"cut {number}"

@@ -11,6 +11,7 @@ import jinja2
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.report import kernels, quality_rows, worst_weights
+from qwen_pipeline.evaluation.targets import COLUMNS
 from qwen_pipeline.reports import CheckReport, shown
 
 PAGE = "report.html"
@@ -42,6 +43,8 @@ def render_page(
         plots={caption: base64.b64encode(file.read_bytes()).decode() for caption, file in plots.items()},
         worst=worst_weights(findings),
         samples=findings.samples,
+        target_columns=COLUMNS,
+        targets=[(row, row.cells) for row in findings.targets],
         lineage=lineage,
         method=method,
         kernels=kernels(findings),

@@ -2,9 +2,12 @@
 
 Loaders cut by rows or columns: of L elements and for n ranks, rank r takes ``L // n`` from ``r * (L // n)`` on, of
 codes and scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). What is
-left over belongs to nobody, and a rank applies its scales to its inputs in the order in which it holds them.
+left over belongs to nobody, and a rank applies its scales to its inputs in the order in which it holds them: of I
+inputs in groups of g it has ``I // g`` scales, so that a group which straddles two ranks has them count differently
+from then on.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import LazyTensor
@@ -20,32 +23,54 @@ def rank_part(packed: PackedLinear, dimension: Dimension, rank: int, ranks: int)
     """Return what one rank holds: a share of the inputs (``down_proj``, ``o_proj``) or of the outputs (all others).
 
     With act-order, engines that can share inputs at all (vLLM's Marlin) give each rank all scales and its part of
-    ``g_idx``; so they do where one scale covers all inputs.
+    ``g_idx``; so they do where one scale covers all inputs. A rank whose inputs reach past its last scale reads beyond
+    its end; here it reads the last one again, which is the kindest thing that can happen. One that holds less than a
+    group has no scale at all: its weights are zero.
     """
     if dimension == "out":
-        return PackedLinear(
-            format=packed.format,
-            qweight=_share(packed.qweight, 1, rank, ranks),
-            qzeros=_share(packed.qzeros, 1, rank, ranks),
-            scales=_share(packed.scales, 1, rank, ranks),
-            g_idx=packed.g_idx,
+        qweight, qzeros, scales = (
+            _share(part, 1, rank, ranks) for part in (packed.qweight, packed.qzeros, packed.scales)
         )
+        return replace(packed, qweight=qweight, qzeros=qzeros, scales=scales)
     qweight = _share(packed.qweight, 0, rank, ranks)
-    inputs = len(qweight) * packed.format.codes_per_word
-    first = rank * inputs
-    if len(packed.scales) == 1 or not packed.is_in_order:
-        qzeros, scales, g_idx = packed.qzeros, packed.scales, packed.g_idx[first : first + inputs]
-    else:
-        qzeros, scales = (_share(part, 0, rank, ranks) for part in (packed.qzeros, packed.scales))
-        g_idx = in_order(inputs, packed.format.group_size).clamp(max=max(len(scales) - 1, 0))
-    return PackedLinear(format=packed.format, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
+    inputs, size = len(qweight) * packed.format.codes_per_word, packed.format.group_size
+    if packed.format.group_size == -1 or not packed.is_in_order:
+        return replace(packed, qweight=qweight, g_idx=packed.g_idx[rank * inputs : (rank + 1) * inputs])
+    if not (groups := inputs // size):
+        nothing = packed.scales[:1] * 0
+        return replace(
+            packed, qweight=qweight, qzeros=packed.qzeros[:1], scales=nothing, g_idx=packed.g_idx[:inputs] * 0
+        )
+    qzeros, scales = (part[rank * groups : (rank + 1) * groups] for part in (packed.qzeros, packed.scales))
+    return replace(
+        packed, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=in_order(inputs, size).clamp(max=groups - 1)
+    )
+
+
+def groups_met(packed: PackedLinear, ranks: int) -> "torch.Tensor":
+    """Return the group whose scale each input meets when ``ranks`` ranks share the inputs, int32 [I].
+
+    The layer with these in the place of its ``g_idx`` is what all ranks compute with together.
+
+    Raises:
+        ValueError: Ranks do not hold all inputs, or hold less than a group each: no ``g_idx`` says that.
+    """
+    import torch
+
+    if packed.format.group_size == -1 or not packed.is_in_order:
+        return packed.g_idx
+    inputs, size = len(packed.g_idx) // ranks, packed.format.group_size
+    groups = inputs // size
+    if inputs * ranks != len(packed.g_idx) or not groups:
+        raise ValueError(f"{len(packed.g_idx)} inputs in groups of {size} are not {ranks} shares of a group or more")
+    own = in_order(inputs, size).clamp(max=groups - 1)
+    return torch.cat([own + rank * groups for rank in range(ranks)])
 
 
 def weight_over_ranks(packed: PackedLinear, dimension: Dimension, ranks: int) -> LazyTensor:
     """Return the weight that ``ranks`` ranks compute with together, float32 [O, I].
 
-    A rank whose inputs reach past its last scale reads beyond its end; here it reads the last one again, which is the
-    kindest thing that can happen. Inputs and outputs that no rank holds are missing from the result.
+    Inputs and outputs that no rank holds are missing from the result.
     """
     import torch
 

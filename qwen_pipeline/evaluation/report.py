@@ -10,6 +10,7 @@ from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import Findings
 from qwen_pipeline.evaluation.samples import Answer, Sample
+from qwen_pipeline.evaluation.targets import COLUMNS
 from qwen_pipeline.reports import CheckReport
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, method:
         quality_table(findings.models, findings.nbytes),
         "## Checks",
         checks_table(reports),
+        "## On the ranks of each engine",
+        _table(COLUMNS, [row.cells for row in findings.targets]),
         f"![Perplexity by stage]({PERPLEXITY_PLOT})",
         "## Where quantization loses",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",

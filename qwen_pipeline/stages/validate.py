@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,24 @@ from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, content
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import Device, default_device
-from qwen_pipeline.errors import InputRefused, PipelineError
+from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
 from qwen_pipeline.evaluation.checks import CHECKS, judge
-from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, load_figures
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
-from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
+from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
 from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT, method_of, render_report
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
+from qwen_pipeline.evaluation.targets import (
+    ANY_ENGINE,
+    Cut,
+    Sliced,
+    Target,
+    TargetFindings,
+    audible_cuts,
+    find_targets,
+    with_divergences,
+)
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
@@ -33,7 +43,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 ENGINE = "gptqmodel"
 """What Transformers loads GPTQ checkpoints with, whichever engine made them."""
 
@@ -48,6 +58,7 @@ def validate(
     base: Path | None = None,
     padded: Path | None = None,
     tensor_parallel: int = 1,
+    targets: Sequence[Target] = (),
     limits: Limits = DEFAULT_LIMITS,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     windows: int = 8,
@@ -69,6 +80,8 @@ def validate(
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it the candidate is held
             against the reference, padded in the default layout, and what padding does to predictions is not measured.
         tensor_parallel: Ranks that are to serve the candidate.
+        targets: Engines and ranks that are to serve it; by default any engine that does nothing but share it evenly
+            among ``tensor_parallel`` ranks.
         limits: The thresholds of the checks.
         prompts: What merged and quantized model answer side by side.
         windows: Windows of text, at most.
@@ -103,6 +116,7 @@ def validate(
             "device": device,
             "prompts": list(prompts),
             "seq_len": seq_len,
+            "targets": [str(target) for target in targets],
             "tensor_parallel": tensor_parallel,
             "windows": windows,
             "versions": EngineEnvironment(name=ENGINE, python=engine).versions(),
@@ -126,11 +140,15 @@ def validate(
         if (candidate / MANIFEST).is_file():
             require_intact(candidate)
         (partial / LOGS).mkdir(exist_ok=True)
-        structure = check_structure(_quantized_from(checkpoints), checkpoints[QUANTIZED], observe=observe)
+        source = _quantized_from(checkpoints)
+        structure = check_structure(source, checkpoints[QUANTIZED], observe=observe)
+        asked = targets or [Target(engine=ANY_ENGINE, degree=tensor_parallel)]
+        served = _targets(source, checkpoints[QUANTIZED], asked, observe)
+        cuts = audible_cuts(checkpoints[QUANTIZED], served)
         worker = run_worker(
             engine,
             TARGET,
-            measurement.to_json(),
+            replace(measurement, cuts=list(cuts.values())).to_json(),
             log=partial / LOGS / "validate.log",
             env=ENVIRONMENT,
             observe=observe,
@@ -143,6 +161,7 @@ def validate(
             samples=_samples(prompts, figures, tokenizer),
             losses=_losses(candidate),
             parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel),
+            targets=with_divergences(served, _divergences(cuts, figures)),
         )
         reports = judge(findings, limits)
         lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
@@ -157,6 +176,23 @@ def validate(
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
 
     return derive(derivation, destination, build)
+
+
+def _targets(
+    source: Checkpoint, candidate: Checkpoint, targets: Sequence[Target], observe: Observe
+) -> list[TargetFindings]:
+    """Return what targets make of the candidate; nothing if its config does not describe codes, as structure says."""
+    try:
+        return find_targets(source, candidate, targets, observe=observe)
+    except CheckpointRefused:
+        return []
+
+
+def _divergences(
+    cuts: Mapping[Cut, Sliced], figures: Mapping[str, ModelFigures]
+) -> dict[Cut, DivergenceFigures | None]:
+    heard = [figures.get(cut_role(number)) for number in range(len(cuts))]
+    return {cut: found.divergence if found else None for cut, found in zip(cuts, heard, strict=True)}
 
 
 def _quantized_from(checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:

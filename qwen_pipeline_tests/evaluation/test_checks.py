@@ -11,8 +11,10 @@ from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, F
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.structure import Structure
+from qwen_pipeline.evaluation.targets import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
 from qwen_pipeline.evaluation.weights import PaddingFindings, WeightError
 from qwen_pipeline.qwen.geometry import outlook
+from qwen_pipeline.qwen.serving import Verdict
 from qwen_pipeline.reports import CheckReport
 
 CONFIG = {
@@ -24,6 +26,15 @@ CONFIG = {
     "num_hidden_layers": 2,
 }
 YES = Answer(text="Yes.", tokens=(5, 6), ended=True)
+
+
+def served(kernel: str, engine: str = "", *, verdict: Verdict = "ok", **errors: float) -> TargetFindings:
+    """What one kernel makes of a checkpoint at two ranks; ``errors`` are layers that ranks have wrong."""
+    cut = None if verdict == "refused" else CutFindings(cut=Cut(ranks=2), compared=7, errors=errors)
+    target = Target(engine=engine or kernel, degree=2)
+    return TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=["so"], found=cut)
+
+
 SILENT = DivergenceFigures(mean=1e-9, p95=0, p99_9=0, max=0, top1_agreement=1)
 CLOSE = DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
 GOOD = Findings(
@@ -42,6 +53,7 @@ GOOD = Findings(
     samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="Yes!"))],
     losses={},
     parallel=outlook(CONFIG, group_size=32, degrees=[1])[0],
+    targets=[served("vllm-cpu")],
 )
 
 
@@ -57,7 +69,7 @@ def with_model(role: str, model: ModelFigures) -> Findings:
 
 def test_a_good_model_passes_everything() -> None:
     assert failed(GOOD) == {}
-    assert verdict(judge(GOOD, Limits())) == "passed: 9 of 9 checks"
+    assert verdict(judge(GOOD, Limits())) == "passed: 10 of 10 checks"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +118,31 @@ def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
     assert not heads.blocks
     assert "4 attention heads do not divide by 3" in heads.detail
     assert failed(replace(GOOD, parallel=None))["tensor_parallel"].blocks
+
+
+def test_no_declared_engine_may_refuse_or_answer_wrongly() -> None:
+    wrong = failed(replace(GOOD, targets=[served("vllm-cpu"), served("vllm-machete", down_proj=0.5)]))["ranks_agree"]
+    assert wrong.blocks
+    assert wrong.measured == 1
+    assert "vllm-machete at 2 answers wrongly without an error: 1 of 7 weights differ, down_proj by 50%" in wrong.detail
+    silent = failed(replace(GOOD, targets=[served("vllm-machete", verdict="silently wrong")]))["ranks_agree"]
+    assert "vllm-machete at 2 answers wrongly without an error: so" in silent.detail
+    refused = failed(replace(GOOD, targets=[served("vllm-marlin", verdict="refused")]))["ranks_agree"]
+    assert refused.blocks
+    assert "vllm-marlin at 2 refuses it: so" in refused.detail
+    assert failed(replace(GOOD, targets=[]))["ranks_agree"].blocks
+
+
+def test_a_family_of_kernels_needs_one_that_serves_and_none_that_errs() -> None:
+    refused, serves = served("vllm-marlin", "vllm", verdict="refused"), served("vllm-cpu", "vllm")
+    assert failed(replace(GOOD, targets=[refused, serves])) == {}
+    assert failed(replace(GOOD, targets=[refused]))
+    assert failed(replace(GOOD, targets=[refused, serves, served("vllm-machete", "vllm", down_proj=0.5)]))
+
+
+def test_heads_that_no_declared_engine_has_to_share_warn() -> None:
+    assert not failed(replace(GOOD, targets=[served(ANY_ENGINE, verdict="refused")]))["ranks_agree"].blocks
+    assert failed(replace(GOOD, targets=[served(ANY_ENGINE, down_proj=0.5)]))["ranks_agree"].blocks
 
 
 def test_without_base_and_padding_there_is_nothing_to_fail() -> None:

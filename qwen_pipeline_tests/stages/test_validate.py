@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.store import Artifact, require_intact
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, QuantizedInputRefused
 from qwen_pipeline.evaluation.report import report_markdown
+from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.validate import CHECKS
-from qwen_pipeline_tests.chain import Chain, validate_chain
+from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, validate_chain
+from qwen_pipeline_tests.rounding import round_to_codes
 
 
 def reports(artifact: Artifact) -> dict[str, CheckReport]:
@@ -80,12 +82,29 @@ def test_a_candidate_that_cannot_be_loaded_fails_with_the_reason(chain: Chain, t
 
     found = reports(validate_chain(chain, tmp_path / "out", candidate=broken, base=None))
     failed = {name for name, report in found.items() if report.blocks}
-    assert failed == {"structure", "loads_in_transformers", "perplexity_ratio", "kl_divergence", "top1_agreement"}
+    unmeasured = {"perplexity_ratio", "kl_divergence", "top1_agreement"}
+    assert failed == {"structure", "ranks_agree", "loads_in_transformers"} | unmeasured
     assert found["structure"].detail == "model.layers.0.mlp.gate_proj.scales is missing."
     assert "gate_proj.scales" in found["loads_in_transformers"].detail
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.startswith("# Validation report\n\n**Failed: structure, ")
     assert "*not loaded*" in report
+
+
+def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_path: Path) -> None:
+    """The unpadded twin of the chain: three groups, which two ranks cannot share."""
+    narrow = round_to_codes(chain.merged, tmp_path / "narrow", group_size=GROUP_SIZE)
+    targets = [Target.parse("vllm-exllama:2"), Target.parse("lmdeploy-turbomind:2"), Target.parse("vllm-exllama:1")]
+    out = validate_chain(chain, tmp_path / "out", candidate=narrow, padded=None, base=None, targets=targets)
+    report = reports(out)["ranks_agree"]
+    assert report.blocks
+    assert report.measured == 2
+    assert "vllm-exllama at 2 answers wrongly without an error: 2 of 14 weights differ" in report.detail
+    assert "same next token" in report.detail
+    assert "lmdeploy-turbomind at 2 refuses it: refused: groups of 32: it takes 128" in report.detail
+    page = (out.path / "report.html").read_text()
+    assert "On the ranks of each engine" in page
+    assert "12 of 14 as the whole" in page
 
 
 def test_a_byte_that_changed_since_quantization_is_refused(chain: Chain, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Whole checkpoints quantized by rounding to the nearest code: no solver, no calibration, milliseconds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.qwen.linears import decoder_linears, load_weight
+from qwen_pipeline.transforms.gptq_codes import pack_rows
+
+MIDDLE = 8
+
+
+def round_to_codes(source: Path, out: Path, *, group_size: int) -> Path:
+    """Quantize every decoder linear of ``source`` to symmetric 4-bit codes of format ``gptq``; return ``out``.
+
+    The last group may be a part of one, as quantizers have it.
+    """
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*", "manifest.json"))
+    checkpoint = open_checkpoint(source)
+    linears = decoder_linears(checkpoint)
+    weights = {linear.tensor for linear in linears}
+    tensors = {name: checkpoint.load(name) for name in checkpoint if name not in weights}
+    for linear in linears:
+        codes = rounded(load_weight(checkpoint, linear).float(), group_size)
+        tensors |= {f"{linear.module}.{code}": tensor for code, tensor in codes.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True, "desc_act": False}
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return out
+
+
+def rounded(w_OI: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+    """Return the four tensors of a weight."""
+    outputs, inputs = w_OI.shape
+    g_idx = torch.arange(inputs, dtype=torch.int32) // group_size
+    scales_GO = torch.stack([group.abs().amax(dim=1) for group in w_OI.split(group_size, dim=1)]) / 7.5
+    scales_GO = torch.where(scales_GO > 0, scales_GO, 2 / 15).half()
+    codes_IO = (w_OI.T / scales_GO.float()[g_idx.long()]).round().clamp(-MIDDLE, MIDDLE - 1) + MIDDLE
+    zeros = torch.full((len(scales_GO), outputs), MIDDLE - 1)
+    return {
+        "qweight": pack_rows(codes_IO, 4).contiguous(),
+        "qzeros": pack_rows(zeros.T, 4).T.contiguous(),
+        "scales": scales_GO.contiguous(),
+        "g_idx": g_idx,
+    }
