@@ -12,7 +12,7 @@ from pathlib import Path
 from tomllib import TOMLDecodeError
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -22,7 +22,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.corpus import SUFFIXES
+from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
@@ -66,6 +67,32 @@ class Padding(_Section):
 
     tensor_parallel: int = Field(default=8, ge=1)
     layout: Layout = "interleave"
+
+
+def _text_source(source: str) -> str:
+    """Take a source that is a path from beside the settings file; the name of a dataset stays as it is."""
+    path = _beside_config(Path(source))
+    return str(path) if path.exists() or path.suffix in SUFFIXES or Path(source).is_absolute() else source
+
+
+TextName = Annotated[str, AfterValidator(_text_source)]
+
+
+class Calibration(_Section):
+    """What the model is quantized on. A string alone is the ``source``.
+
+    Attributes:
+        source: A file of records, a directory, or ``name[:config][@revision][#split]`` of a dataset.
+        min_expert_tokens: What each expert of a mixture needs, or the check `experts_reached` fails.
+    """
+
+    source: TextName | None = None
+    min_expert_tokens: int = Field(default=MIN_EXPERT_TOKENS, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
 
 class Validation(_Section):
@@ -126,7 +153,7 @@ class Settings(BaseSettings):
         base_names: Further names that adapters may know the base by.
         padding: Geometry of the padded checkpoint.
         quantization: What the engine is asked for.
-        calibration: JSONL of ``text`` or ``messages``.
+        calibration: What the model is quantized on: a source of text, or a section.
         validation: Held-out text and limits.
         engines: Engine name -> its environment.
         store: What is stored between the stages.
@@ -145,7 +172,7 @@ class Settings(BaseSettings):
     base_names: tuple[str, ...] = ()
     padding: Padding = Field(default_factory=Padding)
     quantization: QuantSpec = Field(default_factory=QuantSpec)
-    calibration: ConfiguredPath | None = None
+    calibration: Calibration = Field(default_factory=Calibration)
     validation: Validation = Field(default_factory=Validation)
     store: Store = Field(default_factory=Store)
     engines: Mapping[str, Engine] = Field(default_factory=dict[str, Engine])

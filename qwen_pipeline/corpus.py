@@ -12,6 +12,9 @@ from typing import Any, cast
 
 from qwen_pipeline.errors import InputRefused
 
+PARQUET = ".parquet"
+SUFFIXES = (".jsonl", ".json", ".txt", PARQUET)
+"""Of files that hold text."""
 _FORMAT = 'Write one JSON object per line: {"text": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
 
 
@@ -88,9 +91,14 @@ def _parse(line: str, file: Path, number: int) -> Mapping[str, Any]:
     except ValueError as error:
         raise InputRefused(f"{file} line {number} is not valid JSON: {error}.", remedy=_FORMAT) from error
     record = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    if _is_text(record) != _is_conversation(record):
+    if is_record(record):
         return {**record, "line": number}
     raise InputRefused(f"{file} line {number} is neither text nor a conversation: {line[:80]}", remedy=_FORMAT)
+
+
+def is_record(record: Mapping[str, Any]) -> bool:
+    """Whether a record is either a text or a conversation."""
+    return _is_text(record) != _is_conversation(record)
 
 
 def _is_text(record: Mapping[str, Any]) -> bool:

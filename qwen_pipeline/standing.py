@@ -4,17 +4,20 @@ This reads manifests only. It is what ``qwen-pipeline status`` shows and what th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore
 from qwen_pipeline.config import Settings
+from qwen_pipeline.corpus import PARQUET
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.regression import compare, load_verdict
 from qwen_pipeline.inbox import Arrival, Inbox
 from qwen_pipeline.reports import CheckReport, load_reports
-from qwen_pipeline.stages import merge, pad, publish, quantize, validate
+from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, validate
+from qwen_pipeline.text_sources import open_text
 
 State = Literal["missing", "damaged", "stale", "failed", "done"]
 
@@ -55,7 +58,8 @@ class FineTuneStanding:
 _MAKERS: Mapping[ModuleType, Mapping[str, str]] = {
     merge: {},
     pad: {"source": merge.STAGE},
-    quantize: {"source": pad.STAGE},
+    calibrate: {"source": pad.STAGE},
+    quantize: {"source": pad.STAGE, "calibration": calibrate.STAGE},
     validate: {"reference": merge.STAGE, "candidate": quantize.STAGE},
     publish: {"quantized": quantize.STAGE, "validated": validate.STAGE},
 }
@@ -78,11 +82,12 @@ def standing(settings: Settings, name: str, arrival: Arrival | None) -> FineTune
     """
     arrived, remark = _look_at(arrival)
     inputs = {"fine_tune": arrived} if arrived else {}
-    specs = _specs(settings)
+    specs, texts = _specs(settings), {calibrate.STAGE: _calibration_text(settings)}
     current: dict[str, str] = {}
     stages: dict[str, StageStanding] = {}
     for stage, makers in _MAKERS.items():
         inputs = {role: current.get(maker) for role, maker in makers.items()} or inputs
+        inputs |= texts.get(stage.STAGE, {})
         stages[stage.STAGE] = stands = _stage_standing(settings, name, stage, inputs, specs.get(stage.STAGE, {}))
         if stands.artifact and stands.state in ("done", "failed"):
             current[stage.STAGE] = stands.artifact.manifest.content_digest
@@ -106,8 +111,21 @@ def _specs(settings: Settings) -> dict[str, Mapping[str, Any]]:
     quantization, padding = settings.quantization, settings.padding
     return {
         pad.STAGE: {"group_size": quantization.group_size, **padding.model_dump()},
+        calibrate.STAGE: {
+            **asdict(quantization.calibration),
+            "all_experts": quantization.all_experts,
+            "min_expert_tokens": settings.calibration.min_expert_tokens,
+        },
         quantize.STAGE: quantization.to_json(),
     }
+
+
+def _calibration_text(settings: Settings) -> dict[str, str]:
+    """The digest of the text as it is now, where it is a file that is read as it is."""
+    source = settings.calibration.source
+    if source is None or not (file := Path(source)).is_file() or file.suffix == PARQUET:
+        return {}
+    return {"text": open_text(file).digest()}
 
 
 def _stage_standing(

@@ -28,11 +28,30 @@ def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert settings.quantization.bits == 4
 
 
+@pytest.mark.parametrize(
+    ("written", "source"),
+    [
+        ('"owner/name@main#train"', "owner/name@main#train"),
+        ('{ source = "owner/name", min_expert_tokens = 7 }', "owner/name"),
+        ('"/abs/text"', "/abs/text"),
+    ],
+)
+def test_calibration_is_a_path_or_the_name_of_a_dataset(settings_file: Path, written: str, source: str) -> None:
+    settings_file.write_text(f"calibration = {written}\n")
+    assert load_settings().calibration.source == source
+
+
+def test_calibration_is_a_directory_if_there_is_one(settings_file: Path) -> None:
+    (settings_file.parent / "chats").mkdir()
+    settings_file.write_text('calibration = "chats"\n')
+    assert load_settings().calibration.source == str(settings_file.parent / "chats")
+
+
 def test_paths_start_at_the_file(settings_file: Path) -> None:
     settings_file.write_text('workspace = "w"\ncalibration = "chats.jsonl"\n[validation]\ntext = "/abs/held-out.txt"\n')
     settings = load_settings()
     assert settings.inbox == settings_file.parent / "w" / "inbox"
-    assert settings.calibration == settings_file.parent / "chats.jsonl"
+    assert settings.calibration.source == str(settings_file.parent / "chats.jsonl")
     assert settings.validation.text == Path("/abs/held-out.txt")
 
 

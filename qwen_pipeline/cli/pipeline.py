@@ -20,7 +20,7 @@ def run(
         bool | None, typer.Option(help="Store the merged weights, or pad them in the same pass; default: the settings.")
     ] = None,
 ) -> Answer:
-    """Take one fine-tune all the way: merge, pad, quantize, validate, publish.
+    """Take one fine-tune all the way: merge, pad, calibrate, quantize, validate, publish.
 
     FINE_TUNE is the name of a directory in the inbox, or the path of a directory elsewhere.
 

@@ -26,6 +26,14 @@ LayoutChoice = Literal["interleave", "append", "split"]
 Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
 Out = Annotated[Path, typer.Option(help="New or empty directory. The same work a second time is free.")]
 GroupSize = Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")]
+TEXT_HELP = 'Text like what the model will see: JSONL of {"text"} or {"messages"}, Parquet, or a dataset of the hub'
+Samples = Annotated[int, typer.Option(help="Windows of calibration tokens.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
+Seed = Annotated[int, typer.Option(help="Decides which records are drawn.")]
+PackingName = Annotated[
+    Literal["stream", "documents"], typer.Option(help="Records one after the other, or in windows of their own.")
+]
+AllExperts = Annotated[bool, typer.Option("--all-experts", help="Give every token to every expert (gptqmodel).")]
 EngineName = Annotated[EngineChoice, typer.Option(help="Library that quantizes, in an environment of its own.")]
 EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
 
@@ -173,19 +181,68 @@ def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad 
 
 @answering(
     app,
+    "calibrate",
+    examples=[
+        "qwen-pipeline calibrate --in padded/ --out calibration/ --text chats.jsonl",
+        "qwen-pipeline calibrate --in padded/ --out calibration/ --text HuggingFaceH4/ultrachat_200k#train_sft",
+    ],
+)
+def calibrate(
+    source: Source,
+    out: Out,
+    text: Annotated[str, typer.Option(help=f"{TEXT_HELP}.")],
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 42,
+    packing: PackingName = "stream",
+    all_experts: AllExperts = False,
+    min_expert_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that each expert of a mixture needs; default: the settings' (128).")
+    ] = None,
+) -> Answer:
+    """Draw the tokens that a model will be quantized with, in its own chat template, and look at what they reach.
+
+    For a mixture of experts every layer's router is asked once: too few tokens for an expert fail the check.
+    """
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.engines.protocol import CalibrationSpec
+    from qwen_pipeline.stages import calibrate as stage
+
+    least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens
+    return made_by(
+        lambda observe: stage.calibrate(
+            source=source,
+            text=text,
+            destination=Directory(out),
+            spec=CalibrationSpec(samples=samples, seq_len=seq_len, seed=seed, packing=packing),
+            all_experts=all_experts,
+            min_expert_tokens=least,
+            observe=observe,
+        )
+    )
+
+
+@answering(
+    app,
     "quantize",
-    examples=["qwen-pipeline quantize --in padded/ --out quantized/ --calibration chats.jsonl --bits 4"],
+    examples=[
+        "qwen-pipeline quantize --in padded/ --out quantized/ --calibration chats.jsonl --bits 4",
+        "qwen-pipeline quantize --in padded/ --out quantized/ --calibration calibration/ --bits 4",
+    ],
 )
 def quantize(
     source: Source,
     out: Out,
-    calibration: Annotated[Path, typer.Option(help='JSONL of {"text"} or {"messages"}: what the model will see.')],
+    calibration: Annotated[str, typer.Option(help=f"What calibrate wrote, or {TEXT_HELP[0].lower()}{TEXT_HELP[1:]}.")],
     bits: Annotated[int, typer.Option(help="Bits per weight.")] = 4,
     group_size: GroupSize = 128,
     engine: EngineName = EngineChoice.gptqmodel,
-    samples: Annotated[int, typer.Option(help="Windows of calibration tokens.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Decides which records are drawn.")] = 42,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 42,
+    packing: PackingName = "stream",
+    all_experts: AllExperts = False,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass; other sizes give other bytes.")] = 8,
     engine_python: EnginePython = None,
 ) -> Answer:
@@ -205,6 +262,8 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
+        packing=packing,
+        all_experts=all_experts,
         batch_size=batch_size,
     )
     return made_by(

@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.config import Settings
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
-from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, loss_table
+from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, inline_plot, loss_table
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.evaluation.page import PAGE
@@ -25,7 +25,7 @@ from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
-from qwen_pipeline.stages import merge, pad, publish, quantize, repair, validate
+from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.standing import against_last_release
 from qwen_pipeline.transforms.model import materialize
 
@@ -40,11 +40,12 @@ def _stage_asset(
     *,
     deps: Sequence[dg.AssetsDefinition],
     kinds: set[str],
+    of: str = "checkpoint",
     pool: str | None = None,
     more_checks: Sequence[CheckSpec] = (),
 ) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
     """An asset whose version and checks are those of its stage."""
-    name = f"{stage.STAGE}_checkpoint"
+    name = f"{stage.STAGE}_{of}"
     return dg.asset(
         name=name,
         deps=deps,
@@ -140,7 +141,37 @@ def padded_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
     return _materialized(artifact, context.partition_key)
 
 
-@_stage_asset(quantize, deps=[padded_checkpoint], kinds={"pytorch", "qwen"}, pool="gpu")
+@_stage_asset(calibrate, deps=[padded_checkpoint], kinds={"huggingface", "pytorch"}, of="tokens", pool="gpu")
+def calibration_tokens(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.MaterializeResult:
+    """The tokens that the fine-tune is quantized with: text in its own chat template, drawn by seed.
+
+    A mixture of experts is run over them once, a layer at a time: an expert that too few of them reach fails the check
+    `experts_reached` before anything is quantized.
+    """
+    quantization, settings = pipeline.settings.quantization, pipeline.settings.calibration
+    with pipeline.step(context) as observe:
+        artifact = calibrate.calibrate(
+            source=pipeline.latest(context, pad.STAGE).path,
+            text=pipeline.calibration_text,
+            destination=pipeline.slot(context),
+            spec=quantization.calibration,
+            all_experts=quantization.all_experts,
+            min_expert_tokens=settings.min_expert_tokens,
+            device=quantization.device,
+            observe=observe,
+        )
+    statistics = artifact.manifest.result["statistics"]
+    return _materialized(
+        artifact,
+        context.partition_key,
+        statistics=dg.MetadataValue.json(statistics),
+        experts=dg.MetadataValue.json(artifact.manifest.result["experts"]),
+        tokens=statistics["tokens"],
+        plot=dg.MetadataValue.md(inline_plot(artifact.path / calibrate.PLOT)),
+    )
+
+
+@_stage_asset(quantize, deps=[padded_checkpoint, calibration_tokens], kinds={"pytorch", "qwen"}, pool="gpu")
 def quantized_checkpoint(
     context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipeline]
 ) -> dg.MaterializeResult:
@@ -152,7 +183,7 @@ def quantized_checkpoint(
         artifact = quantize.quantize(
             source=pipeline.latest(context, pad.STAGE).path,
             destination=pipeline.slot(context),
-            calibration=pipeline.calibration,
+            calibration=pipeline.latest(context, calibrate.STAGE).path,
             spec=pipeline.settings.quantization,
             engine=pipeline.engine,
             observe=observe,
@@ -283,6 +314,7 @@ def graph(settings: Settings) -> list[dg.AssetsDefinition]:
         fine_tune,
         merged_checkpoint,
         padded_checkpoint,
+        calibration_tokens,
         quantized_checkpoint,
         validated_checkpoint,
         published_checkpoint,

@@ -7,7 +7,7 @@ from qwen_pipeline.defs.assets import GROUP, IMPORT_GROUP
 process_fine_tune = dg.define_asset_job(
     "process_fine_tune",
     selection=dg.AssetSelection.groups(GROUP),
-    description="From arrival to release: merge, pad, quantize, validate, publish. What is up to date costs nothing.",
+    description="From arrival to release: merge, pad, calibrate, quantize, validate, publish. What is done is free.",
 )
 
 validate_and_publish = dg.define_asset_job(

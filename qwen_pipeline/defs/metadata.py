@@ -1,5 +1,6 @@
 """What the UI shows of a directory: where it is, what it is, how long it took, and the figures worth comparing."""
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -33,6 +34,11 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
         "spec": dict(manifest.derivation.spec),
         "environment": dict(manifest.run.environment),
     }
+
+
+def inline_plot(path: Path) -> str:
+    """Return a plot as Markdown that holds it, for a viewer that cannot see this machine's files."""
+    return f"![{path.stem}](data:image/png;base64,{b64encode(path.read_bytes()).decode()})"
 
 
 def loss_table(losses: Sequence[Mapping[str, Any]], *, rows: int = 20) -> dg.TableMetadataValue:

@@ -52,8 +52,12 @@ class Pipeline:
         return find_base(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
 
     @property
-    def calibration(self) -> Path:
-        return _require_file(self.settings.calibration, "calibration", "calibration.jsonl")
+    def calibration_text(self) -> str:
+        """A source of text: what is a path is there, what is a dataset is not looked up yet."""
+        source = require_setting(self.settings.calibration.source, "calibration", '"calibration.jsonl"')
+        if Path(source).is_absolute() and not Path(source).exists():
+            raise InputRefused(f"The setting calibration names {source}, which is not there.", remedy="Correct it.")
+        return source
 
     @property
     def text(self) -> Path:
@@ -65,7 +69,7 @@ class Pipeline:
 
     def require_ready(self) -> None:
         """Raise now what a setting or an environment that is missing would raise hours later."""
-        for needed in ("base_name", "calibration", "text", "engine"):
+        for needed in ("base_name", "calibration_text", "text", "engine"):
             getattr(self, needed)
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:

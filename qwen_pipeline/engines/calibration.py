@@ -1,55 +1,236 @@
-"""Calibration text as windows of tokens: drawn by seed, packed without padding, named by a digest.
+"""Calibration text as windows of tokens: drawn by seed, packed to one length, named by a digest, kept in a directory.
 
-Records are packed back to back in an order that depends on the seed and their number only, and cut into full windows.
+Records come in an order that depends on the seed and their number only, and are tokenized until the windows are full.
+``stream`` packs them back to back and cuts them into full windows, so that no token is spent on padding; as in
+pretraining, a token sees those before it in its window, also of another record. ``documents`` gives every record a
+window of its own, or several, and fills the last one up: causal attention never looks at what comes after, and the
+mask keeps filling out of the solver's Hessian.
 """
 
-import hashlib
-import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from qwen_pipeline.checkpoint.digest import as_bytes
-from qwen_pipeline.corpus import encode_record, load_records, load_tokenizer
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.checkpoint.digest import digest_files, read_tensors
+from qwen_pipeline.checkpoint.files import write_bytes
+from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, open_manifest
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
+from qwen_pipeline.corpus import encode_record, load_tokenizer
+from qwen_pipeline.engines.protocol import CalibrationSpec
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
+from qwen_pipeline.reports import load_reports
+from qwen_pipeline.text_sources import open_text
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
+
+STAGE = "calibration"
+FILE = "calibration.safetensors"
+_BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+"""Upper ends of the histogram of record lengths, in tokens."""
 
 
-def draw_windows(file: Path, checkpoint: Path, *, samples: int, seq_len: int, seed: int) -> "torch.Tensor":
-    """Return calibration tokens, int32 of shape ``[samples, seq_len]``.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CalibrationSet:
+    """Windows of tokens, S of length T.
 
-    Records are tokenized only until the windows are full.
+    Attributes:
+        input_ids: int32 [S, T].
+        attention_mask: uint8 [S, T]: 1 for a token, 0 for filling after the last one.
+        position_ids: int32 [S, T]: place of a token in its record, from 0; so a record begins at each 0.
+        spec: How they were drawn.
+        lengths: Tokens of each record that was drawn, in this order.
+    """
+
+    input_ids: "Tensor"
+    attention_mask: "Tensor"
+    position_ids: "Tensor"
+    spec: CalibrationSpec
+    lengths: tuple[int, ...]
+
+    @property
+    def tensors(self) -> dict[str, "Tensor"]:
+        return {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
+
+    @property
+    def digest(self) -> str:
+        """The content digest of the directory that :meth:`save` writes."""
+        return Contents(tensors=digests(self.tensors), files={}).digest
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, filling left out."""
+        return int(self.attention_mask.sum())
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what a reader wants to know, as JSON values."""
+        windows, seq_len = self.input_ids.shape
+        return {
+            "tokens": self.tokens,
+            "windows": windows,
+            "seq_len": seq_len,
+            "records": len(self.lengths),
+            "padding_share": round(1 - self.tokens / self.input_ids.numel(), 6),
+            "record_tokens": {"least": min(self.lengths), "median": median(self.lengths), "most": max(self.lengths)},
+            "record_tokens_histogram": _histogram(self.lengths),
+            "distinct_tokens": len(self.input_ids[self.attention_mask.bool()].unique()),
+            "digest": self.digest,
+        }
+
+    def save(self, root: Path) -> Contents:
+        """Write the windows into a directory and return their digests."""
+        from safetensors.torch import save
+
+        write_bytes(root / FILE, save(self.tensors))
+        return Contents(tensors=digests(self.tensors), files=digest_files({FILE: root / FILE}))
+
+
+def digests(tensors: Mapping[str, "Tensor"]) -> dict[str, TensorDigest]:
+    """Return what identifies each tensor."""
+    held = {name: _held(tensor) for name, tensor in tensors.items()}
+    read = read_tensors(Checkpoint(config={}, tensors=held, shards={}), held, task="digest calibration")
+    return {name: seen.digest for name, seen in read.items()}
+
+
+def _held(tensor: "Tensor") -> LazyTensor:
+    dtype = {"torch.int32": "I32", "torch.uint8": "U8"}[str(tensor.dtype)]
+    spec = TensorSpec(dtype=dtype, shape=tuple(tensor.shape))
+    return LazyTensor(spec=spec, read=lambda start, stop: tensor[start:stop])
+
+
+def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) -> CalibrationSet:
+    """Draw windows of tokens, with the tokenizer and the chat template of a checkpoint.
+
+    Args:
+        text: A source of text, as :func:`qwen_pipeline.text_sources.open_text` takes it.
+        checkpoint: The model that will be quantized.
+        spec: How many windows, how long, which records.
 
     Raises:
-        InputRefused: A line is not a record, the checkpoint has no tokenizer or no chat template for conversations, or
-            the whole file has too few tokens.
+        InputRefused: The text is not there or not readable as records, the checkpoint has no tokenizer or no chat
+            template for conversations, or all of the text has too few tokens.
     """
-    import torch
-
-    records = load_records(file)
-    tokenizer = load_tokenizer(checkpoint)
-    needed = samples * seq_len
-    tokens: list[int] = []
-    for index in shuffled(len(records), seed):
-        tokens += encode_record(records[index], tokenizer, where=f"{file} line {records[index]['line']}")
-        if len(tokens) >= needed:
-            return torch.tensor(tokens[:needed], dtype=torch.int32).reshape(samples, seq_len)
+    source, tokenizer = open_text(text), load_tokenizer(checkpoint)
+    order = shuffled(len(source), spec.seed)
+    encoded = (encode_record(source.record(index), tokenizer, where=source.where(index)) for index in order)
+    windows = _Windows(spec, filling=_filling(tokenizer))
+    for tokens in encoded:
+        windows.add(tokens)
+        if windows.are_full:
+            return windows.finished()
+    held = f"{windows.held} windows" if spec.packing == "documents" else f"{windows.tokens:,} tokens"
     raise InputRefused(
-        f"{file} has {len(tokens):,} tokens, but {samples} windows of {seq_len} need {needed:,}.",
+        f"{text} has {held}, but {spec.samples} windows of {spec.seq_len} need"
+        f" {'as many' if spec.packing == 'documents' else f'{spec.samples * spec.seq_len:,}'}.",
         remedy="Add calibration text, or lower samples or seq_len.",
     )
 
 
-def window_digest(windows: "torch.Tensor") -> str:
-    """Return ``sha256:<hex>`` of shape and token ids."""
-    import torch
+def is_prepared(text: str | Path) -> bool:
+    """Whether a source of calibration is a directory that the stage ``calibration`` finished."""
+    root = Path(text)
+    return (root / MANIFEST).is_file() and open_manifest(root).derivation.stage == STAGE
 
-    sha = hashlib.sha256(json.dumps(list(windows.shape)).encode())
-    sha.update(as_bytes(windows.to(torch.int32)))
-    return f"sha256:{sha.hexdigest()}"
+
+def load_calibration(root: Path) -> CalibrationSet:
+    """Read windows back from a finished directory.
+
+    Raises:
+        CheckpointRefused: They are not those of the manifest.
+        CheckFailed: A check of the calibration says that quantizing with it would do harm.
+    """
+    manifest, file = open_manifest(root), open_safetensors(root / FILE)
+    spec = CalibrationSpec(**{name: manifest.derivation.spec[name] for name in CalibrationSpec.fields()})
+    tensors = {name: file.load(name) for name in file.specs}
+    if digests(tensors) != manifest.contents.tensors:
+        raise CheckpointRefused(
+            f"{root / FILE} is not what its manifest says.", remedy="Delete the directory and calibrate again."
+        )
+    for report in load_reports(manifest.result):
+        if report.blocks:
+            raise CheckFailed(f"{root} failed the check {report.name}: {report.detail}", remedy="Calibrate again.")
+    return CalibrationSet(**tensors, spec=spec, lengths=tuple(manifest.result["lengths"]))
 
 
 def shuffled(count: int, seed: int) -> list[int]:
     """Return a permutation of ``range(count)``, the same in every process and version: ordered by hashes."""
-    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+    return sorted(range(count), key=lambda index: sha256(f"{seed}:{index}".encode()).digest())
+
+
+class _Windows:
+    """Windows that fill up record by record."""
+
+    def __init__(self, spec: CalibrationSpec, *, filling: int) -> None:
+        self._spec, self._filling = spec, filling
+        self._pieces: list[list[int]] = []
+        self._stream: list[int] = []
+        self._positions: list[int] = []
+        self._lengths: list[int] = []
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._lengths)
+
+    @property
+    def held(self) -> int:
+        return len(self._pieces)
+
+    @property
+    def are_full(self) -> bool:
+        if self._spec.packing == "documents":
+            return self.held >= self._spec.samples
+        return self.tokens >= self._spec.samples * self._spec.seq_len
+
+    def add(self, record: list[int]) -> None:
+        self._lengths.append(len(record))
+        if self._spec.packing == "documents":
+            self._pieces += _cut(record, self._spec.seq_len)
+        else:
+            self._stream += record
+            self._positions += range(len(record))
+
+    def finished(self) -> CalibrationSet:
+        import torch
+
+        samples, seq_len = shape = self._spec.samples, self._spec.seq_len
+        if self._spec.packing == "stream":
+            ids, positions = self._stream[: samples * seq_len], self._positions[: samples * seq_len]
+            rows = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
+            position_ids = torch.tensor(positions, dtype=torch.int32).reshape(shape)
+        else:
+            rows = self._pieces[:samples]
+            position_ids = torch.arange(seq_len, dtype=torch.int32).repeat(samples, 1)
+        input_ids = torch.full(shape, self._filling, dtype=torch.int32)
+        attention_mask = torch.zeros(shape, dtype=torch.uint8)
+        for window, mask, row in zip(input_ids, attention_mask, rows, strict=True):
+            window[: len(row)] = torch.tensor(row, dtype=torch.int32)
+            mask[: len(row)] = 1
+        return CalibrationSet(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids * attention_mask,
+            spec=self._spec,
+            lengths=tuple(self._lengths),
+        )
+
+
+def _cut(record: list[int], length: int) -> Iterator[list[int]]:
+    for start in range(0, len(record), length):
+        yield record[start : start + length]
+
+
+def _filling(tokenizer: Any) -> int:
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def _histogram(lengths: tuple[int, ...]) -> list[dict[str, int]]:
+    ends = [end for end in _BINS if end < max(lengths)] + [next((e for e in _BINS if e >= max(lengths)), max(lengths))]
+    starts = [0, *ends[:-1]]
+    return [
+        {"up_to": end, "records": sum(start < length <= end for length in lengths)}
+        for start, end in zip(starts, ends, strict=True)
+    ]

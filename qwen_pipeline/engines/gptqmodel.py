@@ -39,6 +39,8 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     torch.set_num_threads(job.spec.threads)
 
     library: Any = import_module("gptqmodel")
+    settings: Any = import_module("gptqmodel.quantization.config")
+    everywhere = settings.MoEConfig(routing=settings.ExpertsRoutingBypass()) if job.spec.all_experts else None
     model = library.GPTQModel.load(
         str(job.source),
         library.GPTQConfig(
@@ -48,6 +50,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             desc_act=job.spec.desc_act,
             damp_percent=job.spec.damp_percent,
             mse=job.spec.mse,
+            moe=everywhere,
             fallback=None,
         ),
         device=job.spec.device,
@@ -55,10 +58,10 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     )
     settle_before_solving()
     _follow(model.model.config.num_hidden_layers, observe)
-    windows = torch.tensor(np.load(job.windows)).long()
+    windows, masks = (torch.tensor(np.load(file)).long() for file in (job.windows, job.mask))
     try:
         model.quantize(
-            [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows],
+            [{"input_ids": row, "attention_mask": mask} for row, mask in zip(windows, masks, strict=True)],
             batch_size=job.spec.batch_size,
             calibration_sort=None,
         )

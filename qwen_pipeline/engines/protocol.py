@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,9 @@ from qwen_pipeline.errors import EnvironmentFault, InputRefused
 EngineName = Literal["gptqmodel", "autogptq", "layerwise"]
 EnvironmentName = Literal["gptqmodel", "autogptq"]
 Device = Literal["cpu", "cuda"]
+Packing = Literal["stream", "documents"]
+MIN_EXPERT_TOKENS = 128
+"""With fewer tokens than inputs in a group, a Hessian cannot tell the group's inputs apart."""
 
 
 def _cores() -> int:
@@ -20,6 +23,32 @@ def _cores() -> int:
 def default_device() -> Device:
     """A GPU where the machine has one."""
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSpec:
+    """Which tokens a model is calibrated with.
+
+    Attributes:
+        samples: Windows of tokens.
+        seq_len: Tokens per window.
+        seed: Decides which records are drawn, and their order.
+        packing: ``stream`` fills every window with record after record, ``documents`` gives a record its own windows.
+    """
+
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 42
+    packing: Packing = "stream"
+
+    def __post_init__(self) -> None:
+        _require("packing", self.packing, get_args(Packing))
+        for name in ("samples", "seq_len"):
+            _require_range(name, getattr(self, name), low=1)
+
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +63,8 @@ class QuantSpec:
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
         damp_percent: Share of the mean Hessian diagonal that is added to it.
         mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 takes the extreme values.
-        samples: Windows of calibration tokens.
-        seq_len: Tokens per window.
-        seed: Decides which calibration records are drawn, and their order.
+        samples: With ``seq_len``, ``seed`` and ``packing``: see :class:`CalibrationSpec`.
+        all_experts: Whether every expert is calibrated with every token, whatever the router says.
         threads: Threads of one CPU operation.
         device: ``cpu`` computes in float32, ``cuda`` in 16 bit (the checkpoint's dtype; AutoGPTQ in float16).
     """
@@ -51,6 +79,8 @@ class QuantSpec:
     samples: int = 128
     seq_len: int = 2048
     seed: int = 42
+    packing: Packing = "stream"
+    all_experts: bool = False
     batch_size: int = 8
     threads: int = field(default_factory=_cores)
     device: Device = field(default_factory=default_device)
@@ -60,8 +90,18 @@ class QuantSpec:
         _require("device", self.device, get_args(Device))
         _require("bits", self.bits, (4, 8))
         _require("group_size", self.group_size, (32, 64, 128))
-        for name in ("samples", "seq_len", "batch_size", "threads"):
+        for name in ("batch_size", "threads"):
             _require_range(name, getattr(self, name), low=1)
+        if self.calibration.packing == "documents" and self.engine != "gptqmodel":
+            raise InputRefused(
+                f"The engine {self.engine} would take filling for text, packing is 'documents'.",
+                remedy="Pack as a stream, or use the engine gptqmodel.",
+            )
+        if self.all_experts and self.engine != "gptqmodel":
+            raise InputRefused(
+                f"The engine {self.engine} calibrates experts with the tokens routed to them.",
+                remedy="Leave out all_experts, or use the engine gptqmodel.",
+            )
         _require_range("mse", self.mse, low=0)
         if self.mse and self.engine == "autogptq":
             raise InputRefused(f"AutoGPTQ does not search scales, mse is {self.mse}.", remedy="Leave mse at 0.")
@@ -74,6 +114,11 @@ class QuantSpec:
     def environment(self) -> EnvironmentName:
         """Whose environment the engine runs in: the layer loop of our own drives GPTQModel's solver."""
         return "gptqmodel" if self.engine == "layerwise" else self.engine
+
+    @property
+    def calibration(self) -> CalibrationSpec:
+        """The part that says which tokens are drawn."""
+        return CalibrationSpec(**{name: getattr(self, name) for name in CalibrationSpec.fields()})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,7 +154,8 @@ class QuantJob:
 
     Attributes:
         source: The checkpoint to quantize.
-        windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``.
+        windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``. Beside it lies ``mask``, uint8, which is 0
+            for filling.
         workshop: A directory that the engine may fill as it likes.
     """
 
@@ -117,6 +163,10 @@ class QuantJob:
     source: Path
     windows: Path
     workshop: Path
+
+    @property
+    def mask(self) -> Path:
+        return self.windows.with_name("mask.npy")
 
     @property
     def packed(self) -> Path:

@@ -1,7 +1,4 @@
-"""Two plots for the report: what each stage costs, and where quantization loses. The same input gives the same bytes.
-
-Backgrounds are transparent and ink is a middle grey, so that they read on light and on dark pages.
-"""
+"""Two plots for the report: what each stage costs, and where quantization loses."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -12,18 +9,14 @@ from matplotlib.figure import Figure
 
 from qwen_pipeline.evaluation.findings import Findings
 from qwen_pipeline.evaluation.weights import WeightError
-
-INK = "#7d8590"
-BETTER, WORSE = "#2da44e", "#d9822b"
-PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a05ab8")
-"""One colour a kind of layer, attention cool and MLP warm, of about equal lightness."""
+from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save_plot
 
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
     """Draw a waterfall: the first model's perplexity, then what each stage after it added or took away."""
     known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
     figure = Figure(figsize=(7.2, 0.8 + 0.46 * len(known)), layout="constrained")
-    axes = _axes(figure)
+    axes = quiet_axes(figure)
     before = 0.0
     for row, (role, perplexity) in enumerate(known):
         change = f"  {perplexity / before - 1:+.2%}" if before else ""
@@ -40,7 +33,7 @@ def draw_perplexity(findings: Findings, path: Path) -> None:
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
     axes.set_xlabel("perplexity on held-out text (lower is better)", color=INK, fontsize=9)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def draw_quantization_error(findings: Findings, path: Path) -> None:
@@ -49,19 +42,19 @@ def draw_quantization_error(findings: Findings, path: Path) -> None:
     losses = findings.losses
     figure = Figure(figsize=(7.2, 5.4 if losses else 3.0), layout="constrained")
     rows = 2 if losses else 1
-    axes = _axes(figure, rows, 1)
+    axes = quiet_axes(figure, rows, 1)
     _draw_by_layer(axes, errors, {error.module: error.relative for error in errors})
     axes.set_ylabel("‖W - Wq‖ / ‖W‖", color=INK, fontsize=9)
     axes.set_ylim(0, 1.08 * max((error.relative for error in errors), default=1))
     if losses:
-        axes = _axes(figure, rows, 2)
+        axes = quiet_axes(figure, rows, 2)
         _draw_by_layer(axes, errors, losses)
         axes.set_ylabel("loss of the solver", color=INK, fontsize=9)
         axes.set_yscale("log")
     axes.set_xlabel("layer", color=INK, fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def _draw_by_layer(axes: Axes, errors: Sequence[WeightError], values: Mapping[str, float]) -> None:
@@ -75,19 +68,3 @@ def _draw_by_layer(axes: Axes, errors: Sequence[WeightError], values: Mapping[st
             label=kind.rpartition(".")[2], color=color, linewidth=1.3, marker="o", markersize=2.6,
         )  # fmt: skip
     axes.locator_params(axis="x", integer=True)
-
-
-def _axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
-    axes = figure.add_subplot(rows, 1, row)
-    axes.patch.set_alpha(0)
-    axes.tick_params(which="both", colors=INK, labelsize=8)
-    axes.grid(visible=True, color=INK, alpha=0.18, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    return axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130, transparent=True, metadata={"Software": None})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from qwen_pipeline.evaluation.plots import BETTER, INK, WORSE
+from qwen_pipeline.plotting import BETTER, INK, WORSE
 from qwen_pipeline.qwen.geometry import PadPlan
 
 

@@ -2,9 +2,8 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
 from qwen_pipeline.checkpoint.journal import JOURNAL
@@ -12,7 +11,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.engines.calibration import draw_windows, window_digest
+from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
@@ -24,11 +23,8 @@ from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import run_worker
 
-if TYPE_CHECKING:
-    import torch
-
 STAGE = "quantized"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 WORKSHOP = ".workshop"
 
 EVERY_MODULE = CheckSpec(
@@ -55,7 +51,7 @@ def quantize(
     *,
     source: Path,
     destination: Destination,
-    calibration: Path,
+    calibration: str | Path,
     spec: QuantSpec,
     engine: EngineEnvironment,
     observe: Observe = unobserved,
@@ -65,11 +61,20 @@ def quantize(
     The derivation holds the digest of the calibration tokens, the whole spec and the engine's versions. The engine
     ``layerwise`` continues an interrupted attempt at the layer that it died in; with others it starts again.
 
+    Args:
+        source: The merged and padded checkpoint.
+        destination: Where the quantized checkpoint goes.
+        calibration: What the stage ``calibration`` made, whose spec then wins; or text to draw tokens from, here and
+            now: see :mod:`qwen_pipeline.text_sources`.
+        spec: How to quantize.
+        engine: Where the engine runs.
+        observe: Told about each module.
+
     Raises:
         QuantizedInputRefused: The source is quantized already.
         InputRefused: Sizes that cannot be packed, a spec the model cannot serve, too little calibration text.
         EnvironmentFault: The engine, the GPU, memory or disk space is missing.
-        CheckFailed: The solver met a loss that is not a number.
+        CheckFailed: The solver met a loss that is not a number, or the calibration failed a check of its own.
     """
     assert spec.environment == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
     checkpoint = open_checkpoint(source)
@@ -79,19 +84,22 @@ def quantize(
         remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
     )
     linears = decoder_linears(checkpoint)
+    prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
+    spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
     _require_positions(checkpoint, spec)
-    windows = draw_windows(calibration, source, samples=spec.samples, seq_len=spec.seq_len, seed=spec.seed)
+    _require_maskable(linears, spec)
+    tokens = prepared or draw_calibration(calibration, source, spec.calibration)
     versions = engine.versions()
     derivation = Derivation(
         stage=STAGE,
-        inputs={"source": checkpoint_digest(source, observe=observe), "calibration": window_digest(windows)},
+        inputs={"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest},
         spec={**spec.to_json(), "versions": {name: versions[name] for name in (engine.package, "torch")}},
         code_version=CODE_VERSION,
     )
 
     def build(partial: Path) -> Built:
-        job = _open_workshop(partial, source.resolve(), windows, spec)
+        job = _open_workshop(partial, source.resolve(), tokens, spec)
         (partial / LOGS).mkdir(exist_ok=True)
         worker = run_worker(
             engine.python,
@@ -117,7 +125,7 @@ def quantize(
             result={
                 "losses": [loss.to_json() for loss in losses],
                 "quantization": quantization,
-                "calibration": {"tokens": windows.numel(), "windows": spec.samples, "digest": window_digest(windows)},
+                "calibration": tokens.statistics(),
                 "checks": dump_reports(check_output(open_checkpoint(partial), linears, losses, spec)),
             },
             worker_peak_bytes=worker.peak_memory_bytes,
@@ -147,7 +155,15 @@ def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
         )
 
 
-def _open_workshop(partial: Path, source: Path, windows: "torch.Tensor", spec: QuantSpec) -> QuantJob:
+def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    if spec.packing == "documents" and any(".experts." in linear.kind for linear in linears):
+        raise InputRefused(
+            "Experts are handed tokens without their windows, so that GPTQModel would calibrate them with filling too.",
+            remedy="Pack mixtures of experts as a stream.",
+        )
+
+
+def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: QuantSpec) -> QuantJob:
     """Make a workshop. The layer loop goes on in an interrupted one; what other engines left there goes."""
     import numpy as np
 
@@ -157,7 +173,8 @@ def _open_workshop(partial: Path, source: Path, windows: "torch.Tensor", spec: Q
     (partial / JOURNAL).unlink(missing_ok=True)
     (workshop / "tmp").mkdir(parents=True, exist_ok=True)
     job = QuantJob(spec=spec, source=source, windows=workshop / "windows.npy", workshop=workshop)
-    np.save(job.windows, windows.numpy())
+    np.save(job.windows, tokens.input_ids.numpy())
+    np.save(job.mask, tokens.attention_mask.numpy())
     return job
 
 

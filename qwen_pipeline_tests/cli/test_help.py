@@ -10,6 +10,7 @@ COMMANDS = (
     "run",
     "merge",
     "pad",
+    "calibrate",
     "quantize",
     "validate",
     "publish",

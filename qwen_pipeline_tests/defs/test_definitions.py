@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import ModuleType
 
 import dagster as dg
 import pytest
@@ -10,10 +11,10 @@ from qwen_pipeline.defs.assets import COMPLETE
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.evaluation.regression import NOT_WORSE
-from qwen_pipeline.stages import merge, pad, publish, quantize, repair, validate
+from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline_tests.site import Site
 
-STAGES = (merge, pad, quantize, validate, publish, repair)
+STAGES = (merge, pad, calibrate, quantize, validate, publish, repair)
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def test_the_graph_is_complete_and_in_order(definitions: dg.Definitions) -> None
         "fine_tune": [],
         "merged_checkpoint": ["base_model", "fine_tune"],
         "padded_checkpoint": ["merged_checkpoint"],
-        "quantized_checkpoint": ["padded_checkpoint"],
+        "calibration_tokens": ["padded_checkpoint"],
+        "quantized_checkpoint": ["calibration_tokens", "padded_checkpoint"],
         "validated_checkpoint": ["merged_checkpoint", "quantized_checkpoint"],
         "published_checkpoint": ["quantized_checkpoint", "validated_checkpoint"],
         "imported_checkpoint": [],
@@ -45,7 +47,7 @@ def test_every_promised_check_is_declared_for_each_partition(definitions: dg.Def
     graph = definitions.resolve_asset_graph()
     promised = {(arrival, COMPLETE.name, True) for arrival in ("fine_tune", "imported_checkpoint")}
     promised |= {("validated_checkpoint", NOT_WORSE.name, False)} | {
-        (f"{stage.STAGE}_checkpoint", check.name, check.blocking) for stage in STAGES for check in stage.CHECKS
+        (asset_of(stage), check.name, check.blocking) for stage in STAGES for check in stage.CHECKS
     }
     declared = {
         (key.asset_key.to_user_string(), key.name, graph.get_check_spec(key).blocking) for key in graph.asset_check_keys
@@ -61,7 +63,11 @@ def test_assets_say_who_what_and_by_which_version(definitions: dg.Definitions) -
         assert spec.description
         assert 1 <= len(spec.kinds) <= 3
     for stage in STAGES:
-        assert specs[f"{stage.STAGE}_checkpoint"].code_version == stage.CODE_VERSION
+        assert specs[asset_of(stage)].code_version == stage.CODE_VERSION
+
+
+def asset_of(stage: ModuleType) -> str:
+    return f"{stage.STAGE}_{'tokens' if stage is calibrate else 'checkpoint'}"
 
 
 def test_steps_on_the_gpu_share_a_pool(definitions: dg.Definitions) -> None:
@@ -70,7 +76,7 @@ def test_steps_on_the_gpu_share_a_pool(definitions: dg.Definitions) -> None:
         for asset in definitions.assets or ()
         if isinstance(asset, dg.AssetsDefinition) and asset.op.pool == "gpu"
     }
-    assert pools == {"quantized_checkpoint", "validated_checkpoint"}
+    assert pools == {"calibration_tokens", "quantized_checkpoint", "validated_checkpoint"}
 
 
 def test_instigators_and_jobs(definitions: dg.Definitions) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.corpus import load_records
-from qwen_pipeline.engines.calibration import draw_windows, shuffled, window_digest
+from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, shuffled
+from qwen_pipeline.engines.protocol import CalibrationSpec, Packing
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
@@ -31,24 +33,62 @@ def write(root: Path, *records: Any) -> Path:
     return file
 
 
-def draw(file: Path, checkpoint: Path, *, samples: int = 2, seq_len: int = 8, seed: int = 0) -> torch.Tensor:
-    return draw_windows(file, checkpoint, samples=samples, seq_len=seq_len, seed=seed)
+def draw(
+    file: Path, checkpoint: Path, *, samples: int = 2, seq_len: int = 8, seed: int = 0, packing: Packing = "stream"
+) -> CalibrationSet:
+    spec = CalibrationSpec(samples=samples, seq_len=seq_len, seed=seed, packing=packing)
+    return draw_calibration(file, checkpoint, spec)
 
 
 def test_records_are_packed_back_to_back_with_an_end_after_text(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     file = write(tmp_path, {"text": "abcdef"}, {"text": "ghijkl"})
-    windows = draw(file, checkpoint, samples=2, seq_len=7)
-    assert windows.dtype == torch.int32
-    texts = [tokenizer.decode(row) for row in windows]
+    drawn = draw(file, checkpoint, samples=2, seq_len=7)
+    assert drawn.input_ids.dtype == torch.int32
+    texts = [tokenizer.decode(row) for row in drawn.input_ids]
     assert sorted(texts) == ["abcdef<|im_end|>", "ghijkl<|im_end|>"]
+    assert drawn.attention_mask.all()
+
+
+def test_a_stream_tells_where_each_record_begins(checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, *({"text": "ab" * (n + 1)} for n in range(6)))
+    drawn = draw(file, checkpoint, samples=3, seq_len=8)
+    expected = [place for length in drawn.lengths for place in range(length)][:24]
+    assert drawn.position_ids.flatten().tolist() == expected
+    assert sum(drawn.lengths[:-1]) < 24 <= sum(drawn.lengths)
+
+
+def test_documents_have_windows_of_their_own_and_filling_is_masked(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    texts = ["abc", "defghijklmnop", "q"]
+    drawn = draw(write(tmp_path, *({"text": t} for t in texts)), checkpoint, samples=4, seq_len=8, packing="documents")
+    rows = [row[mask.bool()] for row, mask in zip(drawn.input_ids, drawn.attention_mask, strict=True)]
+    assert sorted(tokenizer.decode(row) for row in rows) == [
+        "abc<|im_end|>", "defghijk", "lmnop<|im_end|>", "q<|im_end|>",
+    ]  # fmt: skip
+    filling = drawn.input_ids[~drawn.attention_mask.bool()]
+    assert filling.unique().tolist() == [tokenizer.pad_token_id]
+    assert drawn.statistics()["padding_share"] == pytest.approx(1 - 20 / 32)
+    assert drawn.tokens == sum(drawn.lengths) == 20
+
+
+def test_statistics_count_every_record_once(checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, *({"text": "x" * n} for n in (3, 15, 16, 40, 60)))
+    found = draw(file, checkpoint, samples=4, seq_len=32).statistics()
+    assert found["tokens"] == 128
+    assert found["padding_share"] == 0
+    assert sum(each["records"] for each in found["record_tokens_histogram"]) == found["records"] == 5
+    assert found["record_tokens_histogram"] == [
+        {"up_to": 16, "records": 2}, {"up_to": 32, "records": 1}, {"up_to": 64, "records": 2},
+    ]  # fmt: skip
+    assert found["record_tokens"] == {"least": 4, "median": 17, "most": 61}
 
 
 def test_a_conversation_is_written_by_the_chat_template(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     expected = tokenizer.apply_chat_template(TALK["messages"], tokenize=True, return_dict=False)
-    windows = draw(write(tmp_path, TALK), checkpoint, samples=1, seq_len=len(expected))
-    assert windows[0].tolist() == expected
+    drawn = draw(write(tmp_path, TALK), checkpoint, samples=1, seq_len=len(expected))
+    assert drawn.input_ids[0].tolist() == expected
 
 
 def test_the_draw_ignores_and_leaves_alone_the_global_random_state(checkpoint: Path, tmp_path: Path) -> None:
@@ -60,8 +100,8 @@ def test_the_draw_ignores_and_leaves_alone_the_global_random_state(checkpoint: P
     torch.manual_seed(1)
     random.seed(1)
     assert (torch.rand(1), random.random()) == after
-    assert torch.equal(draw(file, checkpoint, samples=9, seq_len=16), first)
-    assert not torch.equal(draw(file, checkpoint, samples=9, seq_len=16, seed=1), first)
+    assert draw(file, checkpoint, samples=9, seq_len=16).digest == first.digest
+    assert draw(file, checkpoint, samples=9, seq_len=16, seed=1).digest != first.digest
 
 
 @given(count=st.integers(0, 200), seed=st.integers(0, 2**32))
@@ -73,13 +113,14 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert shuffled(8, 42) == [1, 0, 6, 4, 7, 5, 3, 2]
 
 
-def test_the_digest_tells_shapes_and_tokens_apart() -> None:
-    tokens = torch.arange(16, dtype=torch.int32)
-    digests = {window_digest(tokens.reshape(shape)) for shape in ((2, 8), (4, 4))} | {
-        window_digest(tokens.flip(0).reshape(2, 8))
-    }
-    assert len(digests) == 3
-    assert all(digest.startswith("sha256:") for digest in digests)
+def test_the_digest_tells_shapes_masks_and_tokens_apart(checkpoint: Path, tmp_path: Path) -> None:
+    drawn = draw(write(tmp_path, {"text": "abcdefghijklmnop"}), checkpoint)
+    others = [
+        replace(drawn, input_ids=drawn.input_ids.flip(1)),
+        replace(drawn, attention_mask=drawn.attention_mask * torch.tensor([1] * 7 + [0], dtype=torch.uint8)),
+        replace(drawn, **{name: tensor.reshape(4, 4) for name, tensor in drawn.tensors.items()}),
+    ]
+    assert len({drawn.digest, *(other.digest for other in others)}) == 4
 
 
 def test_too_little_text_says_how_much_there_is(checkpoint: Path, tmp_path: Path) -> None:

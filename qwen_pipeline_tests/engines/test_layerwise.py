@@ -10,13 +10,14 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
-from qwen_pipeline.engines.calibration import draw_windows
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.engines.calibration import draw_calibration
+from qwen_pipeline.engines.protocol import CalibrationSpec, QuantJob, QuantSpec
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
 
+DRAWN = CalibrationSpec(samples=16, seq_len=64, seed=1)
 SPEC = QuantSpec(
     engine="layerwise", group_size=GROUP_SIZE, samples=16, seq_len=64, batch_size=8, threads=2, device="cpu"
 )
@@ -58,7 +59,7 @@ def test_an_interrupted_run_goes_on_at_the_layer_it_died_in(chain: Chain, calibr
         windows=tmp_path / "windows.npy",
         workshop=tmp_path / "shop",
     )
-    np.save(job.windows, draw_windows(calibration, chain.padded, samples=16, seq_len=64, seed=1).numpy())
+    np.save(job.windows, draw_calibration(calibration, chain.padded, DRAWN).input_ids.numpy())
     assert solved_layers(job, chain, tmp_path) == {0, 1}
     whole = {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")}
 

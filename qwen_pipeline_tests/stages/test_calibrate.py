@@ -1,0 +1,139 @@
+"""Calibration tokens as a directory of their own, and what quantizing makes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.engines.calibration import FILE, draw_calibration, is_prepared, load_calibration
+from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.engines.protocol import CalibrationSpec, QuantSpec
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, EnvironmentFault
+from qwen_pipeline.reports import load_reports
+from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
+from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline_tests.chain import write_text
+from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_tokenizer
+
+SPEC = CalibrationSpec(samples=4, seq_len=32, seed=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=12, stride=7)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("dense"), intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def prepared(dense: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    return calibrate(source=dense, text=text, destination=Directory(out), spec=SPEC)
+
+
+def test_the_directory_is_what_would_have_been_drawn(prepared: Artifact, dense: Path, text: Path) -> None:
+    drawn = draw_calibration(text, dense, SPEC)
+    kept = load_calibration(prepared.path)
+    assert is_prepared(prepared.path)
+    assert prepared.manifest.content_digest == drawn.digest == kept.digest
+    assert (kept.spec, kept.lengths) == (SPEC, drawn.lengths)
+    assert prepared.manifest.result["statistics"] == drawn.statistics() == kept.statistics()
+    assert (prepared.path / PLOT).read_bytes().startswith(b"\x89PNG")
+    assert all(report.passed for report in load_reports(prepared.manifest.result))
+    require_intact(prepared.path)
+
+
+def test_what_is_there_is_not_made_again(prepared: Artifact, dense: Path, text: Path) -> None:
+    assert calibrate(source=dense, text=text, destination=Directory(prepared.path), spec=SPEC).reused
+
+
+def test_other_weights_with_the_same_tokenizer_leave_the_tokens_as_they_are(
+    prepared: Artifact, text: Path, tmp_path: Path
+) -> None:
+    other = tiny_qwen2(tmp_path / "other", intermediate_size=128, seed=5)
+    again = calibrate(source=other, text=text, destination=Directory(tmp_path / "out"), spec=SPEC)
+    assert again.manifest.derivation.key != prepared.manifest.derivation.key
+    assert again.manifest.content_digest == prepared.manifest.content_digest
+
+
+def test_the_chat_template_is_the_fine_tunes_own(dense: Path, tmp_path: Path) -> None:
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text(
+        "\n".join(json.dumps({"messages": [{"role": "user", "content": "Hello " * 40}]}) for _ in range(4))
+    )
+    other = tiny_qwen2(tmp_path / "other", intermediate_size=128)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    tokenizer.save_pretrained(other)
+    own, others = (
+        calibrate(source=root, text=talks, destination=Directory(tmp_path / name), spec=SPEC).path
+        for name, root in (("a", dense), ("b", other))
+    )
+    begins = [str(tokenizer.decode(load_calibration(path).input_ids[0]))[:12] for path in (own, others)]
+    assert begins == ["<|im_start|>", "[Hello Hello"]
+
+
+def test_tokens_that_were_changed_are_refused(dense: Path, text: Path, tmp_path: Path) -> None:
+    path = calibrate(source=dense, text=text, destination=Directory(tmp_path / "out"), spec=SPEC).path
+    content = bytearray((path / FILE).read_bytes())
+    content[-1] ^= 1
+    (path / FILE).write_bytes(content)
+    with pytest.raises(CheckpointRefused, match="not what its manifest says"):
+        load_calibration(path)
+
+
+def test_quantizing_with_the_directory_or_with_its_text_is_one_derivation(
+    prepared: Artifact, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    """The spec of the directory wins over the default; without the engine nothing else is decided differently."""
+    nothing = EngineEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
+    spec = QuantSpec(group_size=32, samples=4, seq_len=32, seed=3)
+    for calibration, asked in ((prepared.path, QuantSpec(group_size=32)), (text, spec)):
+        with pytest.raises(EnvironmentFault, match="nowhere"):
+            quantize(
+                source=dense, destination=Directory(tmp_path / "out"), calibration=calibration, spec=asked,
+                engine=nothing,
+            )  # fmt: skip
+
+
+class TestExperts:
+    """A mixture of experts is asked where the tokens go before anything is quantized."""
+
+    @pytest.fixture
+    def mixture(self, tmp_path: Path) -> Path:
+        return tiny_model("qwen3_moe", tmp_path / "mixture")
+
+    @pytest.mark.slow
+    def test_starved_experts_fail_and_are_not_quantized_with(self, mixture: Path, text: Path, tmp_path: Path) -> None:
+        artifact = calibrate(
+            source=mixture, text=text, destination=Directory(tmp_path / "out"), spec=SPEC, min_expert_tokens=10_000
+        )
+        (report,) = load_reports(artifact.manifest.result)
+        assert report.blocks
+        assert "8 of 8 experts get fewer than 10000 tokens" in report.detail
+        assert "more samples" in report.detail
+        assert "all experts" in report.detail
+        rows = (artifact.path / EXPERT_TABLE).read_text().splitlines()[1:]
+        assert sum(int(row.split(",")[2]) for row in rows) == 2 * 2 * SPEC.samples * SPEC.seq_len
+        with pytest.raises(CheckFailed, match="experts_reached"):
+            load_calibration(artifact.path)
+
+    def test_every_token_for_every_expert_needs_no_router(self, mixture: Path, text: Path, tmp_path: Path) -> None:
+        artifact = calibrate(
+            source=mixture, text=text, destination=Directory(tmp_path / "out"), spec=SPEC, all_experts=True,
+            min_expert_tokens=10_000,
+        )  # fmt: skip
+        (report,) = load_reports(artifact.manifest.result)
+        assert report.passed
+        assert report.detail == "Every expert will get every token."
+
+    def test_the_worst_expert_is_named_first(self) -> None:
+        report = check_experts({0: [200, 5], 3: [0, 128]}, 128)
+        assert not report.passed
+        assert report.measured == 0
+        assert report.detail.index("layer 3 expert 0 gets 0") < report.detail.index("layer 0 expert 1 gets 5")
+        assert check_experts({0: [200, 128]}, 128).passed

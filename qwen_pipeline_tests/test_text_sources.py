@@ -1,0 +1,121 @@
+"""Text from lines, Parquet, saved datasets and directories reads alike; what is missing is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.text_sources import open_text
+
+TALKS = [
+    {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": str(n)}]}
+    for n in range(5)
+]
+
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+
+
+def jsonl(root: Path) -> Path:
+    file = root / "talks.jsonl"
+    file.write_text("\n".join(map(json.dumps, TALKS)))
+    return file
+
+
+def parquet(root: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = root / "talks.parquet"
+    pq.write_table(pa.Table.from_pylist([talk | {"id": n} for n, talk in enumerate(TALKS)]), file)
+    return file
+
+
+def saved(root: Path) -> Path:
+    from datasets import Dataset
+
+    Dataset.from_list(TALKS).save_to_disk(str(root / "saved"))
+    return root / "saved"
+
+
+def saved_splits(root: Path) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    splits = DatasetDict([("test", Dataset.from_list(TALKS[:1])), ("train", Dataset.from_list(TALKS))])
+    splits.save_to_disk(str(root / "saved"))
+    return root / "saved"
+
+
+def directory(root: Path) -> Path:
+    (root / "files").mkdir()
+    return parquet(root).rename(root / "files" / "train-00000-of-00001.parquet").parent
+
+
+@pytest.mark.parametrize("make", [jsonl, parquet, saved, saved_splits, directory])
+def test_every_source_gives_the_same_records(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    text = open_text(make(tmp_path))
+    assert len(text) == len(TALKS)
+    assert [text.record(n)["messages"] for n in range(len(text))] == [talk["messages"] for talk in TALKS]
+    assert str(3 + (make is jsonl)) in text.where(3)
+
+
+def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    first = open_text(jsonl(tmp_path)).digest()
+    (tmp_path / "again").mkdir()
+    copy = jsonl(tmp_path / "again")
+    assert open_text(copy).digest() == first
+    copy.write_text(copy.read_text().replace("What", "Who"))
+    assert open_text(copy).digest() != first
+
+
+def test_columns_that_are_no_text_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["a"], "score": [1.0]}), tmp_path / "other.parquet")
+    with pytest.raises(InputRefused, match="columns prompt, score"):
+        open_text(tmp_path / "other.parquet").record(0)
+
+
+def test_a_row_without_text_is_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "holes.parquet")
+    with pytest.raises(InputRefused, match=r"holes\.parquet row 1 has no text"):
+        open_text(tmp_path / "holes.parquet").record(1)
+
+
+def test_splits_without_one_for_training_have_to_be_chosen_from(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = DatasetDict([("train_sft", Dataset.from_list(TALKS)), ("test_sft", Dataset.from_list(TALKS))])
+    splits.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputRefused, match="splits train_sft, test_sft"):
+        open_text(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet", "/nowhere/at/all", "two words"])
+def test_what_is_neither_there_nor_a_name_is_refused(name: str) -> None:
+    with pytest.raises(InputRefused, match="is not there"):
+        open_text(name)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name:config@main#train_sft", "imdb"])
+def test_a_dataset_of_a_hub_that_cannot_be_reached_is_the_machines_fault(name: str) -> None:
+    with pytest.raises(EnvironmentFault, match="cannot be fetched"):
+        open_text(name)
+
+
+def test_the_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = parquet(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(EnvironmentFault, match=r"library datasets, which is missing") as fault:
+        open_text(file)
+    assert "qwen-pipeline[datasets]" in fault.value.remedy
