@@ -170,6 +170,8 @@ def _use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
 
 def _full_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
     count = len(child)
+    is_resized = any(child[name].shape != spec.shape for name, spec in parent.items() if name in child)
+    but = " but for the rows of its vocabulary" if is_resized else ""
     return [
         CheckReport(
             name=CHECKS[0].name,
@@ -178,7 +180,9 @@ def _full_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
             detail=f"All {count} tensors were matched to the {len(parent)} of the base, by name and shape,"
             " before anything was written.",
         ),
-        CheckReport(name=CHECKS[1].name, passed=True, detail="A whole model, with the base's tensors and shapes."),
+        CheckReport(
+            name=CHECKS[1].name, passed=True, detail=f"A whole model, with the base's tensors and shapes{but}."
+        ),
     ]
 
 

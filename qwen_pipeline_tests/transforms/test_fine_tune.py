@@ -7,7 +7,7 @@ import pytest
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, QuantizedInputRefused
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
-from qwen_pipeline_tests.tiny import tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model, tiny_qwen2, tiny_qwen3
 
 
 def test_a_deeper_wider_or_other_model_is_refused_by_name(tmp_path: Path) -> None:
@@ -33,6 +33,21 @@ def test_a_tied_head_may_be_stored_in_one_of_them(tmp_path: Path) -> None:
     assert adopt(stored, base) is base
     with pytest.raises(CheckpointRefused, match=r"lm_head\.weight"):
         adopt(base, both)
+
+
+@pytest.mark.parametrize(("family", "tie"), [("qwen2", True), ("qwen3_vl", False), ("qwen2_5_omni_thinker", True)])
+def test_a_vocabulary_may_be_another_if_embedding_head_and_config_agree(tmp_path: Path, family: str, tie: bool) -> None:
+    root = tiny_model(family, tmp_path / "base", tie=tie)
+    base, vocabulary = open_checkpoint(root), ("embed_tokens.weight", "lm_head.weight")
+    model = load_tiny(root)
+    for rows in (VOCABULARY + 10, VOCABULARY - 10):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.save_pretrained(tmp_path / str(rows))
+        resized = open_checkpoint(tmp_path / str(rows))
+        assert {resized[name].rows for name in resized if name.endswith(vocabulary)} == {rows}
+        assert adopt(base, resized) is resized
+        with pytest.raises(CheckpointRefused, match=r"embed_tokens\.weight is \[3"):
+            adopt(base, resized.replace(config=base.config))
 
 
 def test_a_quantized_fine_tune_is_refused(tmp_path: Path) -> None:
