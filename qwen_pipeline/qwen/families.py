@@ -40,6 +40,7 @@ class Family:
         towers: Prefix of a tensor outside the decoder -> what it belongs to.
         head_dim: Default of the config field; 0 means ``hidden_size // num_attention_heads``.
         drafts: Whether published checkpoints have a multi-token prediction head at ``mtp.``.
+        ties: Whether ``tie_word_embeddings`` has a meaning (``_tied_weights_keys`` of the model's class).
     """
 
     mixer: Mixer = "attention"
@@ -50,6 +51,7 @@ class Family:
     towers: Mapping[str, Part] = field(default_factory=dict[str, Part])
     head_dim: int = 0
     drafts: bool = False
+    ties: bool = True
 
 
 def _thinker(towers: Mapping[str, Part], **rest: Any) -> Family:
@@ -80,7 +82,10 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_5_omni": _OMNI_2_5,
     "qwen2_5_omni_thinker": _OMNI_2_5,
     "qwen2_audio": Family(
-        decoder=("language_model.model.", *_NESTED), heads=("language_model.lm_head", "lm_head"), towers=_EARS
+        decoder=("language_model.model.", *_NESTED),
+        heads=("language_model.lm_head", "lm_head"),
+        towers=_EARS,
+        ties=False,
     ),
     "qwen3": Family(head_dim=128),
     "qwen3_moe": Family(experts=True),
@@ -141,9 +146,9 @@ def number_of_experts(config: Config) -> int:
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output head is the embedding itself: the config says so, or there is no tensor for it."""
     config = checkpoint.config
-    heads = FAMILIES[name].heads if (name := str(config.get("model_type"))) in FAMILIES else ("lm_head",)
+    family = FAMILIES.get(str(config.get("model_type")), Family())
     declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
-    return bool(declared) or not any(f"{head}.weight" in checkpoint for head in heads)
+    return bool(family.ties and declared) or not any(f"{head}.weight" in checkpoint for head in family.heads)
 
 
 def _levels(config: Config) -> list[tuple[str, Config]]:

@@ -75,6 +75,14 @@ class Adapter:
         """Return the rank of an update, for stacks of experts of each of their matrices."""
         return self.settings.rank(factors.pattern_key)
 
+    def grouped(self) -> Iterator[str]:
+        """Yield the modules whose ``lora_B`` is a convolution in groups: each output sees a part of the rank."""
+        for factors in self.tensors.factors.values():
+            if factors.layout == "linear" and len(self.shape(factors.down)) == len(up := self.shape(factors.up)) > 2:
+                seen, rank = up[1], self.rank(factors)
+                if seen < rank and rank % seen == 0:
+                    yield factors.parameter.removesuffix(".weight")
+
     def misshapen(self) -> Iterator[str]:
         """Yield the tensors whose shapes contradict each other or the settings, as a message names them."""
         for factors in self.tensors.factors.values():
@@ -132,6 +140,11 @@ def open_adapter(root: Path) -> Adapter:
             f" file holds more than LoRA: {MERGE_WITH_PEFT}",
         )
     adapter = Adapter(root=root, config=config, settings=settings, weights=weights, tensors=tensors)
+    if grouped := list(adapter.grouped()):
+        raise AdapterRefused(
+            f"{root} updates convolutions that work in groups, whose kernels cannot hold it: {listed(grouped)}.",
+            remedy="Leave them out of target_modules when training; PEFT cannot merge them either.",
+        )
     if wrong := list(adapter.misshapen()):
         raise AdapterRefused(
             f"{root} has tensors of other shapes than its settings say: {listed(wrong)}.",

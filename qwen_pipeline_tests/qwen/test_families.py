@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,16 @@ OTHERS = sorted(name for name in CONFIG_MAPPING_NAMES if "qwen" in name and name
 
 def test_the_table_is_the_list_of_transformers() -> None:
     assert sorted(FAMILIES) == sorted(LANGUAGE_FAMILIES)
+
+
+@pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
+def test_a_head_can_be_tied_where_transformers_ties_it(family: str) -> None:
+    from qwen_pipeline_tests.tiny import model_class
+
+    config = AutoConfig.for_model(family)
+    speaks = config.thinker_config if "thinker_config" in config.sub_configs else config
+    kind: Any = model_class(speaks.model_type)
+    assert FAMILIES[family].ties == bool(kind._tied_weights_keys)
 
 
 @pytest.mark.parametrize("family", OTHERS)

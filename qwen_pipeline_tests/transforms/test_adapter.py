@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.errors import AdapterRefused
 from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from qwen_pipeline.transforms.lora_settings import LoraSettings, lora_settings
-from qwen_pipeline_tests.oracles import merged_with
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
+from qwen_pipeline_tests.oracles import merged_with, peft_merge
+from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
 
 Tensors = dict[str, torch.Tensor]
 UP_A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
@@ -148,6 +148,21 @@ def test_pickled_weights_are_refused_with_a_conversion_that_works(adapter: Path)
     code = refusal.value.remedy.split('python -c "')[1].removesuffix('"')
     subprocess.run([sys.executable, "-c", code], cwd=adapter, check=True)
     assert len(open_adapter(adapter).tensors.factors) * 2 == len(tensors)
+
+
+def test_what_peft_cannot_merge_is_refused_by_name(tmp_path: Path) -> None:
+    depthwise = tiny_model("qwen3_5_text", tmp_path / "depthwise")
+    adapter = tiny_adapter(depthwise, tmp_path / "grouped", target_modules=["conv1d"], r=128, use_dora=True)
+    with pytest.raises(AdapterRefused, match=r"groups.*layers\.0\.linear_attn\.conv1d"):
+        merged_with(depthwise, adapter)
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        peft_merge(depthwise, adapter, dtype=torch.float32)
+    unbiased = tiny_qwen3(tmp_path / "unbiased")
+    adapter = tiny_adapter(unbiased, tmp_path / "lora_bias", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(AdapterRefused, match=r"q_proj\.lora_B\.bias \(the base has 0 tensors"):
+        merged_with(unbiased, adapter)
+    with pytest.raises(RuntimeError, match="no bias"):
+        peft_merge(unbiased, adapter, dtype=torch.float32)
 
 
 def test_missing_weights_are_refused(adapter: Path) -> None:

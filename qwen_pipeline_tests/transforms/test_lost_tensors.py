@@ -1,6 +1,7 @@
 """Whatever kind an adapter is of: a tensor that was lost, renamed, doubled or reshaped is missed by its name."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.errors import PipelineError
-from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS
-from qwen_pipeline_tests.adapter_kinds import KINDS, train
+from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qwen_pipeline_tests.adapter_kinds import KINDS, applies, train
 from qwen_pipeline_tests.oracles import merged_with
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
@@ -22,8 +23,16 @@ COPY = "base_layer.weight"
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["two tensors", "tied"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
-    return tiny_model("qwen2_moe", tmp_path_factory.mktemp("base") / "model", tie=request.param), request.param
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Return a base, and an adapter of each kind."""
+    root = tmp_path_factory.mktemp("trained")
+    base = tiny_model("qwen2_moe", root / "base", tie=request.param)
+    kinds = {
+        name: kind for name, kind in KINDS.items() if kind.tied == request.param and applies(kind, "qwen2_moe", base)
+    }
+    for name, kind in kinds.items():
+        train(kind, base, root / name)
+    return base, {name: root / name for name in kinds}
 
 
 def _removed(tensors: Tensors, name: str) -> None:
@@ -44,25 +53,22 @@ def _reshaped(tensors: Tensors, name: str) -> None:
 
 @pytest.mark.parametrize("change", [_removed, _renamed, _doubled, _reshaped])
 def test_no_change_to_a_tensor_goes_unnoticed(
-    base: tuple[Path, bool], tmp_path: Path, change: Callable[[Tensors, str], None]
+    trained: tuple[Path, dict[str, Path]], tmp_path: Path, change: Callable[[Tensors, str], None]
 ) -> None:
-    root, is_tied = base
-    for number, (kind, wanted) in enumerate(KINDS.items()):
-        if wanted.tied != is_tied:
-            continue
-        adapter = tmp_path / str(number)
-        train(wanted, root, adapter)
+    base, adapters = trained
+    for kind, adapter in adapters.items():
         intact = load_file(adapter / ADAPTER_WEIGHTS)
+        shutil.copyfile(adapter / ADAPTER_CONFIG, tmp_path / ADAPTER_CONFIG)
         for name in {re.sub(r"layers\.\d+", "layers.0", name): name for name in intact}.values():
-            repeated = REPEATED if wanted.vocabulary != VOCABULARY else (*REPEATED, COPY)
+            repeated = REPEATED if KINDS[kind].vocabulary != VOCABULARY else (*REPEATED, COPY)
             if change is _removed and any(part in name for part in repeated):
                 continue
             tensors = dict(intact)
             change(tensors, name)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / ADAPTER_WEIGHTS)
             module = name.removeprefix("base_model.model.").split(".lora_")[0].removesuffix(".weight")
             last = module.removesuffix(".base_layer").split(".token_adapter")[0].split(".modules_to_save")[0]
             with pytest.raises(PipelineError) as refusal:
-                merged_with(root, adapter)
+                merged_with(base, tmp_path)
             wanted_name = "experts" if ".experts" in last else last.rpartition(".")[2]
             assert wanted_name in str(refusal.value), (kind, name)
