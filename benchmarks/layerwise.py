@@ -142,8 +142,7 @@ def main() -> None:
             group_size=size.group_size, samples=size.samples, seq_len=size.seq_len, batch_size=size.batch,
             device="cuda" if device == "cuda" else "cpu",
         )  # fmt: skip
-        windows = scratch / "windows.npy"
-        np.save(windows, _tokens(size, (size.samples, size.seq_len)).numpy())
+        windows = _save_windows(size, scratch)
         jobs: dict[str, QuantJob] = {}
         for engine in ("layerwise", "gptqmodel"):
             jobs[engine] = QuantJob(
@@ -156,6 +155,14 @@ def main() -> None:
         note("two equal runs", _call(arguments.python, "quantize_twice", twice, scratch))
         if time.perf_counter() - started < arguments.until:
             note("evaluation against the disk", _call(arguments.python, "race_the_disk", evaluation, scratch))
+
+
+def _save_windows(size: Size, folder: Path) -> Path:
+    """Write random tokens, and a mask that lets all of them count, as a quantizer's job names them."""
+    tokens, windows = _tokens(size, (size.samples, size.seq_len)), folder / "windows.npy"
+    np.save(windows, tokens.numpy())
+    np.save(folder / "mask.npy", torch.ones_like(tokens, dtype=torch.uint8).numpy())
+    return windows
 
 
 def _tokens(size: Size, shape: tuple[int, int]) -> torch.Tensor:
@@ -294,8 +301,8 @@ def quantize_twice(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     size, started = Size(**spec["size"]), time.perf_counter()
     digests: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        source, windows = make_model(size, Path(folder) / "model", spec["device"]), Path(folder) / "windows.npy"
-        np.save(windows, _tokens(size, (size.samples, size.seq_len)).numpy())
+        source = make_model(size, Path(folder) / "model", spec["device"])
+        windows = _save_windows(size, Path(folder))
         quant = QuantSpec(
             engine="layerwise", group_size=size.group_size, samples=size.samples, seq_len=size.seq_len,
             batch_size=size.batch, device=spec["device"],
