@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
     parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
@@ -108,7 +109,12 @@ def main() -> None:
         for seed in asked.seeds:
             for engine in asked.engines:
                 spec = QuantSpec(
-                    engine=engine, group_size=GROUP_SIZE, samples=24, seq_len=512, seed=seed, threads=asked.threads
+                    engine=engine,
+                    group_size=GROUP_SIZE,
+                    samples=asked.samples,
+                    seq_len=512,
+                    seed=seed,
+                    threads=asked.threads,
                 )
                 found = compare(model, source, spec, texts, asked.engine_python, asked.windows)
                 rows.append({"model": name, "engine": engine, "seed": seed, **found})

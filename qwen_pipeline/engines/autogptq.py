@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
@@ -42,6 +43,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         ),
         torch_dtype=torch.float16,  # the library stores scales in the dtype of the model, the format wants float16
     )
+    settle_before_solving()
     windows = torch.tensor(np.load(job.windows)).long()
     losses = LossReader(job, observe)
     logger = logging.getLogger("auto_gptq")
@@ -55,6 +57,18 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     model.save_quantized(str(job.packed))
     losses.write()
     return {}
+
+
+def settle_before_solving() -> None:
+    """Have AutoGPTQ's solver settle dead channels before it looks for them, so that it finds none."""
+    solver: Any = import_module("auto_gptq.quantization.gptq").GPTQ
+    solve = solver.fasterquant
+
+    def settle_and_solve(self: Any, *arguments: Any, **named: Any) -> Any:
+        settle_dead_channels(self.H, self.layer.weight.data)
+        return solve(self, *arguments, **named)
+
+    solver.fasterquant = settle_and_solve
 
 
 class LossReader(logging.Handler):

@@ -31,6 +31,9 @@ STEPS = (
 )
 """Linear layers that share one input, in the order in which data meets them; a decoder layer has some of them."""
 
+LAST_OF_MIXERS = (("self_attn.o_proj",), ("linear_attn.out_proj",))
+"""Steps after which attention, whatever its kind, need not be computed again for the layer."""
+
 EXPERTS = "mlp.experts"
 
 
@@ -62,11 +65,14 @@ def require_known(linears: Sequence[Linear]) -> None:
         )
 
 
-def cohorts(passage: Passage, module: nn.Module, linears: Sequence[Linear], *, all_experts: bool) -> Iterator[Cohort]:
+def cohorts(
+    passage: Passage, masks: Sequence[Tensor], module: nn.Module, linears: Sequence[Linear], *, all_experts: bool
+) -> Iterator[Cohort]:
     """Yield a layer's linear layers; the weights of each cohort must be replaced before the next is asked for.
 
     Args:
         passage: At the inputs of the layer.
+        masks: Of each batch which tokens count, bool [B * T].
         module: The layer.
         linears: Those of the layer that are quantized.
         all_experts: Whether each expert is calibrated on every token, whatever the router says.
@@ -75,12 +81,14 @@ def cohorts(passage: Passage, module: nn.Module, linears: Sequence[Linear], *, a
     for step in STEPS:
         if members := [by_kind[kind] for kind in step if kind in by_kind]:
             hessian = Hessian(members[0].in_features)
-            for inputs, *_ in passage.inputs_within(layer, module, step[0]):
-                hessian.add(inputs)
+            for (inputs, *_), mask_N in zip(passage.inputs_within(layer, module, step[0]), masks, strict=True):
+                hessian.add(_counted(inputs.flatten(0, -2), mask_N))
             weights = [module.get_parameter(f"{linear.kind}.weight") for linear in members]
             yield Cohort(linears=members, weights=weights, hessian=hessian)
+            if step in LAST_OF_MIXERS:
+                passage.keep(layer, module, step[0].partition(".")[0])
     if experts := [linear for linear in linears if stack_of(linear.kind)]:
-        routed = Routed.of(passage, layer, module, all_experts=all_experts)
+        routed = Routed.of(passage, masks, layer, module, all_experts=all_experts)
         for number, own in groupby(experts, key=_expert_number):
             yield from _expert(module.get_submodule(EXPERTS), number, list(own), routed)
 
@@ -103,6 +111,10 @@ def _expert(stack: nn.Module, number: int, linears: Sequence[Linear], routed: "R
     yield Cohort(linears=(down,), weights=(down_HM,), hessian=between)
 
 
+def _counted(rows_N: Tensor, mask_N: Tensor) -> Tensor:
+    return rows_N if mask_N.all() else rows_N[mask_N]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
     """What enters a layer's experts: of each batch the tokens [N, H], and the experts chosen for each [N, K]."""
@@ -112,11 +124,14 @@ class Routed:
     all_experts: bool
 
     @classmethod
-    def of(cls, passage: Passage, layer: int, module: nn.Module, *, all_experts: bool) -> "Routed":
+    def of(
+        cls, passage: Passage, masks: Sequence[Tensor], layer: int, module: nn.Module, *, all_experts: bool
+    ) -> "Routed":
         """Take them from a forward pass that ends there; they wait where the hidden states of batches do."""
         place, batches = passage.place, list[tuple[Tensor, Tensor]]()
-        for x_NH, chosen_NK, *_ in passage.inputs_within(layer, module, EXPERTS):
-            batches.append((place.shelve(x_NH, copies=2 * len(passage.hidden)), chosen_NK.to(x_NH.device)))
+        for (x_NH, chosen_NK, *_), mask_N in zip(passage.inputs_within(layer, module, EXPERTS), masks, strict=True):
+            tokens_NH = place.shelve(_counted(x_NH, mask_N), copies=len(masks))
+            batches.append((tokens_NH, _counted(chosen_NK, mask_N)))
         return cls(batches=batches, place=place, all_experts=all_experts)
 
     def inputs(self, expert: int) -> Iterator[Tensor]:

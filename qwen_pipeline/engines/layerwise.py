@@ -1,7 +1,8 @@
 """A layer loop of our own over GPTQModel's solver: one decoder layer in memory, each finished one on disk.
 
 A layer is quantized cohort by cohort (:mod:`~qwen_pipeline.engines.cohorts`). One whole forward pass then tells the
-next layer what the quantized layer makes of its inputs. In products that is about two forward passes a layer.
+next layer what the quantized layer makes of its inputs. Attention is kept once it is quantized, so that in products all
+this is about one and a half forward passes a layer.
 
 A finished layer is a shard, and a row of figures written after it. An interrupted run takes finished layers from there.
 """
@@ -96,8 +97,13 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     require_device(job.spec)
     torch.set_num_threads(job.spec.threads)
     job.packed.mkdir(parents=True, exist_ok=True)
-    windows = torch.tensor(np.load(job.windows)).long().split(job.spec.batch_size)
-    loop = LayerLoop(open_checkpoint(job.source), windows, job.spec, job.packed)
+    loop = LayerLoop(
+        open_checkpoint(job.source),
+        torch.from_numpy(np.load(job.windows)).long(),
+        torch.from_numpy(np.load(job.mask)).bool(),
+        job.spec,
+        job.packed,
+    )
     records = loop.run(observe)
     with job.quant_log.open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(ModuleRow)])
@@ -109,18 +115,26 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
 class LayerLoop:
     """The layers of a checkpoint on their way into ``out``, one shard of codes each.
 
+    Args:
+        source: In full precision.
+        windows_ST: Token ids.
+        mask_ST: Which of them are calibrated with; what comes after the last one of a window is filling.
+        spec: How to quantize.
+        out: An existing directory; layers that are in it are not quantized again.
+
     Attributes:
         passage: The calibration tokens on their way through the quantized model.
     """
 
     @torch.inference_mode()
-    def __init__(self, source: Checkpoint, windows: Sequence[Tensor], spec: QuantSpec, out: Path) -> None:
+    def __init__(self, source: Checkpoint, windows_ST: Tensor, mask_ST: Tensor, spec: QuantSpec, out: Path) -> None:
         self._source, self._spec, self._out = source, spec, out
         self._linears = decoder_linears(source)
         require_known(self._linears)
         dtype = torch.float32 if spec.device == "cpu" else source[self._linears[0].tensor].torch_dtype
         place = Place(device=torch.device(spec.device), dtype=dtype)
-        self.passage = Passage(source, [batch.to(place.device) for batch in windows], place)
+        self.passage = Passage(source, windows_ST.to(place.device).split(spec.batch_size), place)
+        self._masks = [mask.flatten() for mask in mask_ST.to(place.device).split(spec.batch_size)]
 
     @torch.inference_mode()
     def run(self, observe: Observe) -> list[LayerRecord]:
@@ -168,7 +182,7 @@ class LayerLoop:
         """Replace a layer's weights by what their codes stand for; return the codes and the log's rows."""
         tensors: dict[str, Tensor] = {}
         rows: list[ModuleRow] = []
-        for cohort in cohorts(self.passage, module, linears, all_experts=False):
+        for cohort in cohorts(self.passage, self._masks, module, linears, all_experts=self._spec.all_experts):
             clock.lap("capture")
             tokens, solutions = cohort.hessian.tokens, solve(cohort.weights, cohort.hessian, self._spec)
             for linear, weight, solved in zip(cohort.linears, cohort.weights, solutions, strict=True):

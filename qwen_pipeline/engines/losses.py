@@ -19,6 +19,11 @@ class ModuleLoss:
         samples: Calibration tokens that reached the module.
         damp: Share of the mean Hessian diagonal that was added, raised above the spec's where that failed.
         rounded: Whether the solver gave up and rounded to nearest.
+        seconds: What the solver took. This and what follows is None where the engine does not say it.
+        gpu_peak_bytes: Highest GPU memory since the layer began.
+        host_peak_bytes: Highest resident memory of the engine so far.
+        zero_groups: Groups of one output whose weights are all zero.
+        saturated_groups: Groups of one output with a quarter of their codes or more at the ends of the grid.
     """
 
     module: str
@@ -26,6 +31,11 @@ class ModuleLoss:
     samples: int
     damp: float
     rounded: bool
+    seconds: float | None = None
+    gpu_peak_bytes: int | None = None
+    host_peak_bytes: int | None = None
+    zero_groups: int | None = None
+    saturated_groups: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -34,7 +44,8 @@ class ModuleLoss:
 def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleLoss]:
     """Read ``layer,module,loss,samples,damp``; rows come in the order of ``linears``, absent ones are left out.
 
-    Losses that are words (``rtn fallback``) or :data:`~qwen_pipeline.engines.gptqmodel.NOT_SOLVED` mean rounding.
+    Columns beyond these may be missing. Losses that are words (``rtn fallback``) or
+    :data:`~qwen_pipeline.engines.gptqmodel.NOT_SOLVED` mean rounding.
     """
     import pandas as pd
 
@@ -56,6 +67,11 @@ def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleLoss]:
                     samples=int(row["samples"]),
                     damp=float(row["damp"]),
                     rounded=bool(row["rounded"]),
+                    seconds=float(row["time"]) if "time" in row else None,
+                    **{name: int(row[name]) for name in _FIGURES if name in row},
                 )
             )
     return losses
+
+
+_FIGURES = ("gpu_peak_bytes", "host_peak_bytes", "zero_groups", "saturated_groups")

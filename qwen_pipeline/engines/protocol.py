@@ -92,15 +92,15 @@ class QuantSpec:
         _require("group_size", self.group_size, (32, 64, 128))
         for name in ("batch_size", "threads"):
             _require_range(name, getattr(self, name), low=1)
-        if self.calibration.packing == "documents" and self.engine != "gptqmodel":
+        if self.calibration.packing == "documents" and self.engine == "autogptq":
             raise InputRefused(
-                f"The engine {self.engine} would take filling for text, packing is 'documents'.",
-                remedy="Pack as a stream, or use the engine gptqmodel.",
+                "AutoGPTQ would take filling for text, packing is 'documents'.",
+                remedy="Pack as a stream, or use another engine.",
             )
-        if self.all_experts and self.engine != "gptqmodel":
+        if self.all_experts and self.engine == "autogptq":
             raise InputRefused(
-                f"The engine {self.engine} calibrates experts with the tokens routed to them.",
-                remedy="Leave out all_experts, or use the engine gptqmodel.",
+                "AutoGPTQ calibrates experts with the tokens routed to them.",
+                remedy="Leave out all_experts, or use another engine.",
             )
         _require_range("mse", self.mse, low=0)
         if self.mse and self.engine == "autogptq":
@@ -175,7 +175,10 @@ class QuantJob:
 
     @property
     def quant_log(self) -> Path:
-        """Where the engine's table of losses is expected: ``layer,module,loss,samples,damp``."""
+        """Where the engine's table is expected: ``layer,module,loss,samples,damp``, and more where it knows more.
+
+        See :class:`qwen_pipeline.engines.losses.ModuleLoss` for the columns.
+        """
         return self.packed / "quant_log.csv"
 
     def to_json(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Layer by layer: read the layer (the next one is read meanwhile), take every batc
 of all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,11 +45,24 @@ class Place:
 
 
 class _ArrivedError(Exception):
-    """Ends a layer's forward pass where its inputs have got to."""
+    """Ends a layer's forward pass where it has got to what is wanted: arguments of a module, or what it returns."""
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, found: Any) -> None:
         super().__init__()
-        self.inputs = inputs
+        self.found = found
+
+
+class _Kept(nn.Module):
+    """Stands where a module was that need not compute again: returns what it made of each batch, in their order."""
+
+    def __init__(self, outputs: Sequence[Any], place: Place) -> None:
+        super().__init__()
+        self._outputs, self._place, self._turn = outputs, place, 0
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        output = self._outputs[self._turn % len(self._outputs)]
+        self._turn += 1
+        return _each(self._place.fetch, output)
 
 
 class Passage:
@@ -116,15 +129,30 @@ class Passage:
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _ArrivedError(inputs)
 
-        hook = module.get_submodule(inner).register_forward_pre_hook(stop)
-        try:
-            for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
-                try:
-                    module(self.place.fetch(hidden), **arguments[layer])
-                except _ArrivedError as arrived:
-                    yield arrived.inputs
-        finally:
-            hook.remove()
+        with module.get_submodule(inner).register_forward_pre_hook(stop):
+            yield from self._up_to_there(layer, module)
+
+    def keep(self, layer: int, module: nn.Module, inner: str) -> None:
+        """Compute a child of a layer once for each batch, and put what it returns in its place; its weights go."""
+
+        def stop(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            raise _ArrivedError(output)
+
+        copies = len(self.hidden)
+        with module.get_submodule(inner).register_forward_hook(stop):
+            outputs = [
+                _each(lambda tensor: self.place.shelve(tensor, copies=copies), output)
+                for output in self._up_to_there(layer, module)
+            ]
+        setattr(module, inner, _Kept(outputs, self.place))
+
+    def _up_to_there(self, layer: int, module: nn.Module) -> Iterator[Any]:
+        """Run each batch until a hook says that it has arrived; yield what was found there."""
+        for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
+            try:
+                module(self.place.fetch(hidden), **arguments[layer])
+            except _ArrivedError as arrived:
+                yield arrived.found
 
     def leave(self) -> list[Tensor]:
         """Return what enters the output head for each batch, [B, T, H]; no hidden state is kept."""
@@ -205,6 +233,13 @@ def _sharing(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) -> Se
         {name: first.get(name) if _equal(value, first.get(name)) else value for name, value in own.items()}
         for own, first in zip(arguments, earlier, strict=True)
     ]
+
+
+def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return what a module returns, a tensor or a tuple with some, its tensors changed."""
+    if isinstance(value, tuple):
+        return tuple(_each(change, part) for part in value)
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -114,7 +114,7 @@ def check_experts(experts: Mapping[int, Sequence[int]], least: int, *, all_exper
         detail = (
             f"{len(starved)} of {total} experts get fewer than {least} tokens: {worst}."
             " Calibrate with more samples, with text that is more like what the model will see, or with all experts"
-            " (all_experts of the engine gptqmodel gives each of them every token)."
+            " (all_experts gives each of them every token)."
         )
     elif experts:
         detail = f"Each of {total} experts gets at least {least} tokens."

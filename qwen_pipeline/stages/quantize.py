@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
@@ -44,7 +44,12 @@ DAMPING_AS_ASKED = CheckSpec(
     description="No Hessian needed more damping than the spec says to be positive definite.",
     blocking=False,
 )
-CHECKS = (EVERY_MODULE, NO_ROUNDING, LOSSES_FINITE, SCALES_FINITE, DAMPING_AS_ASKED)
+EXPERTS_FED = CheckSpec(
+    name="experts_fed",
+    description=f"Each expert met at least {MIN_EXPERT_TOKENS} calibration tokens.",
+    blocking=False,
+)
+CHECKS = (EVERY_MODULE, NO_ROUNDING, LOSSES_FINITE, SCALES_FINITE, DAMPING_AS_ASKED, EXPERTS_FED)
 
 
 def quantize(
@@ -124,6 +129,7 @@ def quantize(
             contents=_with_logs(contents, partial),
             result={
                 "losses": [loss.to_json() for loss in losses],
+                "layers": worker.value.get("layers", []),
                 "quantization": quantization,
                 "calibration": tokens.statistics(),
                 "checks": dump_reports(check_output(open_checkpoint(partial), linears, losses, spec)),
@@ -156,10 +162,11 @@ def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
 
 
 def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
-    if spec.packing == "documents" and any(".experts." in linear.kind for linear in linears):
+    has_experts = any(".experts." in linear.kind for linear in linears)
+    if spec.packing == "documents" and has_experts and spec.engine != "layerwise":
         raise InputRefused(
             "Experts are handed tokens without their windows, so that GPTQModel would calibrate them with filling too.",
-            remedy="Pack mixtures of experts as a stream.",
+            remedy="Pack mixtures of experts as a stream, or use the engine layerwise.",
         )
 
 
@@ -229,6 +236,15 @@ def check_output(
                 total=len(losses),
                 bad=[loss.module for loss in losses if loss.damp > spec.damp_percent + 1e-5],
                 remedy="Use more calibration text, or raise damp_percent for all.",
+            ),
+            severity="WARN",
+        ),
+        replace(
+            _report(
+                EXPERTS_FED,
+                total=sum(".experts." in loss.module for loss in losses),
+                bad=[at.module for at in losses if ".experts." in at.module and at.samples < MIN_EXPERT_TOKENS],
+                remedy="Use more calibration samples, text that needs these experts, or all_experts.",
             ),
             severity="WARN",
         ),

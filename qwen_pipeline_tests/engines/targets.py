@@ -70,7 +70,8 @@ def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     for name, source in spec["sources"].items():
         out = Path(spec["out"]) / name
         out.mkdir()
-        loop = LayerLoop(open_checkpoint(Path(source)), windows().split(8), QuantSpec(**spec["quant"]), out)
+        everything = torch.ones_like(windows(), dtype=torch.bool)
+        loop = LayerLoop(open_checkpoint(Path(source)), windows(), everything, QuantSpec(**spec["quant"]), out)
         loop.run(unobserved)
         save_file({"logits": logits(loop.passage)}, out / "own.logits")
     return {}

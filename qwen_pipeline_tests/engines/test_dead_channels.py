@@ -29,6 +29,47 @@ def test_where_none_or_all_are_dead_nothing_changes(value: float) -> None:
     assert torch.equal(weight, torch.ones(2, 3))
 
 
+LIVE_AND_PADDED_BY_AUTOGPTQ = """
+import json, torch
+from auto_gptq.quantization.gptq import GPTQ
+from qwen_pipeline.engines.autogptq import settle_before_solving
+
+LIVE, PADDED, OUT, GROUP = 384, 512, 64, 128
+torch.manual_seed(0)
+tokens = torch.randn(2048, LIVE) @ torch.randn(LIVE, LIVE) * LIVE**-0.5 * 0.01
+weight = torch.randn(OUT, LIVE) * 0.02
+
+def quantized(x, w):
+    linear = torch.nn.Linear(w.shape[1], OUT, bias=False)
+    linear.weight.data = w.clone()
+    solver = GPTQ(linear)
+    solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
+    solver.add_batch(x[None], None)
+    solver.fasterquant(percdamp=0.05, group_size=GROUP)
+    return linear.weight.data
+
+def padded(t):
+    return torch.cat([t, torch.zeros(t.shape[0], PADDED - LIVE)], dim=1)
+
+def changed():
+    live, both = quantized(tokens, weight), quantized(padded(tokens), padded(weight))
+    return (~torch.isclose(both[:, :LIVE], live, rtol=1e-3)).double().mean().item()
+
+before = changed()
+settle_before_solving()
+print(); print(json.dumps([before, changed()]))
+"""
+
+
+@pytest.mark.gpu
+def test_autogptq_keeps_the_codes_of_live_channels_too() -> None:
+    command = [find_environment("autogptq").python, "-c", LIVE_AND_PADDED_BY_AUTOGPTQ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    by_itself, settled = json.loads(printed.stdout.splitlines()[-1])
+    assert by_itself > 0.1
+    assert settled < 1e-3
+
+
 QUANTIZE_LIVE_AND_PADDED = """
 import json, sys, torch
 from gptqmodel import GPTQConfig

@@ -49,6 +49,11 @@ def test_codes_are_gptqmodels_where_the_inputs_are(chain: Chain, calibration: Pa
     for our, their in losses:
         assert our["loss"] == pytest.approx(their["loss"], rel=0.05)
         assert our["samples"] == their["samples"] == 16 * 64
+        assert our["seconds"] > 0
+        assert our["host_peak_bytes"] > 2**28
+        assert our["gpu_peak_bytes"] == 0
+        assert our["zero_groups"] is not None
+        assert their["zero_groups"] is None
     assert not list(artifact.path.rglob("layer-*"))
 
 
@@ -59,13 +64,28 @@ def test_an_interrupted_run_goes_on_at_the_layer_it_died_in(chain: Chain, calibr
         windows=tmp_path / "windows.npy",
         workshop=tmp_path / "shop",
     )
-    np.save(job.windows, draw_calibration(calibration, chain.padded, DRAWN).input_ids.numpy())
+    drawn = draw_calibration(calibration, chain.padded, DRAWN)
+    np.save(job.windows, drawn.input_ids.numpy())
+    np.save(job.mask, drawn.attention_mask.numpy())
     assert solved_layers(job, chain, tmp_path) == {0, 1}
     whole = {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")}
 
     (job.packed / "layer-00001.safetensors").write_bytes(b"torn")
     assert solved_layers(job, chain, tmp_path) == {1}
     assert {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")} == whole
+
+
+@pytest.mark.slow
+def test_equal_runs_write_equal_bytes(chain: Chain, calibration: Path, tmp_path: Path) -> None:
+    first, second = (
+        quantize(
+            source=chain.padded, destination=Directory(tmp_path / name), calibration=calibration, spec=SPEC,
+            engine=chain.engine,
+        ).manifest
+        for name in ("first", "second")
+    )  # fmt: skip
+    assert first.contents.tensors == second.contents.tensors
+    assert [set(layer["seconds"]) for layer in first.result["layers"]] == [{"load", "capture", "solve", "forward"}] * 2
 
 
 def solved_layers(job: QuantJob, chain: Chain, logs: Path) -> set[int]:

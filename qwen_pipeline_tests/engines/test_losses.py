@@ -29,9 +29,19 @@ def read(tmp_path: Path, *rows: str) -> list[ModuleLoss]:
 def test_rows_come_in_the_order_of_the_modules(tmp_path: Path) -> None:
     down, gate = "1,mlp.down_proj,0.0001242781,512,0.05000,0.014", "1,mlp.gate_proj,0.0006914565,512,0.07000,0.014"
     assert read(tmp_path, down, gate) == [
-        ModuleLoss(module=GATE.module, loss=0.0006914565, samples=512, damp=0.07, rounded=False),
-        ModuleLoss(module=DOWN.module, loss=0.0001242781, samples=512, damp=0.05, rounded=False),
+        ModuleLoss(module=GATE.module, loss=0.0006914565, samples=512, damp=0.07, rounded=False, seconds=0.014),
+        ModuleLoss(module=DOWN.module, loss=0.0001242781, samples=512, damp=0.05, rounded=False, seconds=0.014),
     ]
+
+
+def test_an_engine_may_say_more(tmp_path: Path) -> None:
+    (tmp_path / "quant_log.csv").write_text(
+        "layer,module,loss,samples,damp,time,gpu_peak_bytes,host_peak_bytes,zero_groups,saturated_groups\n"
+        "1,mlp.down_proj,0.25,512,0.05,0.5,0,1073741824,3,7\n"
+    )
+    (found,) = read_losses(tmp_path / "quant_log.csv", [DOWN])
+    assert (found.seconds, found.gpu_peak_bytes, found.host_peak_bytes) == (0.5, 0, 2**30)
+    assert (found.zero_groups, found.saturated_groups) == (3, 7)
 
 
 @pytest.mark.parametrize("loss", ["999999999.0000000000", "rtn fallback", "fallback(rtn): 0.0012345"])

@@ -336,6 +336,15 @@ class TestChecks:
 
     def test_more_damping_than_asked_only_warns(self, run: Run) -> None:
         losses = [ModuleLoss(**loss | {"damp": 0.06}) for loss in run.artifact.manifest.result["losses"]]
-        *_, damping = check_output(run.output, decoder_linears(open_checkpoint(run.source)), losses, SPEC)
+        *_, damping, _ = check_output(run.output, decoder_linears(open_checkpoint(run.source)), losses, SPEC)
         assert not damping.passed
         assert not damping.blocks
+
+    @pytest.mark.parametrize(("tokens", "passes"), [(127, False), (128, True)])
+    def test_an_expert_that_hardly_any_token_reached(self, run: Run, tokens: int, passes: bool) -> None:
+        starved = "model.layers.0.mlp.experts.3.up_proj"
+        row = ModuleLoss(module=starved, loss=0.1, samples=tokens, damp=0.05, rounded=False)
+        *_, fed = check_output(run.output, (), [row], SPEC)
+        assert fed.passed == passes
+        assert not fed.blocks
+        assert (starved in fed.detail) == (not passes)

@@ -1,0 +1,84 @@
+"""Which tokens a Hessian is made of: those that count, and of an expert those that its router chose it for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.engines.cohorts import cohorts, require_known
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline_tests.tiny import load_tiny, tiny_model
+
+CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+WINDOWS = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+MASK = torch.arange(16) < torch.tensor([[16], [5], [9], [1]])
+EXPERTS = "mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("qwen2_moe", tmp_path_factory.mktemp("cohorts") / "mixture")
+
+
+@torch.inference_mode()
+def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
+    """Return kind -> tokens and Hessian of the first layer's linear layers."""
+    passage = Passage(checkpoint, WINDOWS.split(2), CPU)
+    module = passage.build(0, passage.read(0))
+    linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
+    masks = [part.flatten() for part in mask.split(2)]
+    found: dict[str, tuple[int, Tensor]] = {}
+    for cohort in cohorts(passage, masks, module, linears, all_experts=all_experts):
+        tokens, hessian = cohort.hessian.tokens, cohort.hessian.take()
+        found |= {linear.kind: (tokens, hessian) for linear in cohort.linears}
+        for linear, weight in zip(cohort.linears, cohort.weights, strict=True):
+            assert weight.shape == (linear.out_features, linear.in_features)
+    assert found.keys() == {linear.kind for linear in linears}
+    return found
+
+
+def into_experts(root: Path) -> tuple[Tensor, Tensor]:
+    """The oracle: what Transformers' own model hands to the first layer's experts, and which it chose."""
+    model: Any = load_tiny(root)
+    seen: list[tuple[Tensor, Tensor]] = []
+    experts = model.get_submodule(f"model.layers.0.{EXPERTS}")
+    experts.register_forward_pre_hook(lambda _, given: seen.append((given[0], given[1])))
+    with torch.no_grad():
+        model(input_ids=WINDOWS)
+    return seen[0]
+
+
+@pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)])
+def test_an_expert_gets_the_tokens_that_count_and_are_routed_to_it(mixture: Path, mask: Tensor) -> None:
+    x_NH, chosen_NK = into_experts(mixture)
+    found = first_layer(open_checkpoint(mixture), mask, all_experts=False)
+    assert found["self_attn.q_proj"][0] == mask.sum()
+    for expert in range(4):
+        own = x_NH[mask.flatten() & (chosen_NK == expert).any(dim=-1)]
+        for kind in ("gate_proj", "up_proj"):
+            tokens, hessian = found[f"{EXPERTS}.{expert}.{kind}"]
+            assert tokens == len(own)
+            torch.testing.assert_close(hessian, 2 / max(len(own), 1) * own.T @ own if len(own) else torch.eye(64))
+
+
+def test_all_experts_get_every_token(mixture: Path) -> None:
+    found = first_layer(open_checkpoint(mixture), MASK, all_experts=True)
+    tokens, hessian = found["mlp.shared_expert.gate_proj"]
+    for expert in range(4):
+        own = found[f"{EXPERTS}.{expert}.up_proj"]
+        assert own[0] == tokens == MASK.sum()
+        torch.testing.assert_close(own[1], hessian)
+        assert found[f"{EXPERTS}.{expert}.down_proj"][0] == tokens
+
+
+def test_what_enters_an_unknown_linear_layer_is_not_guessed() -> None:
+    odd = Linear(
+        module="model.layers.0.mlp.odd_proj", layer=0, kind="mlp.odd_proj", out_features=32, in_features=32, tensor="t"
+    )
+    with pytest.raises(InputRefused, match="odd_proj"):
+        require_known([odd])
