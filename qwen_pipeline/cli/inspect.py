@@ -1,7 +1,9 @@
 """``qwen-pipeline inspect``: what a fine-tune is, where its tensors would land, and what would be refused."""
 
+import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.transforms.recipes import Recipe
 
 app = typer.Typer()
+_UNSET: tuple[object, ...] = (False, "none", (), {})
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -37,13 +40,13 @@ def inspect(
     """
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
     from qwen_pipeline.errors import InputRefused
-    from qwen_pipeline.stages.merge import open_fine_tune
+    from qwen_pipeline.stages.merge import base_report, open_fine_tune
     from qwen_pipeline.transforms.fine_tune import adopt
     from qwen_pipeline.transforms.lora import merge_lora
     from qwen_pipeline.transforms.model import paddings_of
 
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None}
-    view: list[Table] = []
+    view: list[Table | str] = []
     try:
         child = open_fine_tune(fine_tune)
         if isinstance(child, Checkpoint):
@@ -54,14 +57,51 @@ def inspect(
         data |= {"kind": "adapter", "combination": child.combination, "adapters": _described(child)}
         view.append(_settings_table(data["adapters"]))
         if base:
-            paddings = paddings_of(base, child, padded=trained_on)
-            merged = merge_lora(open_checkpoint(base), child, paddings=paddings)
+            data["names_base"] = asdict(base_report(base, child, (), None))
+            parent = open_checkpoint(base)
+            merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
             data["trained"] = merged.crossing.trained if merged.crossing else None
+            data["config"] = _changes(parent.config, merged.checkpoint.config)
             data["lands"] = {name: _landing(recipe) for name, recipe in merged.plan.recipes.items() if recipe.uses}
-            view.append(_landing_table(data["lands"]))
+            view += [_landing_table(data["lands"]), *_remarks(data)]
     except InputRefused as refusal:
-        return Answer(data=data, view=view, fault=refusal)
+        return Answer(data=_declared(fine_tune) | data, view=view, fault=refusal)
     return Answer(data=data, view=view)
+
+
+def _declared(root: Path) -> dict[str, Any]:
+    """Return what the settings of an adapter call it, also if it is refused."""
+    from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG
+
+    try:
+        settings = json.loads((root / ADAPTER_CONFIG).read_bytes())
+        return {"declared": {name: settings.get(name) for name in ("peft_type", "base_model_name_or_path", "revision")}}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config that a merge sets, by their paths."""
+    changed: dict[str, Any] = {}
+    for field, value in after.items():
+        if isinstance(value, Mapping):
+            changed |= {f"{field}.{path}": new for path, new in _changes(before.get(field, {}), value).items()}
+        elif field not in before or before[field] != value:
+            changed[field] = value
+    return changed
+
+
+def _remarks(data: Mapping[str, Any]) -> list[str]:
+    """Say what else a merge into this base means."""
+    sides = {
+        "live": "It was trained on what this base was padded from: unpadded to merge, padded again by its own map.",
+        "padded": "It was trained on a padded checkpoint of this base: the channels that padding added are left out.",
+    }
+    remarks = [sides[data["trained"]]] if data["trained"] else []
+    remarks += [f"config.json: {path} becomes {json.dumps(value)}." for path, value in data["config"].items()]
+    if not data["names_base"]["passed"] and not data["trained"]:
+        remarks.append(data["names_base"]["detail"])
+    return remarks
 
 
 def _described(adapters: "AdapterSet") -> list[dict[str, Any]]:
@@ -99,7 +139,7 @@ def _settings_table(adapters: list[dict[str, Any]]) -> "Table":
 
     table = Table("adapter", "trained on", "PEFT", "tensors", "weight", "settings")
     for adapter in adapters:
-        settings = ", ".join(f"{name} {value}" for name, value in adapter["settings"].items() if value)
+        settings = ", ".join(f"{name} {value}" for name, value in adapter["settings"].items() if value not in _UNSET)
         trained_on = " at ".join(filter(None, (adapter["base"] or "not named", adapter["revision"])))
         table.add_row(
             adapter["path"],

@@ -101,7 +101,7 @@ def prepare(
             is_padded_base = model is not None and model.live_digest == sources["base"].settle()
             return [
                 _use_report(child, merged),
-                _base_report(base, child, base_names, base_revision, is_padded_base=is_padded_base),
+                base_report(base, child, base_names, base_revision, is_padded_base=is_padded_base),
             ]
     else:
         assert isinstance(fine_tune, Path)
@@ -186,14 +186,15 @@ def _full_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
     ]
 
 
-def _base_report(
+def base_report(
     base: Path,
     adapters: AdapterSet,
     base_names: Collection[str],
     base_revision: str | None,
     *,
-    is_padded_base: bool,
+    is_padded_base: bool = False,
 ) -> CheckReport:
+    """Return whether the adapters name this base; ``is_padded_base``: or a checkpoint that it was padded to."""
     known = sorted(base_names) or [base.name]
     strangers = [a for a in adapters.adapters if not is_padded_base and not _is_named(a, base, base_names)]
     others = [a for a in adapters.adapters if not may_be_same_revision(a.revision, base_revision)]

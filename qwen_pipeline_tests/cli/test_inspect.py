@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
@@ -34,6 +35,19 @@ def test_what_would_be_refused_is_named_as_merge_names_it(base: Path, tmp_path: 
     assert "model.layers.2.self_attn.q_proj" in ended.data["error"]["what"]
     assert ended.data["adapters"][0]["tensors"] == 6
     assert qwen_pipeline("inspect", adapter, "--json").code == 0
+
+
+def test_what_a_merge_does_beside_the_weights(base: Path, tmp_path: Path) -> None:
+    tied = tiny_qwen2(tmp_path / "tied", tie=True)
+    adapter = tiny_adapter(tied, tmp_path / "adapter", target_modules=["lm_head"])
+    seen = inspect(adapter, base=tied)
+    assert seen.data["config"] == {"tie_word_embeddings": False}
+    assert seen.data["names_base"]["passed"]
+    assert "config.json: tie_word_embeddings becomes false." in seen.view
+    assert not inspect(adapter, base=base).data["names_base"]["passed"]
+    refused = inspect(tiny_adapter(base, tmp_path / "activated", alora_invocation_tokens=[3]), base=base)
+    assert refused.fault
+    assert refused.data["declared"]["base_model_name_or_path"] == str(base)
 
 
 def test_a_whole_model(base: Path) -> None:
