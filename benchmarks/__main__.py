@@ -1,4 +1,7 @@
-"""``make bench``: run every benchmark and write what came out, with the machine, to ``benchmarks/results/``."""
+"""``make bench``: measure memory and, on a small checkpoint, speed; write what came out to ``benchmarks/results/``.
+
+It takes some minutes on two cores. ``python -m benchmarks.speed`` measures a large model's widths.
+"""
 
 import json
 from datetime import UTC, datetime
@@ -6,13 +9,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import memory
+from benchmarks import memory, speed
 from benchmarks.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
+SMALL = ("--widths", "0.5b", "--layers", "24", "--rounds", "5", "--peer-rounds", "3", "--skip", "mergekit")
+"""What two cores measure in minutes."""
 
 
 def main() -> None:
+    measure_memory()
+    speed.main([*SMALL, "--out", str(RESULTS / "small")])
+
+
+def measure_memory() -> None:
     day, machine, rows = datetime.now(UTC).date().isoformat(), describe_machine(), memory.measure()
     frame = pd.DataFrame(rows)
     megabytes = pd.DataFrame(

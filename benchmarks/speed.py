@@ -1,8 +1,9 @@
 """How long merging and padding take, beside a plain copy and what others do, in the same run.
 
-``python -m benchmarks.speed`` makes a checkpoint with a real model's widths, then runs every contender once a round, in
-turn, each in a process of its own, followed by a sync, and takes the median. Results go to ``--out`` as JSON and
-Markdown. Contenders that this machine lacks are named as skipped.
+``python -m benchmarks.speed`` makes a checkpoint with a real model's widths once, then runs every contender once a
+round, in turn, each in a process of its own, followed by a sync, and takes the median. Results go to ``--out`` as JSON
+and Markdown after each run, so that whatever ends the rest leaves what was measured. Contenders that this machine lacks
+are named as skipped.
 """
 
 import argparse
@@ -15,14 +16,17 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
 
 MERGEKIT = ("mergekit==0.1.5",)
+COPY, START = "cp -r", "start"
+"""What all are held against, and a process that imports what ours import and ends."""
 
 _OURS = "from pathlib import Path; from qwen_pipeline.checkpoint.store import Directory as D;"
 _MERGE = (
@@ -41,6 +45,7 @@ _PAD = (
     + "from qwen_pipeline.stages.pad import pad;"
     + "pad(source=Path('base'), destination=D(Path('out')), tensor_parallel={degree})"
 )
+_START = "import torch; from qwen_pipeline.one_pass import merge_and_pad"
 _PEFT = (
     "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
     "model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16);"
@@ -69,11 +74,11 @@ torch.save(state, 'out/pytorch_model.bin')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One way to do one thing. ``bar`` is the contender that it is held against."""
+    """One way to do one thing; a peer is somebody else's."""
 
     name: str
     command: tuple[str, ...]
-    bar: str = "cp -r"
+    is_peer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,47 +93,52 @@ class Run:
     written_bytes: int
 
 
-def main() -> None:
-    asked = _arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = _arguments(arguments)
     asked.scratch.mkdir(parents=True)
     try:
-        report = measure(asked)
+        print(markdown(measure(asked)))
     finally:
         shutil.rmtree(asked.scratch)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
-    text = markdown(report)
-    (asked.out / "speed.md").write_text(text)
-    print(text)
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
-    """Make the models, run every contender ``rounds`` times in turn, and return all figures."""
-    scratch = asked.scratch.resolve()
+    """Make the models, run every contender ``rounds`` times in turn, and return all figures, written after each run."""
+    began, scratch = time.monotonic(), asked.scratch.resolve()
     base = _make_models(asked, scratch)
     contenders, skipped = _contenders(asked, scratch)
-    runs: list[Run] = []
-    began = time.monotonic()
-    for number in range(asked.rounds):
-        for contender in contenders:
-            runs.append(run(contender, scratch))
-            print(f"round {number + 1}: {runs[-1]}", file=sys.stderr, flush=True)
-        if asked.minutes and (time.monotonic() - began) / 60 * (number + 2) / (number + 1) > asked.minutes:
-            skipped[f"rounds {number + 2} to {asked.rounds}"] = f"no time left of {asked.minutes} minutes"
-            break
-    bare = _peak_of_bare_interpreter(scratch)
-    size = sum(file.stat().st_size for file in base.iterdir())
-    return {
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "model": json.loads((base / "config.json").read_bytes()),
         "layers": asked.layers,
         "rank": asked.rank,
-        "base_bytes": size,
-        "bare_peak_bytes": bare,
+        "base_bytes": sum(file.stat().st_size for file in base.iterdir()),
+        "bare_peak_bytes": _peak_of_bare_interpreter(scratch),
         "skipped": skipped,
-        "medians": {contender.name: _median(contender, runs) for contender in contenders},
-        "runs": [asdict(each) for each in runs],
     }
+    runs: list[Run] = []
+    for number in range(asked.rounds):
+        round_began = time.monotonic()
+        for contender in contenders:
+            if contender.is_peer and number >= asked.peer_rounds:
+                continue
+            runs.append(run(contender, scratch))
+            print(f"round {number + 1}: {runs[-1]}", file=sys.stderr, flush=True)
+            report |= {"medians": _medians(runs), "runs": [asdict(each) for each in runs]}
+            _keep(report, asked.out)
+        now = time.monotonic()
+        if asked.minutes and (now - began) + (now - round_began) > 60 * asked.minutes and number + 1 < asked.rounds:
+            skipped[f"rounds {number + 2} to {asked.rounds}"] = f"no time left of {asked.minutes} minutes"
+            break
+    _keep(report, asked.out)
+    return report
+
+
+def _keep(report: Mapping[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "speed.md").write_text(markdown(report))
 
 
 def run(contender: Contender, scratch: Path) -> Run:
@@ -153,7 +163,7 @@ def run(contender: Contender, scratch: Path) -> Run:
     if status:
         raise RuntimeError(f"{contender.name} ended with {status}: {(scratch / 'log').read_text()[-2000:]}")
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)
     return Run(
         name=contender.name,
         seconds=seconds,
@@ -167,25 +177,31 @@ def run(contender: Contender, scratch: Path) -> Run:
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of medians, with the machine."""
     machine, medians = report["machine"], report["medians"]
+    start = medians[START]["seconds"] if START in medians else 0.0
     rows = [
-        "| what | s with sync | against cp | CPU s | peak above torch, MB | written, GB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| what | s with sync | against cp | s without start | GB/s written | CPU s | peak above torch, MB | rounds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in medians.items():
-        ratio = row["synced_seconds"] / medians["cp -r"]["synced_seconds"]
+        ratio = row["synced_seconds"] / medians[COPY]["synced_seconds"]
+        working = row["synced_seconds"] - (0.0 if name == COPY else start)
         above = max(0, row["peak_bytes"] - report["bare_peak_bytes"]) / 1e6
         rows.append(
-            f"| {name} | {row['synced_seconds']:.1f} | {ratio:.2f} | {row['cpu_seconds']:.1f} | {above:.0f} "
-            f"| {row['written_bytes'] / 1e9:.2f} |"
+            f"| {name} | {row['synced_seconds']:.1f} | {ratio:.2f} | {working:.1f} "
+            f"| {row['written_bytes'] / 1e9 / row['synced_seconds']:.2f} | {row['cpu_seconds']:.1f} | {above:.0f} "
+            f"| {row['rounds']} |"
         )
     skipped = "".join(f"\n\nSkipped: {name}: {why}." for name, why in report["skipped"].items())
     return (
-        f"# Speed\n\n{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}. "
+        f"# Speed\n\n{report['date']}. {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}. "
         f"Layers of {report['model']['hidden_size']} x {report['model']['intermediate_size']}, "
         f"{report['layers']} of them, vocabulary {report['model']['vocab_size']}: "
         f"{report['base_bytes'] / 1e9:.2f} GB of bfloat16. LoRA of rank {report['rank']} on all linear layers. "
-        f"Medians of {min(row['rounds'] for row in medians.values())} rounds in turn; "
-        "ours hash the base, never seen before, and what they write.\n\n" + "\n".join(rows) + skipped + "\n"
+        "Medians of rounds in turn; ours hash the base, never seen before, and what they write. "
+        f"Starting Python and importing torch and ours takes {start:.1f} s of each of ours.\n\n"
+        + "\n".join(rows)
+        + skipped
+        + "\n"
     )
 
 
@@ -212,7 +228,8 @@ def _contenders(asked: argparse.Namespace, scratch: Path) -> tuple[list[Contende
         return (sys.executable, "-c", code.format(degree=asked.degree) if "{degree}" in code else code)
 
     contenders = [
-        Contender(name="cp -r", command=("cp", "-r", "base", "out")),
+        Contender(name=COPY, command=("cp", "-r", "base", "out")),
+        Contender(name=START, command=python(_START)),
         Contender(name="merge", command=python(_MERGE)),
         Contender(name="merge+pad, one pass", command=python(_ONE_PASS)),
         Contender(name="pad", command=python(_PAD)),
@@ -228,7 +245,7 @@ def _contenders(asked: argparse.Namespace, scratch: Path) -> tuple[list[Contende
             skipped[name] = "as asked"
             continue
         try:
-            contenders.append(Contender(name=name, command=find()))
+            contenders.append(Contender(name=name, command=find(), is_peer=True))
         except (ImportError, OSError, subprocess.SubprocessError) as error:
             skipped[name] = f"not to be had here ({error})"
             print(f"SKIPPED {name}: {skipped[name]}", file=sys.stderr, flush=True)
@@ -253,10 +270,13 @@ def _mergekit(scratch: Path) -> tuple[str, ...]:
     return (str(home / "bin" / "mergekit-yaml"), "mergekit.yml", "out", *options)
 
 
-def _median(contender: Contender, runs: list[Run]) -> Mapping[str, float]:
-    own = [asdict(each) for each in runs if each.name == contender.name]
+def _medians(runs: Sequence[Run]) -> dict[str, Mapping[str, float]]:
     fields = ("seconds", "synced_seconds", "cpu_seconds", "peak_bytes", "written_bytes")
-    return {field: statistics.median(row[field] for row in own) for field in fields} | {"rounds": len(own)}
+    medians: dict[str, Mapping[str, float]] = {}
+    for name in dict.fromkeys(each.name for each in runs):
+        own = [asdict(each) for each in runs if each.name == name]
+        medians[name] = {field: statistics.median(row[field] for row in own) for field in fields} | {"rounds": len(own)}
+    return medians
 
 
 def _peak_of_bare_interpreter(scratch: Path) -> int:
@@ -265,18 +285,19 @@ def _peak_of_bare_interpreter(scratch: Path) -> int:
     return int(done.stdout)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="72b", help="72b, 7b, 0.5b or a config.json")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--degree", type=int, default=8, help="tensor-parallel ranks to pad for")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer-rounds", type=int, default=5, help="rounds in which others take part")
     parser.add_argument("--minutes", type=float, default=0, help="begin no round that would end later; 0: no limit")
     parser.add_argument("--skip", action="append", default=[], help="a contender to leave out")
     parser.add_argument("--scratch", type=Path, default=Path("build/speed"), help="a directory on the disk to measure")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,8 @@ def _mapped(put: "Put", block: "torch.Tensor", at: Channels, source: "torch.Tens
     if source.dim() == 2:
         of_expert = replace(at, axis=at.axis - 1)
         return torch.stack([_mapped(put, one, of_expert, row) for one, row in zip(block, source, strict=True)])
+    if at.halves == 1:
+        return put(block, at.axis, source)
     return torch.cat([put(half, at.axis, source) for half in block.chunk(at.halves, dim=at.axis)], dim=at.axis)
 
 

@@ -1,7 +1,8 @@
 """Moving channels by a few strided copies where they lie evenly: a gather moves one number at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def copy_channels(
         targets: int64 ``[N]``, rising.
         axis: The axis of the channels in both.
     """
-    runs = list(_runs(sources.tolist(), targets.tolist()))
+    runs = list(islice(_runs(sources, targets), _MOST_RUNS + 1))
     if len(runs) > _MOST_RUNS:
         return target.index_copy_(axis, targets, source.index_select(axis, sources))
     for run in runs:
@@ -48,18 +49,20 @@ def copy_channels(
     return target
 
 
-def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[Run]:
-    """Cut pairs of indices, greedily, into runs along which both move by an even step."""
-    first = 0
-    while first < len(targets):
-        last, step = first + 1, (1, 1)
-        if last < len(targets):
-            step = (sources[last] - sources[first], targets[last] - targets[first])
-            while (
-                step[0] > 0
-                and last < len(targets)
-                and (sources[last] - sources[last - 1], targets[last] - targets[last - 1]) == step
-            ):
-                last += 1
-        yield Run(last - first, (sources[first], targets[first]), step if last - first > 1 else (1, 1))
-        first = last
+def _runs(sources: "torch.Tensor", targets: "torch.Tensor") -> Iterator[Run]:
+    """Cut pairs of indices, greedily, into runs along which both move by an even step.
+
+    Python counts runs here, not channels: it would hold up every other thread.
+    """
+    count = len(targets)
+    source_steps, target_steps = sources.diff(), targets.diff()
+    turns = (source_steps[1:] != source_steps[:-1]) | (target_steps[1:] != target_steps[:-1])
+    ends = iter([*(turns.nonzero().flatten() + 1).tolist(), count - 1])
+    first, end = 0, 0
+    while first < count:
+        while end <= first < count - 1:
+            end = next(ends)
+        moves = first < count - 1 and bool(source_steps[first] > 0)
+        last, step = (end, (int(source_steps[first]), int(target_steps[first]))) if moves else (first, (1, 1))
+        yield Run(last - first + 1, (int(sources[first]), int(targets[first])), step)
+        first = last + 1
