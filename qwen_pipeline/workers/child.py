@@ -5,9 +5,11 @@ import errno
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +29,7 @@ def main(target: str) -> None:
 
 def _call(target: str) -> int:
     _die_with_parent()
+    _take_the_group_along()
     with os.fdopen(int(os.environ["QWEN_PIPELINE_MESSAGES_FD"]), "wb", buffering=0) as messages:
 
         def send(kind: str, content: Mapping[str, Any]) -> None:
@@ -61,6 +64,26 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ["QWEN_PIPELINE_PARENT"]):
             sys.exit("the parent is gone already")
+
+
+def _take_the_group_along() -> None:
+    """Leave a keeper outside of our group, which kills what is left of it once we are gone, however we went.
+
+    The kernel's signal reaches us alone; an engine's own processes would live on.
+    """
+    if sys.platform != "linux":
+        return
+    group, ourselves = os.getpgid(0), os.pidfd_open(os.getpid())
+    if os.fork():
+        os.close(ourselves)
+        return
+    os.setsid()
+    os.closerange(0, ourselves)
+    os.closerange(ourselves + 1, os.sysconf("SC_OPEN_MAX"))
+    select.select([ourselves], [], [])
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)
 
 
 def _fault_of_the_machine(error: Exception) -> EnvironmentFault | None:
