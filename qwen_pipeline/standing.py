@@ -82,7 +82,7 @@ def standing(settings: Settings, name: str, arrival: Arrival | None) -> FineTune
     """
     arrived, remark = _look_at(arrival)
     inputs = {"fine_tune": arrived} if arrived else {}
-    specs, texts = _specs(settings), {calibrate.STAGE: _calibration_text(settings)}
+    specs, texts = _specs(settings, name), {calibrate.STAGE: _calibration_text(settings)}
     current: dict[str, str] = {}
     stages: dict[str, StageStanding] = {}
     for stage, makers in _MAKERS.items():
@@ -106,8 +106,8 @@ def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
         return None, refusal.what
 
 
-def _specs(settings: Settings) -> dict[str, Mapping[str, Any]]:
-    """The part of each stage's spec that the settings decide."""
+def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
+    """The part of each stage's spec that the settings decide for a fine-tune."""
     quantization, padding = settings.quantization, settings.padding
     return {
         pad.STAGE: {"group_size": quantization.group_size, **padding.model_dump()},
@@ -117,6 +117,7 @@ def _specs(settings: Settings) -> dict[str, Mapping[str, Any]]:
             "min_expert_tokens": settings.calibration.min_expert_tokens,
         },
         quantize.STAGE: quantization.to_json(),
+        validate.STAGE: {"limits": asdict(settings.validation.limits_of(name))},
     }
 
 

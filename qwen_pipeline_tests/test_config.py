@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen_pipeline.config import FILE_VARIABLE, load_settings, require_setting
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.evaluation.limits import Limits
 
 
 @pytest.fixture
@@ -76,6 +78,8 @@ def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPat
         ("[padding]\ntensor_parallel = 0", "padding.tensor_parallel is 0", "greater than or equal to 1"),
         ("[quantization]\nbits = 5", "bits is 5", "4, 8"),
         ("base_model = ", "not valid TOML", "Invalid value"),
+        ("[validation.serve]\nengine = 'llama'", "validation.serve.engine is 'llama'", "'vllm'"),
+        ("[validation.overrides.poet]\nmax_kl = 1", "no limit 'max_kl' for poet", "Did you mean max_mean_kl"),
     ],
 )
 def test_what_is_wrong_is_named(settings_file: Path, text: str, named: str, hint: str) -> None:
@@ -107,6 +111,22 @@ def test_a_named_file_must_be_there(settings_file: Path) -> None:
     settings_file.unlink()
     with pytest.raises(InputRefused, match="is not there"):
         load_settings()
+
+
+def test_a_fine_tune_may_have_limits_of_its_own(settings_file: Path) -> None:
+    settings_file.write_text(
+        "[validation.limits]\nmax_mean_kl = 0.05\n[validation.overrides.poet]\nmin_top1_agreement = 0.5"
+    )
+    validation = load_settings().validation
+    assert validation.limits_of("poet") == replace(validation.limits, min_top1_agreement=0.5)
+    assert validation.limits_of("other") == validation.limits_of(None) == Limits(max_mean_kl=0.05)
+
+
+def test_an_engine_that_is_wanted_but_not_installed_is_named(settings_file: Path) -> None:
+    assert load_settings().serving_plan() is None
+    settings_file.write_text("[validation.serve]\nengine = 'vllm'\n[engines.vllm]\npython = '/nowhere/python'")
+    with pytest.raises(EnvironmentFault, match="/nowhere/python does not exist"):
+        load_settings().serving_plan()
 
 
 def test_a_missing_setting_says_how_to_add_it(settings_file: Path) -> None:

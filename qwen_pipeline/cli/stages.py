@@ -22,6 +22,7 @@ class EngineChoice(StrEnum):
     layerwise = "layerwise"
 
 
+ServingChoice = Literal["vllm", "vllm-cpu"]
 LayoutChoice = Literal["interleave", "append", "split"]
 Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
 Out = Annotated[Path, typer.Option(help="New or empty directory. The same work a second time is free.")]
@@ -297,11 +298,14 @@ def validate(
     padded: Annotated[Path | None, typer.Option(help="The padded checkpoint, to compare perplexities with.")] = None,
     engine: EngineName = EngineChoice.gptqmodel,
     engine_python: EnginePython = None,
+    fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
+    serve: Annotated[ServingChoice | None, typer.Option(help="Serve with this engine too, and ask it.")] = None,
+    serve_tp: Annotated[list[int] | None, typer.Option(help="Degree to serve at; repeat it. Default: --tp.")] = None,
 ) -> Answer:
     """Hold a quantized checkpoint against the one it came from, and write a report.
 
-    Limits, prompts, the amount of text and, unless given here, targets come from the section [validation] of
-    qwen_pipeline.toml.
+    Limits, prompts, the amount of text, what is served and, unless given here, targets come from the section
+    [validation] of qwen_pipeline.toml.
     """
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.config import load_settings
@@ -310,7 +314,9 @@ def validate(
     from qwen_pipeline.evaluation.targets import Target
     from qwen_pipeline.stages import validate as stage
 
-    settings = load_settings().validation
+    configured = load_settings()
+    settings = configured.validation
+    serving = configured.serving_plan(serve, tuple(serve_tp or ()) or settings.serve.tensor_parallel or (tp,))
     return made_by(
         lambda observe: stage.validate(
             reference=reference,
@@ -322,10 +328,11 @@ def validate(
             padded=padded,
             tensor_parallel=tp,
             targets=[Target.parse(text) for text in target or ()] or settings.declared,
-            limits=settings.limits,
+            limits=settings.limits_of(fine_tune),
             prompts=settings.prompts,
             windows=settings.windows,
             seq_len=settings.seq_len,
+            serving=serving,
             observe=observe,
         )
     )

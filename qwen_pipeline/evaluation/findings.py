@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.samples import Sample
+from qwen_pipeline.evaluation.served import Served
 from qwen_pipeline.qwen.geometry import DegreeOutlook
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Findings:
         losses: Module -> the solver's loss; empty where the quantized checkpoint's manifest has none.
         parallel: What the asked-for tensor-parallel degree means; None where the group size is not known.
         targets: What each engine that the checkpoint is declared for makes of it; empty where that is not known.
+        served: What a real serving engine made of the checkpoints; empty where none is configured.
     """
 
     structure: "Structure"
@@ -39,6 +41,7 @@ class Findings:
     losses: Mapping[str, float]
     parallel: DegreeOutlook | None
     targets: "Sequence[TargetFindings]" = ()
+    served: Sequence[Served] = ()
 
     def perplexity(self, role: str) -> float | None:
         """Return a model's perplexity, or None if it is absent or did not load."""

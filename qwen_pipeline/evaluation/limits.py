@@ -13,6 +13,8 @@ class Limits:
         min_top1_agreement: Share of tokens for which both rate the same token highest.
         max_padding_kl: Mean KL(merged || padded), in nats a token: padding may only show as rounding.
         max_merged_ratio: Perplexity of the merged model over that of the base; a warning beyond it.
+        max_served_gap: How much likelier a serving engine may find its own token than the one that Transformers chose,
+            where their answers part, in nats. Sixteen-bit kernels part at ties; broken ones by several nats.
     """
 
     max_perplexity_ratio: float = 1.2
@@ -20,6 +22,7 @@ class Limits:
     min_top1_agreement: float = 0.7
     max_padding_kl: float = 1e-6
     max_merged_ratio: float = 1.1
+    max_served_gap: float = 0.5
 
 
 DEFAULT_LIMITS = Limits()

@@ -37,12 +37,12 @@ class Sample:
     @property
     def agreed_tokens(self) -> int:
         """How many tokens both answers start with; from there on they have different histories."""
-        return _agreed(self.reference.tokens, self.candidate.tokens) if self.reference and self.candidate else 0
+        return agreed_length(self.reference.tokens, self.candidate.tokens) if self.reference and self.candidate else 0
 
     @property
     def agreed_characters(self) -> int:
         """How many characters both answers start with."""
-        return _agreed(self.reference.text, self.candidate.text) if self.reference and self.candidate else 0
+        return agreed_length(self.reference.text, self.candidate.text) if self.reference and self.candidate else 0
 
     @property
     def fault(self) -> str | None:
@@ -78,5 +78,6 @@ def degeneration(text: str) -> str | None:
     return None
 
 
-def _agreed(first: Sequence[object], second: Sequence[object]) -> int:
+def agreed_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return how long the beginning is that two sequences share."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -21,6 +21,8 @@ from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
 from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT, method_of, render_report
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
+from qwen_pipeline.evaluation.served import Served, ServingPlan
+from qwen_pipeline.evaluation.servers import serve_all
 from qwen_pipeline.evaluation.targets import (
     ANY_ENGINE,
     Cut,
@@ -63,6 +65,7 @@ def validate(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     windows: int = 8,
     seq_len: int = 512,
+    serving: ServingPlan | None = None,
     device: Device | None = None,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -86,6 +89,7 @@ def validate(
         prompts: What merged and quantized model answer side by side.
         windows: Windows of text, at most.
         seq_len: Tokens of a window.
+        serving: Which of the checkpoints to serve with a real engine, and how; by default none.
         device: Where predictions are computed; by default a GPU where there is one.
         observe: Told about each window and module.
 
@@ -115,6 +119,7 @@ def validate(
             "limits": asdict(limits),
             "device": device,
             "prompts": list(prompts),
+            "serving": serving.to_json() if serving else None,
             "seq_len": seq_len,
             "targets": [str(target) for target in targets],
             "tensor_parallel": tensor_parallel,
@@ -163,6 +168,9 @@ def validate(
             parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel),
             targets=with_divergences(served, _divergences(cuts, figures)),
         )
+        if serving:
+            answered = _served(serving, models, measurement, figures, tokenizer, logs=partial / LOGS, observe=observe)
+            findings = replace(findings, served=answered)
         reports = judge(findings, limits)
         lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
         result = {
@@ -234,6 +242,28 @@ def _answers(figures: ModelFigures, tokenizer: Any) -> list[Answer]:
         Answer(text=text, tokens=tokens, ended=len(tokens) < MAX_NEW_TOKENS)
         for text, tokens in zip(texts, figures.answers, strict=True)
     ]
+
+
+def _served(
+    plan: ServingPlan,
+    models: Mapping[str, Path],
+    measured: Measurement,
+    figures: Mapping[str, ModelFigures],
+    tokenizer: Any,
+    *,
+    logs: Path,
+    observe: Observe,
+) -> list[Served]:
+    """Serve checkpoints; a padded one has to answer as the merged one, whose function it computes."""
+    return serve_all(
+        plan,
+        models=models,
+        prompts=measured.prompts,
+        expected={role: figures[MERGED if role == PADDED else role].answers for role in models if role != BASE},
+        decode=lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True),
+        logs=logs,
+        observe=observe,
+    )
 
 
 def _losses(candidate: Path) -> dict[str, float]:

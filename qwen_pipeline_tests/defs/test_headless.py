@@ -101,6 +101,16 @@ def test_the_night_has_nothing_to_do_until_a_setting_changes(
         assert [name for name, _ in requested(finished.site, instance)] == [FINE_TUNE]
 
 
+def test_limits_of_its_own_ask_for_a_new_verdict_of_that_fine_tune_alone(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__OVERRIDES", '{"another": {"max_mean_kl": 0.9}}')
+    assert set(states(finished.site).values()) == {"done"}
+    monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__OVERRIDES", f'{{"{FINE_TUNE}": {{"max_mean_kl": 0.9}}}}')
+    assert {stage for stage, state in states(finished.site).items() if state == "stale"} >= {"validated"}
+    assert states(finished.site)["quantized"] == "done"
+
+
 def test_an_interrupted_run_ends_with_130_and_leaves_no_worker(finished: Finished) -> None:
     env = {**os.environ, **finished.site.environment, "QWEN_PIPELINE_QUANTIZATION__SEED": "7"}
     command = [sys.executable, "-m", "qwen_pipeline", "run", FINE_TUNE, "--json"]

@@ -1,0 +1,49 @@
+"""A server with the engine's command line and API: it counts up from a prompt's last token, and dies at token 13."""
+
+import argparse
+import json
+import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+STOP = 9
+DEADLY = 13
+
+
+class Completions(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._send({})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        last = asked["prompt"][-1]
+        if last == DEADLY:
+            print(
+                "(Worker pid=1) ERROR [x.py:1] AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm'"
+            )
+            os._exit(1)
+        tokens = list(range(last + 1, last + 1 + asked["max_tokens"]))
+        tokens = tokens[: tokens.index(STOP) + 1] if STOP in tokens else tokens
+        top = [{f"token_id:{token}": -0.1, f"token_id:{token + 100}": -0.4} for token in tokens]
+        choice = {
+            "token_ids": tokens,
+            "finish_reason": "stop" if tokens[-1] == STOP else "length",
+            "logprobs": {"top_logprobs": top},
+        }
+        self._send({"choices": [choice]})
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Keep quiet."""
+
+    def _send(self, value: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    known, _ = parser.parse_known_args()
+    HTTPServer((known.host, known.port), Completions).serve_forever()
