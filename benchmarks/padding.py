@@ -2,7 +2,8 @@
 
 KL(full precision || quantized) on held-out text, by layout, with and without the remedy for dead channels, for the
 demo's dense base and for mixtures of experts made of it (:mod:`benchmarks.upcycled`). Which way codes round is a matter
-of luck, so every figure is a mean over several draws of calibration text, the same for all treatments.
+of luck, so comparisons are paired: each draw of calibration text goes through all treatments, and the ratio to the
+unpadded model is taken draw by draw. A row is written as soon as it is known; a run that was stopped goes on.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import pandas as pd
 import torch
 
 from benchmarks import unsettled
-from benchmarks.__main__ import RESULTS, describe_machine
+from benchmarks.__main__ import RESULTS
+from benchmarks.machine import describe_machine
 from benchmarks.upcycled import upcycle
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
@@ -27,7 +29,7 @@ from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.layerwise.forward import Place
@@ -38,6 +40,7 @@ from qwen_pipeline.workers.parent import run_worker
 GROUP_SIZE = 64
 RANKS = {"dense": 3, "experts": 16, "quiet experts": 16}
 """Model -> ranks: 1600 channels become 1728, experts of 768 and shared experts of 832 become 1024."""
+ENGINES: Mapping[str, EngineName] = {"dense": "layerwise", "experts": "gptqmodel", "quiet experts": "gptqmodel"}
 QUIET = 6
 """Doublings by which quiet experts' activations are smaller than the base's."""
 
@@ -53,131 +56,152 @@ class Treatment:
 
 TREATMENTS = (
     Treatment(name="unpadded", layout=None),
-    Treatment(name="interleave, not settled", layout="interleave", settled=False),
-    Treatment(name="append, not settled", layout="append", settled=False),
     Treatment(name="interleave", layout="interleave"),
     Treatment(name="append", layout="append"),
     Treatment(name="split", layout="split"),
+    Treatment(name="interleave, not settled", layout="interleave", settled=False),
+    Treatment(name="append, not settled", layout="append", settled=False),
 )
 
 
-def measure(
-    models: Mapping[str, Path],
-    texts: Texts,
-    *,
-    seeds: int,
-    windows: int,
-    seq_len: int,
-    python: Path | None,
-    scratch: Path,
-    treatments: Sequence[Treatment] = TREATMENTS,
-) -> list[dict[str, Any]]:
-    """Return a row for each model, treatment and seed: the KL in nats per token."""
-    rows: list[dict[str, Any]] = []
-    for name, model in models.items():
-        held_out = token_windows(texts.held_out, load_tokenizer(model), windows=windows, seq_len=seq_len)
-        for treatment in treatments:
-            source = model if treatment.layout is None else _padded(model, name, treatment.layout, scratch)
-            for seed in range(seeds):
-                with tempfile.TemporaryDirectory(dir=scratch) as out:
-                    quantized = _quantized(source, texts, treatment, seed, seq_len, python, Path(out) / "quantized")
-                    kl = _divergence(model, quantized, held_out)
-                rows.append({"model": name, "treatment": treatment.name, "seed": seed, "kl": kl})
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+class Benchmark:
+    """Rows of one set of settings, in a scratch directory that outlives an interruption."""
 
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self._asked = asked
+        self._scratch: Path = asked.scratch
+        self._journal = self._scratch / f"rows-{asked.samples}-{asked.windows}-{asked.seq_len}.jsonl"
+        self._texts: Texts = write_texts(self._scratch)
+        lines = self._journal.read_text().splitlines() if self._journal.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-def _padded(model: Path, name: str, layout: Layout, scratch: Path) -> Path:
-    out = Directory(scratch / f"{name.replace(' ', '-')}-{layout}")
-    return pad.pad(
-        source=model, destination=out, group_size=GROUP_SIZE, tensor_parallel=RANKS[name], layout=layout
-    ).path
+    def run(self) -> None:
+        """Measure every treatment of every model, draw after draw of calibration text."""
+        for seed in range(self._asked.seeds):
+            for name in self._asked.models:
+                done = {(row["model"], row["treatment"], row["seed"]) for row in self.rows}
+                missing = [at for at in TREATMENTS if at.name in self._asked.treatments]
+                self._measure(name, [at for at in missing if (name, at.name, seed) not in done], seed)
 
+    def _measure(self, name: str, treatments: Sequence[Treatment], seed: int) -> None:
+        """Quantize after each treatment, then compare all of them with the full precision side by side."""
+        if not treatments:
+            return
+        model = self._model(name)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as out:
+            quantized = {at.name: self._quantized(name, model, at, seed, Path(out) / at.name) for at in treatments}
+            for treatment, kl in self._divergences(model, quantized).items():
+                self.rows.append({"model": name, "treatment": treatment, "seed": seed, "kl": kl})
+                with self._journal.open("a") as file:
+                    print(json.dumps(self.rows[-1]), file=file)
+                print(json.dumps(self.rows[-1]), flush=True)
 
-def _quantized(
-    source: Path, texts: Texts, treatment: Treatment, seed: int, seq_len: int, python: Path | None, out: Path
-) -> Path:
-    spec = QuantSpec(engine="layerwise", group_size=GROUP_SIZE, samples=24, seq_len=seq_len, seed=seed)
+    def _model(self, name: str) -> Path:
+        base = self._asked.base or build_base(self._scratch / "base").path
+        if name == "dense":
+            return base
+        out = self._scratch / name.replace(" ", "-")
+        return out if out.exists() else upcycle(base, out, quiet=QUIET if name.startswith("quiet") else 0)
 
-    def run_unsettled(python: Path, _: str, *rest: Any, **named: Any) -> Any:
-        return run_worker(python, unsettled.TARGET, *rest, **named)
+    def _quantized(self, name: str, model: Path, treatment: Treatment, seed: int, out: Path) -> Path:
+        asked = self._asked
+        spec = QuantSpec(
+            engine=ENGINES[name],
+            group_size=GROUP_SIZE,
+            samples=asked.samples,
+            seq_len=asked.seq_len,
+            seed=seed,
+            threads=torch.get_num_threads(),
+        )
 
-    with patch.object(quantize, "run_worker", run_worker if treatment.settled else run_unsettled):
-        return quantize.quantize(
-            source=source,
-            destination=Directory(out),
-            calibration=texts.calibration,
-            spec=spec,
-            engine=find_environment(spec.environment, python),
-        ).path
+        def run_unsettled(python: Path, _: str, *rest: Any, **named: Any) -> Any:
+            return run_worker(python, unsettled.TARGET, *rest, **named)
 
+        with patch.object(quantize, "run_worker", run_worker if treatment.settled else run_unsettled):
+            return quantize.quantize(
+                source=self._padded(name, model, treatment.layout) if treatment.layout else model,
+                destination=Directory(out),
+                calibration=self._texts.calibration,
+                spec=spec,
+                engine=find_environment(spec.environment, asked.engine_python),
+            ).path
 
-def _divergence(model: Path, quantized: Path, windows: Sequence[Sequence[int]]) -> float:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = evaluate(
-        {"full": open_checkpoint(model), "quantized": open_checkpoint(quantized)},
-        [torch.tensor(window) for window in windows],
-        reference="full",
-        compared=["quantized"],
-        place=Place(device=device, dtype=torch.float32),
-    )
-    divergence = figures["quantized"].divergence
-    assert divergence is not None
-    return divergence.mean
+    def _padded(self, name: str, model: Path, layout: Layout) -> Path:
+        out = Directory(self._scratch / f"{name.replace(' ', '-')}-{layout}")
+        ranks = RANKS[name]
+        return pad.pad(source=model, destination=out, group_size=GROUP_SIZE, tensor_parallel=ranks, layout=layout).path
+
+    def _divergences(self, model: Path, quantized: Mapping[str, Path]) -> dict[str, float]:
+        asked = self._asked
+        windows = token_windows(
+            self._texts.held_out, load_tokenizer(model), windows=asked.windows, seq_len=asked.seq_len
+        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        figures = evaluate(
+            {"full": open_checkpoint(model)} | {name: open_checkpoint(path) for name, path in quantized.items()},
+            [torch.tensor(window) for window in windows],
+            reference="full",
+            compared=list(quantized),
+            place=Place(device=device, dtype=torch.float32),
+        )
+        return {name: at.divergence.mean for name, at in figures.items() if at.divergence}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return treatment x model: the mean KL, and its ratio to the unpadded model's, seed by seed, with its error."""
+    """Return treatment x model: the mean KL, and its ratio to the unpadded model's, draw by draw.
+
+    Of the ratio's draws, the mean, its standard error and how many there are.
+    """
     kl = pd.DataFrame(rows).set_index(["model", "treatment", "seed"])["kl"].unstack("seed")
     shown: dict[str, dict[str, str]] = {}
     for (model, treatment), draws in kl.iterrows():  # pyright: ignore[reportGeneralTypeIssues]
-        ratio = draws / kl.loc[model, "unpadded"]
-        error = f" +- {ratio.std() / len(ratio) ** 0.5:.3f}" if len(ratio) > 1 else ""
-        shown.setdefault(str(model), {})[str(treatment)] = f"{draws.mean():.4f} ({ratio.mean():.3f}{error})"
-    frame = pd.DataFrame(shown).reindex([treatment.name for treatment in TREATMENTS])
+        ratio = (draws / kl.loc[(model, "unpadded")]).dropna()
+        error = f" ± {ratio.std() / len(ratio) ** 0.5:.3f}" if len(ratio) > 1 else ""
+        drawn = "" if treatment == "unpadded" else f", {ratio.mean():.3f}{error} of {len(ratio)}"
+        shown.setdefault(str(model), {})[str(treatment)] = f"{draws.mean():.4f}{drawn}"
+    frame = pd.DataFrame(shown).reindex([treatment.name for treatment in TREATMENTS]).fillna("")
     return frame.rename_axis("treatment").reset_index()
 
 
 def main() -> None:
+    names = [treatment.name for treatment in TREATMENTS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=RANKS, default=list(RANKS))
+    parser.add_argument("--treatments", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=32, help="held-out windows")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-padding")
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
-    base = asked.base or build_base(asked.scratch / "base").path
-    models = {"dense": base}
-    for name, quiet in (("experts", 0), ("quiet experts", QUIET)):
-        out = asked.scratch / name.replace(" ", "-")
-        models[name] = out if out.exists() else upcycle(base, out, quiet=quiet)
-    rows = measure(
-        {name: models[name] for name in asked.models},
-        write_texts(asked.scratch),
-        seeds=asked.seeds,
-        windows=asked.windows,
-        seq_len=asked.seq_len,
-        python=asked.engine_python,
-        scratch=asked.scratch,
-    )
+    benchmark = Benchmark(asked)
+    benchmark.run()
+    write_results(benchmark.rows, asked)
+
+
+def write_results(rows: Sequence[Mapping[str, Any]], asked: argparse.Namespace) -> None:
+    """Write ``padding.json`` and ``padding.md`` beside the other results."""
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine["cpu"]
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{machine['cpu']}, {machine['cores']} cores"
+    )
     shown = table(rows)
     lines = [list(shown.columns), ["---"] * shown.shape[1], *map(list, shown.to_numpy())]
     text = f"""# KL(full precision || quantized), nats per token, and its ratio to the unpadded model's
 
-{day}, {device}. 4 bits in groups of {GROUP_SIZE}, 24 calibration windows of {asked.seq_len} tokens,
-{asked.windows} held-out windows; mean over {asked.seeds} draws of calibration text, the ratio with its standard error.
+{day}, {device}. 4 bits in groups of {GROUP_SIZE}; calibration {asked.samples} x {asked.seq_len} tokens, evaluation
+{asked.windows} x {asked.seq_len} held-out tokens. Each cell: mean KL, mean ratio ± standard error of how many
+draws of calibration text. Ratios are taken draw by draw.
 
 {chr(10).join(f"| {' | '.join(map(str, line))} |" for line in lines)}
 """
     (RESULTS / "padding.md").write_text(text)
-    (RESULTS / "padding.json").write_text(
-        json.dumps({"date": day, "machine": machine, "device": device, "rows": rows}, indent=2) + "\n"
-    )
+    settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len")}
+    found = {"date": day, "machine": machine, "device": device, "settings": settings, "rows": list(rows)}
+    (RESULTS / "padding.json").write_text(json.dumps(found, indent=2) + "\n")
     print(text)
 
 

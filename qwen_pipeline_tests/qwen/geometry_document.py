@@ -18,9 +18,13 @@ def table() -> str:
     head = ["model", *(f"`{engine}`" for engine in ENGINES), "cure for `vllm-marlin`"]
     rows = [_row(model) for model in PUBLISHED]
     lines = [head, ["---"] * len(head), *rows]
-    sources = [f"- `{name}`: {engine.source}." for name, engine in ENGINES.items()]
+    rules = [f"- `{name}`: {engine.source}." for name, engine in ENGINES.items()]
     return "\n".join(
-        ["| " + " | ".join(line) + " |" for line in lines] + ["", "Where each rule was read:", "", *sources, ""]
+        [
+            *("| " + " | ".join(line) + " |" for line in lines),
+            *("", "Where each rule was read:", "", *rules),
+            *("", "Where each size was read:", "", *_sources(), ""),
+        ]
     )
 
 
@@ -36,8 +40,15 @@ def _row(model: Published) -> list[str]:
         "".join(LETTERS[serving(config, engine, group_size=128, degree=degree).verdict] for degree in DEGREES)
         for engine in ENGINES
     ]
-    name = model.name if model.checked else f"{model.name} *"
+    name = model.name if model.source else f"{model.name} *"
     return [name, *(f"`{cell}`" for cell in cells), _cure(model)]
+
+
+def _sources() -> list[str]:
+    models = {
+        source: [m.name for m in PUBLISHED if m.source == source] for source in {m.source: None for m in PUBLISHED}
+    }
+    return [f"- {', '.join(names)}: {source or 'from memory (*)'}." for source, names in models.items()]
 
 
 def _cure(model: Published) -> str:

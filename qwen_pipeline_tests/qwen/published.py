@@ -1,4 +1,4 @@
-"""Sizes of published models; ``checked`` names the configuration class of Transformers that has them as defaults."""
+"""Sizes of published models, and where each was read: nothing here needs a hub."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A model's sizes. ``checked`` is False where they were written from memory: read its config.json."""
+    """A model's sizes; ``source`` is empty where they were written from memory: read its config.json."""
 
     name: str
     family: str
@@ -21,48 +21,73 @@ class Published:
     expert: int = 0
     shared: int = 0
     vocab: int = 151936
-    checked: bool = False
+    source: str = ""
 
+
+DEFAULTS = "the defaults of the configuration class in Transformers 5.23"
+_TORCHTUNE = "pytorch/torchtune, torchtune/models/qwen{}/_model_builders.py, commit {}"
+_PATCH = "alibaba/Pai-Megatron-Patch, examples/qwen{}, commit {}"
+_QWEN1_5 = _PATCH.format("1_5/run_pretrain_mcore_qwen.sh", "0ab8902")
+_QWEN2_5 = _TORCHTUNE.format("2_5", "47a9e19")
+_QWEN3 = _TORCHTUNE.format("3", "010412e")
+_QWEN3_MOE = _PATCH.format("3/run_mcore_qwen3.sh", "0f5c122")
+_QWEN2_57B = "NVIDIA/TensorRT-LLM, tests/unittest/_torch/modeling/test_modeling_qwen_moe.py, commit cb4c622"
+_QWEN3_CODER = "zyzshishui/miles, scripts/models/qwen3-coder-480B-A35B.sh, commit b269970"
 
 PUBLISHED = (
-    Published("Qwen1.5-0.5B", "qwen2", 1024, 2816, 24, 16, 16, 64),
-    Published("Qwen1.5-1.8B", "qwen2", 2048, 5504, 24, 16, 16),
-    Published("Qwen1.5-4B", "qwen2", 2560, 6912, 40, 20, 20),
-    Published("Qwen1.5-7B", "qwen2", 4096, 11008, 32, 32, 32),
-    Published("Qwen1.5-14B", "qwen2", 5120, 13696, 40, 40, 40),
-    Published("Qwen1.5-32B", "qwen2", 5120, 27392, 64, 40, 8),
-    Published("Qwen1.5-72B", "qwen2", 8192, 24576, 80, 64, 64),
+    Published("Qwen1.5-0.5B", "qwen2", 1024, 2816, 24, 16, 16, 64, source=_QWEN1_5),
+    Published("Qwen1.5-1.8B", "qwen2", 2048, 5504, 24, 16, 16, source=_QWEN1_5),
+    Published("Qwen1.5-4B", "qwen2", 2560, 6912, 40, 20, 20, source=_QWEN1_5),
+    Published("Qwen1.5-7B", "qwen2", 4096, 11008, 32, 32, 32, source=_QWEN1_5),
+    Published("Qwen1.5-14B", "qwen2", 5120, 13696, 40, 40, 40, source=_QWEN1_5),
+    Published("Qwen1.5-32B", "qwen2", 5120, 27392, 64, 40, 8, vocab=152064, source=_QWEN1_5),
+    Published("Qwen1.5-72B", "qwen2", 8192, 24576, 80, 64, 64, vocab=152064, source=_QWEN1_5),
     Published("Qwen1.5-110B", "qwen2", 8192, 49152, 80, 64, 8),
-    Published("Qwen1.5-MoE-A2.7B", "qwen2_moe", 2048, 5632, 24, 16, 16, experts=60, chosen=4, expert=1408, shared=5632),
-    Published("Qwen2-57B-A14B", "qwen2_moe", 3584, 18944, 28, 28, 4, experts=64, chosen=8, expert=2560, shared=20480),
-    Published("Qwen2-72B, Qwen2.5-72B, Qwen2-VL-72B", "qwen2", 8192, 29568, 80, 64, 8, vocab=152064),
-    Published("Qwen2.5-0.5B", "qwen2", 896, 4864, 24, 14, 2, 64),
-    Published("Qwen2.5-1.5B", "qwen2", 1536, 8960, 28, 12, 2),
-    Published("Qwen2.5-3B", "qwen2", 2048, 11008, 36, 16, 2),
-    Published("Qwen2.5-7B", "qwen2", 3584, 18944, 28, 28, 4, vocab=152064),
-    Published("Qwen2.5-14B", "qwen2", 5120, 13824, 48, 40, 8, vocab=152064),
-    Published("Qwen2.5-32B", "qwen2", 5120, 27648, 64, 40, 8, vocab=152064),
-    Published("Qwen3-0.6B", "qwen3", 1024, 3072, 28, 16, 8),
-    Published("Qwen3-1.7B", "qwen3", 2048, 6144, 28, 16, 8),
-    Published("Qwen3-4B", "qwen3", 2560, 9728, 36, 32, 8),
-    Published("Qwen3-8B", "qwen3", 4096, 12288, 36, 32, 8),
-    Published("Qwen3-14B", "qwen3", 5120, 17408, 40, 40, 8),
-    Published("Qwen3-32B", "qwen3", 5120, 25600, 64, 64, 8),
-    Published("Qwen3-30B-A3B", "qwen3_moe", 2048, 6144, 48, 32, 4, experts=128, chosen=8, expert=768),
-    Published("Qwen3-235B-A22B", "qwen3_moe", 4096, 12288, 94, 64, 4, experts=128, chosen=8, expert=1536),
-    Published("Qwen3-Coder-480B-A35B", "qwen3_moe", 6144, 8192, 62, 96, 8, experts=160, chosen=8, expert=2560),
+    Published(
+        "Qwen1.5-MoE-A2.7B", "qwen2_moe", 2048, 5632, 24, 16, 16, experts=60, chosen=4, expert=1408, shared=5632,
+        source=DEFAULTS,
+    ),
+    Published(
+        "Qwen2-57B-A14B", "qwen2_moe", 3584, 18944, 28, 28, 4, experts=64, chosen=8, expert=2560, shared=20480,
+        source=_QWEN2_57B,
+    ),
+    Published("Qwen2-72B, Qwen2.5-72B, Qwen2-VL-72B", "qwen2", 8192, 29568, 80, 64, 8, vocab=152064, source=_QWEN2_5),
+    Published("Qwen2.5-0.5B", "qwen2", 896, 4864, 24, 14, 2, 64, source=_QWEN2_5),
+    Published("Qwen2.5-1.5B", "qwen2", 1536, 8960, 28, 12, 2, source=_QWEN2_5),
+    Published("Qwen2.5-3B", "qwen2", 2048, 11008, 36, 16, 2, source=_QWEN2_5),
+    Published("Qwen2.5-7B", "qwen2", 3584, 18944, 28, 28, 4, vocab=152064, source=_QWEN2_5),
+    Published("Qwen2.5-14B", "qwen2", 5120, 13824, 48, 40, 8, vocab=152064, source=_QWEN2_5),
+    Published("Qwen2.5-32B", "qwen2", 5120, 27648, 64, 40, 8, vocab=152064, source=_QWEN2_5),
+    Published("Qwen3-0.6B", "qwen3", 1024, 3072, 28, 16, 8, source=_QWEN3),
+    Published("Qwen3-1.7B", "qwen3", 2048, 6144, 28, 16, 8, source=_QWEN3),
+    Published("Qwen3-4B", "qwen3", 2560, 9728, 36, 32, 8, source=_QWEN3),
+    Published("Qwen3-8B", "qwen3", 4096, 12288, 36, 32, 8, source=_QWEN3),
+    Published("Qwen3-14B", "qwen3", 5120, 17408, 40, 40, 8, source=_QWEN3),
+    Published("Qwen3-32B", "qwen3", 5120, 25600, 64, 64, 8, source=_QWEN3),
+    Published(
+        "Qwen3-30B-A3B", "qwen3_moe", 2048, 6144, 48, 32, 4, experts=128, chosen=8, expert=768,
+        source=_QWEN3_MOE,
+    ),
+    Published(
+        "Qwen3-235B-A22B", "qwen3_moe", 4096, 12288, 94, 64, 4, experts=128, chosen=8, expert=1536,
+        source=_QWEN3_MOE,
+    ),
+    Published(
+        "Qwen3-Coder-480B-A35B", "qwen3_moe", 6144, 8192, 62, 96, 8, experts=160, chosen=8, expert=2560,
+        source=_QWEN3_CODER,
+    ),
     Published(
         "Qwen3-Next-80B-A3B", "qwen3_next", 2048, 5632, 48, 16, 2, 256, experts=512, chosen=10, expert=512, shared=512,
-        checked=True,
+        source=DEFAULTS,
     ),
     Published(
         "Qwen3.5-35B-A3B", "qwen3_5_moe_text", 2048, 0, 40, 16, 2, 256, experts=256, chosen=8, expert=512, shared=512,
-        vocab=248320, checked=True,
+        vocab=248320, source=DEFAULTS,
     ),
-    Published("Qwen3.5-9B", "qwen3_5_text", 4096, 12288, 32, 16, 4, 256, vocab=248320, checked=True),
+    Published("Qwen3.5-9B", "qwen3_5_text", 4096, 12288, 32, 16, 4, 256, vocab=248320, source=DEFAULTS),
     Published(
         "Qwen4-Exp", "qwen4_exp_text", 2048, 0, 40, 16, 2, 256, experts=512, chosen=10, expert=512, shared=512,
-        vocab=248320, checked=True,
+        vocab=248320, source=DEFAULTS,
     ),
 )  # fmt: skip
 _DELTA = {
