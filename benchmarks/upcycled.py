@@ -1,8 +1,8 @@
 """A real mixture of experts without a hub: the demo's dense base, upcycled into a Qwen2-MoE that computes the same.
 
-Of each MLP's channels some become the shared expert, the others become every routed expert: experts are copies, so
-whichever of them a token is sent to, the sum is the dense MLP's (https://arxiv.org/abs/2212.05055). Each expert is
-calibrated on the tokens that reach it, as in any mixture.
+Every third layer becomes a mixture. Of its MLP's channels some become the shared expert, the others become every routed
+expert: experts are copies, so whichever of them a token is sent to, the sum is the dense MLP's
+(https://arxiv.org/abs/2212.05055). Each expert is calibrated on the tokens that reach it, as in any mixture.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ from qwen_pipeline.checkpoint.writer import write_bytes
 
 ROUTED = 768
 """Channels of a routed expert, as in Qwen3-30B-A3B; 8 ranks of whole groups of 128 need 1024."""
-EXPERTS = 4
-PER_TOKEN = 2
+EXPERTS = 2
+PER_TOKEN = 1
+STEP = 3
 
 
 def upcycle(base: Path, out: Path, *, quiet: int = 0) -> Path:
@@ -41,16 +42,18 @@ def upcycle(base: Path, out: Path, *, quiet: int = 0) -> Path:
         shared_expert_intermediate_size=shared,
         num_experts=EXPERTS,
         num_experts_per_tok=PER_TOKEN,
+        decoder_sparse_step=STEP,
         norm_topk_prob=True,
         architectures=["Qwen2MoeForCausalLM"],
     )
     out.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
+    mixtures = [f"model.layers.{layer}.mlp" for layer in range(STEP - 1, config.num_hidden_layers, STEP)]
     for name in dense:
-        if ".mlp." not in name:
+        if not name.startswith(tuple(f"{mlp}." for mlp in mixtures)):
             tensors[name] = dense.load(name)
-    for layer in range(config.num_hidden_layers):
-        tensors |= _mixture(dense, f"model.layers.{layer}.mlp", shared, scale=2.0**quiet, seed=layer)
+    for seed, mlp in enumerate(mixtures):
+        tensors |= _mixture(dense, mlp, shared, scale=2.0**quiet, seed=seed)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / SINGLE_SHARD, {"format": "pt"})
     config.save_pretrained(out)
     for relative, file in dense.sidecars.items():

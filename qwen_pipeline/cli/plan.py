@@ -13,10 +13,12 @@ from qwen_pipeline.cli.answers import Answer, answering
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qwen_pipeline.qwen.divisions import Division
     from qwen_pipeline.qwen.planning import Option
     from qwen_pipeline.qwen.serving import Serving
 
 app = typer.Typer()
+USUAL_ENGINE = "vllm"
 
 
 @answering(
@@ -32,70 +34,125 @@ def plan(
     tp: Annotated[list[int], typer.Option(help="Tensor-parallel degree; repeat it for more.")] = [2, 4, 8],  # noqa: B006
     group_size: Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")] = 128,
     engine: Annotated[
-        list[str] | None, typer.Option(help="Engine that will serve; repeat it, or leave it out.")
+        list[str] | None, typer.Option(help="Engine that will serve; repeat it. Without it, vllm.")
     ] = None,
     max_extra: Annotated[float, typer.Option(help="Most percent of extra weights that padding may add.")] = 100.0,
     rank_memory: Annotated[float | None, typer.Option(help="Most GB of weights on a rank.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw groups over ranks into this .png or .svg.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw groups over ranks into this .png or .svg, too.")] = None,
 ) -> Answer:
     """Say what tensor parallelism would do to a model in each serving engine, and what cures it at least cost.
 
-    MODEL is a model directory, a config.json or a hub id; no weights are needed. With --engine, the options below the
-    first table are ordered for those engines: padding, smaller groups, or a lower degree.
+    MODEL is a model directory, a config.json or a hub id; no weights are needed. What serves on the engines at all of
+    the degrees is compared by its cost: padding, smaller groups, fewer ranks.
     """
+    from qwen_pipeline.cli.rank_picture import rank_picture
     from qwen_pipeline.cli.tables import outlook_table
     from qwen_pipeline.hub import find_config
     from qwen_pipeline.qwen.geometry import outlook
-    from qwen_pipeline.qwen.planning import legal_degree, options
-    from qwen_pipeline.qwen.serving import require_engines, serving
+    from qwen_pipeline.qwen.planning import fewer_ranks, options
+    from qwen_pipeline.qwen.serving import ENGINES, kernels_of, serving
 
     config = _read_config(find_config(model))
-    engines = require_engines(engine or [])
-    rows = outlook(config, group_size=group_size, degrees=tp)
-    verdicts = [serving(config, name, group_size=group_size, degree=degree) for name in engines for degree in tp]
+    targets = dict.fromkeys(engine or [USUAL_ENGINE], sorted(set(tp)))
+    found, lower = options(config, targets), fewer_ranks(config, targets)
+    remarks = {at.name: _remark(at, max_extra, rank_memory) for at in found}
+    chosen = next((at for at in found if not remarks[at.name]), None)
+    rows = outlook(config, group_size=group_size, degrees=sorted(set(tp)))
+    kernels = [kernel for name in engine for kernel in kernels_of(name)] if engine else list(ENGINES)
+    verdicts = [
+        serving(config, name, group_size=group_size, degree=degree) for name in kernels for degree in sorted(set(tp))
+    ]
+    drawn = _before_and_after(config, chosen, group_size, max(tp))
     data: dict[str, Any] = {
         "group_size": group_size,
-        "degrees": [{**asdict(row), "extra_percent": row.extra_percent} for row in rows],
+        "targets": targets,
+        "chosen": chosen.name if chosen else None,
+        "options": [_option_data(at, remarks[at.name]) for at in found],
+        "fewer_ranks": [_option_data(at, "") for at in lower],
+        "divisions": [
+            {"when": when, **asdict(at), "groups_per_rank": at.groups_per_rank, "straddling": sorted(at.straddling)}
+            for when, at in drawn
+        ],
+        "degrees": [asdict(row) for row in rows],
         "engines": [asdict(verdict) for verdict in verdicts],
     }
-    view: list[Any] = [outlook_table(rows, group_size), _engine_table(verdicts, tp)]
-    if engine:
-        found = options(config, engines=engines, degrees=tp)
-        fitting = [at for at in found if _fits(at, max_extra, rank_memory)]
-        lower = legal_degree(config, engines=engines, group_size=group_size, below=max(tp))
-        data |= {"options": [_option_data(at, at in fitting) for at in found], "lower_degree": lower}
-        view += [_option_table(found, fitting)]
-        view += [f"As it is, in groups of {group_size}, all of these engines serve it at TP {lower}."] if lower else []
+    view: list[Any] = [
+        _headline(chosen, found, lower, targets),
+        rank_picture(drawn),
+        _option_table(found, lower, remarks, chosen),
+        f"As it is, quantized in groups of {group_size}:",
+        _engine_table(verdicts, sorted(set(tp))),
+        outlook_table(rows, group_size),
+    ]
     if picture:
         from qwen_pipeline.evaluation.rank_plot import draw_ranks
-        from qwen_pipeline.qwen.geometry import plan_padding
 
-        widest = max(tp)
-        draw_ranks(plan_padding(config, group_size=group_size, tensor_parallel=widest), widest, picture)
+        draw_ranks(drawn, picture)
         data["picture"] = str(picture)
         view.append(f"Picture: {picture}")
     return Answer(data=data, view=view)
 
 
-def _fits(option: "Option", max_extra: float, rank_memory: float | None) -> bool:
+def _remark(option: "Option", max_extra: float, rank_memory: float | None) -> str:
+    """Return why an option is not to be had; empty if it is."""
+    if not option.serves:
+        return option.obstacle
+    if 100 * option.weights > max_extra:
+        return f"adds more than {max_extra:g} % of weights"
+    if rank_memory is not None and option.rank_bytes > rank_memory * 1e9:
+        return f"takes more than {rank_memory:g} GB a rank"
+    return ""
+
+
+def _headline(
+    chosen: "Option | None", found: "Sequence[Option]", lower: "Sequence[Option]", targets: dict[str, list[int]]
+) -> str:
+    degrees = ", ".join(map(str, found[0].degrees))
+    asked = f"{' and '.join(targets)} at TP {degrees}"
+    if chosen is None:
+        fewer = "".join(f" With fewer ranks: TP {at.degrees[-1]}, {at.name}." for at in lower)
+        return f"Nothing serves on {asked} within the budget: {found[0].obstacle or 'too dear'}.{fewer}"
+    sizes = ", ".join(f"{at.field} from {at.live:,} to {at.padded:,}" for at in chosen.plan.sizes if at.zeros)
+    steps = [f"pad --group-size {chosen.group_size} --tp {chosen.plan.tensor_parallel}"] if sizes else []
+    steps.append(f"quantize --group-size {chosen.group_size}")
     return (
-        option.verdict in ("ok", "padded at load")
-        and 100 * option.weights <= max_extra
-        and (rank_memory is None or option.rank_bytes <= rank_memory * 1e9)
+        f"For {asked}: quantize in groups of {chosen.group_size}, "
+        + (f"with {sizes} (+{chosen.weights:.2%} weights)" if sizes else "without padding")
+        + f"; {chosen.rank_bytes / 1e9:.2f} GB a rank.\n"
+        + f"How: qwen-pipeline {', then qwen-pipeline '.join(steps)}."
     )
 
 
-def _option_data(option: "Option", fits: bool) -> dict[str, Any]:
-    sizes = {size.field: [size.live, size.padded] for size in option.plan.sizes}
+def _before_and_after(
+    config: dict[str, Any], chosen: "Option | None", group_size: int, ranks: int
+) -> "list[tuple[str, Division]]":
+    """Return the divisions that are worth a picture, with captions: those that a rank's end cuts, or that change."""
+    from qwen_pipeline.qwen.divisions import divisions
+
+    before = divisions(config, group_size=group_size, ranks=ranks)
+    after = divisions(chosen.config, group_size=chosen.group_size, ranks=ranks) if chosen else before
+    pairs = list(zip(before, after, strict=True))
+    telling = [(was, becomes) for was, becomes in pairs if was.straddling or was.inputs != becomes.inputs] or pairs
+    rows: list[tuple[str, Division]] = []
+    for was, becomes in telling:
+        rows.append(("as it is", was))
+        rows += [("chosen", becomes)] if becomes != was else []
+    return rows
+
+
+def _option_data(option: "Option", remark: str) -> dict[str, Any]:
     return {
         "name": option.name,
         "group_size": option.group_size,
-        "sizes": sizes,
+        "degrees": option.degrees,
+        "sizes": {size.field: [size.live, size.padded] for size in option.plan.sizes},
         "verdict": option.verdict,
-        "fits": fits,
+        "fits": not remark,
+        "remark": remark or None,
         "extra_weights": option.weights,
         "extra_flops": option.flops,
         "rank_bytes": option.rank_bytes,
+        "engines": [asdict(at) for at in option.servings],
     }
 
 
@@ -103,32 +160,43 @@ def _engine_table(verdicts: "Sequence[Serving]", degrees: Sequence[int]) -> "Tab
     from rich.table import Table
     from rich.text import Text
 
-    colors = {"ok": "green", "padded at load": "green", "unknown": "yellow", "refused": "red"}
     table = Table("engine", *(f"TP {degree}" for degree in degrees), "because")
     for start in range(0, len(verdicts), len(degrees)):
         row = verdicts[start : start + len(degrees)]
-        reasons = dict.fromkeys(reason for at in row for reason in at.reasons[:1])
-        cells = [Text(at.verdict, style=colors.get(at.verdict, "bold red")) for at in row]
+        reasons = [reason for at in sorted(row, key=lambda at: at.verdict == "ok") for reason in at.reasons[:1]]
+        cells = [Text(at.verdict, style=_COLORS.get(at.verdict, "bold red")) for at in row]
         table.add_row(row[0].engine, *cells, next(iter(reasons), ""))
     return table
 
 
-def _option_table(found: "Sequence[Option]", fitting: "Sequence[Option]") -> "Table":
-    from rich.table import Table
+_COLORS = {"ok": "green", "padded at load": "green", "unknown": "yellow", "refused": "red"}
+
+
+def _option_table(
+    found: "Sequence[Option]", lower: "Sequence[Option]", remarks: dict[str, str], chosen: "Option | None"
+) -> "Table":
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("option", "sizes", "serves", "extra weights", "extra work", "GB a rank", "")
-    for option in found:
-        sizes = ", ".join(f"{size.live:,} -> {size.padded:,}" for size in option.plan.sizes if size.zeros)
-        chosen = bool(fitting) and option is fitting[0]
+    table = Table(
+        Column("option", no_wrap=True),
+        "TP",
+        Column("widths", no_wrap=True),
+        Column("", no_wrap=True),
+        *("extra weights", "extra FLOPs", "GB a rank", "remark"),
+    )
+    for option in (*found, *lower):
+        widths = "\n".join(f"{size.live:,} -> {size.padded:,}" for size in option.plan.sizes if size.zeros)
+        remark = "fewer ranks" if option in lower else remarks[option.name] if option.serves else ""
         table.add_row(
             option.name,
-            sizes or "unchanged",
-            option.verdict,
+            ", ".join(map(str, option.degrees)),
+            widths or "unchanged",
+            Text(option.verdict, style=_COLORS.get(option.verdict, "bold red")),
             f"{option.weights:.2%}",
             f"{option.flops:.2%}",
             f"{option.rank_bytes / 1e9:.2f}",
-            Text("best", style="bold green") if chosen else "" if option in fitting else "does not fit",
+            Text("chosen", style="bold green") if option is chosen else remark,
         )
     return table
 

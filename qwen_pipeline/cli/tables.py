@@ -108,18 +108,20 @@ def standing_data(found: Sequence[FineTuneStanding]) -> list[dict[str, Any]]:
 
 
 def outlook_table(rows: Sequence[DegreeOutlook], group_size: int) -> Table:
-    table = Table("TP", "width", "padded", "extra", f"groups of {group_size} per rank", "then serves", "what happens")
+    """What each degree means for each size; a row of the table is a size at a degree."""
+    table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "what happens")
     for row in rows:
-        before, after = (f"{groups:g}" for groups in row.groups_per_rank)
-        table.add_row(
-            str(row.degree),
-            f"{row.live:,}",
-            f"{row.target:,}",
-            f"{row.extra_percent:.2f} %",
-            f"{before} -> {after}",
-            Text("yes", style="green") if row.legal else Text("no", style="bold red"),
-            row.sentence,
-        )
+        for number, at in enumerate(row.sizes):
+            before, after = (f"{groups:g}" for groups in at.groups_per_rank)
+            table.add_row(
+                str(row.degree) if not number else "",
+                at.field.removesuffix("intermediate_size").rstrip("_") or "mlp",
+                f"{at.live:,}",
+                f"{at.target:,}",
+                f"{at.extra_percent:.2f} %",
+                f"{before} -> {after}" if at.live != at.target else before,
+                Text(row.sentence, style="" if row.legal else "red") if not number else "",
+            )
     return table
 
 

@@ -159,13 +159,12 @@ def _parallel(findings: Findings) -> CheckReport:
     outlook = findings.parallel
     if outlook is None:
         return _report(PARALLEL, passed=False, detail="Not known: the config does not say how the codes are grouped.")
-    whole = outlook.target == outlook.live
     return _report(
         PARALLEL,
-        passed=whole and outlook.legal,
+        passed=outlook.whole and outlook.legal,
         measured=outlook.degree,
         detail=f"At degree {outlook.degree}: {outlook.sentence}",
-        severity="WARN" if whole else "ERROR",
+        severity="WARN" if outlook.whole else "ERROR",
     )
 
 

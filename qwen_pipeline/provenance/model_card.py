@@ -154,4 +154,4 @@ def serving_degrees(config: Mapping[str, Any]) -> list[int]:
     """Return those of :data:`DEGREES` at which ranks hold whole groups and whole heads."""
     group_size = max(1, config["quantization_config"]["group_size"])
     rows = outlook(config, group_size=group_size, degrees=DEGREES)
-    return [row.degree for row in rows if row.legal and row.target == row.live]
+    return [row.degree for row in rows if row.legal and row.whole]

@@ -146,28 +146,45 @@ def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[st
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SizeOutlook:
+    """What one tensor-parallel degree means for one size field.
+
+    Attributes:
+        live: Channels now.
+        target: Channels after padding for this degree.
+        groups_per_rank: Quantization groups of ``down_proj`` on each rank, now and after; a fraction is what breaks.
+    """
+
+    field: SizeField
+    live: int
+    target: int
+    groups_per_rank: tuple[float, float]
+
+    @property
+    def extra_percent(self) -> float:
+        """How much wider the MLPs of this size become."""
+        return 100 * (self.target - self.live) / self.live
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DegreeOutlook:
     """What one tensor-parallel degree means for a model.
 
     Attributes:
-        live: Channels now of the size that padding moves, or of the first if it moves none.
-        target: The same after padding for this degree.
-        groups_per_rank: Quantization groups of ``down_proj`` on each rank, now and after; a fraction is what breaks.
+        sizes: Every size field.
         legal: Whether the padded model serves at this degree: heads and ``o_proj`` divide too.
         sentence: What would happen, for a reader.
     """
 
     degree: int
-    live: int
-    target: int
-    groups_per_rank: tuple[float, float]
+    sizes: tuple[SizeOutlook, ...]
     legal: bool
     sentence: str
 
     @property
-    def extra_percent(self) -> float:
-        """How much wider the MLPs become."""
-        return 100 * (self.target - self.live) / self.live
+    def whole(self) -> bool:
+        """Whether ranks hold whole groups of every MLP as they are."""
+        return all(size.target == size.live for size in self.sizes)
 
 
 def outlook(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int]) -> list[DegreeOutlook]:
@@ -216,21 +233,25 @@ def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]
 
 def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeOutlook:
     sizes = plan_padding(config, group_size=group_size, tensor_parallel=degree).sizes
-    moved = [size for size in sizes if size.zeros]
-    shown = (moved or sizes)[0]
     obstacles = attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
+    moved = [f"{size.field} from {size.live} to {size.padded}" for size in sizes if size.zeros]
     if obstacles:
         sentence = f"Cannot serve: {'; '.join(obstacles)}."
     elif not moved:
         sentence = "Serves as it is."
     else:
-        pads = " and ".join(f"{size.live} to {size.padded}" for size in moved)
-        sentence = f"Breaks as it is; pad {pads} before quantizing."
+        sentence = f"Breaks as it is; pad {' and '.join(moved)} before quantizing."
     return DegreeOutlook(
         degree=degree,
-        live=shown.live,
-        target=shown.padded,
-        groups_per_rank=(shown.live / group_size / degree, shown.padded / group_size / degree),
+        sizes=tuple(
+            SizeOutlook(
+                field=size.field,
+                live=size.live,
+                target=size.padded,
+                groups_per_rank=(size.live / group_size / degree, size.padded / group_size / degree),
+            )
+            for size in sizes
+        ),
         legal=not obstacles,
         sentence=sentence,
     )

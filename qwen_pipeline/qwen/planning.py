@@ -1,12 +1,12 @@
 """Choosing a padding and a group size by what they cost, for the engines and degrees that will serve a model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import lcm
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, text_config
-from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config
+from qwen_pipeline.qwen.geometry import Layout, PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
 from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
 
@@ -14,6 +14,10 @@ BITS = 4
 SCALE_BITS = 16 + BITS
 """A float16 scale and a zero point for each group of inputs of each output."""
 GROUP_SIZES = (128, 64, 32)
+SERVES: tuple[Verdict, ...] = ("ok", "padded at load")
+
+Targets = Mapping[str, Sequence[int]]
+"""Engine -> the tensor-parallel degrees at which it is to serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +28,8 @@ class Option:
         name: Such as ``groups of 128, padded``.
         group_size: Of the quantization.
         plan: What padding would do.
-        degrees: Tensor-parallel degrees that were asked about.
+        config: The config after it.
+        degrees: Tensor-parallel degrees that were asked about, rising.
         servings: What each engine does at each degree.
         weights: Extra quantized weights, as a fraction of those of the unpadded model.
         rank_bytes: Bytes of weights on each rank at the highest degree.
@@ -34,6 +39,7 @@ class Option:
     name: str
     group_size: int
     plan: PadPlan
+    config: Config
     degrees: tuple[int, ...]
     servings: tuple[Serving, ...]
     weights: float
@@ -45,39 +51,64 @@ class Option:
         """The worst of what the engines do."""
         return worst_of(at.verdict for at in self.servings)
 
+    @property
+    def serves(self) -> bool:
+        return self.verdict in SERVES
 
-def options(
-    config: Config, *, engines: Sequence[str], degrees: Sequence[int], group_sizes: Sequence[int] = GROUP_SIZES
-) -> list[Option]:
-    """Return the ways to serve a model on these engines at all of these degrees, the best first.
+    @property
+    def obstacle(self) -> str:
+        """Where it fails first and why, in words; empty where it serves."""
+        failing = next((at for at in self.servings if at.verdict not in SERVES), None)
+        return f"{failing.engine} at TP {failing.degree}: {'; '.join(failing.reasons[:1])}" if failing else ""
 
-    Each group size is considered as the model is and, where that changes anything, padded to the smallest widths that
-    all degrees can share. Better is a better verdict, then fewer bytes on a rank, then larger groups.
+
+def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
+    """Return the ways to serve a model on these engines at all of their degrees, the best first.
+
+    Each group size is considered as the model is, padded to whole groups, and padded to the smallest widths that all
+    degrees can share. Those that serve come first, by bytes on a rank, then by the size of their groups.
 
     Raises:
-        InputRefused: The family is unknown, the config lacks a size, or no degree or engine is named.
+        InputRefused: The family or an engine is unknown, the config lacks a size, or no degree or engine is named.
     """
-    if not degrees or not engines:
-        raise InputRefused("No degree or no engine is named.", remedy="Name at least one of each.")
+    degrees = _degrees(targets)
+    found = [
+        _option(config, plan, name, targets)
+        for group_size in group_sizes
+        for name, plan in _plans(config, group_size, lcm(*degrees)).items()
+    ]
+    return sorted(found, key=lambda at: (not at.serves and VERDICTS.index(at.verdict), at.rank_bytes, -at.group_size))
+
+
+def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
+    """Return the best option at the highest lower degree that has one, and the best of those that pad nothing."""
+    highest = _degrees(targets)[-1]
     found: list[Option] = []
-    for group_size in group_sizes:
-        padded = plan_padding(config, group_size=group_size, tensor_parallel=lcm(*degrees))
-        found.append(
-            _option(config, plan_padding(config, group_size=1, tensor_parallel=1), group_size, engines, degrees)
-        )
-        found += [_option(config, padded, group_size, engines, degrees)] if padded.changes else []
-    return sorted(found, key=lambda at: (VERDICTS.index(at.verdict), at.rank_bytes, -at.group_size))
+    for degree in (degree for degree in range(highest - 1, 0, -1) if highest % degree == 0):
+        lower = {engine: sorted({min(degree, asked) for asked in degrees}) for engine, degrees in targets.items()}
+        serving_ones = [at for at in options(config, lower, group_sizes=group_sizes) if at.serves]
+        unpadded = [at for at in serving_ones if not at.plan.changes]
+        found += serving_ones[:1] if not found else []
+        if unpadded:
+            return found if unpadded[0] in found else [*found, unpadded[0]]
+    return found
 
 
-def legal_degree(config: Config, *, engines: Sequence[str], group_size: int, below: int) -> int | None:
-    """Return the highest power of two below a degree at which all engines serve the model as it is; None if none."""
-    degree = 1 << (below - 1).bit_length() >> 1
-    while degree >= 1:
-        verdicts = {serving(config, engine, group_size=group_size, degree=degree).verdict for engine in engines}
-        if verdicts <= {"ok", "padded at load"} and degree < below:
-            return degree
-        degree //= 2
-    return None
+def padding_for(config: Config, targets: Targets, *, group_size: int, layout: Layout = "interleave") -> PadPlan:
+    """Return the least padding after which a model, quantized in groups of ``group_size``, serves on all targets.
+
+    Raises:
+        InputRefused: None does; the remedy says which group size or degree would.
+    """
+    wholly = (at for at in options(config, targets, group_sizes=[group_size]) if _is_whole(at.plan))
+    best = next(wholly)
+    if best.serves:
+        ranks = best.plan.tensor_parallel
+        return plan_padding(config, group_size=group_size, tensor_parallel=ranks, layout=layout)
+    raise InputRefused(
+        f"Quantized in groups of {group_size}, however padded, the model does not serve on {best.obstacle}.",
+        remedy=_other_ways(config, targets),
+    )
 
 
 def quantized_bytes(config: Config, group_size: int) -> int:
@@ -93,23 +124,57 @@ def _bits(matrix: Matrix, group_size: int) -> int:
     return numbers * BITS + numbers * SCALE_BITS // group_size if matrix.quantized else numbers * 16
 
 
-def _option(config: Config, plan: PadPlan, group_size: int, engines: Sequence[str], degrees: Sequence[int]) -> Option:
-    wide = config
+def _degrees(targets: Targets) -> list[int]:
+    degrees = sorted({degree for asked in targets.values() for degree in asked})
+    if not degrees or not all(targets.values()):
+        raise InputRefused("No degree or no engine is named.", remedy="Name at least one of each.")
+    return degrees
+
+
+def _plans(config: Config, group_size: int, ranks: int) -> dict[str, PadPlan]:
+    """Return the paddings that differ, the least first, by what an option with them is called."""
+    as_it_is = plan_padding(config, group_size=1, tensor_parallel=1)
+    sizes = tuple(replace(size, group_size=group_size) for size in as_it_is.sizes)
+    plans = [("as it is", replace(as_it_is, group_size=group_size, sizes=sizes))]
+    for name, shared_by in (("padded to whole groups", 1), ("padded", ranks)):
+        plan = plan_padding(config, group_size=group_size, tensor_parallel=shared_by)
+        plans += [(name, plan)] if _widths(plan) != _widths(plans[-1][1]) else []
+    return {f"groups of {group_size}, {name}": plan for name, plan in plans}
+
+
+def _widths(plan: PadPlan) -> list[int]:
+    return [size.padded for size in plan.sizes]
+
+
+def _is_whole(plan: PadPlan) -> bool:
+    return all(width % plan.group_size == 0 for width in _widths(plan))
+
+
+def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Option:
+    wide, group_size, degrees = config, plan.group_size, _degrees(targets)
     for size in plan.sizes:
         wide = resized_config(wide, size, size.padded)
-    name = f"groups of {group_size}, " + ("padded" if plan.changes else "as it is")
     return Option(
         name=name,
         group_size=group_size,
         plan=plan,
+        config=wide,
         degrees=tuple(degrees),
         servings=tuple(
-            serving(wide, engine, group_size=group_size, degree=degree) for engine in engines for degree in degrees
+            serving(wide, engine, group_size=group_size, degree=degree)
+            for engine, asked in targets.items()
+            for degree in asked
         ),
         weights=_weights(wide) / _weights(config) - 1,
-        rank_bytes=quantized_bytes(wide, group_size) // max(degrees),
+        rank_bytes=quantized_bytes(wide, group_size) // degrees[-1],
         flops=_flops(wide) / _flops(config) - 1,
     )
+
+
+def _other_ways(config: Config, targets: Targets) -> str:
+    ways: Iterable[Option] = [at for at in options(config, targets) if at.serves] or fewer_ranks(config, targets)
+    named = [f"TP {', '.join(map(str, at.degrees))} with {at.name}" for at in ways]
+    return f"What serves: {'; '.join(dict.fromkeys(named))}." if named else "Name other engines or degrees."
 
 
 def _counted(config: Config) -> list[tuple[Matrix, int]]:

@@ -7,7 +7,7 @@ August 2026, except where a source says that it was run; what was not found ther
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from qwen_pipeline.errors import InputRefused
@@ -106,7 +106,7 @@ ENGINES: Mapping[str, Engine] = {
 class Serving:
     """What one engine does with a checkpoint at one degree, and a sentence for each layer kind that is not ``ok``.
 
-    An engine that refuses one layer refuses the model; else the worst layer decides.
+    A kernel that refuses one layer refuses the model; else the worst layer decides.
     """
 
     engine: str
@@ -126,37 +126,49 @@ class _Found(NamedTuple):
     reason: str
 
 
-def require_engines(names: Sequence[str]) -> list[str]:
-    """Return the engines that names stand for: ``vllm`` is every kernel of vLLM's, none is all engines.
+def kernels_of(name: str) -> list[str]:
+    """Return the entries of :data:`ENGINES` that a name stands for: itself, or every kernel of ``vllm`` or ``sglang``.
 
     Raises:
-        InputRefused: A name is no engine's.
+        InputRefused: It stands for none.
     """
-    found = [engine for engine in ENGINES if not names or any(engine == n or engine.startswith(f"{n}-") for n in names)]
-    for name in names:
-        if not any(engine == name or engine.startswith(f"{name}-") for engine in ENGINES):
-            raise InputRefused(f"No engine is called {name!r}.", remedy=f"Name one of {', '.join(ENGINES)}.")
-    return found
+    if name in ENGINES:
+        return [name]
+    if found := [engine for engine in ENGINES if engine.startswith(f"{name}-")]:
+        return found
+    raise InputRefused(f"No engine is called {name!r}.", remedy=f"Name vllm, sglang, or one of {', '.join(ENGINES)}.")
 
 
 def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Serving:
     """Return what an engine does with a checkpoint of this config, quantized in groups and shared by ``degree`` ranks.
 
+    An engine that has several kernels takes one that suits the machine and does not refuse the model. So it refuses
+    where all of them do, and else the worst of the others counts: which machine it will be is not known here.
+
     Raises:
-        InputRefused: The family is unknown, or the config lacks a size.
+        InputRefused: The engine or the family is unknown, or the config lacks a size.
     """
-    rules = ENGINES[engine]
+    matrices = distinct_matrices(config)
+    found = [_kernel_serving(config, matrices, kernel, group_size, degree) for kernel in kernels_of(engine)]
+    able = [at for at in found if at.verdict != "refused"] or found[:1]
+    worst = max(able, key=lambda at: VERDICTS.index(at.verdict))
+    own = worst.engine == engine
+    return replace(
+        worst, engine=engine, reasons=worst.reasons if own else tuple(f"{worst.engine}, {at}" for at in worst.reasons)
+    )
+
+
+def _kernel_serving(config: Config, matrices: Sequence[Matrix], kernel: str, group_size: int, degree: int) -> Serving:
+    rules = ENGINES[kernel]
     found = _refusals(config, rules, group_size, degree) or [
-        finding
-        for matrix in distinct_matrices(config)
-        if (finding := _finding(config, rules, matrix, group_size, degree))
+        finding for matrix in matrices if (finding := _finding(config, rules, matrix, matrices, group_size, degree))
     ]
     if degree > 1 and not rules.parallel:
         found.append(_Found("unknown", "nothing was found that shares quantized layers among ranks"))
     refused = any(at.verdict == "refused" for at in found)
     worst = "refused" if refused else worst_of(at.verdict for at in found)
     return Serving(
-        engine=engine,
+        engine=kernel,
         degree=degree,
         group_size=group_size,
         verdict=worst,
@@ -177,7 +189,9 @@ def distinct_matrices(config: Config) -> list[Matrix]:
     return list(dict.fromkeys(matrix for layer in layers for matrix in layer_matrices(config, layer)))
 
 
-def _finding(config: Config, rules: Engine, matrix: Matrix, group_size: int, degree: int) -> _Found | None:
+def _finding(
+    config: Config, rules: Engine, matrix: Matrix, beside: Sequence[Matrix], group_size: int, degree: int
+) -> _Found | None:
     if not matrix.quantized:
         return None
     routed = "*" in matrix.kind
@@ -191,7 +205,7 @@ def _finding(config: Config, rules: Engine, matrix: Matrix, group_size: int, deg
     inputs = matrix.in_features // shared_by if matrix.split == "rows" else matrix.in_features
     if inputs % group_size:
         return _straddled(rules, matrix, inputs, group_size)
-    outputs = _outputs(config, matrix, shared_by)
+    outputs = _outputs(config, matrix, beside, shared_by)
     if not any(inputs % k == 0 and outputs % n == 0 for k, n in rules.tiles):
         tiles = " or ".join(f"{k} x {n}" for k, n in rules.tiles)
         return _Found(rules.misfit, f"{matrix.kind}: {inputs} x {outputs} per rank is no multiple of {tiles}")
@@ -211,12 +225,12 @@ def _straddled(rules: Engine, matrix: Matrix, inputs: int, group_size: int) -> _
     return _Found(rules.straddling if whole else rules.partial or rules.straddling, groups)
 
 
-def _outputs(config: Config, matrix: Matrix, shared_by: int) -> int:
+def _outputs(config: Config, matrix: Matrix, beside: Sequence[Matrix], shared_by: int) -> int:
     """Return the outputs on one rank of the matrix that engines load fused; key-value heads may be replicated."""
     if matrix.split != "columns":
         return matrix.out_features
     if matrix.kind.startswith("self_attn."):
         _, kv_heads, head_dim = head_geometry(config)
-        queries = next(m.out_features for m in distinct_matrices(config) if m.kind == "self_attn.q_proj")
+        queries = next(m.out_features for m in beside if m.kind == "self_attn.q_proj")
         return queries // shared_by + 2 * head_dim * max(kv_heads // shared_by, 1)
     return matrix.out_features // shared_by * max(len(matrix.fused), 1)

@@ -1,11 +1,15 @@
 """plan: tables, JSON and a picture from a config alone."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qwen_pipeline.evaluation.rank_plot import straddling_groups
+from qwen_pipeline.cli.rank_picture import CUT_END, group_line
+from qwen_pipeline.qwen.divisions import Division
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.qwen.published import config_of
 
@@ -20,8 +24,11 @@ def model(tmp_path: Path) -> Path:
 def test_plan_says_what_each_degree_does(model: Path) -> None:
     for named in (model, model / "config.json"):
         rows = qwen_pipeline("plan", named, "--tp", 1, "--tp", 8, "--group-size", 128, "--json").data["degrees"]
-        assert [(row["degree"], row["live"], row["target"]) for row in rows] == [(1, 29568, 29568), (8, 29568, 29696)]
-    assert "29,696" in qwen_pipeline("plan", model, "--tp", 8).out
+        widths = [(row["degree"], row["sizes"][0]["live"], row["sizes"][0]["target"]) for row in rows]
+        assert widths == [(1, 29568, 29568), (8, 29568, 29696)]
+    said = qwen_pipeline("plan", model, "--tp", 8).out
+    assert "intermediate_size from 29,568 to 29,696" in said
+    assert "qwen-pipeline pad --group-size 128 --tp 8" in said
 
 
 def test_plan_chooses_for_an_engine_within_a_budget(model: Path) -> None:
@@ -29,23 +36,50 @@ def test_plan_chooses_for_an_engine_within_a_budget(model: Path) -> None:
     assert [at["verdict"] for at in data["engines"]] == ["silently wrong"]
     best = data["options"][0]
     assert best["sizes"] == {"intermediate_size": [29568, 29696]}
-    assert (best["group_size"], best["fits"], data["lower_degree"]) == (128, True, 1)
+    assert (best["group_size"], best["fits"], data["chosen"]) == (128, True, best["name"])
+    assert [(at["name"], at["degrees"]) for at in data["fewer_ranks"]] == [("groups of 128, as it is", [1])]
     tight = qwen_pipeline("plan", model, "--engine", "vllm-machete", "--tp", 2, "--max-extra", 0.1, "--json").data
     assert [at["name"] for at in tight["options"] if at["fits"]] == ["groups of 64, as it is"]
-    assert "best" in qwen_pipeline("plan", model, "--engine", "vllm", "--tp", 2).out
+    assert tight["chosen"] == "groups of 64, as it is"
+    assert "adds more than 0.1 %" in tight["options"][0]["remark"]
+    assert "chosen" in qwen_pipeline("plan", model, "--engine", "vllm", "--tp", 2).out
+
+
+def test_plan_says_what_serves_where_nothing_does(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("Qwen2.5-0.5B")))
+    said = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 4).out.split())
+    assert "14 attention heads do not divide by 4" in said
+    assert "With fewer ranks: TP 2, groups of 64, as it is." in said
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_plan_draws_groups_over_ranks(model: Path, tmp_path: Path, suffix: str) -> None:
+def test_plan_draws_groups_over_ranks_as_chosen(model: Path, tmp_path: Path, suffix: str) -> None:
     picture = tmp_path / f"ranks.{suffix}"
-    assert qwen_pipeline("plan", model, "--tp", 8, "--picture", picture).code == 0
+    tight = ("plan", model, "--tp", 2, "--max-extra", 0.1, "--engine", "vllm-machete", "--picture", picture)
+    divisions = qwen_pipeline(*tight, "--json").data["divisions"]
+    drawn = [(at["when"], at["inputs"], at["group_size"], at["straddling"]) for at in divisions]
+    assert drawn == [("as it is", 29568, 128, [115]), ("chosen", 29568, 64, [])]
     assert picture.stat().st_size > 1000
 
 
-def test_groups_straddle_where_a_rank_ends_inside_them() -> None:
-    assert straddling_groups(29568, 128, 2) == {115}
-    assert straddling_groups(29696, 128, 8) == set()
-    assert len(straddling_groups(29568, 128, 8)) == 7
+def test_the_terminal_picture_marks_the_ends_that_cut_groups(model: Path) -> None:
+    lines = qwen_pipeline("plan", model, "--tp", 8).out.splitlines()
+    ranks = [line for line in lines if line.startswith("│") and ("28.875" in line or "   29   " in line)][:2]
+    assert [line.count(CUT_END) for line in ranks] == [7, 0]
+    assert [line.count("28.875") for line in ranks] == [8, 0]
+    assert ranks[1].count("29") == 8
+
+
+@given(inputs=st.integers(1, 5000), group_size=st.sampled_from([32, 64, 128]), ranks=st.integers(1, 16))
+def test_groups_straddle_where_a_rank_ends_inside_them(inputs: int, group_size: int, ranks: int) -> None:
+    division = Division(kind="mlp.down_proj", inputs=inputs, group_size=group_size, ranks=ranks)
+    owners = [{Fraction(place) * ranks // inputs for place in (start, start + n - 1)} for start, n in division.groups()]
+    whole = inputs % ranks == 0
+    assert not whole or division.straddling == {number for number, on in enumerate(owners) if len(on) > 1}
+    assert any(division.is_cut) == bool(division.straddling)
+    assert sum(n for _, n in division.groups()) == inputs
+    for columns in (72, 2 * ranks):
+        assert len(group_line(division, columns)) == columns + 2
 
 
 def test_plan_refuses_what_is_not_a_model_or_an_engine(tmp_path: Path, model: Path) -> None:

@@ -54,7 +54,7 @@ def _sources() -> list[str]:
 def _cure(model: Published) -> str:
     config = as_config(model)
     highest = max(degree for degree in DEGREES if not head_obstacles(config, degree))
-    best = options(config, engines=["vllm-marlin"], degrees=[highest])[0]
+    best = options(config, {"vllm-marlin": [highest]})[0]
     sizes = ", ".join(f"{size.live} to {size.padded}" for size in best.plan.sizes if size.zeros)
     cost = f" (+{best.weights:.1%} weights)" if sizes else ""
     return f"TP {highest}: groups of {best.group_size}" + (f", pad {sizes}{cost}" if sizes else "")

@@ -93,13 +93,25 @@ def test_numbers_that_are_not_positive_are_refused(group_size: int, tensor_paral
 
 def test_the_outlook_of_the_72b() -> None:
     rows = outlook(QWEN2_72B, group_size=128, degrees=[1, 2, 4, 8, 3])
-    assert [row.target for row in rows] == [29568, 29696, 29696, 29696, 29568]
-    assert [row.groups_per_rank for row in rows[:4]] == [(231, 231), (115.5, 116), (57.75, 58), (28.875, 29)]
+    assert [row.sizes[0].target for row in rows] == [29568, 29696, 29696, 29696, 29568]
+    assert [row.whole for row in rows] == [True, False, False, False, True]
+    assert [row.sizes[0].groups_per_rank for row in rows[:4]] == [(231, 231), (115.5, 116), (57.75, 58), (28.875, 29)]
     assert [row.legal for row in rows] == [True, True, True, True, False]
     assert rows[0].sentence == "Serves as it is."
-    assert "pad 29568 to 29696 before quantizing" in rows[1].sentence
+    assert "pad intermediate_size from 29568 to 29696 before quantizing" in rows[1].sentence
     assert "64 attention heads do not divide by 3" in rows[4].sentence
-    assert rows[3].extra_percent == pytest.approx(100 * 128 / 29568)
+    assert rows[3].sizes[0].extra_percent == pytest.approx(100 * 128 / 29568)
+
+
+def test_the_outlook_of_a_mixture_has_every_size() -> None:
+    mixture = QWEN2_72B | {"model_type": "qwen2_moe", "intermediate_size": 5632, "num_experts": 60}
+    mixture |= {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+    (row,) = outlook(mixture, group_size=128, degrees=[2])
+    assert {size.field: (size.live, size.target) for size in row.sizes} == {
+        "moe_intermediate_size": (1408, 1536),
+        "shared_expert_intermediate_size": (5632, 5632),
+    }
+    assert not row.whole
 
 
 def test_an_output_projection_that_straddles_groups_is_said_to_be_beyond_padding() -> None:

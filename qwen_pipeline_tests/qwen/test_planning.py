@@ -1,11 +1,13 @@
 """Options are legal, minimal and rightly costed."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from qwen_pipeline.qwen.planning import legal_degree, options, quantized_bytes
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.divisions import divisions
+from qwen_pipeline.qwen.planning import fewer_ranks, options, padding_for, quantized_bytes
 from qwen_pipeline_tests.qwen.published import DEFAULTS, PUBLISHED, Published, as_config, config_of
 from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
 
@@ -13,21 +15,29 @@ BIG = QWEN2_72B | {"vocab_size": 152064}
 
 
 def test_the_72b_is_padded_by_128_and_keeps_groups_of_128() -> None:
-    best, *others = options(BIG, engines=["vllm-marlin", "vllm-machete", "vllm-cpu"], degrees=[2, 4, 8])
+    kernels = ("vllm-marlin", "vllm-machete", "vllm-cpu")
+    best, *others = options(BIG, {kernel: [2, 4, 8] for kernel in kernels})
     assert (best.group_size, best.plan.sizes[0].padded, best.verdict) == (128, 29696, "ok")
     assert 0.003 < best.weights < 128 / 29568
     assert best.flops == pytest.approx(best.weights)
     assert {at.verdict for at in others if not at.plan.changes} <= {"refused", "silently wrong"}
     assert 41e9 < quantized_bytes(BIG, 128) < 42e9  # as published
-    assert legal_degree(BIG, engines=["vllm-marlin"], group_size=128, below=8) == 1
+
+
+def test_fewer_ranks_may_need_no_padding() -> None:
+    padded, as_it_is = fewer_ranks(BIG, {"vllm-marlin": [2, 4, 8]}, group_sizes=[128, 64])
+    assert (padded.name, padded.degrees) == ("groups of 128, padded", (2, 4))
+    assert (as_it_is.name, as_it_is.degrees) == ("groups of 64, as it is", (2,))
+    assert fewer_ranks(BIG, {"vllm-marlin": [1]}) == []
 
 
 def test_small_experts_get_smaller_groups_rather_than_twice_the_weights() -> None:
-    best = options(config_of("Qwen3-Next-80B-A3B"), engines=["vllm-marlin"], degrees=[8], group_sizes=[128, 64])[0]
+    best = options(config_of("Qwen3-Next-80B-A3B"), {"vllm-marlin": [8]}, group_sizes=[128, 64])[0]
     assert best.group_size == 64
     assert not best.plan.changes
 
 
+@settings(deadline=None)
 @given(
     live=st.integers(64, 4096),
     experts=st.integers(32, 1024),
@@ -37,12 +47,13 @@ def test_small_experts_get_smaller_groups_rather_than_twice_the_weights() -> Non
 def test_a_padded_option_is_legal_and_no_smaller_padding_is(
     live: int, experts: int, degrees: list[int], group_size: int
 ) -> None:
+    """The least: one unit less of any size, and a rank of the highest degree has no whole groups of it."""
     config = config_of("Qwen1.5-MoE-A2.7B") | {
         "moe_intermediate_size": experts,
         "shared_expert_intermediate_size": live,
         "num_hidden_layers": 1,
     }
-    found = options(config, engines=["vllm-cpu"], degrees=degrees, group_sizes=[group_size])
+    found = options(config, {"vllm-cpu": degrees}, group_sizes=[group_size])
     widest = max(found, key=lambda at: at.weights)
     unit = group_size * max(degrees)
     for size in widest.plan.sizes:
@@ -50,6 +61,24 @@ def test_a_padded_option_is_legal_and_no_smaller_padding_is(
         assert 0 <= size.zeros < unit
     assert widest.verdict in ("ok", "refused")
     assert not any("down_proj" in reason for at in widest.servings for reason in at.reasons)
+    assert all(not at.straddling for at in divisions(widest.config, group_size=group_size, ranks=max(degrees))[-2:])
+
+
+def test_padding_follows_from_the_targets() -> None:
+    assert padding_for(BIG, {"vllm": [2], "sglang": [8]}, group_size=128).sizes[0].padded == 29696
+    assert not padding_for(BIG, {"lmdeploy-turbomind": [8]}, group_size=128).changes  # it pads by itself
+    odd = padding_for(BIG | {"intermediate_size": 29600}, {"lmdeploy-turbomind": [8]}, group_size=128, layout="append")
+    assert (odd.sizes[0].padded, odd.sizes[0].layout) == (29696, "append")  # whole groups it takes for granted
+
+
+def test_targets_that_no_padding_serves_are_refused_with_what_does() -> None:
+    small = config_of("Qwen2.5-0.5B")
+    with pytest.raises(InputRefused, match=r"vllm at TP 2: .*o_proj: 448 inputs") as refusal:
+        padding_for(small, {"vllm": [2]}, group_size=128)
+    assert "TP 2 with groups of 64, as it is" in refusal.value.remedy
+    with pytest.raises(InputRefused, match="14 attention heads do not divide by 4") as refusal:
+        padding_for(small, {"vllm": [4]}, group_size=64)
+    assert "TP 2 with groups of 64, as it is" in refusal.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.serving import ENGINES, VERDICTS, require_engines, serving
+from qwen_pipeline.qwen.serving import ENGINES, VERDICTS, kernels_of, serving
 from qwen_pipeline_tests.qwen.published import config_of
 from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
 
@@ -67,10 +67,20 @@ def test_experts() -> None:
     assert "no quantized mixtures" in serving(config, "sglang-gptq", group_size=128, degree=1).reasons[0]
 
 
+def test_an_engine_of_several_kernels_is_as_bad_as_the_worst_that_does_not_refuse() -> None:
+    small = serving(SMALL, "vllm", group_size=64, degree=2)
+    assert serving(SMALL, "vllm-machete", group_size=64, degree=2).verdict == "refused"
+    assert small.verdict == "ok"
+    wrong = serving(QWEN2_72B, "vllm", group_size=128, degree=2)
+    assert (wrong.engine, wrong.verdict) == ("vllm", "silently wrong")
+    assert wrong.reasons[0].startswith("vllm-machete, silently wrong: mlp.down_proj")
+    assert serving(QWEN2_72B, "vllm", group_size=128, degree=3).verdict == "refused"
+
+
 def test_names_of_engines() -> None:
-    assert require_engines([]) == list(ENGINES)
-    assert all(name.startswith("vllm-") for name in require_engines(["vllm"]))
-    assert require_engines(["tensorrt-llm"]) == ["tensorrt-llm"]
+    assert all(name.startswith("vllm-") for name in kernels_of("vllm"))
+    assert kernels_of("sglang-gptq") == ["sglang-gptq"]  # although another name begins with it
+    assert kernels_of("tensorrt-llm") == ["tensorrt-llm"]
     with pytest.raises(InputRefused, match="'vlm'"):
-        require_engines(["vlm"])
+        kernels_of("vlm")
     assert VERDICTS[-1] == "silently wrong"
