@@ -119,17 +119,12 @@ class Benchmark:
 
         with patch.object(quantize, "run_worker", run_worker if treatment.settled else run_unsettled):
             return quantize.quantize(
-                source=self._padded(name, model, treatment.layout) if treatment.layout else model,
+                source=padded_model(self._scratch, name, model, treatment.layout) if treatment.layout else model,
                 destination=Directory(out),
                 calibration=self._texts.calibration,
                 spec=spec,
                 engine=find_environment(spec.environment, asked.engine_python),
             ).path
-
-    def _padded(self, name: str, model: Path, layout: Layout) -> Path:
-        out = Directory(self._scratch / f"{name.replace(' ', '-')}-{layout}")
-        ranks = RANKS[name]
-        return pad.pad(source=model, destination=out, group_size=GROUP_SIZE, tensor_parallel=ranks, layout=layout).path
 
     def _divergences(self, model: Path, quantized: Mapping[str, Path]) -> dict[str, float]:
         asked = self._asked
@@ -145,6 +140,14 @@ class Benchmark:
             place=Place(device=device, dtype=torch.float32),
         )
         return {name: at.divergence.mean for name, at in figures.items() if at.divergence}
+
+
+def padded_model(scratch: Path, name: str, model: Path, layout: Layout) -> Path:
+    """Return a model of :data:`RANKS` padded for its ranks, below ``scratch``; free when it is there."""
+    out = Directory(scratch / f"{name.replace(' ', '-')}-{layout}")
+    return pad.pad(
+        source=model, destination=out, group_size=GROUP_SIZE, tensor_parallel=RANKS[name], layout=layout
+    ).path
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from math import lcm
 from pathlib import Path
 from tomllib import TOMLDecodeError
 from typing import Annotated, Any, TypeVar, get_args
@@ -41,7 +42,8 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.served import ServedRole, ServingEngine, ServingPlan
 from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.qwen.geometry import Layout
-from qwen_pipeline.qwen.serving import require_engines
+from qwen_pipeline.qwen.planning import Targets, served_degrees
+from qwen_pipeline.qwen.serving import kernels_of
 
 PREFIX = "QWEN_PIPELINE_"
 FILE_VARIABLE = PREFIX + "CONFIG"
@@ -60,13 +62,14 @@ def _beside_config(path: Path) -> Path:
 
 def _known(engine: str) -> str:
     try:
-        require_engines([engine])
+        kernels_of(engine)
     except InputRefused as refused:
         raise ValueError(f"{refused.what} {refused.remedy}") from refused
     return engine
 
 
 EngineOfServing = Annotated[str, AfterValidator(_known)]
+Degrees = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 ConfiguredPath = Annotated[Path, AfterValidator(_beside_config)]
 
 
@@ -74,11 +77,44 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _declared(targets: Targets) -> list[Target]:
+    return [Target(engine=engine, degree=degree) for engine, degrees in targets.items() for degree in degrees]
+
+
 class Padding(_Section):
-    """How wide the MLP becomes: a multiple of ``tensor_parallel`` times the quantization's group size."""
+    """How wide the MLPs become.
+
+    Attributes:
+        tensor_parallel: Ranks, each of which gets whole quantization groups of every MLP.
+        targets: Instead of that, engine -> the degrees at which it is to serve, such as ``vllm = [2, 4, 8]``: no wider
+            than they need, and refused where padding does not help them.
+        layout: Where the new channels go.
+    """
 
     tensor_parallel: int = Field(default=8, ge=1)
+    targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
     layout: Layout = "interleave"
+
+    @model_validator(mode="after")
+    def _is_one_or_the_other(self) -> "Padding":
+        if self.targets and "tensor_parallel" in self.model_fields_set:
+            raise ValueError("targets say at which degrees engines serve. Drop tensor_parallel, or targets.")
+        return self
+
+    @property
+    def declared(self) -> list[Target]:
+        """The targets, one for each number of ranks."""
+        return _declared(self.targets)
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Every degree that is asked for, rising."""
+        return tuple(served_degrees(self.targets)) if self.targets else (self.tensor_parallel,)
+
+    @property
+    def ranks(self) -> int:
+        """As many ranks as every degree that is asked for divides."""
+        return lcm(*self.degrees)
 
 
 def _text_source(source: str) -> str:
@@ -137,7 +173,8 @@ class Validation(_Section):
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
         targets: Where the checkpoint has to serve: engine (or family of kernels, such as ``vllm``) -> numbers of ranks.
-            Without any, its ranks are simulated at the padding's ``tensor_parallel``, for no engine in particular.
+            Without any, the padding's. Without those, its ranks are simulated at the padding's ``tensor_parallel``, for
+            no engine in particular.
     """
 
     text: ConfiguredPath | None = None
@@ -147,12 +184,12 @@ class Validation(_Section):
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
-    targets: Mapping[EngineOfServing, tuple[PositiveInt, ...]] = Field(default_factory=dict[str, tuple[int, ...]])
+    targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
 
     @property
     def declared(self) -> list[Target]:
         """The targets, one for each number of ranks."""
-        return [Target(engine=engine, degree=degree) for engine, ranks in self.targets.items() for degree in ranks]
+        return _declared(self.targets)
 
     @field_validator("overrides")
     @classmethod
@@ -251,7 +288,7 @@ class Settings(BaseSettings):
             engine=name,
             python=found.python,
             versions=found.versions(),
-            degrees=degrees or serve.tensor_parallel or (self.padding.tensor_parallel,),
+            degrees=degrees or serve.tensor_parallel or self.padding.degrees,
             models=serve.models,
             ready_seconds=serve.ready_seconds,
             arguments=serve.arguments,

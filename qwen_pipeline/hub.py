@@ -1,9 +1,12 @@
 """Where the bytes of a base model are: a directory as it is, or a snapshot of a hub's repository."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -31,20 +34,28 @@ def find_base(name: str, *, revision: str | None = None, beside: Path = Path()) 
     return _snapshot(name, revision, WANTED)
 
 
-def find_config(name: str) -> Path:
-    """Return the ``config.json`` of a model, fetching that file alone if ``name`` is a hub id.
+def load_config(name: str, *, revision: str | None = None, beside: Path = Path()) -> dict[str, Any]:
+    """Return a model's config, fetching ``config.json`` alone if ``name`` is a hub id.
+
+    Args:
+        name: A directory, a file or a hub id.
+        revision: Commit, tag or branch of a hub repository.
+        beside: Where relative paths start.
 
     Raises:
         InputRefused: Neither a directory, a file nor a hub id, or the hub has no such repository for us.
+        CheckpointRefused: The file is not there, or not JSON.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the file.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
+    path = beside / Path(name).expanduser()
+    if not path.exists():
         _require_hub_id(name, path)
-        path = _snapshot(name, None, ("config.json",))
-    return path / "config.json"
+        path = _snapshot(name, revision, (CONFIG,))
+    file = path if path.is_file() else path / CONFIG
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointRefused(f"{file} cannot be read: {error}.", remedy="Name a model directory.") from error
 
 
 def _require_hub_id(name: str, directory: Path) -> None:

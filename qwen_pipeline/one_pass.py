@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import Layout
+from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.model import open_model
 
@@ -27,6 +28,7 @@ def merge_and_pad(
     base_revision: str | None = None,
     group_size: int = 128,
     tensor_parallel: int = 8,
+    targets: Targets = NO_TARGETS,
     layout: Layout = "interleave",
     hard_links: bool = False,
     observe: Observe = unobserved,
@@ -48,7 +50,9 @@ def merge_and_pad(
     before = find(merging.derivation, merged)
     passing = _Passing(merging, merged, {"base": str(base.resolve()), "fine_tune": str(fine_tune.resolve())})
     source = open_source("source", before.path, open_root=open_model) if before else passing.source
-    padding = pad.prepare(source, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    padding = pad.prepare(
+        source, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout
+    )
     work = replace(padding, if_not_finite=merging.if_not_finite)
     after = work.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
     return before or passing.recipe(), after

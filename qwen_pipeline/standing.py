@@ -1,4 +1,4 @@
-"""Where each fine-tune stands: what the store holds, whether it still follows from its inputs, and the verdicts.
+"""Where each fine-tune and import stands: what the store holds, whether it still follows from its inputs, the verdicts.
 
 This reads manifests only. It is what ``qwen-pipeline status`` shows and what the nightly schedule decides by.
 """
@@ -16,7 +16,7 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.regression import compare, load_verdict
 from qwen_pipeline.inbox import Arrival, Inbox
 from qwen_pipeline.reports import CheckReport, load_reports
-from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, validate
+from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.text_sources import open_text
 
 State = Literal["missing", "damaged", "stale", "failed", "done"]
@@ -42,7 +42,7 @@ class StageStanding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuneStanding:
-    """Every stage of one fine-tune, in order. ``remark`` says what is odd about its upload, if anything."""
+    """Every stage of one fine-tune or import, in order. ``remark`` says what is odd about its upload, if anything."""
 
     name: str
     stages: Mapping[str, StageStanding]
@@ -94,6 +94,35 @@ def standing(settings: Settings, name: str, arrival: Arrival | None) -> FineTune
     return FineTuneStanding(name=name, stages=stages, remark=remark)
 
 
+def imports(settings: Settings) -> list[FineTuneStanding]:
+    """Return the standing of each quantized checkpoint that is among the imports or in the store, by name.
+
+    One that was never read, or changed since, is ``stale`` if it was repaired before: nothing is read to find out.
+    """
+    arrivals = {arrival.name: arrival for arrival in Inbox(settings.imports).arrivals()}
+    kept = {path.name for path in (settings.store_root / repair.STAGE).glob("*")}
+    found: list[FineTuneStanding] = []
+    for name in sorted(arrivals.keys() | kept):
+        digest, remark = _look_at_import(arrivals.get(name))
+        inputs = {} if name not in arrivals else {"source": digest}
+        spec = {"tensor_parallel": settings.padding.ranks}
+        stages = {repair.STAGE: _stage_standing(settings, name, repair, inputs, spec)}
+        found.append(FineTuneStanding(name=name, stages=stages, remark=remark))
+    return found
+
+
+def _look_at_import(arrival: Arrival | None) -> tuple[str | None, str]:
+    """Return the digest of an import, if it is remembered, and what is odd about it."""
+    if arrival is None:
+        return None, "no longer among the imports"
+    if obstacle := arrival.obstacle():
+        return None, obstacle
+    try:
+        return repair.remembered_quantized_digest(arrival.path), ""
+    except InputRefused as refusal:
+        return None, refusal.what
+
+
 def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
     """Return the digest of an upload that can be merged, or None and why there is none."""
     if arrival is None:
@@ -110,7 +139,12 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
     """The part of each stage's spec that the settings decide for a fine-tune."""
     quantization, padding = settings.quantization, settings.padding
     return {
-        pad.STAGE: {"group_size": quantization.group_size, **padding.model_dump()},
+        pad.STAGE: pad.spec_of(
+            group_size=quantization.group_size,
+            tensor_parallel=padding.tensor_parallel,
+            targets=padding.targets,
+            layout=padding.layout,
+        ),
         calibrate.STAGE: {
             **asdict(quantization.calibration),
             "all_experts": quantization.all_experts,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.evaluation.language import load_model
 from qwen_pipeline.progress import Observe
+from qwen_pipeline.qwen.families import number_of_experts
 from qwen_pipeline.workers.parent import run_worker
 
 _QUANTIZE = """
@@ -46,7 +47,8 @@ def quantized_by_gptqmodel(source: Path, out: Path, **settings: Any) -> Path:
 def logits_of(*roots: Path) -> list[torch.Tensor]:
     """Return the logits of quantized checkpoints for one fixed sequence, loaded in the engine's environment.
 
-    GPTQ is loaded as validation loads it, with every tensor accounted for; AWQ by GPTQModel, which has a kernel for it.
+    GPTQ is loaded as validation loads it, with every tensor accounted for; AWQ and mixtures of experts by GPTQModel,
+    which has a kernel for the one, and finds the experts of the other.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
@@ -67,7 +69,10 @@ def save_logits(job: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
 
 
 def _load(root: str) -> Any:
-    if json.loads((Path(root) / "config.json").read_bytes())["quantization_config"]["quant_method"] == "gptq":
+    config = json.loads((Path(root) / "config.json").read_bytes())
+    is_gptq = config["quantization_config"]["quant_method"] == "gptq"
+    if is_gptq and not number_of_experts(config):
         return load_model(root)
     library: Any = import_module("gptqmodel")
-    return library.GPTQModel.load(root, backend=library.BACKEND.AWQ_TORCH, device="cpu")
+    backend = library.BACKEND.GPTQ_TORCH if is_gptq else library.BACKEND.AWQ_TORCH
+    return library.GPTQModel.load(root, backend=backend, device="cpu")

@@ -66,6 +66,13 @@ def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPat
     assert settings.base_names == ("a/b",)
 
 
+def test_targets_say_how_many_ranks_share_a_model(settings_file: Path) -> None:
+    settings_file.write_text("[padding.targets]\nvllm = [2, 8]\nlmdeploy-turbomind = [3]\n")
+    padding = load_settings().padding
+    assert padding.targets == {"vllm": (2, 8), "lmdeploy-turbomind": (3,)}
+    assert padding.ranks == 24
+
+
 @pytest.mark.parametrize(
     ("text", "named", "hint"),
     [
@@ -76,6 +83,10 @@ def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPat
         ("[engines.gptqmodel]\npyton = 'x'", "engines.gptqmodel.pyton", "python"),
         ("[quantization]\nbits = 'four'", "quantization.bits is 'four'", "valid integer"),
         ("[padding]\ntensor_parallel = 0", "padding.tensor_parallel is 0", "greater than or equal to 1"),
+        ("[padding.targets]\nvlm = [2]", "padding.targets", "No engine is called 'vlm'"),
+        ("[padding.targets]\nvllm = []", "padding.targets.vllm", "at least 1 item"),
+        ("[padding.targets]\nvllm = [0]", "padding.targets.vllm.0 is 0", "greater than or equal to 1"),
+        ("[padding]\ntensor_parallel = 8\ntargets = { vllm = [2] }", "padding", "Drop tensor_parallel, or targets"),
         ("[quantization]\nbits = 5", "bits is 5", "4, 8"),
         ("base_model = ", "not valid TOML", "Invalid value"),
         ("[validation.serve]\nengine = 'llama'", "validation.serve.engine is 'llama'", "'vllm'"),

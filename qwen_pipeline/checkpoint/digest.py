@@ -98,13 +98,18 @@ def checkpoint_digest(root: Path, *, observe: Observe = unobserved) -> str:
 
 def foreign_digest(checkpoint: Checkpoint, root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of a directory that was opened in a way of its own: by name, or with more sidecars."""
+    if digest := remembered_digest(checkpoint, root):
+        return digest
+    tensors = read_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    return remember(root, checkpoint, tensors).digest
+
+
+def remembered_digest(checkpoint: Checkpoint, root: Path) -> str | None:
+    """Return the digest of a directory as its manifest or the memory has it, or None if it has to be read."""
     if (root / MANIFEST).is_file():
         return open_manifest(root).content_digest
     memory = _memory(_files_of(root, checkpoint))
-    if memory.is_file():
-        return _KNOWN.validate_json(memory.read_bytes()).digest
-    tensors = read_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
-    return remember(root, checkpoint, tensors).digest
+    return _KNOWN.validate_json(memory.read_bytes()).digest if memory.is_file() else None
 
 
 def known_checkpoint(root: Path) -> KnownCheckpoint | None:

@@ -58,15 +58,19 @@ def publish(fine_tune: str) -> Answer:
 
 @answering(app, "status", examples=["qwen-pipeline status", "qwen-pipeline status --json | jq '.fine_tunes[].name'"])
 def status() -> Answer:
-    """Show every fine-tune and how far it is: done, failed, stale (its input or the code changed) or missing."""
+    """Show how far every fine-tune and import is: done, failed, stale (its input or the code changed) or missing."""
     from qwen_pipeline.cli.tables import standing_data, standing_table
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.standing import everything
+    from qwen_pipeline.standing import everything, imports
 
     settings = load_settings()
-    found = everything(settings)
-    view = [standing_table(found)] if found else [f"No fine-tune yet: copy one into {settings.inbox}."]
-    return Answer(data={"fine_tunes": standing_data(found)}, view=view)
+    found, imported = everything(settings), imports(settings)
+    nothing = f"No fine-tune yet: copy one into {settings.inbox}."
+    below = [standing_table(imported, "import")] if imported else []
+    return Answer(
+        data={"fine_tunes": standing_data(found), "imports": standing_data(imported)},
+        view=[standing_table(found) if found else nothing, *below],
+    )
 
 
 @answering(app, "demo", examples=["qwen-pipeline demo", "qwen-pipeline demo --base Qwen/Qwen2.5-0.5B-Instruct"])

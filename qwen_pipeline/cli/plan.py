@@ -1,6 +1,5 @@
 """Planning: what serving engines would do with a model, and which padding and group size cure it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,12 +46,12 @@ def plan(
     """
     from qwen_pipeline.cli.rank_picture import rank_picture
     from qwen_pipeline.cli.tables import outlook_table
-    from qwen_pipeline.hub import find_config
+    from qwen_pipeline.hub import load_config
     from qwen_pipeline.qwen.geometry import outlook
     from qwen_pipeline.qwen.planning import fewer_ranks, options
     from qwen_pipeline.qwen.serving import ENGINES, kernels_of, serving
 
-    config = _read_config(find_config(model))
+    config = load_config(model)
     targets = dict.fromkeys(engine or [USUAL_ENGINE], sorted(set(tp)))
     found, lower = options(config, targets), fewer_ranks(config, targets)
     remarks = {at.name: _remark(at, max_extra, rank_memory) for at in found}
@@ -199,12 +198,3 @@ def _option_table(
             Text("chosen", style="bold green") if option is chosen else remark,
         )
     return table
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    from qwen_pipeline.errors import CheckpointRefused
-
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointRefused(f"{file} cannot be read: {error}.", remedy="Name a model directory.") from error

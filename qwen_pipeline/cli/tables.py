@@ -12,7 +12,7 @@ from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.evaluation.regression import Change
 from qwen_pipeline.qwen.geometry import DegreeOutlook, PadPlan
 from qwen_pipeline.reports import CheckReport, load_reports, shown
-from qwen_pipeline.standing import STAGES, FineTuneStanding
+from qwen_pipeline.standing import FineTuneStanding
 
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
@@ -85,10 +85,12 @@ def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
 _COLORS = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
 
 
-def standing_table(found: Sequence[FineTuneStanding]) -> Table:
-    table = Table("fine-tune", *STAGES, "remark")
+def standing_table(found: Sequence[FineTuneStanding], what: str = "fine-tune") -> Table:
+    """How far each fine-tune, or each of whatever has the same stages, is."""
+    stages = list(found[0].stages)
+    table = Table(what, *stages, "remark")
     for fine_tune in found:
-        states = [fine_tune.stages[stage].state for stage in STAGES]
+        states = [fine_tune.stages[stage].state for stage in stages]
         table.add_row(fine_tune.name, *(Text(state, style=_COLORS[state]) for state in states), Text(fine_tune.remark))
     return table
 

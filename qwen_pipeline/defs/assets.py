@@ -134,6 +134,7 @@ def padded_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
             destination=pipeline.slot(context),
             group_size=settings.quantization.group_size,
             tensor_parallel=settings.padding.tensor_parallel,
+            targets=settings.padding.targets,
             layout=settings.padding.layout,
             hard_links=settings.store.hard_links,
             observe=observe,
@@ -219,7 +220,7 @@ def validated_checkpoint(
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
-            targets=settings.declared,
+            targets=settings.declared or pipeline.settings.padding.declared,
             limits=settings.limits_of(context.partition_key),
             prompts=settings.prompts,
             windows=settings.windows,
@@ -293,7 +294,7 @@ def repaired_checkpoint(
         artifact = repair.repair(
             source=pipeline.imports.require(context.partition_key).path,
             destination=pipeline.slot(context),
-            tensor_parallel=pipeline.settings.padding.tensor_parallel,
+            tensor_parallel=pipeline.settings.padding.ranks,
             observe=observe,
         )
     return _materialized(artifact, context.partition_key)

@@ -11,10 +11,11 @@ from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Slot
 from qwen_pipeline.config import Settings, config_file, require_setting
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.errors import InputRefused, PipelineError
-from qwen_pipeline.hub import find_base
+from qwen_pipeline.hub import find_base, load_config
 from qwen_pipeline.inbox import Inbox
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
+from qwen_pipeline.qwen.planning import padding_for
 from qwen_pipeline.stages.merge import merge
 
 
@@ -72,6 +73,9 @@ class Pipeline:
         for needed in ("base_name", "calibration_text", "text", "engine"):
             getattr(self, needed)
         self.settings.serving_plan()
+        if targets := self.settings.padding.targets:
+            config = load_config(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
+            padding_for(config, targets, group_size=self.settings.quantization.group_size)
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:
         return self.store.slot(context.partition_key)
@@ -105,6 +109,7 @@ class Pipeline:
             base_revision=settings.base_revision,
             group_size=settings.quantization.group_size,
             tensor_parallel=settings.padding.tensor_parallel,
+            targets=settings.padding.targets,
             layout=settings.padding.layout,
             hard_links=hard_links,
             observe=observe,

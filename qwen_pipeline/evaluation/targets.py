@@ -10,7 +10,7 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import head_obstacles
-from qwen_pipeline.qwen.serving import ENGINES, Verdict, require_engines, serving, worst_of
+from qwen_pipeline.qwen.serving import ENGINES, Verdict, kernels_of, serving, worst_of
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, gptq_format
 
 ANY_ENGINE = "any engine"
@@ -37,7 +37,7 @@ class Target:
             InputRefused: It is not an engine, a colon and a positive number.
         """
         engine, _, degree = text.partition(":")
-        require_engines([engine])
+        kernels_of(engine)
         if not degree.isdecimal() or not int(degree):
             raise InputRefused(f"{text!r} names no number of ranks.", remedy="Write engine:ranks, as in vllm-marlin:8.")
         return cls(engine=engine, degree=int(degree))
@@ -197,7 +197,7 @@ def with_divergences(
 
 
 def _kernels(engine: str) -> list[str]:
-    return [engine] if engine in (ANY_ENGINE, *ENGINES) else require_engines([engine])
+    return [engine] if engine == ANY_ENGINE else kernels_of(engine)
 
 
 def _rules(config: Config, form: GptqFormat, kernel: str, degree: int) -> tuple[Verdict, tuple[str, ...]]:

@@ -7,12 +7,28 @@ from pathlib import PurePath
 from typing import Any
 
 from qwen_pipeline.provenance.lineage import Step
+from qwen_pipeline.qwen.families import SizeField
 from qwen_pipeline.qwen.geometry import outlook
-from qwen_pipeline.qwen.layers import required, size_fields
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tensor-parallel degrees that a card speaks about."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+_CALLED: Mapping[SizeField, str] = {
+    "intermediate_size": "MLP",
+    "moe_intermediate_size": "routed expert",
+    "shared_expert_intermediate_size": "shared expert",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widened:
+    """A size field before and after padding."""
+
+    field: SizeField
+    live: int
+    padded: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +39,8 @@ class ModelCard:
         name: The fine-tune's name.
         base_model: Hub id of the base, or a directory, of which the card says the last part only.
         config: The quantized checkpoint's ``config.json``.
-        zero_channels: Channels that padding added to each MLP.
+        padding: Every size field that padding or a repair widened.
+        split: Whether the new channels are parts of live ones; else they are zeros.
         quality: A Markdown table of what validation measured.
         verdict: How its checks went, in words.
         steps: Lineage, from the first step to the validation.
@@ -32,7 +49,8 @@ class ModelCard:
     name: str
     base_model: str
     config: Mapping[str, Any]
-    zero_channels: int
+    padding: Sequence[Widened]
+    split: bool
     quality: str
     verdict: str
     steps: Sequence[Step]
@@ -121,16 +139,21 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
         )
 
     def _padding(self) -> list[str]:
-        if not self.zero_channels:
+        if not self.padding:
             return []
-        width = required(self.config, size_fields(self.config)[0])
+        widths = [
+            f"each {_CALLED[at.field]} has {at.padded} channels instead of the base's {at.live}" for at in self.padding
+        ]
+        added = (
+            "The channels that were added are parts of split ones, which together give what the whole channel gave."
+            if self.split
+            else "The channels that were added are zeros. They change no output: silu(0) x 0 = 0 meets zero columns in"
+            " `down_proj`, and validation found all of them exactly zero."
+        )
         return [
             "## Padding",
-            f"Each MLP has {width} channels instead of the base's {width - self.zero_channels}: {self.zero_channels}"
-            " channels of zeros were added before quantization, so that tensor-parallel ranks can share whole groups of"
-            f" {self._group_size}. They change no output: silu(0) x 0 = 0 meets zero columns in `down_proj`, and"
-            " validation found all of them exactly zero. Adapters trained on this checkpoint do not fit the unpadded"
-            " base.",
+            f"E{' and '.join(widths)[1:]}, so that tensor-parallel ranks can share whole"
+            f" groups of {self._group_size}. {added} Adapters trained on this checkpoint do not fit the unpadded base.",
         ]
 
     def _lineage(self) -> str:

@@ -1,6 +1,6 @@
 """Choosing a padding and a group size by what they cost, for the engines and degrees that will serve a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -18,6 +18,7 @@ SERVES: tuple[Verdict, ...] = ("ok", "padded at load")
 
 Targets = Mapping[str, Sequence[int]]
 """Engine -> the tensor-parallel degrees at which it is to serve."""
+NO_TARGETS: Targets = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +59,19 @@ class Option:
     @property
     def obstacle(self) -> str:
         """Where it fails first and why, in words; empty where it serves."""
-        failing = next((at for at in self.servings if at.verdict not in SERVES), None)
-        return f"{failing.engine} at TP {failing.degree}: {'; '.join(failing.reasons[:1])}" if failing else ""
+        return _first_obstacle(self.servings)
+
+
+def served_degrees(targets: Targets) -> list[int]:
+    """Return every degree at which something is to serve, rising.
+
+    Raises:
+        InputRefused: There is no engine, or one without a degree.
+    """
+    degrees = sorted({degree for asked in targets.values() for degree in asked})
+    if not degrees or not all(targets.values()):
+        raise InputRefused("No degree or no engine is named.", remedy="Name at least one of each.")
+    return degrees
 
 
 def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
@@ -71,7 +83,7 @@ def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GR
     Raises:
         InputRefused: The family or an engine is unknown, the config lacks a size, or no degree or engine is named.
     """
-    degrees = _degrees(targets)
+    degrees = served_degrees(targets)
     found = [
         _option(config, plan, name, targets)
         for group_size in group_sizes
@@ -82,7 +94,7 @@ def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GR
 
 def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
     """Return the best option at the highest lower degree that has one, and the best of those that pad nothing."""
-    highest = _degrees(targets)[-1]
+    highest = served_degrees(targets)[-1]
     found: list[Option] = []
     for degree in (degree for degree in range(highest - 1, 0, -1) if highest % degree == 0):
         lower = {engine: sorted({min(degree, asked) for asked in degrees}) for engine, degrees in targets.items()}
@@ -111,6 +123,11 @@ def padding_for(config: Config, targets: Targets, *, group_size: int, layout: La
     )
 
 
+def obstacle_of(config: Config, targets: Targets, *, group_size: int) -> str:
+    """Return where a model as it is fails first and why, in words; empty where it serves on all targets."""
+    return _first_obstacle(_servings(config, targets, group_size))
+
+
 def quantized_bytes(config: Config, group_size: int) -> int:
     """Return the bytes of a model's weights after quantization: codes, scales, and what stays in 16 bits."""
     bits = sum(_bits(matrix, group_size) * layers for matrix, layers in _counted(config))
@@ -122,13 +139,6 @@ def quantized_bytes(config: Config, group_size: int) -> int:
 def _bits(matrix: Matrix, group_size: int) -> int:
     numbers = matrix.out_features * matrix.in_features * matrix.count
     return numbers * BITS + numbers * SCALE_BITS // group_size if matrix.quantized else numbers * 16
-
-
-def _degrees(targets: Targets) -> list[int]:
-    degrees = sorted({degree for asked in targets.values() for degree in asked})
-    if not degrees or not all(targets.values()):
-        raise InputRefused("No degree or no engine is named.", remedy="Name at least one of each.")
-    return degrees
 
 
 def _plans(config: Config, group_size: int, ranks: int) -> dict[str, PadPlan]:
@@ -151,7 +161,7 @@ def _is_whole(plan: PadPlan) -> bool:
 
 
 def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Option:
-    wide, group_size, degrees = config, plan.group_size, _degrees(targets)
+    wide, group_size, degrees = config, plan.group_size, served_degrees(targets)
     for size in plan.sizes:
         wide = resized_config(wide, size, size.padded)
     return Option(
@@ -160,15 +170,22 @@ def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Optio
         plan=plan,
         config=wide,
         degrees=tuple(degrees),
-        servings=tuple(
-            serving(wide, engine, group_size=group_size, degree=degree)
-            for engine, asked in targets.items()
-            for degree in asked
-        ),
+        servings=tuple(_servings(wide, targets, group_size)),
         weights=_weights(wide) / _weights(config) - 1,
         rank_bytes=quantized_bytes(wide, group_size) // degrees[-1],
         flops=_flops(wide) / _flops(config) - 1,
     )
+
+
+def _servings(config: Config, targets: Targets, group_size: int) -> Iterator[Serving]:
+    for engine, degrees in targets.items():
+        for degree in degrees:
+            yield serving(config, engine, group_size=group_size, degree=degree)
+
+
+def _first_obstacle(servings: Iterable[Serving]) -> str:
+    failing = next((at for at in servings if at.verdict not in SERVES), None)
+    return f"{failing.engine} at TP {failing.degree}: {'; '.join(failing.reasons[:1])}" if failing else ""
 
 
 def _other_ways(config: Config, targets: Targets) -> str:

@@ -1,6 +1,6 @@
 """merged -> padded: MLPs as wide as whole quantization groups on every tensor-parallel rank need them to be."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
+from qwen_pipeline.qwen.planning import NO_TARGETS, Targets, padding_for, served_degrees
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.model import open_model
@@ -40,25 +41,29 @@ def pad(
     destination: Destination,
     group_size: int = 128,
     tensor_parallel: int = 8,
+    targets: Targets = NO_TARGETS,
     layout: Layout = "interleave",
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Pad a full-precision checkpoint so that it can be quantized in groups and served by ``tensor_parallel`` ranks.
 
-    A width that divides already is a valid outcome: the weights are then carried unchanged, as second names of the
-    source's own files if ``hard_links`` allows that. The manifest says how to undo it.
+    With ``targets`` it is padded as little as these engines and degrees need instead. A width that divides already is a
+    valid outcome: the weights are then carried unchanged, as second names of the source's own files if ``hard_links``
+    allows that. The manifest says how to undo it.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
-        InputRefused: The family cannot be padded, or weights and config disagree.
+        InputRefused: The family cannot be padded, weights and config disagree, or no padding lets the targets serve.
     """
     live = open_source("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
-    work = prepare(live, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+    work = prepare(live, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout)
     return work.write(destination, task="pad", hard_links=hard_links, observe=observe)
 
 
-def prepare(source: Source, *, group_size: int, tensor_parallel: int, layout: Layout) -> Rewrite:
+def prepare(
+    source: Source, *, group_size: int, tensor_parallel: int, layout: Layout, targets: Targets = NO_TARGETS
+) -> Rewrite:
     """Check a padding and say what it is derived from and what it writes; see :func:`pad`."""
     live = source.checkpoint
     require_full_precision(
@@ -68,23 +73,33 @@ def prepare(source: Source, *, group_size: int, tensor_parallel: int, layout: La
         remedy="Pad the merged full-precision checkpoint, then quantize again.",
     )
     plan = choose_splits(
-        live, plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
+        live,
+        padding_for(live.config, targets, group_size=group_size, layout=layout)
+        if targets
+        else plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout),
     )
     padded = pad_checkpoint(live, plan)
     reports = [
         _width_report(plan),
         _silence_report(live, plan, layout),
         _config_report(live, padded, plan),
-        _attention_report(plan, live.config),
+        _attention_report(live.config, group_size, served_degrees(targets) if targets else [tensor_parallel]),
     ]
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec={"group_size": group_size, "tensor_parallel": tensor_parallel, "layout": layout},
+        spec=spec_of(group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout),
         sources={"source": source},
         output=padded,
         result=lambda: {**_way_back(live, plan), "checks": dump_reports(reports)},
     )
+
+
+def spec_of(*, group_size: int, tensor_parallel: int, targets: Targets, layout: Layout) -> dict[str, Any]:
+    """Return what decides a padding beside its source: what was asked for, targets or a degree."""
+    asked = {name: list(degrees) for name, degrees in targets.items()}
+    served: dict[str, Any] = {"targets": asked} if asked else {"tensor_parallel": tensor_parallel}
+    return {"group_size": group_size, "layout": layout, **served}
 
 
 def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
@@ -138,16 +153,21 @@ def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> Check
     )
 
 
-def _attention_report(plan: PadPlan, config: Mapping[str, Any]) -> CheckReport:
-    obstacles = attention_obstacles(config, group_size=plan.group_size, tensor_parallel=plan.tensor_parallel)
+def _attention_report(config: Mapping[str, Any], group_size: int, degrees: Sequence[int]) -> CheckReport:
+    obstacles = [
+        f"at degree {degree} {obstacle}"
+        for degree in degrees
+        for obstacle in attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
+    ]
+    asked = ", ".join(map(str, degrees))
     return CheckReport(
         name=CHECKS[3].name,
         passed=not obstacles,
         severity="WARN",
         measured="; ".join(obstacles) or None,
-        detail=f"Choose another degree or group size than {plan.tensor_parallel} and {plan.group_size} for serving."
+        detail=f"Choose another degree or group size than {asked} and {group_size} for serving."
         if obstacles
-        else f"Heads and o_proj divide by {plan.tensor_parallel}.",
+        else f"Heads and o_proj divide by {asked}.",
     )
 
 

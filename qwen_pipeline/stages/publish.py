@@ -15,8 +15,7 @@ from qwen_pipeline.evaluation.figures import load_figures
 from qwen_pipeline.evaluation.report import quality_table
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, load_step, step_of
-from qwen_pipeline.provenance.model_card import ModelCard
-from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.provenance.model_card import ModelCard, Widened
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, load_reports
 
 STAGE = "published"
@@ -140,7 +139,8 @@ def _card(release: Path, checkpoint: Manifest, validation: Manifest, *, base_mod
         name=fine_tune,
         base_model=base_model,
         config=config,
-        zero_channels=findings["structure"]["padding"]["channels"] // text_config(config)["num_hidden_layers"],
+        padding=[Widened(**size) for size in validation.result["padding"]],
+        split=findings["structure"]["padding"]["twins"] > 0,
         quality=quality_table(load_figures(findings["models"]), findings["nbytes"]),
         verdict=verdict(load_reports(validation.result)),
         steps=[*map(load_step, validation.result["lineage"]), step_of(checkpoint), step_of(validation)],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qwen_pipeline.checkpoint.digest import foreign_digest
+from qwen_pipeline.checkpoint.digest import foreign_digest, remembered_digest
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, STEM, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
@@ -81,6 +81,15 @@ def open_quantized(root: Path) -> Quantized:
 def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of a checkpoint as quantizers leave it; it is read once, and remembered."""
     return foreign_digest(open_quantized(root).checkpoint, root, observe=observe)
+
+
+def remembered_quantized_digest(root: Path) -> str | None:
+    """Return that digest if it was found before; nothing is read.
+
+    Raises:
+        CheckpointRefused: It is not quantized, or in a format that cannot be read.
+    """
+    return remembered_digest(open_quantized(root).checkpoint, root)
 
 
 def plan(source: Path, *, tensor_parallel: int) -> PadPlan:

@@ -37,7 +37,8 @@ from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
-from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook, plan_between
+from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
+from qwen_pipeline.qwen.planning import obstacle_of
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, dump_reports
 from qwen_pipeline.workers.parent import run_worker
@@ -82,6 +83,7 @@ def validate(
         base: The checkpoint that was fine-tuned, to tell what fine-tuning did.
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it the candidate is held
             against the reference, padded in the default layout, and what padding does to predictions is not measured.
+            What a repair added is known from the candidate's manifest.
         tensor_parallel: Ranks that are to serve the candidate.
         targets: Engines and ranks that are to serve it; by default any engine that does nothing but share it evenly
             among ``tensor_parallel`` ranks.
@@ -140,12 +142,13 @@ def validate(
     )
 
     def build(partial: Path) -> Built:
+        from qwen_pipeline.evaluation.origin import quantized_from, widened
         from qwen_pipeline.evaluation.structure import check_structure
 
         if (candidate / MANIFEST).is_file():
             require_intact(candidate)
         (partial / LOGS).mkdir(exist_ok=True)
-        source = _quantized_from(checkpoints)
+        source = quantized_from(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], candidate)
         structure = check_structure(source, checkpoints[QUANTIZED], observe=observe)
         asked = targets or [Target(engine=ANY_ENGINE, degree=tensor_parallel)]
         served = _targets(source, checkpoints[QUANTIZED], asked, observe)
@@ -165,7 +168,7 @@ def validate(
             nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
             samples=_samples(prompts, figures, tokenizer),
             losses=_losses(candidate),
-            parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel),
+            parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel, targets),
             targets=with_divergences(served, _divergences(cuts, figures)),
         )
         if serving:
@@ -177,6 +180,7 @@ def validate(
             "checks": rounded(dump_reports(reports)),
             "findings": findings.to_json(),
             "lineage": lineage,
+            "padding": widened(checkpoints[MERGED].config, checkpoints[QUANTIZED].config),
             "text": derivation.inputs["text"],
         }
         steps = [*lineage, *(dump_step(step) for step in steps_of(candidate))]
@@ -201,17 +205,6 @@ def _divergences(
 ) -> dict[Cut, DivergenceFigures | None]:
     heard = [figures.get(cut_role(number)) for number in range(len(cuts))]
     return {cut: found.divergence if found else None for cut, found in zip(cuts, heard, strict=True)}
-
-
-def _quantized_from(checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:
-    """Return what was quantized: the padded checkpoint or, unless it is given, the merged one padded as by default."""
-    from qwen_pipeline.transforms.padding import pad
-
-    if PADDED in checkpoints:
-        return checkpoints[PADDED]
-    merged, quantized = checkpoints[MERGED], checkpoints[QUANTIZED].config
-    group_size = quantized.get("quantization_config", {}).get("group_size", 1)
-    return pad(merged, plan_between(merged.config, quantized, group_size=group_size))
 
 
 def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[Sequence[int]]) -> None:
@@ -274,14 +267,23 @@ def _losses(candidate: Path) -> dict[str, float]:
     return {row["module"]: row["loss"] for row in rows if row["loss"]}
 
 
-def _outlook(config: Mapping[str, Any], degree: int) -> DegreeOutlook | None:
+def _outlook(config: Mapping[str, Any], degree: int, targets: Sequence[Target]) -> DegreeOutlook | None:
     from qwen_pipeline.transforms.gptq_codes import gptq_format
 
     try:
-        group_size = gptq_format(config).group_size
-        return outlook(config, group_size=max(group_size, 1), degrees=[degree])[0]
+        group_size = max(gptq_format(config).group_size, 1)
+        (found,) = outlook(config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])])
+        obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
+        return _for_targets(found, "; ".join(filter(None, obstacles))) if targets else found
     except PipelineError:
         return None
+
+
+def _for_targets(found: DegreeOutlook, obstacle: str) -> DegreeOutlook:
+    """Return an outlook on engines that are known: some can do with groups that others cannot share."""
+    if obstacle:
+        return replace(found, legal=False, sentence=f"Does not serve on {obstacle}.")
+    return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")
 
 
 def _write_report(

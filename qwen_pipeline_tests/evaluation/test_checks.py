@@ -113,7 +113,7 @@ def test_a_perplexity_that_is_not_a_number_fails() -> None:
 def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
     width = failed(replace(GOOD, parallel=outlook(CONFIG, group_size=32, degrees=[2])[0]))["tensor_parallel"]
     assert width.blocks
-    assert "pad 96 to 128" in width.detail
+    assert "pad intermediate_size from 96 to 128" in width.detail
     heads = failed(replace(GOOD, parallel=outlook(CONFIG, group_size=32, degrees=[3])[0]))["tensor_parallel"]
     assert not heads.blocks
     assert "4 attention heads do not divide by 3" in heads.detail

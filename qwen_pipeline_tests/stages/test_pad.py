@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.qwen.planning import Targets
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.pad import CHECKS, pad
 from qwen_pipeline_tests.oracles import logits
@@ -59,6 +60,21 @@ def test_attention_that_cannot_be_shared_is_a_warning(tmp_path: Path) -> None:
     assert not report.passed
     assert not report.blocks
     assert "4 attention heads do not divide by 3" in str(report.measured)
+
+
+def test_targets_decide_how_wide_a_checkpoint_becomes(tmp_path: Path) -> None:
+    live = tiny_qwen2(tmp_path / "live")
+
+    def width(name: str, targets: Targets) -> int:
+        padded = pad(source=live, destination=Directory(tmp_path / name), group_size=32, targets=targets)
+        assert padded.manifest.derivation.spec["targets"] == {name: list(at) for name, at in targets.items()}
+        assert all(report.passed for report in reports_of(padded).values())
+        return load_plan(padded.manifest.result["padding"]).sizes[0].padded
+
+    assert width("one rank", {"vllm-exllama": (1,)}) == 96
+    assert width("two", {"vllm-exllama": (1,), "sglang-gptq": (2,)}) == 128
+    with pytest.raises(InputRefused, match="vllm-exllama at TP 3: refused: 4 attention heads"):
+        width("three", {"vllm-exllama": (3,)})
 
 
 @pytest.mark.parametrize("tells", ["the config", "only a tensor"])

@@ -11,14 +11,17 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory, require_intact
 from qwen_pipeline.demo.base import build_base
+from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.ranks import weight_over_ranks
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.repair import CHECKS, open_quantized, plan, repair
+from qwen_pipeline.stages.validate import validate
+from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.codes import METHODS, Method, Packing, write_checkpoint_of_codes
 from qwen_pipeline_tests.quantizers import logits_of, quantized_by_gptqmodel
-from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline_tests.tiny import HIDDEN, tiny_model, tiny_qwen2
 
 FORMATS: dict[str, dict[str, Any]] = {
     "gptq": {},
@@ -52,6 +55,62 @@ def test_a_real_checkpoint_is_repaired_and_computes_the_same(imported: Path, tmp
     assert json.loads((artifact.path / "config.json").read_bytes())["intermediate_size"] == 256
     settings = (imported / "quantize_config.json").read_bytes()
     assert (artifact.path / "quantize_config.json").read_bytes() == settings
+
+
+@pytest.mark.slow
+def test_a_repaired_checkpoint_is_validated_against_what_was_quantized(
+    live: Path, imported: Path, tmp_path: Path
+) -> None:
+    """Nothing but its manifest says where the repair put its groups; GPTQModel rewrites the tokenizer's files."""
+    repaired = repair(source=imported, destination=Directory(tmp_path / "repaired"), tensor_parallel=4).path
+    artifact = validate(
+        reference=live,
+        candidate=repaired,
+        text=write_text(tmp_path / "text.jsonl", documents=12, stride=5),
+        destination=Directory(tmp_path / "validated"),
+        engine=find_environment("gptqmodel").python,
+        tensor_parallel=4,
+        windows=2,
+        seq_len=64,
+        prompts=["Hi"],
+    )
+    found = {report.name: report for report in load_reports(artifact.manifest.result)}
+    assert found["tensor_parallel"].passed
+    assert found["padding_is_silent"].detail.startswith("All 128 added channels are still zero")
+    structure = artifact.manifest.result["findings"]["structure"]
+    assert not [said for said in structure["problems"] if "_proj" in said or "config.json has" in said]
+    assert [at["relative"] < 0.3 for at in structure["errors"]] == [True] * 14
+    assert artifact.manifest.result["padding"] == [{"field": "intermediate_size", "live": 192, "padded": 256}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["qwen2_moe", "qwen3_moe"])
+def test_a_real_mixture_whose_experts_straddle_ranks_is_repaired(tmp_path: Path, experts: str) -> None:
+    """Experts of 96 channels are 3 groups of 32 that 2 ranks cannot share, nor a shared expert of 160."""
+    shared = {"shared_expert_intermediate_size": 160} if experts == "qwen2_moe" else {}
+    heads = {"num_key_value_heads": 4, "head_dim": 32}
+    live = tiny_model(experts, tmp_path / "live", num_experts=4, moe_intermediate_size=96, **heads, **shared)
+    imported = quantized_by_gptqmodel(live, tmp_path / "imported", bits=4, group_size=32)
+    artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=2)
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    plan = load_plan(artifact.manifest.result["padding"])
+    widths = {"moe_intermediate_size": (96, 128)}
+    widths |= {"shared_expert_intermediate_size": (160, 192)} if experts == "qwen2_moe" else {}
+    assert {size.field: (size.live, size.padded) for size in plan.sizes} == widths
+
+    form, before, after = open_quantized(imported).form, open_checkpoint(imported), open_checkpoint(artifact.path)
+    downs = [name.removesuffix(".qweight") for name in before if name.endswith("down_proj.qweight")]
+    assert len(downs) == 2 * (4 + (experts == "qwen2_moe"))
+    for down in downs:
+        size = next(size for size in plan.sizes if size.live == before[f"{down}.g_idx"].shape[0])
+        weight = form.load(before, down).weight_rows(0, HIDDEN)
+        held = weight_over_ranks(form.load(after, down), "in", 2).read(0, HIDDEN)
+        assert torch.equal(held[:, size.positions()], weight)
+        assert held.count_nonzero() == weight.count_nonzero()
+        unrepaired = weight_over_ranks(form.load(before, down), "in", 2).read(0, HIDDEN)
+        assert not torch.equal(unrepaired, weight), "two ranks load it, and scale by others' groups"
+    logits, repaired_logits = logits_of(imported, artifact.path)
+    torch.testing.assert_close(repaired_logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,201 @@
+"""``python -m benchmarks.down_projections``: what padding does to the one kind of layer whose codes it can change.
+
+Padding adds outputs to ``gate_proj`` and ``up_proj``, whose rows are quantized one by one, and inputs to ``down_proj``.
+So all that padding changes is the error of ``down_proj``: here it is measured layer by layer, with the inputs that the
+full-precision model has, calibrated and evaluated on different text. There is little luck in it, unlike in the
+divergence of whole models (:mod:`benchmarks.padding`).
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from math import exp, log
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import RESULTS
+from benchmarks.machine import describe_machine
+from benchmarks.padding import GROUP_SIZE, QUIET, RANKS, padded_model
+from benchmarks.upcycled import ROUTED, STEP, upcycle
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.corpus import load_tokenizer
+from qwen_pipeline.demo.base import build_base
+from qwen_pipeline.demo.texts import write_texts
+from qwen_pipeline.engines import solver
+from qwen_pipeline.engines.calibration import draw_windows
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.evaluation.text import token_windows
+from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.qwen.geometry import Layout, PaddedSize, load_plan
+from qwen_pipeline.transforms.splitting import split_map
+from qwen_pipeline.workers.parent import run_worker
+
+LAYOUTS: tuple[Layout, ...] = ("interleave", "append", "split")
+SPEC = QuantSpec(engine="layerwise", group_size=GROUP_SIZE, device="cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A kind of ``down_proj`` in a model: the last ``width`` channels of the dense base's, or all of them.
+
+    Attributes:
+        quiet: Doublings by which its inputs are smaller than the base's.
+    """
+
+    name: str
+    module: str
+    width: int
+    quiet: int = 0
+
+
+CASES = (
+    Case(name="dense", module="mlp", width=1600),
+    Case(name="experts", module="mlp.experts.0", width=ROUTED),
+    Case(name="quiet experts", module="mlp.experts.0", width=ROUTED, quiet=QUIET),
+)
+
+
+def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
+    """Return rows of squared errors, one for each case, layer and treatment; runs beside the solver."""
+    torch.set_num_threads(job["threads"])
+    base = open_checkpoint(Path(job["models"]["dense"]))
+    windows = [torch.tensor([window]) for window in (*job["calibration"], *job["held_out"])]
+    passage = Passage(base, windows, Place(device=torch.device("cpu"), dtype=torch.float32))
+    rows: list[dict[str, Any]] = []
+    for layer in range(len(passage.parts)):
+        module = passage.build(layer, passage.read(layer))
+        if layer % STEP == STEP - 1:
+            inputs = [x[0] for x in passage.inputs_within(layer, module, "mlp.down_proj")]
+            cut = len(job["calibration"])
+            rows += _layer(job, layer, torch.cat(inputs[:cut]), torch.cat(inputs[cut:]))
+        passage.run(layer, module)
+        observe(Progress(task="quantize", done=layer + 1, total=len(passage.parts), unit="layers"))
+    return {"rows": rows}
+
+
+@torch.inference_mode()
+def _layer(job: Mapping[str, Any], layer: int, calibration: Tensor, held_out: Tensor) -> Iterator[dict[str, Any]]:
+    for case in CASES:
+        owner = f"model.layers.{layer}.{case.module}"
+        seen, unseen = (x[:, -case.width :] / 2.0**case.quiet for x in (calibration, held_out))
+        live = open_checkpoint(Path(job["models"][case.name]))
+        weight = _weight(live, owner)
+        yield _row(case, layer, "unpadded", _error(weight, seen, unseen, settled=True))
+        for layout in LAYOUTS:
+            root = Path(job["padded"][case.name][layout])
+            (size,) = (at for at in load_plan(open_manifest(root).result["padding"]).sizes if at.live == case.width)
+            wide, wide_seen, wide_unseen = (
+                _weight(open_checkpoint(root), owner),
+                *(_widened(x, size, owner) for x in (seen, unseen)),
+            )
+            yield _row(case, layer, layout, _error(wide, wide_seen, wide_unseen, settled=True))
+            if layout != "split":
+                error = _error(wide, wide_seen, wide_unseen, settled=False)
+                yield _row(case, layer, f"{layout}, not settled", error)
+            if layout == "interleave":
+                damp = SPEC.damp_percent * size.live / size.padded
+                error = _error(wide, wide_seen, wide_unseen, settled=False, damp_percent=damp)
+                yield _row(case, layer, "interleave, damp_percent times the live share", error)
+
+
+def _weight(checkpoint: Checkpoint, owner: str) -> Tensor:
+    return checkpoint.load(f"{owner}.down_proj.weight").float()
+
+
+def _widened(x_NI: Tensor, size: PaddedSize, owner: str) -> Tensor:
+    if size.layout == "split":
+        return x_NI[:, split_map(size, owner)]
+    wide = x_NI.new_zeros(len(x_NI), size.padded)
+    wide[:, size.positions()] = x_NI
+    return wide
+
+
+def _error(weight_OI: Tensor, seen: Tensor, unseen: Tensor, *, settled: bool, **changes: Any) -> float:
+    """Return the squared error of the outputs on text that was not seen, by the size of the outputs."""
+    hessian = solver.Hessian()
+    hessian.add(seen)
+    settle = solver.settle_dead_channels if settled else lambda *_: None
+    with patch.object(solver, "settle_dead_channels", settle):
+        packed = solver.solve(weight_OI, hessian, replace(SPEC, **changes)).packed
+    rounded_OI = packed.weight_rows(0, len(weight_OI))
+    exact = unseen @ weight_OI.T
+    return ((unseen @ rounded_OI.T - exact).square().sum() / exact.square().sum()).item()
+
+
+def _row(case: Case, layer: int, treatment: str, error: float) -> dict[str, Any]:
+    return {"model": case.name, "layer": layer, "treatment": treatment, "error": error}
+
+
+def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return treatment x model: the geometric mean over layers of the error relative to the unpadded layer's."""
+    errors = pd.DataFrame(rows).pivot(index=["model", "layer"], columns="treatment", values="error")
+    means = errors.div(errors["unpadded"], axis=0).map(log).groupby("model").mean().map(exp).T
+    order = list(dict.fromkeys(row["treatment"] for row in rows))
+    return means.loc[order, [case.name for case in CASES]].round(3).reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=16, help="held-out windows")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
+    parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-padding")
+    asked = parser.parse_args()
+    asked.scratch.mkdir(parents=True, exist_ok=True)
+    base, texts = asked.base or build_base(asked.scratch / "base").path, write_texts(asked.scratch)
+    models = {"dense": base}
+    for name, quiet in (("experts", 0), ("quiet experts", QUIET)):
+        out = asked.scratch / name.replace(" ", "-")
+        models[name] = out if out.exists() else upcycle(base, out, quiet=quiet)
+    drawn = draw_windows(texts.calibration, base, samples=asked.samples, seq_len=asked.seq_len, seed=0)
+    held_out = token_windows(texts.held_out, load_tokenizer(base), windows=asked.windows, seq_len=asked.seq_len)
+    job = {
+        "threads": torch.get_num_threads(),
+        "models": {name: str(root) for name, root in models.items()},
+        "padded": {
+            name: {layout: str(padded_model(asked.scratch, name, root, layout)) for layout in LAYOUTS}
+            for name, root in models.items()
+        },
+        "calibration": drawn.tolist(),
+        "held_out": [list(window) for window in held_out],
+    }
+    python = find_environment("gptqmodel", asked.engine_python).python
+    done = run_worker(python, f"{measure.__module__}:measure", job, log=asked.scratch / "down-projections.log")
+    write_results(done.value["rows"], asked)
+
+
+def write_results(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+    """Write ``down-projections.json`` and ``down-projections.md`` beside the other results."""
+    machine, day, shown = describe_machine(), datetime.now(UTC).date().isoformat(), table(rows)
+    ranks = ", ".join(f"{name} {count}" for name, count in RANKS.items())
+    lines = [list(shown.columns), ["---"] * shown.shape[1], *map(list, shown.to_numpy())]
+    text = f"""# Squared error of down_proj's outputs on held-out text, relative to the unpadded layer's
+
+{day}, {machine["cpu"]}, {machine["cores"]} cores. 4 bits in groups of {GROUP_SIZE}, padded for ranks: {ranks}.
+Calibration {asked.samples} x {asked.seq_len} tokens, evaluation {asked.windows} x {asked.seq_len}. Geometric mean over
+every third layer.
+
+{chr(10).join(f"| {' | '.join(map(str, line))} |" for line in lines)}
+"""
+    (RESULTS / "down-projections.md").write_text(text)
+    settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len")}
+    found = {"date": day, "machine": machine, "settings": settings, "rows": rows}
+    (RESULTS / "down-projections.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What a quantized checkpoint was quantized from, as wide as it is: padding and repairs are told by manifests."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
+from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resized_config
+from qwen_pipeline.transforms.padding import pad
+
+REPAIRED = "repaired"
+"""The stage whose manifests tell what was added to codes."""
+
+
+def quantized_from(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> Checkpoint:
+    """Return what became the codes of ``quantized`` at ``root``.
+
+    That is the padded checkpoint or, unless it is given, the merged one padded as by default; with the groups that a
+    repair added to the codes.
+    """
+    before, repaired = padded or merged, _repair_of(root)
+    config = quantized.config
+    group_size = config.get("quantization_config", {}).get("group_size", 1)
+    for size in repaired.sizes if repaired else ():
+        config = resized_config(config, size, size.live)
+    source = pad(before, plan_between(before.config, config, group_size=group_size))
+    return pad(source, repaired) if repaired else source
+
+
+def widened(merged: Mapping[str, Any], quantized: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each size field that is not what it was before padding, as JSON values."""
+    sizes = plan_between(merged, quantized, group_size=1).sizes
+    return [{"field": size.field, "live": size.live, "padded": size.padded} for size in sizes if size.zeros]
+
+
+def _repair_of(root: Path) -> PadPlan | None:
+    if not (root / MANIFEST).is_file():
+        return None
+    manifest = open_manifest(root)
+    return load_plan(manifest.result["padding"]) if manifest.derivation.stage == REPAIRED else None
