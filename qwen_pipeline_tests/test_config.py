@@ -85,7 +85,7 @@ def test_targets_say_how_many_ranks_share_a_model(settings_file: Path) -> None:
         ("[padding]\ntensor_parallel = 0", "padding.tensor_parallel is 0", "greater than or equal to 1"),
         ("[padding.targets]\nvlm = [2]", "padding.targets", "No engine is called 'vlm'"),
         ("[padding.targets]\nvllm = []", "padding.targets.vllm", "at least 1 item"),
-        ("[padding.targets]\nvllm = [0]", "padding.targets.vllm.0 is 0", "greater than or equal to 1"),
+        ("[padding.targets]\nvllm = [0]", "padding.targets.vllm.0 is 0", "greater than 0"),
         ("[padding]\ntensor_parallel = 8\ntargets = { vllm = [2] }", "padding", "Drop tensor_parallel, or targets"),
         ("[quantization]\nbits = 5", "bits is 5", "4, 8"),
         ("base_model = ", "not valid TOML", "Invalid value"),

@@ -87,9 +87,9 @@ def test_a_repaired_checkpoint_is_validated_against_what_was_quantized(
 @pytest.mark.parametrize("experts", ["qwen2_moe", "qwen3_moe"])
 def test_a_real_mixture_whose_experts_straddle_ranks_is_repaired(tmp_path: Path, experts: str) -> None:
     """Experts of 96 channels are 3 groups of 32 that 2 ranks cannot share, nor a shared expert of 160."""
-    shared = {"shared_expert_intermediate_size": 160} if experts == "qwen2_moe" else {}
-    heads = {"num_key_value_heads": 4, "head_dim": 32}
-    live = tiny_model(experts, tmp_path / "live", num_experts=4, moe_intermediate_size=96, **heads, **shared)
+    sizes: dict[str, Any] = {"num_experts": 4, "num_key_value_heads": 4, "head_dim": 32, "moe_intermediate_size": 96}
+    sizes |= {"shared_expert_intermediate_size": 160} if experts == "qwen2_moe" else {}
+    live = tiny_model(experts, tmp_path / "live", **sizes)
     imported = quantized_by_gptqmodel(live, tmp_path / "imported", bits=4, group_size=32)
     artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=2)
     assert all(report.passed for report in load_reports(artifact.manifest.result))
