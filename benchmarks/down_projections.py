@@ -31,7 +31,6 @@ from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.engines import solver
-from qwen_pipeline.engines.calibration import draw_windows
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.evaluation.text import token_windows
@@ -123,12 +122,12 @@ def _widened(x_NI: Tensor, size: PaddedSize, owner: str) -> Tensor:
 
 def _error(weight_OI: Tensor, seen: Tensor, unseen: Tensor, *, settled: bool, **changes: Any) -> float:
     """Return the squared error of the outputs on text that was not seen, by the size of the outputs."""
-    hessian = solver.Hessian()
+    hessian = solver.Hessian(inputs=seen.shape[1])
     hessian.add(seen)
     settle = solver.settle_dead_channels if settled else lambda *_: None
     with patch.object(solver, "settle_dead_channels", settle):
-        packed = solver.solve(weight_OI, hessian, replace(SPEC, **changes)).packed
-    rounded_OI = packed.weight_rows(0, len(weight_OI))
+        (solved,) = solver.solve([weight_OI], hessian, replace(SPEC, **changes))
+    rounded_OI = solved.packed.weight_rows(0, len(weight_OI))
     exact = unseen @ weight_OI.T
     return ((unseen @ rounded_OI.T - exact).square().sum() / exact.square().sum()).item()
 
@@ -160,8 +159,9 @@ def main() -> None:
     for name, quiet in (("experts", 0), ("quiet experts", QUIET)):
         out = asked.scratch / name.replace(" ", "-")
         models[name] = out if out.exists() else upcycle(base, out, quiet=quiet)
-    drawn = draw_windows(texts.calibration, base, samples=asked.samples, seq_len=asked.seq_len, seed=0)
-    held_out = token_windows(texts.held_out, load_tokenizer(base), windows=asked.windows, seq_len=asked.seq_len)
+    tokenizer = load_tokenizer(base)
+    seen = token_windows(texts.calibration, tokenizer, windows=asked.samples, seq_len=asked.seq_len)
+    held_out = token_windows(texts.held_out, tokenizer, windows=asked.windows, seq_len=asked.seq_len)
     job = {
         "threads": torch.get_num_threads(),
         "models": {name: str(root) for name, root in models.items()},
@@ -169,7 +169,7 @@ def main() -> None:
             name: {layout: str(padded_model(asked.scratch, name, root, layout)) for layout in LAYOUTS}
             for name, root in models.items()
         },
-        "calibration": drawn.tolist(),
+        "calibration": [list(window) for window in seen],
         "held_out": [list(window) for window in held_out],
     }
     python = find_environment("gptqmodel", asked.engine_python).python

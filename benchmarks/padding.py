@@ -40,7 +40,7 @@ from qwen_pipeline.workers.parent import run_worker
 GROUP_SIZE = 64
 RANKS = {"dense": 3, "experts": 16, "quiet experts": 16}
 """Model -> ranks: 1600 channels become 1728, experts of 768 and shared experts of 832 become 1024."""
-ENGINES: Mapping[str, EngineName] = {"dense": "layerwise", "experts": "gptqmodel", "quiet experts": "gptqmodel"}
+ENGINE: EngineName = "layerwise"
 QUIET = 6
 """Doublings by which quiet experts' activations are smaller than the base's."""
 
@@ -106,7 +106,7 @@ class Benchmark:
     def _quantized(self, name: str, model: Path, treatment: Treatment, seed: int, out: Path) -> Path:
         asked = self._asked
         spec = QuantSpec(
-            engine=ENGINES[name],
+            engine=ENGINE,
             group_size=GROUP_SIZE,
             samples=asked.samples,
             seq_len=asked.seq_len,
