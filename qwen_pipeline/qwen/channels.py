@@ -68,10 +68,13 @@ def channels_of(place: Place, shape: tuple[int, ...], config: Config) -> Channel
     if place.module in FUSED:
         return _stacked_channels(place.module, shape, int(text_config(config)["hidden_size"]))
     owner, _, projection = place.module.rpartition(".")
-    size_field = _size_field(owner)
+    size_field = _size_field(owner) if projection in _PROJECTIONS else None  # a router is not one
     if size_field is None or (place.parameter == "bias" and projection == "down_proj"):
         return None
     return Channels(field=size_field, axis=1 if projection == "down_proj" else 0)
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _size_field(owner: str) -> SizeField | None:

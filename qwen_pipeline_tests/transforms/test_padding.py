@@ -187,6 +187,22 @@ def float64_logits(root: Path) -> torch.Tensor:
     return model(input_ids=ids).logits
 
 
+@pytest.mark.parametrize("sparse", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}], ids=["step", "listed"])
+def test_dense_layers_beside_mixtures_are_padded_and_routers_are_not(tmp_path: Path, sparse: dict[str, Any]) -> None:
+    """A router lies beside its experts, where a dense layer has its projections."""
+    root = tiny_model("qwen2_moe", tmp_path / "live", dtype=torch.float64, **sparse)
+    live = open_checkpoint(root)
+    plan = plan_padding(live.config, group_size=32, tensor_parallel=4)
+    assert [size.field for size in plan.sizes if size.zeros] == [
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ]
+    (tmp_path / "padded").mkdir()
+    write_checkpoint(pad(live, plan), tmp_path / "padded", task="pad")
+    assert (float64_logits(tmp_path / "padded") - float64_logits(root)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("layout", get_args(Layout))
 def test_more_new_channels_than_live_ones(tmp_path: Path, layout: Layout) -> None:
     root = tiny_qwen2(tmp_path / "live", intermediate_size=40, dtype=torch.float64)
