@@ -7,6 +7,7 @@ engine's processor seconds are counted too. Each figure is printed, and written,
 
 import argparse
 import json
+import re
 import resource
 import tempfile
 import time
@@ -17,12 +18,14 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.__main__ import RESULTS, markdown
 from benchmarks.machine import describe_machine
 from benchmarks.upcycled import upcycle
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
+    parser.add_argument("--layers", type=int, help="only the first ones of the model")
     parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-loops")
@@ -105,7 +109,9 @@ def main() -> None:
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
     texts, rows = write_texts(asked.scratch), []
-    for name, model, source in _models(asked.models, asked.base, asked.scratch):
+    base = asked.base or build_base(asked.scratch / "base").path
+    base = first_layers(base, asked.layers, asked.scratch / f"base-{asked.layers}") if asked.layers else base
+    for name, model, source in _models(asked.models, base, asked.scratch):
         for seed in asked.seeds:
             for engine in asked.engines:
                 spec = QuantSpec(
@@ -123,15 +129,29 @@ def main() -> None:
     print(asked.out.with_suffix(".md").read_text())
 
 
-def _models(names: Sequence[str], base: Path | None, scratch: Path) -> Iterator[tuple[str, Path, Path]]:
+def first_layers(model: Path, layers: int, out: Path) -> Path:
+    """Write a model's first layers as a model of its own, unless it is there; return it."""
+    if not out.exists():
+        whole = open_checkpoint(model)
+        in_layer = re.compile(r"model\.layers\.(\d+)\.")
+        kept = {n: whole.load(n) for n in whole if not (at := in_layer.match(n)) or int(at[1]) < layers}
+        out.mkdir(parents=True)
+        config = whole.config | {"num_hidden_layers": layers, "layer_types": whole.config["layer_types"][:layers]}
+        (out / CONFIG).write_text(json.dumps(config))
+        save_file(kept, out / SINGLE_SHARD, {"format": "pt"})
+        for relative, file in whole.sidecars.items():
+            write_bytes(out / relative, file.read_bytes())
+    return out
+
+
+def _models(names: Sequence[str], dense: Path, scratch: Path) -> Iterator[tuple[str, Path, Path]]:
     """Yield each model's name, itself, and what is quantized of it."""
-    dense = base or build_base(scratch / "base").path
     if "dense" in names:
-        out = Directory(scratch / "padded")
+        out = Directory(scratch / f"{dense.name}-padded")
         padded = pad(source=dense, destination=out, group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL)
         yield "dense", dense, padded.path
     if "experts" in names:
-        experts = scratch / "experts"
+        experts = scratch / f"{dense.name}-experts"
         mixture = experts if experts.exists() else upcycle(dense, experts)
         yield "experts", mixture, mixture
 
