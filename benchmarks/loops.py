@@ -136,7 +136,8 @@ def first_layers(model: Path, layers: int, out: Path) -> Path:
         in_layer = re.compile(r"model\.layers\.(\d+)\.")
         kept = {n: whole.load(n) for n in whole if not (at := in_layer.match(n)) or int(at[1]) < layers}
         out.mkdir(parents=True)
-        config = whole.config | {"num_hidden_layers": layers, "layer_types": whole.config["layer_types"][:layers]}
+        types = whole.config["layer_types"][:layers]
+        config = {**whole.config, "num_hidden_layers": layers, "layer_types": types}
         (out / CONFIG).write_text(json.dumps(config))
         save_file(kept, out / SINGLE_SHARD, {"format": "pt"})
         for relative, file in whole.sidecars.items():

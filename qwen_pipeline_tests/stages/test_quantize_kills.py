@@ -1,28 +1,35 @@
 """SIGKILL while the layer loop quantizes: nobody sees half a checkpoint, nobody survives, the digest stays the same.
 
-``KILLS`` in the environment says how many there are; ``python -m qwen_pipeline_tests.stages.test_quantize_kills SOURCE
-TEXT`` does the same to a model of one's own.
+``KILLS`` in the environment says how many there are. ``python -m qwen_pipeline_tests.stages.test_quantize_kills SOURCE
+TEXT``, run by the engine's own python, does the same to any model, with workers that are forked instead of started:
+they do not import the engine again, which is most of a small model's time, and everything else of them is real.
 """
 
 import argparse
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
-from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.stages.quantize import WORKSHOP, quantize
+from qwen_pipeline.workers import child, parent
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
@@ -36,6 +43,7 @@ class Work:
     source: Path
     calibration: Path
     spec: QuantSpec
+    engine: EngineEnvironment
 
     def do(self, out: Path, observe: Observe = unobserved) -> Artifact:
         return quantize(
@@ -43,7 +51,7 @@ class Work:
             destination=Directory(out),
             calibration=self.calibration,
             spec=self.spec,
-            engine=find_environment(self.spec.environment),
+            engine=self.engine,
             observe=observe,
         )
 
@@ -131,8 +139,46 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
     source = tiny_qwen2(tmp_path / "source", intermediate_size=128, num_hidden_layers=8)
     text = write_text(tmp_path / "calibration.jsonl", documents=24, stride=7)
     kills = int(os.environ.get("KILLS", "20"))
-    attempts = list(survive(Work(source=source, calibration=text, spec=SPEC), tmp_path, kills))
+    work = Work(source=source, calibration=text, spec=SPEC, engine=find_environment("gptqmodel"))
+    attempts = list(survive(work, tmp_path, kills))
     assert len({layer for found in attempts for layer in found.layers}) == 8
+
+
+class Forked:
+    """A worker as ``subprocess.Popen`` starts it, forked from this process, which has imported the engine."""
+
+    def __init__(self, command: Sequence[str], **how: Any) -> None:
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number, source in ((0, reading), (1, how["stdout"].fileno()), (2, how["stderr"].fileno())):
+                os.dup2(source, number)
+            os.close(writing)
+            os.environ.update(how["env"])
+            sys.stdin = os.fdopen(0)
+            code = 1
+            try:
+                child.main(command[-1])
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+            finally:
+                os._exit(code)
+        os.close(reading)
+        self.stdin = os.fdopen(writing, "wb")
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            elif deadline and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout or 0)
+            else:
+                time.sleep(0.005)
+        return self.returncode
 
 
 def main() -> None:
@@ -146,8 +192,11 @@ def main() -> None:
     spec = QuantSpec(
         engine="layerwise", group_size=asked.group_size, samples=4, seq_len=64, batch_size=4, threads=1, device="cpu"
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Work(source=asked.source, calibration=asked.text, spec=spec)
+    import_module("gptqmodel")
+    here = EngineEnvironment(name="gptqmodel", python=Path(sys.executable))
+    forking = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+    with patch.object(parent, "subprocess", forking), tempfile.TemporaryDirectory() as scratch:
+        work = Work(source=asked.source, calibration=asked.text, spec=spec, engine=here)
         for number, found in enumerate(survive(work, Path(scratch), asked.kills, asked.seed)):
             layers = f"layers {min(found.layers)} to {max(found.layers)}" if found.layers else "no layer"
             print(f"{number}: exit {found.code}, {layers}", flush=True)
