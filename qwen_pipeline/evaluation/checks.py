@@ -1,6 +1,7 @@
 """What a validation promises to check, and the verdict on what it found."""
 
 from collections.abc import Sequence
+from math import inf, isfinite
 
 from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
@@ -12,7 +13,8 @@ from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
 STRUCTURE = CheckSpec(
     name="structure",
     description="Every expected tensor is there with the right shape and dtype, nothing else is; scales are finite and"
-    " positive; the config agrees; what was not quantized is unchanged.",
+    " positive; every group of codes stands for the weights that it was made from; config, tokenizer, chat template and"
+    " generation config agree; what was not quantized is unchanged.",
 )
 LOADS = CheckSpec(
     name="loads_in_transformers",
@@ -43,12 +45,20 @@ MERGED_NOT_WORSE = CheckSpec(
     description="The fine-tune did not cost the base its language: merged over base perplexity stays below the limit.",
     blocking=False,
 )
+FLOAT16 = CheckSpec(
+    name="float16_range",
+    description="No activation of the quantized model comes near the end of float16, where engines that compute in it"
+    " answer '!!!!'.",
+    blocking=False,
+)
 SAMPLES = CheckSpec(
     name="sample_texts",
     description="No answer of the quantized model is empty or repeats itself where the merged model's does not.",
     blocking=False,
 )
-CHECKS = (STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, MERGED_NOT_WORSE, SAMPLES, SERVED)
+CHECKS = (
+    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, FLOAT16, MERGED_NOT_WORSE, SAMPLES, SERVED,
+)  # fmt: skip
 
 
 def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
@@ -62,6 +72,7 @@ def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
         _agreement(findings, limits),
         _parallel(findings),
         _ranks(findings),
+        _float16(findings, limits),
         _merged_not_worse(findings, limits),
         _samples(findings),
         served_report(findings.served, max_gap=limits.max_served_gap),
@@ -195,6 +206,21 @@ def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:
     if wrong := [row.sentence for row in rows if row.answers_wrongly]:
         return wrong
     return [row.sentence for row in rows] if all(row.refuses for row in rows) else []
+
+
+def _float16(findings: Findings, limits: Limits) -> CheckReport:
+    if not (peaks := findings.models[QUANTIZED].peaks):
+        return _unmeasured(FLOAT16, limits.max_activation, findings, MERGED, QUANTIZED)
+    worst = max(peaks, key=lambda peak: peak.magnitude if isfinite(peak.magnitude) else inf)
+    passed = worst.magnitude <= limits.max_activation
+    return _report(
+        FLOAT16,
+        passed=passed,
+        measured=worst.magnitude,
+        limit=limits.max_activation,
+        detail=f"The largest activation is at {worst.place} of layer {worst.layer}; float16 ends at 65504."
+        + ("" if passed else " Serve it in bfloat16, with an engine that computes in it."),
+    )
 
 
 def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:

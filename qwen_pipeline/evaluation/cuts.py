@@ -46,6 +46,8 @@ def compare_cuts(
         specs = form.code_specs(linear.out_features, linear.in_features)
         sound = all(candidate.get(f"{linear.module}.{code}") == spec for code, spec in specs.items())
         packed = form.load(candidate, linear.module) if sound else None
+        if packed and not 0 <= packed.g_idx.min() <= packed.g_idx.max() < len(packed.scales):
+            packed = None
         for found, cut in zip(errors, cuts, strict=True):
             if error := _error(packed, candidate.config, matrix, cut) if packed else inf:
                 found[linear.module] = error

@@ -23,6 +23,15 @@ class DivergenceFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The activation of a layer that is farthest from zero, what it enters or leaves, such as ``mlp.down_proj``."""
+
+    layer: int
+    place: str
+    magnitude: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFigures:
     """One model.
 
@@ -33,6 +42,7 @@ class ModelFigures:
         linears: Class name of the linear layers that Transformers loaded -> how many.
         divergence: From the reference model, where asked for.
         drift: Distance of the hidden state from the reference's after each layer, relative to the latter's norm.
+        peaks: The largest activation of each layer.
         answers: Token ids of the greedy answer to each prompt, where asked for.
     """
 
@@ -42,6 +52,7 @@ class ModelFigures:
     linears: Mapping[str, int] = field(default_factory=dict[str, int])
     divergence: DivergenceFigures | None = None
     drift: tuple[float, ...] = ()
+    peaks: tuple[Peak, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
 
 

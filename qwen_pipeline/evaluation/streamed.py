@@ -8,6 +8,7 @@ from torch import Tensor
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.divergence import Predictions
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
+from qwen_pipeline.evaluation.peaks import WatchedPassage
 from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
@@ -36,7 +37,7 @@ def evaluate(
     """
     size = max(1, BATCH_TOKENS[place.device.type] // len(windows[0]))
     batches = torch.stack(list(windows)).to(place.device).split(size)
-    passages = {role: Passage(model, batches, place, beside=len(models) - 1) for role, model in models.items()}
+    passages = {role: WatchedPassage(model, batches, place, beside=len(models) - 1) for role, model in models.items()}
     drift: dict[str, list[float]] = {role: [] for role in models}
     for layer in advance(list(passages.values())):
         for role in compared:
@@ -54,6 +55,7 @@ def evaluate(
             tokens=sum(batch[:, 1:].numel() for batch in batches),
             divergence=_divergence(predictions, role, len(windows[0]) - 1) if role in compared else None,
             drift=tuple(drift[role]),
+            peaks=tuple(passages[role].peaks),
         )
         for role in models
     }

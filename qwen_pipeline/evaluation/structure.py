@@ -28,6 +28,9 @@ SAVERS_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "quan
 MAX_RELATIVE_ERROR = 0.5
 """Plain rounding to 4 bits is near 0.1; beyond this, codes stand for another weight, as after a mix-up of layers."""
 
+MAX_SATURATED = 0.25
+"""Share of codes at the ends of their range. One or two of a group are; a scale half as large makes it a fifth."""
+
 Expected = Mapping[str, tuple[TensorSpec, ...]]
 """Tensor name -> the dtypes and shapes it may have."""
 
@@ -70,10 +73,13 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
     for done, linear in enumerate(linears, start=1):
         if _agree(candidate, expected, (f"{linear.module}.{code}" for code in CODES)):
             packed = form.load(candidate, linear.module)
-            problems += _code_problems(linear, packed)
+            code_problems = list(_code_problems(linear, packed))
+            problems += code_problems
+            if packed.g_idx.min() < 0 or packed.g_idx.max() >= len(packed.scales):
+                problems.append(f"{linear.module}.g_idx names groups that are not there.")
+                continue
             comparison = comparisons[linear.layer, linear.kind] = compare_weight(source, linear, packed)
-            if comparison.error.relative > MAX_RELATIVE_ERROR:
-                problems.append(f"{linear.module} stands for another weight: {comparison.error.relative:.0%} off.")
+            problems += [] if code_problems else _weight_problems(comparison)
         observe(Progress(task="compare weights", done=done, total=len(linears), unit="modules"))
     problems += [
         f"{name} is not what it was before quantization."
@@ -147,11 +153,30 @@ def _code_problems(linear: Linear, packed: PackedLinear) -> Iterator[str]:
         yield f"{linear.module}.scales has {count} values that are not finite."
     elif count := int((scales <= 0).sum()):
         yield f"{linear.module}.scales has {count} values that are not positive."
+    if count := _off_middle(linear, packed) if form.sym else 0:
+        yield f"{linear.module}.qzeros has {count} zero points off the middle code, although sym is true."
     in_order = torch.arange(linear.in_features, dtype=torch.int32) // form.inputs_per_group(linear.in_features)
     if not form.desc_act and not torch.equal(packed.g_idx, in_order):
         yield f"{linear.module}.g_idx is not in order, although desc_act is false."
     elif not torch.equal(packed.g_idx.sort().values, in_order):
         yield f"{linear.module}.g_idx does not give each group its {form.group_size} inputs."
+
+
+def _off_middle(linear: Linear, packed: PackedLinear) -> int:
+    """Return how many zero points are not the middle code."""
+    return int((packed.zeros(0, linear.out_features) != 2 ** (packed.format.bits - 1)).sum())
+
+
+def _weight_problems(comparison: Comparison) -> Iterator[str]:
+    module, relative, groups = comparison.error.module, comparison.error.relative, comparison.groups
+    if comparison.after.zero_rows.all() and not comparison.before.zero_rows.all():
+        yield f"{module} is zero throughout."
+    elif relative > MAX_RELATIVE_ERROR:
+        yield f"{module} stands for another weight: {relative:.0%} off."
+    elif groups.count and isfinite(relative):
+        yield f"{module}: {groups.count} groups stand for other weights; {groups.sentence}."
+    if comparison.saturated > MAX_SATURATED:
+        yield f"{module}: {comparison.saturated:.0%} of its codes are at an end of their range; scales are too small."
 
 
 def _changed(source: Checkpoint, candidate: Checkpoint, name: str) -> bool:

@@ -10,8 +10,9 @@ from torch.linalg import vector_norm
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.evaluation.groups import GroupFaults
 from qwen_pipeline.qwen.linears import Linear, load_weight
-from qwen_pipeline.transforms.gptq_codes import PackedLinear
+from qwen_pipeline.transforms.gptq_codes import PackedLinear, unpack_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +65,16 @@ class Lines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A weight before (full precision) and after (its codes)."""
+    """A weight before (full precision) and after (its codes).
+
+    Attributes:
+        groups: Quantization groups that stand for other weights.
+        saturated: Share of codes at either end of their range.
+    """
 
     error: WeightError
+    groups: GroupFaults
+    saturated: float
     before: Lines
     after: Lines
 
@@ -78,16 +86,21 @@ def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> 
     """
     spec = TensorSpec(dtype=source[linear.tensor].dtype, shape=(linear.out_features, linear.in_features))
     before, after = (Lines.of_shape(linear.out_features, linear.in_features) for _ in range(2))
+    groups, ends, bits = GroupFaults(), 0, packed.format.bits
     squared_error = squared_norm = 0.0
     for start, stop in block_ranges(spec):
         w_OI, wq_OI = load_weight(source, linear, slice(start, stop)).float(), packed.weight_rows(start, stop)
         before.see(start, w_OI)
         after.see(start, wq_OI)
+        groups.see(start, w_OI, wq_OI, packed.g_idx)
+        codes_IO = unpack_rows(packed.qweight[:, start:stop], bits)
+        ends += int(((codes_IO == 0) | (codes_IO == 2**bits - 1)).sum())
         squared_error += vector_norm(w_OI - wq_OI).item() ** 2
         squared_norm += vector_norm(w_OI).item() ** 2
     relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
     error = WeightError(module=linear.module, layer=linear.layer, kind=linear.kind, relative=relative)
-    return Comparison(error=error, before=before, after=after)
+    saturated = ends / (linear.out_features * linear.in_features)
+    return Comparison(error=error, groups=groups, saturated=saturated, before=before, after=after)
 
 
 @dataclass(slots=True)

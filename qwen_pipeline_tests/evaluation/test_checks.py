@@ -1,12 +1,12 @@
 """The verdict: each threshold decides its own check, and what was not measured never passes."""
 
 from dataclasses import replace
-from math import nan
+from math import inf, nan
 
 import pytest
 
 from qwen_pipeline.evaluation.checks import CHECKS, judge, verdict
-from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
@@ -36,6 +36,7 @@ def served(kernel: str, engine: str = "", *, verdict: Verdict = "ok", **errors: 
 
 
 SILENT = DivergenceFigures(mean=1e-9, p95=0, p99_9=0, max=0, top1_agreement=1)
+QUIET = Peak(layer=1, place="mlp.down_proj", magnitude=30.0)
 CLOSE = DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
 GOOD = Findings(
     structure=Structure(
@@ -47,7 +48,7 @@ GOOD = Findings(
         BASE: ModelFigures(perplexity=20.0),
         MERGED: ModelFigures(perplexity=10.0),
         PADDED: ModelFigures(perplexity=10.0, divergence=SILENT),
-        QUANTIZED: ModelFigures(perplexity=11.0, divergence=CLOSE),
+        QUANTIZED: ModelFigures(perplexity=11.0, divergence=CLOSE, peaks=(QUIET,)),
     },
     nbytes={},
     samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="Yes!"))],
@@ -69,7 +70,7 @@ def with_model(role: str, model: ModelFigures) -> Findings:
 
 def test_a_good_model_passes_everything() -> None:
     assert failed(GOOD) == {}
-    assert verdict(judge(GOOD, Limits())) == "passed: 11 of 11 checks"
+    assert verdict(judge(GOOD, Limits())) == "passed: 12 of 12 checks"
 
 
 @pytest.mark.parametrize(
@@ -98,14 +99,15 @@ def test_structure_padding_and_answers_are_heard() -> None:
 
 def test_a_candidate_that_does_not_load_fails_what_needs_it() -> None:
     found = failed(with_model(QUANTIZED, ModelFigures(fault="ValueError: no")))
-    assert found.keys() == {"loads_in_transformers", "perplexity_ratio", "kl_divergence", "top1_agreement"}
+    unmeasured = {"perplexity_ratio", "kl_divergence", "top1_agreement", "float16_range"}
+    assert found.keys() == {"loads_in_transformers"} | unmeasured
     assert found["loads_in_transformers"].detail == "quantized: ValueError: no"
     assert found["kl_divergence"].detail == "Not measured: not loaded: quantized."
 
 
 def test_a_perplexity_that_is_not_a_number_fails() -> None:
     nans = DivergenceFigures(mean=nan, p95=nan, p99_9=nan, max=nan, top1_agreement=0)
-    found = failed(with_model(QUANTIZED, ModelFigures(perplexity=nan, divergence=nans)))
+    found = failed(with_model(QUANTIZED, ModelFigures(perplexity=nan, divergence=nans, peaks=(QUIET,))))
     assert found.keys() == {"perplexity_ratio", "kl_divergence", "top1_agreement"}
     assert rounded(found["kl_divergence"].measured) == "nan"
 
@@ -118,6 +120,15 @@ def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
     assert not heads.blocks
     assert "4 attention heads do not divide by 3" in heads.detail
     assert failed(replace(GOOD, parallel=None))["tensor_parallel"].blocks
+
+
+@pytest.mark.parametrize("magnitude", [40_000.0, inf, nan])
+def test_an_activation_near_the_end_of_float16_warns_and_names_its_layer(magnitude: float) -> None:
+    quantized = replace(GOOD.models[QUANTIZED], peaks=(QUIET, replace(QUIET, layer=7, magnitude=magnitude)))
+    (report,) = failed(with_model(QUANTIZED, quantized)).values()
+    assert report.name == "float16_range"
+    assert not report.blocks
+    assert "at mlp.down_proj of layer 7" in report.detail
 
 
 def test_no_declared_engine_may_refuse_or_answer_wrongly() -> None:
