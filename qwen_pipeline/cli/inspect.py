@@ -39,6 +39,7 @@ def inspect(
     merged exactly is named as merge would name it, and ends with exit code 2.
     """
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+    from qwen_pipeline.cli.tables import size
     from qwen_pipeline.errors import InputRefused
     from qwen_pipeline.stages.merge import base_report, open_fine_tune
     from qwen_pipeline.transforms.fine_tune import adopt
@@ -53,7 +54,7 @@ def inspect(
             data |= {"kind": "full", "tensors": len(child)}
             if base:
                 adopt(open_checkpoint(base), child)
-            return Answer(data=data, view=[f"A whole model of {len(child)} tensors, {child.nbytes / 1e9:.2f} GB."])
+            return Answer(data=data, view=[f"A whole model of {len(child)} tensors, {size(child.nbytes)}."])
         data |= {"kind": "adapter", "combination": child.combination, "adapters": _described(child)}
         view.append(_settings_table(data["adapters"]))
         if base:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest
@@ -194,5 +195,5 @@ def _no_weights(root: Path) -> AdapterRefused:
     )
     return AdapterRefused(
         f"{root} holds pickled weights ({', '.join(pickles)}), which can run code when loaded.",
-        remedy=f'Convert them where you trust them: python -c "{convert}"',
+        remedy=f'Convert them where you trust them: cd {quote(str(root))} && python -c "{convert}"',
     )

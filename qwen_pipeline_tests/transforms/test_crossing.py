@@ -15,12 +15,14 @@ from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.cli import stages
 from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.errors import AdapterRefused, InputRefused
+from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.qwen.geometry import Layout, load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qwen_pipeline.transforms.model import materialize
 from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, train
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model
 
@@ -130,6 +132,19 @@ def test_dropping_what_padding_added_from_the_factors_gives_the_same_bytes(tmp_p
     save_file(weights, tmp_path / "adapter" / ADAPTER_WEIGHTS)
     cut = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "cut"))
     assert ours.manifest.content_digest == cut.manifest.content_digest
+
+
+def test_a_recipe_of_it_is_stored_later(tmp_path: Path, model: Model) -> None:
+    live, padded = model("qwen2", "interleave")
+    trained(Kind(lora=DOWN), padded, tmp_path / "adapter")
+    stored = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "stored"))
+    recipe, _ = merge_and_pad(
+        base=live,
+        fine_tune=tmp_path / "adapter",
+        merged=Directory(tmp_path / "recipe"),
+        padded=Directory(tmp_path / "again"),
+    )
+    assert materialize(recipe.path).manifest.content_digest == stored.manifest.content_digest
 
 
 @pytest.mark.parametrize(

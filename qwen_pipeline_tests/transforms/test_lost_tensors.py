@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qwen_pipeline_tests.adapter_kinds import KINDS, applies, train
+from qwen_pipeline_tests.adapter_kinds import KINDS, convolutions, train
 from qwen_pipeline_tests.oracles import merged_with
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
@@ -22,13 +22,19 @@ COPY = "base_layer.weight"
 """The frozen weight that PEFT saves beside factors: the base has it too, unless the vocabulary is another."""
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["two tensors", "tied"])
+@pytest.fixture(scope="module", params=["two tensors", "tied", "convolutions"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """Return a base, and an adapter of each kind."""
-    root = tmp_path_factory.mktemp("trained")
-    base = tiny_model("qwen2_moe", root / "base", tie=request.param)
+    """Return a base, and an adapter of each kind that it can have, of convolutions by themselves."""
+    root, of_convolutions, is_tied = (
+        tmp_path_factory.mktemp("trained"),
+        request.param == "convolutions",
+        request.param == "tied",
+    )
+    base = tiny_model("qwen2_audio" if of_convolutions else "qwen2_moe", root / "base", tie=is_tied)
     kinds = {
-        name: kind for name, kind in KINDS.items() if kind.tied == request.param and applies(kind, "qwen2_moe", base)
+        name: kind
+        for name, kind in KINDS.items()
+        if kind.tied == is_tied and (kind.targets is convolutions) == of_convolutions
     }
     for name, kind in kinds.items():
         train(kind, base, root / name)
