@@ -11,7 +11,8 @@ from qwen_pipeline.checkpoint.rewrite import Rewrite
 from qwen_pipeline.checkpoint.source import open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.geometry import dump_plan
+from qwen_pipeline.qwen.channels import sized_tensors
+from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet
@@ -132,10 +133,15 @@ def _crossing_spec(merged: Merged) -> dict[str, Any]:
 
 def _way_back(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
     """Return what unpadding needs, if what was merged is padded as its base is."""
-    if base is None or merged.crossing is None or merged.crossing.trained == "padded":
+    if base is None or (merged.crossing is None and _changes_padded_tensors(merged, base.plan)):
         return {}
     config = base.live_config if merged.checkpoint.config_bytes else None
     return {"padding": dump_plan(base.plan), "live_config": config}
+
+
+def _changes_padded_tensors(merged: Merged, plan: PadPlan) -> bool:
+    padded = {name for size in plan.sizes for name in sized_tensors(merged.checkpoint, size.field)}
+    return any(recipe.uses for name, recipe in merged.plan.recipes.items() if name in padded)
 
 
 def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:

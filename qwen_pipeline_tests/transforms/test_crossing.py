@@ -31,6 +31,7 @@ DOWN = {"target_modules": ["o_proj", "down_proj"]}
 INTO_PADDED: list[tuple[Layout, Kind]] = [
     ("interleave", Kind(lora=MLP)),
     ("split", Kind(lora=MLP)),
+    ("interleave", Kind(lora={"target_modules": ["q_proj"]})),
     ("append", Kind(lora=MLP | {"use_dora": True})),
     ("interleave", Kind(lora={"target_modules": ["lm_head", "up_proj"]}, tied=True)),
     ("split", KINDS["experts"]),
