@@ -15,13 +15,14 @@ from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import Layout
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
-from qwen_pipeline.transforms.model import open_model
+from qwen_pipeline.transforms.adapter_set import AdapterSet
+from qwen_pipeline.transforms.model import open_model, recipe_of
 
 
 def merge_and_pad(
     *,
     base: Path,
-    fine_tune: Path,
+    fine_tune: Path | AdapterSet,
     merged: Destination,
     padded: Destination,
     base_names: Collection[str] = (),
@@ -48,7 +49,7 @@ def merge_and_pad(
         observe=observe,
     )
     before = find(merging.derivation, merged)
-    passing = _Passing(merging, merged, {"base": str(base.resolve()), "fine_tune": str(fine_tune.resolve())})
+    passing = _Passing(merging, merged, recipe_of(base, fine_tune))
     source = open_source("source", before.path, open_root=open_model) if before else passing.source
     padding = pad.prepare(
         source, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout

@@ -1,7 +1,8 @@
 """One pass gives the bytes of two, and a recipe the digest of what it stands for."""
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Directory, require_intact
 from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.evaluation.language import load_model
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.transforms.adapter_set import weighted
 from qwen_pipeline.transforms.model import materialize, open_model
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
@@ -98,3 +101,46 @@ def test_a_store_keeps_one_directory_for_both_ways(inputs: Inputs, tmp_path: Pat
     assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=slot).path == recipe.path
     assert open_manifest(recipe.path).recipe is None
     assert pad(source=recipe.path, destination=slot, **GEOMETRY).reused
+
+
+def test_a_recipe_of_several_weighted_adapters_reads_like_what_is_stored(inputs: Inputs, tmp_path: Path) -> None:
+    other = tiny_adapter(inputs.base, tmp_path / "other", r=3, target_modules=["q_proj", "up_proj"])
+    both = weighted([inputs.adapter, other], [0.25, -2.0], combination="cat")
+    stored = merge(base=inputs.base, fine_tune=both, destination=Directory(tmp_path / "stored"))
+    recipe, _ = merge_and_pad(
+        base=inputs.base,
+        fine_tune=both,
+        merged=Directory(tmp_path / "recipe"),
+        padded=Directory(tmp_path / "padded"),
+        **GEOMETRY,
+    )
+
+    assert recipe.manifest.content_digest == stored.manifest.content_digest
+    assert materialize(recipe.path).manifest.contents == stored.manifest.contents
+    shutil.rmtree(other)
+    open_model(recipe.path)
+
+
+def test_a_recipe_one_of_whose_adapters_is_gone_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    other = tiny_adapter(inputs.base, tmp_path / "other", r=3, target_modules=["q_proj"])
+    recipe, _ = merge_and_pad(
+        base=inputs.base,
+        fine_tune=weighted([inputs.adapter, other], [], combination="cat"),
+        merged=Directory(tmp_path / "recipe"),
+        padded=Directory(tmp_path / "padded"),
+        **GEOMETRY,
+    )
+    shutil.rmtree(other)
+
+    with pytest.raises(CheckpointRefused, match=r"computed from .*other, which was sha256:.* and is gone"):
+        open_model(recipe.path)
+
+
+def test_transformers_loads_a_recipe_without_storing_it(inputs: Inputs, tmp_path: Path) -> None:
+    recipe, _ = inputs.one_pass(tmp_path)
+    stored, computed = (load_model(str(root)) for root in (inputs.merged.path, recipe.path))
+
+    assert stored.state_dict().keys() == computed.state_dict().keys()
+    assert all(torch.equal(weight, computed.state_dict()[name]) for name, weight in stored.state_dict().items())
+    assert cast("Any", computed).generation_config.to_dict() == cast("Any", stored).generation_config.to_dict()
+    assert not list(recipe.path.glob("*.safetensors"))

@@ -12,6 +12,7 @@ from qwen_pipeline.cli.answers import Answer, answering
 if TYPE_CHECKING:
     from qwen_pipeline.checkpoint.store import Artifact
     from qwen_pipeline.progress import Observe
+    from qwen_pipeline.transforms.adapter_set import AdapterSet
 
 app = typer.Typer()
 
@@ -44,6 +45,17 @@ class CombinationChoice(StrEnum):
     linear = "linear"
 
 
+Adapters = Annotated[
+    list[Path], typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint; repeat it for more LoRAs.")
+]
+Weights = Annotated[list[float] | None, typer.Option(help="Share of the adapter in the same place.")]
+Combination = Annotated[
+    CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
+]
+BaseNames = Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")]
+BaseRevision = Annotated[str | None, typer.Option(help="The base's commit, if adapters name theirs.")]
+
+
 @answering(
     app,
     "merge",
@@ -54,16 +66,12 @@ class CombinationChoice(StrEnum):
 )
 def merge(
     base: Annotated[Path, typer.Option(help="Full-precision base checkpoint.")],
-    adapter: Annotated[
-        list[Path], typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint; repeat it for more LoRAs.")
-    ],
+    adapter: Adapters,
     out: Out,
-    weight: Annotated[list[float] | None, typer.Option(help="Share of the adapter in the same place.")] = None,
-    combine: Annotated[
-        CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
-    ] = CombinationChoice.cat,
-    base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
-    base_revision: Annotated[str | None, typer.Option(help="The base's commit, if adapters name theirs.")] = None,
+    weight: Weights = None,
+    combine: Combination = CombinationChoice.cat,
+    base_name: BaseNames = None,
+    base_revision: BaseRevision = None,
     trained_on: Annotated[
         Path | None, typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if it names none.")
     ] = None,
@@ -75,14 +83,11 @@ def merge(
     """
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.stages import merge as stage
-    from qwen_pipeline.transforms.adapter_set import weighted
 
-    several = len(adapter) > 1 or weight
-    fine_tune = weighted(adapter, weight or [], combination=combine.value) if several else adapter[0]
     return made_by(
         lambda observe: stage.merge(
             base=base,
-            fine_tune=fine_tune,
+            fine_tune=_fine_tune(adapter, weight, combine),
             destination=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
@@ -99,10 +104,13 @@ def merge(
 )
 def merge_pad(
     base: Annotated[Path, typer.Option(help="Full-precision base checkpoint.")],
-    adapter: Annotated[Path, typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint.")],
+    adapter: Adapters,
     out: Out,
     recipe: Annotated[Path, typer.Option(help="Directory of the merged checkpoint, without its weights.")],
-    base_name: Annotated[list[str] | None, typer.Option(help="A name that the adapter may know the base by.")] = None,
+    weight: Weights = None,
+    combine: Combination = CombinationChoice.cat,
+    base_name: BaseNames = None,
+    base_revision: BaseRevision = None,
     group_size: GroupSize = 128,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
     layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = "interleave",
@@ -117,10 +125,11 @@ def merge_pad(
     return made_by(
         lambda observe: merge_and_pad(
             base=base,
-            fine_tune=adapter,
+            fine_tune=_fine_tune(adapter, weight, combine),
             merged=Directory(recipe),
             padded=Directory(out),
             base_names=base_name or (),
+            base_revision=base_revision,
             group_size=group_size,
             tensor_parallel=tp,
             layout=layout,
@@ -351,6 +360,13 @@ def compare(before: Path, now: Path) -> Answer:
     report, found = compare_verdicts(old, new), changes(old, new)
     data = {"changes": [asdict(change) for change in found], "report": asdict(report)}
     return Answer(data=data, view=[change_table(found), report.detail])
+
+
+def _fine_tune(adapters: list[Path], weights: list[float] | None, combine: CombinationChoice) -> "Path | AdapterSet":
+    from qwen_pipeline.transforms.adapter_set import weighted
+
+    several = len(adapters) > 1 or weights
+    return weighted(adapters, weights or [], combination=combine.value) if several else adapters[0]
 
 
 def made_by(stage: "Callable[[Observe], Artifact]") -> Answer:

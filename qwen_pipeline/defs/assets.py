@@ -27,7 +27,6 @@ from qwen_pipeline.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.standing import against_last_release
-from qwen_pipeline.transforms.model import materialize
 
 GROUP = "fine_tune_to_release"
 IMPORT_GROUP = "import_to_repair"
@@ -212,7 +211,7 @@ def validated_checkpoint(
     settings = pipeline.settings.validation
     with pipeline.step(context) as observe:
         artifact = validate.validate(
-            reference=materialize(pipeline.latest(context, merge.STAGE).path, observe=observe).path,
+            reference=pipeline.latest(context, merge.STAGE).path,
             candidate=pipeline.latest(context, quantize.STAGE).path,
             text=pipeline.text,
             destination=pipeline.slot(context),

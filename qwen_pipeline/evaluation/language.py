@@ -22,6 +22,7 @@ from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.transforms.model import is_recipe, open_model
 
 KERNEL = "gptq_torch"
 """GPTQModel's kernel that multiplies, in the model's dtype, by the weights that the codes stand for.
@@ -43,7 +44,7 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     _require_loaders()
     asked = Measurement.from_json(spec)
     loaded = {role: _loaded(role, root, asked, observe) for role, root in asked.models.items()}
-    whole = {role: open_checkpoint(Path(asked.models[role])) for role, figures in loaded.items() if not figures.fault}
+    whole = {role: open_model(Path(asked.models[role])) for role, figures in loaded.items() if not figures.fault}
     if asked.reference in whole:
         measured = evaluate(
             whole,
@@ -91,21 +92,24 @@ def _loaded(role: str, root: str, asked: Measurement, observe: Observe) -> Model
 def load_model(root: str) -> nn.Module:
     """Load a checkpoint as a user of Transformers does, on the CPU in float32, and account for every tensor.
 
+    Weights that are a recipe are computed and handed over: nothing is stored.
+
     Raises:
         NotLoaded: Transformers raised, or loaded something else than the checkpoint: it gives missing weights random
             values and drops unexpected ones, and only logs that.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+    from transformers import AutoConfig, GPTQConfig
 
     try:
-        quantization = getattr(AutoConfig.from_pretrained(root, local_files_only=True), "quantization_config", None)
+        config = AutoConfig.from_pretrained(root, local_files_only=True)
+        quantization = getattr(config, "quantization_config", None)
         kernel = {"quantization_config": GPTQConfig(bits=quantization["bits"], backend=KERNEL)} if quantization else {}
-        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+        load = _from_recipe if is_recipe(Path(root)) else _from_files
+        model, info = load(
             root,
+            config,
             dtype=torch.float32,
             device_map="cpu",
-            local_files_only=True,
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to be told which they are
             **kernel,
@@ -117,6 +121,26 @@ def load_model(root: str) -> nn.Module:
     if complaints := [f"{kind}: {_first(found)}" for kind, found in sorted(info.items()) if found]:
         raise NotLoaded(f"Not every tensor found its place; {'; '.join(complaints)}.")
     return model.eval()
+
+
+def _from_files(root: str, _: object, **options: Any) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    return cast("Any", AutoModelForCausalLM).from_pretrained(
+        root, local_files_only=True, use_safetensors=True, **options
+    )
+
+
+def _from_recipe(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
+    merged = open_model(Path(root))
+    weights = {name: merged.load(name) for name in merged}
+    loader = cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
+    model, info = loader.from_pretrained(None, config=config, state_dict=weights, **options)
+    if "generation_config.json" in merged.sidecars:
+        model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
+    return model, info
 
 
 def greedy_answer(model: Any, prompt: Sequence[int], *, max_new_tokens: int) -> tuple[int, ...]:

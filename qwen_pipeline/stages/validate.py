@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
-from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, contents_of_directory, derive, require_intact
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
@@ -41,6 +41,7 @@ from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
 from qwen_pipeline.qwen.planning import obstacle_of
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, dump_reports
+from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.workers.parent import run_worker
 
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
@@ -75,7 +76,7 @@ def validate(
     Whatever fails, the directory is finished: the reports say what, and the caller decides.
 
     Args:
-        reference: The merged full-precision checkpoint.
+        reference: The merged full-precision checkpoint, stored or a recipe.
         candidate: The quantized checkpoint.
         text: Held-out text, ``.txt`` or JSONL of ``text`` or ``messages``.
         destination: Where the report goes.
@@ -103,7 +104,7 @@ def validate(
     roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate}
     models = {role: root.resolve() for role, root in roots.items() if root}
     device = device or default_device()
-    checkpoints = {role: open_checkpoint(root) for role, root in models.items()}
+    checkpoints = {role: open_model(root) for role, root in models.items()}
     require_full_precision(
         checkpoints[MERGED],
         because="The reference says what the model was before quantization.",

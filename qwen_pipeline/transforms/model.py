@@ -4,8 +4,8 @@ A recipe is a finished directory with config, tokenizer and manifest but no weig
 every tensor; the content digest is that of the stored checkpoint.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import (
@@ -23,7 +23,7 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.transforms.adapter import is_adapter, open_adapter
-from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single
+from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
 from qwen_pipeline.transforms.crossing import Paddings
 from qwen_pipeline.transforms.fine_tune import adopt
 from qwen_pipeline.transforms.lora import merge_lora
@@ -48,6 +48,11 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
     return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
 
 
+def is_recipe(root: Path) -> bool:
+    """Whether a finished directory says what its weights are computed from, and does not store them."""
+    return (root / MANIFEST).is_file() and open_manifest(root).recipe is not None
+
+
 def open_model(root: Path) -> Checkpoint:
     """Open a model directory whose weights are stored, or whose manifest says what they are computed from.
 
@@ -57,10 +62,9 @@ def open_model(root: Path) -> Checkpoint:
     manifest = open_manifest(root) if (root / MANIFEST).is_file() else None
     if manifest is None or manifest.recipe is None:
         return open_checkpoint(root)
-    base, fine_tune = (Path(manifest.recipe[role]) for role in ("base", "fine_tune"))
-    for role, path in (("base", base), ("fine_tune", fine_tune)):
-        _require_unchanged(root, manifest, role, path)
-    parent, child = open_model(base), open_fine_tune(fine_tune)
+    base = Path(manifest.recipe["base"])
+    _require_unchanged(root, manifest, "base", base, checkpoint_digest)
+    parent, child = open_model(base), _fine_tune_of(root, manifest, manifest.recipe)
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
     else:
@@ -112,11 +116,39 @@ def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
     return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)
 
 
-def _require_unchanged(root: Path, manifest: Manifest, role: str, path: Path) -> None:
+def recipe_of(base: Path, fine_tune: Path | AdapterSet) -> dict[str, str]:
+    """Return role -> path of what a merged checkpoint is computed from: ``adapter.<n>`` for each of several."""
+    if isinstance(fine_tune, AdapterSet):
+        parts = {f"adapter.{number}": adapter.root for number, adapter in enumerate(fine_tune.adapters)}
+    else:
+        parts = {"fine_tune": fine_tune}
+    return {role: str(path.resolve()) for role, path in {"base": base, **parts}.items()}
+
+
+def _fine_tune_of(root: Path, manifest: Manifest, recipe: Mapping[str, str]) -> AdapterSet | Checkpoint:
+    """Open what a recipe merges; the weights of several adapters are what the stage noted."""
+    if path := recipe.get("fine_tune"):
+        _require_unchanged(root, manifest, "fine_tune", Path(path), fine_tune_digest)
+        return open_fine_tune(Path(path))
+    noted, combination = manifest.result["adapters"], manifest.result["combination"]
+    places = [Path(recipe[f"adapter.{number}"]) for number in range(len(noted))]
+    for place in places:
+        if not place.is_dir():
+            raise _changed(root, place, manifest.derivation.inputs["fine_tune"], "gone")
+    adapters = weighted(places, [member["weight"] for member in noted], combination=combination)
+    if (found := adapters.digest()) != (expected := manifest.derivation.inputs["fine_tune"]):
+        raise _changed(root, places[0].parent, expected, found)
+    return adapters
+
+
+def _require_unchanged(root: Path, manifest: Manifest, role: str, path: Path, digest: Callable[[Path], str]) -> None:
     expected = manifest.derivation.inputs[role]
-    found: Any = (fine_tune_digest if role == "fine_tune" else checkpoint_digest)(path) if path.is_dir() else "gone"
-    if found != expected:
-        raise CheckpointRefused(
-            f"The weights of {root} are computed from {path}, which was {expected} and is {found}.",
-            remedy="Put it back, or make the merged checkpoint again from what there is now.",
-        )
+    if (found := digest(path) if path.is_dir() else "gone") != expected:
+        raise _changed(root, path, expected, found)
+
+
+def _changed(root: Path, path: Path, expected: str, found: str) -> CheckpointRefused:
+    return CheckpointRefused(
+        f"The weights of {root} are computed from {path}, which was {expected} and is {found}.",
+        remedy="Put it back, or make the merged checkpoint again from what there is now.",
+    )

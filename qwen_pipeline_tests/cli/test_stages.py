@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.cli import stages
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.site import Site
@@ -76,3 +77,32 @@ def test_an_engine_that_is_not_installed_is_the_machines_fault(merged: Path, sit
         *("--engine-python", tmp_path / "no-python", "--json"),
     )
     assert ended.code == ended.data["error"]["exit_code"] == 3
+
+
+def test_merge_pad_and_materialize_give_what_merge_and_pad_give(site: Site, merged: Path, tmp_path: Path) -> None:
+    recipe, padded = tmp_path / "recipe", tmp_path / "one-pass"
+    options = ("--base", site.root / "base", "--adapter", site.drop(), "--group-size", 32, "--tp", 2, "--json")
+    two_passes = qwen_pipeline(
+        "pad", "--in", merged, "--out", tmp_path / "padded", "--group-size", 32, "--tp", 2, "--json"
+    )
+
+    one_pass = qwen_pipeline("merge-pad", *options, "--recipe", recipe, "--out", padded)
+    assert one_pass.code == 0
+    assert one_pass.data["content_digest"] == two_passes.data["content_digest"]
+    assert not list(recipe.glob("*.safetensors"))
+
+    stored = qwen_pipeline("materialize", recipe, "--json")
+    assert {"source": stored.data["content_digest"]} == one_pass.data["inputs"]
+    assert open_manifest(recipe).contents == open_manifest(merged).contents
+
+
+def test_merge_pad_takes_weighted_adapters_and_the_revision_of_the_base(site: Site, tmp_path: Path) -> None:
+    adapters = ("--adapter", site.drop(), "--weight", 0.5, "--adapter", site.drop("other"), "--weight", 2)
+    places = ("--recipe", tmp_path / "recipe", "--out", tmp_path / "padded")
+    common = ("--base", site.root / "base", *adapters, "--base-revision", "main", "--json")
+    ended = qwen_pipeline("merge-pad", *common, *places, "--group-size", 32, "--tp", 2)
+    stored = qwen_pipeline("merge", *common, "--out", tmp_path / "merged")
+
+    assert (ended.code, stored.code) == (0, 0)
+    assert ended.data["inputs"] == {"source": stored.data["content_digest"]}
+    assert open_manifest(tmp_path / "recipe").derivation == open_manifest(tmp_path / "merged").derivation
