@@ -153,8 +153,11 @@ def _code_problems(linear: Linear, packed: PackedLinear) -> Iterator[str]:
         yield f"{linear.module}.scales has {count} values that are not finite."
     elif count := int((scales <= 0).sum()):
         yield f"{linear.module}.scales has {count} values that are not positive."
-    if count := _off_middle(linear, packed) if form.sym else 0:
-        yield f"{linear.module}.qzeros has {count} zero points off the middle code, although sym is true."
+    off_middle = _off_middle(linear, packed)
+    if off_middle and form.sym:
+        yield f"{linear.module}.qzeros has {off_middle} zero points off the middle code, although sym is true."
+    elif not off_middle and not form.sym:
+        yield f"{linear.module}.qzeros: sym is false, but every zero point is the middle code."
     in_order = torch.arange(linear.in_features, dtype=torch.int32) // form.inputs_per_group(linear.in_features)
     if not form.desc_act and not torch.equal(packed.g_idx, in_order):
         yield f"{linear.module}.g_idx is not in order, although desc_act is false."
