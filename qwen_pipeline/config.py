@@ -41,6 +41,7 @@ from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.served import ServedRole, ServingEngine, ServingPlan
 from qwen_pipeline.evaluation.targets import Target
+from qwen_pipeline.evaluation.tasks import TaskPlan
 from qwen_pipeline.qwen.geometry import Layout
 from qwen_pipeline.qwen.planning import Targets, served_degrees
 from qwen_pipeline.qwen.serving import kernels_of
@@ -161,6 +162,26 @@ class Serve(_Section):
     arguments: tuple[str, ...] = ()
 
 
+class LmEval(_Section):
+    """Benchmark tasks of lm-eval that the merged and the quantized model are both put to.
+
+    Attributes:
+        tasks: Names of tasks, groups or tags; none are run by default.
+        include: A directory of task files of one's own.
+        limit: Examples of each task; all by default.
+        max_drop: How far below the merged model's score the quantized model's may be, in the metric's own unit.
+        minimum: ``task/metric`` -> what the quantized model has to reach.
+        blocking: Whether a failure stops the release, or warns.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include: ConfiguredPath | None = None
+    limit: PositiveInt | None = None
+    max_drop: float = Field(default=0.03, ge=0)
+    minimum: Mapping[str, float] = Field(default_factory=dict[str, float])
+    blocking: bool = True
+
+
 class Validation(_Section):
     """What a quantized checkpoint is held against.
 
@@ -169,6 +190,7 @@ class Validation(_Section):
         limits: The thresholds of the checks; what is left out keeps its default.
         overrides: Fine-tune -> limits of its own. They are the operator's to set, so they are not in the upload.
         serve: The real engine to serve with.
+        lm_eval: Benchmark tasks.
         prompts: What the merged and the quantized model answer side by side.
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
@@ -181,6 +203,7 @@ class Validation(_Section):
     limits: Limits = Field(default_factory=Limits)
     overrides: Mapping[str, Mapping[str, float]] = Field(default_factory=dict[str, Mapping[str, float]])
     serve: Serve = Field(default_factory=Serve)
+    lm_eval: LmEval = Field(default_factory=LmEval)
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
@@ -293,6 +316,18 @@ class Settings(BaseSettings):
             ready_seconds=serve.ready_seconds,
             arguments=serve.arguments,
         )
+
+    def task_plan(self) -> TaskPlan | None:
+        """Return which benchmark tasks are run with what; None if there are none.
+
+        Raises:
+            EnvironmentFault: lm-eval is not installed.
+        """
+        asked = self.validation.lm_eval
+        if not asked.tasks:
+            return None
+        found = find_environment("lm-eval", self.engine_python("lm-eval"))
+        return TaskPlan(python=found.python, versions=found.versions(), **dict(asked))
 
     @classmethod
     def settings_customise_sources(

@@ -342,6 +342,7 @@ def validate(
             windows=settings.windows,
             seq_len=settings.seq_len,
             serving=serving,
+            tasks=configured.task_plan(),
             observe=observe,
         )
     )

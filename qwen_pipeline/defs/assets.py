@@ -225,6 +225,7 @@ def validated_checkpoint(
             windows=settings.windows,
             seq_len=settings.seq_len,
             serving=pipeline.settings.serving_plan(),
+            tasks=pipeline.settings.task_plan(),
             observe=observe,
         )
     return _materialized(

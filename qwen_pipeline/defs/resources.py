@@ -76,6 +76,7 @@ class Pipeline:
         if targets := self.settings.padding.targets:
             config = load_config(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
             padding_for(config, targets, group_size=self.settings.quantization.group_size)
+        self.settings.task_plan()
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:
         return self.store.slot(context.partition_key)

@@ -8,6 +8,7 @@ from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, F
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.served import SERVED, served_report
 from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings
+from qwen_pipeline.evaluation.tasks import TASKS, TaskPlan, tasks_report
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
 
 STRUCTURE = CheckSpec(
@@ -57,12 +58,13 @@ SAMPLES = CheckSpec(
     blocking=False,
 )
 CHECKS = (
-    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, FLOAT16, MERGED_NOT_WORSE, SAMPLES, SERVED,
+    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, FLOAT16, MERGED_NOT_WORSE, SAMPLES,
+    SERVED, TASKS,
 )  # fmt: skip
 
 
-def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
-    """Return a report for each of :data:`CHECKS`, in their order."""
+def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> list[CheckReport]:
+    """Return a report for each of :data:`CHECKS`, in their order; ``tasks`` says what is asked of scores."""
     return [
         _structure(findings),
         _loading(findings),
@@ -76,6 +78,7 @@ def judge(findings: Findings, limits: Limits) -> list[CheckReport]:
         _merged_not_worse(findings, limits),
         _samples(findings),
         served_report(findings.served, max_gap=limits.max_served_gap),
+        tasks_report(tasks, findings.tasks),
     ]
 
 

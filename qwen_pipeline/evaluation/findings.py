@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.samples import Sample
 from qwen_pipeline.evaluation.served import Served
+from qwen_pipeline.evaluation.tasks import Score
 from qwen_pipeline.qwen.geometry import DegreeOutlook
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Findings:
         parallel: What the asked-for tensor-parallel degree means; None where the group size is not known.
         targets: What each engine that the checkpoint is declared for makes of it; empty where that is not known.
         served: What a real serving engine made of the checkpoints; empty where none is configured.
+        tasks: Scores in benchmark tasks; empty where none are configured.
     """
 
     structure: "Structure"
@@ -42,6 +44,7 @@ class Findings:
     parallel: DegreeOutlook | None
     targets: "Sequence[TargetFindings]" = ()
     served: Sequence[Served] = ()
+    tasks: Sequence[Score] = ()
 
     def perplexity(self, role: str) -> float | None:
         """Return a model's perplexity, or None if it is absent or did not load."""

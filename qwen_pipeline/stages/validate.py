@@ -33,6 +33,8 @@ from qwen_pipeline.evaluation.targets import (
     find_targets,
     with_divergences,
 )
+from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
+from qwen_pipeline.evaluation.tasks import Score, TaskPlan, load_results, scores
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
@@ -68,6 +70,7 @@ def validate(
     windows: int = 8,
     seq_len: int = 512,
     serving: ServingPlan | None = None,
+    tasks: TaskPlan | None = None,
     device: Device | None = None,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -92,6 +95,7 @@ def validate(
         prompts: What merged and quantized model answer side by side.
         windows: Windows of text, at most.
         seq_len: Tokens of a window.
+        tasks: Which benchmark tasks to run, and what is asked of their scores; by default none.
         serving: Which of the checkpoints to serve with a real engine, and how; by default none.
         device: Where predictions are computed; by default a GPU where there is one.
         observe: Told about each window and module.
@@ -123,6 +127,7 @@ def validate(
             "device": device,
             "prompts": list(prompts),
             "serving": serving.to_json() if serving else None,
+            "tasks": tasks.to_json() if tasks else None,
             "seq_len": seq_len,
             "targets": [str(target) for target in targets],
             "tensor_parallel": tensor_parallel,
@@ -175,7 +180,9 @@ def validate(
         if serving:
             answered = _served(serving, models, measurement, figures, tokenizer, logs=partial / LOGS, observe=observe)
             findings = replace(findings, served=answered)
-        reports = judge(findings, limits)
+        if tasks and not any(figures[role].fault for role in (MERGED, QUANTIZED)):
+            findings = replace(findings, tasks=_scores(tasks, models, measurement, partial / LOGS, observe))
+        reports = judge(findings, limits, tasks)
         lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
         result = {
             "checks": rounded(dump_reports(reports)),
@@ -258,6 +265,20 @@ def _served(
         logs=logs,
         observe=observe,
     )
+
+
+def _scores(
+    plan: TaskPlan, models: Mapping[str, Path], measured: Measurement, logs: Path, observe: Observe
+) -> list[Score]:
+    spec = {
+        "models": {role: str(models[role]) for role in (MERGED, QUANTIZED)},
+        "tasks": list(plan.tasks),
+        "include": str(plan.include) if plan.include else None,
+        "limit": plan.limit,
+        "device": measured.device,
+    }
+    worker = run_worker(plan.python, TASKS_TARGET, spec, log=logs / "lm-eval.log", env=ENVIRONMENT, observe=observe)
+    return scores(load_results(worker.value))
 
 
 def _losses(candidate: Path) -> dict[str, float]:
