@@ -74,7 +74,7 @@ def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     rows: list[dict[str, Any]] = []
     for layer in range(len(passage.parts)):
         module = passage.build(layer, passage.read(layer))
-        if layer % STEP == STEP - 1:
+        if layer % job["every"] == job["every"] - 1:
             inputs = [x[0] for x in passage.inputs_within(layer, module, "mlp.down_proj")]
             cut = len(job["calibration"])
             rows += _layer(job, layer, torch.cat(inputs[:cut]), torch.cat(inputs[cut:]))
@@ -148,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows")
+    parser.add_argument("--thirds", type=int, default=1, help="of every third layer, measure every so-many-th")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
@@ -164,6 +165,7 @@ def main() -> None:
     held_out = token_windows(texts.held_out, tokenizer, windows=asked.windows, seq_len=asked.seq_len)
     job = {
         "threads": torch.get_num_threads(),
+        "every": STEP * asked.thirds,
         "models": {name: str(root) for name, root in models.items()},
         "padded": {
             name: {layout: str(padded_model(asked.scratch, name, root, layout)) for layout in LAYOUTS}
@@ -173,7 +175,7 @@ def main() -> None:
         "held_out": [list(window) for window in held_out],
     }
     python = find_environment("gptqmodel", asked.engine_python).python
-    done = run_worker(python, f"{measure.__module__}:measure", job, log=asked.scratch / "down-projections.log")
+    done = run_worker(python, "benchmarks.down_projections:measure", job, log=asked.scratch / "down-projections.log")
     write_results(done.value["rows"], asked)
 
 
@@ -186,12 +188,12 @@ def write_results(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores. 4 bits in groups of {GROUP_SIZE}, padded for ranks: {ranks}.
 Calibration {asked.samples} x {asked.seq_len} tokens, evaluation {asked.windows} x {asked.seq_len}. Geometric mean over
-every third layer.
+one layer of every {STEP * asked.thirds}.
 
 {chr(10).join(f"| {' | '.join(map(str, line))} |" for line in lines)}
 """
     (RESULTS / "down-projections.md").write_text(text)
-    settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len")}
+    settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len", "thirds")}
     found = {"date": day, "machine": machine, "settings": settings, "rows": rows}
     (RESULTS / "down-projections.json").write_text(json.dumps(found, indent=2) + "\n")
     print(text)

@@ -162,7 +162,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         error = f" ± {ratio.std() / len(ratio) ** 0.5:.3f}" if len(ratio) > 1 else ""
         drawn = "" if treatment == "unpadded" else f", {ratio.mean():.3f}{error} of {len(ratio)}"
         shown.setdefault(str(model), {})[str(treatment)] = f"{draws.mean():.4f}{drawn}"
-    frame = pd.DataFrame(shown).reindex([treatment.name for treatment in TREATMENTS]).fillna("")
+    frame = pd.DataFrame(shown).fillna("")
+    frame = frame.loc[[treatment.name for treatment in TREATMENTS if treatment.name in frame.index]]
     return frame.rename_axis("treatment").reset_index()
 
 
