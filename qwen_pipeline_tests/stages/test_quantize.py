@@ -23,10 +23,10 @@ from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefuse
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.stages.quantize import CHECKS, check_output, quantize
-from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline.stages.quantize import CHECKS, check_output, chosen_engine, quantize
+from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 
-SPEC = QuantSpec(group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
+SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -266,6 +266,14 @@ quantize(source=source, destination=Directory(out), calibration=calibration, spe
 def descendants(pid: int) -> list[int]:
     children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"), [("qwen3", "layerwise"), ("qwen2_5_vl", "layerwise"), ("qwen3_moe", "gptqmodel"),
+                           ("qwen3_5_text", "gptqmodel")],
+)  # fmt: skip
+def test_the_layer_loop_is_chosen_for_dense_models(tmp_path: Path, family: str, engine: EngineName) -> None:
+    assert chosen_engine(decoder_linears(open_checkpoint(tiny_model(family, tmp_path)))) == engine
 
 
 class TestRefusals:
