@@ -1,10 +1,14 @@
 """inspect says what a fine-tune is, where it lands and what is in its way."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from qwen_pipeline.cli.answers import Answer
 from qwen_pipeline.cli.inspect import inspect
+from qwen_pipeline.errors import AdapterRefused
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
@@ -12,6 +16,13 @@ from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen2(tmp_path_factory.mktemp("base"))
+
+
+def printed(answer: Answer) -> str:
+    console = Console(record=True, file=StringIO(), width=120)
+    for part in answer.view:
+        console.print(part)
+    return console.export_text()
 
 
 def test_every_tensor_and_its_place(base: Path, tmp_path: Path) -> None:
@@ -23,18 +34,18 @@ def test_every_tensor_and_its_place(base: Path, tmp_path: Path) -> None:
     assert landing["what"] == ["updated", "renormed"]
     assert landing["scalings"] == [2.0]
     assert len(landing["from"]) == 3
-    table = qwen_pipeline("inspect", adapter, "--base", base)
-    assert "model.layers.*.self_attn.q_proj.weight" in table.out
+    assert "model.layers.*.self_attn.q_proj.weight" in printed(inspect(adapter, base=base))
 
 
 def test_what_would_be_refused_is_named_as_merge_names_it(base: Path, tmp_path: Path) -> None:
     deep = tiny_qwen2(tmp_path / "deep", num_hidden_layers=3)
     adapter = tiny_adapter(deep, tmp_path / "adapter", target_modules=["q_proj"])
-    ended = qwen_pipeline("inspect", adapter, "--base", base, "--json")
-    assert ended.code == ended.data["error"]["exit_code"] == 2
-    assert "model.layers.2.self_attn.q_proj" in ended.data["error"]["what"]
+    ended = inspect(adapter, base=base)
+    assert isinstance(ended.fault, AdapterRefused)
+    assert ended.fault.exit_code == 2
+    assert "model.layers.2.self_attn.q_proj" in ended.fault.what
     assert ended.data["adapters"][0]["tensors"] == 6
-    assert qwen_pipeline("inspect", adapter, "--json").code == 0
+    assert not inspect(adapter).fault
 
 
 def test_what_a_merge_does_beside_the_weights(base: Path, tmp_path: Path) -> None:
@@ -51,4 +62,4 @@ def test_what_a_merge_does_beside_the_weights(base: Path, tmp_path: Path) -> Non
 
 
 def test_a_whole_model(base: Path) -> None:
-    assert qwen_pipeline("inspect", base, "--base", base, "--json").data["kind"] == "full"
+    assert inspect(base, base=base).data["kind"] == "full"
