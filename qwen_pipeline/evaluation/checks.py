@@ -95,12 +95,19 @@ def _structure(findings: Findings) -> CheckReport:
 
 def _loading(findings: Findings) -> CheckReport:
     faults = [f"{role}: {model.fault}" for role, model in findings.models.items() if model.fault]
+    unplaced = [f"{role}: {model.unplaced}" for role, model in findings.models.items() if model.unplaced]
+    unknown = "Transformers itself has no packed experts and would make them up: serve it with an engine that has."
     return _report(
         LOADS,
-        passed=not faults,
-        measured=len(faults),
+        passed=not (faults or unplaced),
+        measured=len(faults) + len(unplaced),
         limit=0,
-        detail=listed(faults) if faults else f"{', '.join(findings.models)}: every tensor found its place.",
+        detail=listed(faults)
+        if faults
+        else f"{unknown} {listed(unplaced)}"
+        if unplaced
+        else f"{', '.join(findings.models)}: every tensor found its place.",
+        severity="ERROR" if faults else "WARN",
     )
 
 

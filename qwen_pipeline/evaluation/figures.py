@@ -37,6 +37,7 @@ class ModelFigures:
 
     Attributes:
         fault: Why Transformers did not load it, or not all of it; then nothing else is known.
+        unplaced: Why Transformers makes up the packed experts of a checkpoint that is sound; it is measured without it.
         perplexity: ``exp`` of the mean surprise over every token but the first of each window.
         tokens: How many tokens were predicted.
         linears: Class name of the linear layers that Transformers loaded -> how many.
@@ -47,6 +48,7 @@ class ModelFigures:
     """
 
     fault: str | None = None
+    unplaced: str | None = None
     perplexity: float | None = None
     tokens: int = 0
     linears: Mapping[str, int] = field(default_factory=dict[str, int])

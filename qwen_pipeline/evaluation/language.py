@@ -1,14 +1,15 @@
 """The worker that measures what checkpoints say. Runs under an engine's python.
 
-Whether a checkpoint is whole, and what it answers, is asked of plain Transformers, one model in memory at a time.
+Whether a checkpoint is whole is asked of plain Transformers from headers alone; what it answers, of the same with one
+model in memory at a time.
 Perplexity and divergence come from the streamed forward, which needs no more memory than a layer.
 """
 
 import gc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,17 +19,12 @@ from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.cuts import diverge
 from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
 from qwen_pipeline.evaluation.findings import QUANTIZED
+from qwen_pipeline.evaluation.loading import complaints_of, kernel_of, place_tensors
 from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.transforms.model import is_recipe, open_model
-
-KERNEL = "gptq_torch"
-"""GPTQModel's kernel that multiplies, in the model's dtype, by the weights that the codes stand for.
-
-For 4 bits on a CPU, Transformers would choose ``gptq_torch_aten``, which rounds activations and scales to bfloat16.
-"""
 
 
 class NotLoaded(Exception):
@@ -55,7 +51,9 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             observe=observe,
         )
         loaded |= {
-            role: replace(figures, linears=loaded[role].linears, answers=loaded[role].answers)
+            role: replace(
+                figures, unplaced=loaded[role].unplaced, linears=loaded[role].linears, answers=loaded[role].answers
+            )
             for role, figures in measured.items()
         }
     if asked.cuts and not loaded[QUANTIZED].fault:
@@ -71,22 +69,30 @@ def _on_ranks(asked: Measurement) -> dict[str, ModelFigures]:
 
 
 def _loaded(role: str, root: str, asked: Measurement, observe: Observe) -> ModelFigures:
-    """Have Transformers load a model and, where it is asked to, answer."""
-    prompts = asked.prompts if role in asked.answering else ()
-    observe(Progress(task=f"load {role}", done=0, total=len(prompts) + 1))
+    """Have Transformers place a model's tensors and, where it is asked to, load it and answer."""
+    observe(Progress(task=f"load {role}", done=0, total=1))
+    placement = place_tensors(Path(root))
+    figures = ModelFigures(fault=placement.fault, unplaced=placement.unplaced, linears=placement.linears)
+    prompts = asked.prompts if role in asked.answering and not (placement.fault or placement.unplaced) else ()
+    observe(Progress(task=f"load {role}", done=1, total=len(prompts) + 1))
+    return replace(figures, **_answers(role, root, prompts, asked, observe)) if prompts else figures
+
+
+def _answers(
+    role: str, root: str, prompts: Sequence[Sequence[int]], asked: Measurement, observe: Observe
+) -> dict[str, Any]:
     try:
         model = load_model(root)
     except NotLoaded as fault:
-        return ModelFigures(fault=str(fault))
+        return {"fault": str(fault)}
     answers: list[tuple[int, ...]] = []
     for prompt in prompts:
         observe(Progress(task=f"load {role}", done=1 + len(answers), total=len(prompts) + 1, remark="answers"))
         answers.append(greedy_answer(model, prompt, max_new_tokens=asked.max_new_tokens))
     observe(Progress(task=f"load {role}", done=len(prompts) + 1, total=len(prompts) + 1))
-    figures = ModelFigures(linears=_linears(model), answers=tuple(answers))
     del model
     gc.collect()
-    return figures
+    return {"answers": tuple(answers)}
 
 
 def load_model(root: str) -> nn.Module:
@@ -98,12 +104,10 @@ def load_model(root: str) -> nn.Module:
         NotLoaded: Transformers raised, or loaded something else than the checkpoint: it gives missing weights random
             values and drops unexpected ones, and only logs that.
     """
-    from transformers import AutoConfig, GPTQConfig
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True)
-        quantization = getattr(config, "quantization_config", None)
-        kernel = {"quantization_config": GPTQConfig(bits=quantization["bits"], backend=KERNEL)} if quantization else {}
         load = _from_recipe if is_recipe(Path(root)) else _from_files
         model, info = load(
             root,
@@ -112,32 +116,33 @@ def load_model(root: str) -> nn.Module:
             device_map="cpu",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to be told which they are
-            **kernel,
+            **kernel_of(config),
         )
     except MemoryError:
         raise
     except Exception as error:
         raise NotLoaded(f"{type(error).__name__}: {str(error).strip()[:600]}") from error
-    if complaints := [f"{kind}: {_first(found)}" for kind, found in sorted(info.items()) if found]:
-        raise NotLoaded(f"Not every tensor found its place; {'; '.join(complaints)}.")
+    if complaints := complaints_of(info):
+        raise NotLoaded(complaints)
     return model.eval()
 
 
-def _from_files(root: str, _: object, **options: Any) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+def _from_files(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    return _architecture(config).from_pretrained(root, local_files_only=True, use_safetensors=True, **options)
 
-    return cast("Any", AutoModelForCausalLM).from_pretrained(
-        root, local_files_only=True, use_safetensors=True, **options
-    )
+
+def _architecture(config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, config.architectures[0])
 
 
 def _from_recipe(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
 
     merged = open_model(Path(root))
     weights = {name: merged.load(name) for name in merged}
-    loader = cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
-    model, info = loader.from_pretrained(None, config=config, state_dict=weights, **options)
+    model, info = _architecture(config).from_pretrained(None, config=config, state_dict=weights, **options)
     if "generation_config.json" in merged.sidecars:
         model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
     return model, info
@@ -164,13 +169,3 @@ def _require_loaders() -> None:
             f"This environment cannot load GPTQ checkpoints: {error}.",
             remedy="Install the engine: qwen-pipeline engine install gptqmodel",
         ) from error
-
-
-def _linears(model: nn.Module) -> dict[str, int]:
-    names = [name for module in model.modules() if (name := type(module).__name__).endswith("Linear")]
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
-def _first(found: Collection[object], limit: int = 5) -> str:
-    names = sorted(map(str, found))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -226,7 +226,7 @@ def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[
 
 
 def _samples(prompts: Sequence[str], figures: Mapping[str, ModelFigures], tokenizer: Any) -> list[Sample]:
-    answers = {role: _answers(figures[role], tokenizer) for role in (MERGED, QUANTIZED) if not figures[role].fault}
+    answers = {role: _answers(figures[role], tokenizer) for role in (MERGED, QUANTIZED) if figures[role].answers}
     return [
         Sample(
             prompt=prompt,

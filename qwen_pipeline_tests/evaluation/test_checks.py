@@ -105,6 +105,14 @@ def test_a_candidate_that_does_not_load_fails_what_needs_it() -> None:
     assert found["kl_divergence"].detail == "Not measured: not loaded: quantized."
 
 
+def test_experts_that_transformers_makes_up_warn() -> None:
+    quantized = replace(GOOD.models[QUANTIZED], unplaced="missing_keys: experts.down_proj")
+    (report,) = failed(with_model(QUANTIZED, quantized)).values()
+    assert report.name == "loads_in_transformers"
+    assert not report.blocks
+    assert "quantized: missing_keys: experts.down_proj" in report.detail
+
+
 def test_a_perplexity_that_is_not_a_number_fails() -> None:
     nans = DivergenceFigures(mean=nan, p95=nan, p99_9=nan, max=nan, top1_agreement=0)
     found = failed(with_model(QUANTIZED, ModelFigures(perplexity=nan, divergence=nans, peaks=(QUIET,))))

@@ -55,7 +55,8 @@ def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(ch
     assert len(found["quantized"].answers[0]) == 4
     assert "model.layers.0.mlp.gate_proj.qweight" in (found["missing"].fault or "")
     assert "mlp.down_proj" in (found["resized"].fault or "")
-    assert "missing_keys: model.layers.0.mlp.experts.down_proj" in (found["experts"].fault or "")
+    assert "missing_keys: model.layers.0.mlp.experts.down_proj" in (found["experts"].unplaced or "")
+    assert found["experts"].fault is None
 
 
 def test_an_environment_without_the_engine_is_a_fault(chain: Chain, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
 def packed_experts(root: Path) -> Path:
     """Save a mixture of experts whose linear layers, the experts among them, have codes (all zero)."""
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(root)

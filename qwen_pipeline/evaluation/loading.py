@@ -1,0 +1,124 @@
+"""Whether Transformers finds a place for every tensor of a checkpoint, asked without its bytes.
+
+Transformers' own loader decides: renamed prefixes, experts that are stacked, quantized layers. It is given tensors that
+have a dtype and a shape and no memory, for a model that has none either, so that the answer takes no more than headers.
+"""
+
+import re
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from qwen_pipeline.transforms.model import open_model
+
+_OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx)|gate_up_proj|down_proj)")
+KERNEL = "gptq_torch"
+"""GPTQModel's kernel that multiplies, in the model's dtype, by the weights that the codes stand for.
+
+For 4 bits on a CPU, Transformers would choose ``gptq_torch_aten``, which rounds activations and scales to bfloat16.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What became of a checkpoint's tensors.
+
+    Attributes:
+        fault: Why Transformers does not load it, or not all of it.
+        unplaced: Instead of a fault, why it cannot load a sound checkpoint: it has no packed experts, makes theirs up,
+            and only logs that. Engines that know them serve it.
+        linears: Class name of the linear layers -> how many.
+    """
+
+    fault: str | None = None
+    unplaced: str | None = None
+    linears: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def place_tensors(root: Path) -> Placement:
+    """Have Transformers place every tensor of a checkpoint, or of a recipe, of any family."""
+    import transformers
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(root, local_files_only=True)
+        name = next(iter(config.architectures or ()), None)
+        if (architecture := getattr(transformers, str(name), None)) is None:
+            return Placement(fault=f"Transformers {transformers.__version__} has no architecture {name!r}.")
+        checkpoint = open_model(root)
+        shapes = {
+            tensor: torch.empty(spec.shape, dtype=spec.torch_dtype, device="meta")
+            for tensor, spec in checkpoint.items()
+        }
+        with _kernels_of_the_cpu():
+            model, info = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict=shapes,
+                dtype=torch.float32,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be told which they are
+                **kernel_of(config),
+            )
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Placement(fault=f"{type(error).__name__}: {str(error).strip()[:600]}")
+    if complaints := complaints_of(info):
+        keys = [str(key) for found in info.values() for key in found or ()]
+        packed = all(map(_OF_EXPERTS.fullmatch, keys)) and any(key.endswith(".qweight") for key in keys)
+        return Placement(unplaced=complaints, linears=linears_of(model)) if packed else Placement(fault=complaints)
+    return Placement(linears=linears_of(model))
+
+
+def kernel_of(config: Any) -> dict[str, Any]:
+    """Return the argument that has Transformers load codes with :data:`KERNEL`; nothing for full precision."""
+    from transformers import GPTQConfig
+
+    quantization = getattr(config, "quantization_config", None)
+    return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend=KERNEL)} if quantization else {}
+
+
+def complaints_of(info: dict[str, Collection[object]]) -> str:
+    """Say which tensors did not find their place; nothing if all did."""
+    found = [f"{kind}: {_first(keys)}" for kind, keys in sorted(info.items()) if keys]
+    return f"Not every tensor found its place; {'; '.join(found)}." if found else ""
+
+
+def linears_of(model: nn.Module) -> dict[str, int]:
+    """Count a model's linear layers by class, which tells the kernels that run."""
+    names = [name for module in model.modules() if (name := type(module).__name__).endswith("Linear")]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+@contextmanager
+def _kernels_of_the_cpu() -> Generator[None]:
+    """Have Optimum choose kernels as for a CPU, and not prepare them: there is no kernel for no memory."""
+    try:
+        from optimum.gptq import GPTQQuantizer  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        yield
+        return
+    library: Any = GPTQQuantizer
+    select = library.select_quant_linear
+
+    def on_cpu(self: Any, device_map: object, pack: bool = False) -> None:  # noqa: ARG001
+        select(self, device_map={"": "cpu"}, pack=pack)
+
+    with (
+        patch.object(library, "select_quant_linear", on_cpu),
+        patch.object(library, "post_init_model", lambda _, model: model),
+    ):
+        yield
+
+
+def _first(found: Collection[object], limit: int = 5) -> str:
+    names = sorted(map(str, found))
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
