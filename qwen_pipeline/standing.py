@@ -189,3 +189,15 @@ def against_last_release(store: CheckpointStore, fine_tune: str, validated: Arti
         if release.manifest.derivation.inputs["quantized"] != candidate
     ]
     return compare(load_verdict(released[-1].path) if released else None, load_verdict(validated.path))
+
+
+def version_before(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Artifact | None:
+    """Return the quantized checkpoint of other bytes that was made last before this one, if it is still there."""
+    made = [
+        each
+        for each in store.finished(quantize.STAGE, fine_tune)
+        if each.manifest.run.started < quantized.manifest.run.started
+        and each.manifest.content_digest != quantized.manifest.content_digest
+        and "evidence" in each.manifest.result
+    ]
+    return made[-1] if made else None

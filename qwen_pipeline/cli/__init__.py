@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qwen_pipeline
-from qwen_pipeline.cli import engine, inspect, pipeline, plan, repair, stages
+from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, repair, stages
 
 app = typer.Typer(
     name="qwen-pipeline",
@@ -43,6 +43,7 @@ app.add_typer(stages.app)
 app.add_typer(plan.app)
 app.add_typer(inspect.app)
 app.add_typer(repair.app)
+app.add_typer(evidence.app)
 app.add_typer(engine.app, name="engine")
 
 

@@ -248,6 +248,17 @@ def quantize(
     calibration: Annotated[str, typer.Option(help=f"What calibrate wrote, or {TEXT_HELP[0].lower()}{TEXT_HELP[1:]}.")],
     bits: Annotated[int, typer.Option(help="Bits per weight.")] = 4,
     group_size: GroupSize = 128,
+    sym: Annotated[bool, typer.Option(help="A grid that is symmetric about zero.")] = True,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="Columns by falling activation; slower to serve.")
+    ] = False,
+    act_group_aware: Annotated[bool, typer.Option(help="Groups by falling activation; free to serve.")] = True,
+    damp_percent: Annotated[float, typer.Option(help="Share of the mean Hessian diagonal that is added to it.")] = 0.05,
+    mse: Annotated[float, typer.Option(help="Exponent of a search for scales, such as 2.4; 0: no search.")] = 0.0,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="REGEX:damp_percent=0.1 (or mse) for modules in whose names REGEX is found; repeatable."),
+    ] = None,
     engine: EngineName = EngineChoice.auto,
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
@@ -255,6 +266,10 @@ def quantize(
     packing: PackingName = "stream",
     all_experts: AllExperts = False,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass; other sizes give other bytes.")] = 8,
+    threads: Annotated[int | None, typer.Option(help="Threads of one CPU operation; default: all cores.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Default: a GPU where the machine has one.")
+    ] = None,
     engine_python: EnginePython = None,
 ) -> Answer:
     """Quantize a checkpoint with GPTQ, in a process of its own. Pad it first.
@@ -263,19 +278,27 @@ def quantize(
     """
     from qwen_pipeline.checkpoint.store import Directory
     from qwen_pipeline.engines.environment import find_environment
-    from qwen_pipeline.engines.protocol import QuantSpec
+    from qwen_pipeline.engines.protocol import QuantSpec, default_device, parse_overrides, usable_cores
     from qwen_pipeline.stages import quantize as stage
 
     spec = QuantSpec(
         engine=engine.value,
         bits=bits,
         group_size=group_size,
+        sym=sym,
+        desc_act=desc_act,
+        act_group_aware=act_group_aware,
+        damp_percent=damp_percent,
+        mse=mse,
+        dynamic=parse_overrides(override or ()),
         samples=samples,
         seq_len=seq_len,
         seed=seed,
         packing=packing,
         all_experts=all_experts,
         batch_size=batch_size,
+        threads=threads or usable_cores(),
+        device=device or default_device(),
     )
     return made_by(
         lambda observe: stage.quantize(

@@ -17,16 +17,23 @@ from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.config import Settings
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
-from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, inline_plot, loss_table
+from qwen_pipeline.defs.metadata import (
+    artifact_metadata,
+    directory_metadata,
+    evidence_markdown,
+    inline_plot,
+    loss_table,
+)
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.engines.evidence import EVIDENCE
 from qwen_pipeline.evaluation.page import PAGE
 from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
-from qwen_pipeline.standing import against_last_release
+from qwen_pipeline.standing import against_last_release, version_before
 
 GROUP = "fine_tune_to_release"
 IMPORT_GROUP = "import_to_repair"
@@ -188,8 +195,15 @@ def quantized_checkpoint(
             engine=pipeline.engine,
             observe=observe,
         )
-    losses = loss_table(artifact.manifest.result["losses"])
-    return _materialized(artifact, context.partition_key, worst_modules=losses)
+    earlier = version_before(pipeline.store, context.partition_key, artifact)
+    return _materialized(
+        artifact,
+        context.partition_key,
+        worst_modules=loss_table(artifact.manifest.result["losses"]),
+        evidence=dg.MetadataValue.path(artifact.path / EVIDENCE),
+        evidence_summary=dg.MetadataValue.json(artifact.manifest.result["evidence"]),
+        evidence_plot=dg.MetadataValue.md(evidence_markdown(artifact, earlier)),
+    )
 
 
 @_stage_asset(

@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dagster as dg
@@ -39,6 +40,25 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
 def inline_plot(path: Path) -> str:
     """Return a plot as Markdown that holds it, for a viewer that cannot see this machine's files."""
     return f"![{path.stem}](data:image/png;base64,{b64encode(path.read_bytes()).decode()})"
+
+
+def evidence_markdown(quantized: Artifact, before: Artifact | None) -> str:
+    """Show what is known of each layer, beside the version before where there is one."""
+    from qwen_pipeline.engines.evidence import PLOT, compare_evidence, load_evidence
+    from qwen_pipeline.engines.evidence_plot import draw_evidence
+
+    if before is None:
+        return f"There is no earlier version to compare with.\n\n{inline_plot(quantized.path / PLOT)}"
+    old, new = load_evidence(before.path), load_evidence(quantized.path)
+    found = compare_evidence(old, new)
+    with TemporaryDirectory() as scratch:
+        draw_evidence(new, Path(scratch) / "evidence.png", before=old)
+        plot = inline_plot(Path(scratch) / "evidence.png")
+    rows = "".join(f"| {module} | {ratio:.3f} |\n" for module, ratio in found.worst.items())
+    return (
+        f"Losses of {found.modules} modules are {found.mean_ratio or 1:.3f} times those of {before.path.name}"
+        f" (geometric mean).\n\n{plot}\n\n| module | loss now / before |\n| --- | --- |\n{rows}"
+    )
 
 
 def loss_table(losses: Sequence[Mapping[str, Any]], *, rows: int = 20) -> dg.TableMetadataValue:

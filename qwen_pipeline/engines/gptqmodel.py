@@ -4,14 +4,17 @@
 ``quant_log.csv`` in a workshop directory; the stage takes from them what is true.
 """
 
+import csv
 import os
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device
 from qwen_pipeline.errors import CheckFailed
@@ -48,6 +51,8 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             group_size=job.spec.group_size,
             sym=job.spec.sym,
             desc_act=job.spec.desc_act,
+            act_group_aware=job.spec.act_group_aware and not job.spec.desc_act,
+            dynamic={f".*(?:{pattern})": dict(own) for pattern, own in job.spec.dynamic.items()} or None,
             damp_percent=job.spec.damp_percent,
             mse=job.spec.mse,
             moe=everywhere,
@@ -57,7 +62,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         dtype=torch.float32 if job.spec.device == "cpu" else "auto",
     )
     settle_before_solving()
-    _follow(model.model.config.num_hidden_layers, observe)
+    peaks = _follow(model.model.config, observe)
     windows, masks = (torch.tensor(np.load(file)).long() for file in (job.windows, job.mask))
     try:
         model.quantize(
@@ -73,6 +78,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
         ) from error
     model.save(str(job.packed))
+    _add_peaks(job.quant_log, peaks)
     return {}
 
 
@@ -93,14 +99,33 @@ def settle_before_solving() -> None:
     solver.quantize = settle_and_quantize
 
 
-def _follow(layers: int, observe: Observe) -> None:
-    """Tell each module's loss. GPTQModel's callbacks name layers and modules; only its table of results has losses."""
+def _follow(config: Any, observe: Observe) -> Mapping[tuple[str, str], tuple[int, int]]:
+    """Tell each module's loss, and note the highest memory of GPU and host by then: ``(layer, module)`` -> bytes.
+
+    GPTQModel's callbacks name layers and modules; only its table of results has losses.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    peaks: dict[tuple[str, str], tuple[int, int]] = {}
     processor: Any = import_module("gptqmodel.looper.gptq_processor").GPTQProcessor
     write_row = processor.log_new_row
 
     def write_and_tell(self: object, row: Mapping[str, Any]) -> None:
         write_row(self, row)
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peaks[str(row["layer"]), str(row["module"])] = gpu, resident_peak()
         remark = f"layers.{row['layer']}.{row['module']} loss {row['loss']}"
         observe(Progress(task="quantize", done=int(row["layer"]), total=layers, unit="layers", remark=remark))
 
     processor.log_new_row = write_and_tell
+    return peaks
+
+
+def _add_peaks(quant_log: Path, peaks: Mapping[tuple[str, str], tuple[int, int]]) -> None:
+    """Give each row of the library's table its memory."""
+    with quant_log.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    layer, module = header.index("layer"), header.index("module")
+    with quant_log.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*header, "gpu_peak_bytes", "host_peak_bytes"])
+        table.writerows([*row, *peaks[row[layer], row[module]]] for row in rows)

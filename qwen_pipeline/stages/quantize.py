@@ -1,5 +1,6 @@
 """``padded -> quantized``: an engine computes codes in a process of its own; what it writes is taken, not trusted."""
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, gather_evidence, summarize, write_evidence
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, EngineName, QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused, listed
@@ -90,12 +92,14 @@ def quantize(
         remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
     )
     linears = decoder_linears(checkpoint)
-    spec = replace(spec, engine=chosen_engine(linears)) if spec.engine == "auto" else spec
+    if spec.engine == "auto":
+        spec = replace(spec, engine="gptqmodel" if spec.dynamic else chosen_engine(linears))
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
     _require_positions(checkpoint, spec)
     _require_maskable(linears, spec)
+    _require_overrides_land(linears, spec)
     tokens = prepared or draw_calibration(calibration, source, spec.calibration)
     versions = engine.versions()
     derivation = Derivation(
@@ -106,6 +110,8 @@ def quantize(
     )
 
     def build(partial: Path) -> Built:
+        from qwen_pipeline.engines.evidence_plot import draw_evidence
+
         job = _open_workshop(partial, source.resolve(), tokens, spec)
         (partial / LOGS).mkdir(exist_ok=True)
         worker = run_worker(
@@ -126,6 +132,10 @@ def quantize(
         )
         contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
         job.quant_log.rename(partial / LOGS / "quant_log.csv")
+        written = open_checkpoint(partial)
+        evidence = gather_evidence(written, linears, losses)
+        write_evidence(evidence, partial / EVIDENCE)
+        draw_evidence(evidence, partial / PLOT)
         shutil.rmtree(job.workshop)
         return Built(
             contents=_with_logs(contents, partial),
@@ -134,7 +144,8 @@ def quantize(
                 "layers": worker.value.get("layers", []),
                 "quantization": quantization,
                 "calibration": tokens.statistics(),
-                "checks": dump_reports(check_output(open_checkpoint(partial), linears, losses, spec)),
+                "evidence": summarize(evidence),
+                "checks": dump_reports(check_output(written, linears, losses, spec)),
             },
             worker_peak_bytes=worker.peak_memory_bytes,
         )
@@ -178,6 +189,15 @@ def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
             "Experts are handed tokens without their windows, so that GPTQModel would calibrate them with filling too.",
             remedy="Pack mixtures of experts as a stream, or use the engine layerwise.",
         )
+
+
+def _require_overrides_land(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    for pattern in spec.dynamic:
+        if not any(re.search(pattern, linear.module) for linear in linears):
+            raise InputRefused(
+                f"dynamic {pattern!r} is found in the name of no module, such as {linears[0].module}.",
+                remedy="Correct the expression.",
+            )
 
 
 def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: QuantSpec) -> QuantJob:
@@ -244,7 +264,7 @@ def check_output(
             _report(
                 DAMPING_AS_ASKED,
                 total=len(losses),
-                bad=[loss.module for loss in losses if loss.damp > spec.damp_percent + 1e-5],
+                bad=[loss.module for loss in losses if loss.damp > _damp_of(loss.module, spec) + 1e-5],
                 remedy="Use more calibration text, or raise damp_percent for all.",
             ),
             severity="WARN",
@@ -259,6 +279,10 @@ def check_output(
             severity="WARN",
         ),
     ]
+
+
+def _damp_of(module: str, spec: QuantSpec) -> float:
+    return spec.override(module).get("damp_percent", spec.damp_percent)
 
 
 def _report(check: CheckSpec, *, total: int, bad: Sequence[str], remedy: str) -> CheckReport:

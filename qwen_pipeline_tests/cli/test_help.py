@@ -11,6 +11,7 @@ COMMANDS = (
     "merge",
     "pad",
     "calibrate",
+    "evidence",
     "quantize",
     "validate",
     "publish",

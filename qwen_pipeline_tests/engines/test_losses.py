@@ -59,3 +59,11 @@ def test_a_loss_that_is_not_finite_is_none(tmp_path: Path, loss: str) -> None:
 
 def test_a_module_without_a_row_is_left_out(tmp_path: Path) -> None:
     assert read(tmp_path, "0,mlp.down_proj,0.1,512,0.05000,0.014") == []
+
+
+def test_memory_is_read_where_the_engine_tells_it(tmp_path: Path) -> None:
+    (tmp_path / "quant_log.csv").write_text(
+        "layer,module,loss,samples,damp,gpu_peak_bytes,host_peak_bytes\n1,mlp.down_proj,0.1,512,0.05,7,9\n"
+    )
+    (found,) = read_losses(tmp_path / "quant_log.csv", [GATE, DOWN])
+    assert (found.seconds, found.gpu_peak_bytes, found.host_peak_bytes) == (None, 7, 9)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, parse_overrides
 from qwen_pipeline.errors import InputRefused
 
 
@@ -16,12 +16,14 @@ from qwen_pipeline.errors import InputRefused
     [
         {"engine": "other"}, {"device": "tpu"}, {"bits": 3}, {"group_size": 0}, {"group_size": -1}, {"samples": 0},
         {"seq_len": 0}, {"batch_size": 0}, {"threads": 0}, {"damp_percent": 0.0}, {"damp_percent": 1.0}, {"mse": -1.0},
-        {"mse": 2.4, "engine": "autogptq"},
+        {"mse": 2.4, "engine": "autogptq"}, {"packing": "both"}, {"packing": "documents", "engine": "autogptq"},
+        {"all_experts": True, "engine": "autogptq"}, {"act_group_aware": False, "engine": "autogptq"},
+        {"dynamic": {"down": {"bits": 8}}}, {"dynamic": {"(": {"mse": 2.0}}}, {"dynamic": {"a": {"damp_percent": 1.0}}},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputRefused, match=next(iter(wrong))) as caught:
+    with pytest.raises(InputRefused, match="(?i)" + "|".join(wrong)) as caught:
         QuantSpec(**wrong)
     assert caught.value.remedy
 
@@ -41,3 +43,20 @@ def test_every_setting_is_in_the_json() -> None:
         replace(base, device="cuda"),
     ]
     assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in (base, *others)}) == 5
+
+
+def test_the_first_override_that_is_found_in_a_name_counts() -> None:
+    spec = QuantSpec(dynamic={r"\.1\.mlp": {"mse": 2.0}, "down_proj": {"damp_percent": 0.1}})
+    assert spec.override("model.layers.1.mlp.down_proj") == {"mse": 2.0}
+    assert spec.override("model.layers.0.mlp.down_proj") == {"damp_percent": 0.1}
+    assert spec.override("model.layers.0.mlp.up_proj") == {}
+
+
+def test_overrides_of_the_command_line() -> None:
+    assert parse_overrides([r"(?:up|gate):mse=2.4, damp_percent=0.1", "q:mse=0"]) == {
+        "(?:up|gate)": {"mse": 2.4, "damp_percent": 0.1},
+        "q": {"mse": 0.0},
+    }
+    for wrong in ("down", "down:mse", "down:mse=much"):
+        with pytest.raises(InputRefused, match="not of the form"):
+            parse_overrides([wrong])

@@ -24,7 +24,8 @@ from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import CHECKS, check_output, chosen_engine, quantize
-from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
+from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_qwen3
 
 SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -120,7 +121,9 @@ def test_what_is_not_quantized_is_the_source_byte_for_byte(run: Run) -> None:
 
 def test_the_directory_holds_nothing_else(run: Run) -> None:
     require_intact(run.artifact.path)
-    assert sorted(path.name for path in (run.artifact.path / "logs").iterdir()) == ["quant_log.csv", "quantize.log"]
+    assert sorted(path.name for path in (run.artifact.path / "logs").iterdir()) == [
+        "evidence.csv", "evidence.png", "quant_log.csv", "quantize.log",
+    ]  # fmt: skip
     assert not any(path.name.startswith(".") for path in run.artifact.path.iterdir())
 
 
@@ -198,6 +201,70 @@ def test_a_hessian_that_cannot_be_solved_fails_the_check(
     assert failed.keys() == {"no_rounding_fallback", "losses_finite"}
     assert failed["no_rounding_fallback"].measured == len(DECODER_LINEARS)
     assert "model.layers.1.self_attn.q_proj" in failed["no_rounding_fallback"].detail
+
+
+ASKED = {
+    "asymmetric": {"sym": False},
+    "act-order": {"desc_act": True},
+    "asymmetric act-order": {"sym": False, "desc_act": True, "group_size": 64},
+    "no group order": {"act_group_aware": False},
+    "8 bits": {"bits": 8, "group_size": 64},
+    "documents": {"packing": "documents"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_qwen3_is_quantized_as_asked(
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment, asked: str
+) -> None:
+    source = tiny_qwen3(tmp_path / "source", intermediate_size=128, hidden_size=128)
+    spec = replace(SPEC, **ASKED[asked])
+    artifact = quantize(
+        source=source, destination=Directory(tmp_path / "out"), calibration=calibration, spec=spec, engine=engine
+    )
+    output = open_checkpoint(artifact.path)
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    assert "lm_head.weight" in output
+    stated = output.config["quantization_config"]
+    assert {name: stated[name] for name in ("bits", "group_size", "sym", "desc_act")} == {
+        name: getattr(spec, name) for name in ("bits", "group_size", "sym", "desc_act")
+    }
+    form = gptq_format(output.config)
+    for linear in decoder_linears(open_checkpoint(source)):
+        packed = form.load(output, linear.module)
+        weight_OI = open_checkpoint(source).load(f"{linear.module}.weight").double()
+        error = (packed.weight_rows(0, linear.out_features).double() - weight_OI).norm() / weight_OI.norm()
+        assert error < (0.01 if spec.bits == 8 else 0.15), f"{linear.module}: {error}"
+        assert packed.is_in_order or spec.desc_act
+
+
+@pytest.mark.slow
+def test_a_module_takes_settings_of_its_own(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
+    dynamic = {r"layers\.1\.mlp\.down_proj": {"damp_percent": 0.3}}
+    artifact = quantize(
+        source=run.source, destination=Directory(tmp_path / "out"), calibration=run.calibration,
+        spec=replace(SPEC, dynamic=dynamic), engine=engine,
+    )  # fmt: skip
+    damp = {loss["module"]: loss["damp"] for loss in artifact.manifest.result["losses"]}
+    assert {module for module, share in damp.items() if share != 0.05} == {"model.layers.1.mlp.down_proj"}
+    assert damp["model.layers.1.mlp.down_proj"] == pytest.approx(0.3)
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
+def test_every_expert_may_get_every_token(
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment, name: EngineName
+) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "source", moe_intermediate_size=64, hidden_size=64)
+    artifact = quantize(
+        source=source, destination=Directory(tmp_path / "out"), calibration=calibration,
+        spec=replace(SPEC, engine=name, all_experts=True), engine=engine,
+    )  # fmt: skip
+    losses = artifact.manifest.result["losses"]
+    assert {loss["samples"] for loss in losses if ".experts." in loss["module"]} == {8 * 64}
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
 
 
 @pytest.mark.slow
@@ -308,6 +375,16 @@ class TestRefusals:
         fault = self.refused(source, calibration, tmp_path, replace(SPEC, group_size=64))
         assert "down_proj has in_features 96, which is not a multiple of 64" in fault.what
         assert "Pad the checkpoint first" in fault.remedy
+
+    def test_an_override_that_no_module_takes(self, source: Path, calibration: Path, tmp_path: Path) -> None:
+        spec = replace(SPEC, dynamic={r"mlp\.dwon_proj": {"damp_percent": 0.1}})
+        fault = self.refused(source, calibration, tmp_path, spec)
+        assert "dwon_proj" in fault.what
+
+    def test_filling_for_experts(self, calibration: Path, tmp_path: Path) -> None:
+        source = tiny_model("qwen3_moe", tmp_path / "mixture", moe_intermediate_size=64)
+        fault = self.refused(source, calibration, tmp_path, replace(SPEC, packing="documents"))
+        assert "filling" in fault.what
 
     def test_windows_longer_than_the_model(self, source: Path, calibration: Path, tmp_path: Path) -> None:
         fault = self.refused(source, calibration, tmp_path, replace(SPEC, samples=1, seq_len=513))
