@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.store import Artifact, require_intact
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, QuantizedInputRefused
+from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.progress import Progress
@@ -17,6 +18,7 @@ from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.validate import CHECKS
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, validate_chain
 from qwen_pipeline_tests.rounding import round_to_codes
+from qwen_pipeline_tests.tiny import tiny_model
 
 
 def reports(artifact: Artifact) -> dict[str, CheckReport]:
@@ -89,6 +91,20 @@ def test_a_candidate_that_cannot_be_loaded_fails_with_the_reason(chain: Chain, t
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.startswith("# Validation report\n\n**Failed: structure, ")
     assert "*not loaded*" in report
+
+
+def test_packed_experts_are_measured_though_transformers_makes_them_up(chain: Chain, tmp_path: Path) -> None:
+    mixture = tiny_model("qwen3_moe", tmp_path / "mixture")
+    packed = round_to_codes(mixture, tmp_path / "packed", group_size=GROUP_SIZE)
+    changes = {"reference": mixture, "candidate": packed, "padded": None, "base": None, "tensor_parallel": 1}
+    at_random = Limits(min_top1_agreement=0)
+    found = reports(validate_chain(chain, tmp_path / "out", limits=at_random, **changes))
+    assert {name for name, report in found.items() if report.blocks} == set()
+    assert not found["loads_in_transformers"].passed
+    assert "missing_keys: model.layers.0.mlp.experts.down_proj" in found["loads_in_transformers"].detail
+    assert found["top1_agreement"].measured
+    for name in ("structure", "ranks_agree", "kl_divergence", "float16_range"):
+        assert found[name].passed, found[name].detail
 
 
 def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_path: Path) -> None:
