@@ -8,10 +8,21 @@ from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """KL in nats over the tokens of every window from position ``first`` to the next stretch."""
+
+    first: int
+    mean: float
+    median: float
+    p95: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceFigures:
     """KL(reference || candidate) over all predicted tokens in nats, and how often both rate the same token highest.
 
-    ``by_position`` is the mean over windows at each position: whether distance grows along the context.
+    ``by_position`` is the mean over windows at each position, and ``stretches`` the spread over neighbouring ones:
+    whether distance grows along the context.
     """
 
     mean: float
@@ -20,6 +31,7 @@ class DivergenceFigures:
     max: float
     top1_agreement: float
     by_position: tuple[float, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,15 @@ import jinja2
 
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
-from qwen_pipeline.evaluation.report import kernels, quality_rows, worst_weights
+from qwen_pipeline.evaluation.report import (
+    SCORE_COLUMNS,
+    SERVED_COLUMNS,
+    kernels,
+    quality_rows,
+    score_rows,
+    served_rows,
+    worst_weights,
+)
 from qwen_pipeline.evaluation.targets import COLUMNS
 from qwen_pipeline.reports import CheckReport, shown
 
@@ -41,6 +49,10 @@ def render_page(
         quality=list(quality_rows(findings.models, findings.nbytes)),
         reports=reports,
         plots={caption: base64.b64encode(file.read_bytes()).decode() for caption, file in plots.items()},
+        served=served_rows(findings),
+        served_columns=SERVED_COLUMNS,
+        scores=score_rows(findings),
+        score_columns=SCORE_COLUMNS,
         worst=worst_weights(findings),
         samples=findings.samples,
         target_columns=COLUMNS,

@@ -1,4 +1,4 @@
-"""Two plots for the report: what each stage costs, and where quantization loses."""
+"""Plots for the report: what each stage costs, where predictions and hidden states part, and where weights lose."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_pipeline.evaluation.findings import Findings
+from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.weights import WeightError
 from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save_plot
 
@@ -33,6 +33,37 @@ def draw_perplexity(findings: Findings, path: Path) -> None:
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
     axes.set_xlabel("perplexity on held-out text (lower is better)", color=INK, fontsize=9)
+    save_plot(figure, path)
+
+
+def draw_distance(findings: Findings, path: Path) -> None:
+    """Draw how far the quantized model's predictions are along the context, and hidden states after each layer."""
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    axes = quiet_axes(figure, 2, 1)
+    divergence = findings.models[QUANTIZED].divergence
+    stretches = divergence.stretches if divergence else ()
+    positions = [stretch.first for stretch in stretches]
+    for label, values, color, style in (
+        ("95 % of tokens are below", [stretch.p95 for stretch in stretches], WORSE, "--"),
+        ("mean", [stretch.mean for stretch in stretches], PALETTE[0], "-"),
+        ("median", [stretch.median for stretch in stretches], INK, ":"),
+    ):
+        axes.plot(positions, values, label=label, color=color, linestyle=style, linewidth=1.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("position in the window", color=INK, fontsize=9)
+    axes.set_ylabel("KL(merged ‖ quantized), nats", color=INK, fontsize=9)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    axes = quiet_axes(figure, 2, 2)
+    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0])):
+        drift = findings.models[role].drift if role in findings.models else ()
+        if any(drift):
+            axes.plot(range(len(drift)), drift, label=role, color=color, linewidth=1.5, marker="o", markersize=2.6)
+            axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("after layer", color=INK, fontsize=9)
+    axes.set_ylabel("‖h - h merged‖ / ‖h merged‖", color=INK, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     save_plot(figure, path)
 
 

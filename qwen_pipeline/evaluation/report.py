@@ -3,20 +3,25 @@
 import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import Findings
+from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.targets import COLUMNS
-from qwen_pipeline.reports import CheckReport
+from qwen_pipeline.reports import CheckReport, shown
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.weights import WeightError
 
-REPORT, PERPLEXITY_PLOT, ERROR_PLOT = "report.md", "perplexity.png", "quantization_error.png"
+REPORT = "report.md"
+PERPLEXITY_PLOT, DISTANCE_PLOT, ERROR_PLOT = "perplexity.png", "distance.png", "quantization_error.png"
+SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
+SCORE_COLUMNS = ("task/metric", "merged", "quantized", "standard error")
 MAX_INLINE_BYTES = 400_000
 """Of images inlined in one Markdown text, which Dagster keeps in its event log."""
 _IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)\n*")
@@ -33,6 +38,10 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, method:
         "## On the ranks of each engine",
         _table(COLUMNS, [row.cells for row in findings.targets]),
         f"![Perplexity by stage]({PERPLEXITY_PLOT})",
+        "## Where predictions part",
+        f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
+        *(["## Served for real", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
+        *(["## Benchmark tasks", _table(SCORE_COLUMNS, score_rows(findings))] if findings.tasks else []),
         "## Where quantization loses",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",
         _table(
@@ -124,6 +133,38 @@ def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) 
             ),
         )
         before = model.perplexity
+
+
+def served_rows(findings: Findings) -> list[Sequence[str]]:
+    """Return the cells of one row a server, under :data:`SERVED_COLUMNS`."""
+    return [
+        (
+            served.role,
+            served.engine,
+            str(served.degree),
+            "yes" if served.ready else "no",
+            f"{sum(part is None for part in served.partings)} of {len(served.partings)}" if served.partings else "",
+            shown(max((part.gap for part in served.partings if part), default=None)),
+            served.lacking or served.fault or "",
+        )
+        for served in findings.served
+    ]
+
+
+def score_rows(findings: Findings) -> list[Sequence[str]]:
+    """Return the cells of one row a metric, under :data:`SCORE_COLUMNS`."""
+    return [(score.name, shown(score.merged), shown(score.quantized), shown(score.stderr)) for score in findings.tasks]
+
+
+def own_limits(limits: Limits) -> str:
+    """Say which limits are not the defaults."""
+    usual = asdict(DEFAULT_LIMITS)
+    own = [
+        f"{name} {shown(value)} (usually {shown(usual[name])})"
+        for name, value in asdict(limits).items()
+        if value != usual[name]
+    ]
+    return f" Limits set for it: {', '.join(own)}." if own else ""
 
 
 def worst_weights(findings: Findings, count: int = 5) -> "list[WeightError]":

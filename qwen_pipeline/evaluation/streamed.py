@@ -1,19 +1,22 @@
 """Perplexity, divergence and drift of several models side by side, one decoder layer in memory at a time."""
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.divergence import Predictions
-from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Stretch
 from qwen_pipeline.evaluation.peaks import WatchedPassage
 from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
 """Tokens that go through a layer at a time, by device; at least one window."""
+STRETCHES = 32
+"""Parts of the context that KL is described in."""
 
 
 def evaluate(
@@ -69,7 +72,23 @@ def _divergence(predictions: Sequence[Predictions], role: str, positions: int) -
         p99_9=kl_N.quantile(0.999).item(),
         max=kl_N.max().item(),
         by_position=tuple(kl_N.view(-1, positions).mean(dim=0).tolist()),
+        stretches=_stretches(kl_N.view(-1, positions)),
         top1_agreement=torch.cat([each.agrees(role) for each in predictions]).double().mean().item(),
+    )
+
+
+def _stretches(kl_WT: Tensor) -> tuple[Stretch, ...]:
+    """Return the spread of KL along the context, in up to :data:`STRETCHES` parts of about equal length."""
+    parts = kl_WT.tensor_split(min(STRETCHES, kl_WT.shape[1]), dim=1)
+    firsts = accumulate((part.shape[1] for part in parts[:-1]), initial=0)
+    return tuple(
+        Stretch(
+            first=first,
+            mean=part.mean().item(),
+            median=part.quantile(0.5).item(),
+            p95=part.quantile(0.95).item(),
+        )
+        for first, part in zip(firsts, parts, strict=True)
     )
 
 

@@ -19,7 +19,15 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, lo
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
-from qwen_pipeline.evaluation.report import ERROR_PLOT, PERPLEXITY_PLOT, REPORT, method_of, render_report
+from qwen_pipeline.evaluation.report import (
+    DISTANCE_PLOT,
+    ERROR_PLOT,
+    PERPLEXITY_PLOT,
+    REPORT,
+    method_of,
+    own_limits,
+    render_report,
+)
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.served import Served, ServingPlan
 from qwen_pipeline.evaluation.servers import serve_all
@@ -192,7 +200,14 @@ def validate(
             "text": derivation.inputs["text"],
         }
         steps = [*lineage, *(dump_step(step) for step in steps_of(candidate))]
-        _write_report(partial, findings, reports, result, lineage=steps, method=method_of(len(tokens), seq_len))
+        _write_report(
+            partial,
+            findings,
+            reports,
+            result,
+            lineage=steps,
+            method=method_of(len(tokens), seq_len) + own_limits(limits),
+        )
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
 
     return derive(derivation, destination, build)
@@ -318,12 +333,14 @@ def _write_report(
     method: str,
 ) -> None:
     from qwen_pipeline.evaluation.page import PAGE, render_page
-    from qwen_pipeline.evaluation.plots import draw_perplexity, draw_quantization_error
+    from qwen_pipeline.evaluation.plots import draw_distance, draw_perplexity, draw_quantization_error
 
     draw_perplexity(findings, partial / PERPLEXITY_PLOT)
+    draw_distance(findings, partial / DISTANCE_PLOT)
     draw_quantization_error(findings, partial / ERROR_PLOT)
     plots = {
         "Perplexity on held-out text, and what each stage changed": partial / PERPLEXITY_PLOT,
+        "KL along the context, and drift of hidden states by layer": partial / DISTANCE_PLOT,
         "Error of each quantized weight by layer": partial / ERROR_PLOT,
     }
     page = render_page(findings, reports, plots=plots, lineage=lineage, method=method)

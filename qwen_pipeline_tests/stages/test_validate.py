@@ -45,13 +45,13 @@ def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validat
     assert not re.search(r"/tmp|/home|20\d\d-", report + (validated.path / "report.json").read_text())
 
     page = (validated.path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     for words in ("Passed: ", "padding_is_silent", "<blockquote>Hi</blockquote>", "<td>quantized</td>"):
         assert words in page
 
     inlined = report_markdown(validated.path)
-    assert inlined.count("data:image/png;base64,") == 2
+    assert inlined.count("data:image/png;base64,") == 3
     assert ".png)" not in inlined
     assert "data:image" not in report_markdown(validated.path, max_inline_bytes=100)
 
