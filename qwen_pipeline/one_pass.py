@@ -1,22 +1,26 @@
 """Merging and padding in one pass: the merged weights are digested on their way and only the padded ones are stored."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen_pipeline.checkpoint.admission import needs_of
 from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
 from qwen_pipeline.checkpoint.rewrite import Rewrite
 from qwen_pipeline.checkpoint.source import Source, open_source
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive, find
 from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.checkpoint.writer import write_files_beside
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.geometry import Layout
+from qwen_pipeline.qwen.geometry import Layout, plan_padding
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.model import open_model, recipe_of
+from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 
 
 def merge_and_pad(
@@ -57,6 +61,43 @@ def merge_and_pad(
     work = replace(padding, if_not_finite=merging.if_not_finite)
     after = work.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
     return before or passing.recipe(), after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlay:
+    """What merging and padding a model takes, in bytes: two stages read base and merged, one pass only the base."""
+
+    base_bytes: int
+    padded_bytes: int
+    memory_bytes: int
+    open_files: int
+
+    def __str__(self) -> str:
+        base, padded = self.base_bytes / 1e9, self.padded_bytes / 1e9
+        return (
+            f"Merging and padding read {2 * base:.2f} GB and write {base + padded:.2f} GB; "
+            f"in one pass they read {base:.2f} GB and write {padded:.2f} GB. "
+            f"Memory: {self.memory_bytes / 1e6:.0f} MB on this machine's cores. Open files: {self.open_files}."
+        )
+
+
+def outlay(root: Path, *, group_size: int, tensor_parallel: int) -> Outlay | None:
+    """Return what merging into a model and padding it will take; None unless its weights are here and can be padded."""
+    if not any((root / name).is_file() for name in (INDEX, SINGLE_SHARD)):
+        return None
+    base = open_checkpoint(root)
+    try:
+        plan = plan_padding(base.config, group_size=group_size, tensor_parallel=tensor_parallel)
+        padded = pad_checkpoint(base, plan)
+    except InputRefused:
+        return None
+    taken = needs_of(padded)
+    return Outlay(
+        base_bytes=base.nbytes,
+        padded_bytes=padded.nbytes,
+        memory_bytes=taken.memory_bytes,
+        open_files=taken.open_files,
+    )
 
 
 class _Passing:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.checkpoint.measure import measured
 from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Directory, require_intact
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.language import load_model
-from qwen_pipeline.one_pass import merge_and_pad
+from qwen_pipeline.one_pass import merge_and_pad, outlay
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.adapter_set import weighted
@@ -144,3 +145,28 @@ def test_transformers_loads_a_recipe_without_storing_it(inputs: Inputs, tmp_path
     assert all(torch.equal(weight, computed.state_dict()[name]) for name, weight in stored.state_dict().items())
     assert cast("Any", computed).generation_config.to_dict() == cast("Any", stored).generation_config.to_dict()
     assert not list(recipe.path.glob("*.safetensors"))
+
+
+def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
+    takes = outlay(inputs.base, **GEOMETRY)
+    assert takes
+    assert takes.base_bytes == open_model(inputs.merged.path).nbytes
+    assert takes.padded_bytes == open_model(inputs.padded.path).nbytes
+    assert "in one pass they read 0.00 GB" in str(takes)
+    run = inputs.padded.manifest.run
+    assert run.written_bytes >= takes.padded_bytes
+    assert run.read_bytes >= takes.base_bytes
+
+
+def test_what_has_no_weights_here_has_no_outlay(tmp_path: Path) -> None:
+    assert outlay(tmp_path, **GEOMETRY) is None
+
+
+def test_work_within_measured_work_keeps_its_peak() -> None:
+    with measured() as outer:
+        held = torch.ones(2**24)
+        del held
+        with measured() as inner:
+            pass
+        assert outer().peak_memory_bytes == inner().peak_memory_bytes
+        assert outer().added_memory_bytes > 2**25

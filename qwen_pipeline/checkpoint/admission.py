@@ -74,7 +74,39 @@ def require_admitted(asked: Needs, out: Path) -> None:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that the kernel could give this process without swapping, if it says."""
+    """Return the bytes that this process can have without swapping: what the kernel and its control groups leave."""
+    left = [count for count in (_unused(), control_group_memory()) if count is not None]
+    return min(left, default=None)
+
+
+def control_group_memory(
+    *, membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Return what the limits of this process's control groups (version 2) leave; None without a limit.
+
+    Page cache counts as left: the kernel takes it back. Every group up to the root may have a limit.
+    """
+    with suppress(OSError, StopIteration):
+        place = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
+        group = mount / place.strip("/")
+        groups = [at for at in (group, *group.parents) if at.is_relative_to(mount)]
+        return min((left for at in groups if (left := _left_in(at)) is not None), default=None)
+    return None
+
+
+def _left_in(group: Path) -> int | None:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        lines = (group / "memory.stat").read_text().splitlines()
+        cache = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+        return int(limit) - int((group / "memory.current").read_text()) + cache
+    except OSError:
+        return None
+
+
+def _unused() -> int | None:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024

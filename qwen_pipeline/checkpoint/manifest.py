@@ -116,6 +116,8 @@ class RunFigures:
         peak_memory_bytes: Highest resident memory of one process, this one or a worker.
         added_memory_bytes: What the work itself took: how far this process rose above where it stood at the start, or
             the whole of a worker, whichever is more.
+        read_bytes: What this process read in the meantime, without its workers.
+        written_bytes: What it wrote.
         started: ISO 8601 time in UTC.
         environment: Versions of what computed the bytes, and the platform.
     """
@@ -123,6 +125,8 @@ class RunFigures:
     seconds: float
     peak_memory_bytes: int
     added_memory_bytes: int
+    read_bytes: int
+    written_bytes: int
     started: str
     environment: Mapping[str, str]
 

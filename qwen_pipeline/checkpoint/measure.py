@@ -15,28 +15,50 @@ class Figures(Protocol):
     def __call__(self, *, worker_peak_bytes: int = 0) -> RunFigures: ...
 
 
+_measuring: list[Figures] = []
+"""What is being measured, from the outside in."""
+
+
 @contextmanager
 def measured() -> Generator[Figures, None, None]:
     """Measure the body; call what is yielded after it to get the figures.
 
-    The peak is the kernel's high-water mark, reset at the start where ``/proc/self/clear_refs`` allows it.
+    The peak is the kernel's high-water mark, reset at the start where ``/proc/self/clear_refs`` allows it. Work within
+    measured work does not reset it: its peak is that of the whole.
     """
-    started, clock = datetime.now(UTC), time.perf_counter()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    started, clock, moved = datetime.now(UTC), time.perf_counter(), bytes_moved()
+    if not _measuring:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
     at_start = _resident("VmRSS")
 
     def figures(*, worker_peak_bytes: int = 0) -> RunFigures:
         peak = resident_peak()
+        read, written = (now - before for now, before in zip(bytes_moved(), moved, strict=True))
         return RunFigures(
             seconds=round(time.perf_counter() - clock, 3),
             peak_memory_bytes=max(peak, worker_peak_bytes),
             added_memory_bytes=max(peak - at_start, worker_peak_bytes),
+            read_bytes=read,
+            written_bytes=written,
             started=started.isoformat(timespec="seconds"),
             environment=describe_environment(),
         )
 
-    yield figures
+    _measuring.append(figures)
+    try:
+        yield figures
+    finally:
+        _measuring.remove(figures)
+
+
+def bytes_moved() -> tuple[int, int]:
+    """Return how many bytes this process has read and written, whether or not a disk had to move; 0 if unknown."""
+    with suppress(OSError):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        counts = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
+        return counts["rchar"], counts["wchar"]
+    return 0, 0
 
 
 def resident_peak() -> int:

@@ -47,6 +47,7 @@ def plan(
     from qwen_pipeline.cli.rank_picture import rank_picture
     from qwen_pipeline.cli.tables import outlook_table
     from qwen_pipeline.hub import load_config
+    from qwen_pipeline.one_pass import outlay
     from qwen_pipeline.qwen.geometry import outlook
     from qwen_pipeline.qwen.planning import fewer_ranks, options
     from qwen_pipeline.qwen.serving import ENGINES, kernels_of, serving
@@ -83,6 +84,9 @@ def plan(
         _engine_table(verdicts, sorted(set(tp))),
         outlook_table(rows, group_size),
     ]
+    if takes := outlay(Path(model), group_size=group_size, tensor_parallel=max(tp)):
+        data["outlay"] = asdict(takes)
+        view.append(str(takes))
     if picture:
         from qwen_pipeline.evaluation.rank_plot import draw_ranks
 

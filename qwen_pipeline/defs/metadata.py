@@ -27,6 +27,8 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
         **directory_metadata(artifact.path, manifest.content_digest, manifest.contents.nbytes),
         "seconds": manifest.run.seconds,
         "gigabytes_per_second": round(manifest.contents.nbytes / 1e9 / max(manifest.run.seconds, 1e-3), 3),
+        "gigabytes_read": round(manifest.run.read_bytes / 1e9, 3),
+        "gigabytes_written": round(manifest.run.written_bytes / 1e9, 3),
         "peak_memory_mb": round(manifest.run.peak_memory_bytes / 1e6, 1),
         "added_memory_mb": round(manifest.run.added_memory_bytes / 1e6, 1),
         "reused": artifact.reused,

@@ -45,6 +45,8 @@ def test_a_manifest_is_written_and_read_byte_for_byte(tmp_path: Path) -> None:
             seconds=1.5,
             peak_memory_bytes=2,
             added_memory_bytes=1,
+            read_bytes=4,
+            written_bytes=3,
             started="2026-01-01T00:00:00+00:00",
             environment={"python": "3.12"},
         ),

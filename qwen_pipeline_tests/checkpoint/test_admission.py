@@ -1,0 +1,72 @@
+"""Work that this machine cannot finish is refused before the first byte, with the numbers."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.checkpoint import admission
+from qwen_pipeline.checkpoint.admission import Needs, control_group_memory, needs, require_admitted
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
+from qwen_pipeline.checkpoint.crew import crew_size
+from qwen_pipeline.errors import EnvironmentFault
+
+LITTLE = Needs(disk_bytes=1, memory_bytes=1, open_files=1)
+
+
+def test_little_is_admitted(tmp_path: Path) -> None:
+    require_admitted(LITTLE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Needs(disk_bytes=10**18, memory_bytes=1, open_files=1), r"needs 1000000000\.00 GB more, its disk has \d"),
+        (Needs(disk_bytes=1, memory_bytes=10**15, open_files=1), r"takes 1000000000 MB of memory, \d+ MB are"),
+        (Needs(disk_bytes=1, memory_bytes=1, open_files=10**9), r"takes 1000000000 open files, the limit is \d+"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_numbers(asked: Needs, message: str, tmp_path: Path) -> None:
+    if asked.open_files > 1 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == resource.RLIM_INFINITY:
+        pytest.skip("this machine has no limit on open files")
+    with pytest.raises(EnvironmentFault, match=message):
+        require_admitted(asked, tmp_path)
+
+
+def test_memory_grows_with_threads_and_rows_but_not_with_the_model() -> None:
+    assert needs(disk_bytes=1).memory_bytes == needs(disk_bytes=10**12).memory_bytes == crew_size() * 6 * BLOCK_BYTES
+    assert needs(disk_bytes=1, longest_row_bytes=2 * BLOCK_BYTES).memory_bytes == crew_size() * 12 * BLOCK_BYTES
+
+
+def groups(root: Path, limits: dict[str, tuple[str, int, int]]) -> dict[str, Path]:
+    """Lay out control groups as the kernel shows them: path -> limit, bytes in use, and how many of them are cache."""
+    for path, (limit, current, cache) in limits.items():
+        at = root / path
+        at.mkdir(parents=True, exist_ok=True)
+        (at / "memory.max").write_text(f"{limit}\n")
+        (at / "memory.current").write_text(f"{current}\n")
+        (at / "memory.stat").write_text(f"anon 1\nactive_file {cache}\ninactive_file 0\nslab 9\n")
+    (root / "membership").write_text("0::/job/step\n")
+    return {"membership": root / "membership", "mount": root}
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({"job/step": ("max", 5, 0)}, None),
+        ({"job/step": ("1000", 600, 0)}, 400),
+        ({"job/step": ("1000", 600, 500)}, 900),
+        ({"job": ("700", 600, 0), "job/step": ("1000", 600, 0)}, 100),
+    ],
+)
+def test_the_tightest_control_group_counts_and_cache_is_no_burden(
+    limits: dict[str, tuple[str, int, int]], left: int | None, tmp_path: Path
+) -> None:
+    assert control_group_memory(**groups(tmp_path, limits)) == left
+
+
+def test_a_control_group_refuses_what_the_machine_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = groups(tmp_path, {"job/step": ("50000000", 40000000, 0)})
+    monkeypatch.setattr(admission, "control_group_memory", lambda: control_group_memory(**places))
+    with pytest.raises(EnvironmentFault, match="takes 11 MB of memory, 10 MB are available"):
+        require_admitted(Needs(disk_bytes=1, memory_bytes=11 * 10**6, open_files=1), tmp_path)
