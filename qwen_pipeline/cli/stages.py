@@ -312,6 +312,15 @@ def quantize(
     )
 
 
+@answering(app, "export", examples=["qwen-pipeline export --in quantized/ --out for-vllm/"])
+def export(source: Annotated[Path, typer.Option("--in", help="Directory that quantize wrote.")], out: Out) -> Answer:
+    """Write the same codes as compressed-tensors (pack-quantized), vLLM's own format. Nothing is quantized again."""
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.stages import export as stage
+
+    return made_by(lambda observe: stage.export(source=source, destination=Directory(out), observe=observe))
+
+
 @answering(
     app,
     "validate",

@@ -12,6 +12,7 @@ COMMANDS = (
     "pad",
     "calibrate",
     "evidence",
+    "export",
     "quantize",
     "validate",
     "publish",

@@ -1,0 +1,73 @@
+"""``quantized -> exported``: the same codes in compressed-tensors' ``pack-quantized``, which vLLM calls its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.errors import listed
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.code_format import code_format
+from qwen_pipeline.transforms.compressed_writer import as_compressed
+
+STAGE = "exported"
+CODE_VERSION = "1"
+SAME_WEIGHTS = CheckSpec(
+    name="same_weights", description="Codes, zero points, scales and groups, read back, are those of the source."
+)
+CHECKS = (SAME_WEIGHTS,)
+
+
+def export(*, source: Path, destination: Destination, observe: Observe = unobserved) -> Artifact:
+    """Write a GPTQ checkpoint in the format ``pack-quantized`` of compressed-tensors; nothing is quantized again.
+
+    Raises:
+        CheckpointRefused: The source is no GPTQ checkpoint of 4 or 8 bits.
+    """
+    quantized = open_checkpoint(source)
+    compressed = as_compressed(quantized)
+    derivation = Derivation(
+        stage=STAGE,
+        inputs={"quantized": checkpoint_digest(source, observe=observe)},
+        spec={"format": "pack-quantized"},
+        code_version=CODE_VERSION,
+    )
+
+    def build(partial: Path) -> Built:
+        contents = write_checkpoint(compressed, partial, task="export", observe=observe)
+        report = check_weights(quantized, open_checkpoint(partial))
+        return Built(contents=contents, result={"checks": dump_reports([report])})
+
+    return derive(derivation, destination, build)
+
+
+def check_weights(quantized: Checkpoint, exported: Checkpoint) -> CheckReport:
+    """Report on :data:`SAME_WEIGHTS`."""
+    modules = [name.removesuffix(".qweight") for name in quantized if name.endswith(".qweight")]
+    wrong = list(_differing(quantized, exported, modules))
+    return CheckReport(
+        name=SAME_WEIGHTS.name,
+        passed=not wrong,
+        detail=f"Other weights in {listed(wrong)}. Export again; if it persists, report it as a defect."
+        if wrong
+        else f"True for {len(modules)} modules.",
+        measured=float(len(wrong)),
+        limit=0.0,
+    )
+
+
+def _differing(quantized: Checkpoint, exported: Checkpoint, modules: list[str]) -> Iterator[str]:
+    import torch
+
+    before, after = (code_format(each.config["quantization_config"]) for each in (quantized, exported))
+    for module in modules:
+        old, new = before.load(quantized, module), after.load(exported, module)
+        outputs = old.qweight.shape[1]
+        same = torch.equal(old.qweight, new.qweight) and torch.equal(old.scales, new.scales)
+        zeros = torch.equal(old.zeros(0, outputs), new.zeros(0, outputs))
+        if not (same and zeros and torch.equal(old.g_idx, new.g_idx)):
+            yield module

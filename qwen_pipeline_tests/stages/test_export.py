@@ -1,0 +1,92 @@
+"""The same weights in vLLM's format, as the package compressed-tensors itself decompresses them where it is there."""
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.reports import load_reports
+from qwen_pipeline.stages.export import check_weights, export
+from qwen_pipeline.transforms.compressed_writer import as_compressed
+from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline_tests.chain import Chain
+
+
+@pytest.fixture
+def asymmetric(chain: Chain, tmp_path: Path) -> Path:
+    """The chain's codes with other zero points, in groups that are not in order."""
+    import json
+    import shutil
+
+    root = Path(shutil.copytree(chain.quantized, tmp_path / "asymmetric"))
+    (root / "manifest.json").unlink()
+    tensors = load_file(root / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith(".qzeros"):
+            tensor.random_(-(2**31), 2**31 - 1, generator=generator)
+        if name.endswith(".g_idx"):
+            tensor.copy_(tensor[torch.randperm(len(tensor), generator=generator)])
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((root / "config.json").read_bytes())
+    config["quantization_config"] |= {"sym": False, "desc_act": True}
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
+def test_a_quantized_checkpoint_is_exported_whole(chain: Chain, tmp_path: Path) -> None:
+    artifact = export(source=chain.quantized, destination=Directory(tmp_path / "out"))
+    require_intact(artifact.path)
+    assert [(report.name, report.passed) for report in load_reports(artifact.manifest.result)] == [
+        ("same_weights", True)
+    ]
+    before, after = open_checkpoint(chain.quantized), open_checkpoint(artifact.path)
+    kept = [name for name in before if not name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))]
+    assert all(torch.equal(before.load(name), after.load(name)) for name in kept)
+    settings = after.config["quantization_config"]
+    assert settings["ignore"] == ["lm_head"]
+    assert not any(name.endswith(("qweight", "g_idx", "zero_point")) for name in after)
+
+
+def test_asymmetric_codes_out_of_order_are_exported(asymmetric: Path, tmp_path: Path) -> None:
+    artifact = export(source=asymmetric, destination=Directory(tmp_path / "out"))
+    assert load_reports(artifact.manifest.result)[0].passed
+    assert any(name.endswith("weight_zero_point") for name in open_checkpoint(artifact.path))
+
+
+def test_one_other_code_is_found(chain: Chain) -> None:
+    quantized = open_checkpoint(chain.quantized)
+    exported = as_compressed(quantized)
+    name = "model.layers.1.mlp.up_proj.weight_packed"
+    words = exported.load(name).clone()
+    words[3, 1] ^= 1
+    spoilt = replace(exported.tensors[name], read=lambda start, stop: words[start:stop], stored=None)
+    report = check_weights(quantized, exported.replace(tensors={name: spoilt}))
+    assert not report.passed
+    assert "model.layers.1.mlp.up_proj" in report.detail
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_the_package_decompresses_the_same_weights(chain: Chain, asymmetric: Path, kind: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    packing: Any = import_module("compressed_tensors.compressors.pack_quantized.helpers")
+    quantized = open_checkpoint(chain.quantized if kind == "symmetric" else asymmetric)
+    exported, form = as_compressed(quantized), gptq_format(quantized.config)
+    for name in (name for name in exported if name.endswith(".weight_packed")):
+        module = name.removesuffix(".weight_packed")
+        shape = torch.Size(exported.load(f"{module}.weight_shape").tolist())
+        codes_OI = packing.unpack_from_int32(exported.load(name), form.bits, shape).float()
+        scales_OG = exported.load(f"{module}.weight_scale").float()
+        zeros_OG = torch.zeros_like(scales_OG)
+        if not form.sym:
+            packed = exported.load(f"{module}.weight_zero_point")
+            zeros_OG = packing.unpack_from_int32(packed, form.bits, scales_OG.shape, packed_dim=0).float()
+        groups = quantized.load(f"{module}.g_idx").long()
+        weight_OI = (codes_OI - zeros_OG[:, groups]) * scales_OG[:, groups]
+        assert torch.equal(weight_OI, form.load(quantized, module).weight_rows(0, shape[0]))
