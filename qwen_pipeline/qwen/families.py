@@ -143,12 +143,17 @@ def number_of_experts(config: Config) -> int:
     return int(text.get("num_experts", text.get("num_local_experts")) or 0)
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the embedding itself: the config says so, or there is no tensor for it."""
-    config = checkpoint.config
+def declares_tied(config: Config) -> bool:
+    """Whether Transformers makes the output head the embedding itself, whatever is stored."""
     family = FAMILIES.get(str(config.get("model_type")), Family())
     declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
-    return bool(family.ties and declared) or not any(f"{head}.weight" in checkpoint for head in family.heads)
+    return bool(family.ties and declared)
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output head is the embedding itself: the config says so, or there is no tensor for it."""
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")), Family())
+    return declares_tied(checkpoint.config) or not any(f"{head}.weight" in checkpoint for head in family.heads)
 
 
 def _levels(config: Config) -> list[tuple[str, Config]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import Config, text_config
+from qwen_pipeline.qwen.families import Config, declares_tied, text_config
 from qwen_pipeline.qwen.geometry import Layout, PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
 from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
@@ -131,8 +131,7 @@ def obstacle_of(config: Config, targets: Targets, *, group_size: int) -> str:
 def quantized_bytes(config: Config, group_size: int) -> int:
     """Return the bytes of a model's weights after quantization: codes, scales, and what stays in 16 bits."""
     bits = sum(_bits(matrix, group_size) * layers for matrix, layers in _counted(config))
-    tied = bool(config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False)))
-    embeddings = required(config, "vocab_size") * required(config, "hidden_size") * (1 if tied else 2)
+    embeddings = required(config, "vocab_size") * required(config, "hidden_size") * (1 if declares_tied(config) else 2)
     return bits // 8 + 2 * embeddings
 
 

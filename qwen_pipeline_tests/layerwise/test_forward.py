@@ -41,8 +41,9 @@ def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
 
 
-def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
-    root = tiny_qwen2(tmp_path / "model", tie=True)
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_audio"])
+def test_the_head_is_the_embedding_where_transformers_ties_it(family: str, tmp_path: Path) -> None:
+    root = tiny_model(family, tmp_path / "model", tie=True)
     torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
 
 
