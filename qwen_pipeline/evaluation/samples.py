@@ -9,7 +9,11 @@ DEFAULT_PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences what a list is in Python.",
     "Write one short sentence about the sea.",
+    "A farmer has seventeen sheep. All but nine of them run away over the hill in the night, and in the morning a"
+    " neighbour brings three of the runaways back, while two lambs are born in the barn. Count step by step how many"
+    " animals the farmer has at noon, and end with the number.",
 )
+"""Three of fewer than 50 tokens and one of more: some kernels change with that number, and some err on one side."""
 MAX_NEW_TOKENS = 48
 MAX_PHRASE_WORDS = 12
 MIN_REPEATS = 4

@@ -12,12 +12,12 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
-from qwen_pipeline.evaluation.language import NotLoaded, load_model
+from qwen_pipeline.evaluation.language import NotLoaded, greedy_answer, load_model
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
-from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2
+from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, VOCABULARY, tiny_model, tiny_qwen2
 
 
 def windows(count: int = 3, length: int = 20) -> list[torch.Tensor]:
@@ -57,6 +57,15 @@ def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(ch
     assert "mlp.down_proj" in (found["resized"].fault or "")
     assert "missing_keys: model.layers.0.mlp.experts.down_proj" in (found["experts"].unplaced or "")
     assert found["experts"].fault is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in LANGUAGE_FAMILIES if "omni" not in family])
+def test_a_model_of_every_family_answers(family: str, tmp_path: Path) -> None:
+    model = load_model(str(tiny_model(family, tmp_path / "model")))
+    answer = greedy_answer(model, [5, 6, 7], max_new_tokens=4)
+    assert 1 <= len(answer) <= 4
+    assert greedy_answer(model, [5, 6, 7, *answer[:-1]], max_new_tokens=1) == answer[-1:]
 
 
 def test_an_environment_without_the_engine_is_a_fault(chain: Chain, tmp_path: Path) -> None:
