@@ -1,7 +1,8 @@
 """Whether Transformers finds a place for every tensor of a checkpoint, asked without its bytes.
 
 Transformers' own loader decides: renamed prefixes, experts that are stacked, quantized layers. It is given tensors that
-have a dtype and a shape and no memory, for a model that has none either, so that the answer takes no more than headers.
+have a dtype, a shape and one element, for a model that has no memory, so that the answer takes no more than headers.
+(Qwen4's tables of n-grams are the exception: Transformers keeps them on the CPU, in its own memory.)
 """
 
 import re
@@ -53,8 +54,7 @@ def place_tensors(root: Path) -> Placement:
             return Placement(fault=f"Transformers {transformers.__version__} has no architecture {name!r}.")
         checkpoint = open_model(root)
         shapes = {
-            tensor: torch.empty(spec.shape, dtype=spec.torch_dtype, device="meta")
-            for tensor, spec in checkpoint.items()
+            tensor: torch.zeros((), dtype=spec.torch_dtype).expand(spec.shape) for tensor, spec in checkpoint.items()
         }
         with _kernels_of_the_cpu():
             model, info = architecture.from_pretrained(

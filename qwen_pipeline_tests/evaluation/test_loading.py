@@ -11,7 +11,9 @@ from qwen_pipeline.evaluation.loading import place_tensors
 from qwen_pipeline_tests.tiny import tiny_model
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp"]
+)
 def test_a_whole_checkpoint_of_any_family_finds_its_place(tmp_path: Path, family: str) -> None:
     placement = place_tensors(tiny_model(family, tmp_path / "model"))
     assert placement.fault is None
