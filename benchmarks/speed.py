@@ -266,7 +266,7 @@ def _mergekit(scratch: Path) -> tuple[str, ...]:
     (scratch / "mergekit.yml").write_text(
         "merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: base+adapter\n"
     )
-    options = ("--lora-merge-cache", "lora-cache", "--no-copy-tokenizer")
+    options = ("--lora-merge-cache", "cache/lora", "--no-copy-tokenizer", "--no-write-model-card")
     return (str(home / "bin" / "mergekit-yaml"), "mergekit.yml", "out", *options)
 
 

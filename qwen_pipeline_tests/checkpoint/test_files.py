@@ -1,0 +1,74 @@
+"""Files that are shared where that is allowed, and never with anything that may change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_pipeline.checkpoint.files import clone_file, copy_file, share_file
+from qwen_pipeline.checkpoint.lazy import LazyTensor, open_checkpoint
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+
+
+@pytest.fixture
+def clones(sharded: Path, tmp_path: Path) -> bool:
+    """Whether this disk can share blocks, so that nothing needs to be a second name."""
+    return clone_file(sharded / FIRST, tmp_path / "probe")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_an_unchanged_shard_is_a_second_name_only_if_that_is_allowed(
+    sharded: Path, tmp_path: Path, clones: bool, allowed: bool
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    contents = write_checkpoint(open_checkpoint(sharded), out, task="", hard_links=allowed)
+    for shard in (FIRST, SECOND):
+        assert (out / shard).samefile(sharded / shard) == (allowed and not clones)
+    assert contents.tensors.keys() == open_checkpoint(out).keys()
+
+
+def test_a_changed_shard_is_never_a_second_name(sharded: Path, tmp_path: Path) -> None:
+    source, out = open_checkpoint(sharded), tmp_path / "out"
+    before = (sharded / FIRST).read_bytes()
+    zeros = LazyTensor(
+        spec=source["a.weight"], read=lambda start, stop: torch.zeros(stop - start, 5, dtype=torch.bfloat16)
+    )
+    out.mkdir()
+    write_checkpoint(source.replace(tensors={"a.weight": zeros}), out, task="", hard_links=True)
+
+    assert not (out / FIRST).samefile(sharded / FIRST)
+    assert (sharded / FIRST).read_bytes() == before
+    assert not open_checkpoint(out).load("a.weight").any()
+
+
+def test_a_copy_and_its_source_change_without_each_other(sharded: Path, tmp_path: Path) -> None:
+    before, copy = (sharded / FIRST).read_bytes(), tmp_path / "deep" / "copy"
+    copy_file(sharded / FIRST, copy)
+    assert not copy.samefile(sharded / FIRST)
+    copy.write_bytes(b"changed")
+    assert (sharded / FIRST).read_bytes() == before
+
+
+def test_sharing_without_leave_and_without_clones_does_nothing(sharded: Path, tmp_path: Path, clones: bool) -> None:
+    assert share_file(sharded / FIRST, tmp_path / "shared", hard_links=False) == clones
+    assert (tmp_path / "shared").exists() == clones
+
+
+def test_an_unfinished_file_with_a_second_name_is_not_written_into(sharded: Path, tmp_path: Path) -> None:
+    """As if somebody had linked a file to where an attempt would continue one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    write_checkpoint(open_checkpoint(sharded), out, task="")
+    (out / FIRST).rename(tmp_path / "precious")
+    (out / f"{FIRST}.tmp").hardlink_to(tmp_path / "precious")
+    damaged = bytearray((tmp_path / "precious").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "precious").write_bytes(damaged)
+
+    write_checkpoint(open_checkpoint(sharded), out, task="")
+
+    assert (tmp_path / "precious").read_bytes() == damaged
+    assert not (out / FIRST).samefile(tmp_path / "precious")
