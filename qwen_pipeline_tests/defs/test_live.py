@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from qwen_pipeline_tests.site import FINE_TUNE, Site
 pytestmark = pytest.mark.slow
 
 PATIENCE_SECONDS = 400
-ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
+ENDED = {"SUCCESS", "FAILURE", "CANCELED", "COMPLETED_SUCCESS", "COMPLETED_FAILED"}
+WHERE = {"repositoryLocationName": "qwen_pipeline", "repositoryName": "__repository__"}
 
 ADD_PARTITION = """mutation ($repository: RepositorySelector!, $key: String!) {
   addDynamicPartition(repositorySelector: $repository, partitionsDefName: "fine_tunes", partitionKey: $key) {
@@ -33,6 +34,11 @@ ADD_PARTITION = """mutation ($repository: RepositorySelector!, $key: String!) {
 LAUNCH = """mutation ($parameters: ExecutionParams!) { launchRun(executionParams: $parameters) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 STATUS = "query ($run: ID!) { runOrError(runId: $run) { ... on Run { status } } }"
+BACKFILL = """mutation ($parameters: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $parameters) {
+  __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"""
+BACKFILL_STATUS = (
+    "query ($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } } }"
+)
 RUNS = "query { runsOrError { ... on Runs { results { runId jobName } } } }"
 CHECKS = """query { assetNodes { groupName assetKey { path } assetChecksOrError { ... on AssetChecks {
   checks { name executionForLatestMaterialization { status } } } } } }"""
@@ -75,8 +81,18 @@ class Server:
                 time.sleep(0.5)
 
     def wait_for_run(self, run_id: str) -> str:
+        return self._wait(lambda: self.ask(STATUS, run=run_id)["runOrError"]["status"])
+
+    def wait_for_backfill(self, backfill_id: str) -> str:
+        return self._wait(lambda: self.ask(BACKFILL_STATUS, id=backfill_id)["partitionBackfillOrError"]["status"])
+
+    def add_fine_tune(self, name: str) -> None:
+        added = self.ask(ADD_PARTITION, repository=WHERE, key=name)
+        assert added["addDynamicPartition"]["__typename"] == "AddDynamicPartitionSuccess"
+
+    def _wait(self, status_now: Callable[[], str]) -> str:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while (status := self.ask(STATUS, run=run_id)["runOrError"]["status"]) not in ENDED:
+        while (status := status_now()) not in ENDED:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(1)
         return status
@@ -90,9 +106,9 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture
-def server(site: Site, tmp_path: Path) -> Iterator[Server]:
-    running = Server(site, tmp_path / "server.log")
+@contextmanager
+def serving(site: Site, log: Path) -> Generator[Server]:
+    running = Server(site, log)
     try:
         running.wait_until_up()
         yield running
@@ -100,17 +116,20 @@ def server(site: Site, tmp_path: Path) -> Iterator[Server]:
         running.stop()
 
 
-def test_a_partition_launched_over_graphql_is_published_and_every_check_is_stored(site: Site, server: Server) -> None:
+def test_a_partition_launched_over_graphql_is_published_and_every_check_is_stored(site: Site, tmp_path: Path) -> None:
+    with serving(site, tmp_path / "server.log") as server:
+        publish_over_graphql(site, server)
+
+
+def publish_over_graphql(site: Site, server: Server) -> None:
     assert server.process.stdout
     assert json.loads(server.process.stdout.readline())["url"].endswith(f":{server.port}")
     site.drop()
     arrival = site.inbox.require(FINE_TUNE)
-    where = {"repositoryLocationName": "qwen_pipeline", "repositoryName": "__repository__"}
-    added = server.ask(ADD_PARTITION, repository=where, key=FINE_TUNE)
-    assert added["addDynamicPartition"]["__typename"] == "AddDynamicPartitionSuccess"
+    server.add_fine_tune(FINE_TUNE)
     tags = {"dagster/partition": FINE_TUNE, ARRIVAL_TAG: f"{FINE_TUNE}@{arrival.digest}"}
     parameters = {
-        "selector": {**where, "jobName": "process_fine_tune"},
+        "selector": {**WHERE, "jobName": "process_fine_tune"},
         "mode": "default",
         "runConfigData": {},
         "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
@@ -141,3 +160,24 @@ def test_a_partition_launched_over_graphql_is_published_and_every_check_is_store
     ).is_file()
     # The sensor has seen the same content meanwhile, and left it to the run by hand.
     assert [run["runId"] for run in server.ask(RUNS)["runsOrError"]["results"]] == [run_id]
+
+
+def test_a_backfill_publishes_nothing_that_misses_a_limit(site: Site, tmp_path: Path) -> None:
+    site.configure("\n[validation.limits]\nmax_mean_kl = 0\n")
+    site.drop()
+    with serving(site, tmp_path / "server.log") as server:
+        backfill(server)
+
+    store = CheckpointStore(site.settings.store_root)
+    assert store.latest("validated", FINE_TUNE)
+    assert not store.latest("published", FINE_TUNE)
+
+
+def backfill(server: Server) -> None:
+    server.add_fine_tune(FINE_TUNE)
+    keys = [node["assetKey"] for node in server.ask(CHECKS)["assetNodes"] if node["groupName"] == GROUP]
+    parameters = {"assetSelection": keys, "partitionNames": [FINE_TUNE]}
+    launched = server.ask(BACKFILL, parameters=parameters)["launchPartitionBackfill"]
+    assert launched["__typename"] == "LaunchBackfillSuccess", launched
+
+    assert server.wait_for_backfill(launched["backfillId"]) == "COMPLETED_FAILED", server.log.read_text()
