@@ -29,3 +29,14 @@ def logits(root: Path, *, dtype: torch.dtype = torch.float64, tokens: int = 24) 
     model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, attn_implementation="eager")
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(7))
     return model(ids).logits
+
+
+def assert_no_further(name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Assert that ours is no further from the float64 answer than theirs; return both largest errors.
+
+    Ours is computed in float32 and rounded once. Where the answer is all but midway between two values, float32 may
+    fall to the other side, which is further away by its own error: far less than a thousandth of the step.
+    """
+    our_error, their_error = ((found.double() - exact).abs().max().item() for found in (ours, theirs))
+    assert our_error <= their_error * 1.001, name
+    return our_error, their_error

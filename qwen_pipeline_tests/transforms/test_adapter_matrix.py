@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from qwen_pipeline.qwen.families import FAMILIES
 from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, applies, grid, peft_answer, put_on_grid, train
 from qwen_pipeline_tests.layouts import Layout, layouts_of
-from qwen_pipeline_tests.oracles import merged_with
+from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lora.md"
@@ -81,14 +81,9 @@ def largest_error(kind: Kind, base: Path, scratch: Path) -> str:
     ours = merged_state(base, scratch / "adapter", scratch / "merged")
     exact, theirs = (peft_answer(kind, base, scratch / "adapter", dtype) for dtype in (torch.float64, torch.bfloat16))
     assert ours.keys() == exact.keys()
-    largest = {"ours": 0.0, "theirs": 0.0}
-    for name, answer in exact.items():
-        errors = {
-            who: (of[name].double() - answer).abs().max().item() for who, of in (("ours", ours), ("theirs", theirs))
-        }
-        assert errors["ours"] <= errors["theirs"], name
-        largest = {who: max(largest[who], errors[who]) for who in largest}
-    return f"{largest['ours'] / largest['theirs']:.1f}" if largest["ours"] else "exact"
+    errors = [assert_no_further(name, ours[name], theirs[name], answer) for name, answer in exact.items()]
+    our_error, their_error = map(max, zip(*errors, strict=True))
+    return f"{our_error / their_error:.1f}" if our_error else "exact"
 
 
 def exact_base(family: str, kind: Kind, base_of: Base, layout: Layout = "saved") -> Path:

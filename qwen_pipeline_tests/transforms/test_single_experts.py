@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qwen_pipeline_tests.layouts import fused
-from qwen_pipeline_tests.oracles import merged_with
+from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import tiny_model
 
 
@@ -41,8 +41,7 @@ def test_an_adapter_of_single_experts_merges_into_separate_and_stacked_ones(tmp_
     )
     ours = merged_with(separate, tmp_path / "adapter")
     for name in ours:
-        error = (ours.load(name).double() - exact[name]).abs().max()
-        assert error <= (theirs[name].double() - exact[name]).abs().max(), name
+        assert_no_further(name, ours.load(name), theirs[name], exact[name])
     expected, found = fused({name: ours.load(name) for name in ours}), merged_with(stacked, tmp_path / "adapter")
     assert expected.keys() == set(found)
     assert all(torch.equal(found.load(name), expected[name]) for name in found)
