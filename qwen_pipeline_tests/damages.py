@@ -22,7 +22,7 @@ UP, DOWN, KEY = f"{L0}.mlp.up_proj", f"{L1}.mlp.down_proj", f"{L0}.self_attn.k_p
 EXPERT = "model.layers.0.mlp.experts.1"
 SHARD = "model.safetensors"
 EXPONENT = 1 << 10
-"""The lowest bit of a float16's exponent: a scale becomes twice or half what it was."""
+"""The lowest bit of a float16's exponent: cleared, a scale is half what it was; the next, set, makes it fourfold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,15 +114,19 @@ def scale(module: str, change: Callable[[torch.Tensor], torch.Tensor | float]) -
     return edit
 
 
-def louder(exponent: bool) -> Callable[[Tensors, Config], None]:
-    """Flip the exponent's lowest bit of the first scale in which it is clear (or set)."""
+def halved_scale(tensors: Tensors, _: Config) -> None:
+    """Clear the exponent's lowest bit of the first scale in which it is set."""
+    _flip(tensors[f"{DOWN}.scales"].view(torch.int16), EXPONENT, was=True)
 
-    def edit(tensors: Tensors, _: Config) -> None:
-        words = tensors[f"{DOWN}.scales"].view(torch.int16)
-        group, output = ((words & EXPONENT == 0) == exponent).nonzero()[0].tolist()
-        words[group, output] ^= EXPONENT
 
-    return edit
+def fourfold_scale(tensors: Tensors, _: Config) -> None:
+    """Set the exponent's second bit of the first scale in which it is clear."""
+    _flip(tensors[f"{DOWN}.scales"].view(torch.int16), EXPONENT << 1, was=False)
+
+
+def _flip(words: torch.Tensor, bit: int, *, was: bool) -> None:
+    group, output = ((words & bit != 0) == was).nonzero()[0].tolist()
+    words[group, output] ^= bit
 
 
 def sharded(healthy: Healthy, out: Path) -> dict[str, str]:
