@@ -57,7 +57,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "5"
+CODE_VERSION = "6"
 ENGINE = "gptqmodel"
 """What Transformers loads GPTQ checkpoints with, whichever engine made them."""
 
