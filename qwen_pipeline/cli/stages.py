@@ -37,7 +37,9 @@ PackingName = Annotated[
     Literal["stream", "documents"], typer.Option(help="Records one after the other, or in windows of their own.")
 ]
 AllExperts = Annotated[bool, typer.Option("--all-experts", help="Give every token to every expert (gptqmodel).")]
-EngineName = Annotated[EngineChoice, typer.Option(help="What quantizes: auto is our layer loop for dense models.")]
+EngineName = Annotated[
+    EngineChoice, typer.Option(help="What quantizes: auto is our layer loop for dense models on a GPU.")
+]
 EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
 
 

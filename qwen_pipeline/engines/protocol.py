@@ -62,7 +62,7 @@ class QuantSpec:
 
     Attributes:
         engine: ``layerwise`` is the loop of our own over GPTQModel's solver, the others are libraries; ``auto`` leaves
-            the choice to the model's family.
+            the choice to the model's family and the device.
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).

@@ -93,7 +93,7 @@ def quantize(
     )
     linears = decoder_linears(checkpoint)
     if spec.engine == "auto":
-        spec = replace(spec, engine="gptqmodel" if spec.dynamic else chosen_engine(linears))
+        spec = replace(spec, engine="gptqmodel" if spec.dynamic else chosen_engine(linears, spec.device))
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
@@ -153,12 +153,13 @@ def quantize(
     return derive(derivation, destination, build)
 
 
-def chosen_engine(linears: Sequence[Linear]) -> EngineName:
+def chosen_engine(linears: Sequence[Linear], device: str) -> EngineName:
     """Return the layer loop for models where it was measured to be no worse than GPTQModel's own and no slower.
 
-    That is dense decoders with full attention: see ``docs/numerics.md``.
+    That is dense decoders with full attention on a GPU: see ``docs/numerics.md``.
     """
-    return "layerwise" if all(linear.kind in DECODER_LINEARS for linear in linears) else "gptqmodel"
+    dense = all(linear.kind in DECODER_LINEARS for linear in linears)
+    return "layerwise" if dense and device != "cpu" else "gptqmodel"
 
 
 def _require_packable(linears: Sequence[Linear], spec: QuantSpec) -> None:

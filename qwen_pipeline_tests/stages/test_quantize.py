@@ -339,8 +339,10 @@ def descendants(pid: int) -> list[int]:
     ("family", "engine"), [("qwen3", "layerwise"), ("qwen2_5_vl", "layerwise"), ("qwen3_moe", "gptqmodel"),
                            ("qwen3_5_text", "gptqmodel")],
 )  # fmt: skip
-def test_the_layer_loop_is_chosen_for_dense_models(tmp_path: Path, family: str, engine: EngineName) -> None:
-    assert chosen_engine(decoder_linears(open_checkpoint(tiny_model(family, tmp_path)))) == engine
+def test_the_layer_loop_is_chosen_for_dense_models_on_a_gpu(tmp_path: Path, family: str, engine: EngineName) -> None:
+    linears = decoder_linears(open_checkpoint(tiny_model(family, tmp_path)))
+    assert chosen_engine(linears, "cuda") == engine
+    assert chosen_engine(linears, "cpu") == "gptqmodel"
 
 
 class TestRefusals:
