@@ -8,7 +8,6 @@ divergence of whole models (:mod:`benchmarks.padding`).
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import RESULTS
 from benchmarks.machine import describe_machine
-from benchmarks.padding import GROUP_SIZE, QUIET, RANKS, padded_model
+from benchmarks.padding import GROUP_SIZE, QUIET, RANKS, arguments, padded_model
 from benchmarks.upcycled import ROUTED, STEP, upcycle
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import open_manifest
@@ -145,14 +144,8 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
-    parser.add_argument("--windows", type=int, default=16, help="held-out windows")
+    parser = arguments(__doc__, windows=16)
     parser.add_argument("--thirds", type=int, default=1, help="of every third layer, measure every so-many-th")
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
-    parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-padding")
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
     base, texts = asked.base or build_base(asked.scratch / "base").path, write_texts(asked.scratch)

@@ -167,18 +167,24 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.rename_axis("treatment").reset_index()
 
 
-def main() -> None:
-    names = [treatment.name for treatment in TREATMENTS]
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=RANKS, default=list(RANKS))
-    parser.add_argument("--treatments", nargs="+", choices=names, default=names)
-    parser.add_argument("--seeds", type=int, default=4)
+def arguments(description: str | None, *, windows: int) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of padding asks for: tokens, the demo's base, an engine, a directory."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
-    parser.add_argument("--windows", type=int, default=32, help="held-out windows")
+    parser.add_argument("--windows", type=int, default=windows, help="held-out windows")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-padding")
+    return parser
+
+
+def main() -> None:
+    names = [treatment.name for treatment in TREATMENTS]
+    parser = arguments(__doc__, windows=32)
+    parser.add_argument("--models", nargs="+", choices=RANKS, default=list(RANKS))
+    parser.add_argument("--treatments", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", type=int, default=4)
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(asked)

@@ -19,7 +19,7 @@ from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.cuts import diverge
 from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
 from qwen_pipeline.evaluation.findings import QUANTIZED
-from qwen_pipeline.evaluation.loading import complaints_of, kernel_of, place_tensors
+from qwen_pipeline.evaluation.loading import complaints_of, fault_of, loading_options, place_tensors
 from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.forward import Place
@@ -109,19 +109,11 @@ def load_model(root: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True)
         load = _from_recipe if is_recipe(Path(root)) else _from_files
-        model, info = load(
-            root,
-            config,
-            dtype=torch.float32,
-            device_map="cpu",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told which they are
-            **kernel_of(config),
-        )
+        model, info = load(root, config, **loading_options(config, device="cpu"))
     except MemoryError:
         raise
     except Exception as error:
-        raise NotLoaded(f"{type(error).__name__}: {str(error).strip()[:600]}") from error
+        raise NotLoaded(fault_of(error)) from error
     if complaints := complaints_of(info):
         raise NotLoaded(complaints)
     return model.eval()

@@ -42,6 +42,22 @@ class Placement:
     linears: dict[str, int] = field(default_factory=dict[str, int])
 
 
+def loading_options(config: Any, *, device: str) -> dict[str, Any]:
+    """Return how ``from_pretrained`` is asked for a model in float32 and for an account of its tensors."""
+    return {
+        "dtype": torch.float32,
+        "device_map": device,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # to be told which they are
+        **kernel_of(config),
+    }
+
+
+def fault_of(error: Exception) -> str:
+    """Return what Transformers said when it did not load a checkpoint."""
+    return f"{type(error).__name__}: {str(error).strip()[:600]}"
+
+
 def place_tensors(root: Path) -> Placement:
     """Have Transformers place every tensor of a checkpoint, or of a recipe, of any family."""
     import transformers
@@ -57,20 +73,12 @@ def place_tensors(root: Path) -> Placement:
             tensor: torch.zeros((), dtype=spec.torch_dtype).expand(spec.shape) for tensor, spec in checkpoint.items()
         }
         with _kernels_of_the_cpu():
-            model, info = architecture.from_pretrained(
-                None,
-                config=config,
-                state_dict=shapes,
-                dtype=torch.float32,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to be told which they are
-                **kernel_of(config),
-            )
+            options = loading_options(config, device="meta")
+            model, info = architecture.from_pretrained(None, config=config, state_dict=shapes, **options)
     except MemoryError:
         raise
     except Exception as error:
-        return Placement(fault=f"{type(error).__name__}: {str(error).strip()[:600]}")
+        return Placement(fault=fault_of(error))
     if complaints := complaints_of(info):
         keys = [str(key) for found in info.values() for key in found or ()]
         packed = all(map(_OF_EXPERTS.fullmatch, keys)) and any(key.endswith(".qweight") for key in keys)

@@ -145,15 +145,18 @@ def number_of_experts(config: Config) -> int:
 
 def declares_tied(config: Config) -> bool:
     """Whether Transformers makes the output head the embedding itself, whatever is stored."""
-    family = FAMILIES.get(str(config.get("model_type")), Family())
     declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
-    return bool(family.ties and declared)
+    return bool(_family(config).ties and declared)
+
+
+def _family(config: Config) -> Family:
+    return FAMILIES.get(str(config.get("model_type")), Family())
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output head is the embedding itself: the config says so, or there is no tensor for it."""
-    family = FAMILIES.get(str(checkpoint.config.get("model_type")), Family())
-    return declares_tied(checkpoint.config) or not any(f"{head}.weight" in checkpoint for head in family.heads)
+    heads = _family(checkpoint.config).heads
+    return declares_tied(checkpoint.config) or not any(f"{head}.weight" in checkpoint for head in heads)
 
 
 def _levels(config: Config) -> list[tuple[str, Config]]:
