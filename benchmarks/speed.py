@@ -7,6 +7,7 @@ are named as skipped.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 
-MERGEKIT = ("mergekit==0.1.5",)
+MERGEKIT = "mergekit==0.1.5"
 COPY, START = "cp -r", "start"
 """What all are held against, and a process that imports what ours import and ends."""
 
@@ -259,15 +260,20 @@ def _needing(module: str, command: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _mergekit(scratch: Path) -> tuple[str, ...]:
-    """Install mergekit into an environment of its own, and have it merge the adapter on its base."""
-    home = scratch / "mergekit"
-    venv.create(home, with_pip=True, system_site_packages=False)
-    subprocess.run([home / "bin" / "pip", "install", "-q", *MERGEKIT, "peft"], check=True, timeout=900)
+    """Have mergekit merge the adapter on its base: the one at hand, or one in an environment of its own."""
     (scratch / "mergekit.yml").write_text(
         "merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: base+adapter\n"
     )
     options = ("--lora-merge-cache", "cache/lora", "--no-copy-tokenizer", "--no-write-model-card")
-    return (str(home / "bin" / "mergekit-yaml"), "mergekit.yml", "out", *options)
+    python = sys.executable if importlib.util.find_spec("mergekit") else _install_mergekit(scratch / "mergekit")
+    return (python, "-m", "mergekit.scripts.run_yaml", "mergekit.yml", "out", *options)
+
+
+def _install_mergekit(home: Path) -> str:
+    venv.create(home, with_pip=True)
+    torch = f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+    subprocess.run([home / "bin" / "pip", "install", "-q", MERGEKIT, "peft", torch], check=True, timeout=900)
+    return str(home / "bin" / "python")
 
 
 def _medians(runs: Sequence[Run]) -> dict[str, Mapping[str, float]]:
