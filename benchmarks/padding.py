@@ -77,11 +77,19 @@ class Benchmark:
 
     def run(self) -> None:
         """Measure every treatment of every model, draw after draw of calibration text."""
-        for seed in range(self._asked.seeds):
+        for seed in self._asked.seeds:
             for name in self._asked.models:
                 done = {(row["model"], row["treatment"], row["seed"]) for row in self.rows}
                 missing = [at for at in TREATMENTS if at.name in self._asked.treatments]
                 self._measure(name, [at for at in missing if (name, at.name, seed) not in done], seed)
+
+    def prepare(self) -> None:
+        """Make the models in every layout."""
+        for name in self._asked.models:
+            model = self._model(name)
+            for treatment in TREATMENTS:
+                if treatment.layout and treatment.name in self._asked.treatments:
+                    padded_model(self._scratch, name, model, treatment.layout)
 
     def _measure(self, name: str, treatments: Sequence[Treatment], seed: int) -> None:
         """Quantize after each treatment, then compare all of them with the full precision side by side."""
@@ -184,16 +192,23 @@ def main() -> None:
     parser = arguments(__doc__, windows=32)
     parser.add_argument("--models", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--treatments", nargs="+", choices=names, default=names)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="draws of calibration text")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only make the models, so that several runs can share them"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "padding", help="path without suffix")
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(asked)
+    if asked.prepare:
+        benchmark.prepare()
+        return
     benchmark.run()
     write_results(benchmark.rows, asked)
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], asked: argparse.Namespace) -> None:
-    """Write ``padding.json`` and ``padding.md`` beside the other results."""
+    """Write all rows and their table to ``--out`` with the suffixes ``.json`` and ``.md``."""
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{machine['cpu']}, {machine['cores']} cores"
@@ -208,10 +223,10 @@ draws of calibration text. Ratios are taken draw by draw.
 
 {chr(10).join(f"| {' | '.join(map(str, line))} |" for line in lines)}
 """
-    (RESULTS / "padding.md").write_text(text)
+    asked.out.with_suffix(".md").write_text(text)
     settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len")}
     found = {"date": day, "machine": machine, "device": device, "settings": settings, "rows": list(rows)}
-    (RESULTS / "padding.json").write_text(json.dumps(found, indent=2) + "\n")
+    asked.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     print(text)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,8 @@ def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineNam
     assert all(report.passed for report in load_reports(artifact.manifest.result))
     assert all(0 < loss["loss"] < 1 for loss in artifact.manifest.result["losses"])
     require_faithful(open_checkpoint(run.source), open_checkpoint(artifact.path))
+    for loader in (LOAD_AND_COMPARE, LOAD_WITH_GPTQMODEL):
+        assert compared(find_environment("gptqmodel"), loader, run.source, artifact.path)["kl"] < 0.1
 
 
 def require_faithful(source: Checkpoint, output: Checkpoint) -> None:
@@ -163,13 +166,17 @@ def dequantized(output: Checkpoint, module: str) -> torch.Tensor:
 
 
 def test_transformers_loads_it_and_predicts_nearly_the_same(run: Run, engine: EngineEnvironment) -> None:
-    printed = subprocess.run(
-        [engine.python, "-c", LOAD_AND_COMPARE, run.source, run.artifact.path],
-        capture_output=True, text=True, check=True, env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"},
-    )  # fmt: skip
-    found = json.loads(printed.stdout.splitlines()[-1])
+    found = compared(engine, LOAD_AND_COMPARE, run.source, run.artifact.path)
     assert found["missing"] == found["unexpected"] == found["mismatched"] == []
     assert found["kl"] < 0.1
+
+
+def compared(engine: EngineEnvironment, loader: str, source: Path, quantized: Path) -> dict[str, Any]:
+    printed = subprocess.run(
+        [engine.python, "-c", loader, source, quantized],
+        capture_output=True, text=True, check=True, env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"},
+    )  # fmt: skip
+    return json.loads(printed.stdout.splitlines()[-1])
 
 
 LOAD_AND_COMPARE = """
@@ -185,6 +192,19 @@ candidate, info = log_probabilities(sys.argv[2])
 kl = (reference.exp() * (reference - candidate)).sum(-1).mean().item()
 names = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
 print(); print(json.dumps({"kl": kl, **names}))
+"""
+
+LOAD_WITH_GPTQMODEL = """
+import json, sys, torch
+from gptqmodel import GPTQModel
+from transformers import AutoModelForCausalLM
+ids = torch.arange(256).reshape(4, 64)
+candidate = GPTQModel.load(sys.argv[2], device="cuda:0").model
+reference = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.inference_mode():
+    exact = reference(ids).logits.double().log_softmax(-1)
+    close = candidate(ids.cuda()).logits.double().cpu().log_softmax(-1)
+print(); print(json.dumps({"kl": (exact.exp() * (exact - close)).sum(-1).mean().item()}))
 """
 
 
@@ -319,6 +339,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(run: Run, tmp_path: Path
 QUANTIZE = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import EngineName, QuantSpec
