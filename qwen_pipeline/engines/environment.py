@@ -66,10 +66,13 @@ class EngineEnvironment:
         """The name of the engine's own package."""
         return _ENGINES[self.name].distributions[0]
 
-    def versions(self) -> dict[str, str]:
-        """Return the versions of what computes the codes, from package metadata: nothing is imported."""
+    def versions(self, *packages: str) -> dict[str, str]:
+        """Return versions of packages, by default of all that tell engines apart, as a worker would find them.
+
+        They come from metadata; nothing is imported.
+        """
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
-        command = [str(self.python), "-I", "-c", code, *_ENGINES[self.name].distributions]
+        command = [str(self.python), "-P", "-c", code, *(packages or _ENGINES[self.name].distributions)]
         try:
             found = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -101,11 +101,11 @@ def quantize(
     _require_maskable(linears, spec)
     _require_overrides_land(linears, spec)
     tokens = prepared or draw_calibration(calibration, source, spec.calibration)
-    versions = engine.versions()
+    versions = engine.versions(engine.package, "torch")
     derivation = Derivation(
         stage=STAGE,
         inputs={"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest},
-        spec={**spec.to_json(), "versions": {name: versions[name] for name in (engine.package, "torch")}},
+        spec={**spec.to_json(), "versions": versions},
         code_version=CODE_VERSION,
     )
 

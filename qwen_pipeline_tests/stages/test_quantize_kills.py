@@ -1,147 +1,54 @@
 """SIGKILL while the layer loop quantizes: nobody sees half a checkpoint, nobody survives, the digest stays the same.
 
 ``KILLS`` in the environment says how many there are. ``python -m qwen_pipeline_tests.stages.test_quantize_kills SOURCE
-TEXT``, run by the engine's own python, does the same to any model, with workers that are forked instead of started:
-they do not import the engine again, which is most of a small model's time, and everything else of them is real.
+TEXT``, run by the engine's own python, does the same to any model on a CPU or a GPU, and writes an account after each
+attempt. Its workers are forked instead of started, unless ``--spawn`` is given: they do not import the engine again,
+which is most of a small model's time, and everything else of them is real. Several can run side by side.
 """
 
 import argparse
+import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import traceback
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
+import torch
 
-from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
-from qwen_pipeline.progress import Observe, Progress, unobserved
-from qwen_pipeline.stages.quantize import WORKSHOP, quantize
+from qwen_pipeline.engines.protocol import Device, QuantSpec, default_device
 from qwen_pipeline.workers import child, parent
-from qwen_pipeline_tests.chain import write_text
-from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, survive
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=4, seq_len=32, batch_size=4, threads=1, device="cpu")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """A checkpoint to quantize, again and again."""
-
-    source: Path
-    calibration: Path
-    spec: QuantSpec
-    engine: EngineEnvironment
-
-    def do(self, out: Path, observe: Observe = unobserved) -> Artifact:
-        return quantize(
-            source=self.source,
-            destination=Directory(out),
-            calibration=self.calibration,
-            spec=self.spec,
-            engine=self.engine,
-            observe=observe,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """A run that may have been killed: the exit code, and the layers that it solved."""
-
-    code: int
-    layers: list[int]
-
-
-def attempt(work: Work, out: Path, moment: random.Random, events: int) -> Attempt:
-    """Quantize in a forked process; kill it, or its worker, some time after one of its first ``events`` events.
-
-    Raises:
-        AssertionError: Something of it survives, or it left half a checkpoint.
-    """
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(reading)
-        code = 1
-        try:
-            work.do(out, lambda event: tell(writing, event))
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writing)
-    layers: list[int] = []
-    fatal, linger, victim = moment.randrange(events), moment.uniform(0, 0.1), moment.choice(("stage", "worker"))
-    family: list[int] = []
-    with os.fdopen(reading) as told:
-        for number, line in enumerate(told):
-            task, _, done = line.partition(" ")
-            layers += [int(done)] if task == "quantize" else []
-            if number == fatal:
-                time.sleep(linger)
-                family = descendants(child)
-                os.kill(family[-1] if victim == "worker" and family else child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in family):
-        assert time.monotonic() < deadline, "orphans"
-        time.sleep(0.01)
-    if out.exists():
-        require_intact(out)
-    return Attempt(code=code, layers=layers)
-
-
-def tell(writing: int, event: Progress) -> None:
-    os.write(writing, f"{event.task.split()[0]} {event.done}\n".encode())
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
-
-
-def survive(work: Work, root: Path, kills: int, seed: int = 20) -> Iterator[Attempt]:
-    """Kill until there were ``kills`` deaths; whenever a run gets through, hold its digest against the undisturbed one.
-
-    A run after a death begins at the layer after the last one that was on disk then.
-    """
-    events: list[Progress] = []
-    expected = work.do(root / "undisturbed", events.append).manifest.content_digest
-    moment, deaths, number = random.Random(seed), 0, 0
-    while deaths < kills:
-        out, number = root / f"attempt-{number}", number + 1
-        while not out.exists():
-            finished = len(list(root.glob(f"{out.name}.partial/{WORKSHOP}/packed/layer-*.json")))
-            found = attempt(work, out, moment, len(events))
-            assert not found.layers or min(found.layers) >= finished, "a finished layer was quantized again"
-            deaths += not out.exists()
-            yield found
-        assert open_manifest(out).content_digest == expected
-        require_intact(out)
-        assert not (out / WORKSHOP).exists()
-
-
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path: Path) -> None:
+    from qwen_pipeline_tests.chain import write_text
+    from qwen_pipeline_tests.tiny import tiny_qwen2
+
     source = tiny_qwen2(tmp_path / "source", intermediate_size=128, num_hidden_layers=8)
     text = write_text(tmp_path / "calibration.jsonl", documents=24, stride=7)
-    kills = int(os.environ.get("KILLS", "20"))
     work = Work(source=source, calibration=text, spec=SPEC, engine=find_environment("gptqmodel"))
-    attempts = list(survive(work, tmp_path, kills))
+    undisturbed = attempt(work, tmp_path / "undisturbed")
+    attempts = list(survive(work, tmp_path, undisturbed, kills=int(os.environ.get("KILLS", "20"))))
     assert len({layer for found in attempts for layer in found.layers}) == 8
+    assert {found.victim for found in attempts if not found.digest} == set(get_args(Victim))
 
 
 class Forked:
@@ -162,6 +69,8 @@ class Forked:
                 child.main(command[-1])
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         os.close(reading)
@@ -181,27 +90,78 @@ class Forked:
         return self.returncode
 
 
-def main() -> None:
+def account(spec: QuantSpec, undisturbed: Attempt, attempts: Sequence[Attempt]) -> Mapping[str, Any]:
+    """Return what is known after the last attempt."""
+    killed = [at for at in attempts if not at.digest]
+    return {
+        "spec": spec.to_json(),
+        "undisturbed": {"seconds": undisturbed.seconds, "digest": undisturbed.digest},
+        "kills": len(killed),
+        "victims": Counter(at.victim for at in killed),
+        "tasks": Counter(at.task for at in killed),
+        "runs_through": len(attempts) - len(killed),
+        "same_digest": all(at.digest == undisturbed.digest for at in attempts if at.digest),
+        "resumed": sum(at.finished > 0 for at in attempts),
+        "layers_taken_up": sum(at.finished for at in attempts),
+        "layers_quantized": sum(len(set(at.layers)) for at in attempts),
+        "seconds": round(sum(at.seconds for at in attempts), 1),
+        "attempts": [{**asdict(at), "layers": sorted(set(at.layers))} for at in attempts],
+    }
+
+
+@contextmanager
+def forking() -> Generator[None]:
+    """Have workers forked from this process."""
+    import_module("gptqmodel")
+    popen = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+    with patch.object(parent, "subprocess", popen):
+        yield
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=inf, help="kill no more after that; the run at hand ends")
+    parser.add_argument("--seed", type=int, default=20, help="of the kills")
+    parser.add_argument("--spawn", action="store_true", help="start workers instead of forking them")
+    parser.add_argument("--device", choices=get_args(Device), default=default_device())
     parser.add_argument("--group-size", type=int, default=64)
-    asked = parser.parse_args()
-    spec = QuantSpec(
-        engine="layerwise", group_size=asked.group_size, samples=4, seq_len=64, batch_size=4, threads=1, device="cpu"
-    )
-    import_module("gptqmodel")
+    parser.add_argument("--samples", type=int, default=4, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=64, help="tokens in each")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where each has a directory")
+    parser.add_argument("--out", type=Path, default=Path("quantize-kills.json"), help="the account")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = arguments()
+    until = time.monotonic() + 60 * asked.minutes
+    asked.scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU must not initialise it: children are forked
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.scratch / "compiled-kernels"))
+    torch.set_num_threads(1)  # a fork would lose the others
+    drawn = {name: getattr(asked, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
+    spec = QuantSpec(engine="layerwise", threads=1, **drawn)
     here = EngineEnvironment(name="gptqmodel", python=Path(sys.executable))
-    forking = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
-    with patch.object(parent, "subprocess", forking), tempfile.TemporaryDirectory() as scratch:
-        work = Work(source=asked.source, calibration=asked.text, spec=spec, engine=here)
-        for number, found in enumerate(survive(work, Path(scratch), asked.kills, asked.seed)):
-            layers = f"layers {min(found.layers)} to {max(found.layers)}" if found.layers else "no layer"
-            print(f"{number}: exit {found.code}, {layers}", flush=True)
+    work = Work(source=asked.source, calibration=asked.text, spec=spec, engine=here)
+    with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="kills-") as scratch:
+        root = Path(scratch)
+        with nullcontext() if asked.spawn else forking():
+            undisturbed = attempt(work, root / "undisturbed")
+            assert undisturbed.digest, "the undisturbed run failed; if for the GPU's sake, try --spawn"
+            print(f"undisturbed: {undisturbed.seconds} s, {undisturbed.digest}", flush=True)
+            attempts: list[Attempt] = []
+            for found in survive(work, root, undisturbed, kills=asked.kills, seed=asked.seed, until=until):
+                attempts.append(found)
+                told = account(spec, undisturbed, attempts)
+                write_bytes(asked.out, json.dumps(told, indent=1).encode() + b"\n")
+                what = f"killed {found.victim} during {found.task}" if found.victim else "let through"
+                print(f"{told['kills']} kills: {what}, {found.finished} layers taken up, {found.seconds} s", flush=True)
     print("every run that got through has the undisturbed digest")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
