@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.admission import needs_of
+from qwen_pipeline.checkpoint.admission import Needs, needs
 from qwen_pipeline.checkpoint.digest import digest_files
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
@@ -64,25 +64,44 @@ def merge_and_pad(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to a merged or a padded checkpoint: bytes read, and what it needs of a machine."""
+
+    name: str
+    read_bytes: int
+    needs: Needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outlay:
-    """What merging and padding a model takes, in bytes: two stages read base and merged, one pass only the base."""
+    """What merging into a model and padding it takes.
+
+    Two stages read base and merged and store both results, one pass reads only the base and stores only the padded one.
+    """
 
     base_bytes: int
     padded_bytes: int
-    memory_bytes: int
-    open_files: int
+    longest_row_bytes: int
 
-    def __str__(self) -> str:
-        base, padded = self.base_bytes / 1e9, self.padded_bytes / 1e9
-        return (
-            f"Merging and padding read {2 * base:.2f} GB and write {base + padded:.2f} GB; "
-            f"in one pass they read {base:.2f} GB and write {padded:.2f} GB. "
-            f"Memory: {self.memory_bytes / 1e6:.0f} MB on this machine's cores. Open files: {self.open_files}."
-        )
+    @property
+    def ways(self) -> list[Way]:
+        base, padded = self.base_bytes, self.padded_bytes
+        return [
+            self._way("merge", base, base),
+            self._way("merge, then pad", 2 * base, base + padded),
+            self._way("one pass", base, padded),
+        ]
+
+    def _way(self, name: str, read_bytes: int, disk_bytes: int) -> Way:
+        taken = needs(disk_bytes=disk_bytes, longest_row_bytes=self.longest_row_bytes)
+        return Way(name=name, read_bytes=read_bytes, needs=taken)
 
 
 def outlay(root: Path, *, group_size: int, tensor_parallel: int) -> Outlay | None:
-    """Return what merging into a model and padding it will take; None unless its weights are here and can be padded."""
+    """Return what merging into a model and padding it will take; None unless its weights are here and can be padded.
+
+    The fine-tune may change every tensor: one that does not takes no more.
+    """
     if not any((root / name).is_file() for name in (INDEX, SINGLE_SHARD)):
         return None
     base = open_checkpoint(root)
@@ -91,12 +110,10 @@ def outlay(root: Path, *, group_size: int, tensor_parallel: int) -> Outlay | Non
         padded = pad_checkpoint(base, plan)
     except InputRefused:
         return None
-    taken = needs_of(padded)
     return Outlay(
         base_bytes=base.nbytes,
         padded_bytes=padded.nbytes,
-        memory_bytes=taken.memory_bytes,
-        open_files=taken.open_files,
+        longest_row_bytes=max(spec.row_bytes for spec in padded.values()),
     )
 
 

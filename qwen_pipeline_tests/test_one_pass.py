@@ -152,7 +152,12 @@ def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
     assert takes
     assert takes.base_bytes == open_model(inputs.merged.path).nbytes
     assert takes.padded_bytes == open_model(inputs.padded.path).nbytes
-    assert "in one pass they read 0.00 GB" in str(takes)
+    ways = {way.name: (way.read_bytes, way.needs.disk_bytes) for way in takes.ways}
+    assert ways == {
+        "merge": (takes.base_bytes, takes.base_bytes),
+        "merge, then pad": (2 * takes.base_bytes, takes.base_bytes + takes.padded_bytes),
+        "one pass": (takes.base_bytes, takes.padded_bytes),
+    }
     run = inputs.padded.manifest.run
     assert run.written_bytes >= takes.padded_bytes
     assert run.read_bytes >= takes.base_bytes

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,26 +50,52 @@ def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> Needs:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a machine has for a stage: free bytes of a disk and of memory, and open files; None: no limit is known."""
+
+    disk_bytes: int
+    memory_bytes: int | None
+    open_files: int | None
+
+
+def room_at(out: Path) -> Room:
+    """Return what there is for writing into a directory, which need not be there yet."""
+    there = next(at for at in (out.absolute(), *out.absolute().parents) if at.is_dir())
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return Room(
+        disk_bytes=shutil.disk_usage(there).free,
+        memory_bytes=available_memory(),
+        open_files=None if files == resource.RLIM_INFINITY else files,
+    )
+
+
 def require_admitted(asked: Needs, out: Path) -> None:
     """Refuse work that this machine cannot finish.
 
     Raises:
         EnvironmentFault: There is less disk, memory or open files than it takes; the message has the numbers.
     """
-    free, memory, files = shutil.disk_usage(out).free, available_memory(), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if asked.disk_bytes > free:
-        raise EnvironmentFault(
-            f"{out} needs {asked.disk_bytes / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free.",
+    for shortage in shortages(asked, room_at(out), out):
+        raise shortage
+
+
+def shortages(asked: Needs, room: Room, out: Path) -> Iterator[EnvironmentFault]:
+    """Yield each thing that there is too little of for writing into ``out``."""
+    if asked.disk_bytes > room.disk_bytes:
+        yield EnvironmentFault(
+            f"{out} needs {asked.disk_bytes / 1e9:.2f} GB more, its disk has {room.disk_bytes / 1e9:.2f} GB free.",
             remedy="Free disk space or choose another destination; what is finished is kept and not written again.",
         )
-    if memory is not None and asked.memory_bytes > memory:
-        raise EnvironmentFault(
-            f"Writing {out} takes {asked.memory_bytes / 1e6:.0f} MB of memory, {memory / 1e6:.0f} MB are available.",
+    if room.memory_bytes is not None and asked.memory_bytes > room.memory_bytes:
+        yield EnvironmentFault(
+            f"Writing {out} takes {asked.memory_bytes / 1e6:.0f} MB of memory, "
+            f"{room.memory_bytes / 1e6:.0f} MB are available.",
             remedy="End other programs, or run with fewer cores (taskset): memory is proportional to them.",
         )
-    if files not in (resource.RLIM_INFINITY,) and asked.open_files > files:
-        raise EnvironmentFault(
-            f"Writing {out} takes {asked.open_files} open files, the limit is {files}.",
+    if room.open_files is not None and asked.open_files > room.open_files:
+        yield EnvironmentFault(
+            f"Writing {out} takes {asked.open_files} open files, the limit is {room.open_files}.",
             remedy=f"Raise it: ulimit -n {asked.open_files}.",
         )
 

@@ -38,14 +38,19 @@ def plan(
     max_extra: Annotated[float, typer.Option(help="Most percent of extra weights that padding may add.")] = 100.0,
     rank_memory: Annotated[float | None, typer.Option(help="Most GB of weights on a rank.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw groups over ranks into this .png or .svg, too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results would go; without it, the workspace.")] = None,
 ) -> Answer:
     """Say what tensor parallelism would do to a model in each serving engine, and what cures it at least cost.
 
     MODEL is a model directory, a config.json or a hub id; no weights are needed. What serves on the engines at all of
-    the degrees is compared by its cost: padding, smaller groups, fewer ranks.
+    the degrees is compared by its cost: padding, smaller groups, fewer ranks. With weights it is also said what merging
+    and padding take of disk, memory and open files, what this machine has, and what it would refuse.
     """
+    from qwen_pipeline.checkpoint.admission import room_at
+    from qwen_pipeline.cli.outlay import outlay_data, outlay_view
     from qwen_pipeline.cli.rank_picture import rank_picture
     from qwen_pipeline.cli.tables import outlook_table
+    from qwen_pipeline.config import load_settings
     from qwen_pipeline.hub import load_config
     from qwen_pipeline.one_pass import outlay
     from qwen_pipeline.qwen.geometry import outlook
@@ -85,8 +90,10 @@ def plan(
         outlook_table(rows, group_size),
     ]
     if takes := outlay(Path(model), group_size=group_size, tensor_parallel=max(tp)):
-        data["outlay"] = asdict(takes)
-        view.append(str(takes))
+        place = out or load_settings().store_root
+        room = room_at(place)
+        data["outlay"] = outlay_data(takes, room, place)
+        view += outlay_view(takes, room, place)
     if picture:
         from qwen_pipeline.evaluation.rank_plot import draw_ranks
 

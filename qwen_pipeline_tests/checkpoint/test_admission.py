@@ -1,12 +1,21 @@
 """Work that this machine cannot finish is refused before the first byte, with the numbers."""
 
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 
 from qwen_pipeline.checkpoint import admission
-from qwen_pipeline.checkpoint.admission import Needs, control_group_memory, needs, require_admitted
+from qwen_pipeline.checkpoint.admission import (
+    Needs,
+    Room,
+    control_group_memory,
+    needs,
+    require_admitted,
+    room_at,
+    shortages,
+)
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
 from qwen_pipeline.checkpoint.crew import crew_size
 from qwen_pipeline.errors import EnvironmentFault
@@ -31,6 +40,19 @@ def test_what_does_not_fit_is_refused_with_numbers(asked: Needs, message: str, t
         pytest.skip("this machine has no limit on open files")
     with pytest.raises(EnvironmentFault, match=message):
         require_admitted(asked, tmp_path)
+
+
+def test_everything_that_is_short_is_named_and_no_limit_is_never_short(tmp_path: Path) -> None:
+    asked = Needs(disk_bytes=2, memory_bytes=2, open_files=2)
+    one_of_each = Room(disk_bytes=1, memory_bytes=1, open_files=1)
+    assert len(list(shortages(asked, one_of_each, tmp_path))) == 3
+    assert not list(shortages(asked, Room(disk_bytes=2, memory_bytes=None, open_files=None), tmp_path))
+
+
+def test_room_is_that_of_the_disk_where_a_directory_would_be(tmp_path: Path) -> None:
+    there, absent = room_at(tmp_path), room_at(tmp_path / "not" / "there")
+    assert there.open_files == absent.open_files
+    assert absent.disk_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
 def test_memory_grows_with_threads_and_rows_but_not_with_the_model() -> None:

@@ -8,10 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen_pipeline.checkpoint.admission import Room, needs, shortages
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.cli.outlay import outlay_data, outlay_view
+from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.rank_picture import CUT_END, group_line
+from qwen_pipeline.one_pass import outlay
 from qwen_pipeline.qwen.divisions import Division
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.qwen.published import config_of
+from qwen_pipeline_tests.tiny import tiny_qwen2
 
 
 @pytest.fixture
@@ -80,6 +86,32 @@ def test_groups_straddle_where_a_rank_ends_inside_them(inputs: int, group_size: 
     assert sum(n for _, n in division.groups()) == inputs
     for columns in (72, 2 * ranks):
         assert len(group_line(division, columns)) == columns + 2
+
+
+def test_plan_shows_what_weights_take_and_what_the_machine_has(tmp_path: Path) -> None:
+    base, out = tiny_qwen2(tmp_path / "base"), tmp_path / "not" / "there"
+    shown = plan(model=str(base), tp=[2], group_size=32, out=out).data["outlay"]
+    merging, both, one_pass = shown["ways"]
+    stored = open_checkpoint(base).nbytes
+    assert merging["disk_bytes"] == one_pass["read_bytes"] == stored
+    assert both["disk_bytes"] == stored + one_pass["disk_bytes"]
+    assert one_pass["memory_bytes"] == needs(disk_bytes=0).memory_bytes
+    assert shown["place"] == str(out)
+    assert shown["room"]["disk_bytes"] > both["disk_bytes"]
+    assert not any(way["refused"] for way in shown["ways"])
+
+
+def test_plan_refuses_what_admission_refuses_in_the_same_words(tmp_path: Path) -> None:
+    takes = outlay(tiny_qwen2(tmp_path / "base"), group_size=32, tensor_parallel=2)
+    assert takes
+    _, both, one_pass = takes.ways
+    room = Room(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)
+    assert not list(shortages(one_pass.needs, room, tmp_path))
+    (fault,) = shortages(both.needs, room, tmp_path)
+    assert [way["refused"] for way in outlay_data(takes, room, tmp_path)["ways"]] == [[], [fault.what], []]
+    table, *refusals = outlay_view(takes, room, tmp_path)
+    assert [str(refusal) for refusal in refusals] == [f"merge, then pad would be refused: {fault.what} {fault.remedy}"]
+    assert table.row_count == 4
 
 
 def test_plan_refuses_what_is_not_a_model_or_an_engine(tmp_path: Path, model: Path) -> None:
