@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from qwen_pipeline.checkpoint.files import copy_file
+from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD
 from qwen_pipeline.checkpoint.manifest import Manifest, dump_manifest, open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused
@@ -59,6 +60,24 @@ def test_a_release_is_the_checkpoint_its_card_and_its_report(
     assert AutoConfig.from_pretrained(release.path).intermediate_size == 128
     assert AutoTokenizer.from_pretrained(release.path).chat_template
     assert run(chain, validated.path, release.path).reused
+
+
+def test_a_release_of_files_with_second_names_shares_none_of_them(
+    chain: Chain, validated: Artifact, tmp_path: Path
+) -> None:
+    """Whoever then writes into the other name of a file changes what was quantized, not what was released."""
+    shutil.copytree(chain.quantized, tmp_path / "mutable")
+    shutil.copytree(tmp_path / "mutable", tmp_path / "linked", copy_function=os.link)
+    release = run(chain, validated.path, tmp_path / "release", quantized=tmp_path / "linked")
+    released = {path: path.read_bytes() for path in release.path.rglob("*") if path.is_file()}
+    assert all(path.stat().st_nlink == 1 for path in released)
+
+    for path in (tmp_path / "mutable").rglob("*.*"):
+        with path.open("r+b") as file:
+            file.write(b"overwritten")
+    assert (tmp_path / "linked" / SINGLE_SHARD).read_bytes().startswith(b"overwritten")
+    assert {path: path.read_bytes() for path in released} == released
+    require_intact(release.path)
 
 
 def test_the_card_says_what_a_hub_and_a_person_need(release: Artifact) -> None:

@@ -1,0 +1,147 @@
+"""A base is digested on its way in: what is seen is what a second reading would find, and no byte is read twice."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint import digest
+from qwen_pipeline.checkpoint.crew import work_in_order
+from qwen_pipeline.checkpoint.digest import SeenTensor, checkpoint_digest, read_tensors
+from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD, Checkpoint, LazyTensor, open_checkpoint
+from qwen_pipeline.checkpoint.measure import bytes_moved
+from qwen_pipeline.checkpoint.safetensors_file import as_bytes
+from qwen_pipeline.checkpoint.source import open_source
+from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.errors import CheckpointRefused
+
+LEAF = 8 * 2**20
+NOTHING = Checkpoint(config={}, tensors={}, shards={})
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """One tensor of three blocks of a digest, the last one short, one that stays, and one that nobody reads."""
+    root = tmp_path / "base"
+    root.mkdir()
+    tensors = {
+        "changed.weight": torch.randn(2304, 4096, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        "kept.weight": torch.arange(4096, dtype=torch.float32),
+        "replaced.weight": torch.ones(7, 5),
+    }
+    save_file(tensors, root / SINGLE_SHARD)
+    (root / "config.json").write_text("{}")
+    return root
+
+
+def by_the_format(tensor: torch.Tensor) -> str:
+    """docs/format.md, tensor digest."""
+    data = bytes(as_bytes(tensor))
+    blocks = [data[at : at + LEAF] for at in range(0, len(data), LEAF)]
+    return hashlib.sha256(b"".join(hashlib.sha256(block).digest() for block in blocks)).hexdigest()
+
+
+def doubled(source: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with one tensor computed from the source's rows, one new, and one as it is."""
+    changed = source.tensors["changed.weight"]
+    twice = LazyTensor(spec=changed.spec, read=lambda start, stop: changed.read(start, stop) * 2)
+    zeros = LazyTensor(spec=source["replaced.weight"], read=lambda start, stop: torch.zeros(stop - start, 5))
+    return source.replace(tensors={"changed.weight": twice, "replaced.weight": zeros})
+
+
+def pass_rows(tap: Tap, parts: list[tuple[int, int]]) -> None:
+    """Read rows of the changed tensor past a tap, each part in a job of its own."""
+
+    def read(part: tuple[int, int]) -> None:
+        tap.checkpoint.tensors["changed.weight"].read(*part)
+
+    work_in_order(parts, read)
+
+
+def test_what_passed_has_the_digest_of_the_format_and_nothing_is_read_twice(base: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(base)
+    tap = Tap("base", source)
+    before = bytes_moved()[0]
+    written = write_checkpoint(doubled(tap.checkpoint), tmp_path, task="", taps=[tap])
+    read = bytes_moved()[0] - before
+
+    stored = load_file(base / SINGLE_SHARD)
+    assert {name: seen.digest.tree_sha256 for name, seen in tap.seen.items()} == {
+        name: by_the_format(tensor) for name, tensor in stored.items()
+    }
+    assert written.tensors["kept.weight"] == tap.seen["kept.weight"].digest
+    assert written.tensors["changed.weight"] != tap.seen["changed.weight"].digest
+    assert source.nbytes <= read < source.nbytes + 2**20
+
+
+@pytest.mark.parametrize("block_bytes", [2**20, 3 * 2**20, 2**23])
+def test_whatever_rows_are_asked_for_together_the_digest_is_the_same(
+    base: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(base)
+    expected = read_tensors(source, source, task="")
+    monkeypatch.setattr(digest, "BLOCK_BYTES", block_bytes)
+    tap = Tap("base", source)
+    read_tensors(doubled(tap.checkpoint), ["changed.weight"], task="")
+    assert tap.note("changed.weight") == expected["changed.weight"]
+    assert tap.note("replaced.weight") is None
+
+
+def test_rows_that_overlap_count_once_and_rows_that_never_came_are_read_at_the_end(base: Path) -> None:
+    source = open_checkpoint(base)
+    expected = read_tensors(source, source, task="")
+    whole, holed = Tap("base", source), Tap("base", source)
+    for tap, rows in ((whole, [(0, 900), (800, 2000), (1500, 2304)]), (holed, [(0, 900), (901, 2304)])):
+        pass_rows(tap, rows)
+    assert whole.note("changed.weight") == expected["changed.weight"]
+    assert holed.note("changed.weight") is None
+    holed.settle(NOTHING, {}, task="")
+    assert holed.seen == expected
+
+
+def test_what_an_earlier_attempt_saw_is_not_read_again(base: Path) -> None:
+    source = open_checkpoint(base)
+    expected = read_tensors(source, source, task="")
+    tap = Tap("base", source)
+    for name, seen in expected.items():
+        tap.recall(name, seen)
+    (base / SINGLE_SHARD).unlink()
+    tap.settle(NOTHING, {}, task="")
+    assert tap.seen == expected
+
+
+def test_a_value_that_is_not_finite_is_noticed_on_its_way_in(base: Path) -> None:
+    tensors = load_file(base / SINGLE_SHARD)
+    tensors["changed.weight"][2303, 4095] = float("nan")
+    save_file(tensors, base / SINGLE_SHARD)
+    tap = Tap("base", open_checkpoint(base))
+    pass_rows(tap, [(0, 1000), (1000, 2304)])
+    seen = tap.note("changed.weight")
+    assert isinstance(seen, SeenTensor)
+    assert not seen.finite
+
+
+def test_a_base_that_was_read_for_something_else_is_known_from_then_on(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    source = open_source("base", base)
+    (tap,) = source.taps
+    write_checkpoint(doubled(source.checkpoint), tmp_path / "out", task="", taps=[tap])
+    found = source.settle()
+    assert open_source("base", base).digest == found
+
+    (tmp_path / "copy").mkdir()
+    for file in base.iterdir():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    assert checkpoint_digest(tmp_path / "copy") == found
+
+
+def test_a_base_that_changes_while_it_is_read_has_no_digest(base: Path, tmp_path: Path) -> None:
+    source = open_source("base", base)
+    write_checkpoint(doubled(source.checkpoint), tmp_path, task="", taps=source.taps)
+    (base / "config.json").write_text(json.dumps({"model_type": "another"}))
+    with pytest.raises(CheckpointRefused, match="was changed while it was read"):
+        source.settle()
