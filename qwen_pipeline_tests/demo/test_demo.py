@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline_tests.in_transformers import in_transformers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -45,14 +45,6 @@ class Demo:
 
     def latest(self, stage: str) -> Path:
         return (self.root / "workspace" / "store" / stage / FINE_TUNE / "latest").resolve()
-
-
-def in_transformers(script: str, *arguments: str) -> Mapping[str, Any]:
-    """Run a script where Transformers can load packed codes; return the object that it prints last."""
-    command = [find_environment("gptqmodel").python, "-c", script, *arguments]
-    env = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
-    said = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(said.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

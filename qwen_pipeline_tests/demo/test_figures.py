@@ -1,0 +1,64 @@
+"""What the streamed evaluation says of the demo's model, against plain Transformers with whole models in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.corpus import load_tokenizer
+from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
+from qwen_pipeline.demo.texts import write_texts
+from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.text import token_windows
+from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.stages.pad import pad
+from qwen_pipeline_tests.in_transformers import in_transformers
+from qwen_pipeline_tests.rounding import round_to_codes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+FIGURES = """
+import json, sys, torch
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+windows, logits = torch.tensor(json.loads(sys.argv[1])), []
+for root in sys.argv[2:]:
+    packed = hasattr(AutoConfig.from_pretrained(root), "quantization_config")
+    exact = {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")} if packed else {}
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, device_map="cpu", **exact)
+    with torch.no_grad():
+        logits.append(model(input_ids=windows).logits[:, :-1].flatten(0, 1).double())
+p, q = (rows.log_softmax(-1) for rows in logits)
+print(json.dumps({
+    "perplexity": [cross_entropy(rows, windows[:, 1:].flatten()).exp().item() for rows in logits],
+    "kl": kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item(),
+}))
+"""
+
+
+def test_perplexity_and_kl_are_those_of_plain_transformers(tmp_path: Path) -> None:
+    """The demo's base, padded for its ranks and rounded to codes, which need not be good ones here."""
+    base = build_base(tmp_path / "base").path
+    padded = pad(
+        source=base, destination=Directory(tmp_path / "padded"), group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL
+    ).path
+    quantized = round_to_codes(padded, tmp_path / "quantized", group_size=GROUP_SIZE)
+    text = write_texts(tmp_path).held_out
+    windows = token_windows(text, load_tokenizer(base), windows=2, seq_len=256)
+    plain = in_transformers(FIGURES, json.dumps(windows), str(base), str(quantized))
+
+    found = evaluate(
+        {"base": open_checkpoint(base), "quantized": open_checkpoint(quantized)},
+        list(map(torch.tensor, windows)),
+        reference="base",
+        compared=["quantized"],
+        place=Place(device=torch.device("cpu"), dtype=torch.float32),
+    )
+    assert [figures.perplexity for figures in found.values()] == pytest.approx(plain["perplexity"], rel=1e-4)
+    divergence = found["quantized"].divergence
+    assert divergence
+    assert divergence.mean == pytest.approx(plain["kl"], rel=1e-4)
+    assert divergence.mean > 0.01
