@@ -340,6 +340,9 @@ def validate(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="The base, to compare perplexities with.")] = None,
     padded: Annotated[Path | None, typer.Option(help="The padded checkpoint, to compare perplexities with.")] = None,
+    unpadded: Annotated[
+        Path | None, typer.Option(help="The reference, quantized without padding, to tell what padding cost.")
+    ] = None,
     engine: EngineName = EngineChoice.auto,
     engine_python: EnginePython = None,
     fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
@@ -370,6 +373,7 @@ def validate(
             engine=find_environment(QuantSpec(engine=engine.value).environment, engine_python).python,
             base=base,
             padded=padded,
+            unpadded=unpadded,
             tensor_parallel=tp,
             targets=[Target.parse(text) for text in target or ()] or settings.declared,
             limits=settings.limits_of(fine_tune),

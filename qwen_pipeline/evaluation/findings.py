@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from qwen_pipeline.evaluation.targets import TargetFindings
 
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
+UNPADDED = "quantized unpadded"
+"""The merged model quantized without padding, to tell what padding cost."""
+_ORIGINS = {
+    MERGED: (BASE,),
+    PADDED: (MERGED, BASE),
+    QUANTIZED: (PADDED, MERGED, BASE),
+    UNPADDED: (MERGED, BASE),
+}
+"""Role -> what it came from, the last step first."""
 SIGNIFICANT_DIGITS = 6
 """What is written down: beyond them floating-point sums depend on the number of threads."""
 
@@ -26,7 +35,8 @@ class Findings:
 
     Attributes:
         structure: The quantized checkpoint against the one it was made from.
-        models: Role -> figures, in the order in which the models come to be; base and padded may be absent.
+        models: Role -> figures, in the order in which the models come to be; base, padded and unpadded may be
+            absent.
         nbytes: Role -> bytes of its tensors.
         samples: What the merged and the quantized model answer.
         losses: Module -> the solver's loss; empty where the quantized checkpoint's manifest has none.
@@ -55,9 +65,21 @@ class Findings:
         above, below = self.perplexity(role), self.perplexity(to)
         return above / below if above and below else None
 
+    @property
+    def padding_cost(self) -> float | None:
+        """KL(merged || quantized) over that of the model quantized without padding; None if one is not known."""
+        both = [self.models[role].divergence if role in self.models else None for role in (QUANTIZED, UNPADDED)]
+        padded, unpadded = (divergence.mean if divergence else None for divergence in both)
+        return padded / unpadded if padded and unpadded else None
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, floats rounded to :data:`SIGNIFICANT_DIGITS`."""
         return rounded(asdict(self))
+
+
+def origin_of(role: str, models: Mapping[str, ModelFigures]) -> str | None:
+    """Return the role of the model that another was made from, among those whose perplexity is known."""
+    return next((each for each in _ORIGINS.get(role, ()) if each in models and models[each].perplexity), None)
 
 
 def rounded(value: Any) -> Any:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
-from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.checkpoint.manifest import Derivation, open_manifest
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resized_config
 from qwen_pipeline.transforms.padding import pad
 
@@ -32,6 +33,42 @@ def widened(merged: Mapping[str, Any], quantized: Mapping[str, Any]) -> list[dic
     """Return each size field that is not what it was before padding, as JSON values."""
     sizes = plan_between(merged, quantized, group_size=1).sizes
     return [{"field": size.field, "live": size.live, "padded": size.padded} for size in sizes if size.zeros]
+
+
+def require_twin(
+    unpadded: Checkpoint, merged: Checkpoint, quantized: Checkpoint, *, root: Path, merged_digest: str, candidate: Path
+) -> None:
+    """Demand that ``unpadded`` at ``root`` is what ``quantized`` would be without padding: else they don't compare.
+
+    Raises:
+        InputRefused: It has other sizes than the merged model, was quantized from another one or on other tokens, or
+            has other codes.
+    """
+    own, other = (_derivation_of(each) for each in (root, candidate))
+    faults = {
+        "is padded": widened(merged.config, unpadded.config),
+        "has other codes than the candidate": _codes(unpadded) != _codes(quantized),
+        "was quantized from another model": own and own.inputs.get("source") != merged_digest,
+        "was quantized on other tokens": own and other and _tokens(own) != _tokens(other),
+    }
+    if found := [fault for fault, holds in faults.items() if holds]:
+        raise InputRefused(
+            f"{root} {', '.join(found)}, so it does not tell what padding cost.",
+            remedy="Quantize the merged checkpoint as the padded one was, with the same calibration.",
+        )
+
+
+def _tokens(quantized: Derivation) -> str | None:
+    return quantized.inputs.get("calibration")
+
+
+def _codes(checkpoint: Checkpoint) -> list[Any]:
+    settings = checkpoint.config.get("quantization_config", {})
+    return [settings.get(name) for name in ("bits", "group_size", "sym", "desc_act")]
+
+
+def _derivation_of(root: Path) -> Derivation | None:
+    return open_manifest(root).derivation if (root / MANIFEST).is_file() else None
 
 
 def _repair_of(root: Path) -> PadPlan | None:

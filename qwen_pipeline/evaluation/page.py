@@ -14,6 +14,7 @@ from qwen_pipeline.evaluation.report import (
     SCORE_COLUMNS,
     SERVED_COLUMNS,
     kernels,
+    padding_cost,
     quality_rows,
     score_rows,
     served_rows,
@@ -47,6 +48,7 @@ def render_page(
         failed=any(report.blocks for report in reports),
         tiles=_tiles(findings),
         quality=list(quality_rows(findings.models, findings.nbytes)),
+        padding_cost=padding_cost(findings),
         reports=reports,
         plots={caption: base64.b64encode(file.read_bytes()).decode() for caption, file in plots.items()},
         served=served_rows(findings),
@@ -68,12 +70,13 @@ def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
     quantized, padded = findings.models[QUANTIZED].divergence, findings.models.get(PADDED)
     ratio = findings.perplexity_ratio(QUANTIZED, to=MERGED)
     silent = padded.divergence if padded else None
-    sizes = findings.nbytes
+    cost, sizes = findings.padding_cost, findings.nbytes
     return [
         ("Perplexity, quantized over merged", shown(ratio) or "-", "ratio"),
         ("KL(merged ‖ quantized)", shown(quantized.mean) if quantized else "-", "nats a token, mean"),
         ("Same next token", f"{quantized.top1_agreement:.1%}" if quantized else "-", "top-1 agreement"),
         ("KL(merged ‖ padded)", shown(silent.mean) if silent else "-", "nats a token, mean"),
+        *([("KL, padded over unpadded", shown(cost) or "-", "ratio, quantized")] if cost else []),
         ("Size", f"{sizes[QUANTIZED] / sizes[MERGED]:.0%}" if sizes.get(MERGED) else "-", "of the merged weights"),
     ]
 

@@ -7,27 +7,30 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, Findings
+from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, UNPADDED, Findings, origin_of
 from qwen_pipeline.evaluation.weights import WeightError
 from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save_plot
 
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
-    """Draw a waterfall: the first model's perplexity, then what each stage after it added or took away."""
+    """Draw a waterfall: the first model's perplexity, then what each stage added to that of what it came from."""
     known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
     figure = Figure(figsize=(7.2, 0.8 + 0.46 * len(known)), layout="constrained")
     axes = quiet_axes(figure)
-    before = 0.0
+    rows, perplexities = {role: row for row, (role, _) in enumerate(known)}, dict(known)
     for row, (role, perplexity) in enumerate(known):
+        origin = origin_of(role, findings.models)
+        before = perplexities.get(origin or "", 0.0)
         change = f"  {perplexity / before - 1:+.2%}" if before else ""
         color = INK if not before else WORSE if perplexity > before else BETTER
         axes.barh(row, perplexity - before, left=before, height=0.62, color=color, alpha=0.85, label=role)
-        axes.plot([perplexity] * 2, [row - 0.31, min(row + 1.31, len(known) - 0.69)], color=INK, linewidth=1)
+        axes.plot([perplexity] * 2, [row - 0.31, row + 0.31], color=INK, linewidth=1)
+        if before:
+            axes.plot([before] * 2, [rows[origin or ""] + 0.31, row + 0.31], color=INK, linewidth=1)
         axes.annotate(
             f"{perplexity:.3f}{change}", (max(perplexity, before), row), xytext=(6, 0), textcoords="offset points",
             va="center", color=INK, fontsize=9,
         )  # fmt: skip
-        before = perplexity
     axes.set_yticks(range(len(known)), [role for role, _ in known])
     axes.invert_yaxis()
     axes.margins(x=0.22)
@@ -54,7 +57,7 @@ def draw_distance(findings: Findings, path: Path) -> None:
     axes.set_ylabel("KL(merged ‖ quantized), nats", color=INK, fontsize=9)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     axes = quiet_axes(figure, 2, 2)
-    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0])):
+    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0]), (UNPADDED, PALETTE[-1])):
         drift = findings.models[role].drift if role in findings.models else ()
         if any(drift):
             axes.plot(range(len(drift)), drift, label=role, color=color, linewidth=1.5, marker="o", markersize=2.6)

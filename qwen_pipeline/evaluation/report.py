@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
-from qwen_pipeline.evaluation.findings import Findings
+from qwen_pipeline.evaluation.findings import Findings, origin_of
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.targets import COLUMNS
@@ -33,6 +33,7 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, method:
         "# Validation report",
         f"**{verdict(reports).capitalize()}.**",
         quality_table(findings.models, findings.nbytes),
+        *filter(None, [padding_cost(findings)]),
         "## Checks",
         checks_table(reports),
         "## On the ranks of each engine",
@@ -89,7 +90,7 @@ def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> 
 
 
 def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
-    """Return one row a model: size, perplexity, its change from the model before, distance from the merged model."""
+    """Return one row a model: size, perplexity, its change from what it came from, distance from the merged model."""
     return _table(
         ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement"),
         quality_rows(models, nbytes),
@@ -114,13 +115,13 @@ def checks_table(reports: Sequence[CheckReport]) -> str:
 
 def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> Iterator[Sequence[str]]:
     """Yield the cells of :func:`quality_table`."""
-    before = None
     for role, model in models.items():
         size = f"{nbytes[role] / 1e6:,.1f}"
         if model.perplexity is None:
             yield (role, size, "not loaded", "", "", "", "")
             continue
-        divergence = model.divergence
+        divergence, origin = model.divergence, origin_of(role, models)
+        before = models[origin].perplexity if origin else None
         yield (
             role,
             size,
@@ -132,7 +133,13 @@ def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) 
                 else ("", "", "")
             ),
         )
-        before = model.perplexity
+
+
+def padding_cost(findings: Findings) -> str:
+    """Say what padding changed about quantization; nothing where that was not measured."""
+    if (cost := findings.padding_cost) is None:
+        return ""
+    return f"KL(merged ‖ quantized) is {cost:.3f} times that of the merged model quantized without padding."
 
 
 def served_rows(findings: Findings) -> list[Sequence[str]]:

@@ -1,6 +1,5 @@
 """``quantized -> validated``: what a quantized checkpoint is worth, measured against the model it was made from."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,18 +15,11 @@ from qwen_pipeline.engines.protocol import Device, default_device
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, load_figures
-from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
-from qwen_pipeline.evaluation.report import (
-    DISTANCE_PLOT,
-    ERROR_PLOT,
-    PERPLEXITY_PLOT,
-    REPORT,
-    method_of,
-    own_limits,
-    render_report,
-)
+from qwen_pipeline.evaluation.origin import quantized_from, require_twin, widened
+from qwen_pipeline.evaluation.report import method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.served import Served, ServingPlan
 from qwen_pipeline.evaluation.servers import serve_all
@@ -50,14 +42,16 @@ from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
 from qwen_pipeline.qwen.planning import obstacle_of
 from qwen_pipeline.qwen.precision import require_full_precision
-from qwen_pipeline.reports import CheckReport, dump_reports
+from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.workers.parent import run_worker
 
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "6"
+CODE_VERSION = "7"
+INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED: "unpadded"}
+"""Role -> its name in the derivation."""
 ENGINE = "gptqmodel"
 """What Transformers loads GPTQ checkpoints with, whichever engine made them."""
 
@@ -71,6 +65,7 @@ def validate(
     engine: Path,
     base: Path | None = None,
     padded: Path | None = None,
+    unpadded: Path | None = None,
     tensor_parallel: int = 1,
     targets: Sequence[Target] = (),
     limits: Limits = DEFAULT_LIMITS,
@@ -96,6 +91,7 @@ def validate(
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it the candidate is held
             against the reference, padded in the default layout, and what padding does to predictions is not measured.
             What a repair added is known from the candidate's manifest.
+        unpadded: The reference, quantized as the candidate was but without padding, to tell what padding cost.
         tensor_parallel: Ranks that are to serve the candidate.
         targets: Engines and ranks that are to serve it; by default any engine that does nothing but share it evenly
             among ``tensor_parallel`` ranks.
@@ -113,7 +109,7 @@ def validate(
         CheckpointRefused: The candidate's files are not those of its manifest.
         EnvironmentFault: The engine's environment cannot load GPTQ checkpoints, or memory ran out.
     """
-    roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate}
+    roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate, UNPADDED: unpadded}
     models = {role: root.resolve() for role, root in roots.items() if root}
     device = device or default_device()
     checkpoints = {role: open_model(root) for role, root in models.items()}
@@ -125,8 +121,10 @@ def validate(
     tokenizer = load_tokenizer(reference)
     tokens = token_windows(text, tokenizer, windows=windows, seq_len=seq_len)
     _require_vocabulary(checkpoints, tokens)
-    roles = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate"}
-    digests = {roles[role]: checkpoint_digest(root, observe=observe) for role, root in models.items()}
+    digests = {INPUTS[role]: checkpoint_digest(root, observe=observe) for role, root in models.items()}
+    if unpadded:
+        twins = (checkpoints[role] for role in (UNPADDED, MERGED, QUANTIZED))
+        require_twin(*twins, root=unpadded, merged_digest=digests["reference"], candidate=candidate)
     derivation = Derivation(
         stage=STAGE,
         inputs={**digests, "text": f"sha256:{canonical_sha256(tokens)}"},
@@ -147,7 +145,7 @@ def validate(
     measurement = Measurement(
         models={role: str(root) for role, root in models.items()},
         reference=MERGED,
-        compared=[PADDED, QUANTIZED],
+        compared=[PADDED, QUANTIZED, UNPADDED],
         answering=[MERGED, QUANTIZED],
         windows=tokens,
         prompts=[encode_prompt(prompt, tokenizer) for prompt in prompts],
@@ -156,8 +154,8 @@ def validate(
     )
 
     def build(partial: Path) -> Built:
-        from qwen_pipeline.evaluation.origin import quantized_from, widened
         from qwen_pipeline.evaluation.structure import check_structure
+        from qwen_pipeline.evaluation.writing import write_report
 
         if (candidate / MANIFEST).is_file():
             require_intact(candidate)
@@ -200,7 +198,7 @@ def validate(
             "text": derivation.inputs["text"],
         }
         steps = [*lineage, *(dump_step(step) for step in steps_of(candidate))]
-        _write_report(
+        write_report(
             partial,
             findings,
             reports,
@@ -321,29 +319,3 @@ def _for_targets(found: DegreeOutlook, obstacle: str) -> DegreeOutlook:
     if obstacle:
         return replace(found, legal=False, sentence=f"Does not serve on {obstacle}.")
     return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")
-
-
-def _write_report(
-    partial: Path,
-    findings: Findings,
-    reports: Sequence[CheckReport],
-    result: Mapping[str, Any],
-    *,
-    lineage: Sequence[Mapping[str, Any]],
-    method: str,
-) -> None:
-    from qwen_pipeline.evaluation.page import PAGE, render_page
-    from qwen_pipeline.evaluation.plots import draw_distance, draw_perplexity, draw_quantization_error
-
-    draw_perplexity(findings, partial / PERPLEXITY_PLOT)
-    draw_distance(findings, partial / DISTANCE_PLOT)
-    draw_quantization_error(findings, partial / ERROR_PLOT)
-    plots = {
-        "Perplexity on held-out text, and what each stage changed": partial / PERPLEXITY_PLOT,
-        "KL along the context, and drift of hidden states by layer": partial / DISTANCE_PLOT,
-        "Error of each quantized weight by layer": partial / ERROR_PLOT,
-    }
-    page = render_page(findings, reports, plots=plots, lineage=lineage, method=method)
-    (partial / PAGE).write_text(page)
-    (partial / REPORT).write_text(render_report(findings, reports, method=method))
-    (partial / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

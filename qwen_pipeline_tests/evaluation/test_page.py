@@ -5,11 +5,11 @@ from pathlib import Path
 
 from qwen_pipeline.evaluation.checks import judge
 from qwen_pipeline.evaluation.figures import Stretch
-from qwen_pipeline.evaluation.findings import QUANTIZED
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, origin_of
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.page import render_page
-from qwen_pipeline.evaluation.plots import draw_distance
-from qwen_pipeline.evaluation.report import own_limits, render_report
+from qwen_pipeline.evaluation.plots import draw_distance, draw_perplexity
+from qwen_pipeline.evaluation.report import own_limits, quality_rows, render_report
 from qwen_pipeline_tests.evaluation.test_checks import CLOSE, GOOD
 from qwen_pipeline_tests.evaluation.test_served import GOOD as SERVED
 from qwen_pipeline_tests.evaluation.test_tasks import HELD
@@ -31,6 +31,18 @@ def test_what_was_served_and_scored_is_shown(tmp_path: Path) -> None:
     without = render_page(replace(found, served=(), tasks=()), reports, plots={}, lineage=[], method="So.")
     assert "Served for real" not in without
     assert "Benchmark tasks" not in without
+
+
+def test_every_change_is_from_what_a_model_came_from(tmp_path: Path) -> None:
+    unpadded = replace(QUANTIZED_MODEL, perplexity=12.0, divergence=replace(CLOSE, mean=0.08))
+    found = replace(FOUND, models={**FOUND.models, UNPADDED: unpadded})
+    assert found.padding_cost == 0.1 / 0.08
+    assert [origin_of(role, found.models) for role in found.models] == [None, BASE, MERGED, PADDED, MERGED]
+    changes = {row[0]: row[3] for row in quality_rows(found.models, dict.fromkeys(found.models, 1))}
+    assert changes == {BASE: "", MERGED: "-50.00%", PADDED: "+0.00%", QUANTIZED: "+10.00%", UNPADDED: "+20.00%"}
+    draw_perplexity(FOUND, tmp_path / "without.png")
+    draw_perplexity(found, tmp_path / "with.png")
+    assert (tmp_path / "with.png").stat().st_size > (tmp_path / "without.png").stat().st_size
 
 
 def test_a_plot_of_nothing_is_still_a_plot(tmp_path: Path) -> None:

@@ -67,6 +67,34 @@ def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain:
     )
 
 
+def test_what_padding_cost_is_told_by_the_model_quantized_without(chain: Chain, tmp_path: Path) -> None:
+    unpadded = round_to_codes(chain.merged, tmp_path / "unpadded", group_size=GROUP_SIZE)
+    out = validate_chain(chain, tmp_path / "out", unpadded=unpadded, base=None)
+    assert "unpadded" in out.manifest.derivation.inputs
+    kl = {
+        role: figures["divergence"]["mean"]
+        for role, figures in out.manifest.result["findings"]["models"].items()
+        if figures["divergence"]
+    }
+    assert list(kl) == ["padded", "quantized", "quantized unpadded"]
+    told = f"is {kl['quantized'] / kl['quantized unpadded']:.3f} times that of the merged model quantized without"
+    for file in ("report.md", "report.html"):
+        text = (out.path / file).read_text()
+        assert told in text
+        assert "quantized unpadded" in text
+
+
+def test_only_its_own_model_without_padding_tells_what_padding_cost(chain: Chain, tmp_path: Path) -> None:
+    other = round_to_codes(chain.merged, tmp_path / "other", group_size=48)
+    with pytest.raises(InputRefused, match="other has other codes than the candidate, so it does not tell"):
+        validate_chain(chain, tmp_path / "out", unpadded=other)
+    with pytest.raises(InputRefused, match="is padded, was quantized from another model, so"):
+        validate_chain(chain, tmp_path / "out", unpadded=chain.quantized)
+    with pytest.raises(InputRefused, match="merged has other codes"):
+        validate_chain(chain, tmp_path / "out", unpadded=chain.merged)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_inputs_give_the_same_bytes(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
     progress: list[Progress] = []
     again = validate_chain(chain, tmp_path / "again", observe=progress.append)
