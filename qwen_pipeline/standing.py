@@ -191,6 +191,13 @@ def against_last_release(store: CheckpointStore, fine_tune: str, validated: Arti
     return compare(load_verdict(released[-1].path) if released else None, load_verdict(validated.path))
 
 
+def calibration_of(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Path | None:
+    """Return the tokens that a quantized checkpoint was made with, if they are still there."""
+    digest = quantized.manifest.derivation.inputs["calibration"]
+    made = store.finished(calibrate.STAGE, fine_tune)
+    return next((each.path for each in made if each.manifest.content_digest == digest), None)
+
+
 def version_before(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Artifact | None:
     """Return the quantized checkpoint of other bytes that was made last before this one, if it is still there."""
     made = [

@@ -343,6 +343,9 @@ def validate(
     unpadded: Annotated[
         Path | None, typer.Option(help="The reference, quantized without padding, to tell what padding cost.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What calibrate wrote: look for activations beyond float16 in it too.")
+    ] = None,
     engine: EngineName = EngineChoice.auto,
     engine_python: EnginePython = None,
     fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
@@ -374,6 +377,7 @@ def validate(
             base=base,
             padded=padded,
             unpadded=unpadded,
+            calibration=calibration,
             tensor_parallel=tp,
             targets=[Target.parse(text) for text in target or ()] or settings.declared,
             limits=settings.limits_of(fine_tune),

@@ -33,7 +33,7 @@ from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
-from qwen_pipeline.standing import against_last_release, version_before
+from qwen_pipeline.standing import against_last_release, calibration_of, version_before
 
 GROUP = "fine_tune_to_release"
 IMPORT_GROUP = "import_to_repair"
@@ -224,14 +224,16 @@ def validated_checkpoint(
     """
     settings = pipeline.settings.validation
     with pipeline.step(context) as observe:
+        quantized = pipeline.latest(context, quantize.STAGE)
         artifact = validate.validate(
             reference=pipeline.latest(context, merge.STAGE).path,
-            candidate=pipeline.latest(context, quantize.STAGE).path,
+            candidate=quantized.path,
             text=pipeline.text,
             destination=pipeline.slot(context),
             engine=pipeline.engine.python,
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
+            calibration=calibration_of(pipeline.store, context.partition_key, quantized),
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
             targets=settings.declared or pipeline.settings.padding.declared,
             limits=settings.limits_of(context.partition_key),

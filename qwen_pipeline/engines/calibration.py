@@ -66,6 +66,11 @@ class CalibrationSet:
         """Number of tokens, filling left out."""
         return int(self.attention_mask.sum())
 
+    @property
+    def stream(self) -> list[int]:
+        """All tokens in their order, filling left out."""
+        return self.input_ids[self.attention_mask.bool()].tolist()
+
     def statistics(self) -> dict[str, Any]:
         """Return what a reader wants to know, as JSON values."""
         windows, seq_len = self.input_ids.shape

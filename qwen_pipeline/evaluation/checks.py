@@ -1,10 +1,10 @@
 """What a validation promises to check, and the verdict on what it found."""
 
 from collections.abc import Sequence
-from math import inf, isfinite
 
 from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
+from qwen_pipeline.evaluation.float16 import FLOAT16, float16_report
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.served import SERVED, served_report
 from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings
@@ -46,12 +46,6 @@ MERGED_NOT_WORSE = CheckSpec(
     description="The fine-tune did not cost the base its language: merged over base perplexity stays below the limit.",
     blocking=False,
 )
-FLOAT16 = CheckSpec(
-    name="float16_range",
-    description="No activation of the quantized model comes near the end of float16, where engines that compute in it"
-    " answer '!!!!'.",
-    blocking=False,
-)
 SAMPLES = CheckSpec(
     name="sample_texts",
     description="No answer of the quantized model is empty or repeats itself where the merged model's does not.",
@@ -74,7 +68,7 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
         _agreement(findings, limits),
         _parallel(findings),
         _ranks(findings),
-        _float16(findings, limits),
+        float16_report(findings.models[QUANTIZED], max_activation=limits.max_activation),
         _merged_not_worse(findings, limits),
         _samples(findings),
         served_report(findings.served, max_gap=limits.max_served_gap),
@@ -216,21 +210,6 @@ def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:
     if wrong := [row.sentence for row in rows if row.answers_wrongly]:
         return wrong
     return [row.sentence for row in rows] if all(row.refuses for row in rows) else []
-
-
-def _float16(findings: Findings, limits: Limits) -> CheckReport:
-    if not (peaks := findings.models[QUANTIZED].peaks):
-        return _unmeasured(FLOAT16, limits.max_activation, findings, MERGED, QUANTIZED)
-    worst = max(peaks, key=lambda peak: peak.magnitude if isfinite(peak.magnitude) else inf)
-    passed = worst.magnitude <= limits.max_activation
-    return _report(
-        FLOAT16,
-        passed=passed,
-        measured=worst.magnitude,
-        limit=limits.max_activation,
-        detail=f"The largest activation is at {worst.place} of layer {worst.layer}; float16 ends at 65504."
-        + ("" if passed else " Serve it in bfloat16, with an engine that computes in it."),
-    )
 
 
 def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:

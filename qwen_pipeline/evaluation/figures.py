@@ -55,7 +55,8 @@ class ModelFigures:
         linears: Class name of the linear layers that Transformers loaded -> how many.
         divergence: From the reference model, where asked for.
         drift: Distance of the hidden state from the reference's after each layer, relative to the latter's norm.
-        peaks: The largest activation of each layer.
+        peaks: The largest activation of each layer on the windows.
+        calibration_peaks: The same on tokens that it was quantized on, where asked for.
         answers: Token ids of the greedy answer to each prompt, where asked for.
     """
 
@@ -67,6 +68,7 @@ class ModelFigures:
     divergence: DivergenceFigures | None = None
     drift: tuple[float, ...] = ()
     peaks: tuple[Peak, ...] = ()
+    calibration_peaks: tuple[Peak, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
 
 

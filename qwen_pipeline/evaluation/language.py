@@ -21,7 +21,7 @@ from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
 from qwen_pipeline.evaluation.findings import QUANTIZED
 from qwen_pipeline.evaluation.loading import complaints_of, fault_of, loading_options, place_tensors
 from qwen_pipeline.evaluation.measurement import Measurement, cut_role
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.streamed import activation_peaks, evaluate
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.transforms.model import is_recipe, open_model
@@ -39,6 +39,7 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """
     _require_loaders()
     asked = Measurement.from_json(spec)
+    place = Place(device=torch.device(asked.device), dtype=torch.float32)
     loaded = {role: _loaded(role, root, asked, observe) for role, root in asked.models.items()}
     whole = {role: open_model(Path(asked.models[role])) for role, figures in loaded.items() if not figures.fault}
     if asked.reference in whole:
@@ -47,7 +48,7 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             [torch.tensor(window) for window in asked.windows],
             reference=asked.reference,
             compared=[role for role in asked.compared if role in whole],
-            place=Place(device=torch.device(asked.device), dtype=torch.float32),
+            place=place,
             observe=observe,
         )
         loaded |= {
@@ -56,13 +57,16 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             )
             for role, figures in measured.items()
         }
+    if asked.calibration and QUANTIZED in whole:
+        heard = list(map(torch.tensor, asked.calibration))
+        peaks = activation_peaks(whole[QUANTIZED], heard, place, observe=observe)
+        loaded[QUANTIZED] = replace(loaded[QUANTIZED], calibration_peaks=peaks)
     if asked.cuts and not loaded[QUANTIZED].fault:
-        loaded |= _on_ranks(asked)
+        loaded |= _on_ranks(asked, place)
     return dump_figures(loaded)
 
 
-def _on_ranks(asked: Measurement) -> dict[str, ModelFigures]:
-    place = Place(device=torch.device(asked.device), dtype=torch.float32)
+def _on_ranks(asked: Measurement, place: Place) -> dict[str, ModelFigures]:
     window = torch.tensor(asked.windows[0])
     figures = diverge(open_checkpoint(Path(asked.models[QUANTIZED])), asked.cuts, [window], place)
     return {cut_role(number): found for number, found in enumerate(figures)}

@@ -13,7 +13,7 @@ class Limits:
         min_top1_agreement: Share of tokens for which both rate the same token highest.
         max_padding_kl: Mean KL(merged || padded), in nats a token: padding may only show as rounding.
         max_activation: Magnitude of any activation of the quantized model; a warning beyond it. Float16 ends at 65504,
-            and held-out text does not hold the loudest token there is.
+            and neither held-out text nor calibration holds the loudest token there is.
         max_merged_ratio: Perplexity of the merged model over that of the base; a warning beyond it.
         max_served_gap: How much likelier a serving engine may find its own token than the one that Transformers chose,
             where their answers part, in nats. Sixteen-bit kernels part at ties; broken ones by several nats.

@@ -21,6 +21,8 @@ class Measurement:
         windows: Token ids; every token but the first of each window is predicted.
         prompts: Token ids of each prompt.
         device: Where predictions are computed, in float32: ``cpu`` or ``cuda``.
+        calibration: Token ids that the quantized model was quantized on, of one length: only its activations are
+            looked at.
         cuts: Ways in which ranks share the quantized model that change its weights
             (:func:`qwen_pipeline.evaluation.cuts.sliced`); each is compared with the whole on one window.
     """
@@ -33,6 +35,7 @@ class Measurement:
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     device: str
+    calibration: Sequence[Sequence[int]] = ()
     cuts: Sequence[tuple[int, Sequence[str]]] = ()
 
     def to_json(self) -> dict[str, Any]:

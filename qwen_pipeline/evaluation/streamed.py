@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.divergence import Predictions
-from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Stretch
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak, Stretch
 from qwen_pipeline.evaluation.peaks import WatchedPassage
 from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
 from qwen_pipeline.progress import Observe, Progress, unobserved
@@ -38,8 +38,7 @@ def evaluate(
         place: Where to compute, and in what.
         observe: Told about each layer.
     """
-    size = max(1, BATCH_TOKENS[place.device.type] // len(windows[0]))
-    batches = torch.stack(list(windows)).to(place.device).split(size)
+    batches = _batches(windows, place)
     passages = {role: WatchedPassage(model, batches, place, beside=len(models) - 1) for role, model in models.items()}
     drift: dict[str, list[float]] = {role: [] for role in models}
     for layer in advance(list(passages.values())):
@@ -62,6 +61,21 @@ def evaluate(
         )
         for role in models
     }
+
+
+def activation_peaks(
+    model: Checkpoint, windows: Sequence[Tensor], place: Place, *, observe: Observe = unobserved
+) -> tuple[Peak, ...]:
+    """Return the largest activation of each layer; windows [T] are all of one length."""
+    passage = WatchedPassage(model, _batches(windows, place), place)
+    for layer in advance([passage]):
+        observe(Progress(task="watch activations", done=layer + 1, total=len(passage.parts), unit="layers"))
+    return tuple(passage.peaks)
+
+
+def _batches(windows: Sequence[Tensor], place: Place) -> Sequence[Tensor]:
+    size = max(1, BATCH_TOKENS[place.device.type] // len(windows[0]))
+    return torch.stack(list(windows)).to(place.device).split(size)
 
 
 def _divergence(predictions: Sequence[Predictions], role: str, positions: int) -> DivergenceFigures:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from math import isfinite
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.errors import InputRefused, PipelineError
 from qwen_pipeline.evaluation.figures import DivergenceFigures
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
-from qwen_pipeline.qwen.geometry import head_obstacles
+from qwen_pipeline.qwen.geometry import DegreeOutlook, head_obstacles, outlook
+from qwen_pipeline.qwen.planning import obstacle_of
 from qwen_pipeline.qwen.serving import ENGINES, Verdict, kernels_of, serving, worst_of
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, gptq_format
 
@@ -194,6 +195,24 @@ def with_divergences(
         replace(row, found=replace(row.found, divergence=divergences.get(row.found.cut))) if row.found else row
         for row in found
     ]
+
+
+def outlook_on(config: Config, degree: int, targets: Sequence[Target]) -> DegreeOutlook | None:
+    """Return what most ranks of the targets mean, or else ``degree``; None if the config describes no codes.
+
+    Some engines can do with groups that others cannot share, so where targets are known they decide.
+    """
+    try:
+        group_size = max(gptq_format(config).group_size, 1)
+        (found,) = outlook(config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])])
+        obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
+    except PipelineError:
+        return None
+    if not targets:
+        return found
+    if named := "; ".join(filter(None, obstacles)):
+        return replace(found, legal=False, sentence=f"Does not serve on {named}.")
+    return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")
 
 
 def _kernels(engine: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Held-out text as windows of token ids."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> 
         for record in load_records(text)
         for token in encode_record(record, tokenizer, where=f"{text} line {record['line']}")
     ]
-    available = len(tokens) // seq_len
-    if not available:
+    if len(tokens) < seq_len:
         raise InputRefused(
             f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}.",
             remedy="Give more text, or lower seq_len.",
         )
+    return spread(tokens, windows=windows, seq_len=seq_len)
+
+
+def spread(tokens: Sequence[int], *, windows: int, seq_len: int) -> list[list[int]]:
+    """Return up to ``windows`` windows of tokens, spread evenly; one shorter than ``seq_len`` if there are no more."""
+    available = max(len(tokens) // seq_len, 1)
     count = min(windows, available)
     starts = (index * available // count * seq_len for index in range(count))
-    return [tokens[start : start + seq_len] for start in starts]
+    return [list(tokens[start : start + seq_len]) for start in starts]

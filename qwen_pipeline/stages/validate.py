@@ -10,9 +10,10 @@ from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, contents_of_directory, derive, require_intact
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
+from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import Device, default_device
-from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, load_figures
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, Findings, rounded
@@ -31,16 +32,15 @@ from qwen_pipeline.evaluation.targets import (
     TargetFindings,
     audible_cuts,
     find_targets,
+    outlook_on,
     with_divergences,
 )
 from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks import Score, TaskPlan, load_results, scores
-from qwen_pipeline.evaluation.text import token_windows
+from qwen_pipeline.evaluation.text import spread, token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
-from qwen_pipeline.qwen.geometry import DegreeOutlook, outlook
-from qwen_pipeline.qwen.planning import obstacle_of
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.model import open_model
@@ -49,7 +49,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "7"
+CODE_VERSION = "8"
 INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED: "unpadded"}
 """Role -> its name in the derivation."""
 ENGINE = "gptqmodel"
@@ -66,6 +66,7 @@ def validate(
     base: Path | None = None,
     padded: Path | None = None,
     unpadded: Path | None = None,
+    calibration: Path | None = None,
     tensor_parallel: int = 1,
     targets: Sequence[Target] = (),
     limits: Limits = DEFAULT_LIMITS,
@@ -92,6 +93,8 @@ def validate(
             against the reference, padded in the default layout, and what padding does to predictions is not measured.
             What a repair added is known from the candidate's manifest.
         unpadded: The reference, quantized as the candidate was but without padding, to tell what padding cost.
+        calibration: What the stage ``calibration`` made and the candidate was quantized on: activations are looked at
+            on as many windows of it too. Without it on held-out text only.
         tensor_parallel: Ranks that are to serve the candidate.
         targets: Engines and ranks that are to serve it; by default any engine that does nothing but share it evenly
             among ``tensor_parallel`` ranks.
@@ -125,6 +128,9 @@ def validate(
     if unpadded:
         twins = (checkpoints[role] for role in (UNPADDED, MERGED, QUANTIZED))
         require_twin(*twins, root=unpadded, merged_digest=digests["reference"], candidate=candidate)
+    heard = _quantized_on(calibration, candidate) if calibration else None
+    if heard:
+        digests["calibration"] = heard.digest
     derivation = Derivation(
         stage=STAGE,
         inputs={**digests, "text": f"sha256:{canonical_sha256(tokens)}"},
@@ -151,6 +157,7 @@ def validate(
         prompts=[encode_prompt(prompt, tokenizer) for prompt in prompts],
         max_new_tokens=MAX_NEW_TOKENS,
         device=device,
+        calibration=spread(heard.stream, windows=windows, seq_len=seq_len) if heard else (),
     )
 
     def build(partial: Path) -> Built:
@@ -180,7 +187,7 @@ def validate(
             nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
             samples=_samples(prompts, figures, tokenizer),
             losses=_losses(candidate),
-            parallel=_outlook(checkpoints[QUANTIZED].config, tensor_parallel, targets),
+            parallel=outlook_on(checkpoints[QUANTIZED].config, tensor_parallel, targets),
             targets=with_divergences(served, _divergences(cuts, figures)),
         )
         if serving:
@@ -226,6 +233,18 @@ def _divergences(
 ) -> dict[Cut, DivergenceFigures | None]:
     heard = [figures.get(cut_role(number)) for number in range(len(cuts))]
     return {cut: found.divergence if found else None for cut, found in zip(cuts, heard, strict=True)}
+
+
+def _quantized_on(calibration: Path, candidate: Path) -> CalibrationSet:
+    """Return the tokens that the candidate was quantized on, which its manifest names."""
+    found = load_calibration(calibration)
+    named = open_manifest(candidate).derivation.inputs.get("calibration") if (candidate / MANIFEST).is_file() else None
+    if named not in (None, found.digest):
+        raise InputRefused(
+            f"{candidate} was not quantized on the tokens of {calibration}.",
+            remedy="Name the calibration that its manifest names, or quantize again.",
+        )
+    return found
 
 
 def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[Sequence[int]]) -> None:
@@ -300,22 +319,3 @@ def _losses(candidate: Path) -> dict[str, float]:
         return {}
     rows = open_manifest(candidate).result.get("losses", ())
     return {row["module"]: row["loss"] for row in rows if row["loss"]}
-
-
-def _outlook(config: Mapping[str, Any], degree: int, targets: Sequence[Target]) -> DegreeOutlook | None:
-    from qwen_pipeline.transforms.gptq_codes import gptq_format
-
-    try:
-        group_size = max(gptq_format(config).group_size, 1)
-        (found,) = outlook(config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])])
-        obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
-        return _for_targets(found, "; ".join(filter(None, obstacles))) if targets else found
-    except PipelineError:
-        return None
-
-
-def _for_targets(found: DegreeOutlook, obstacle: str) -> DegreeOutlook:
-    """Return an outlook on engines that are known: some can do with groups that others cannot share."""
-    if obstacle:
-        return replace(found, legal=False, sentence=f"Does not serve on {obstacle}.")
-    return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")

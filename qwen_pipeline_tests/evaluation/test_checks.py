@@ -136,7 +136,16 @@ def test_an_activation_near_the_end_of_float16_warns_and_names_its_layer(magnitu
     (report,) = failed(with_model(QUANTIZED, quantized)).values()
     assert report.name == "float16_range"
     assert not report.blocks
-    assert "at mlp.down_proj of layer 7" in report.detail
+    assert "at mlp.down_proj of layer 7 on held-out text" in report.detail
+
+
+def test_the_louder_of_two_texts_is_named() -> None:
+    loud = replace(GOOD.models[QUANTIZED], calibration_peaks=(replace(QUIET, layer=7, magnitude=40_000.0),))
+    (report,) = failed(with_model(QUANTIZED, loud)).values()
+    assert report.detail == (
+        "The largest activation is at mlp.down_proj of layer 7 on its calibration tokens; float16 ends at 65504."
+        " On held-out text it is 30. Serve it in bfloat16, with an engine that computes in it."
+    )
 
 
 def test_no_declared_engine_may_refuse_or_answer_wrongly() -> None:

@@ -53,6 +53,7 @@ def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(ch
     assert found["quantized"].divergence
     assert 0 < found["quantized"].divergence.mean < 0.1
     assert len(found["quantized"].answers[0]) == 4
+    assert [peak.layer for peak in found["quantized"].calibration_peaks] == [0, 1]
     assert "model.layers.0.mlp.gate_proj.qweight" in (found["missing"].fault or "")
     assert "mlp.down_proj" in (found["resized"].fault or "")
     assert "missing_keys: model.layers.0.mlp.experts.down_proj" in (found["experts"].unplaced or "")
@@ -83,6 +84,7 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
         prompts=[[5, 6, 7]],
         max_new_tokens=4,
         device="cpu",
+        calibration=[list(range(8))],
     )
     python = python or chain.engine.python
     return load_figures(run_worker(python, TARGET, measurement.to_json(), log=logs / "log", env=ENVIRONMENT).value)

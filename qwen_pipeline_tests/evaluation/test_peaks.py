@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.figures import Peak
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.streamed import activation_peaks, evaluate
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
@@ -52,6 +52,12 @@ def test_the_product_inside_an_mlp_is_found_where_it_is(tmp_path: Path) -> None:
         assert peak.place in ("mlp.up_proj", "mlp.down_proj")
         assert peak.magnitude == pytest.approx(entered[f"model.layers.{peak.layer}.{peak.place}"], rel=1e-4)
         assert peak.magnitude > 65504 / 2
+
+
+def test_activations_are_the_same_without_predictions(tmp_path: Path) -> None:
+    root = tiny_model("qwen2", tmp_path / "p", dtype=torch.float32)
+    place = Place(device=torch.device("cpu"), dtype=torch.float32)
+    assert activation_peaks(open_checkpoint(root), WINDOWS, place) == peaks(root)
 
 
 def test_experts_are_watched_too(tmp_path: Path) -> None:

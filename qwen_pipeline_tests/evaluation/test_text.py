@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.text import token_windows
+from qwen_pipeline.evaluation.text import spread, token_windows
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 
@@ -18,6 +18,11 @@ def test_windows_are_whole_spread_and_do_not_overlap(tmp_path: Path) -> None:
     assert token_windows(text, tokenizer, windows=99, seq_len=10) == [tokens[s : s + 10] for s in range(0, 100, 10)]
     with pytest.raises(InputRefused, match="has 106 tokens, fewer than one window of 107"):
         token_windows(text, tokenizer, windows=1, seq_len=107)
+
+
+def test_one_window_is_short_where_there_is_no_more() -> None:
+    assert spread(range(5), windows=3, seq_len=8) == [[0, 1, 2, 3, 4]]
+    assert spread(range(9), windows=3, seq_len=4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_documents_follow_each_other_with_their_ends(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint.store import Artifact, require_intact
+from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.engines.protocol import CalibrationSpec
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, QuantizedInputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.stages.calibrate import calibrate
 from qwen_pipeline.stages.validate import CHECKS
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, validate_chain
 from qwen_pipeline_tests.rounding import round_to_codes
@@ -67,10 +69,14 @@ def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain:
     )
 
 
-def test_what_padding_cost_is_told_by_the_model_quantized_without(chain: Chain, tmp_path: Path) -> None:
+def test_the_model_without_padding_and_the_calibration_are_measured_where_they_are_given(
+    chain: Chain, tmp_path: Path
+) -> None:
     unpadded = round_to_codes(chain.merged, tmp_path / "unpadded", group_size=GROUP_SIZE)
-    out = validate_chain(chain, tmp_path / "out", unpadded=unpadded, base=None)
-    assert "unpadded" in out.manifest.derivation.inputs
+    tokens = calibrated(chain, tmp_path / "tokens", samples=16)
+    out = validate_chain(chain, tmp_path / "out", unpadded=unpadded, calibration=tokens, base=None)
+    assert out.manifest.derivation.inputs.keys() >= {"unpadded", "calibration"}
+    assert re.search(r"On (its calibration tokens|held-out text) it is \d", reports(out)["float16_range"].detail)
     kl = {
         role: figures["divergence"]["mean"]
         for role, figures in out.manifest.result["findings"]["models"].items()
@@ -82,6 +88,18 @@ def test_what_padding_cost_is_told_by_the_model_quantized_without(chain: Chain, 
         text = (out.path / file).read_text()
         assert told in text
         assert "quantized unpadded" in text
+
+
+def test_calibration_that_it_was_not_quantized_on_is_refused(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"was not quantized on the tokens of .*/tokens"):
+        validate_chain(chain, tmp_path / "out", calibration=calibrated(chain, tmp_path / "tokens", samples=8))
+
+
+def calibrated(chain: Chain, out: Path, *, samples: int) -> Path:
+    """Draw calibration tokens as the chain's quantization did, if as many."""
+    text = chain.merged.parent / "calibration.jsonl"
+    spec = CalibrationSpec(samples=samples, seq_len=64)
+    return calibrate(source=chain.padded, text=text, destination=Directory(out), spec=spec).path
 
 
 def test_only_its_own_model_without_padding_tells_what_padding_cost(chain: Chain, tmp_path: Path) -> None:
