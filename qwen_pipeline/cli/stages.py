@@ -346,6 +346,7 @@ def validate(
     calibration: Annotated[
         Path | None, typer.Option(help="What calibrate wrote: look for activations beyond float16 in it too.")
     ] = None,
+    before: Annotated[Path | None, typer.Option(help="The quantized version before, to compare losses with.")] = None,
     engine: EngineName = EngineChoice.auto,
     engine_python: EnginePython = None,
     fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
@@ -378,6 +379,7 @@ def validate(
             padded=padded,
             unpadded=unpadded,
             calibration=calibration,
+            before=before,
             tensor_parallel=tp,
             targets=[Target.parse(text) for text in target or ()] or settings.declared,
             limits=settings.limits_of(fine_tune),

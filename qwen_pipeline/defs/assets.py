@@ -225,6 +225,7 @@ def validated_checkpoint(
     settings = pipeline.settings.validation
     with pipeline.step(context) as observe:
         quantized = pipeline.latest(context, quantize.STAGE)
+        earlier = version_before(pipeline.store, context.partition_key, quantized)
         artifact = validate.validate(
             reference=pipeline.latest(context, merge.STAGE).path,
             candidate=quantized.path,
@@ -234,6 +235,7 @@ def validated_checkpoint(
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
             calibration=calibration_of(pipeline.store, context.partition_key, quantized),
+            before=earlier.path if earlier else None,
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
             targets=settings.declared or pipeline.settings.padding.declared,
             limits=settings.limits_of(context.partition_key),

@@ -57,10 +57,7 @@ def evidence_markdown(quantized: Artifact, before: Artifact | None) -> str:
         draw_evidence(new, Path(scratch) / "evidence.png", before=old)
         plot = inline_plot(Path(scratch) / "evidence.png")
     rows = "".join(f"| {module} | {ratio:.3f} |\n" for module, ratio in found.worst.items())
-    return (
-        f"Losses of {found.modules} modules are {found.mean_ratio or 1:.3f} times those of {before.path.name}"
-        f" (geometric mean).\n\n{plot}\n\n| module | loss now / before |\n| --- | --- |\n{rows}"
-    )
+    return f"{found.sentence(before.path.name)}\n\n{plot}\n\n| module | loss now / before |\n| --- | --- |\n{rows}"
 
 
 def loss_table(losses: Sequence[Mapping[str, Any]], *, rows: int = 20) -> dg.TableMetadataValue:

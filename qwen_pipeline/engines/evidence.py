@@ -136,6 +136,12 @@ class Comparison:
     mean_ratio: float | None
     worst: Mapping[str, float]
 
+    def sentence(self, before: str) -> str:
+        """Say how losses are to those of ``before``."""
+        if self.mean_ratio is None:
+            return f"No module has a loss here and in {before}."
+        return f"Losses of {self.modules} modules are {self.mean_ratio:.3f} times those of {before} (geometric mean)."
+
 
 def compare_evidence(before: Sequence[Evidence], now: Sequence[Evidence], *, worst: int = 10) -> Comparison:
     """Compare the losses of modules that are in both."""

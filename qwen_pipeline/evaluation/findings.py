@@ -39,7 +39,6 @@ class Findings:
             absent.
         nbytes: Role -> bytes of its tensors.
         samples: What the merged and the quantized model answer.
-        losses: Module -> the solver's loss; empty where the quantized checkpoint's manifest has none.
         parallel: What the asked-for tensor-parallel degree means; None where the group size is not known.
         targets: What each engine that the checkpoint is declared for makes of it; empty where that is not known.
         served: What a real serving engine made of the checkpoints; empty where none is configured.
@@ -50,7 +49,6 @@ class Findings:
     models: Mapping[str, ModelFigures]
     nbytes: Mapping[str, int]
     samples: Sequence[Sample]
-    losses: Mapping[str, float]
     parallel: DegreeOutlook | None
     targets: "Sequence[TargetFindings]" = ()
     served: Sequence[Served] = ()

@@ -1,14 +1,11 @@
 """Plots for the report: what each stage costs, where predictions and hidden states part, and where weights lose."""
 
-from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, UNPADDED, Findings, origin_of
-from qwen_pipeline.evaluation.weights import WeightError
 from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save_plot
 
 
@@ -71,34 +68,21 @@ def draw_distance(findings: Findings, path: Path) -> None:
 
 
 def draw_quantization_error(findings: Findings, path: Path) -> None:
-    """Draw the relative error of each weight by layer and, where the solver's losses are known, them below."""
+    """Draw the relative error of each weight by layer."""
     errors = findings.structure.errors
-    losses = findings.losses
-    figure = Figure(figsize=(7.2, 5.4 if losses else 3.0), layout="constrained")
-    rows = 2 if losses else 1
-    axes = quiet_axes(figure, rows, 1)
-    _draw_by_layer(axes, errors, {error.module: error.relative for error in errors})
-    axes.set_ylabel("‖W - Wq‖ / ‖W‖", color=INK, fontsize=9)
-    axes.set_ylim(0, 1.08 * max((error.relative for error in errors), default=1))
-    if losses:
-        axes = quiet_axes(figure, rows, 2)
-        _draw_by_layer(axes, errors, losses)
-        axes.set_ylabel("loss of the solver", color=INK, fontsize=9)
-        axes.set_yscale("log")
-    axes.set_xlabel("layer", color=INK, fontsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
-    save_plot(figure, path)
-
-
-def _draw_by_layer(axes: Axes, errors: Sequence[WeightError], values: Mapping[str, float]) -> None:
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    axes = quiet_axes(figure)
     kinds = list(dict.fromkeys(error.kind for error in errors))
     for kind, color in zip(kinds, PALETTE * (1 + len(kinds) // len(PALETTE)), strict=False):
-        points = [
-            (error.layer, values[error.module]) for error in errors if error.kind == kind and error.module in values
-        ]
+        points = [(error.layer, error.relative) for error in errors if error.kind == kind]
         axes.plot(
             [layer for layer, _ in points], [value for _, value in points],
             label=kind.rpartition(".")[2], color=color, linewidth=1.3, marker="o", markersize=2.6,
         )  # fmt: skip
     axes.locator_params(axis="x", integer=True)
+    axes.set_ylabel("‖W - Wq‖ / ‖W‖", color=INK, fontsize=9)
+    axes.set_ylim(0, 1.08 * max((error.relative for error in errors), default=1))
+    axes.set_xlabel("layer", color=INK, fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
+    save_plot(figure, path)

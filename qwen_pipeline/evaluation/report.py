@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.evaluation.checks import verdict
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 REPORT = "report.md"
 PERPLEXITY_PLOT, DISTANCE_PLOT, ERROR_PLOT = "perplexity.png", "distance.png", "quantization_error.png"
+LOSS_PLOT = "losses.png"
+NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
 SCORE_COLUMNS = ("task/metric", "merged", "quantized", "standard error")
 MAX_INLINE_BYTES = 400_000
@@ -27,8 +30,10 @@ MAX_INLINE_BYTES = 400_000
 _IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)\n*")
 
 
-def render_report(findings: Findings, reports: Sequence[CheckReport], *, method: str) -> str:
-    """Return the report; the plots lie beside it."""
+def render_report(
+    findings: Findings, reports: Sequence[CheckReport], *, method: str, more_plots: Mapping[str, str] = NO_PLOTS
+) -> str:
+    """Return the report; the plots lie beside it, ``more_plots`` by their captions."""
     sections = [
         "# Validation report",
         f"**{verdict(reports).capitalize()}.**",
@@ -45,6 +50,7 @@ def render_report(findings: Findings, reports: Sequence[CheckReport], *, method:
         *(["## Benchmark tasks", _table(SCORE_COLUMNS, score_rows(findings))] if findings.tasks else []),
         "## Where quantization loses",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",
+        *(f"{caption}\n\n![{caption}]({file})" for caption, file in more_plots.items()),
         _table(
             ("worst weights", "‖W - Wq‖ / ‖W‖"),
             [(f"`{error.module}`", f"{error.relative:.4f}") for error in worst_weights(findings)],

@@ -12,6 +12,7 @@ from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, content
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
 from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.engines.evidence import load_evidence
 from qwen_pipeline.engines.protocol import Device, default_device
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.checks import CHECKS, judge
@@ -20,7 +21,7 @@ from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, U
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
 from qwen_pipeline.evaluation.origin import quantized_from, require_twin, widened
-from qwen_pipeline.evaluation.report import method_of, own_limits
+from qwen_pipeline.evaluation.report import LOSS_PLOT, method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.served import Served, ServingPlan
 from qwen_pipeline.evaluation.servers import serve_all
@@ -49,7 +50,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "8"
+CODE_VERSION = "9"
 INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED: "unpadded"}
 """Role -> its name in the derivation."""
 ENGINE = "gptqmodel"
@@ -67,6 +68,7 @@ def validate(
     padded: Path | None = None,
     unpadded: Path | None = None,
     calibration: Path | None = None,
+    before: Path | None = None,
     tensor_parallel: int = 1,
     targets: Sequence[Target] = (),
     limits: Limits = DEFAULT_LIMITS,
@@ -95,6 +97,7 @@ def validate(
         unpadded: The reference, quantized as the candidate was but without padding, to tell what padding cost.
         calibration: What the stage ``calibration`` made and the candidate was quantized on: activations are looked at
             on as many windows of it too. Without it on held-out text only.
+        before: The version before the candidate, quantized, whose losses are drawn beside its own.
         tensor_parallel: Ranks that are to serve the candidate.
         targets: Engines and ranks that are to serve it; by default any engine that does nothing but share it evenly
             among ``tensor_parallel`` ranks.
@@ -131,6 +134,9 @@ def validate(
     heard = _quantized_on(calibration, candidate) if calibration else None
     if heard:
         digests["calibration"] = heard.digest
+    earlier = load_evidence(before) if before else []
+    if before:
+        digests["before"] = checkpoint_digest(before, observe=observe)
     derivation = Derivation(
         stage=STAGE,
         inputs={**digests, "text": f"sha256:{canonical_sha256(tokens)}"},
@@ -161,6 +167,7 @@ def validate(
     )
 
     def build(partial: Path) -> Built:
+        from qwen_pipeline.engines.evidence_plot import draw_losses
         from qwen_pipeline.evaluation.structure import check_structure
         from qwen_pipeline.evaluation.writing import write_report
 
@@ -186,7 +193,6 @@ def validate(
             models={role: figures[role] for role in models},
             nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
             samples=_samples(prompts, figures, tokenizer),
-            losses=_losses(candidate),
             parallel=outlook_on(checkpoints[QUANTIZED].config, tensor_parallel, targets),
             targets=with_divergences(served, _divergences(cuts, figures)),
         )
@@ -204,6 +210,7 @@ def validate(
             "padding": widened(checkpoints[MERGED].config, checkpoints[QUANTIZED].config),
             "text": derivation.inputs["text"],
         }
+        losses = draw_losses(candidate, earlier, partial / LOSS_PLOT)
         steps = [*lineage, *(dump_step(step) for step in steps_of(candidate))]
         write_report(
             partial,
@@ -212,6 +219,7 @@ def validate(
             result,
             lineage=steps,
             method=method_of(len(tokens), seq_len) + own_limits(limits),
+            more_plots={losses: LOSS_PLOT} if losses else {},
         )
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=worker.peak_memory_bytes)
 
@@ -311,11 +319,3 @@ def _scores(
     }
     worker = run_worker(plan.python, TASKS_TARGET, spec, log=logs / "lm-eval.log", env=ENVIRONMENT, observe=observe)
     return scores(load_results(worker.value))
-
-
-def _losses(candidate: Path) -> dict[str, float]:
-    """Return module -> the solver's loss, from the manifest of the stage that quantized it."""
-    if not (candidate / MANIFEST).is_file():
-        return {}
-    rows = open_manifest(candidate).result.get("losses", ())
-    return {row["module"]: row["loss"] for row in rows if row["loss"]}

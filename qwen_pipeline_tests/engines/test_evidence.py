@@ -95,10 +95,14 @@ def test_losses_are_compared_module_by_module() -> None:
     assert found.mean_ratio == pytest.approx(1.0)
     assert list(found.worst) == [ROW.module, "n"]
     assert found.worst[ROW.module] == 2.0
-    assert compare_evidence([], ROWS).mean_ratio is None
+    assert found.sentence("v1") == "Losses of 2 modules are 1.000 times those of v1 (geometric mean)."
+    assert compare_evidence([], ROWS).sentence("v1") == "No module has a loss here and in v1."
 
 
 def test_the_plot_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw_evidence(ROWS, tmp_path / name, before=ROWS)
+    draw_evidence([replace(row, seconds=9.0) for row in ROWS], tmp_path / "c.png", seconds=False)
+    draw_evidence(ROWS, tmp_path / "d.png", seconds=False)
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

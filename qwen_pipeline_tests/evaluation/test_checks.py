@@ -52,7 +52,6 @@ GOOD = Findings(
     },
     nbytes={},
     samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="Yes!"))],
-    losses={},
     parallel=outlook(CONFIG, group_size=32, degrees=[1])[0],
     targets=[served("vllm-cpu")],
 )

@@ -47,13 +47,13 @@ def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validat
     assert not re.search(r"/tmp|/home|20\d\d-", report + (validated.path / "report.json").read_text())
 
     page = (validated.path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     for words in ("Passed: ", "padding_is_silent", "<blockquote>Hi</blockquote>", "<td>quantized</td>"):
         assert words in page
 
     inlined = report_markdown(validated.path)
-    assert inlined.count("data:image/png;base64,") == 3
+    assert inlined.count("data:image/png;base64,") == 4
     assert ".png)" not in inlined
     assert "data:image" not in report_markdown(validated.path, max_inline_bytes=100)
 
@@ -69,13 +69,15 @@ def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain:
     )
 
 
-def test_the_model_without_padding_and_the_calibration_are_measured_where_they_are_given(
+def test_the_model_without_padding_calibration_and_the_version_before_are_shown_where_given(
     chain: Chain, tmp_path: Path
 ) -> None:
     unpadded = round_to_codes(chain.merged, tmp_path / "unpadded", group_size=GROUP_SIZE)
     tokens = calibrated(chain, tmp_path / "tokens", samples=16)
-    out = validate_chain(chain, tmp_path / "out", unpadded=unpadded, calibration=tokens, base=None)
-    assert out.manifest.derivation.inputs.keys() >= {"unpadded", "calibration"}
+    out = validate_chain(
+        chain, tmp_path / "out", unpadded=unpadded, calibration=tokens, before=chain.quantized, base=None
+    )
+    assert out.manifest.derivation.inputs.keys() >= {"unpadded", "calibration", "before"}
     assert re.search(r"On (its calibration tokens|held-out text) it is \d", reports(out)["float16_range"].detail)
     kl = {
         role: figures["divergence"]["mean"]
@@ -88,11 +90,17 @@ def test_the_model_without_padding_and_the_calibration_are_measured_where_they_a
         text = (out.path / file).read_text()
         assert told in text
         assert "quantized unpadded" in text
+        assert "Losses of 14 modules are 1.000 times those of the version before" in text
 
 
 def test_calibration_that_it_was_not_quantized_on_is_refused(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"was not quantized on the tokens of .*/tokens"):
         validate_chain(chain, tmp_path / "out", calibration=calibrated(chain, tmp_path / "tokens", samples=8))
+
+
+def test_a_version_before_without_losses_is_refused(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"has no logs/evidence\.csv"):
+        validate_chain(chain, tmp_path / "out", before=chain.padded)
 
 
 def calibrated(chain: Chain, out: Path, *, samples: int) -> Path:
