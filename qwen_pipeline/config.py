@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -192,6 +193,7 @@ class Validation(_Section):
         serve: The real engine to serve with.
         lm_eval: Benchmark tasks.
         prompts: What the merged and the quantized model answer side by side.
+        unpadded: Whether the merged checkpoint is quantized too, only to tell what padding cost.
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
         targets: Where the checkpoint has to serve: engine (or family of kernels, such as ``vllm``) -> numbers of ranks.
@@ -205,6 +207,7 @@ class Validation(_Section):
     serve: Serve = Field(default_factory=Serve)
     lm_eval: LmEval = Field(default_factory=LmEval)
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    unpadded: bool = False
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
     targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
@@ -284,6 +287,14 @@ class Settings(BaseSettings):
     store: Store = Field(default_factory=Store)
     engines: Mapping[str, Engine] = Field(default_factory=dict[str, Engine])
     owners: tuple[str, ...] = ()
+
+    @field_validator("store")
+    @classmethod
+    def _something_to_quantize(cls, store: Store, known: ValidationInfo) -> Store:
+        validation = known.data.get("validation")
+        if validation and validation.unpadded and not store.merged:
+            raise ValueError("validation.unpadded quantizes the merged weights, and store.merged = false keeps none")
+        return store
 
     @property
     def store_root(self) -> Path:

@@ -15,7 +15,6 @@ import dagster as dg
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.store import Artifact
-from qwen_pipeline.config import Settings
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
 from qwen_pipeline.defs.metadata import (
     artifact_metadata,
@@ -234,6 +233,7 @@ def validated_checkpoint(
             engine=pipeline.engine.python,
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
+            unpadded=pipeline.latest(context, quantize.UNPADDED).path if settings.unpadded else None,
             calibration=calibration_of(pipeline.store, context.partition_key, quantized),
             before=earlier.path if earlier else None,
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
@@ -326,20 +326,3 @@ def _arrived(arrival: Arrival, digest: str, obstacle: str | None) -> dg.Material
         metadata=directory_metadata(arrival.path, digest, arrival.nbytes),
         check_results=[asset_check_result(report, arrival.name)],
     )
-
-
-def graph(settings: Settings) -> list[dg.AssetsDefinition]:
-    """Every asset, with the owners that the settings name."""
-    assets = [
-        base_model,
-        fine_tune,
-        merged_checkpoint,
-        padded_checkpoint,
-        calibration_tokens,
-        quantized_checkpoint,
-        validated_checkpoint,
-        published_checkpoint,
-        imported_checkpoint,
-        repaired_checkpoint,
-    ]
-    return list(dg.map_asset_specs(lambda spec: spec.replace_attributes(owners=list(settings.owners)), assets))

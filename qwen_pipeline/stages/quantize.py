@@ -26,6 +26,8 @@ from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import run_worker
 
 STAGE = "quantized"
+UNPADDED = "quantized_unpadded"
+"""Where the merged checkpoint goes, quantized only to be compared with."""
 CODE_VERSION = "3"
 WORKSHOP = ".workshop"
 
@@ -61,6 +63,7 @@ def quantize(
     calibration: str | Path,
     spec: QuantSpec,
     engine: EngineEnvironment,
+    stage: str = STAGE,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Quantize a full-precision checkpoint to GPTQ codes.
@@ -76,6 +79,7 @@ def quantize(
             now: see :mod:`qwen_pipeline.text_sources`.
         spec: How to quantize.
         engine: Where the engine runs.
+        stage: What the output is: :data:`STAGE` or :data:`UNPADDED`.
         observe: Told about each module.
 
     Raises:
@@ -103,7 +107,7 @@ def quantize(
     tokens = prepared or draw_calibration(calibration, source, spec.calibration)
     versions = engine.versions(engine.package, "torch")
     derivation = Derivation(
-        stage=STAGE,
+        stage=stage,
         inputs={"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest},
         spec={**spec.to_json(), "versions": versions},
         code_version=CODE_VERSION,

@@ -10,6 +10,7 @@ import pytest
 from qwen_pipeline.defs.assets import COMPLETE
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.wiring import code_location
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline_tests.site import Site
@@ -41,6 +42,19 @@ def test_the_graph_is_complete_and_in_order(definitions: dg.Definitions) -> None
         "imported_checkpoint": [],
         "repaired_checkpoint": ["imported_checkpoint"],
     }
+
+
+def test_the_model_without_padding_is_quantized_where_the_settings_ask_for_it(site: Site) -> None:
+    site.configure("unpadded = true\n")
+    graph = code_location(Pipeline(site.settings)).resolve_asset_graph()
+    compared, validated = dg.AssetKey("unpadded_quantized"), dg.AssetKey("validated_checkpoint")
+    assert graph.get(compared).parent_keys == {dg.AssetKey("merged_checkpoint"), dg.AssetKey("calibration_tokens")}
+    assert compared in graph.get(validated).parent_keys
+    assert len(graph.get(validated).parent_keys) == 3
+    assert not graph.get(compared).check_keys
+    site.configure("\n[store]\nmerged = false\n")
+    with pytest.raises(InputRefused, match=r"The setting store is .*validation\.unpadded quantizes the merged weights"):
+        _ = site.settings
 
 
 def test_every_promised_check_is_declared_for_each_partition(definitions: dg.Definitions) -> None:

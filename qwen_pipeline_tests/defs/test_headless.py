@@ -147,6 +147,18 @@ def test_a_run_killed_in_any_stage_ends_in_the_same_digests(finished: Finished, 
     assert [stage["content_digest"] for stage in again.data["stages"]] == undisturbed
 
 
+def test_the_model_without_padding_is_made_and_measured_where_asked_for(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__UNPADDED", "true")
+    outcome = run_fine_tune(finished.site.settings, FINE_TUNE)
+    assert outcome.fault is None
+    made = {artifact.manifest.derivation.stage: artifact for artifact in outcome.artifacts}
+    assert made["quantized"].reused
+    assert not made["quantized_unpadded"].reused
+    assert "quantized without padding" in (made["validated"].path / "report.md").read_text()
+
+
 def test_a_failed_limit_stops_the_release_everywhere(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__LIMITS__MAX_MEAN_KL", "0")
     ended = qwen_pipeline("run", FINE_TUNE, "--json")
