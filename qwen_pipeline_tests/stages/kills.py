@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -162,17 +162,26 @@ def runs(pid: int) -> bool:
 
 
 def survive(
-    work: Work, root: Path, undisturbed: Attempt, *, kills: int, seed: int = 20, until: float = inf
+    work: Work,
+    root: Path,
+    undisturbed: Attempt,
+    *,
+    kills: int,
+    seed: int = 20,
+    within: float = 1.0,
+    until: float = inf,
 ) -> Iterator[Attempt]:
     """Kill until there were ``kills`` deaths; whatever gets through has to be what the undisturbed run made.
 
-    A run after a death begins at the layer after the last one that was on disk then. The last run is let through, as is
+    Each run is killed within a share ``within`` of the undisturbed run's events, if it takes that many. A run after a
+    death begins at the layer after the last one that was on disk then. The last run is let through, as is
     the one that is under way at the moment ``until`` of the monotonic clock.
     """
     moment, deaths, out = random.Random(seed), 0, root / "run-0"
+    events = ceil(within * undisturbed.events)
     for number in count():
         more = deaths < kills and time.monotonic() < until
-        found = attempt(work, out, Kill.drawn(moment, undisturbed.events) if more else None)
+        found = attempt(work, out, Kill.drawn(moment, events) if more else None)
         deaths += found.digest is None
         yield found
         assert more or found.digest, "a run failed that nobody killed"

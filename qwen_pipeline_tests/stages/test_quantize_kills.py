@@ -125,6 +125,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=inf, help="kill no more after that; the run at hand ends")
     parser.add_argument("--seed", type=int, default=20, help="of the kills")
+    parser.add_argument("--within", type=float, default=1.0, help="share of a run's events that a kill may wait for")
     parser.add_argument("--spawn", action="store_true", help="start workers instead of forking them")
     parser.add_argument("--device", choices=get_args(Device), default=default_device())
     parser.add_argument("--group-size", type=int, default=64)
@@ -143,8 +144,8 @@ def main() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU must not initialise it: children are forked
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.scratch / "compiled-kernels"))
     torch.set_num_threads(1)  # a fork would lose the others
-    drawn = {name: getattr(asked, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
-    spec = QuantSpec(engine="layerwise", threads=1, **drawn)
+    chosen = {name: getattr(asked, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
+    spec = QuantSpec(engine="layerwise", threads=1, **chosen)
     here = EngineEnvironment(name="gptqmodel", python=Path(sys.executable))
     work = Work(source=asked.source, calibration=asked.text, spec=spec, engine=here)
     with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="kills-") as scratch:
@@ -154,7 +155,8 @@ def main() -> None:
             assert undisturbed.digest, "the undisturbed run failed; if for the GPU's sake, try --spawn"
             print(f"undisturbed: {undisturbed.seconds} s, {undisturbed.digest}", flush=True)
             attempts: list[Attempt] = []
-            for found in survive(work, root, undisturbed, kills=asked.kills, seed=asked.seed, until=until):
+            drawn = {"kills": asked.kills, "seed": asked.seed, "within": asked.within, "until": until}
+            for found in survive(work, root, undisturbed, **drawn):
                 attempts.append(found)
                 told = account(spec, undisturbed, attempts)
                 write_bytes(asked.out, json.dumps(told, indent=1).encode() + b"\n")
