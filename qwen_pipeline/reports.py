@@ -42,7 +42,7 @@ class CheckReport:
     def figures(self) -> tuple[str, str]:
         """What was measured and the limit, for a reader; under a limit of zero, faults were counted."""
         if self.limit == 0:
-            return f"{shown(self.measured)} faults", "none"
+            return f"{shown(self.measured)} fault{'' if self.measured == 1 else 's'}", "none"
         return shown(self.measured), shown(self.limit)
 
 

@@ -11,6 +11,7 @@ import jinja2
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.report import (
+    QUALITY_COLUMNS,
     SCORE_COLUMNS,
     SERVED_COLUMNS,
     kernels,
@@ -47,6 +48,7 @@ def render_page(
         title=verdict(reports).capitalize(),
         failed=any(report.blocks for report in reports),
         tiles=_tiles(findings),
+        quality_columns=QUALITY_COLUMNS,
         quality=list(quality_rows(findings.models, findings.nbytes)),
         padding_cost=padding_cost(findings),
         reports=reports,

@@ -23,6 +23,7 @@ REPORT = "report.md"
 PERPLEXITY_PLOT, DISTANCE_PLOT, ERROR_PLOT = "perplexity.png", "distance.png", "quantization_error.png"
 LOSS_PLOT = "losses.png"
 NO_PLOTS: Mapping[str, str] = MappingProxyType({})
+QUALITY_COLUMNS = ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement")
 SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
 SCORE_COLUMNS = ("task/metric", "merged", "quantized", "standard error")
 MAX_INLINE_BYTES = 400_000
@@ -97,10 +98,7 @@ def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> 
 
 def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
     """Return one row a model: size, perplexity, its change from what it came from, distance from the merged model."""
-    return _table(
-        ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement"),
-        quality_rows(models, nbytes),
-    )
+    return _table(QUALITY_COLUMNS, quality_rows(models, nbytes))
 
 
 def checks_table(reports: Sequence[CheckReport]) -> str:
