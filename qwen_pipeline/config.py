@@ -43,7 +43,7 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.served import ServedRole, ServingEngine, ServingPlan
 from qwen_pipeline.evaluation.targets import Target
 from qwen_pipeline.evaluation.tasks import TaskPlan
-from qwen_pipeline.qwen.geometry import Layout
+from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import Targets, served_degrees
 from qwen_pipeline.qwen.serving import kernels_of
 
@@ -95,7 +95,7 @@ class Padding(_Section):
 
     tensor_parallel: int = Field(default=8, ge=1)
     targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
-    layout: Layout = "interleave"
+    layout: Layout = DEFAULT_LAYOUT
 
     @model_validator(mode="after")
     def _is_one_or_the_other(self) -> "Padding":

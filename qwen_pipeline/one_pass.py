@@ -15,7 +15,7 @@ from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.geometry import Layout, plan_padding
+from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout, plan_padding
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.adapter_set import AdapterSet
@@ -34,7 +34,7 @@ def merge_and_pad(
     group_size: int = 128,
     tensor_parallel: int = 8,
     targets: Targets = NO_TARGETS,
-    layout: Layout = "interleave",
+    layout: Layout = DEFAULT_LAYOUT,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwen_pipeline.cli.answers import Answer, answering
+from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout
 
 if TYPE_CHECKING:
     from qwen_pipeline.checkpoint.store import Artifact
@@ -25,7 +26,6 @@ class EngineChoice(StrEnum):
 
 
 ServingChoice = Literal["vllm", "vllm-cpu"]
-LayoutChoice = Literal["interleave", "append", "split"]
 Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
 Out = Annotated[Path, typer.Option(help="New or empty directory. The same work a second time is free.")]
 GroupSize = Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")]
@@ -116,7 +116,7 @@ def merge_pad(
     base_revision: BaseRevision = None,
     group_size: GroupSize = 128,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
-    layout: Annotated[LayoutChoice, typer.Option(help="Where the new channels go.")] = "interleave",
+    layout: Annotated[Layout, typer.Option(help="Where the new channels go.")] = DEFAULT_LAYOUT,
 ) -> Answer:
     """Merge and pad in one pass: the merged weights are never stored, and the padded ones are as from two passes.
 
@@ -156,9 +156,9 @@ def pad(
     group_size: GroupSize = 128,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
     layout: Annotated[
-        LayoutChoice,
-        typer.Option(help="New channels are zeros between the live ones or after them, or halves of live ones."),
-    ] = "interleave",
+        Layout,
+        typer.Option(help="New channels are halves of live ones, or zeros between the live ones or after them."),
+    ] = DEFAULT_LAYOUT,
 ) -> Answer:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. This comes before quantize.
 

@@ -17,8 +17,8 @@ REPAIRED = "repaired"
 def quantized_from(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> Checkpoint:
     """Return what became the codes of ``quantized`` at ``root``.
 
-    That is the padded checkpoint or, unless it is given, the merged one padded as by default; with the groups that a
-    repair added to the codes.
+    That is the padded checkpoint or, unless it is given, the merged one with zeros woven in as Qwen's documentation
+    does it; with the groups that a repair added to the codes.
     """
     before, repaired = padded or merged, _repair_of(root)
     config = quantized.config

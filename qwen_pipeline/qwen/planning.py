@@ -6,7 +6,7 @@ from math import lcm
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, declares_tied, text_config
-from qwen_pipeline.qwen.geometry import Layout, PadPlan, plan_padding, resized_config
+from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout, PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
 from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
 
@@ -106,7 +106,7 @@ def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] 
     return found
 
 
-def padding_for(config: Config, targets: Targets, *, group_size: int, layout: Layout = "interleave") -> PadPlan:
+def padding_for(config: Config, targets: Targets, *, group_size: int, layout: Layout = DEFAULT_LAYOUT) -> PadPlan:
     """Return the least padding after which a model, quantized in groups of ``group_size``, serves on all targets.
 
     Raises:

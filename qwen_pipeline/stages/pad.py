@@ -10,7 +10,7 @@ from qwen_pipeline.checkpoint.source import Source, open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
-from qwen_pipeline.qwen.geometry import Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
+from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets, padding_for, served_degrees
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -42,7 +42,7 @@ def pad(
     group_size: int = 128,
     tensor_parallel: int = 8,
     targets: Targets = NO_TARGETS,
-    layout: Layout = "interleave",
+    layout: Layout = DEFAULT_LAYOUT,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:

@@ -92,7 +92,7 @@ def validate(
         engine: The python of an environment in which Transformers can load the candidate.
         base: The checkpoint that was fine-tuned, to tell what fine-tuning did.
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it the candidate is held
-            against the reference, padded in the default layout, and what padding does to predictions is not measured.
+            against the reference with zeros woven in, and what padding does to predictions is not measured.
             What a repair added is known from the candidate's manifest.
         unpadded: The reference, quantized as the candidate was but without padding, to tell what padding cost.
         calibration: What the stage ``calibration`` made and the candidate was quantized on: activations are looked at
