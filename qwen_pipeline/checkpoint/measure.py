@@ -11,6 +11,20 @@ from typing import Protocol
 from qwen_pipeline.checkpoint.manifest import RunFigures, describe_environment
 
 
+class Laps:
+    """Seconds of a piece of work, part by part; those of a part that comes again are added up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> float:
+        """Count what passed since the last lap as a part of the work; return it."""
+        last, self._last = self._last, time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0) + self._last - last
+        return self._last - last
+
+
 class Figures(Protocol):
     def __call__(self, *, worker_peak_bytes: int = 0) -> RunFigures: ...
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen_pipeline.checkpoint.measure import Laps
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device
 from qwen_pipeline.errors import EnvironmentFault
@@ -23,6 +24,9 @@ from qwen_pipeline.progress import Observe, Progress
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``.
 
+    Returns:
+        ``seconds``: what the library took to be imported, to load, to quantize and to save.
+
     Raises:
         EnvironmentFault: There is no CUDA device.
     """
@@ -30,7 +34,9 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     if job.spec.device != "cuda":
         raise EnvironmentFault("AutoGPTQ quantizes on CUDA only.", remedy="Use a GPU, or the engine gptqmodel.")
     require_device(job.spec)
+    laps = Laps()
     library: Any = import_module("auto_gptq")
+    laps.lap("import")
     model = library.AutoGPTQForCausalLM.from_pretrained(
         str(job.source),
         library.BaseQuantizeConfig(
@@ -43,6 +49,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         ),
         torch_dtype=torch.float16,  # the library stores scales in the dtype of the model, the format wants float16
     )
+    laps.lap("load")
     settle_before_solving()
     windows = torch.tensor(np.load(job.windows)).long()
     losses = LossReader(job, observe)
@@ -54,9 +61,11 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         batch_size=job.spec.batch_size,
         cache_examples_on_gpu=False,
     )
+    laps.lap("quantize")
     model.save_quantized(str(job.packed))
+    laps.lap("save")
     losses.write()
-    return {}
+    return {"seconds": laps.seconds}
 
 
 def settle_before_solving() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_pipeline.checkpoint.measure import resident_peak
+from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device
 from qwen_pipeline.errors import CheckFailed
@@ -30,6 +30,9 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     Rounding to nearest as a fallback is switched off; where the solver gives up all the same (a Hessian that is not
     positive definite) GPTQModel logs :data:`NOT_SOLVED` as the loss, and the stage's check fails.
 
+    Returns:
+        ``seconds``: what the library took to be imported, to load, to quantize and to save.
+
     Raises:
         EnvironmentFault: The spec wants CUDA and there is none.
         CheckFailed: A module's loss is NaN.
@@ -41,8 +44,10 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # with one, its loader cannot start
     torch.set_num_threads(job.spec.threads)
 
+    laps = Laps()
     library: Any = import_module("gptqmodel")
     settings: Any = import_module("gptqmodel.quantization.config")
+    laps.lap("import")
     everywhere = settings.MoEConfig(routing=settings.ExpertsRoutingBypass()) if job.spec.all_experts else None
     model = library.GPTQModel.load(
         str(job.source),
@@ -61,6 +66,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         device=job.spec.device,
         dtype=torch.float32 if job.spec.device == "cpu" else "auto",
     )
+    laps.lap("load")
     settle_before_solving()
     peaks = _follow(model.model.config, observe)
     windows, masks = (torch.tensor(np.load(file)).long() for file in (job.windows, job.mask))
@@ -77,9 +83,11 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             f"GPTQModel stopped at a loss that is not a number: {error}",
             remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
         ) from error
+    laps.lap("quantize")
     model.save(str(job.packed))
+    laps.lap("save")
     _add_peaks(job.quant_log, peaks)
-    return {}
+    return {"seconds": laps.seconds}
 
 
 def settle_before_solving() -> None:

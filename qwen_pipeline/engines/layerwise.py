@@ -9,11 +9,11 @@ A finished layer is a shard, and a row of figures written after it. An interrupt
 
 import csv
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from qwen_pipeline.checkpoint.digest import block_ranges, digest_file
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.measure import resident_peak
+from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.engines.cohorts import cohorts, require_known
@@ -86,16 +86,18 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, after the layers that are there already.
 
     Returns:
-        ``layers``: seconds, by part, and highest GPU memory of each.
+        ``layers``: seconds, by part, and highest GPU memory of each. ``seconds``: of the whole.
 
     Raises:
         EnvironmentFault: The spec wants CUDA and there is none.
         CheckFailed: A module's loss is NaN.
         InputRefused: A linear layer is of an unknown kind.
     """
-    job = QuantJob.from_json(spec)
+    laps, job = Laps(), QuantJob.from_json(spec)
     require_device(job.spec)
     torch.set_num_threads(job.spec.threads)
+    import_module("gptqmodel")
+    laps.lap("import")
     job.packed.mkdir(parents=True, exist_ok=True)
     loop = LayerLoop(
         open_checkpoint(job.source),
@@ -104,12 +106,15 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         job.spec,
         job.packed,
     )
+    laps.lap("load")
     records = loop.run(observe)
+    laps.lap("quantize")
     with job.quant_log.open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(ModuleRow)])
         table.writeheader()
         table.writerows(asdict(row) for record in records for row in record.modules)
-    return {"layers": [{"seconds": dict(at.seconds), "peak_gpu_bytes": at.peak_gpu_bytes} for at in records]}
+    layers = [{"seconds": dict(at.seconds), "peak_gpu_bytes": at.peak_gpu_bytes} for at in records]
+    return {"layers": layers, "seconds": laps.seconds}
 
 
 class LayerLoop:
@@ -211,23 +216,19 @@ def _put(weight_OI: Tensor, solved: Solved) -> None:
         weight_OI[start:stop] = solved.packed.weight_rows(start, stop)
 
 
-class Clock:
-    """Seconds of a layer, part by part, and the highest GPU memory since it began."""
+class Clock(Laps):
+    """Seconds of a layer, and the highest GPU memory since it began; a lap waits for the GPU."""
 
     def __init__(self, place: Place) -> None:
         self._on_gpu = place.device.type == "cuda"
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        super().__init__()
 
     def lap(self, part: str) -> float:
-        """Count what passed since the last lap as part of the layer's time; return it."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        last, self._last = self._last, time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0) + self._last - last
-        return self._last - last
+        return super().lap(part)
 
     @property
     def gpu_peak_bytes(self) -> int:

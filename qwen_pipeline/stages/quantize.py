@@ -10,6 +10,7 @@ from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
+from qwen_pipeline.checkpoint.measure import Laps
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
@@ -23,7 +24,7 @@ from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
-from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline.workers.parent import WorkerResult, run_worker
 
 STAGE = "quantized"
 UNPADDED = "quantized_unpadded"
@@ -89,6 +90,7 @@ def quantize(
         CheckFailed: The solver met a loss that is not a number, or the calibration failed a check of its own.
     """
     assert spec.environment == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
+    laps = Laps()
     checkpoint = open_checkpoint(source)
     require_full_precision(
         checkpoint,
@@ -104,7 +106,9 @@ def quantize(
     _require_positions(checkpoint, spec)
     _require_maskable(linears, spec)
     _require_overrides_land(linears, spec)
+    laps.lap("check")
     tokens = prepared or draw_calibration(calibration, source, spec.calibration)
+    laps.lap("tokens")
     versions = engine.versions(engine.package, "torch")
     derivation = Derivation(
         stage=stage,
@@ -112,12 +116,14 @@ def quantize(
         spec={**spec.to_json(), "versions": versions},
         code_version=CODE_VERSION,
     )
+    laps.lap("derive")
 
     def build(partial: Path) -> Built:
         from qwen_pipeline.engines.evidence_plot import draw_evidence
 
         job = _open_workshop(partial, source.resolve(), tokens, spec)
         (partial / LOGS).mkdir(exist_ok=True)
+        laps.lap("workshop")
         worker = run_worker(
             engine.python,
             f"qwen_pipeline.engines.{spec.engine}:quantize_directory",
@@ -126,6 +132,7 @@ def quantize(
             env=_worker_environment(job),
             observe=observe,
         )
+        laps.lap("worker")
         losses = read_losses(job.quant_log, linears)
         quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
         quantized = quantized_checkpoint(
@@ -136,20 +143,27 @@ def quantize(
         )
         contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
         job.quant_log.rename(partial / LOGS / "quant_log.csv")
+        laps.lap("write")
         written = open_checkpoint(partial)
         evidence = gather_evidence(written, linears, losses)
         write_evidence(evidence, partial / EVIDENCE)
         draw_evidence(evidence, partial / PLOT)
+        laps.lap("evidence")
+        reports = check_output(written, linears, losses, spec)
+        laps.lap("checks")
         shutil.rmtree(job.workshop)
+        contents = _with_logs(contents, partial)
+        laps.lap("clean up")
         return Built(
-            contents=_with_logs(contents, partial),
+            contents=contents,
             result={
                 "losses": [loss.to_json() for loss in losses],
                 "layers": worker.value.get("layers", []),
                 "quantization": quantization,
                 "calibration": tokens.statistics(),
                 "evidence": summarize(evidence),
-                "checks": dump_reports(check_output(written, linears, losses, spec)),
+                "seconds": _seconds(laps, worker),
+                "checks": dump_reports(reports),
             },
             worker_peak_bytes=worker.peak_memory_bytes,
         )
@@ -227,6 +241,20 @@ def _worker_environment(job: QuantJob) -> Mapping[str, str]:
         "MKL_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(job.workshop / "tmp"),
+    }
+
+
+def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, dict[str, float]]:
+    """Tell the engine's own seconds from ours: those of the worker that the engine does not account for are ours too.
+
+    Its import is that of all packages it needs, as torch.
+    """
+    own: Mapping[str, float] = worker.value["seconds"]
+    engine = {**own, "import": own["import"] + worker.import_seconds}
+    stage = {**laps.seconds, "worker": laps.seconds["worker"] - sum(engine.values())}
+    return {
+        "engine": {part: round(seconds, 3) for part, seconds in engine.items()},
+        "stage": {part: round(seconds, 3) for part, seconds in stage.items()},
     }
 
 

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,9 +39,11 @@ def _call(target: str) -> int:
         def observe(progress: Progress) -> None:
             send("progress", asdict(progress))
 
-        spec = json.load(sys.stdin)
+        spec, began = json.load(sys.stdin), time.perf_counter()
         try:
-            value = _function(target)(spec, observe)
+            function = _function(target)
+            import_seconds = time.perf_counter() - began
+            value = function(spec, observe)
         except PipelineError as fault:
             send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
             return fault.exit_code
@@ -49,7 +52,8 @@ def _call(target: str) -> int:
                 send("fault", {"kind": "EnvironmentFault", "what": fault.what, "remedy": fault.remedy})
                 return fault.exit_code
             raise
-        send("result", {"value": value, "peak_memory_bytes": resident_peak()})
+        figures = {"peak_memory_bytes": resident_peak(), "import_seconds": import_seconds}
+        send("result", {"value": value, **figures})
     return 0
 
 

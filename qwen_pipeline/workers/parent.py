@@ -24,10 +24,16 @@ GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerResult:
-    """What the function returned, and the highest resident memory of its process."""
+    """What the function returned, and what is known of its process.
+
+    Attributes:
+        peak_memory_bytes: Its highest resident memory.
+        import_seconds: What the function's module, and all that it needs, took to be imported.
+    """
 
     value: Mapping[str, Any]
     peak_memory_bytes: int
+    import_seconds: float
 
 
 def run_worker(
@@ -104,7 +110,7 @@ def _follow(messages: Iterator[bytes], observe: Observe) -> WorkerResult | None:
             case "progress":
                 observe(Progress(**content))
             case "result":
-                result = WorkerResult(value=content["value"], peak_memory_bytes=content["peak_memory_bytes"])
+                result = WorkerResult(**content)
             case "fault":
                 raise _fault(content)
             case _:

@@ -1,0 +1,185 @@
+"""``python -m benchmarks.overhead``: what the quantize stage costs beside the engine's own time.
+
+The demo's base, padded as the demo pads it, is quantized on the CPU with GPTQModel's loop: once by the command line,
+which is a process of its own with a worker of its own, and once by a script that only loads, quantizes and saves
+(:mod:`benchmarks.plain_gptqmodel`). Two runs differ by more than what is looked for, so the first is also split: the
+engine imports, loads, quantizes and saves; all the rest, from the start of the process to its end, is ours.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.__main__ import RESULTS, markdown
+from benchmarks.loops import first_layers
+from benchmarks.machine import describe_machine
+from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
+from qwen_pipeline.demo.texts import write_texts
+from qwen_pipeline.engines.calibration import draw_calibration
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.stages.pad import pad
+
+AIM = 0.02
+"""Of the engine's own time, on a job of two minutes or more."""
+
+
+def by_stage(padded: Path, text: Path, spec: QuantSpec, python: Path, out: Path) -> dict[str, Any]:
+    """Quantize from the command line; return what it took, split."""
+    asked = {"in": padded, "out": out, "calibration": text, "engine": spec.engine, "engine-python": python}
+    asked |= {name.replace("_", "-"): getattr(spec, name) for name in ("group_size", "samples", "seq_len", "seed")}
+    asked |= {"threads": spec.threads, "batch-size": spec.batch_size, "device": spec.device}
+    options = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    found = _timed([sys.executable, "-m", "qwen_pipeline.cli", "quantize", *options], spec, out.with_suffix(".log"))
+    seconds = open_manifest(out).result["seconds"]
+    engine, stage = seconds["engine"], seconds["stage"]
+    front = found["seconds"] - sum(engine.values()) - sum(stage.values())
+    ours = {"command line": round(front, 3), **stage}
+    return {**found, "engine": engine, "ours": ours, "ratio": round(sum(ours.values()) / sum(engine.values()), 4)}
+
+
+def by_script(padded: Path, text: Path, spec: QuantSpec, python: Path, out: Path) -> dict[str, Any]:
+    """Have the plain script quantize with the same tokens and settings; return what it took."""
+    names = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "mse")
+    job = {
+        "source": str(padded),
+        "out": str(out),
+        "windows": draw_calibration(text, padded, spec.calibration).input_ids.tolist(),
+        "config": {name: getattr(spec, name) for name in names},
+        "batch_size": spec.batch_size,
+        "threads": spec.threads,
+    }
+    file = out.with_suffix(".json")
+    file.write_text(json.dumps(job))
+    script = Path(__file__).with_name("plain_gptqmodel.py")
+    return _timed([str(python), "-P", str(script), str(file)], spec, out.with_suffix(".log"))
+
+
+def _timed(command: Sequence[str], spec: QuantSpec, log: Path) -> dict[str, Any]:
+    """Run a process to its end, in the environment that both need on few cores; return wall and processor seconds."""
+    threads = str(spec.threads)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "GPTQMODEL_CPU_WORKERS": str(max(2, (spec.threads + 1) // 2)),
+    }
+    began, used = time.perf_counter(), _processor_seconds()
+    with log.open("wb") as output:
+        subprocess.run(command, env=environment, stdout=output, stderr=output, cwd=log.parent, check=True)
+    return {
+        "seconds": round(time.perf_counter() - began, 2),
+        "processor_seconds": round(_processor_seconds() - used, 2),
+    }
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+RUNS = {"stage": by_stage, "script": by_script}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
+    parser.add_argument("--layers", type=int, help="only the first ones of the model, to see that this runs")
+    parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
+    parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-overhead")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead", help="path without suffix")
+    asked = parser.parse_args()
+    asked.scratch.mkdir(parents=True, exist_ok=True)
+    text = write_texts(asked.scratch).calibration
+    base = asked.base or build_base(asked.scratch / "base").path
+    base = first_layers(base, asked.layers, asked.scratch / f"base-{asked.layers}") if asked.layers else base
+    place = Directory(asked.scratch / f"{base.name}-padded")
+    padded = pad(source=base, destination=place, group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL).path
+    python = find_environment("gptqmodel", asked.engine_python).python
+    spec = QuantSpec(
+        engine="gptqmodel",
+        group_size=GROUP_SIZE,
+        samples=asked.samples,
+        seq_len=512,
+        threads=asked.threads,
+        device="cpu",
+    )
+    rows: list[dict[str, Any]] = []
+    for number in range(asked.rounds):
+        with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
+            for name, run in RUNS.items():
+                found = run(padded.resolve(), text.resolve(), spec, python, Path(scratch).resolve() / name)
+                rows.append({"round": number, "run": name, **found})
+                print(json.dumps(rows[-1]), flush=True)
+                _write(asked.out, rows, spec)
+    print(asked.out.with_suffix(".md").read_text())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return each run's seconds."""
+    return pd.DataFrame(
+        {
+            "run": [row["run"] for row in rows],
+            "wall s": [f"{row['seconds']:.1f}" for row in rows],
+            "processor s": [f"{row['processor_seconds']:.1f}" for row in rows],
+            "engine s": [f"{sum(row['engine'].values()):.1f}" if "engine" in row else "" for row in rows],
+            "ours s": [f"{sum(row['ours'].values()):.2f}" if "ours" in row else "" for row in rows],
+            "ours / engine": [f"{row['ratio']:.2%}" if "ratio" in row else "" for row in rows],
+        }
+    )
+
+
+def parts(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the seconds of each part, means over the stage's runs."""
+    runs = [row for row in rows if "ours" in row]
+    means = {
+        (whose, part): sum(row[whose][part] for row in runs) / len(runs)
+        for whose in ("engine", "ours")
+        for part in runs[0][whose]
+    }
+    return pd.DataFrame(
+        {
+            "whose": [whose for whose, _ in means],
+            "part": [part for _, part in means],
+            "s": [f"{seconds:.2f}" for seconds in means.values()],
+        }
+    )
+
+
+def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec) -> None:
+    machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
+    text = f"""# The quantize stage beside the engine that it runs
+
+{day}, {machine["cpu"]}, {machine["cores"]} cores, {spec.threads} threads. The demo's padded base, {spec.bits} bits in
+groups of {spec.group_size}, {spec.samples} windows of {spec.seq_len} tokens, GPTQModel's own loop. The aim is that ours
+is at most {AIM:.0%} of the engine's time where that is two minutes or more.
+
+{markdown(table(rows))}
+
+{markdown(parts(rows))}
+"""
+    out.with_suffix(".md").write_text(text)
+    found = {"date": day, "machine": machine, "spec": spec.to_json(), "rows": list(rows)}
+    out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
