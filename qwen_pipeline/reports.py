@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qwen_pipeline.errors import listed
+
 Severity = Literal["ERROR", "WARN"]
 
 
@@ -44,6 +46,20 @@ class CheckReport:
         if self.limit == 0:
             return f"{shown(self.measured)} fault{'' if self.measured == 1 else 's'}", "none"
         return shown(self.measured), shown(self.limit)
+
+
+def report_on_modules(check: CheckSpec, *, total: int, bad: Sequence[str], remedy: str) -> CheckReport:
+    """Report on a check that each of so many modules passes or fails by itself; ``bad`` are those that fail."""
+    return CheckReport(
+        name=check.name,
+        passed=not bad,
+        severity="ERROR" if check.blocking else "WARN",
+        measured=float(len(bad)),
+        limit=0.0,
+        detail=f"Not so for {len(bad)} of {total} modules: {listed(bad)}. {remedy}"
+        if bad
+        else f"True for {total} modules.",
+    )
 
 
 def shown(value: float | str | None) -> str:

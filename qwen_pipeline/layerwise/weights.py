@@ -20,7 +20,7 @@ from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.families import declares_tied
+from qwen_pipeline.qwen.families import stored_head
 from qwen_pipeline.qwen.names import decoder_prefix
 from qwen_pipeline.transforms.gptq_codes import CODES, PackedLinear, gptq_format
 
@@ -110,11 +110,8 @@ class Weights:
 
     @property
     def head(self) -> str:
-        """The stored tensor that is the output head: ``lm_head.weight`` beside or above the model, or the embedding."""
-        tied = declares_tied(self.checkpoint.config)
-        above = self.prefix.split(".")[:-1]
-        names = (".".join([*above[:depth], "lm_head.weight"]) for depth in range(len(above), -1, -1))
-        return self.embedding if tied else next((name for name in names if name in self.checkpoint), self.embedding)
+        """The stored tensor that is the output head, or the embedding."""
+        return stored_head(self.checkpoint) or self.embedding
 
     def part(self, path: str, module: nn.Module) -> Part:
         """Return how the parameters of ``module``, which the language model has at ``path``, are stored.

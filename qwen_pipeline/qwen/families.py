@@ -153,10 +153,17 @@ def _family(config: Config) -> Family:
     return FAMILIES.get(str(config.get("model_type")), Family())
 
 
+def stored_head(checkpoint: Checkpoint) -> str | None:
+    """Return the tensor that is the output head; None if the embedding is: the config says so, or there is no other."""
+    if declares_tied(checkpoint.config):
+        return None
+    names = (f"{head}.weight" for head in _family(checkpoint.config).heads)
+    return next((name for name in names if name in checkpoint), None)
+
+
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the embedding itself: the config says so, or there is no tensor for it."""
-    heads = _family(checkpoint.config).heads
-    return declares_tied(checkpoint.config) or not any(f"{head}.weight" in checkpoint for head in heads)
+    """Whether the output head is the embedding itself."""
+    return stored_head(checkpoint) is None
 
 
 def _levels(config: Config) -> list[tuple[str, Config]]:

@@ -8,9 +8,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, report_on_modules
 from qwen_pipeline.transforms.code_format import code_format
 from qwen_pipeline.transforms.compressed_writer import as_compressed
 
@@ -49,15 +48,8 @@ def check_weights(quantized: Checkpoint, exported: Checkpoint) -> CheckReport:
     """Report on :data:`SAME_WEIGHTS`."""
     modules = [name.removesuffix(".qweight") for name in quantized if name.endswith(".qweight")]
     wrong = list(_differing(quantized, exported, modules))
-    return CheckReport(
-        name=SAME_WEIGHTS.name,
-        passed=not wrong,
-        detail=f"Other weights in {listed(wrong)}. Export again; if it persists, report it as a defect."
-        if wrong
-        else f"True for {len(modules)} modules.",
-        measured=float(len(wrong)),
-        limit=0.0,
-    )
+    remedy = "Export again; if it persists, report it as a defect."
+    return report_on_modules(SAME_WEIGHTS, total=len(modules), bad=wrong, remedy=remedy)
 
 
 def _differing(quantized: Checkpoint, exported: Checkpoint, modules: list[str]) -> Iterator[str]:

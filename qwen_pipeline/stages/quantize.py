@@ -13,16 +13,17 @@ from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.measure import Laps
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.engines import checks
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, gather_evidence, summarize, write_evidence
-from qwen_pipeline.engines.losses import ModuleLoss, read_losses
-from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, EngineName, QuantJob, QuantSpec
-from qwen_pipeline.errors import InputRefused, listed
+from qwen_pipeline.engines.losses import read_losses
+from qwen_pipeline.engines.protocol import EngineName, QuantJob, QuantSpec
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
-from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import WorkerResult, run_worker
 
@@ -31,30 +32,7 @@ UNPADDED = "quantized_unpadded"
 """Where the merged checkpoint goes, quantized only to be compared with."""
 CODE_VERSION = "3"
 WORKSHOP = ".workshop"
-
-EVERY_MODULE = CheckSpec(
-    name="every_module_quantized",
-    description="Each linear layer of each decoder layer has codes, and a row in the solver's log.",
-)
-NO_ROUNDING = CheckSpec(
-    name="no_rounding_fallback",
-    description="The solver solved each module; none was merely rounded to nearest.",
-)
-LOSSES_FINITE = CheckSpec(name="losses_finite", description="The solver's loss of each module is a finite number.")
-SCALES_FINITE = CheckSpec(
-    name="scales_finite", description="Every scale, read back from the output, is finite and more than zero."
-)
-DAMPING_AS_ASKED = CheckSpec(
-    name="damping_as_asked",
-    description="No Hessian needed more damping than the spec says to be positive definite.",
-    blocking=False,
-)
-EXPERTS_FED = CheckSpec(
-    name="experts_fed",
-    description=f"Each expert met at least {MIN_EXPERT_TOKENS} calibration tokens.",
-    blocking=False,
-)
-CHECKS = (EVERY_MODULE, NO_ROUNDING, LOSSES_FINITE, SCALES_FINITE, DAMPING_AS_ASKED, EXPERTS_FED)
+CHECKS = checks.CHECKS
 
 
 def quantize(
@@ -149,7 +127,7 @@ def quantize(
         write_evidence(evidence, partial / EVIDENCE)
         draw_evidence(evidence, partial / PLOT)
         laps.lap("evidence")
-        reports = check_output(written, linears, losses, spec)
+        reports = checks.check_output(written, linears, losses, spec)
         laps.lap("checks")
         shutil.rmtree(job.workshop)
         contents = _with_logs(contents, partial)
@@ -261,80 +239,3 @@ def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, dict[str, float]]:
 def _with_logs(contents: Contents, partial: Path) -> Contents:
     logs = {path.relative_to(partial).as_posix(): path for path in (partial / LOGS).iterdir()}
     return replace(contents, files={**contents.files, **digest_files(logs)})
-
-
-def check_output(
-    output: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleLoss], spec: QuantSpec
-) -> list[CheckReport]:
-    """Report on :data:`CHECKS`, in their order."""
-    logged = {loss.module for loss in losses}
-    return [
-        _report(
-            EVERY_MODULE,
-            total=len(linears),
-            bad=[at.module for at in linears if f"{at.module}.qweight" not in output or at.module not in logged],
-            remedy="Read logs/quantize.log for what the engine skipped.",
-        ),
-        _report(
-            NO_ROUNDING,
-            total=len(losses),
-            bad=[loss.module for loss in losses if loss.rounded],
-            remedy="Look for NaN or infinite weights in the source, or use more and longer calibration text.",
-        ),
-        _report(
-            LOSSES_FINITE,
-            total=len(losses),
-            bad=[loss.module for loss in losses if loss.loss is None],
-            remedy="Look for NaN or infinite weights in the source.",
-        ),
-        _report(
-            SCALES_FINITE,
-            total=len(linears),
-            bad=[at.module for at in linears if not _scales_are_sound(output, at)],
-            remedy="Look for weights beyond the range of float16 in the source.",
-        ),
-        replace(
-            _report(
-                DAMPING_AS_ASKED,
-                total=len(losses),
-                bad=[loss.module for loss in losses if loss.damp > _damp_of(loss.module, spec) + 1e-5],
-                remedy="Use more calibration text, or raise damp_percent for all.",
-            ),
-            severity="WARN",
-        ),
-        replace(
-            _report(
-                EXPERTS_FED,
-                total=sum(".experts." in loss.module for loss in losses),
-                bad=[at.module for at in losses if ".experts." in at.module and at.samples < MIN_EXPERT_TOKENS],
-                remedy="Use more calibration samples, text that needs these experts, or all_experts.",
-            ),
-            severity="WARN",
-        ),
-    ]
-
-
-def _damp_of(module: str, spec: QuantSpec) -> float:
-    return spec.override(module).get("damp_percent", spec.damp_percent)
-
-
-def _report(check: CheckSpec, *, total: int, bad: Sequence[str], remedy: str) -> CheckReport:
-    return CheckReport(
-        name=check.name,
-        passed=not bad,
-        detail=f"Not so for {len(bad)} of {total} modules: {listed(bad)}. {remedy}"
-        if bad
-        else f"True for {total} modules.",
-        measured=float(len(bad)),
-        limit=0.0,
-    )
-
-
-def _scales_are_sound(output: Checkpoint, linear: Linear) -> bool:
-    import torch
-
-    name = f"{linear.module}.scales"
-    if name not in output:
-        return True  # reported by every_module_quantized
-    scales = output.load(name)
-    return bool((torch.isfinite(scales) & (scales > 0)).all())

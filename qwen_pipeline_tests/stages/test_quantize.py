@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.engines.checks import CHECKS, check_output
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.losses import ModuleLoss
 from qwen_pipeline.engines.protocol import EngineName, QuantSpec
@@ -24,7 +25,7 @@ from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefuse
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.stages.quantize import CHECKS, check_output, chosen_engine, quantize
+from qwen_pipeline.stages.quantize import chosen_engine, quantize
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_qwen3
 
@@ -75,6 +76,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, calibration: Path, engine: Eng
         observe=progress.append,
     )
     return Run(source=source, calibration=calibration, artifact=artifact, progress=progress)
+
+
+def test_the_engines_seconds_are_told_from_ours(run: Run) -> None:
+    manifest = run.artifact.manifest
+    engine, stage = (manifest.result["seconds"][whose] for whose in ("engine", "stage"))
+    assert engine.keys() == {"import", "load", "quantize", "save"}
+    assert min(*engine.values(), *stage.values()) >= 0
+    assert sum(engine.values()) < manifest.run.seconds < sum(engine.values()) + sum(stage.values()) + 0.5
 
 
 def test_every_check_is_reported_and_passes(run: Run) -> None:
