@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.digest import known_checkpoint
+from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.rewrite import Rewrite
 from qwen_pipeline.checkpoint.source import open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
@@ -202,7 +203,8 @@ def base_report(
 ) -> CheckReport:
     """Return whether the adapters name this base; ``is_padded_base``: or a checkpoint that it was padded to."""
     known = sorted(base_names) or [base.name]
-    strangers = [a for a in adapters.adapters if not is_padded_base and not _is_named(a, base, base_names)]
+    unnamed = [a for a in adapters.adapters if not is_padded_base and not _is_named(a, base, base_names)]
+    strangers = [a for a in unnamed if not _names_what_was_padded(a, base)]
     others = [a for a in adapters.adapters if not may_be_same_revision(a.revision, base_revision)]
     passed = not strangers and not others
     declared = {(a.base_name or "not named") + (f" at {a.revision}" if a.revision else "") for a in adapters.adapters}
@@ -214,6 +216,8 @@ def base_report(
         limit=", ".join(known) + (f" at {base_revision}" if base_revision else ""),
         detail="The adapter was trained on a checkpoint that this base was padded to."
         if is_padded_base and passed
+        else "The adapter names the checkpoint that this base was padded from, says the base's manifest."
+        if unnamed and passed
         else "The adapter names this base."
         if passed
         else "The adapter names another base: make sure that it was trained on this one, and register the name."
@@ -227,6 +231,15 @@ def _is_named(adapter: Adapter, base: Path, base_names: Collection[str]) -> bool
     if declared in base_names or (bool(declared) and Path(declared).resolve() == base.resolve()):
         return True
     return not base_names and Path(declared).name == base.name
+
+
+def _names_what_was_padded(adapter: Adapter, base: Path) -> bool:
+    """Whether a base was padded from the checkpoint that an adapter names: if it is here, and its digest known."""
+    ours, named = padded_model(base), Path(adapter.base_name or "")
+    if ours is None or not adapter.base_name or not (named / CONFIG).is_file():
+        return False
+    live = known_checkpoint(named)
+    return live is not None and live.digest == ours.live_digest
 
 
 def may_be_same_revision(one: str | None, other: str | None) -> bool:

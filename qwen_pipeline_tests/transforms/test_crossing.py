@@ -76,6 +76,17 @@ def test_a_live_adapter_in_a_padded_base_is_what_padding_after_merging_gives(
     assert there.manifest.result["padding"]["sizes"][0]["layout"] == layout
     back = unpad(source=there.path, destination=Directory(tmp_path / "back"))
     assert back.manifest.content_digest == here.manifest.content_digest
+    (named,) = (at for at in load_reports(there.manifest.result) if at.name == "base_is_the_one_trained_on")
+    assert named.passed
+    assert "padded from" in named.detail
+
+
+def test_an_adapter_of_another_model_is_no_live_adapter_of_a_padded_base(tmp_path: Path, model: Model) -> None:
+    _, padded = model("qwen2", "interleave")
+    train(Kind(lora=DOWN), tiny_model("qwen2", tmp_path / "other", seed=1), tmp_path / "adapter")
+    merged = merge(base=padded, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "merged"))
+    (named,) = (at for at in load_reports(merged.manifest.result) if at.name == "base_is_the_one_trained_on")
+    assert not named.passed
 
 
 def trained(kind: Kind, base: Path, root: Path) -> PeftModel:
