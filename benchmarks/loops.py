@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -30,7 +30,7 @@ from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.engines.protocol import EngineName, QuantSpec
+from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec, default_device, usable_cores
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.layerwise.forward import Place
@@ -60,13 +60,15 @@ def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Pa
             compared=["quantized"],
             place=Place(device=torch.device(spec.device), dtype=torch.float32),
         )
-    divergence = figures["quantized"].divergence
+    divergence, result = figures["quantized"].divergence, artifact.manifest.result
     assert divergence is not None
     return {
         "seconds": round(seconds, 1),
         "processor_seconds": round(used, 1),
+        "engine_seconds": round(sum(result["seconds"]["engine"].values()), 1),
         "worker_peak_bytes": artifact.manifest.run.peak_memory_bytes,
-        "loss": sum(row["loss"] or float("nan") for row in artifact.manifest.result["losses"]),
+        "gpu_peak_bytes": result["evidence"]["gpu_peak_bytes"],
+        "loss": sum(row["loss"] or float("nan") for row in result["losses"]),
         "kl": divergence.mean,
         "perplexity": figures["quantized"].perplexity,
         "perplexity_full": figures["full"].perplexity,
@@ -88,7 +90,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "sum of losses": means["loss"].map("{:.5g}".format),
             "processor s": means["processor_seconds"].round(),
             "wall s": means["seconds"].round(),
-            "peak GiB": (means["worker_peak_bytes"] / 2**30).round(2),
+            "engine s": means["engine_seconds"].round(),
+            "host GiB": (means["worker_peak_bytes"] / 2**30).round(2),
+            "GPU GiB": (means["gpu_peak_bytes"] / 2**30).round(2),
         }
     )
 
@@ -98,7 +102,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["dense", "experts"], default=["dense", "experts"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=get_args(Device), default=default_device())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
     parser.add_argument("--layers", type=int, help="only the first ones of the model")
@@ -121,6 +126,7 @@ def main() -> None:
                     seq_len=512,
                     seed=seed,
                     threads=asked.threads,
+                    device=asked.device,
                 )
                 found = compare(model, source, spec, texts, asked.engine_python, asked.windows)
                 rows.append({"model": name, "engine": engine, "seed": seed, **found})
@@ -136,8 +142,9 @@ def first_layers(model: Path, layers: int, out: Path) -> Path:
         in_layer = re.compile(r"model\.layers\.(\d+)\.")
         kept = {n: whole.load(n) for n in whole if not (at := in_layer.match(n)) or int(at[1]) < layers}
         out.mkdir(parents=True)
-        types = whole.config["layer_types"][:layers]
-        config = {**whole.config, "num_hidden_layers": layers, "layer_types": types}
+        config = {**whole.config, "num_hidden_layers": layers}
+        if types := whole.config.get("layer_types"):
+            config["layer_types"] = types[:layers]
         (out / CONFIG).write_text(json.dumps(config))
         save_file(kept, out / SINGLE_SHARD, {"format": "pt"})
         for relative, file in whole.sidecars.items():
@@ -164,11 +171,12 @@ def _processor_seconds() -> float:
 
 def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec) -> None:
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
+    on = torch.cuda.get_device_name() if spec.device == "cuda" else "the CPU"
     text = f"""# The layer loop beside GPTQModel's own
 
-{day}, {machine["cpu"]}, {machine["cores"]} cores, {spec.threads} threads. {spec.bits} bits in groups of
+{day}, {machine["cpu"]}, {machine["cores"]} cores, {spec.threads} threads, on {on}. {spec.bits} bits in groups of
 {spec.group_size}, {spec.samples} calibration windows of {spec.seq_len} tokens, the same for both loops; means over
-draws of calibration text.
+draws of calibration text. Engine seconds are what the engine takes to import, load, quantize and save.
 
 {markdown(table(rows))}
 """
