@@ -65,7 +65,44 @@ class _Kept(nn.Module):
         return _each(self._place.fetch, output)
 
 
-class Passage:
+class LayeredModel:
+    """A model whose layers are read and built one by one.
+
+    Args:
+        checkpoint: Full precision or GPTQ codes, of any Qwen family.
+        place: Where to compute.
+
+    Raises:
+        CheckpointRefused: A tensor that the model needs is missing or has another shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
+        give_blocks_back_when_freed()
+        self.place, self.weights = place, Weights.of(checkpoint)
+        self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
+        self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
+
+    def read(self, layer: int) -> HostTensors:
+        """Return a layer's stored tensors, to be built later; may run in a thread beside everything else.
+
+        Without a GPU they share its memory with the layer that computes, which takes far longer than to read it: a
+        quarter of a layer is enough to be ahead, and leaves room within one and a half.
+        """
+        part, on_gpu = self.parts[layer], self.place.device.type == "cuda"
+        return part.read(room=None if on_gpu else part.numel * self.place.dtype.itemsize // 4, pinned=on_gpu)
+
+    def build(self, layer: int, stored: HostTensors) -> nn.Module:
+        """Return a layer that can be called; ``stored`` is emptied."""
+        parameters = self.parts[layer].assemble(stored, device=self.place.device, dtype=self.place.dtype)
+        return fill(self.skeleton.layers[layer], parameters)
+
+    def coming(self, first: int = 0) -> Iterator[nn.Module]:
+        """Yield the layers from ``first`` on; while one computes, the next one is read."""
+        layers = range(first, len(self.parts))
+        return ahead([(partial(self.read, layer), partial(self.build, layer)) for layer in layers])
+
+
+class Passage(LayeredModel):
     """Batches on their way through one model.
 
     Args:
@@ -83,31 +120,14 @@ class Passage:
     """
 
     def __init__(self, checkpoint: Checkpoint, batches: Sequence[Tensor], place: Place, *, beside: int = 0) -> None:
-        give_blocks_back_when_freed()
-        self.weights = Weights.of(checkpoint)
-        self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
-        self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
-        self.place, self._batches, self._copies = place, batches, len(batches) * (1 + beside)
+        super().__init__(checkpoint, place)
+        self._batches, self._copies = batches, len(batches) * (1 + beside)
         self.hidden: list[Tensor] = []
         self._arguments: list[Sequence[Arguments]] = []
         for batch in batches:
             entry = self.skeleton.enter(batch)
             self.hidden.append(place.shelve(entry.hidden, copies=self._copies))
             self._arguments.append(_sharing(entry.arguments, self._arguments[0] if self._arguments else ()))
-
-    def read(self, layer: int) -> HostTensors:
-        """Return a layer's stored tensors, to be built later; may run in a thread beside everything else.
-
-        Without a GPU they share its memory with the layer that computes, which takes far longer than to read it: a
-        quarter of a layer is enough to be ahead, and leaves room within one and a half.
-        """
-        part, on_gpu = self.parts[layer], self.place.device.type == "cuda"
-        return part.read(room=None if on_gpu else part.numel * self.place.dtype.itemsize // 4, pinned=on_gpu)
-
-    def build(self, layer: int, stored: HostTensors) -> nn.Module:
-        """Return a layer that can be called; ``stored`` is emptied."""
-        parameters = self.parts[layer].assemble(stored, device=self.place.device, dtype=self.place.dtype)
-        return fill(self.skeleton.layers[layer], parameters)
 
     @torch.inference_mode()
     def run(self, layer: int, module: nn.Module) -> None:
@@ -209,7 +229,7 @@ def logit_blocks(passages: Sequence[Passage], place: Place) -> Iterator[Logits]:
     for (start, _), near in zip(ranges, blocks, strict=True):
         for batch, hidden in enumerate(zip(*leaving, strict=True)):
             values = [
-                _product(place.fetch(states)[:, :-1].flatten(0, 1), block)
+                product(place.fetch(states)[:, :-1].flatten(0, 1), block)
                 for states, block in zip(hidden, near, strict=True)
             ]
             yield Logits(batch=batch, first=start, values=values)
@@ -219,7 +239,8 @@ def _head_rows(heads: Sequence[tuple[Checkpoint, str]], start: int, stop: int) -
     return [checkpoint.load(name, slice(start, stop)) for checkpoint, name in heads]
 
 
-def _product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:
+def product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:
+    """Return logits, float32 [N, V], of hidden states and some rows of an output head."""
     if hidden_NH.device.type == "cuda" and hidden_NH.dtype != torch.float32:
         return torch.mm(hidden_NH, rows_VH.T, out_dtype=torch.float32)
     return (hidden_NH @ rows_VH.T).float()

@@ -60,10 +60,16 @@ class Skeleton:
             setattr(self._decoder, name, real)
         self._decoder.eval()
 
+    def new_cache(self) -> Any:
+        """Return a cache of Transformers for one batch that comes in parts: its layers fill it as they are called."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._decoder.config)
+
     @torch.inference_mode()
-    def enter(self, tokens_BT: Tensor) -> Entry:
-        """Run a batch up to the first layer."""
-        self._run(tokens_BT)
+    def enter(self, tokens_BT: Tensor, cache: Any = None) -> Entry:
+        """Run a batch up to the first layer; with a cache, the part of it that follows what the cache has seen."""
+        self._run(tokens_BT, cache)
         arguments = [recorder.arguments for recorder in self._recorders]
         return Entry(hidden=self._recorders[0].hidden, arguments=arguments)
 
@@ -73,8 +79,9 @@ class Skeleton:
         with self._recorders[-1].returning(hidden):
             return self._run(tokens_BT)
 
-    def _run(self, tokens_BT: Tensor) -> Tensor:
-        return self._decoder(input_ids=tokens_BT.to(self._device), use_cache=False).last_hidden_state
+    def _run(self, tokens_BT: Tensor, cache: Any = None) -> Tensor:
+        tokens_BT = tokens_BT.to(self._device)
+        return self._decoder(input_ids=tokens_BT, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 class _Recorder(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.families import stored_head
 from qwen_pipeline.qwen.names import decoder_prefix
 from qwen_pipeline.transforms.gptq_codes import CODES, PackedLinear, gptq_format
@@ -130,7 +130,16 @@ class Weights:
         )
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Return these rows of the embedding, which must be ascending; no other row is read."""
+        """Return these rows of the embedding, which must be ascending; no other row is read.
+
+        Raises:
+            InputRefused: It does not have that many.
+        """
+        if ids[-1] >= (vocabulary := self.checkpoint[self.embedding].rows):
+            raise InputRefused(
+                f"There is a token {ids[-1]}, but {self.embedding} has {vocabulary} rows.",
+                remedy="Use the tokenizer of this model, and text without tokens that another one added.",
+            )
         blocks = [self.checkpoint.load(self.embedding, slice(start, stop)) for start, stop in _runs(ids)]
         return torch.cat(blocks)
 

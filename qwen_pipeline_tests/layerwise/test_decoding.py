@@ -1,0 +1,171 @@
+"""Layer-streamed greedy answers against Transformers' own ``generate``, for every kind of family."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
+from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.qwen.stopping import GENERATION_CONFIG, stop_tokens
+from qwen_pipeline_tests.rounding import round_to_codes
+from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2
+
+CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+DRAW = torch.Generator().manual_seed(0)
+PROMPTS = [torch.randint(3, 250, (length,), generator=DRAW).tolist() for length in (3, 20, 70)]
+LIMIT = 12
+KINDS = ("qwen2", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen2_5_omni", "qwen4_exp")
+
+
+def plain_answers(root: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[tuple[int, ...]]:
+    """Have Transformers answer one prompt after the other, with the whole model in memory."""
+    model: Any = load_tiny(root)
+    answers: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=LIMIT
+        )
+        answers.append(tuple(output[0, len(prompt) :].tolist()))
+    return answers
+
+
+def streamed_answers(checkpoint: Checkpoint, *, room: int | None = None, **asked: Any) -> list[tuple[int, ...]]:
+    decoder = Decoder(checkpoint, CPU, room=room)
+    return decoder.answers(PROMPTS, stops=stop_tokens(checkpoint), limit=LIMIT, **asked)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family if family in KINDS else pytest.param(family, marks=pytest.mark.slow) for family in LANGUAGE_FAMILIES],
+)
+def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    root = tiny_model(family, tmp_path / "model")
+    expected = plain_answers(root)
+    checkpoint = open_checkpoint(root)
+    assert streamed_answers(checkpoint) == expected
+    half_right = [answer[:5] + (7,) * 7 for answer in expected]
+    assert streamed_answers(checkpoint, drafts=half_right) == expected
+
+
+def test_experts_stored_one_by_one_and_packed_answer(tmp_path: Path) -> None:
+    """Transformers has no such experts in a stack, so it is given what the codes stand for."""
+    root = tiny_model("qwen3_moe", tmp_path / "model")
+    packed = open_checkpoint(round_to_codes(root, tmp_path / "packed", group_size=32))
+    whole = Decoder(packed, CPU)
+    model: Any = load_tiny(root)
+    layers = [dict(module.named_parameters()) for module in whole.coming()]
+    state = model.state_dict()
+    for number, layer in enumerate(layers):
+        for name, weight in layer.items():
+            state[f"model.layers.{number}.{name}"].copy_(weight)
+    model.save_pretrained(root)
+    assert streamed_answers(packed) == plain_answers(root)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("qwen2"))
+
+
+def test_each_of_several_stop_tokens_ends_an_answer(qwen2: Path, tmp_path: Path) -> None:
+    free = plain_answers(qwen2)
+    stops = [free[0][3], free[1][6]]
+    model: Any = load_tiny(qwen2)
+    model.generation_config.eos_token_id = stops
+    model.save_pretrained(tmp_path)
+    answers = streamed_answers(open_checkpoint(tmp_path))
+    assert answers == plain_answers(tmp_path)
+    assert [answer[-1] for answer in answers[:2]] == stops
+
+
+def test_stop_tokens_are_those_of_the_generation_config_or_else_of_the_config(qwen2: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(qwen2)
+    assert stop_tokens(checkpoint) == {load_tiny(qwen2).generation_config.eos_token_id}  # pyright: ignore[reportOptionalMemberAccess]
+    silent = tmp_path / GENERATION_CONFIG
+    silent.write_text(json.dumps({"do_sample": False}))
+    assert stop_tokens(replace(checkpoint, sidecars={GENERATION_CONFIG: silent})) == set()
+    nested = replace(checkpoint, sidecars={}, config={"text_config": {"eos_token_id": [2, 5]}})
+    assert stop_tokens(nested) == {2, 5}
+
+
+def test_a_right_draft_takes_one_step_and_a_wrong_one_costs_one(qwen2: Path) -> None:
+    checkpoint, steps = open_checkpoint(qwen2), list[Progress]()
+    expected = streamed_answers(checkpoint, observe=steps.append)
+    assert len(steps) == LIMIT
+    steps.clear()
+    assert streamed_answers(checkpoint, drafts=expected, observe=steps.append) == expected
+    assert len(steps) == 1
+    steps.clear()
+    unknown = [(10**6,), *expected[1:]]
+    assert streamed_answers(checkpoint, drafts=unknown, observe=steps.append) == expected
+    assert len(steps) == LIMIT
+    late = [(*answer[:-2], expected[0][0] + 1, 3) for answer in expected]
+    steps.clear()
+    assert streamed_answers(checkpoint, drafts=late, observe=steps.append) == expected
+    assert len(steps) == 2
+
+
+def test_layers_are_read_once_where_there_is_room_and_once_a_step_where_there_is_not(qwen2: Path) -> None:
+    checkpoint = open_checkpoint(qwen2)
+    reads: list[str] = []
+
+    def counted(name: str, tensor: LazyTensor) -> LazyTensor:
+        def read(start: int, stop: int) -> torch.Tensor:
+            reads.append(name)
+            return tensor.read(start, stop)
+
+        return replace(tensor, read=read, stored=None)
+
+    watched = replace(checkpoint, tensors={name: counted(name, tensor) for name, tensor in checkpoint.tensors.items()})
+    first, second, head = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+    layer = 4 * Decoder(checkpoint, CPU).parts[0].numel
+    expected = streamed_answers(checkpoint)
+    for room, times in ((None, (1, 1, 1)), (layer, (1, LIMIT, LIMIT)), (0, (LIMIT, LIMIT, LIMIT))):
+        reads.clear()
+        assert streamed_answers(watched, room=room) == expected
+        assert tuple(map(reads.count, (first, second, head))) == times
+
+
+def test_a_model_whose_logits_are_no_numbers_says_its_first_token_as_argmax_does(qwen2: Path, tmp_path: Path) -> None:
+    model: Any = load_tiny(qwen2)
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    assert streamed_answers(open_checkpoint(tmp_path)) == [(0,) * LIMIT] * 3 == plain_answers(tmp_path)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.measure import resident_peak
+from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.forward import Place
+place = Place(device=torch.device("cpu"), dtype=torch.float32)
+decoder = Decoder(open_checkpoint(Path(sys.argv[1])), place, room=0)
+Path("/proc/self/clear_refs").write_text("5")
+before = resident_peak()
+decoder.answers([[5, 6, 7], [8] * 30], stops=(), limit=3)
+print(resident_peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_without_room_memory_is_a_layer_and_a_half_whatever_the_depth(tmp_path: Path) -> None:
+    peaks: list[int] = []
+    for layers in (2, 6):
+        root = tiny_qwen2(tmp_path / str(layers), hidden_size=1024, intermediate_size=5632, num_hidden_layers=layers)
+        peaks.append(int(subprocess.check_output([sys.executable, "-c", PEAK, root], cwd=Path(__file__).parents[2])))
+    layer = 2 * sum(spec.nbytes for name, spec in open_checkpoint(root).items() if "layers.0." in name)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
+    assert peaks[1] < 1.5 * layer
