@@ -1,60 +1,188 @@
-"""Peak resident memory of merge and pad against the model's size, with PEFT's merge beside them in the same run.
+"""Peak memory of merging and padding against the model's size, ours and others', in the same run.
 
-Each figure is the high-water mark of a process of its own, less that of a bare interpreter with torch imported.
+``python -m benchmarks.memory`` makes checkpoints with a real model's widths, one after the other, and runs every
+contender on each, in a process of its own that is watched from outside. A peak is what is resident beyond a process
+that imports the same libraries and ends. Results go to ``--out`` after each run, the plot at the end.
 """
 
-import os
-import subprocess
+import argparse
+import json
+import shutil
 import sys
-import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
+from benchmarks.contenders import WHOLE_MODEL_PAD, Contender, make_models, ours, peak_of_start, peers, run
+from benchmarks.machine import describe_machine
+from qwen_pipeline.checkpoint.admission import available_memory
 
-_PEAK = """
-from pathlib import Path
-print(next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
-"""
-_BARE = "import torch"
-_STAGE = "from pathlib import Path; from qwen_pipeline.checkpoint.store import Directory;"
-_RUNS = {
-    "merge": _STAGE
-    + "from qwen_pipeline.stages.merge import merge;"
-    + "merge(base=Path('base'), fine_tune=Path('adapter'), destination=Directory(Path('merged')))",
-    "pad": _STAGE
-    + "from qwen_pipeline.stages.pad import pad;"
-    + "pad(source=Path('base'), destination=Directory(Path('padded')), group_size=128, tensor_parallel=8)",
-    "PEFT merge": "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
-    + "model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16);"
-    + "PeftModel.from_pretrained(model, 'adapter').merge_and_unload().save_pretrained('peft')",
-}
+GIB = 2**30
+PEER_FACTOR = 1.5
+"""Of the base's bytes: the memory that must be free for those who load the whole model to take part."""
 
 
-LAYERS = (8, 16, 32)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """One checkpoint.
+
+    Attributes:
+        widths: As :func:`benchmarks.models.widths_of` takes them.
+        no_peers: Why nobody else takes part; empty if they do.
+    """
+
+    widths: str
+    layers: int
+    no_peers: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.widths}, {self.layers} layer{'s' if self.layers > 1 else ''}"
 
 
-def measure() -> list[dict[str, int | str]]:
-    """Return one row for each size and each way: base bytes and peak bytes above the bare interpreter."""
-    rows: list[dict[str, int | str]] = []
-    for layers in LAYERS:
-        with tempfile.TemporaryDirectory() as scratch:
-            base = tiny_qwen2(
-                Path(scratch) / "base",
-                hidden_size=1024,
-                intermediate_size=2432,
-                num_hidden_layers=layers,
-                vocab_size=8192,
-            )
-            tiny_adapter(base, Path(scratch) / "adapter", r=16)
-            size = (base / "model.safetensors").stat().st_size
-            bare = _peak(_BARE, scratch)
-            for name, code in _RUNS.items():
-                rows.append({"base_bytes": size, "run": name, "peak_bytes_above": _peak(code, scratch) - bare})
-    return rows
+SIZES = (
+    Size(widths="7b", layers=3),
+    Size(widths="7b", layers=12),
+    Size(
+        widths="8gib-embedding",
+        layers=1,
+        no_peers="the update of that one tensor is 17 GB in PEFT's float32",
+    ),
+)
 
 
-def _peak(code: str, directory: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", code + _PEAK]
-    done = subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) * 1024
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = _arguments(arguments)
+    asked.scratch.mkdir(parents=True)
+    try:
+        report = measure(asked)
+    finally:
+        shutil.rmtree(asked.scratch)
+    draw(report, asked.out / "memory.png")
+    print(markdown(report))
+
+
+def measure(asked: argparse.Namespace) -> dict[str, Any]:
+    """Run every contender on every size and return all peaks, written after each run."""
+    scratch = asked.scratch.resolve()
+    others, skipped = peers(asked.degree, scratch, skip=[*asked.skip, WHOLE_MODEL_PAD])
+    skipped.pop(WHOLE_MODEL_PAD)
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "rank": asked.rank,
+        "skipped": skipped,
+        "sizes": [],
+    }
+    contenders = [*ours(asked.degree), *others]
+    starts = {contender.name: peak_of_start(contender, scratch) for contender in contenders}
+    for size in SIZES:
+        base = make_models(scratch, widths=size.widths, layers=size.layers, rank=asked.rank)
+        row = _row(size, base)
+        report["sizes"].append(row)
+        for contender in _admitted(contenders, size, row, skipped):
+            peak = run(contender, scratch).peak_bytes
+            row["peaks"][contender.name] = max(0, peak - starts[contender.name])
+            print(f"{size.name}: {contender.name}: {row['peaks'][contender.name] / 1e6:.0f} MB", file=sys.stderr)
+            _keep(report, asked.out)
+        for made in (base, scratch / "adapter"):
+            shutil.rmtree(made)
+    return report
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the table of peaks, with the machine."""
+    machine, sizes = report["machine"], report["sizes"]
+    names = list(dict.fromkeys(name for size in sizes for name in size["peaks"]))
+    rows = [
+        f"| model | GB | largest tensor, GiB | {' | '.join(names)} |",
+        "| --- " * (3 + len(names)) + "|",
+    ]
+    for size in sizes:
+        peaks = " | ".join(f"{size['peaks'][name] / 1e6:.0f}" if name in size["peaks"] else "" for name in names)
+        rows.append(
+            f"| {size['name']} | {size['base_bytes'] / 1e9:.1f} | {size['largest_tensor_bytes'] / GIB:.1f} | {peaks} |"
+        )
+    skipped = "".join(f"\n\nSkipped: {name}: {why}." for name, why in report["skipped"].items())
+    return (
+        f"# Peak memory beyond the imported libraries, MB\n\n{report['date']}. {machine['cpu']}, {machine['cores']} "
+        f"cores, Python {machine['python']}. bfloat16 checkpoints with real widths, LoRA of rank {report['rank']} on "
+        "all linear layers, and on the embedding of 8 GiB. Highest resident memory, seen from outside, less that of a "
+        "process that imports the same and ends.\n\n" + "\n".join(rows) + skipped + "\n"
+    )
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Plot peaks against the model's bytes: a line for each contender."""
+    from matplotlib.figure import Figure
+
+    from qwen_pipeline.plotting import INK, PALETTE, quiet_axes, save_plot
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = quiet_axes(figure)
+    names = list(dict.fromkeys(name for size in report["sizes"] for name in size["peaks"]))
+    own = {contender.name for contender in ours(1)}
+    markers = "osD^vP"
+    for number, name in enumerate(names):
+        points = sorted((s["base_bytes"] / 1e9, s["peaks"][name] / GIB) for s in report["sizes"] if name in s["peaks"])
+        color = PALETTE[number] if name in own else PALETTE[4 + number % 3]
+        axes.plot(*zip(*points, strict=True), color=color, marker=markers[number], markersize=5, linewidth=1.6)
+        beside = (6, 4 if number % 2 else -10)
+        axes.annotate(
+            name, points[-1], xytext=beside, textcoords="offset points", color=color, fontsize=8, annotation_clip=False
+        )
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--")
+    axes.annotate("1 GiB", (0, 1), xytext=(4, 4), textcoords="offset points", color=INK, fontsize=8)
+    axes.set_yscale("log")
+    axes.set_ylim(0.05, 20)
+    axes.set_yticks([0.1, 1, 10], labels=["0.1", "1", "10"])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("model, GB", color=INK, fontsize=9)
+    axes.set_ylabel("peak memory beyond the libraries, GiB", color=INK, fontsize=9)
+    save_plot(figure, path)
+
+
+def _row(size: Size, base: Path) -> dict[str, Any]:
+    config = json.loads((base / "config.json").read_bytes())
+    return {
+        "name": size.name,
+        "config": config,
+        "base_bytes": sum(file.stat().st_size for file in base.iterdir()),
+        "largest_tensor_bytes": 2 * config["hidden_size"] * max(config["vocab_size"], config["intermediate_size"]),
+        "peaks": {},
+    }
+
+
+def _admitted(
+    contenders: Sequence[Contender], size: Size, row: Mapping[str, Any], skipped: dict[str, str]
+) -> Iterator[Contender]:
+    """Yield who can take part; of the others it is noted why they cannot."""
+    for contender in contenders:
+        has, wants = available_memory(), PEER_FACTOR * row["base_bytes"]
+        too_large = f"{wants / 1e9:.0f} GB of memory are not free" if has is not None and has < wants else ""
+        if contender.is_peer and (why := size.no_peers or too_large):
+            skipped[f"{contender.name} on {size.name}"] = why
+        else:
+            yield contender
+
+
+def _keep(report: Mapping[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "memory.md").write_text(markdown(report))
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--degree", type=int, default=8, help="tensor-parallel ranks to pad for")
+    parser.add_argument("--skip", action="append", default=[], help="a contender to leave out")
+    parser.add_argument("--scratch", type=Path, default=Path("build/memory"), help="a directory on a disk with 32 GB")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

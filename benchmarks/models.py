@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ class Widths:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    tie_word_embeddings: bool = False
 
 
 QWEN2_72B = Widths(
@@ -38,7 +39,13 @@ QWEN2_7B = Widths(
 QWEN2_HALF_B = Widths(
     hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936
 )
-WIDTHS: Mapping[str, Widths] = {"72b": QWEN2_72B, "7b": QWEN2_7B, "0.5b": QWEN2_HALF_B}
+EMBEDDING_OF_8_GIB = replace(QWEN2_72B, vocab_size=2**19, tie_word_embeddings=True)
+WIDTHS: Mapping[str, Widths] = {
+    "72b": QWEN2_72B,
+    "7b": QWEN2_7B,
+    "0.5b": QWEN2_HALF_B,
+    "8gib-embedding": EMBEDDING_OF_8_GIB,
+}
 
 
 def widths_of(name: str) -> Widths:
@@ -46,7 +53,7 @@ def widths_of(name: str) -> Widths:
     if name in WIDTHS:
         return WIDTHS[name]
     config = json.loads(Path(name).read_bytes())
-    return Widths(**{field: config[field] for field in Widths.__dataclass_fields__})
+    return Widths(**{field: config[field] for field in Widths.__dataclass_fields__ if field in config})
 
 
 def linears(widths: Widths) -> dict[str, tuple[int, int]]:
@@ -77,7 +84,10 @@ def write_base(widths: Widths, layers: int, root: Path) -> Path:
 
 
 def write_adapter(widths: Widths, layers: int, root: Path, *, rank: int, base: Path) -> Path:
-    """Write a PEFT LoRA on all linear layers, A and B random, in float32 as PEFT saves it."""
+    """Write a PEFT LoRA on all linear layers, A and B random, in float32 as PEFT saves it.
+
+    If embedding and head are one tensor, the embedding has one too: the largest tensor is then computed, not carried.
+    """
     random = torch.Generator().manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(layers):
@@ -85,6 +95,12 @@ def write_adapter(widths: Widths, layers: int, root: Path, *, rank: int, base: P
             at = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{at}.lora_A.weight"] = torch.randn(rank, i, generator=random) / i**0.5
             tensors[f"{at}.lora_B.weight"] = torch.randn(o, rank, generator=random) * 0.01
+    modules = sorted(name.rpartition(".")[2] for name in linears(widths))
+    if widths.tie_word_embeddings:
+        modules.append("embed_tokens")
+        at = "base_model.model.model.embed_tokens"
+        tensors[f"{at}.lora_embedding_A"] = torch.randn(rank, widths.vocab_size, generator=random) * 0.01
+        tensors[f"{at}.lora_embedding_B"] = torch.randn(widths.hidden_size, rank, generator=random)
     root.mkdir(parents=True)
     save_file(tensors, root / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
@@ -93,7 +109,7 @@ def write_adapter(widths: Widths, layers: int, root: Path, *, rank: int, base: P
         "base_model_name_or_path": str(base),
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": sorted(name.rpartition(".")[2] for name in linears(widths)),
+        "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -114,7 +130,8 @@ def _shapes(widths: Widths, layers: int) -> Iterator[tuple[str, tuple[int, ...]]
         yield f"{at}.input_layernorm.weight", (hidden,)
         yield f"{at}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (widths.vocab_size, hidden)
+    if not widths.tie_word_embeddings:
+        yield "lm_head.weight", (widths.vocab_size, hidden)
 
 
 def _noisy(shape: tuple[int, ...], noise: torch.Tensor, offset: int) -> LazyTensor:
@@ -148,7 +165,6 @@ def _config(widths: Widths, layers: int) -> dict[str, object]:
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_sliding_window": False,
         **asdict(widths),

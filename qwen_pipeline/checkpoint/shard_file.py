@@ -1,6 +1,5 @@
 """One shard while it is written: by several threads, at any place, continued after a kill."""
 
-import ctypes
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -8,11 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-from qwen_pipeline.checkpoint.files import sync_directory
+from qwen_pipeline.checkpoint.files import begin_writeback, sync_directory
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
-
-_SYNC_FILE_RANGE_WRITE = 2
-"""``linux/fs.h``"""
 
 
 class ShardFile:
@@ -56,10 +52,7 @@ class ShardFile:
         """Write a part of a tensor from its byte ``start`` on, and have the disk begin with it at once."""
         offset = self._offsets[name] + start
         self._write(offset, view)
-        with suppress(AttributeError):
-            ctypes.CDLL(None).sync_file_range(
-                self._fd, ctypes.c_int64(offset), ctypes.c_int64(len(view)), _SYNC_FILE_RANGE_WRITE
-            )
+        begin_writeback(self._fd, offset, len(view))
 
     def complete(self, name: str) -> None:
         """Count a tensor whose every byte was written; after the last one, give the file its name."""

@@ -1,0 +1,235 @@
+"""Ours and others' ways to merge and to pad, each run in a process of its own and measured from outside of it.
+
+Nothing here imports torch: a child's peak memory counts from its parent's on.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MERGEKIT = "mergekit==0.1.5"
+COPY, START, PEFT, WHOLE_MODEL_PAD, WITH_MERGEKIT = "cp -r", "start", "PEFT merge", "whole-model pad", "mergekit"
+"""What all are held against; a process that imports what ours import and ends; and others'."""
+MERGE, ONE_PASS, PAD = "merge", "merge+pad, one pass", "pad"
+SAMPLE_SECONDS = 0.01
+
+_OURS = "from pathlib import Path; from qwen_pipeline.checkpoint.store import Directory as D;"
+_MERGE = (
+    _OURS
+    + "from qwen_pipeline.stages.merge import merge;"
+    + "merge(base=Path('base'), fine_tune=Path('adapter'), destination=D(Path('out')))"
+)
+_ONE_PASS = (
+    _OURS
+    + "from qwen_pipeline.one_pass import merge_and_pad;"
+    + "merge_and_pad(base=Path('base'), fine_tune=Path('adapter'), merged=D(Path('out/merged')),"
+    + " padded=D(Path('out/padded')), tensor_parallel={degree})"
+)
+_PAD = (
+    _OURS
+    + "from qwen_pipeline.stages.pad import pad;"
+    + "pad(source=Path('base'), destination=D(Path('out')), tensor_parallel={degree})"
+)
+_START = "import torch; from qwen_pipeline.one_pass import merge_and_pad"
+_PEFT_START = "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
+_PEFT = (
+    _PEFT_START + "model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16);"
+    "PeftModel.from_pretrained(model, 'adapter').merge_and_unload().save_pretrained('out')"
+)
+_WHOLE_MODEL_START = "import torch\nfrom transformers import AutoModelForCausalLM\n"
+_WHOLE_MODEL_PAD = (
+    _WHOLE_MODEL_START
+    + """
+model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16)
+live = model.config.intermediate_size
+unit = 128 * {degree}
+zeros = -live % unit
+def widen(weight, axis):
+    weight = weight.transpose(0, axis)
+    woven = torch.stack([weight[:zeros], torch.zeros_like(weight[:zeros])], 1).flatten(0, 1)
+    return torch.cat([woven, weight[zeros:]]).transpose(0, axis).contiguous()
+state = {{
+    name: widen(w, 1) if 'down_proj' in name else widen(w, 0) if 'gate_proj' in name or 'up_proj' in name else w
+    for name, w in model.state_dict().items()
+}}
+import os; os.mkdir('out')
+torch.save(state, 'out/pytorch_model.bin')
+"""
+)
+"""What Qwen's documentation advises: load the model, weave zeros into the MLP, save the state dict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One way to do one thing.
+
+    Attributes:
+        start: Imports the same libraries and ends; None for what is no Python.
+        is_peer: Whether it is somebody else's.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    start: tuple[str, ...] | None = None
+    is_peer: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run: seconds of the process and with the sync after it, CPU seconds, peak bytes, bytes left on disk."""
+
+    name: str
+    seconds: float
+    synced_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    written_bytes: int
+
+
+def ours(degree: int) -> list[Contender]:
+    """Return our ways, to be run where ``base`` and ``adapter`` are; they write ``out``."""
+    codes = {MERGE: _MERGE, ONE_PASS: _ONE_PASS.format(degree=degree), PAD: _PAD.format(degree=degree)}
+    return [Contender(name=name, command=_python(code), start=_python(_START)) for name, code in codes.items()]
+
+
+def yardsticks() -> list[Contender]:
+    return [
+        Contender(name=COPY, command=("cp", "-r", "base", "out")),
+        Contender(name=START, command=_python(_START)),
+    ]
+
+
+def peers(degree: int, scratch: Path, *, skip: Collection[str]) -> tuple[list[Contender], dict[str, str]]:
+    """Return others' ways, and those that are left out: name -> why."""
+    optional: dict[str, Callable[[], Contender]] = {
+        PEFT: lambda: _needing("peft", PEFT, _PEFT, _PEFT_START),
+        WHOLE_MODEL_PAD: lambda: _needing(
+            "transformers", WHOLE_MODEL_PAD, _WHOLE_MODEL_PAD.format(degree=degree), _WHOLE_MODEL_START
+        ),
+        WITH_MERGEKIT: lambda: _with_mergekit(scratch),
+    }
+    found: list[Contender] = []
+    skipped = {name: "as asked" for name in optional if name in skip}
+    for name, find in optional.items():
+        if name in skipped:
+            continue
+        try:
+            found.append(find())
+        except (ImportError, OSError, subprocess.SubprocessError) as error:
+            skipped[name] = f"not to be had here ({error})"
+            print(f"SKIPPED {name}: {skipped[name]}", file=sys.stderr, flush=True)
+    return found, skipped
+
+
+def make_models(scratch: Path, *, widths: str, layers: int, rank: int) -> Path:
+    """Write ``base`` and ``adapter`` in a process of its own; return the base."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.models import *; root = Path(sys.argv[1]);"
+        "widths, layers, rank = widths_of(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]);"
+        "base = write_base(widths, layers, root / 'base');"
+        "write_adapter(widths, layers, root / 'adapter', rank=rank, base=base)"
+    )
+    arguments = (str(scratch), widths, str(layers), str(rank))
+    subprocess.run([*_python(code), *arguments], env=_environment(scratch), check=True)
+    return scratch / "base"
+
+
+def run(contender: Contender, scratch: Path) -> Run:
+    """Run one contender to the last byte on disk, in a process whose children's figures count too."""
+    out = scratch / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(scratch / "cache", ignore_errors=True)
+    os.sync()
+    began = time.perf_counter()
+    usage, peak_bytes = _run(contender.command, contender.name, scratch)
+    seconds = time.perf_counter() - began
+    os.sync()
+    synced = time.perf_counter() - began
+    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    shutil.rmtree(out, ignore_errors=True)
+    return Run(
+        name=contender.name,
+        seconds=seconds,
+        synced_seconds=synced,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_bytes=peak_bytes,
+        written_bytes=written,
+    )
+
+
+def peak_of_start(contender: Contender, scratch: Path) -> int:
+    """Return the peak bytes of a process that imports what a contender imports and ends."""
+    return _run(contender.start, f"start of {contender.name}", scratch)[1] if contender.start else 0
+
+
+def _run(command: tuple[str, ...], name: str, scratch: Path) -> tuple[resource.struct_rusage, int]:
+    """Run a command; return what it used and its peak bytes.
+
+    The kernel's high-water mark is what a process may reset, and ours do where their work begins. So it is asked for
+    its resident memory all along, too, and the higher counts.
+    """
+    sampled = 0
+    with (scratch / "log").open("wb") as log:
+        child = subprocess.Popen(command, cwd=scratch, env=_environment(scratch), stdout=log, stderr=log)
+        while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+            sampled = max(sampled, _resident_bytes(child.pid))
+            time.sleep(SAMPLE_SECONDS)
+    _, status, usage = ended
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        raise RuntimeError(f"{name} ended with {status}: {(scratch / 'log').read_text()[-2000:]}")
+    return usage, max(sampled, usage.ru_maxrss * 1024)
+
+
+def _resident_bytes(pid: int) -> int:
+    with suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    search_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    own = {"PYTHONPATH": search_path, "XDG_CACHE_HOME": str(scratch / "cache"), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own}
+
+
+def _python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+def _needing(module: str, name: str, code: str, start: str) -> Contender:
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"no module {module}")
+    return Contender(name=name, command=_python(code), start=_python(start), is_peer=True)
+
+
+def _with_mergekit(scratch: Path) -> Contender:
+    """Have mergekit merge the adapter on its base: the one at hand, or one in an environment of its own."""
+    (scratch / "mergekit.yml").write_text(
+        "merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: base+adapter\n"
+    )
+    options = ("--lora-merge-cache", "cache/lora", "--no-copy-tokenizer", "--no-write-model-card")
+    python = sys.executable if importlib.util.find_spec("mergekit") else _install_mergekit(scratch / "mergekit")
+    return Contender(
+        name=WITH_MERGEKIT,
+        command=(python, "-m", "mergekit.scripts.run_yaml", "mergekit.yml", "out", *options),
+        start=(python, "-c", "import mergekit.scripts.run_yaml"),
+        is_peer=True,
+    )
+
+
+def _install_mergekit(home: Path) -> str:
+    venv.create(home, with_pip=True)
+    torch = f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+    subprocess.run([home / "bin" / "pip", "install", "-q", MERGEKIT, "peft", torch], check=True, timeout=900)
+    return str(home / "bin" / "python")

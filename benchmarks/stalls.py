@@ -1,0 +1,100 @@
+"""Where the threads of one pass spend their time: ``python -m benchmarks.stalls BASE ADAPTER OUT``.
+
+Seconds are added up over threads, each step without the steps within it. What a step takes by the clock and not of a
+core, it waited: for the disk, for a file's lock, for its turn, or for Python's lock.
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOM = "qwen_pipeline"
+STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "read": [("checkpoint.safetensors_file", "_read_into")],
+    "add updates": [("transforms.low_rank", "_add")],
+    "pad": [("transforms.padding", "placed")],
+    "map of channels": [("transforms.padding", "source_map")],
+    "look for NaN": [("checkpoint.digest", "is_finite")],
+    "hash": [("checkpoint.tree_hash", "_Leaf.add")],
+    "wait for a turn": [("checkpoint.tree_hash", "take_turn")],
+    "write": [("checkpoint.shard_file", "ShardFile._write")],
+    "begin writeback": [("checkpoint.shard_file", "begin_writeback")],
+    "finish a shard": [("checkpoint.shard_file", "ShardFile._finish")],
+    "all else in a job": [("checkpoint.writer", "_Writing._pass_on")],
+    "take the next job": [("checkpoint.crew", "_Crew.begin")],
+}
+
+
+class Ledger:
+    """Seconds by the clock and of a core for each step, over all threads."""
+
+    def __init__(self) -> None:
+        self.clock: dict[str, float] = defaultdict(float)
+        self.core: dict[str, float] = defaultdict(float)
+        self.count: dict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+        self._within = threading.local()
+
+    def timed(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            above, self._within.spent = getattr(self._within, "spent", (0.0, 0.0)), (0.0, 0.0)
+            clock, core = time.perf_counter(), time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                clock, core = time.perf_counter() - clock, time.thread_time() - core
+                inner = self._within.spent
+                self._within.spent = (above[0] + clock, above[1] + core)
+                with self._lock:
+                    self.clock[step] += clock - inner[0]
+                    self.core[step] += core - inner[1]
+                    self.count[step] += 1
+
+        return wrapper
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, help="instead of two more than there are cores")
+    asked = parser.parse_args()
+
+    from qwen_pipeline.checkpoint import crew
+    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.one_pass import merge_and_pad
+
+    ledger = Ledger()
+    if asked.threads:
+        crew.crew_size = lambda: asked.threads
+    for step, places in STEPS.items():
+        for module, path in places:
+            *owners, name = path.split(".")
+            owner = functools.reduce(getattr, owners, importlib.import_module(f"{ROOM}.{module}"))
+            setattr(owner, name, ledger.timed(step, getattr(owner, name)))
+    began, used = time.perf_counter(), os.times()
+    merge_and_pad(
+        base=asked.base,
+        fine_tune=asked.adapter,
+        merged=Directory(asked.out / "merged"),
+        padded=Directory(asked.out / "padded"),
+    )
+    seconds, now = time.perf_counter() - began, os.times()
+    print(f"{seconds:.1f} s, user {now.user - used.user:.1f} s, system {now.system - used.system:.1f} s")
+    print("| step | calls | clock, s | of a core, s | waited, s |\n| --- | --- | --- | --- | --- |")
+    for step in sorted(ledger.clock, key=lambda step: -ledger.clock[step]):
+        clock, core = ledger.clock[step], ledger.core[step]
+        print(f"| {step} | {ledger.count[step]} | {clock:.1f} | {core:.1f} | {clock - core:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
