@@ -9,22 +9,28 @@ import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import ceil
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import row_blocks
 from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.tap import looking_aside
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
 
 if TYPE_CHECKING:
     import torch
 
+OUTPUTS, RUN = 1024, 16
+"""Outputs that a choice looks at, at most, spread evenly: in runs of so many rows. The gains are sums over outputs."""
+
 
 def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
     """Return the plan with the channels that its ``split`` sizes split: each MLP's are chosen when first asked for.
 
-    They are those whose halving lowers the squares of ``down_proj``'s group scales the most, summed over outputs: the
-    expected rounding error of a group is in proportion. Ties go to the first.
+    They are those whose halving lowers the squares of ``down_proj``'s group scales the most, summed over outputs (over
+    :data:`OUTPUTS` of them where there are more): the expected rounding error of a group is in proportion. Ties go to
+    the first.
     """
     sizes = [
         replace(size, splits=Choices(checkpoint, size)) if size.layout == "split" and size.zeros else size
@@ -34,7 +40,7 @@ def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
 
 
 class Choices(Mapping[str, str]):
-    """MLP, expert or stack of experts -> its split channels; a choice reads ``down_proj`` once, a block at a time."""
+    """MLP, expert or stack of experts -> its split channels, each chosen once; who else asks for it meanwhile waits."""
 
     def __init__(self, checkpoint: Checkpoint, size: PaddedSize) -> None:
         sized = sized_tensors(checkpoint, size.field)
@@ -42,12 +48,18 @@ class Choices(Mapping[str, str]):
         self._size = size
         self._down = {owner_of(name): (name, at) for name, at in sized.items() if gives_output(name)}
         self._made: dict[str, str] = {}
+        self._choosing = {owner: Lock() for owner in self._down}
 
     def __getitem__(self, owner: str) -> str:
-        if owner not in self._made:
-            gains_EI = _gains(self._checkpoint, *self._down[owner], self._size.group_size)
-            self._made[owner] = _encoded(_largest(gains_EI, self._size.padded % self._size.live))
+        with self._choosing[owner]:
+            if owner not in self._made:
+                self._made[owner] = self._choice(owner)
         return self._made[owner]
+
+    def _choice(self, owner: str) -> str:
+        with looking_aside():
+            gains_EI = _gains(self._checkpoint, *self._down[owner], self._size.group_size)
+        return _encoded(_largest(gains_EI, self._size.padded % self._size.live))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._down)
@@ -83,24 +95,40 @@ def _gains(checkpoint: Checkpoint, name: str, at: Channels, group_size: int) -> 
     """
     import torch
 
-    stacked = len(checkpoint[name].shape) == 3
-    gains: list[torch.Tensor] = []
-    for block in row_blocks(checkpoint, name):
-        for matrix in block if stacked else [block]:
-            sizes_OI = (matrix if at.axis == len(checkpoint[name].shape) - 1 else matrix.T).float().abs()
-            gains.append(_gain(sizes_OI, group_size))
-    return torch.stack(gains) if stacked else torch.stack(gains).sum(dim=0, keepdim=True)
+    if len(checkpoint[name].shape) == 3:
+        turned = at.axis == 1
+        matrices = (matrix for block in row_blocks(checkpoint, name) for matrix in block)
+        return torch.stack([_gain(_spread(m.T if turned else m), group_size) for m in matrices])
+    return torch.stack([_gain(rows, group_size) for rows in _spread_rows(checkpoint, name)]).sum(dim=0, keepdim=True)
 
 
-def _gain(sizes_OI: "torch.Tensor", group_size: int) -> "torch.Tensor":
+def _spread(matrix_OI: "torch.Tensor") -> "torch.Tensor":
+    return matrix_OI[:: ceil(len(matrix_OI) / OUTPUTS)]
+
+
+def _spread_rows(checkpoint: Checkpoint, name: str) -> "Iterator[torch.Tensor]":
+    """Yield a matrix's rows or, if it has more than :data:`OUTPUTS`, as many of them in evenly spread runs."""
+    rows = checkpoint[name].rows
+    if rows <= OUTPUTS:
+        yield from row_blocks(checkpoint, name)
+        return
+    runs = OUTPUTS // RUN
+    for run in range(runs):
+        start = run * rows // runs
+        yield checkpoint.load(name, slice(start, start + RUN))
+
+
+def _gain(weight_OI: "torch.Tensor", group_size: int) -> "torch.Tensor":
     import torch
 
-    outputs, live = sizes_OI.shape
-    groups_OGN = torch.nn.functional.pad(sizes_OI, (0, -live % group_size)).reshape(outputs, -1, group_size)
-    largest, second = groups_OGN.topk(2, dim=2).values.split(1, dim=2)
-    lower = torch.maximum(second, largest / 2)
-    gain_OGN = torch.where(groups_OGN == largest, largest.square() - lower.square(), 0)
-    return gain_OGN.sum(dim=0, dtype=torch.float64).reshape(-1)[:live]
+    outputs, live = weight_OI.shape
+    groups_OGN = torch.nn.functional.pad(weight_OI.abs(), (0, -live % group_size)).reshape(outputs, -1, group_size)
+    largest_OG, where_OG = groups_OGN.max(dim=2)
+    second_OG = groups_OGN.scatter(2, where_OG.unsqueeze(2), 0).amax(dim=2)
+    lower_OG = torch.maximum(second_OG.float(), largest_OG.float() / 2)
+    gain_OG = largest_OG.double().square() - lower_OG.double().square()
+    channel_OG = where_OG + group_size * torch.arange(groups_OGN.shape[1])
+    return gain_OG.new_zeros(live).index_add_(0, channel_OG.flatten().clamp_(max=live - 1), gain_OG.flatten())
 
 
 def _largest(gains_EI: "torch.Tensor", count: int) -> "torch.Tensor":
