@@ -16,8 +16,11 @@ from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear, gptq_format, pack_rows, unpack_rows
 
-BLOCK_INPUTS = 2048
-"""Rows of a Hessian that are summed at a time; of each block only what is on and right of the diagonal is."""
+BLOCK_INPUTS = {"cpu": 256, "cuda": 2048}
+"""Rows of a Hessian that are summed at a time; of each block only what is on and right of the diagonal is.
+
+A GPU wants large products; on a CPU smaller ones are as fast, and less is summed twice.
+"""
 
 BLOCK_OUTPUTS = 1024
 """Outputs whose codes are packed at a time."""
@@ -40,8 +43,9 @@ class Hessian:
         x_NI = x.flatten(0, -2)
         if self.total is None:
             self.total = torch.zeros(self.inputs, self.inputs, device=x.device)
-        for start in range(0, self.inputs, BLOCK_INPUTS):
-            rows = slice(start, start + BLOCK_INPUTS)
+        block = BLOCK_INPUTS[x.device.type]
+        for start in range(0, self.inputs, block):
+            rows = slice(start, start + block)
             self.total[rows, start:] += _product(x_NI[:, rows].T, x_NI[:, start:])
         self.tokens += len(x_NI)
 
@@ -50,8 +54,9 @@ class Hessian:
         mean_II, self.total = self.total, None
         if mean_II is None:
             return torch.eye(self.inputs)
-        for start in range(BLOCK_INPUTS, self.inputs, BLOCK_INPUTS):
-            above = slice(start - BLOCK_INPUTS, start)
+        block = BLOCK_INPUTS[mean_II.device.type]
+        for start in range(block, self.inputs, block):
+            above = slice(start - block, start)
             mean_II[start:, above] = mean_II[above, start:].T
         return mean_II.mul_(2 / self.tokens)
 

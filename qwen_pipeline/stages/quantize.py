@@ -30,7 +30,7 @@ from qwen_pipeline.workers.parent import WorkerResult, run_worker
 STAGE = "quantized"
 UNPADDED = "quantized_unpadded"
 """Where the merged checkpoint goes, quantized only to be compared with."""
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 WORKSHOP = ".workshop"
 CHECKS = checks.CHECKS
 

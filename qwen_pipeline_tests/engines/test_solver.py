@@ -15,7 +15,7 @@ from qwen_pipeline_tests.chain import Chain
 
 @pytest.mark.parametrize("block", [2, 5, 12])
 def test_a_hessian_does_not_depend_on_how_inputs_are_cut(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solver, "BLOCK_INPUTS", block)
+    monkeypatch.setitem(solver.BLOCK_INPUTS, "cpu", block)
     x = torch.randn(4, 7, 12, dtype=torch.float32)
     whole, parts = Hessian(12), Hessian(12)
     whole.add(x)
