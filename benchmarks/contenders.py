@@ -17,10 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT
+
 MERGEKIT = "mergekit==0.1.5"
 COPY, START, PEFT, WHOLE_MODEL_PAD, WITH_MERGEKIT = "cp -r", "start", "PEFT merge", "whole-model pad", "mergekit"
 """What all are held against; a process that imports what ours import and ends; and others'."""
-MERGE, ONE_PASS, PAD = "merge", "merge+pad, one pass", "pad"
+MERGE, ONE_PASS, ZEROS, PAD = "merge", "merge+pad, one pass", "merge+pad, one pass, zeros", "pad"
+"""Ours; one pass splits channels, as is the default, or weaves in zeros."""
 SAMPLE_SECONDS = 0.01
 
 _OURS = "from pathlib import Path; from qwen_pipeline.checkpoint.store import Directory as D;"
@@ -33,7 +36,7 @@ _ONE_PASS = (
     _OURS
     + "from qwen_pipeline.one_pass import merge_and_pad;"
     + "merge_and_pad(base=Path('base'), fine_tune=Path('adapter'), merged=D(Path('out/merged')),"
-    + " padded=D(Path('out/padded')), tensor_parallel={degree})"
+    + " padded=D(Path('out/padded')), tensor_parallel={degree}, layout='{layout}')"
 )
 _PAD = (
     _OURS
@@ -98,7 +101,12 @@ class Run:
 
 def ours(degree: int) -> list[Contender]:
     """Return our ways, to be run where ``base`` and ``adapter`` are; they write ``out``."""
-    codes = {MERGE: _MERGE, ONE_PASS: _ONE_PASS.format(degree=degree), PAD: _PAD.format(degree=degree)}
+    codes = {
+        MERGE: _MERGE,
+        ONE_PASS: _ONE_PASS.format(degree=degree, layout=DEFAULT_LAYOUT),
+        ZEROS: _ONE_PASS.format(degree=degree, layout="interleave"),
+        PAD: _PAD.format(degree=degree),
+    }
     return [Contender(name=name, command=_python(code), start=_python(_START)) for name, code in codes.items()]
 
 
