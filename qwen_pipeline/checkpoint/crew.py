@@ -19,13 +19,15 @@ T = TypeVar("T")
 
 CALLER, NOT_BEGUN = -1, sys.maxsize
 """Where jobs have numbers: the calling thread, and a job that could not be taken."""
+MOST_THREADS = 21
+"""Six blocks of 8 MiB for each of them (:mod:`~qwen_pipeline.checkpoint.admission`) are just less than 1 GiB."""
 TICK_SECONDS = 0.2
 """How often whoever set a crew to work gets to look up."""
 
 
 def crew_size() -> int:
     """Threads of a crew: two more than the cores it may use, since some wait for a disk or for their turn."""
-    return min(len(os.sched_getaffinity(0)) + 2, 24)
+    return min(len(os.sched_getaffinity(0)) + 2, MOST_THREADS)
 
 
 def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[[], None] = lambda: None) -> None:

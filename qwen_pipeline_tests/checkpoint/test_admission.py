@@ -60,6 +60,11 @@ def test_memory_grows_with_threads_and_rows_but_not_with_the_model() -> None:
     assert needs(disk_bytes=1, longest_row_bytes=2 * BLOCK_BYTES).memory_bytes == crew_size() * 12 * BLOCK_BYTES
 
 
+def test_memory_stays_below_a_gib_however_many_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(512)))
+    assert needs(disk_bytes=10**12).memory_bytes <= 2**30
+
+
 def groups(root: Path, limits: dict[str, tuple[str, int, int]]) -> dict[str, Path]:
     """Lay out control groups as the kernel shows them: path -> limit, bytes in use, and how many of them are cache."""
     for path, (limit, current, cache) in limits.items():
