@@ -11,7 +11,7 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.measure import measured
 from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Directory, require_intact
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.evaluation.language import load_model
+from qwen_pipeline.evaluation.loading import load_model
 from qwen_pipeline.one_pass import merge_and_pad, outlay
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad

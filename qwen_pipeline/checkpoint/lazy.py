@@ -27,9 +27,12 @@ SIDECARS = (
     "generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "NOTICE*",
+    "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-"""Files that describe how a model is used rather than what it computes: they travel through the stages unchanged."""
+"""Files that describe how a model is used rather than what it computes: they travel through the stages unchanged.
+
+``spk_dict.pt`` holds the voices of Qwen2.5-Omni, which Transformers does not load without it; nothing here opens it.
+"""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 

@@ -48,7 +48,8 @@ MERGED_NOT_WORSE = CheckSpec(
 )
 SAMPLES = CheckSpec(
     name="sample_texts",
-    description="No answer of the quantized model is empty or repeats itself where the merged model's does not.",
+    description="Merged and quantized model answer; no answer of the latter is empty, repeats itself or runs on where"
+    " the merged model's does not.",
     blocking=False,
 )
 CHECKS = (
@@ -72,7 +73,7 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
         _merged_not_worse(findings, limits),
         _samples(findings),
         served_report(findings.served, max_gap=limits.max_served_gap),
-        tasks_report(tasks, findings.tasks),
+        tasks_report(tasks, findings.tasks, fault=findings.tasks_fault),
     ]
 
 
@@ -230,13 +231,18 @@ def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:
 
 
 def _samples(findings: Findings) -> CheckReport:
-    faults = [f"the answer to {sample.prompt!r} {sample.fault}" for sample in findings.samples if sample.fault]
+    silent = [f"{role}: {model.unanswered}" for role, model in findings.models.items() if model.unanswered]
+    broken = [f"the answer to {sample.prompt!r} {sample.fault}" for sample in findings.samples if sample.fault]
+    faults = [*(f"no answers of {fault}" for fault in silent), *broken]
+    agreed = ", ".join(f"{sample.agreed_tokens} of {sample.tokens}" for sample in findings.samples)
     return _report(
         SAMPLES,
         passed=not faults,
         measured=len(faults),
         limit=0,
-        detail=f"{listed(faults)}. Read the answers in the report." if faults else "Read them in the report.",
+        detail=f"{listed(faults)}. Read the answers in the report."
+        if faults
+        else f"Merged and quantized begin with the same tokens: {agreed or 'none'}. Read them in the report.",
     )
 
 

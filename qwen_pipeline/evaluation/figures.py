@@ -58,6 +58,7 @@ class ModelFigures:
         peaks: The largest activation of each layer on the windows.
         calibration_peaks: The same on tokens that it was quantized on, where asked for.
         answers: Token ids of the greedy answer to each prompt, where asked for.
+        unanswered: Why there is no answer although it was asked for.
     """
 
     fault: str | None = None
@@ -70,6 +71,7 @@ class ModelFigures:
     peaks: tuple[Peak, ...] = ()
     calibration_peaks: tuple[Peak, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
+    unanswered: str | None = None
 
 
 _FIGURES = TypeAdapter(dict[str, ModelFigures])

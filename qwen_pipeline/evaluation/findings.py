@@ -43,6 +43,7 @@ class Findings:
         targets: What each engine that the checkpoint is declared for makes of it; empty where that is not known.
         served: What a real serving engine made of the checkpoints; empty where none is configured.
         tasks: Scores in benchmark tasks; empty where none are configured.
+        tasks_fault: Why configured tasks have no scores.
     """
 
     structure: "Structure"
@@ -53,6 +54,7 @@ class Findings:
     targets: "Sequence[TargetFindings]" = ()
     served: Sequence[Served] = ()
     tasks: Sequence[Score] = ()
+    tasks_fault: str | None = None
 
     def perplexity(self, role: str) -> float | None:
         """Return a model's perplexity, or None if it is absent or did not load."""

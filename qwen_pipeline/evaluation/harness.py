@@ -13,7 +13,7 @@ import torch
 
 from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.language import NotLoaded, load_model
+from qwen_pipeline.evaluation.loading import NotLoaded, load_model
 from qwen_pipeline.progress import Observe, Progress
 
 BOOTSTRAPS = 1000

@@ -1,34 +1,29 @@
 """The worker that measures what checkpoints say. Runs under an engine's python.
 
-Whether a checkpoint is whole is asked of plain Transformers from headers alone; what it answers, of the same with one
-model in memory at a time.
-Perplexity and divergence come from the streamed forward, which needs no more memory than a layer.
+Whether a checkpoint is whole is asked of plain Transformers, from headers alone. Everything else, answers among it,
+comes from the streamed forward, which needs no more memory than a layer.
 """
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.cuts import diverge
 from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
 from qwen_pipeline.evaluation.findings import QUANTIZED
-from qwen_pipeline.evaluation.loading import complaints_of, fault_of, loading_options, place_tensors
+from qwen_pipeline.evaluation.loading import fault_of, place_tensors
 from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import activation_peaks, evaluate
+from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.transforms.model import is_recipe, open_model
-
-
-class NotLoaded(Exception):
-    """Transformers cannot load a checkpoint, or not all of it."""
+from qwen_pipeline.qwen.stopping import stop_tokens
+from qwen_pipeline.transforms.model import open_model
 
 
 def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
@@ -39,9 +34,9 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """
     _require_loaders()
     asked = Measurement.from_json(spec)
+    figures = {role: _placed(role, root, observe) for role, root in asked.models.items()}
+    whole = {role: open_model(Path(asked.models[role])) for role, found in figures.items() if not found.fault}
     place = Place(device=torch.device(asked.device), dtype=torch.float32)
-    loaded = {role: _loaded(role, root, asked, observe) for role, root in asked.models.items()}
-    whole = {role: open_model(Path(asked.models[role])) for role, figures in loaded.items() if not figures.fault}
     if asked.reference in whole:
         measured = evaluate(
             whole,
@@ -51,19 +46,20 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             place=place,
             observe=observe,
         )
-        loaded |= {
-            role: replace(
-                figures, unplaced=loaded[role].unplaced, linears=loaded[role].linears, answers=loaded[role].answers
-            )
-            for role, figures in measured.items()
+        figures |= {
+            role: replace(found, unplaced=figures[role].unplaced, linears=figures[role].linears)
+            for role, found in measured.items()
         }
     if asked.calibration and QUANTIZED in whole:
         heard = list(map(torch.tensor, asked.calibration))
         peaks = activation_peaks(whole[QUANTIZED], heard, place, observe=observe)
-        loaded[QUANTIZED] = replace(loaded[QUANTIZED], calibration_peaks=peaks)
-    if asked.cuts and not loaded[QUANTIZED].fault:
-        loaded |= _on_ranks(asked, place)
-    return dump_figures(loaded)
+        figures[QUANTIZED] = replace(figures[QUANTIZED], calibration_peaks=peaks)
+    answering = {role: whole[role] for role in asked.answering if role in whole}
+    for role, answer in _answered(answering, asked, place, observe).items():
+        figures[role] = replace(figures[role], **answer)
+    if asked.cuts and not figures[QUANTIZED].fault:
+        figures |= _on_ranks(asked, place)
+    return dump_figures(figures)
 
 
 def _on_ranks(asked: Measurement, place: Place) -> dict[str, ModelFigures]:
@@ -72,88 +68,37 @@ def _on_ranks(asked: Measurement, place: Place) -> dict[str, ModelFigures]:
     return {cut_role(number): found for number, found in enumerate(figures)}
 
 
-def _loaded(role: str, root: str, asked: Measurement, observe: Observe) -> ModelFigures:
-    """Have Transformers place a model's tensors and, where it is asked to, load it and answer."""
+def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
+    """Have Transformers place a model's tensors."""
     observe(Progress(task=f"load {role}", done=0, total=1))
     placement = place_tensors(Path(root))
-    figures = ModelFigures(fault=placement.fault, unplaced=placement.unplaced, linears=placement.linears)
-    prompts = asked.prompts if role in asked.answering and not (placement.fault or placement.unplaced) else ()
-    observe(Progress(task=f"load {role}", done=1, total=len(prompts) + 1))
-    return replace(figures, **_answers(role, root, prompts, asked, observe)) if prompts else figures
+    observe(Progress(task=f"load {role}", done=1, total=1))
+    return ModelFigures(fault=placement.fault, unplaced=placement.unplaced, linears=placement.linears)
 
 
-def _answers(
-    role: str, root: str, prompts: Sequence[Sequence[int]], asked: Measurement, observe: Observe
-) -> dict[str, Any]:
-    try:
-        model = load_model(root)
-    except NotLoaded as fault:
-        return {"fault": str(fault)}
-    answers: list[tuple[int, ...]] = []
-    for prompt in prompts:
-        observe(Progress(task=f"load {role}", done=1 + len(answers), total=len(prompts) + 1, remark="answers"))
-        answers.append(greedy_answer(model, prompt, max_new_tokens=asked.max_new_tokens))
-    observe(Progress(task=f"load {role}", done=len(prompts) + 1, total=len(prompts) + 1))
-    del model
-    gc.collect()
-    return {"answers": tuple(answers)}
+def _answered(
+    models: Mapping[str, Checkpoint], asked: Measurement, place: Place, observe: Observe
+) -> dict[str, dict[str, Any]]:
+    """Have models answer, the reference last: it tries what another answered before it looks for words of its own.
 
-
-def load_model(root: str) -> nn.Module:
-    """Load a checkpoint as a user of Transformers does, on the CPU in float32, and account for every tensor.
-
-    Weights that are a recipe are computed and handed over: nothing is stored.
-
-    Raises:
-        NotLoaded: Transformers raised, or loaded something else than the checkpoint: it gives missing weights random
-            values and drops unexpected ones, and only logs that.
+    Whatever goes wrong is a finding: the other figures stand without answers.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(root, local_files_only=True)
-        load = _from_recipe if is_recipe(Path(root)) else _from_files
-        model, info = load(root, config, **loading_options(config, device="cpu"))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise NotLoaded(fault_of(error)) from error
-    if complaints := complaints_of(info):
-        raise NotLoaded(complaints)
-    return model.eval()
-
-
-def _from_files(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    return _architecture(config).from_pretrained(root, local_files_only=True, use_safetensors=True, **options)
-
-
-def _architecture(config: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, config.architectures[0])
-
-
-def _from_recipe(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    from transformers import GenerationConfig
-
-    merged = open_model(Path(root))
-    weights = {name: merged.load(name) for name in merged}
-    model, info = _architecture(config).from_pretrained(None, config=config, state_dict=weights, **options)
-    if "generation_config.json" in merged.sidecars:
-        model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
-    return model, info
-
-
-def greedy_answer(model: Any, prompt: Sequence[int], *, max_new_tokens: int) -> tuple[int, ...]:
-    """Return the tokens that the model finds most likely after a prompt, to its end-of-text token or the limit."""
-    from transformers import GenerationConfig
-
-    own, tokens = model.generation_config, torch.tensor([prompt])
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
-    output = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)
-    return tuple(output[0, len(prompt) :].tolist())
+    found: dict[str, dict[str, Any]] = {}
+    drafts: Sequence[Sequence[int]] = ()
+    for role in sorted(models, key=lambda role: role == asked.reference):
+        try:
+            drafts = Decoder(models[role], place).answers(
+                asked.prompts,
+                stops=stop_tokens(models[role]),
+                limit=asked.max_new_tokens,
+                drafts=drafts,
+                observe=lambda progress, role=role: observe(replace(progress, task=f"{role} answers")),
+            )
+        except Exception as error:
+            found[role] = {"unanswered": fault_of(error)}
+        else:
+            found[role] = {"answers": tuple(drafts)}
+    return found
 
 
 def _require_loaders() -> None:

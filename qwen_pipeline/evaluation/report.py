@@ -70,7 +70,7 @@ def method_of(windows: int, seq_len: int) -> str:
         f"In float32, one decoder layer in memory at a time. {windows} windows of {seq_len} tokens, spread evenly over"
         " held-out text; every token but the first of each window is predicted from those before it in the window."
         " Perplexity is the exponential of the mean surprise; KL is KL(merged || model) in nats a token; answers are"
-        " greedy, by plain Transformers on the CPU."
+        " greedy, and those of plain Transformers."
     )
 
 
@@ -206,4 +206,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Seque
 
 
 def _cell(answer: Answer | None) -> str:
-    return "*not loaded*" if answer is None else answer.text.strip().replace("\n", "<br>")
+    return "*no answer*" if answer is None else answer.text.strip().replace("\n", "<br>")

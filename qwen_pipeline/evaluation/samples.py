@@ -17,22 +17,29 @@ DEFAULT_PROMPTS = (
 MAX_NEW_TOKENS = 48
 MAX_PHRASE_WORDS = 12
 MIN_REPEATS = 4
-_RUN = re.compile(r"([^\s.\-=_*#])\1{7,}")
-"""One character eight times in a row; not what rulers, headings and ellipses are made of."""
+MIN_RUN = 8
+RULERS = tuple(".-=_*#")
+"""Rulers, headings and ellipses are made of them: in a row they are no fault."""
+_RUN = re.compile(rf"([^\s{re.escape(''.join(RULERS))}])\1{{{MIN_RUN - 1},}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A greedy answer: its text without special tokens, its token ids, and whether the model ended it by itself."""
+    """A greedy answer: its text without special tokens, its token ids, and whether a stop token ended it."""
 
     text: str
     tokens: Sequence[int]
     ended: bool
 
+    @property
+    def degeneration(self) -> str | None:
+        """How the answer is degenerate, if it is."""
+        return degeneration(self.text) or _repetition(self.tokens[:-1] if self.ended else self.tokens, self.text)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt and two models' greedy answers to it; None where a model did not load."""
+    """A prompt and two models' greedy answers to it; None where a model did not load or answer."""
 
     prompt: str
     reference: Answer | None
@@ -44,6 +51,11 @@ class Sample:
         return agreed_length(self.reference.tokens, self.candidate.tokens) if self.reference and self.candidate else 0
 
     @property
+    def tokens(self) -> int:
+        """How many tokens the longer answer has."""
+        return max(len(answer.tokens) if answer else 0 for answer in (self.reference, self.candidate))
+
+    @property
     def agreed_characters(self) -> int:
         """How many characters both answers start with."""
         return agreed_length(self.reference.text, self.candidate.text) if self.reference and self.candidate else 0
@@ -52,13 +64,13 @@ class Sample:
     def fault(self) -> str | None:
         """What is wrong with the candidate's answer but not with the reference's."""
         reference, candidate = self.reference, self.candidate
-        if candidate is None or (reference is not None and degeneration(reference.text)):
+        if candidate is None or (reference is not None and reference.degeneration):
             return None
         if reference and reference.ended and not candidate.ended:
             ended, running = len(reference.tokens), len(candidate.tokens)
             if 2 * ended <= running:
                 return f"runs on at {running} tokens, where the merged model's ended after {ended}"
-        return degeneration(candidate.text)
+        return candidate.degeneration
 
 
 def degeneration(text: str) -> str | None:
@@ -79,6 +91,19 @@ def degeneration(text: str) -> str | None:
             repeats += 1
         if repeats >= MIN_REPEATS:
             return f"ends in {' '.join(phrase)!r} said {repeats} times"
+    return None
+
+
+def _repetition(tokens: Sequence[int], text: str) -> str | None:
+    """Say how tokens repeat themselves at the end, as texts without spaces and special tokens do; rulers may."""
+    for length in range(1, MAX_PHRASE_WORDS + 1):
+        period = tokens[-length:]
+        repeats = 1
+        while period and tokens[-length * (repeats + 1) : -length * repeats] == period:
+            repeats += 1
+        ruler = len(set(period)) == 1 and text.rstrip()[-1:] in RULERS
+        if repeats >= MIN_REPEATS and repeats * length >= MIN_RUN and not ruler:
+            return f"ends in {'the same token' if length == 1 else f'the same {length} tokens'}, {repeats} times over"
     return None
 
 

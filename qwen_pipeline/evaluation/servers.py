@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.evaluation.served import (
     TARGET,
@@ -31,13 +32,13 @@ def serve_all(
     logs: Path,
     observe: Observe = unobserved,
 ) -> list[Served]:
-    """Serve checkpoints and hold their answers against Transformers'.
+    """Serve checkpoints and hold their answers against Transformers'; a server that fails is a finding.
 
     Args:
         plan: What to serve and with what.
         models: Role -> directory.
         prompts: Token ids of each prompt.
-        expected: Role -> tokens of Transformers' greedy answer to each prompt; none for what Transformers cannot load.
+        expected: Role -> tokens of the greedy answer to each prompt; none for what did not answer.
         decode: Turns tokens into text.
         logs: Directory for each server's output.
         observe: Told how long a server takes to start, and about each answer.
@@ -47,7 +48,7 @@ def serve_all(
         for degree in plan.degrees:
             outcome = Served(role=role, degree=degree, engine=plan.engine)
             if role not in models or not expected.get(role):
-                why = "Transformers does not load it" if role in models else "there is no such checkpoint"
+                why = "there are no answers to compare with" if role in models else "there is no such checkpoint"
                 found.append(replace(outcome, fault=f"not tried, since {why}"))
                 continue
             job = ServingJob(
@@ -61,8 +62,12 @@ def serve_all(
                 arguments=plan.arguments,
                 module=plan.module,
             )
-            worker = run_worker(plan.python, TARGET, job.to_json(), log=logs / "serving.log", observe=observe)
-            found.append(_outcome(outcome, load_serving(worker.value), expected[role], decode))
+            try:
+                worker = run_worker(plan.python, TARGET, job.to_json(), log=logs / "serving.log", observe=observe)
+            except PipelineError as error:
+                found.append(replace(outcome, fault=str(error)))
+            else:
+                found.append(_outcome(outcome, load_serving(worker.value), expected[role], decode))
     return found
 
 

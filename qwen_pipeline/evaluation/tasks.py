@@ -89,12 +89,13 @@ def scores(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
     ]
 
 
-def tasks_report(plan: "TaskPlan | None", found: Sequence[Score]) -> CheckReport:
-    """Judge the scores; without a plan nothing was asked."""
+def tasks_report(plan: "TaskPlan | None", found: Sequence[Score], *, fault: str | None = None) -> CheckReport:
+    """Judge the scores, or say why there are none; without a plan nothing was asked."""
     if plan is None:
         return _report(passed=True, detail="No tasks are configured (validation.lm_eval.tasks), so none was run.")
     if not found:
-        return _report(passed=False, severity=_severity(plan), detail="Not run, since a model does not load.")
+        why = fault or "a model does not load."
+        return _report(passed=False, severity=_severity(plan), detail=f"No scores: {why}")
     if unknown := sorted(plan.minimum.keys() - {score.name for score in found}):
         known = ", ".join(score.name for score in found)
         return _report(

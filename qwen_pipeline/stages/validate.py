@@ -1,6 +1,6 @@
 """``quantized -> validated``: what a quantized checkpoint is worth, measured against the model it was made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import load_evidence
 from qwen_pipeline.engines.protocol import Device, default_device
-from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, load_figures
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, Findings, rounded
@@ -37,12 +37,13 @@ from qwen_pipeline.evaluation.targets import (
     with_divergences,
 )
 from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
-from qwen_pipeline.evaluation.tasks import Score, TaskPlan, load_results, scores
+from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
 from qwen_pipeline.evaluation.text import spread, token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.precision import require_full_precision
+from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.workers.parent import run_worker
@@ -50,7 +51,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "9"
+CODE_VERSION = "10"
 INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED: "unpadded"}
 """Role -> its name in the derivation."""
 ENGINE = "gptqmodel"
@@ -192,7 +193,7 @@ def validate(
             structure=structure,
             models={role: figures[role] for role in models},
             nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
-            samples=_samples(prompts, figures, tokenizer),
+            samples=_samples(prompts, figures, checkpoints, tokenizer),
             parallel=outlook_on(checkpoints[QUANTIZED].config, tensor_parallel, targets),
             targets=with_divergences(served, _divergences(cuts, figures)),
         )
@@ -200,7 +201,7 @@ def validate(
             answered = _served(serving, models, measurement, figures, tokenizer, logs=partial / LOGS, observe=observe)
             findings = replace(findings, served=answered)
         if tasks and not any(figures[role].fault for role in (MERGED, QUANTIZED)):
-            findings = replace(findings, tasks=_scores(tasks, models, measurement, partial / LOGS, observe))
+            findings = _with_scores(findings, tasks, models, measurement, partial / LOGS, observe)
         reports = judge(findings, limits, tasks)
         lineage = [dump_step(step) for step in steps_of(*(models[role] for role in (MERGED, PADDED) if role in models))]
         result = {
@@ -265,8 +266,17 @@ def _require_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: Sequence[
             )
 
 
-def _samples(prompts: Sequence[str], figures: Mapping[str, ModelFigures], tokenizer: Any) -> list[Sample]:
-    answers = {role: _answers(figures[role], tokenizer) for role in (MERGED, QUANTIZED) if figures[role].answers}
+def _samples(
+    prompts: Sequence[str],
+    figures: Mapping[str, ModelFigures],
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: Any,
+) -> list[Sample]:
+    answers = {
+        role: _answers(figures[role], stop_tokens(checkpoints[role]), tokenizer)
+        for role in (MERGED, QUANTIZED)
+        if figures[role].answers
+    }
     return [
         Sample(
             prompt=prompt,
@@ -277,10 +287,10 @@ def _samples(prompts: Sequence[str], figures: Mapping[str, ModelFigures], tokeni
     ]
 
 
-def _answers(figures: ModelFigures, tokenizer: Any) -> list[Answer]:
+def _answers(figures: ModelFigures, stops: Collection[int], tokenizer: Any) -> list[Answer]:
     texts = tokenizer.batch_decode([list(tokens) for tokens in figures.answers], skip_special_tokens=True)
     return [
-        Answer(text=text, tokens=tokens, ended=len(tokens) < MAX_NEW_TOKENS)
+        Answer(text=text, tokens=tokens, ended=tokens[-1] in stops)
         for text, tokens in zip(texts, figures.answers, strict=True)
     ]
 
@@ -307,9 +317,15 @@ def _served(
     )
 
 
-def _scores(
-    plan: TaskPlan, models: Mapping[str, Path], measured: Measurement, logs: Path, observe: Observe
-) -> list[Score]:
+def _with_scores(
+    findings: Findings,
+    plan: TaskPlan,
+    models: Mapping[str, Path],
+    measured: Measurement,
+    logs: Path,
+    observe: Observe,
+) -> Findings:
+    """Run benchmark tasks; why they cannot be run is a finding too."""
     spec = {
         "models": {role: str(models[role]) for role in (MERGED, QUANTIZED)},
         "tasks": list(plan.tasks),
@@ -317,5 +333,8 @@ def _scores(
         "limit": plan.limit,
         "device": measured.device,
     }
-    worker = run_worker(plan.python, TASKS_TARGET, spec, log=logs / "lm-eval.log", env=ENVIRONMENT, observe=observe)
-    return scores(load_results(worker.value))
+    try:
+        worker = run_worker(plan.python, TASKS_TARGET, spec, log=logs / "lm-eval.log", env=ENVIRONMENT, observe=observe)
+    except PipelineError as error:
+        return replace(findings, tasks_fault=str(error))
+    return replace(findings, tasks=scores(load_results(worker.value)))

@@ -91,9 +91,15 @@ def test_structure_padding_and_answers_are_heard() -> None:
     assert failed(problems)["structure"].detail == "x.scales is missing."
     audible = replace(GOOD, structure=replace(GOOD.structure, padding=PaddingFindings(audible=["down_proj: loud"])))
     assert "down_proj: loud" in failed(audible)["padding_is_silent"].detail
+    (agreed,) = (report for report in judge(GOOD, Limits()) if report.name == "sample_texts")
+    assert "begin with the same tokens: 2 of 2." in agreed.detail
     broken = replace(GOOD, samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="!" * 9))])
     (report,) = failed(broken).values()
     assert not report.blocks
+    mute = with_model(QUANTIZED, replace(GOOD.models[QUANTIZED], unanswered="IndexError: out of range"))
+    (report,) = failed(mute).values()
+    assert report.name == "sample_texts"
+    assert "no answers of quantized: IndexError: out of range." in report.detail
 
 
 def test_a_candidate_that_does_not_load_fails_what_needs_it() -> None:

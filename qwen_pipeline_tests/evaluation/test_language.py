@@ -12,17 +12,19 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
-from qwen_pipeline.evaluation.language import NotLoaded, greedy_answer, load_model
+from qwen_pipeline.evaluation.loading import NotLoaded, load_model
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
-from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, VOCABULARY, tiny_model, tiny_qwen2
+from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2
+
+PROMPT = [5, 6, 315]
 
 
 def windows(count: int = 3, length: int = 20) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, VOCABULARY, (length,), generator=generator) for _ in range(count)]
+    return [torch.randint(0, PROMPT[-1], (length,), generator=generator) for _ in range(count)]
 
 
 def test_a_model_with_made_up_weights_is_not_loaded(tmp_path: Path) -> None:
@@ -38,35 +40,32 @@ def test_a_model_with_made_up_weights_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(chain: Chain, tmp_path: Path) -> None:
-    """One process: a quantized model, one without a tensor, one whose sizes are another's, one with packed experts.
+    """One process: a quantized model, one without a tensor, one of other sizes, packed experts, a small vocabulary.
 
-    Of the last Transformers only logs that it gives the experts random weights.
+    Of packed experts Transformers only logs that it gives them random weights.
     """
     missing = copy_without(chain.quantized, tmp_path / "missing", "model.layers.0.mlp.gate_proj.qweight")
     resized = Path(shutil.copytree(chain.quantized, tmp_path / "resized"))
     config = json.loads((resized / "config.json").read_text())
     (resized / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
     experts = packed_experts(tmp_path / "experts")
-    found = measure(chain, tmp_path, quantized=chain.quantized, missing=missing, resized=resized, experts=experts)
+    small = tiny_qwen2(tmp_path / "small", vocab_size=PROMPT[-1])
+    broken = {"missing": missing, "resized": resized}
+    found = measure(chain, tmp_path, quantized=chain.quantized, experts=experts, small=small, **broken)
 
     assert found["quantized"].linears == {"Linear": 1, "TorchLinear": 14}
     assert found["quantized"].divergence
     assert 0 < found["quantized"].divergence.mean < 0.1
     assert len(found["quantized"].answers[0]) == 4
     assert [peak.layer for peak in found["quantized"].calibration_peaks] == [0, 1]
+    assert len(found["experts"].answers[0]) == 4
+    assert found["small"].perplexity
+    assert "token 315" in (found["small"].unanswered or "")
+    assert not found["small"].answers
     assert "model.layers.0.mlp.gate_proj.qweight" in (found["missing"].fault or "")
     assert "mlp.down_proj" in (found["resized"].fault or "")
     assert "missing_keys: model.layers.0.mlp.experts.down_proj" in (found["experts"].unplaced or "")
     assert found["experts"].fault is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in LANGUAGE_FAMILIES if "omni" not in family])
-def test_a_model_of_every_family_answers(family: str, tmp_path: Path) -> None:
-    model = load_model(str(tiny_model(family, tmp_path / "model")))
-    answer = greedy_answer(model, [5, 6, 7], max_new_tokens=4)
-    assert 1 <= len(answer) <= 4
-    assert greedy_answer(model, [5, 6, 7, *answer[:-1]], max_new_tokens=1) == answer[-1:]
 
 
 def test_an_environment_without_the_engine_is_a_fault(chain: Chain, tmp_path: Path) -> None:
@@ -78,10 +77,10 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
     measurement = Measurement(
         models={"merged": str(chain.merged)} | {role: str(root) for role, root in others.items()},
         reference="merged",
-        compared=list(others),
-        answering=["quantized"],
+        compared=[role for role in others if role != "small"],
+        answering=["merged", *others],
         windows=[window.tolist() for window in windows(2)],
-        prompts=[[5, 6, 7]],
+        prompts=[PROMPT],
         max_new_tokens=4,
         device="cpu",
         calibration=[list(range(8))],

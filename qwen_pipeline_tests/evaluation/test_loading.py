@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.evaluation.language import NotLoaded, load_model
-from qwen_pipeline.evaluation.loading import place_tensors
+from qwen_pipeline.evaluation.loading import NotLoaded, load_model, place_tensors
 from qwen_pipeline_tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp"]
+    "family",
+    [
+        *("qwen2", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp"),
+        *("qwen2_5_omni", "qwen3_omni_moe"),
+    ],
 )
 def test_a_whole_checkpoint_of_any_family_finds_its_place(tmp_path: Path, family: str) -> None:
     placement = place_tensors(tiny_model(family, tmp_path / "model"))

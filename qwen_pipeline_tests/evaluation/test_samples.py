@@ -24,6 +24,22 @@ def answer(text: str, *tokens: int, ended: bool = True) -> Answer:
     return Answer(text=text, tokens=tokens, ended=ended)
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "fault"),
+    [
+        ("lalalalala", (9,) + (4,) * 10, "ends in the same token, 10 times over"),
+        ("well", (9,) + (7, 8) * 4, "ends in the same 2 tokens, 4 times over"),
+        ("Title\n----------", (9,) + (4,) * 10, None),
+        ("no no no", (4, 4, 4), None),
+    ],
+)
+def test_tokens_that_repeat_are_heard_where_words_are_not(
+    text: str, tokens: tuple[int, ...], fault: str | None
+) -> None:
+    assert Answer(text=text, tokens=tokens, ended=False).degeneration == fault
+    assert Answer(text=text, tokens=(*tokens, 2), ended=True).degeneration == fault
+
+
 BROKEN, FINE = answer("!" * 20, *[7] * 5, ended=False), answer("Paris.", 3, 4)
 
 

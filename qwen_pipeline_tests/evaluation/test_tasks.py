@@ -42,6 +42,7 @@ def test_a_minimum_is_demanded_and_a_misspelt_one_is_named() -> None:
 def test_what_was_not_asked_passes_and_what_was_not_run_does_not() -> None:
     assert "validation.lm_eval.tasks" in tasks_report(None, []).detail
     assert tasks_report(PLAN, []).blocks
+    assert tasks_report(PLAN, [], fault="lm-eval died.").detail == "No scores: lm-eval died."
 
 
 @pytest.mark.serve

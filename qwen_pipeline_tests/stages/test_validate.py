@@ -14,6 +14,7 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused, QuantizedInput
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.evaluation.targets import Target
+from qwen_pipeline.evaluation.tasks import TaskPlan
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.calibrate import calibrate
@@ -144,7 +145,7 @@ def test_a_candidate_that_cannot_be_loaded_fails_with_the_reason(chain: Chain, t
     assert "gate_proj.scales" in found["loads_in_transformers"].detail
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.startswith("# Validation report\n\n**Failed: structure, ")
-    assert "*not loaded*" in report
+    assert "*no answer*" in report
 
 
 def test_packed_experts_are_measured_though_transformers_makes_them_up(chain: Chain, tmp_path: Path) -> None:
@@ -159,6 +160,17 @@ def test_packed_experts_are_measured_though_transformers_makes_them_up(chain: Ch
     assert found["top1_agreement"].measured
     for name in ("structure", "ranks_agree", "kl_divergence", "float16_range"):
         assert found[name].passed, found[name].detail
+    answers = json.loads((tmp_path / "out" / "report.json").read_text())["findings"]["samples"][0]
+    assert answers["candidate"]["tokens"]
+
+
+def test_tasks_that_cannot_be_run_fail_their_check_and_the_report_stands(chain: Chain, tmp_path: Path) -> None:
+    absent = TaskPlan(python=tmp_path / "python", versions={}, tasks=["arc_easy"])
+    found = reports(validate_chain(chain, tmp_path / "out", base=None, tasks=absent))
+    assert found["benchmark_tasks"].blocks
+    assert "No scores: " in found["benchmark_tasks"].detail
+    assert "cannot be started: No such file" in found["benchmark_tasks"].detail
+    assert all(report.passed for name, report in found.items() if name not in ("benchmark_tasks", "sample_texts"))
 
 
 def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_path: Path) -> None:
