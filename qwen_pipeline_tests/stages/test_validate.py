@@ -18,6 +18,7 @@ from qwen_pipeline.evaluation.tasks import TaskPlan
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.calibrate import calibrate
+from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.validate import CHECKS
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, validate_chain
 from qwen_pipeline_tests.rounding import round_to_codes
@@ -62,7 +63,15 @@ def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validat
 
 
 def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain: Chain, tmp_path: Path) -> None:
-    found = reports(validate_chain(chain, tmp_path / "out", padded=None, base=None))
+    woven = pad(
+        source=chain.merged,
+        destination=Directory(tmp_path / "woven"),
+        group_size=GROUP_SIZE,
+        tensor_parallel=2,
+        layout="interleave",
+    )
+    codes = round_to_codes(woven.path, tmp_path / "codes", group_size=GROUP_SIZE)
+    found = reports(validate_chain(chain, tmp_path / "out", candidate=codes, padded=None, base=None))
     assert found["structure"].passed
     assert found["padding_is_silent"].passed
     assert found["padding_is_silent"].detail == (
