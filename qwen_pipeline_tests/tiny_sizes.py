@@ -43,6 +43,7 @@ _TEXT: dict[str, Any] = {
 _UNDECLARED = {
     "talker_config": {"spatial_merge_size": 2},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 301},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 301},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 160},
 }
 """Fields that published configs have, models read and configuration classes leave out."""
