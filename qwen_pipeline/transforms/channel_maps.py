@@ -22,7 +22,10 @@ def placed(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.
     shape = list(live.shape)
     shape[axis] = len(source_P)
     held = (source_P != NEW).nonzero().flatten()
-    return copy_channels(live, source_P[held], empty(tuple(shape), live.dtype).zero_(), held, axis=axis)
+    padded = empty(tuple(shape), live.dtype)
+    return copy_channels(
+        live, source_P[held], padded if len(held) == len(source_P) else padded.zero_(), held, axis=axis
+    )
 
 
 def divided(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
@@ -34,12 +37,15 @@ def divided(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch
     import torch
 
     padded = placed(live, axis, source_P)
-    order, last = (_along(axis, padded, of_P) for of_P in _parts(source_P))
-    for step in range(int(order.max()) if len(source_P) else 0):
-        half = padded / 2
-        rest = torch.where(half + half == padded, half, padded - half)
-        padded = torch.where(order > step, rest, torch.where((order == step) & ~last, half, padded))
-    return padded
+    order_P, last_P = _parts(source_P)
+    shared = ((order_P > 0) | ~last_P).nonzero().flatten()
+    parts = padded.index_select(axis, shared)
+    order, last = (_along(axis, parts, of_P[shared]) for of_P in (order_P, last_P))
+    for step in range(int(order.max()) if len(shared) else 0):
+        half = parts / 2
+        rest = torch.where(half + half == parts, half, parts - half)
+        parts = torch.where(order > step, rest, torch.where((order == step) & ~last, half, parts))
+    return padded.index_copy_(axis, shared, parts)
 
 
 def gathered(padded: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":

@@ -6,13 +6,14 @@ the group gets a finer scale, and of two codes the second makes up for the round
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil
-from threading import Lock
-from typing import TYPE_CHECKING
+from threading import Condition, Lock
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from qwen_pipeline.checkpoint.digest import row_blocks
+from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.tap import looking_aside
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
@@ -20,6 +21,8 @@ from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 OUTPUTS, RUN = 1024, 16
 """Outputs that a choice looks at, at most, spread evenly: in runs of so many rows. The gains are sums over outputs."""
@@ -40,32 +43,38 @@ def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
 
 
 class Choices(Mapping[str, str]):
-    """MLP, expert or stack of experts -> its split channels, each chosen once; who else asks for it meanwhile waits."""
+    """MLP, expert or stack of experts -> its split channels, each chosen when first asked for."""
 
     def __init__(self, checkpoint: Checkpoint, size: PaddedSize) -> None:
         sized = sized_tensors(checkpoint, size.field)
         self._checkpoint = checkpoint
         self._size = size
         self._down = {owner_of(name): (name, at) for name, at in sized.items() if gives_output(name)}
+        self._making: dict[str, _Shared[torch.Tensor]] = {}
         self._made: dict[str, str] = {}
-        self._choosing = {owner: Lock() for owner in self._down}
+        self._lock = Lock()
 
     def __getitem__(self, owner: str) -> str:
-        with self._choosing[owner]:
-            if owner not in self._made:
-                self._made[owner] = self._choice(owner)
+        if owner not in self._made:
+            name, at = self._down[owner]
+            with self._lock:
+                making = self._making.setdefault(owner, _Shared(_gains(self._checkpoint, name, at, self._size)))
+            with looking_aside():
+                self._made[owner] = self._choice(making.all_done(), is_stack=_is_stack(self._checkpoint, name))
+            self._making.pop(owner, None)
         return self._made[owner]
-
-    def _choice(self, owner: str) -> str:
-        with looking_aside():
-            gains_EI = _gains(self._checkpoint, *self._down[owner], self._size.group_size)
-        return _encoded(_largest(gains_EI, self._size.padded % self._size.live))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._down)
 
     def __len__(self) -> int:
         return len(self._down)
+
+    def _choice(self, gains: "Sequence[torch.Tensor]", *, is_stack: bool) -> str:
+        import torch
+
+        gains_EI = torch.stack(list(gains)) if is_stack else torch.stack(list(gains)).sum(dim=0, keepdim=True)
+        return _encoded(_largest(gains_EI, self._size.padded % self._size.live))
 
 
 def split_map(size: PaddedSize, owner: str) -> "torch.Tensor":
@@ -88,34 +97,32 @@ def gives_output(name: str) -> bool:
     return name.removesuffix(".weight").endswith("down_proj")
 
 
-def _gains(checkpoint: Checkpoint, name: str, at: Channels, group_size: int) -> "torch.Tensor":
-    """Return for each channel how much halving it takes off the squares of group maxima, float64 [E, I].
+def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) -> "list[Callable[[], torch.Tensor]]":
+    """Return what computes each channel's gain, float64 [I]: for each expert, or for parts of the outputs.
 
-    A weight that is its group's largest gains down to the second largest, or to its own half.
+    It is how much halving the channel takes off the squares of group maxima. A weight that is its group's largest gains
+    down to the second largest, or to its own half.
     """
-    import torch
 
-    if len(checkpoint[name].shape) == 3:
-        turned = at.axis == 1
-        matrices = (matrix for block in row_blocks(checkpoint, name) for matrix in block)
-        return torch.stack([_gain(_spread(m.T if turned else m), group_size) for m in matrices])
-    return torch.stack([_gain(rows, group_size) for rows in _spread_rows(checkpoint, name)]).sum(dim=0, keepdim=True)
+    def gain(start: int, stop: int) -> "torch.Tensor":
+        return _gain(checkpoint.load(name, slice(start, stop)), size.group_size)
 
+    def gain_of_expert(number: int) -> "torch.Tensor":
+        matrix = checkpoint.load(name, slice(number, number + 1))[0]
+        outputs_OI = matrix if at.axis == 2 else matrix.T
+        return _gain(outputs_OI[:: ceil(len(outputs_OI) / OUTPUTS)], size.group_size)
 
-def _spread(matrix_OI: "torch.Tensor") -> "torch.Tensor":
-    return matrix_OI[:: ceil(len(matrix_OI) / OUTPUTS)]
-
-
-def _spread_rows(checkpoint: Checkpoint, name: str) -> "Iterator[torch.Tensor]":
-    """Yield a matrix's rows or, if it has more than :data:`OUTPUTS`, as many of them in evenly spread runs."""
     rows = checkpoint[name].rows
+    if _is_stack(checkpoint, name):
+        return [partial(gain_of_expert, number) for number in range(rows)]
     if rows <= OUTPUTS:
-        yield from row_blocks(checkpoint, name)
-        return
-    runs = OUTPUTS // RUN
-    for run in range(runs):
-        start = run * rows // runs
-        yield checkpoint.load(name, slice(start, start + RUN))
+        return [partial(gain, *ends) for ends in block_ranges(checkpoint[name])]
+    starts = [run * rows * RUN // OUTPUTS for run in range(OUTPUTS // RUN)]
+    return [partial(gain, start, start + RUN) for start in starts]
+
+
+def _is_stack(checkpoint: Checkpoint, name: str) -> bool:
+    return len(checkpoint[name].shape) == 3
 
 
 def _gain(weight_OI: "torch.Tensor", group_size: int) -> "torch.Tensor":
@@ -152,3 +159,39 @@ def _decoded(bits: str, live: int) -> "torch.Tensor":
 
     bytes_EB = np.frombuffer(base64.b64decode(bits), dtype=np.uint8).reshape(-1, ceil(live / 8))
     return torch.from_numpy(np.unpackbits(bytes_EB, axis=1, count=live).astype(bool))
+
+
+class _Shared(Generic[T]):
+    """Work that several threads want done: each does what none has begun, and waits for the rest."""
+
+    def __init__(self, parts: Sequence[Callable[[], T]]) -> None:
+        self._waiting = list(enumerate(parts))[::-1]
+        self._results: dict[int, T] = {}
+        self._count = len(parts)
+        self._fault: BaseException | None = None
+        self._changed = Condition()
+
+    def all_done(self) -> list[T]:
+        """Return every part's result, in their order; the first fault ends all and is raised by all."""
+        while part := self._take():
+            number, work = part
+            try:
+                result = work()
+            except BaseException as fault:
+                self._note(partial(setattr, self, "_fault", fault))
+                raise
+            self._note(partial(self._results.__setitem__, number, result))
+        with self._changed:
+            self._changed.wait_for(lambda: self._fault or len(self._results) == self._count)
+        if self._fault:
+            raise self._fault
+        return [self._results[number] for number in range(self._count)]
+
+    def _take(self) -> tuple[int, Callable[[], T]] | None:
+        with self._changed:
+            return self._waiting.pop() if self._waiting and not self._fault else None
+
+    def _note(self, change: Callable[[], object]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify_all()

@@ -42,10 +42,25 @@ def copy_channels(
     """
     runs = list(islice(_runs(sources, targets), _MOST_RUNS + 1))
     if len(runs) > _MOST_RUNS:
+        if len(targets) == target.shape[axis]:
+            return gather(source, sources, target, axis=axis)
         return target.index_copy_(axis, targets, source.index_select(axis, sources))
     for run in runs:
         at_source, at_target = ((slice(None),) * axis + (places,) for places in run.slices())
         target[at_target] = source[at_source]
+    return target
+
+
+def gather(source: "torch.Tensor", sources: "torch.Tensor", target: "torch.Tensor", *, axis: int) -> "torch.Tensor":
+    """Copy channel ``sources[n]`` of one tensor to channel ``n`` of the other, which is returned.
+
+    NumPy copies numbers of any dtype as words of its size, several times as fast as ``index_select`` along rows does.
+    """
+    import numpy as np
+    import torch
+
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.itemsize]
+    np.take(source.view(words).numpy(), sources.numpy(), axis=axis, out=target.view(words).numpy(), mode="clip")
     return target
 
 
