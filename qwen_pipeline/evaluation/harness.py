@@ -1,7 +1,7 @@
 """The worker that runs lm-eval's tasks on checkpoints. Runs under the python of lm-eval's environment.
 
-Models are loaded as for the other measurements, so one that is not whole is a fault here too, and no score of random
-experts is ever reported. Nothing is asked of a hub: data that is not there already has to be local files.
+Transformers loads each model whole here, and accounts for every tensor: no score of random experts is ever reported.
+Nothing is asked of a hub: data that is not there already has to be local files.
 """
 
 import gc
