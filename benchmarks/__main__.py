@@ -1,6 +1,7 @@
 """``make bench``: measure memory and, on a small checkpoint, speed; write what came out to ``benchmarks/results/``.
 
-It takes about ten minutes on two cores. ``python -m benchmarks.speed`` measures a large model's widths.
+It takes about a quarter of an hour on two cores and 32 GB of disk. ``python -m benchmarks.speed`` measures a large
+model's widths.
 """
 
 from pathlib import Path

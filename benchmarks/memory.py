@@ -87,6 +87,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             row["peaks"][contender.name] = max(0, peak - starts[contender.name])
             print(f"{size.name}: {contender.name}: {row['peaks'][contender.name] / 1e6:.0f} MB", file=sys.stderr)
             _keep(report, asked.out)
+        _keep(report, asked.out)
         for made in (base, scratch / "adapter"):
             shutil.rmtree(made)
     return report
