@@ -19,7 +19,7 @@ WORDS = "the a model reads writes weight layer token group rank scale channel sm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """96 MLP channels, padded to 128 for 2 ranks, at 4 bits in groups of 32."""
+    """96 MLP channels, padded with zeros to 128 for 2 ranks, at 4 bits in groups of 32."""
 
     merged: Path
     padded: Path
@@ -32,7 +32,13 @@ def make_chain(root: Path) -> Chain:
     """Make a chain below ``root``; takes about ten seconds."""
     engine = find_environment("gptqmodel")
     merged = tiny_qwen2(root / "merged")
-    padded = pad(source=merged, destination=Directory(root / "padded"), group_size=GROUP_SIZE, tensor_parallel=2).path
+    padded = pad(
+        source=merged,
+        destination=Directory(root / "padded"),
+        group_size=GROUP_SIZE,
+        tensor_parallel=2,
+        layout="interleave",
+    ).path
     calibration = write_text(root / "calibration.jsonl", documents=24, stride=7)
     quantized = quantize(
         source=padded,
