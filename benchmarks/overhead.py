@@ -43,7 +43,7 @@ def by_stage(padded: Path, text: Path, spec: QuantSpec, python: Path, out: Path)
     asked |= {name.replace("_", "-"): getattr(spec, name) for name in ("group_size", "samples", "seq_len", "seed")}
     asked |= {"threads": spec.threads, "batch-size": spec.batch_size, "device": spec.device}
     options = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
-    found = _timed([sys.executable, "-m", "qwen_pipeline.cli", "quantize", *options], spec, out.with_suffix(".log"))
+    found = _timed([sys.executable, "-m", "qwen_pipeline", "quantize", *options], spec, out.with_suffix(".log"))
     seconds = open_manifest(out).result["seconds"]
     engine, stage = seconds["engine"], seconds["stage"]
     front = found["seconds"] - sum(engine.values()) - sum(stage.values())
