@@ -339,7 +339,7 @@ def validate(
         typer.Option(help="Engine and ranks that it must serve at, such as vllm-marlin:8; may be given several times."),
     ] = None,
     base: Annotated[Path | None, typer.Option(help="The base, to compare perplexities with.")] = None,
-    padded: Annotated[Path | None, typer.Option(help="The padded checkpoint, to compare perplexities with.")] = None,
+    padded: Annotated[Path | None, typer.Option(help="The padded checkpoint that the candidate was made of.")] = None,
     unpadded: Annotated[
         Path | None, typer.Option(help="The reference, quantized without padding, to tell what padding cost.")
     ] = None,

@@ -10,8 +10,8 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resized_config
 from qwen_pipeline.transforms.padding import pad
 
-REPAIRED = "repaired"
-"""The stage whose manifests tell what was added to codes."""
+QUANTIZED_STAGE, REPAIRED = "quantized", "repaired"
+"""The stage that makes codes, and the one whose manifests tell what was added to them."""
 
 
 def quantized_from(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> Checkpoint:
@@ -33,6 +33,20 @@ def widened(merged: Mapping[str, Any], quantized: Mapping[str, Any]) -> list[dic
     """Return each size field that is not what it was before padding, as JSON values."""
     sizes = plan_between(merged, quantized, group_size=1).sizes
     return [{"field": size.field, "live": size.live, "padded": size.padded} for size in sizes if size.zeros]
+
+
+def require_padded(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> None:
+    """Demand the padded checkpoint of what was quantized from one here: only its manifest says where channels lie.
+
+    Raises:
+        InputRefused: It is not named.
+    """
+    ours = (root / MANIFEST).is_file() and open_manifest(root).derivation.stage == QUANTIZED_STAGE
+    if ours and not padded and widened(merged.config, quantized.config):
+        raise InputRefused(
+            f"{root} was quantized from a padded checkpoint, and without it nobody knows where its new channels lie.",
+            remedy="Name it: --padded DIR",
+        )
 
 
 def require_twin(

@@ -20,7 +20,7 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, lo
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
-from qwen_pipeline.evaluation.origin import quantized_from, require_twin, widened
+from qwen_pipeline.evaluation.origin import quantized_from, require_padded, require_twin, widened
 from qwen_pipeline.evaluation.report import LOSS_PLOT, method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.served import Served, ServingPlan
@@ -92,9 +92,9 @@ def validate(
         destination: Where the report goes.
         engine: The python of an environment in which Transformers can load the candidate.
         base: The checkpoint that was fine-tuned, to tell what fine-tuning did.
-        padded: The padded checkpoint, if the candidate is wider than the reference. Without it the candidate is held
-            against the reference with zeros woven in, and what padding does to predictions is not measured.
-            What a repair added is known from the candidate's manifest.
+        padded: The padded checkpoint, if the candidate is wider than the reference. Without it a foreign candidate is
+            held against the reference with zeros woven in, and what padding does to predictions is not measured. What
+            a repair added is known from the candidate's manifest.
         unpadded: The reference, quantized as the candidate was but without padding, to tell what padding cost.
         calibration: What the stage ``calibration`` made and the candidate was quantized on: activations are looked at
             on as many windows of it too. Without it on held-out text only.
@@ -128,6 +128,7 @@ def validate(
     tokenizer = load_tokenizer(reference)
     tokens = token_windows(text, tokenizer, windows=windows, seq_len=seq_len)
     _require_vocabulary(checkpoints, tokens)
+    require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], candidate)
     digests = {INPUTS[role]: checkpoint_digest(root, observe=observe) for role, root in models.items()}
     if unpadded:
         twins = (checkpoints[role] for role in (UNPADDED, MERGED, QUANTIZED))

@@ -79,6 +79,11 @@ def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain:
     )
 
 
+def test_what_was_padded_here_is_not_judged_without_its_padded_checkpoint(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"--padded DIR"):
+        validate_chain(chain, tmp_path / "out", padded=None, base=None)
+
+
 def test_the_model_without_padding_calibration_and_the_version_before_are_shown_where_given(
     chain: Chain, tmp_path: Path
 ) -> None:
