@@ -326,7 +326,9 @@ def export(source: Annotated[Path, typer.Option("--in", help="Directory that qua
 @answering(
     app,
     "validate",
-    examples=["qwen-pipeline validate --reference merged/ --candidate quantized/ --text held-out.txt --tp 8"],
+    examples=[
+        "qwen-pipeline validate --reference merged/ --padded padded/ --candidate quantized/ --text held-out.txt --tp 8"
+    ],
 )
 def validate(
     reference: Annotated[Path, typer.Option(help="The merged, full-precision checkpoint.")],
