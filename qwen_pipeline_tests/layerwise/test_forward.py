@@ -1,7 +1,5 @@
 """The streamed forward against Transformers' own, for every kind of family; its memory; what it refuses."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2
 
 CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
@@ -95,10 +94,4 @@ print(resident_peak() - before)
 
 
 def test_memory_is_a_layer_and_a_half_whatever_the_depth(tmp_path: Path) -> None:
-    peaks: list[int] = []
-    for layers in (2, 6):
-        root = tiny_qwen2(tmp_path / str(layers), hidden_size=1024, intermediate_size=5632, num_hidden_layers=layers)
-        peaks.append(int(subprocess.check_output([sys.executable, "-c", PEAK, root], cwd=Path(__file__).parents[2])))
-    layer = 2 * sum(spec.nbytes for name, spec in open_checkpoint(root).items() if "layers.0." in name)
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
-    assert peaks[1] < 1.5 * layer
+    require_a_layer_and_a_half(tmp_path, PEAK)
