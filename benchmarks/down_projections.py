@@ -35,7 +35,8 @@ from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.layerwise.forward import Passage, Place
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.qwen.geometry import Layout, PaddedSize, load_plan
+from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
+from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.transforms.splitting import split_map
 from qwen_pipeline.workers.parent import run_worker
 

@@ -15,7 +15,8 @@ from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout, plan_padding
+from qwen_pipeline.qwen.geometry import plan_padding
+from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.adapter_set import AdapterSet

@@ -23,15 +23,13 @@ from qwen_pipeline.qwen.layers import (
     required,
     size_fields,
 )
+from qwen_pipeline.qwen.layouts import Layout
 
 if TYPE_CHECKING:
     import torch
 
-Layout = Literal["interleave", "append", "split"]
 MapLayout = Literal[Layout, "groups"]
 """What a padding map may say: the layouts that can be asked for, and the one of codes that were repaired."""
-DEFAULT_LAYOUT: Layout = "split"
-"""With which padded models quantize best (``docs/numerics.md``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

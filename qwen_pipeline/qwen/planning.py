@@ -6,8 +6,9 @@ from math import lcm
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, declares_tied, text_config
-from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout, PadPlan, plan_padding, resized_config
+from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
+from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
 
 BITS = 4

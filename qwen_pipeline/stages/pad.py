@@ -10,7 +10,8 @@ from qwen_pipeline.checkpoint.source import Source, open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
-from qwen_pipeline.qwen.geometry import DEFAULT_LAYOUT, Layout, PadPlan, attention_obstacles, dump_plan, plan_padding
+from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding
+from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets, padding_for, served_degrees
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.geometry import Layout, dump_plan, load_plan, outlook, plan_padding
+from qwen_pipeline.qwen.geometry import dump_plan, load_plan, outlook, plan_padding
+from qwen_pipeline.qwen.layouts import Layout
 
 QWEN2_72B: dict[str, Any] = {
     "model_type": "qwen2",

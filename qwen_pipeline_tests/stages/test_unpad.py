@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.store import Directory, require_intact
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
-from qwen_pipeline.qwen.geometry import Layout, load_plan
+from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import CHECKS, unpad
