@@ -7,7 +7,6 @@ divergence of whole models (:mod:`benchmarks.padding`).
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,9 +19,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import RESULTS
 from benchmarks.machine import describe_machine
 from benchmarks.padding import GROUP_SIZE, QUIET, RANKS, arguments, padded_model
+from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import ROUTED, STEP, upcycle
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import open_manifest
@@ -175,21 +174,19 @@ def main() -> None:
 
 def write_results(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
     """Write ``down-projections.json`` and ``down-projections.md`` beside the other results."""
-    machine, day, shown = describe_machine(), datetime.now(UTC).date().isoformat(), table(rows)
+    machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
     ranks = ", ".join(f"{name} {count}" for name, count in RANKS.items())
-    lines = [list(shown.columns), ["---"] * shown.shape[1], *map(list, shown.to_numpy())]
     text = f"""# Squared error of down_proj's outputs on held-out text, relative to the unpadded layer's
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores. 4 bits in groups of {GROUP_SIZE}, padded for ranks: {ranks}.
 Calibration {asked.samples} x {asked.seq_len} tokens, evaluation {asked.windows} x {asked.seq_len}. Geometric mean over
 one layer of every {STEP * asked.thirds}.
 
-{chr(10).join(f"| {' | '.join(map(str, line))} |" for line in lines)}
+{markdown(table(rows))}
 """
-    (RESULTS / "down-projections.md").write_text(text)
     settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len", "thirds")}
     found = {"date": day, "machine": machine, "settings": settings, "rows": rows}
-    (RESULTS / "down-projections.json").write_text(json.dumps(found, indent=2) + "\n")
+    keep(RESULTS / "down-projections", text, found)
     print(text)
 
 

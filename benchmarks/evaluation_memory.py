@@ -17,9 +17,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.__main__ import RESULTS
 from benchmarks.machine import describe_machine
 from benchmarks.models import Widths, linears, write_base
+from benchmarks.report import RESULTS, keep
 from qwen_pipeline.plotting import BETTER, INK, WORSE, quiet_axes, save_plot
 from qwen_pipeline_tests.rounding import round_to_codes
 
@@ -158,8 +158,7 @@ Streamed: full precision and its 4-bit codes together, every prediction compared
         "bound_bytes": int(bound()),
         "rows": [asdict(row) for row in rows],
     }
-    (RESULTS / "evaluation-memory.json").write_text(json.dumps(found, indent=2) + "\n")
-    (RESULTS / "evaluation-memory.md").write_text(text)
+    keep(RESULTS / "evaluation-memory", text, found)
     draw(rows, RESULTS / "evaluation-memory.png")
     print(text)
 

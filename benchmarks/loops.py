@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.__main__ import RESULTS, markdown
 from benchmarks.machine import describe_machine
+from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import upcycle
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
@@ -180,9 +180,8 @@ draws of calibration text. Engine seconds are what the engine takes to import, l
 
 {markdown(table(rows))}
 """
-    out.with_suffix(".md").write_text(text)
     found = {"date": day, "machine": machine, "spec": spec.to_json(), "rows": list(rows)}
-    out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    keep(out, text, found)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.contenders import WHOLE_MODEL_PAD, Contender, make_models, ours, peak_of_start, peers, run
 from benchmarks.machine import describe_machine
+from benchmarks.report import RESULTS, keep
 from qwen_pipeline.checkpoint.admission import available_memory
 
 GIB = 2**30
@@ -86,8 +87,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             peak = run(contender, scratch).peak_bytes
             row["peaks"][contender.name] = max(0, peak - starts[contender.name])
             print(f"{size.name}: {contender.name}: {row['peaks'][contender.name] / 1e6:.0f} MB", file=sys.stderr)
-            _keep(report, asked.out)
-        _keep(report, asked.out)
+            keep(asked.out / "memory", markdown(report), report)
+        keep(asked.out / "memory", markdown(report), report)
         for made in (base, scratch / "adapter"):
             shutil.rmtree(made)
     return report
@@ -169,19 +170,13 @@ def _admitted(
             yield contender
 
 
-def _keep(report: Mapping[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "memory.md").write_text(markdown(report))
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--degree", type=int, default=8, help="tensor-parallel ranks to pad for")
     parser.add_argument("--skip", action="append", default=[], help="a contender to leave out")
     parser.add_argument("--scratch", type=Path, default=Path("build/memory"), help="a directory on a disk with 32 GB")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 

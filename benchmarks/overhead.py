@@ -21,9 +21,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.__main__ import RESULTS, markdown
 from benchmarks.loops import first_layers
 from benchmarks.machine import describe_machine
+from benchmarks.report import RESULTS, keep, markdown
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
@@ -176,9 +176,8 @@ is at most {AIM:.0%} of the engine's time where that is two minutes or more.
 
 {markdown(parts(rows))}
 """
-    out.with_suffix(".md").write_text(text)
     found = {"date": day, "machine": machine, "spec": spec.to_json(), "rows": list(rows)}
-    out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    keep(out, text, found)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from benchmarks import unsettled
-from benchmarks.__main__ import RESULTS
 from benchmarks.machine import describe_machine
+from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import upcycle
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
@@ -213,20 +213,17 @@ def write_results(rows: Sequence[Mapping[str, Any]], asked: argparse.Namespace) 
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{machine['cpu']}, {machine['cores']} cores"
     )
-    shown = table(rows)
-    lines = [list(shown.columns), ["---"] * shown.shape[1], *map(list, shown.to_numpy())]
     text = f"""# KL(full precision || quantized), nats per token, and its ratio to the unpadded model's
 
 {day}, {device}. 4 bits in groups of {GROUP_SIZE}; calibration {asked.samples} x {asked.seq_len} tokens, evaluation
 {asked.windows} x {asked.seq_len} held-out tokens. Each cell: mean KL, mean ratio ± standard error of how many
 draws of calibration text. Ratios are taken draw by draw.
 
-{chr(10).join(f"| {' | '.join(map(str, line))} |" for line in lines)}
+{markdown(table(rows))}
 """
-    asked.out.with_suffix(".md").write_text(text)
     settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len")}
     found = {"date": day, "machine": machine, "device": device, "settings": settings, "rows": list(rows)}
-    asked.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    keep(asked.out, text, found)
     print(text)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.contenders import COPY, START, Contender, Run, make_models, ours, peak_of_start, peers, run, yardsticks
 from benchmarks.machine import describe_machine
+from benchmarks.report import RESULTS, keep
 
 _BARE = Contender(name="torch", command=(), start=(sys.executable, "-c", "import torch, pydantic"))
 
@@ -58,19 +59,13 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             runs.append(run(contender, scratch))
             print(f"round {number + 1}: {runs[-1]}", file=sys.stderr, flush=True)
             report |= {"medians": _medians(runs), "runs": [asdict(each) for each in runs]}
-            _keep(report, asked.out)
+            keep(asked.out / "speed", markdown(report), report)
         now = time.monotonic()
         if asked.minutes and (now - began) + (now - round_began) > 60 * asked.minutes and number + 1 < asked.rounds:
             skipped[f"rounds {number + 2} to {asked.rounds}"] = f"no time left of {asked.minutes} minutes"
             break
-    _keep(report, asked.out)
+    keep(asked.out / "speed", markdown(report), report)
     return report
-
-
-def _keep(report: Mapping[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "speed.md").write_text(markdown(report))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -124,7 +119,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0, help="begin no round that would end later; 0: no limit")
     parser.add_argument("--skip", action="append", default=[], help="a contender to leave out")
     parser.add_argument("--scratch", type=Path, default=Path("build/speed"), help="a directory on the disk to measure")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 

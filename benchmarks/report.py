@@ -1,0 +1,27 @@
+"""What a benchmark leaves behind: a page for people, and every figure for machines.
+
+Nothing here imports torch or pandas: a child's peak memory counts from its parent's on.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def keep(out: Path, text: str, found: Mapping[str, Any]) -> None:
+    """Write ``text`` and ``found`` to ``out`` with the suffixes ``.md`` and ``.json``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(text)
+    out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def markdown(frame: "pd.DataFrame") -> str:
+    """Return a table, a row a line."""
+    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *(list(map(str, row)) for row in frame.to_numpy())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
