@@ -186,14 +186,7 @@ def quantized_checkpoint(
     The engine runs in a process and a Python environment of its own. One step at a time holds the pool `gpu`.
     """
     with pipeline.step(context) as observe:
-        artifact = quantize.quantize(
-            source=pipeline.latest(context, pad.STAGE).path,
-            destination=pipeline.slot(context),
-            calibration=pipeline.latest(context, calibrate.STAGE).path,
-            spec=pipeline.settings.quantization,
-            engine=pipeline.engine,
-            observe=observe,
-        )
+        artifact = pipeline.quantized(context, observe, source=pad.STAGE)
     earlier = version_before(pipeline.store, context.partition_key, artifact)
     return _materialized(
         artifact,

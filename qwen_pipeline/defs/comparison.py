@@ -9,7 +9,7 @@ from qwen_pipeline.defs.assets import GROUP, calibration_tokens, merged_checkpoi
 from qwen_pipeline.defs.metadata import artifact_metadata
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.stages import calibrate, merge, quantize
+from qwen_pipeline.stages import merge, quantize
 
 
 @dg.asset(
@@ -27,15 +27,7 @@ def unpadded_quantized(context: dg.AssetExecutionContext, pipeline: dg.ResourceP
     `validation.unpadded` asks for it.
     """
     with pipeline.step(context) as observe:
-        artifact = quantize.quantize(
-            source=pipeline.latest(context, merge.STAGE).path,
-            destination=pipeline.slot(context),
-            calibration=pipeline.latest(context, calibrate.STAGE).path,
-            spec=pipeline.settings.quantization,
-            engine=pipeline.engine,
-            stage=quantize.UNPADDED,
-            observe=observe,
-        )
+        artifact = pipeline.quantized(context, observe, source=merge.STAGE, stage=quantize.UNPADDED)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.manifest.content_digest), metadata=artifact_metadata(artifact)
     )

@@ -16,6 +16,7 @@ from qwen_pipeline.inbox import Inbox
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
 from qwen_pipeline.qwen.planning import padding_for
+from qwen_pipeline.stages import calibrate, quantize
 from qwen_pipeline.stages.merge import merge
 
 
@@ -116,6 +117,20 @@ class Pipeline:
             observe=observe,
         )
         return recipe
+
+    def quantized(
+        self, context: dg.AssetExecutionContext, observe: Observe, *, source: str, stage: str = quantize.STAGE
+    ) -> Artifact:
+        """Quantize what the stage ``source`` last made of the context's fine-tune, on its calibration tokens."""
+        return quantize.quantize(
+            source=self.latest(context, source).path,
+            destination=self.slot(context),
+            calibration=self.latest(context, calibrate.STAGE).path,
+            spec=self.settings.quantization,
+            engine=self.engine,
+            stage=stage,
+            observe=observe,
+        )
 
     @contextmanager
     def step(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
