@@ -8,9 +8,10 @@ lock. The oldest job never waits, so some job always moves on.
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from qwen_pipeline.checkpoint.buffers import Pool, recycling
@@ -73,6 +74,42 @@ def tell_waiting(change: Callable[[], None]) -> None:
     """Within a job, change what others may wait for."""
     assert _thread.job, "only a job is waited for"
     _thread.job.crew.move(change)
+
+
+class SharedWork(Generic[T]):
+    """Work that several threads want done: each does what none has begun, and waits for the rest."""
+
+    def __init__(self, parts: Sequence[Callable[[], T]]) -> None:
+        self._waiting = list(enumerate(parts))[::-1]
+        self._results: dict[int, T] = {}
+        self._count = len(parts)
+        self._fault: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def all_done(self) -> list[T]:
+        """Return every part's result, in their order; the first fault ends all and is raised by all."""
+        while part := self._take():
+            number, work = part
+            try:
+                result = work()
+            except BaseException as fault:
+                self._note(partial(setattr, self, "_fault", fault))
+                raise
+            self._note(partial(self._results.__setitem__, number, result))
+        with self._changed:
+            self._changed.wait_for(lambda: self._fault or len(self._results) == self._count)
+        if self._fault:
+            raise self._fault
+        return [self._results[number] for number in range(self._count)]
+
+    def _take(self) -> tuple[int, Callable[[], T]] | None:
+        with self._changed:
+            return self._waiting.pop() if self._waiting and not self._fault else None
+
+    def _note(self, change: Callable[[], object]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify_all()
 
 
 class _Stopped(Exception):

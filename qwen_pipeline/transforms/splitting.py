@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from threading import Condition, Lock
-from typing import TYPE_CHECKING, Generic, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING
 
+from qwen_pipeline.checkpoint.crew import SharedWork
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.tap import looking_aside
@@ -21,8 +22,6 @@ from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 OUTPUTS, RUN = 1024, 16
 """Outputs that a choice looks at, at most, spread evenly: in runs of so many rows. The gains are sums over outputs."""
@@ -50,7 +49,7 @@ class Choices(Mapping[str, str]):
         self._checkpoint = checkpoint
         self._size = size
         self._down = {owner_of(name): (name, at) for name, at in sized.items() if gives_output(name)}
-        self._making: dict[str, _Shared[torch.Tensor]] = {}
+        self._making: dict[str, SharedWork[torch.Tensor]] = {}
         self._made: dict[str, str] = {}
         self._lock = Lock()
 
@@ -58,7 +57,7 @@ class Choices(Mapping[str, str]):
         if owner not in self._made:
             name, at = self._down[owner]
             with self._lock:
-                making = self._making.setdefault(owner, _Shared(_gains(self._checkpoint, name, at, self._size)))
+                making = self._making.setdefault(owner, SharedWork(_gains(self._checkpoint, name, at, self._size)))
             with looking_aside():
                 self._made[owner] = self._choice(making.all_done(), is_stack=_is_stack(self._checkpoint, name))
             self._making.pop(owner, None)
@@ -159,39 +158,3 @@ def _decoded(bits: str, live: int) -> "torch.Tensor":
 
     bytes_EB = np.frombuffer(base64.b64decode(bits), dtype=np.uint8).reshape(-1, ceil(live / 8))
     return torch.from_numpy(np.unpackbits(bytes_EB, axis=1, count=live).astype(bool))
-
-
-class _Shared(Generic[T]):
-    """Work that several threads want done: each does what none has begun, and waits for the rest."""
-
-    def __init__(self, parts: Sequence[Callable[[], T]]) -> None:
-        self._waiting = list(enumerate(parts))[::-1]
-        self._results: dict[int, T] = {}
-        self._count = len(parts)
-        self._fault: BaseException | None = None
-        self._changed = Condition()
-
-    def all_done(self) -> list[T]:
-        """Return every part's result, in their order; the first fault ends all and is raised by all."""
-        while part := self._take():
-            number, work = part
-            try:
-                result = work()
-            except BaseException as fault:
-                self._note(partial(setattr, self, "_fault", fault))
-                raise
-            self._note(partial(self._results.__setitem__, number, result))
-        with self._changed:
-            self._changed.wait_for(lambda: self._fault or len(self._results) == self._count)
-        if self._fault:
-            raise self._fault
-        return [self._results[number] for number in range(self._count)]
-
-    def _take(self) -> tuple[int, Callable[[], T]] | None:
-        with self._changed:
-            return self._waiting.pop() if self._waiting and not self._fault else None
-
-    def _note(self, change: Callable[[], object]) -> None:
-        with self._changed:
-            change()
-            self._changed.notify_all()
