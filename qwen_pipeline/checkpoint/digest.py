@@ -17,14 +17,14 @@ from pydantic import TypeAdapter
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
 from qwen_pipeline.checkpoint.crew import work_in_order
 from qwen_pipeline.checkpoint.finite import is_finite
-from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, Checkpoint, LazyTensor, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import (
     Contents,
     FileDigest,
     ShardDigest,
     TensorDigest,
     canonical_sha256,
-    open_manifest,
+    find_manifest,
 )
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes, read_header
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
@@ -106,16 +106,16 @@ def foreign_digest(checkpoint: Checkpoint, root: Path, *, observe: Observe = uno
 
 def remembered_digest(checkpoint: Checkpoint, root: Path) -> str | None:
     """Return the digest of a directory as its manifest or the memory has it, or None if it has to be read."""
-    if (root / MANIFEST).is_file():
-        return open_manifest(root).content_digest
+    if manifest := find_manifest(root):
+        return manifest.content_digest
     memory = _memory(_files_of(root, checkpoint))
     return _KNOWN.validate_json(memory.read_bytes()).digest if memory.is_file() else None
 
 
 def known_checkpoint(root: Path) -> KnownCheckpoint | None:
     """Return what a manifest or the memory says about a model directory, or None if it has to be read."""
-    if (root / MANIFEST).is_file():
-        contents = open_manifest(root).contents
+    if manifest := find_manifest(root):
+        contents = manifest.contents
         files = {path: file for path, file in contents.files.items() if isinstance(file, FileDigest)}
         tensors = {name: SeenTensor(digest=digest) for name, digest in contents.tensors.items()}
         return KnownCheckpoint(tensors=tensors, files=files)
@@ -132,8 +132,8 @@ def remember(root: Path, checkpoint: Checkpoint, tensors: Seen) -> KnownCheckpoi
 
 def appearance(root: Path) -> str:
     """Return what a model directory looks like without reading it: its digest if it is known for good, else stats."""
-    if (root / MANIFEST).is_file():
-        return open_manifest(root).content_digest
+    if manifest := find_manifest(root):
+        return manifest.content_digest
     return f"files:{_stat_key(_files_of(root, open_checkpoint(root)))}"
 
 

@@ -187,6 +187,11 @@ def open_manifest(root: Path) -> Manifest:
     return manifest
 
 
+def find_manifest(root: Path) -> Manifest | None:
+    """Read a directory's manifest as :func:`open_manifest` does; None if it has none."""
+    return open_manifest(root) if (root / MANIFEST).is_file() else None
+
+
 def is_outdated(root: Path) -> bool:
     """Whether a finished directory has an older format: it counts as not there, and is made again."""
     return (root / MANIFEST).is_file() and _format((root / MANIFEST).read_bytes()) in OUTDATED

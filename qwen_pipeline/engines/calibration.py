@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.digest import digest_files, read_tensors
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor
-from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, open_manifest
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.corpus import encode_record, load_tokenizer
 from qwen_pipeline.engines.protocol import CalibrationSpec
@@ -137,8 +137,8 @@ def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) 
 
 def is_prepared(text: str | Path) -> bool:
     """Whether a source of calibration is a directory that the stage ``calibration`` finished."""
-    root = Path(text)
-    return (root / MANIFEST).is_file() and open_manifest(root).derivation.stage == STAGE
+    manifest = find_manifest(Path(text))
+    return manifest is not None and manifest.derivation.stage == STAGE
 
 
 def load_calibration(root: Path) -> CalibrationSet:

@@ -69,7 +69,7 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
         _agreement(findings, limits),
         _parallel(findings),
         _ranks(findings),
-        float16_report(findings.models[QUANTIZED], max_activation=limits.max_activation),
+        _float16(findings, limits),
         _merged_not_worse(findings, limits),
         _samples(findings),
         served_report(findings.served, max_gap=limits.max_served_gap),
@@ -211,6 +211,13 @@ def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:
     if wrong := [row.sentence for row in rows if row.answers_wrongly]:
         return wrong
     return [row.sentence for row in rows] if all(row.refuses for row in rows) else []
+
+
+def _float16(findings: Findings, limits: Limits) -> CheckReport:
+    quantized = findings.models[QUANTIZED]
+    if not (quantized.peaks or quantized.calibration_peaks):
+        return _unmeasured(FLOAT16, limits.max_activation, findings, MERGED, QUANTIZED)
+    return float16_report(quantized, max_activation=limits.max_activation)
 
 
 def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:

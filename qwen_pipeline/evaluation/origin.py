@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
-from qwen_pipeline.checkpoint.manifest import Derivation, open_manifest
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.manifest import Manifest, find_manifest
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resized_config
 from qwen_pipeline.transforms.padding import pad
@@ -41,7 +41,8 @@ def require_padded(merged: Checkpoint, padded: Checkpoint | None, quantized: Che
     Raises:
         InputRefused: It is not named.
     """
-    ours = (root / MANIFEST).is_file() and open_manifest(root).derivation.stage == QUANTIZED_STAGE
+    manifest = find_manifest(root)
+    ours = manifest is not None and manifest.derivation.stage == QUANTIZED_STAGE
     if ours and not padded and widened(merged.config, quantized.config):
         raise InputRefused(
             f"{root} was quantized from a padded checkpoint, and without it nobody knows where its new channels lie.",
@@ -58,12 +59,12 @@ def require_twin(
         InputRefused: It has other sizes than the merged model, was quantized from another one or on other tokens, or
             has other codes.
     """
-    own, other = (_derivation_of(each) for each in (root, candidate))
+    own, other = (find_manifest(each) for each in (root, candidate))
     faults = {
         "is padded": widened(merged.config, unpadded.config),
         "has other codes than the candidate": _codes(unpadded) != _codes(quantized),
-        "was quantized from another model": own and own.inputs.get("source") != merged_digest,
-        "was quantized on other tokens": own and other and _tokens(own) != _tokens(other),
+        "was quantized from another model": own and own.derivation.inputs.get("source") != merged_digest,
+        "was quantized on other tokens": own and other and calibration_digest(own) != calibration_digest(other),
     }
     if found := [fault for fault, holds in faults.items() if holds]:
         raise InputRefused(
@@ -72,8 +73,9 @@ def require_twin(
         )
 
 
-def _tokens(quantized: Derivation) -> str | None:
-    return quantized.inputs.get("calibration")
+def calibration_digest(quantized: Manifest) -> str | None:
+    """Return the digest of the tokens that a checkpoint was quantized on, if its manifest names them."""
+    return quantized.derivation.inputs.get("calibration")
 
 
 def _codes(checkpoint: Checkpoint) -> list[Any]:
@@ -81,12 +83,8 @@ def _codes(checkpoint: Checkpoint) -> list[Any]:
     return [settings.get(name) for name in ("bits", "group_size", "sym", "desc_act")]
 
 
-def _derivation_of(root: Path) -> Derivation | None:
-    return open_manifest(root).derivation if (root / MANIFEST).is_file() else None
-
-
 def _repair_of(root: Path) -> PadPlan | None:
-    if not (root / MANIFEST).is_file():
+    manifest = find_manifest(root)
+    if manifest is None or manifest.derivation.stage != REPAIRED:
         return None
-    manifest = open_manifest(root)
-    return load_plan(manifest.result["padding"]) if manifest.derivation.stage == REPAIRED else None
+    return load_plan(manifest.result["padding"])

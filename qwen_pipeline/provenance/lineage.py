@@ -7,8 +7,7 @@ from typing import Any, cast
 
 from pydantic import TypeAdapter
 
-from qwen_pipeline.checkpoint.lazy import MANIFEST
-from qwen_pipeline.checkpoint.manifest import Manifest, open_manifest
+from qwen_pipeline.checkpoint.manifest import Manifest, find_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,7 @@ def step_of(manifest: Manifest) -> Step:
 
 def steps_of(*roots: Path) -> list[Step]:
     """Return the steps that made these directories; one that this pipeline did not make has none."""
-    return [step_of(open_manifest(root)) for root in roots if (root / MANIFEST).is_file()]
+    return [step_of(manifest) for manifest in map(find_manifest, roots) if manifest]
 
 
 def dump_step(step: Step) -> dict[str, Any]:

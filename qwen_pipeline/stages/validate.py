@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
-from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, open_manifest
+from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, find_manifest
 from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, contents_of_directory, derive, require_intact
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
 from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
@@ -20,7 +20,7 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, lo
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
-from qwen_pipeline.evaluation.origin import quantized_from, require_padded, require_twin, widened
+from qwen_pipeline.evaluation.origin import calibration_digest, quantized_from, require_padded, require_twin, widened
 from qwen_pipeline.evaluation.report import LOSS_PLOT, method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.served import Served, ServingPlan
@@ -248,8 +248,8 @@ def _divergences(
 def _quantized_on(calibration: Path, candidate: Path) -> CalibrationSet:
     """Return the tokens that the candidate was quantized on, which its manifest names."""
     found = load_calibration(calibration)
-    named = open_manifest(candidate).derivation.inputs.get("calibration") if (candidate / MANIFEST).is_file() else None
-    if named not in (None, found.digest):
+    manifest = find_manifest(candidate)
+    if manifest and calibration_digest(manifest) not in (None, found.digest):
         raise InputRefused(
             f"{candidate} was not quantized on the tokens of {calibration}.",
             remedy="Name the calibration that its manifest names, or quantize again.",

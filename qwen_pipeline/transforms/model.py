@@ -11,13 +11,12 @@ from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import (
     CONFIG,
     INDEX,
-    MANIFEST,
     SINGLE_SHARD,
     Checkpoint,
     open_checkpoint,
     open_sidecars,
 )
-from qwen_pipeline.checkpoint.manifest import Contents, Manifest, open_manifest
+from qwen_pipeline.checkpoint.manifest import Contents, Manifest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.store import Artifact, fill_in
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
@@ -50,7 +49,8 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
 
 def is_recipe(root: Path) -> bool:
     """Whether a finished directory says what its weights are computed from, and does not store them."""
-    return (root / MANIFEST).is_file() and open_manifest(root).recipe is not None
+    manifest = find_manifest(root)
+    return manifest is not None and manifest.recipe is not None
 
 
 def open_model(root: Path) -> Checkpoint:
@@ -59,7 +59,7 @@ def open_model(root: Path) -> Checkpoint:
     Raises:
         CheckpointRefused: See :func:`open_checkpoint`; or the recipe's base or fine-tune is gone or was changed.
     """
-    manifest = open_manifest(root) if (root / MANIFEST).is_file() else None
+    manifest = find_manifest(root)
     if manifest is None or manifest.recipe is None:
         return open_checkpoint(root)
     base = Path(manifest.recipe["base"])

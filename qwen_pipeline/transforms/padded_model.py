@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.lazy import MANIFEST
-from qwen_pipeline.checkpoint.manifest import open_manifest
+from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.errors import AdapterRefused, InputRefused
 from qwen_pipeline.qwen.geometry import PadPlan, load_plan
 from qwen_pipeline.transforms.adapter_set import AdapterSet
@@ -28,10 +27,10 @@ class PaddedModel:
 
 def padded_model(root: Path) -> PaddedModel | None:
     """Return what the manifest of a directory says about padding; None if it has none, or its widths did not change."""
-    if not (root / MANIFEST).is_file():
+    manifest = find_manifest(root)
+    if manifest is None or "live_config" not in manifest.result:
         return None
-    manifest = open_manifest(root)
-    if "live_config" not in manifest.result or not (plan := load_plan(manifest.result["padding"])).changes:
+    if not (plan := load_plan(manifest.result["padding"])).changes:
         return None
     return PaddedModel(
         root=root,
