@@ -36,6 +36,7 @@ def merge_and_pad(
     tensor_parallel: int = 8,
     targets: Targets = NO_TARGETS,
     layout: Layout = DEFAULT_LAYOUT,
+    towers: bool = False,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:
@@ -57,7 +58,12 @@ def merge_and_pad(
     passing = _Passing(merging, merged, recipe_of(base, fine_tune))
     source = open_source("source", before.path, open_root=open_model) if before else passing.source
     padding = pad.prepare(
-        source, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout
+        source,
+        group_size=group_size,
+        tensor_parallel=tensor_parallel,
+        targets=targets,
+        layout=layout,
+        towers=towers,
     )
     work = replace(padding, if_not_finite=merging.if_not_finite)
     after = work.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)

@@ -144,6 +144,7 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
             tensor_parallel=padding.tensor_parallel,
             targets=padding.targets,
             layout=padding.layout,
+            towers=padding.towers,
         ),
         calibrate.STAGE: {
             **asdict(quantization.calibration),

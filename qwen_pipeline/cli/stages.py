@@ -29,6 +29,9 @@ ServingChoice = Literal["vllm", "vllm-cpu"]
 Source = Annotated[Path, typer.Option("--in", help="Checkpoint to start from.")]
 Out = Annotated[Path, typer.Option(help="New or empty directory. The same work a second time is free.")]
 GroupSize = Annotated[int, typer.Option(help="Consecutive input channels that share one scale.")]
+Towers = Annotated[
+    bool, typer.Option("--towers", help="Pad vision and audio towers too, to widths that all ranks can share.")
+]
 TEXT_HELP = 'Text like what the model will see: JSONL of {"text"} or {"messages"}, Parquet, or a dataset of the hub'
 Samples = Annotated[int, typer.Option(help="Windows of calibration tokens.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
@@ -117,6 +120,7 @@ def merge_pad(
     group_size: GroupSize = 128,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
     layout: Annotated[Layout, typer.Option(help="Where the new channels go.")] = DEFAULT_LAYOUT,
+    towers: Towers = False,
 ) -> Answer:
     """Merge and pad in one pass: the merged weights are never stored, and the padded ones are as from two passes.
 
@@ -136,6 +140,7 @@ def merge_pad(
             group_size=group_size,
             tensor_parallel=tp,
             layout=layout,
+            towers=towers,
             observe=observe,
         )[1]
     )
@@ -159,6 +164,7 @@ def pad(
         Layout,
         typer.Option(help="New channels are halves of live ones, or zeros between the live ones or after them."),
     ] = DEFAULT_LAYOUT,
+    towers: Towers = False,
 ) -> Answer:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. This comes before quantize.
 
@@ -175,6 +181,7 @@ def pad(
             group_size=group_size,
             tensor_parallel=tp,
             layout=layout,
+            towers=towers,
             observe=observe,
         )
     )

@@ -51,11 +51,14 @@ class Padding(Section):
         targets: Instead of that, engine -> the degrees at which it is to serve, such as ``vllm = [2, 4, 8]``: no wider
             than they need, and refused where padding does not help them.
         layout: Where the new channels go.
+        towers: Whether the MLPs of vision and audio towers, which are not quantized, become widths that all ranks can
+            share, too. Their new channels are zeros at the end.
     """
 
     tensor_parallel: int = Field(default=8, ge=1)
     targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
     layout: Layout = DEFAULT_LAYOUT
+    towers: bool = False
 
     @model_validator(mode="after")
     def _is_one_or_the_other(self) -> "Padding":

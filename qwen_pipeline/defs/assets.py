@@ -141,6 +141,7 @@ def padded_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
             tensor_parallel=settings.padding.tensor_parallel,
             targets=settings.padding.targets,
             layout=settings.padding.layout,
+            towers=settings.padding.towers,
             hard_links=settings.store.hard_links,
             observe=observe,
         )

@@ -113,6 +113,7 @@ class Pipeline:
             tensor_parallel=settings.padding.tensor_parallel,
             targets=settings.padding.targets,
             layout=settings.padding.layout,
+            towers=settings.padding.towers,
             hard_links=hard_links,
             observe=observe,
         )

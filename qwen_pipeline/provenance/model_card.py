@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 from qwen_pipeline.provenance.lineage import Step
-from qwen_pipeline.qwen.families import SizeField
+from qwen_pipeline.qwen.families import SizeField, TowerField
 from qwen_pipeline.qwen.geometry import outlook
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -19,6 +19,8 @@ _CALLED: Mapping[SizeField, str] = {
     "intermediate_size": "MLP",
     "moe_intermediate_size": "routed expert",
     "shared_expert_intermediate_size": "shared expert",
+    "vision_config.intermediate_size": "MLP of the vision tower",
+    "audio_config.encoder_ffn_dim": "MLP of the audio tower",
 }
 
 
@@ -141,9 +143,18 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     def _padding(self) -> list[str]:
         if not self.padding:
             return []
-        widths = [
-            f"each {_CALLED[at.field]} has {at.padded} channels instead of the base's {at.live}" for at in self.padding
+        towers = [at for at in self.padding if at.field in get_args(TowerField)]
+        said = [
+            *self._decoder_padding([at for at in self.padding if at not in towers]),
+            *(f"E{_widened(at)[1:]}: zeros at the end, so that ranks can share the tower." for at in towers),
+            "Adapters trained on this checkpoint do not fit the unpadded base.",
         ]
+        return ["## Padding", " ".join(said)]
+
+    def _decoder_padding(self, padding: Sequence[Widened]) -> list[str]:
+        if not padding:
+            return []
+        widths = " and ".join(map(_widened, padding))
         added = (
             "The channels that were added are parts of split ones, which together give what the whole channel gave."
             if self.split
@@ -151,9 +162,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
             " `down_proj`, and validation found all of them exactly zero."
         )
         return [
-            "## Padding",
-            f"E{' and '.join(widths)[1:]}, so that tensor-parallel ranks can share whole"
-            f" groups of {self._group_size}. {added} Adapters trained on this checkpoint do not fit the unpadded base.",
+            f"E{widths[1:]}, so that tensor-parallel ranks can share whole groups of {self._group_size}.",
+            added,
         ]
 
     def _lineage(self) -> str:
@@ -171,6 +181,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
                 *(f"| {step.stage} | `{step.content_digest}` | {', '.join(step.inputs)} |" for step in self.steps),
             ]
         )
+
+
+def _widened(at: Widened) -> str:
+    return f"each {_CALLED[at.field]} has {at.padded} channels instead of the base's {at.live}"
 
 
 def serving_degrees(config: Mapping[str, Any]) -> list[int]:

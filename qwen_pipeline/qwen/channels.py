@@ -1,6 +1,7 @@
 """Channels: which tensors have the channels of a size field, and on which axis.
 
-Gate and up have them as outputs, down as inputs; stacks of experts have them for all experts at once.
+Gate and up have them as outputs, down as inputs; stacks of experts have them for all experts at once. Towers call them
+otherwise.
 """
 
 from collections.abc import Collection
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
-from qwen_pipeline.qwen.families import Config, SizeField, text_config
+from qwen_pipeline.qwen.families import Config, DecoderField, SizeField, text_config
 from qwen_pipeline.qwen.layers import mlp_matrices, number_of_layers, required
 from qwen_pipeline.qwen.names import DOWN, FUSED, Place, places_in, stack_of
+from qwen_pipeline.qwen.towers import towers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,7 @@ class Channels:
 
 
 def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channels]:
-    """Return the tensors of the decoder and of a draft head that have the channels of ``field``.
+    """Return the tensors of the decoder and of a draft head, or of a tower, that have the channels of ``field``.
 
     Raises:
         InputRefused: The family is unknown, or the config's places of ``field`` disagree.
@@ -51,7 +53,7 @@ def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channel
     ]
     if wrong:
         raise CheckpointRefused(
-            f"The weights do not fit {number_of_layers(config)} layers of {field} {width}: {listed(wrong)}.",
+            f"The weights do not fit layers of {field} {width}: {listed(wrong)}.",
             remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
         )
     return found
@@ -63,7 +65,11 @@ def channels_of(place: Place, shape: tuple[int, ...], config: Config) -> Channel
     Stacks of experts are [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]: the former wherever the shape allows
     it, which is how Transformers decides too (``Transpose(check_dims=True)``).
     """
-    if place.part not in ("decoder", "mtp") or place.parameter not in ("weight", "bias"):
+    if place.parameter not in ("weight", "bias"):
+        return None
+    if place.part in ("vision", "audio"):
+        return _tower_channels(place, config)
+    if place.part not in ("decoder", "mtp"):
         return None
     if place.module in FUSED:
         return _stacked_channels(place.module, shape, int(text_config(config)["hidden_size"]))
@@ -77,7 +83,15 @@ def channels_of(place: Place, shape: tuple[int, ...], config: Config) -> Channel
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _size_field(owner: str) -> SizeField | None:
+def _tower_channels(place: Place, config: Config) -> Channels | None:
+    for tower in towers_of(config):
+        axis = tower.axis(place.module)
+        if tower.field and axis is not None and (axis == 0 or place.parameter == "weight"):
+            return Channels(field=tower.field, axis=axis)
+    return None
+
+
+def _size_field(owner: str) -> DecoderField | None:
     if owner == "mlp":
         return "intermediate_size"
     if owner == "mlp.shared_expert":
@@ -86,14 +100,17 @@ def _size_field(owner: str) -> SizeField | None:
 
 
 def _stacked_channels(module: str, shape: tuple[int, ...], hidden_size: int) -> Channels:
-    field: SizeField = "moe_intermediate_size"
+    field: DecoderField = "moe_intermediate_size"
     if module == DOWN:
         return Channels(field=field, axis=2 if shape[1] == hidden_size else 1)
     return Channels(field=field, axis=1 if shape[2] == hidden_size else 2, halves=2)
 
 
 def _missing(places: Collection[Place], config: Config, field: SizeField) -> list[str]:
-    """Return the projections that a layer should have and has not, neither one by one nor in stacks."""
+    """Return the weights that a layer should have and has not, neither one by one nor in stacks."""
+    if tower := next((tower for tower in towers_of(config) if tower.field == field), None):
+        held = {place.module for place in places if place.parameter == "weight"}
+        return [f"{module}.weight" for module in tower.linears(config) if module not in held]
     modules = {(place.layer, place.module) for place in places if place.part == "decoder"}
     return [
         f"layers.{layer}.{kind}.weight"

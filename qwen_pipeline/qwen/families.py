@@ -5,7 +5,7 @@ The tables were read from Transformers 5.23 (``models/qwen*/configuration_*.py``
 here is refused: nothing is guessed from the shape of a config.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
 
 Config = Mapping[str, Any]
-SizeField = Literal["intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"]
-"""The sizes that padding may move; ``hidden_size`` never does."""
+DecoderField = Literal["intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"]
+TowerField = Literal["vision_config.intermediate_size", "audio_config.encoder_ffn_dim"]
+SizeField = Literal[DecoderField, TowerField]
+"""The sizes that padding may move, those of towers on request; ``hidden_size`` never does."""
 Part = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "audio", "talker", "vocoder"]
 """What a tensor belongs to. ``mtp`` is a draft head whose layers are built from the decoder's config."""
 Mixer = Literal["attention", "next", "3.5", "4"]
@@ -127,14 +129,29 @@ def text_config(config: Config) -> Config:
 def places_of(config: Config, field: str) -> tuple[str, ...]:
     """Return every place of the language model's ``field``, such as ``thinker_config.text_config.intermediate_size``.
 
-    A vision-language config may repeat it at the top; fields of that name that describe towers are not among them.
+    A vision-language config may repeat it at the top. Fields that describe towers have a path of their own, such as
+    ``vision_config.intermediate_size``.
     """
-    return tuple(prefix + field for prefix, level in _levels(config) if field in level)
+    return tuple(place for place, _ in _placed(config, field))
 
 
 def place_values(config: Config, field: str) -> set[Any]:
     """Return the values at :func:`places_of`; a sound config has one."""
-    return {level[field] for _, level in _levels(config) if field in level}
+    return {value for _, value in _placed(config, field)}
+
+
+def has_section(config: Config, name: str) -> bool:
+    """Whether the config has a part of this name on the way to the language model, such as ``vision_config``."""
+    return any(value for _, value in _placed(config, name))
+
+
+def _placed(config: Config, field: str) -> Iterator[tuple[str, Any]]:
+    *path, name = field.split(".")
+    for prefix, level in _levels(config):
+        for part in path:
+            level = level.get(part) or {}
+        if name in level:
+            yield prefix + field, level[name]
 
 
 def number_of_experts(config: Config) -> int:

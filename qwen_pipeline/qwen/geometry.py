@@ -5,16 +5,16 @@ scales stay right only if that is a multiple of the group size: 29568 = 231 x 12
 serves 2, 4 and 8.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import SizeField, places_of
+from qwen_pipeline.qwen.families import DecoderField, SizeField, TowerField, places_of
 from qwen_pipeline.qwen.layers import (
     head_geometry,
     is_linear_attention,
@@ -24,6 +24,7 @@ from qwen_pipeline.qwen.layers import (
     size_fields,
 )
 from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.towers import towers_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class PaddedSize:
     Attributes:
         field: Name of the config field.
         places: Every place of it in the config, such as ``text_config.intermediate_size``.
-        group_size: Channels that will share a scale.
+        group_size: Channels that will share a scale; 1 in towers, which are not quantized.
         layout: ``interleave`` puts zero channels between the live ones, so that each quantization group keeps live
             channels; ``append`` puts them last; ``split`` adds no zeros but makes two channels of one; ``groups`` keeps
             live groups whole and spreads whole groups of zeros evenly between them.
@@ -59,6 +60,11 @@ class PaddedSize:
     def zeros(self) -> int:
         """How many channels are added."""
         return self.padded - self.live
+
+    @property
+    def of_tower(self) -> bool:
+        """Whether the channels are those of a vision or an audio tower."""
+        return self.field in get_args(TowerField)
 
     def positions(self) -> "torch.Tensor":
         """Return the padded position of each live channel: int64 ``[live]``, strictly increasing. Not for ``split``.
@@ -113,7 +119,7 @@ def plan_padding(
 ) -> PadPlan:
     """Return the smallest padding after which every rank of ``tensor_parallel`` holds whole groups of every MLP.
 
-    Routed experts and shared experts have sizes of their own. Towers are never padded.
+    Routed experts and shared experts have sizes of their own. Towers stay as they are: see :func:`with_towers`.
 
     Raises:
         InputRefused: The family cannot be padded, the config's sizes disagree, or a number is not positive.
@@ -123,12 +129,39 @@ def plan_padding(
     return PadPlan(group_size=group_size, tensor_parallel=tensor_parallel, sizes=sizes)
 
 
+def with_towers(plan: PadPlan, config: Mapping[str, Any], *, ranks: int) -> PadPlan:
+    """Return the plan with the MLPs of every tower widened too, to the next multiple of ``ranks``.
+
+    Towers are not quantized: no group has to keep live channels, so the new ones are zeros after them.
+
+    Raises:
+        InputRefused: The model has no tower, or one whose width no field of the config states and which ``ranks`` does
+            not divide.
+    """
+    if not (towers := towers_of(config)):
+        raise InputRefused(
+            f"A model of type {config.get('model_type')} has no vision or audio tower to pad.",
+            remedy="Leave towers out of what is asked for.",
+        )
+    for tower in towers:
+        width = tower.width(config)
+        if tower.field is None and width % ranks:
+            raise InputRefused(
+                f"The {tower.part} tower's MLPs have {width} channels, {tower.hidden} times mlp_ratio, which {ranks}"
+                " ranks cannot share; no field of the config could state another width.",
+                remedy="Serve on a number of ranks that divides it, or have every rank hold the whole tower.",
+            )
+    sizes = _tower_sizes(config, lambda _, live: _round_up(live, ranks))
+    return replace(plan, sizes=(*plan.sizes, *sizes))
+
+
 def plan_between(
     live: Mapping[str, Any], padded: Mapping[str, Any], *, group_size: int, layout: Layout = "interleave"
 ) -> PadPlan:
-    """Return the padding that leads from one config's sizes to the other's."""
+    """Return the padding that leads from one config's sizes to the other's; towers are in it if they differ."""
     sizes = _sizes(live, lambda size, _: required(padded, size), group_size, layout)
-    return PadPlan(group_size=group_size, tensor_parallel=1, sizes=sizes)
+    towers = _tower_sizes(live, lambda size, width: required(padded, size) if places_of(padded, size) else width)
+    return PadPlan(group_size=group_size, tensor_parallel=1, sizes=(*sizes, *(size for size in towers if size.zeros)))
 
 
 def resized_config(config: Mapping[str, Any], size: PaddedSize, width: int) -> dict[str, Any]:
@@ -257,10 +290,19 @@ def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeO
     )
 
 
+def _tower_sizes(config: Mapping[str, Any], padded: Callable[[SizeField, int], int]) -> Iterator[PaddedSize]:
+    for tower in towers_of(config):
+        if (field := tower.field) and (places := places_of(config, field)):
+            live = required(config, field)
+            yield PaddedSize(
+                field=field, places=places, live=live, padded=padded(field, live), group_size=1, layout="append"
+            )
+
+
 def _sizes(
-    config: Mapping[str, Any], padded: Callable[[SizeField, int], int], group_size: int, layout: MapLayout
+    config: Mapping[str, Any], padded: Callable[[DecoderField, int], int], group_size: int, layout: MapLayout
 ) -> tuple[PaddedSize, ...]:
-    lives: dict[SizeField, int] = {size: required(config, size) for size in size_fields(config)}
+    lives: dict[DecoderField, int] = {size: required(config, size) for size in size_fields(config)}
     return tuple(
         PaddedSize(
             field=size,

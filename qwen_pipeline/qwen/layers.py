@@ -11,7 +11,7 @@ from typing import Literal
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import (
     Config,
-    SizeField,
+    DecoderField,
     number_of_experts,
     place_values,
     places_of,
@@ -41,7 +41,7 @@ class Matrix:
     in_features: int
     split: Split
     quantized: bool = True
-    size: SizeField | None = None
+    size: DecoderField | None = None
     fused: tuple[str, ...] = ()
     count: int = 1
 
@@ -96,11 +96,11 @@ def has_experts(config: Config, layer: int) -> bool:
     )
 
 
-def size_fields(config: Config) -> tuple[SizeField, ...]:
+def size_fields(config: Config) -> tuple[DecoderField, ...]:
     """Return the size fields that some decoder layer is built from, the MLP's own first."""
     layers = range(number_of_layers(config))
     sparse = [has_experts(config, layer) for layer in layers]
-    built_from: dict[SizeField, bool] = {
+    built_from: dict[DecoderField, bool] = {
         "intermediate_size": not all(sparse),
         "moe_intermediate_size": any(sparse),
         "shared_expert_intermediate_size": any(sparse) and require_family(config).shared,
@@ -196,7 +196,7 @@ def mlp_matrices(config: Config, layer: int) -> Iterator[Matrix]:
         yield _whole("mlp.shared_expert_gate", 1, hidden)
 
 
-def _gated(owner: str, hidden: int, width: int, size: SizeField, *, count: int = 1) -> Iterator[Matrix]:
+def _gated(owner: str, hidden: int, width: int, size: DecoderField, *, count: int = 1) -> Iterator[Matrix]:
     fused = (f"{owner}.gate_proj", f"{owner}.up_proj")
     for kind in fused:
         yield Matrix(

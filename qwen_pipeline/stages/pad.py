@@ -1,6 +1,7 @@
 """merged -> padded: MLPs as wide as whole quantization groups on every tensor-parallel rank need them to be."""
 
 from collections.abc import Mapping, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from qwen_pipeline.checkpoint.source import Source, open_source
 from qwen_pipeline.checkpoint.store import Artifact, Destination
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
-from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding
+from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding, with_towers
+from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets, padding_for, served_degrees
 from qwen_pipeline.qwen.precision import require_full_precision
@@ -44,26 +46,36 @@ def pad(
     tensor_parallel: int = 8,
     targets: Targets = NO_TARGETS,
     layout: Layout = DEFAULT_LAYOUT,
+    towers: bool = False,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Pad a full-precision checkpoint so that it can be quantized in groups and served by ``tensor_parallel`` ranks.
 
-    With ``targets`` it is padded as little as these engines and degrees need instead. A width that divides already is a
-    valid outcome: the weights are then carried unchanged, as second names of the source's own files if ``hard_links``
-    allows that. The manifest says how to undo it.
+    With ``targets`` it is padded as little as these engines and degrees need instead. With ``towers`` the MLPs of
+    vision and audio towers become widths that the ranks can share; else towers stay as they are. A width that divides
+    already is a valid outcome: the weights are then carried unchanged, as second names of the source's own files if
+    ``hard_links`` allows that. The manifest says how to undo it.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
         InputRefused: The family cannot be padded, weights and config disagree, or no padding lets the targets serve.
     """
     live = open_source("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
-    work = prepare(live, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout)
+    work = prepare(
+        live, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout, towers=towers
+    )
     return work.write(destination, task="pad", hard_links=hard_links, observe=observe)
 
 
 def prepare(
-    source: Source, *, group_size: int, tensor_parallel: int, layout: Layout, targets: Targets = NO_TARGETS
+    source: Source,
+    *,
+    group_size: int,
+    tensor_parallel: int,
+    layout: Layout,
+    targets: Targets = NO_TARGETS,
+    towers: bool = False,
 ) -> Rewrite:
     """Check a padding and say what it is derived from and what it writes; see :func:`pad`."""
     live = source.checkpoint
@@ -73,34 +85,37 @@ def prepare(
         " that padding adds to full-precision tensors.",
         remedy="Pad the merged full-precision checkpoint, then quantize again.",
     )
-    plan = choose_splits(
-        live,
+    degrees = served_degrees(targets) if targets else [tensor_parallel]
+    plan = (
         padding_for(live.config, targets, group_size=group_size, layout=layout)
         if targets
-        else plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout),
+        else plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
     )
+    plan = choose_splits(live, with_towers(plan, live.config, ranks=lcm(*degrees)) if towers else plan)
     padded = pad_checkpoint(live, plan)
     reports = [
-        _width_report(plan),
+        _width_report(plan, degrees),
         _silence_report(live, plan, layout),
         _config_report(live, padded, plan),
-        _attention_report(live.config, group_size, served_degrees(targets) if targets else [tensor_parallel]),
+        _attention_report(live.config, group_size, degrees),
     ]
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec=spec_of(group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout),
+        spec=spec_of(
+            group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout, towers=towers
+        ),
         sources={"source": source},
         output=padded,
         result=lambda: {**_way_back(live, plan), "checks": dump_reports(reports)},
     )
 
 
-def spec_of(*, group_size: int, tensor_parallel: int, targets: Targets, layout: Layout) -> dict[str, Any]:
-    """Return what decides a padding beside its source: what was asked for, targets or a degree."""
+def spec_of(*, group_size: int, tensor_parallel: int, targets: Targets, layout: Layout, towers: bool) -> dict[str, Any]:
+    """Return what decides a padding beside its source: what was asked for, targets or a degree, and towers if asked."""
     asked = {name: list(degrees) for name, degrees in targets.items()}
     served: dict[str, Any] = {"targets": asked} if asked else {"tensor_parallel": tensor_parallel}
-    return {"group_size": group_size, "layout": layout, **served}
+    return {"group_size": group_size, "layout": layout, **served, **({"towers": True} if towers else {})}
 
 
 def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
@@ -109,16 +124,19 @@ def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
     return {"padding": dump_plan(plan), "live_config": config}
 
 
-def _width_report(plan: PadPlan) -> CheckReport:
-    unit = plan.group_size * plan.tensor_parallel
-    widths = [f"{size.padded}" for size in plan.sizes]
+def _width_report(plan: PadPlan, degrees: Sequence[int]) -> CheckReport:
+    unit, ranks = plan.group_size * plan.tensor_parallel, lcm(*degrees)
+    units = {size.field: ranks if size.of_tower else unit for size in plan.sizes}
+    has_towers = any(size.of_tower for size in plan.sizes)
     return CheckReport(
         name=CHECKS[0].name,
-        passed=all(size.padded % unit == 0 for size in plan.sizes),
-        measured=plan.sizes[0].padded if len(widths) == 1 else ", ".join(widths),
-        limit=f"a multiple of {plan.group_size} x {plan.tensor_parallel} = {unit}",
+        passed=all(size.padded % units[size.field] == 0 for size in plan.sizes),
+        measured=plan.sizes[0].padded if len(plan.sizes) == 1 else ", ".join(f"{size.padded}" for size in plan.sizes),
+        limit=f"a multiple of {plan.group_size} x {plan.tensor_parallel} = {unit}"
+        + (f", in towers of {ranks}" if has_towers else ""),
         detail=" ".join(
-            f"{size.live} live channels in {size.padded}: {size.padded // unit} whole groups on each rank."
+            f"{size.live} live channels in {size.padded}: {size.padded // units[size.field]}"
+            f" {'channels of a tower' if size.of_tower else 'whole groups'} on each rank."
             for size in plan.sizes
         ),
     )
@@ -141,13 +159,12 @@ def _silence_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckRep
 def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> CheckReport:
     for size in plan.sizes:
         sized_tensors(padded, size.field)
-    stated = plan_padding(padded.config, group_size=plan.group_size, tensor_parallel=plan.tensor_parallel)
     moved = _changed_fields(live.config, padded.config)
     places = [place for size in plan.sizes for place in size.places]
     widths = ", ".join(f"{size.field} {size.padded}" for size in plan.sizes)
     return CheckReport(
         name=CHECKS[2].name,
-        passed=[size.live for size in stated.sizes] == [size.padded for size in plan.sizes] and moved <= set(places),
+        passed=all(required(padded.config, size.field) == size.padded for size in plan.sizes) and moved <= set(places),
         measured=", ".join(sorted(moved)) or "unchanged",
         limit=", ".join(places),
         detail=f"Config and weights both have {widths}; hidden_size and all other fields stay.",

@@ -147,13 +147,17 @@ def _loud(size: PaddedSize, before: Checkpoint, after: Checkpoint) -> Iterator[s
 
 
 def _changes(size: PaddedSize, after: Checkpoint, names: Mapping[str, Channels]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return which channels of gate and of up are not as padding made them: bool [P], or [E, P] of a stack."""
+    """Return which channels of gate and of up are not as padding made them: bool [P], or [E, P] of a stack.
+
+    The ``fc1`` of a tower without gates is both: its channels are silent only as zeros.
+    """
     import torch
 
     none = torch.zeros(size.padded, dtype=torch.bool)
     gate, up = none, none
     for name, at in names.items():
         found = changed_channels(name, after.tensors[name], at, size)
-        of_gate, of_up = found if at.halves == 2 else (found[0], none) if ".gate_proj." in name else (none, found[0])
-        gate, up = gate | of_gate, up | of_up
+        of_gate, of_up = found if at.halves == 2 else (found[0], found[0])
+        gate = gate if ".up_proj." in name else gate | of_gate
+        up = up if ".gate_proj." in name else up | of_up
     return gate, up

@@ -93,7 +93,7 @@ def owner_of(name: str) -> str:
 
 def gives_output(name: str) -> bool:
     """Whether a tensor has the channels as inputs: what they give is what its columns add up to."""
-    return name.removesuffix(".weight").endswith("down_proj")
+    return name.removesuffix(".weight").endswith(("down_proj", "fc2"))
 
 
 def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) -> "list[Callable[[], torch.Tensor]]":

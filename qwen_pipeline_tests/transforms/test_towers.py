@@ -1,0 +1,211 @@
+"""Padding of vision and audio towers: only on request, only zeros, the same function, and undone without a trace."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.store import Artifact, Directory
+from qwen_pipeline.errors import AdapterRefused, CheckpointRefused, InputRefused
+from qwen_pipeline.qwen.channels import sized_tensors
+from qwen_pipeline.qwen.geometry import PaddedSize, dump_plan, load_plan, plan_between, plan_padding, with_towers
+from qwen_pipeline.qwen.towers import TOWERS, towers_of
+from qwen_pipeline.reports import load_reports
+from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.unpad import unpad
+from qwen_pipeline_tests.adapter_kinds import Kind, train
+from qwen_pipeline_tests.tiny import INTERMEDIATE, tiny_model, tiny_qwen2
+from qwen_pipeline_tests.towers import logits_on_an_image, tower_outputs
+
+STATED = [family for family in TOWERS if family != "qwen2_vl"]
+"""Families whose configs state how wide their towers' MLPs are."""
+FEW = [
+    pytest.param(
+        family, marks=() if family in ("qwen2_5_vl", "qwen3_omni_moe_thinker", "qwen3_asr") else pytest.mark.slow
+    )
+    for family in STATED
+]
+"""All of them, where three of different makes are enough for every run."""
+RANKS = 5
+QWEN2_5_VL_3B: Mapping[str, Any] = {
+    "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    live: Path
+    padded: Artifact
+
+    @property
+    def sizes(self) -> list[PaddedSize]:
+        return [size for size in load_plan(self.padded.manifest.result["padding"]).sizes if size.of_tower]
+
+    @property
+    def tensors(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """The live and the padded tensors that have channels of a tower, with the axis of the channels."""
+        live, padded = open_checkpoint(self.live), open_checkpoint(self.padded.path)
+        for size in self.sizes:
+            for name, at in sized_tensors(padded, size.field).items():
+                yield live.load(name), padded.load(name), at.axis
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return {}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Case:
+    family: str = request.param
+    if family not in cases:
+        root = tmp_path_factory.mktemp(family)
+        live = tiny_model(family, root / "live", dtype=torch.float64, shards=2)
+        out = Directory(root / "padded")
+        padded = pad(source=live, destination=out, group_size=32, tensor_parallel=RANKS, towers=True)
+        cases[family] = Case(family, live, padded)
+    return cases[family]
+
+
+@pytest.mark.parametrize("case", STATED, indirect=True)
+def test_towers_become_widths_that_ranks_share_and_new_channels_are_zeros(case: Case) -> None:
+    assert [(size.live, size.padded, size.layout) for size in case.sizes] == [(96, 100, "append")] * len(case.sizes)
+    assert len(case.sizes) == len(TOWERS[case.family])
+    config, live_config = (json.loads((root / "config.json").read_text()) for root in (case.padded.path, case.live))
+    assert [tower.width(config) for tower in towers_of(config)] == [100] * len(case.sizes)
+    assert [tower.width(live_config) for tower in towers_of(live_config)] == [96] * len(case.sizes)
+    assert all(report.passed for report in load_reports(case.padded.manifest.result)[:3])
+    for live, padded, axis in case.tensors:
+        assert torch.equal(padded.narrow(axis, 0, INTERMEDIATE), live)
+        assert not padded.narrow(axis, INTERMEDIATE, 4).any()
+
+
+@pytest.mark.parametrize("case", STATED, indirect=True)
+def test_float64_outputs_of_towers_stay(case: Case) -> None:
+    live, padded = tower_outputs(case.live), tower_outputs(case.padded.path)
+    assert len(live) == len(case.sizes)
+    for name, given_before in live.items():
+        assert given_before.abs().max() > 0.1
+        assert (padded[name] - given_before).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("case", [f for f in STATED if TOWERS[f][0].part == "vision"], indirect=True)
+def test_float64_logits_on_an_image_stay(case: Case) -> None:
+    assert (logits_on_an_image(case.padded.path) - logits_on_an_image(case.live)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("case", ["qwen2_5_vl"], indirect=True)
+def test_a_new_channel_that_is_no_longer_zero_is_heard(case: Case, tmp_path: Path) -> None:
+    """The outputs that the tests above compare do depend on the towers."""
+    root = tiny_model("qwen2_5_vl", tmp_path / "other", dtype=torch.float64)
+    tensors = load_file(root / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("visual.blocks.0.mlp.down_proj.weight"))
+    tensors[name][0, 0] += 1
+    save_file(tensors, root / "model.safetensors", {"format": "pt"})
+    assert (tower_outputs(root)["visual"] - tower_outputs(case.live)["visual"]).abs().max() > 1e-3
+    assert (logits_on_an_image(root) - logits_on_an_image(case.live)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", FEW, indirect=True)
+def test_unpadding_gives_back_what_was_padded(case: Case, tmp_path: Path) -> None:
+    back = unpad(source=case.padded.path, destination=Directory(tmp_path / "back"))
+    same = pad(source=case.live, destination=Directory(tmp_path / "same"), group_size=1, tensor_parallel=1)
+    assert back.manifest.contents == same.manifest.contents
+
+
+@pytest.mark.parametrize("case", FEW, indirect=True)
+def test_without_the_request_no_tensor_of_a_tower_changes(case: Case, tmp_path: Path) -> None:
+    asked = pad(source=case.live, destination=Directory(tmp_path / "out"), group_size=32, tensor_parallel=RANKS)
+    assert "towers" not in asked.manifest.derivation.spec
+    same = pad(source=case.live, destination=Directory(tmp_path / "same"), group_size=1, tensor_parallel=1)
+    live, padded, with_them = (made.manifest.contents.tensors for made in (same, asked, case.padded))
+    channels = {name for size in case.sizes for name in sized_tensors(open_checkpoint(case.live), size.field)}
+    assert channels
+    assert all(live[name] == padded[name] != with_them[name] for name in channels)
+    assert {name for name in live if padded[name] != with_them[name]} == channels
+
+
+@pytest.mark.parametrize("case", ["qwen3_vl"], indirect=True)
+def test_adapters_cross_the_padding_of_a_tower(case: Case, tmp_path: Path) -> None:
+    """Both ways; what reaches a new channel of a tower without gates is heard, and refused."""
+    train(Kind(lora={"target_modules": r".*visual.*linear_fc[12]"}), case.live, tmp_path / "live")
+    there, here = (
+        merge(base=base, fine_tune=tmp_path / "live", destination=Directory(tmp_path / name))
+        for base, name in ((case.padded.path, "there"), (case.live, "here"))
+    )
+    back = unpad(source=there.path, destination=Directory(tmp_path / "back"))
+    assert back.manifest.content_digest == here.manifest.content_digest
+
+    train(Kind(lora={"target_modules": r".*visual.*linear_fc2"}), case.padded.path, tmp_path / "padded")
+    wide, narrow = (
+        merge(base=base, fine_tune=tmp_path / "padded", destination=Directory(tmp_path / name))
+        for base, name in ((case.padded.path, "wide"), (case.live, "narrow"))
+    )
+    assert (logits_on_an_image(wide.path) - logits_on_an_image(narrow.path)).abs().max() < 1e-6
+    assert (logits_on_an_image(case.live) - logits_on_an_image(narrow.path)).abs().max() > 1e-3
+
+    train(Kind(lora={"target_modules": r".*visual.*linear_fc1"}), case.padded.path, tmp_path / "loud")
+    with pytest.raises(AdapterRefused, match=r"channels that padding added.*linear_fc1"):
+        merge(base=case.live, fine_tune=tmp_path / "loud", destination=Directory(tmp_path / "none"))
+
+
+def test_widths_that_follow_from_others_cannot_be_padded(tmp_path: Path) -> None:
+    live = tiny_model("qwen2_vl", tmp_path / "live")
+    shared = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2, towers=True)
+    assert [size.field for size in load_plan(shared.manifest.result["padding"]).sizes] == ["intermediate_size"]
+    with pytest.raises(InputRefused, match="96 channels, embed_dim times mlp_ratio, which 5 ranks cannot share"):
+        pad(source=live, destination=Directory(tmp_path / "no"), group_size=32, tensor_parallel=5, towers=True)
+
+
+def test_a_model_without_towers_has_none_to_pad(tmp_path: Path) -> None:
+    live = tiny_qwen2(tmp_path / "live")
+    with pytest.raises(InputRefused, match="qwen2 has no vision or audio tower"):
+        pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2, towers=True)
+
+
+def test_a_tower_that_does_not_fit_its_config_is_named(tmp_path: Path) -> None:
+    live = tiny_model("qwen3_asr", tmp_path / "live")
+    tensors = load_file(live / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("audio_tower.layers.0.fc2.weight"))
+    del tensors[name]
+    save_file(tensors, live / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointRefused, match=r"audio_tower\.layers\.0\.fc2\.weight is missing"):
+        pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=5, towers=True)
+
+
+@given(width=st.integers(1, 10_000), ranks=st.integers(1, 16))
+def test_a_tower_gets_the_least_width_that_ranks_share(width: int, ranks: int) -> None:
+    config = {**QWEN2_5_VL_3B, "vision_config": {**QWEN2_5_VL_3B["vision_config"], "intermediate_size": width}}
+    decoder = plan_padding(config, group_size=128, tensor_parallel=ranks)
+    plan = with_towers(decoder, config, ranks=ranks)
+    assert plan.sizes[:-1] == decoder.sizes
+    size = plan.sizes[-1]
+    assert size.padded % ranks == 0
+    assert 0 <= size.zeros < ranks
+    assert size.positions().tolist() == list(range(width))
+    assert load_plan(json.loads(json.dumps(dump_plan(plan)))) == plan
+    wide = {**config, "vision_config": {**config["vision_config"], "intermediate_size": size.padded}}
+    assert [found for found in plan_between(config, wide, group_size=1).sizes if found.of_tower] == (
+        [size] if size.zeros else []
+    )
+    assert towers_of(config)[0].weights(config, size.padded) >= towers_of(config)[0].weights(config, width)
+
+
+def test_the_published_width_of_qwen2_5_vl_needs_four_channels_for_8_ranks() -> None:
+    plan = with_towers(plan_padding(QWEN2_5_VL_3B, group_size=128, tensor_parallel=8), QWEN2_5_VL_3B, ranks=8)
+    assert [(size.field, size.live, size.padded) for size in plan.sizes] == [
+        ("intermediate_size", 11008, 11264),
+        ("vision_config.intermediate_size", 3420, 3424),
+    ]
