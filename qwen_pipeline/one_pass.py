@@ -15,7 +15,7 @@ from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.geometry import plan_padding
+from qwen_pipeline.qwen.geometry import plan_padding, with_towers
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
@@ -104,7 +104,7 @@ class Outlay:
         return Way(name=name, read_bytes=read_bytes, needs=taken)
 
 
-def outlay(root: Path, *, group_size: int, tensor_parallel: int) -> Outlay | None:
+def outlay(root: Path, *, group_size: int, tensor_parallel: int, towers: bool = False) -> Outlay | None:
     """Return what merging into a model and padding it will take; None unless its weights are here and can be padded.
 
     The fine-tune may change every tensor: one that does not takes no more.
@@ -114,6 +114,7 @@ def outlay(root: Path, *, group_size: int, tensor_parallel: int) -> Outlay | Non
     base = open_checkpoint(root)
     try:
         plan = plan_padding(base.config, group_size=group_size, tensor_parallel=tensor_parallel)
+        plan = with_towers(plan, base.config, ranks=tensor_parallel) if towers else plan
         padded = pad_checkpoint(base, plan)
     except InputRefused:
         return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from qwen_pipeline.qwen.serving import Serving
 
 app = typer.Typer()
-USUAL_ENGINE = "vllm"
 
 
 @answering(
@@ -37,6 +37,7 @@ def plan(
     ] = None,
     max_extra: Annotated[float, typer.Option(help="Most percent of extra weights that padding may add.")] = 100.0,
     rank_memory: Annotated[float | None, typer.Option(help="Most GB of weights on a rank.")] = None,
+    towers: Annotated[bool, typer.Option("--towers", help="Plan to pad vision and audio towers, too.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw groups over ranks into this .png or .svg, too.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results would go; without it, the workspace.")] = None,
 ) -> Answer:
@@ -50,16 +51,21 @@ def plan(
     from qwen_pipeline.cli.outlay import outlay_data, outlay_view
     from qwen_pipeline.cli.rank_picture import rank_picture
     from qwen_pipeline.cli.tables import outlook_table
+    from qwen_pipeline.cli.tower_view import tower_data, tower_refusals, tower_table
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.hub import load_config
     from qwen_pipeline.one_pass import outlay
-    from qwen_pipeline.qwen.geometry import outlook
-    from qwen_pipeline.qwen.planning import fewer_ranks, options
+    from qwen_pipeline.qwen.geometry import outlook, require_towers
+    from qwen_pipeline.qwen.planning import USUAL_ENGINE, fewer_ranks, options
     from qwen_pipeline.qwen.serving import ENGINES, kernels_of, serving
+    from qwen_pipeline.qwen.tower_serving import tower_outlooks
 
     config = load_config(model)
     targets = dict.fromkeys(engine or [USUAL_ENGINE], sorted(set(tp)))
+    if towers:
+        require_towers(config, ranks=lcm(*tp))
     found, lower = options(config, targets), fewer_ranks(config, targets)
+    in_towers = tower_outlooks(config, targets)
     remarks = {at.name: _remark(at, max_extra, rank_memory) for at in found}
     chosen = next((at for at in found if not remarks[at.name]), None)
     rows = outlook(config, group_size=group_size, degrees=sorted(set(tp)))
@@ -80,16 +86,19 @@ def plan(
         ],
         "degrees": [asdict(row) for row in rows],
         "engines": [asdict(verdict) for verdict in verdicts],
+        "towers": tower_data(in_towers, asked=towers),
     }
     view: list[Any] = [
-        _headline(chosen, found, lower, targets),
+        _headline(chosen, found, lower, targets, towers=towers),
+        *tower_refusals(in_towers, asked=towers),
         rank_picture(drawn),
         _option_table(found, lower, remarks, chosen),
+        *([tower_table(in_towers, asked=towers)] if in_towers else []),
         f"As it is, quantized in groups of {group_size}:",
         _engine_table(verdicts, sorted(set(tp))),
         outlook_table(rows, group_size),
     ]
-    if takes := outlay(Path(model), group_size=group_size, tensor_parallel=max(tp)):
+    if takes := outlay(Path(model), group_size=group_size, tensor_parallel=max(tp), towers=towers):
         place = out or load_settings().store_root
         room = room_at(place)
         data["outlay"] = outlay_data(takes, room, place)
@@ -115,7 +124,12 @@ def _remark(option: "Option", max_extra: float, rank_memory: float | None) -> st
 
 
 def _headline(
-    chosen: "Option | None", found: "Sequence[Option]", lower: "Sequence[Option]", targets: dict[str, list[int]]
+    chosen: "Option | None",
+    found: "Sequence[Option]",
+    lower: "Sequence[Option]",
+    targets: dict[str, list[int]],
+    *,
+    towers: bool,
 ) -> str:
     degrees = ", ".join(map(str, found[0].degrees))
     asked = f"{' and '.join(targets)} at TP {degrees}"
@@ -123,7 +137,9 @@ def _headline(
         fewer = "".join(f" With fewer ranks: TP {at.degrees[-1]}, {at.name}." for at in lower)
         return f"Nothing serves on {asked} within the budget: {found[0].obstacle or 'too dear'}.{fewer}"
     sizes = ", ".join(f"{at.field} from {at.live:,} to {at.padded:,}" for at in chosen.plan.sizes if at.zeros)
-    steps = [f"pad --group-size {chosen.group_size} --tp {chosen.plan.tensor_parallel}"] if sizes else []
+    ranks = lcm(*chosen.degrees) if towers else chosen.plan.tensor_parallel
+    pad = f"pad --group-size {chosen.group_size} --tp {ranks}" + (" --towers" if towers else "")
+    steps = [pad] if sizes or towers else []
     steps.append(f"quantize --group-size {chosen.group_size}")
     return (
         f"For {asked}: quantize in groups of {chosen.group_size}, "

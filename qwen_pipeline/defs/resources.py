@@ -15,6 +15,7 @@ from qwen_pipeline.hub import find_base, load_config
 from qwen_pipeline.inbox import Inbox
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
+from qwen_pipeline.qwen.geometry import require_towers
 from qwen_pipeline.qwen.planning import padding_for
 from qwen_pipeline.stages import calibrate, quantize
 from qwen_pipeline.stages.merge import merge
@@ -74,9 +75,13 @@ class Pipeline:
         for needed in ("base_name", "calibration_text", "text", "engine"):
             getattr(self, needed)
         self.settings.serving_plan()
-        if targets := self.settings.padding.targets:
+        padding = self.settings.padding
+        if padding.targets or padding.towers:
             config = load_config(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
-            padding_for(config, targets, group_size=self.settings.quantization.group_size)
+            if padding.targets:
+                padding_for(config, padding.targets, group_size=self.settings.quantization.group_size)
+            if padding.towers:
+                require_towers(config, ranks=padding.ranks)
         self.settings.task_plan()
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:

@@ -135,8 +135,18 @@ def with_towers(plan: PadPlan, config: Mapping[str, Any], *, ranks: int) -> PadP
     Towers are not quantized: no group has to keep live channels, so the new ones are zeros after them.
 
     Raises:
-        InputRefused: The model has no tower, or one whose width no field of the config states and which ``ranks`` does
-            not divide.
+        InputRefused: See :func:`require_towers`.
+    """
+    require_towers(config, ranks=ranks)
+    return replace(plan, sizes=(*plan.sizes, *tower_sizes(config, ranks=ranks)))
+
+
+def require_towers(config: Mapping[str, Any], *, ranks: int) -> None:
+    """Demand towers that can be made to be shared by ``ranks``.
+
+    Raises:
+        InputRefused: The model has no tower, its config lacks a width, or ``ranks`` does not divide one that follows
+            from other sizes, so that no field of the config could state another.
     """
     if not (towers := towers_of(config)):
         raise InputRefused(
@@ -151,8 +161,11 @@ def with_towers(plan: PadPlan, config: Mapping[str, Any], *, ranks: int) -> PadP
                 " ranks cannot share; no field of the config could state another width.",
                 remedy="Serve on a number of ranks that divides it, or have every rank hold the whole tower.",
             )
-    sizes = _tower_sizes(config, lambda _, live: _round_up(live, ranks))
-    return replace(plan, sizes=(*plan.sizes, *sizes))
+
+
+def tower_sizes(config: Mapping[str, Any], *, ranks: int) -> list[PaddedSize]:
+    """Return the least widths that ``ranks`` divide, of each tower whose width a field of the config states."""
+    return list(_tower_sizes(config, lambda _, live: _round_up(live, ranks)))
 
 
 def plan_between(

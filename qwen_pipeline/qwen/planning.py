@@ -20,6 +20,7 @@ SERVES: tuple[Verdict, ...] = ("ok", "padded at load")
 Targets = Mapping[str, Sequence[int]]
 """Engine -> the tensor-parallel degrees at which it is to serve."""
 NO_TARGETS: Targets = {}
+USUAL_ENGINE = "vllm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,9 @@ from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding, with_towers
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.planning import NO_TARGETS, Targets, padding_for, served_degrees
+from qwen_pipeline.qwen.planning import NO_TARGETS, USUAL_ENGINE, Targets, padding_for, served_degrees
 from qwen_pipeline.qwen.precision import require_full_precision
+from qwen_pipeline.qwen.tower_serving import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
@@ -32,7 +33,8 @@ CHECKS = (
     CheckSpec(name="config_follows_weights", description="The config states the padded width; nothing else changed."),
     CheckSpec(
         name="attention_divides",
-        description="Attention heads and o_proj groups divide by the degree too; padding cannot help there.",
+        description="Attention heads and o_proj groups divide by the degree too, where padding cannot help; and so do"
+        " towers, where it can on request.",
         blocking=False,
     ),
 )
@@ -97,7 +99,7 @@ def prepare(
         _width_report(plan, degrees),
         _silence_report(live, plan, layout),
         _config_report(live, padded, plan),
-        _attention_report(live.config, group_size, degrees),
+        _attention_report(padded.config, group_size, degrees, targets or {USUAL_ENGINE: degrees}),
     ]
     return Rewrite(
         stage=STAGE,
@@ -171,21 +173,23 @@ def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> Check
     )
 
 
-def _attention_report(config: Mapping[str, Any], group_size: int, degrees: Sequence[int]) -> CheckReport:
+def _attention_report(
+    config: Mapping[str, Any], group_size: int, degrees: Sequence[int], targets: Targets
+) -> CheckReport:
     obstacles = [
         f"at degree {degree} {obstacle}"
         for degree in degrees
         for obstacle in attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
     ]
+    of_towers = tower_obstacles(config, targets)
     asked = ", ".join(map(str, degrees))
+    choose = f"Choose another degree or group size than {asked} and {group_size} for serving."
     return CheckReport(
         name=CHECKS[3].name,
-        passed=not obstacles,
+        passed=not (obstacles or of_towers),
         severity="WARN",
-        measured="; ".join(obstacles) or None,
-        detail=f"Choose another degree or group size than {asked} and {group_size} for serving."
-        if obstacles
-        else f"Heads and o_proj divide by {asked}.",
+        measured="; ".join([*obstacles, *["towers"] * bool(of_towers)]) or None,
+        detail=" ".join([choose] * bool(obstacles) + of_towers) or f"Heads and o_proj divide by {asked}.",
     )
 
 

@@ -13,10 +13,12 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.cli.outlay import outlay_data, outlay_view
 from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.rank_picture import CUT_END, group_line
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.one_pass import outlay
 from qwen_pipeline.qwen.divisions import Division
+from qwen_pipeline.qwen.tower_serving import tower_obstacles
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
-from qwen_pipeline_tests.qwen.published import config_of
+from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B, config_of
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 
@@ -112,6 +114,26 @@ def test_plan_refuses_what_admission_refuses_in_the_same_words(tmp_path: Path) -
     table, *refusals = outlay_view(takes, room, tmp_path)
     assert [str(refusal) for refusal in refusals] == [f"merge, then pad would be refused: {fault.what} {fault.remedy}"]
     assert table.row_count == 4
+
+
+def test_plan_says_that_a_tower_is_refused_and_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_VL_3B))
+    said = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 8).out.split())
+    assert tower_obstacles(QWEN2_5_VL_3B, {"vllm": [8]})[0] in said
+    assert "--tp 8, then" in said
+    (as_it_is,) = plan(model=str(tmp_path), tp=[2, 8]).data["towers"]
+    assert [at["verdict"] for at in as_it_is["servings"]] == ["ok", "refused"]
+    assert as_it_is["refusals"]
+    asked = plan(model=str(tmp_path), tp=[2, 8], towers=True)
+    (padded,) = asked.data["towers"]
+    assert (padded["live"], padded["padded"], padded["refusals"]) == (3420, 3424, [])
+    assert "pad --group-size 128 --tp 8 --towers" in str(asked.view[0])
+
+
+def test_plan_has_no_towers_to_pad_where_there_are_none(model: Path) -> None:
+    assert plan(model=str(model), tp=[2]).data["towers"] == []
+    with pytest.raises(InputRefused, match="no vision or audio tower"):
+        plan(model=str(model), tp=[2], towers=True)
 
 
 def test_plan_refuses_what_is_not_a_model_or_an_engine(tmp_path: Path, model: Path) -> None:

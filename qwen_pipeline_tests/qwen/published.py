@@ -90,6 +90,12 @@ PUBLISHED = (
         vocab=248320, source=DEFAULTS,
     ),
 )  # fmt: skip
+QWEN2_5_VL_3B: dict[str, Any] = {
+    "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
+}  # fmt: skip
+"""Its decoder is Qwen2.5-3B's, its tower's width that of the configuration class."""
 _DELTA = {
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip

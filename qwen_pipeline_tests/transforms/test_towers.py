@@ -1,10 +1,9 @@
 """Padding of vision and audio towers: only on request, only zeros, the same function, and undone without a trace."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline_tests.adapter_kinds import Kind, train
+from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B
 from qwen_pipeline_tests.tiny import INTERMEDIATE, tiny_model, tiny_qwen2
 from qwen_pipeline_tests.towers import logits_on_an_image, tower_outputs
 
@@ -36,11 +36,6 @@ FEW = [
 ]
 """All of them, where three of different makes are enough for every run."""
 RANKS = 5
-QWEN2_5_VL_3B: Mapping[str, Any] = {
-    "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""What engines do with towers, against the widths and heads that decide it, and what is said of refusals."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.families import FAMILIES
+from qwen_pipeline.qwen.tower_serving import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
+from qwen_pipeline.qwen.towers import TOWERS, towers_of
+from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B
+
+
+def config_of(family: str, **sizes: int) -> dict[str, Any]:
+    """Return Transformers' own defaults of a family, with sizes of its towers changed."""
+    config = AutoConfig.for_model(family).to_dict()
+    for level in (config, config.get("thinker_config", {})):
+        for section in ("vision_config", "audio_config"):
+            tower = level.get(section, {})
+            tower |= {name: size for name, size in sizes.items() if name in tower}
+    return config
+
+
+def verdicts(config: dict[str, Any], engine: str = "vllm") -> dict[str, list[str]]:
+    return {
+        tower.part: [tower_serving(config, tower, engine, degree=degree).verdict for degree in (1, 2, 4, 8, 16)]
+        for tower in towers_of(config)
+    }
+
+
+def test_every_family_with_towers_is_known_by_its_parts() -> None:
+    for name, towers in TOWERS.items():
+        assert {tower.part for tower in towers} == {"vision", "audio"} & set(FAMILIES[name].towers.values())
+        assert towers_of(config_of(name)) == list(towers)
+    assert {name for name, family in FAMILIES.items() if family.towers} - TOWERS.keys() == {
+        "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text",
+    }  # fmt: skip
+
+
+def test_vllm_refuses_what_its_ranks_do_not_divide() -> None:
+    fine = ["ok"] * 5
+    assert verdicts(config_of("qwen2_vl")) == {"vision": fine}  # 5120 channels, 16 heads
+    assert verdicts(config_of("qwen2_5_vl")) == {"vision": ["ok", "ok", "ok", "refused", "refused"]}  # 3420
+    assert verdicts(config_of("qwen3_vl")) == {"vision": fine}  # 4304
+    assert verdicts(config_of("qwen3_5_moe", num_heads=12)) == {"vision": ["ok", "ok", "ok", "refused", "refused"]}
+    assert verdicts(config_of("qwen2_audio", encoder_ffn_dim=5121)) == {"audio": fine}  # every rank holds all of it
+    heads_of_20 = {"encoder_attention_heads": 20, "encoder_ffn_dim": 5122}
+    assert verdicts(config_of("qwen3_asr", **heads_of_20)) == {"audio": ["ok", "ok", "refused", "ok", "ok"]}
+    assert verdicts(config_of("qwen4_exp")) == {"vision": ["ok", *["unknown"] * 4]}
+    assert verdicts(config_of("qwen2_5_vl"), "lmdeploy-turbomind") == {"vision": ["ok", *["unknown"] * 4]}
+    assert verdicts(config_of("qwen2_5_vl"), "vllm-marlin") == verdicts(config_of("qwen2_5_vl"))
+
+
+def test_a_refusal_names_all_that_helps() -> None:
+    (said,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [2, 4, 8]})
+    assert said == (
+        "vllm at TP 8 refuses the vision tower: its MLPs of 3,420 channels do not divide by 8 ranks. What helps: pad"
+        " its MLPs too, with --towers, from 3,420 to 3,424 (+0.12% of their weights, 1.0 MB), or start vllm with"
+        " --mm-encoder-tp-mode data: every rank then holds it whole."
+    )
+    (said,) = tower_obstacles(QWEN2_5_VL_3B, {"sglang": [8]})
+    assert "--towers" in said
+    assert "--mm-enable-dp-encoder" in said
+    (said,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [3]})  # 16 heads: no padding of MLPs helps
+    assert said.endswith("What helps: start vllm with --mm-encoder-tp-mode data: every rank then holds it whole.")
+    (said,) = tower_obstacles(config_of("qwen3_omni_moe", num_heads=15), {"vllm": [2]})
+    assert said.endswith("its 15 heads do not divide by 2 ranks. What helps: fewer ranks.")
+    (said,) = tower_obstacles(QWEN2_5_VL_3B | {"vision_config": {"num_heads": 16}}, {"vllm": [8]})
+    assert said.startswith("vision_config.intermediate_size must be one positive number")
+    assert not tower_obstacles({"model_type": "qwen2"}, {"vllm": [8]})
+
+
+@given(
+    family=st.sampled_from(sorted(TOWERS.keys() - {"qwen2_vl"})),
+    width=st.integers(1, 10_000),
+    degrees=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3, unique=True),
+    engine=st.sampled_from(sorted(TOWER_RULES)),
+)
+def test_after_padding_no_width_is_refused(family: str, width: int, degrees: list[int], engine: str) -> None:
+    heads = {"num_heads": 48, "encoder_attention_heads": 48}
+    config = DEFAULTS[family] = DEFAULTS.get(family) or config_of(family, **heads)
+    for level in (config, config.get("thinker_config", {})):
+        for section, field in (("vision_config", "intermediate_size"), ("audio_config", "encoder_ffn_dim")):
+            level.get(section, {})[field] = width
+    for at in tower_outlooks(config, {engine: degrees}):
+        assert {serving.verdict for serving in at.padded_servings} <= {"ok", "unknown"}
+        assert at.extra == (at.padded - width) / width
+        assert all(serving.is_narrow for serving in at.servings if serving.verdict == "refused")
+        hidden = at.tower.size(config, at.tower.hidden)
+        rows = len(at.tower.outputs) * (hidden + 1) + hidden
+        assert at.extra_bytes == 2 * (at.padded - width) * rows * at.tower.size(config, at.tower.depth)
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {}
+
+
+def test_no_engine_or_degree_is_no_plan() -> None:
+    with pytest.raises(InputRefused, match="No degree or no engine"):
+        tower_outlooks(QWEN2_5_VL_3B, {})
