@@ -130,7 +130,7 @@ class _Passing:
 
     def __init__(self, merging: Rewrite, destination: Destination, made_of: Mapping[str, str]) -> None:
         self._merging, self._destination, self._made_of = merging, destination, made_of
-        self._tap = Tap("merged", merging.output)
+        self._tap = Tap("merged", merging.output, looks=False)
         self.source = Source(
             checkpoint=self._tap.checkpoint,
             digest=UNREAD,

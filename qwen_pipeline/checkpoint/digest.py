@@ -64,19 +64,19 @@ _KNOWN = TypeAdapter(KnownCheckpoint)
 
 
 class PassingTensor:
-    """Learns about a tensor as its blocks pass by, in any order, from whichever thread."""
+    """Learns about a tensor as its blocks pass by, in any order, from whichever thread; looks for NaN if asked to."""
 
-    def __init__(self, spec: TensorSpec) -> None:
+    def __init__(self, spec: TensorSpec, *, looks: bool = True) -> None:
         self._spec = spec
         self._hash = TreeHash(spec.nbytes)
-        self._finite = True
+        self._finite = True if looks else None
 
     def see(self, start: int, block: "torch.Tensor") -> bool:
-        """Take the block that begins at byte ``start``; return if it is finite."""
-        if not (finite := is_finite(block)):
+        """Take the block that begins at byte ``start``; return False once something was not finite."""
+        if self._finite and not is_finite(block):
             self._finite = False
         self._hash.add(start, as_bytes(block))
-        return finite
+        return self._finite is not False
 
     @property
     def seen(self) -> SeenTensor | None:

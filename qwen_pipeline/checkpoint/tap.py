@@ -17,19 +17,29 @@ if TYPE_CHECKING:
 class Tap:
     """Sees what passes on its way from one checkpoint to whatever is made of it.
 
-    Attributes:
+    Args:
         name: What it is called in a journal.
+        source: What passes.
+        looks: Whether to look for what is not finite, too.
+
+    Attributes:
         checkpoint: The same checkpoint; its rows are seen as they are read.
     """
 
-    def __init__(self, name: str, source: Checkpoint) -> None:
+    def __init__(self, name: str, source: Checkpoint, *, looks: bool = True) -> None:
         self.name = name
         self._source = source
-        self._passing = {name: PassingTensor(spec) for name, spec in source.items()}
+        self._passing = {name: PassingTensor(spec, looks=looks) for name, spec in source.items()}
         self._seen: dict[str, SeenTensor] = {}
         self.checkpoint = source.replace(
-            tensors={name: _tapped(tensor, self._passing[name]) for name, tensor in source.tensors.items()}
+            tensors={name: self._tapped(name, tensor) for name, tensor in source.tensors.items()}
         )
+
+    def leave_to(self, output: Checkpoint) -> None:
+        """See nothing of the tensors that an output has as they are: they are seen when they are written."""
+        for name, tensor in output.tensors.items():
+            if self._is_own(name, tensor):
+                self._passing.pop(name, None)
 
     def recall(self, name: str, seen: SeenTensor) -> None:
         """Take over what was seen in an earlier attempt."""
@@ -37,7 +47,7 @@ class Tap:
 
     def note(self, name: str) -> SeenTensor | None:
         """Return what was seen of a tensor, if every byte of it passed."""
-        return self._seen.get(name) or (self._passing[name].seen if name in self._passing else None)
+        return self._seen.get(name) or (passing.seen if (passing := self._passing.get(name)) else None)
 
     @property
     def seen(self) -> Seen:
@@ -52,7 +62,17 @@ class Tap:
             self._seen |= read_tensors(self._source, missing, task=task, observe=observe)
 
     def _is_own(self, name: str, tensor: LazyTensor) -> bool:
-        return tensor.stored is not None and name in self._source and self._source.tensors[name].stored is tensor.stored
+        own = self.checkpoint.tensors.get(name)
+        return own is not None and (tensor is own or (own.stored is not None and tensor.stored is own.stored))
+
+    def _tapped(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        def read(start: int, stop: int) -> "torch.Tensor":
+            rows = tensor.read(start, stop)
+            if not _thread.looks_aside and (passing := self._passing.get(name)):
+                passing.see(start * tensor.spec.row_bytes, rows)
+            return rows
+
+        return replace(tensor, read=read)
 
 
 class _Thread(threading.local):
@@ -70,13 +90,3 @@ def looking_aside() -> Generator[None, None, None]:
         yield
     finally:
         _thread.looks_aside = False
-
-
-def _tapped(tensor: LazyTensor, passing: PassingTensor) -> LazyTensor:
-    def read(start: int, stop: int) -> "torch.Tensor":
-        rows = tensor.read(start, stop)
-        if not _thread.looks_aside:
-            passing.see(start * tensor.spec.row_bytes, rows)
-        return rows
-
-    return replace(tensor, read=read)

@@ -60,6 +60,8 @@ def write_checkpoint(
         CheckFailed: A value is not finite.
         EnvironmentFault: The disk has less room than what is still to be written needs.
     """
+    for tap in taps:
+        tap.leave_to(checkpoint)
     writing = _Writing(checkpoint, out, taps, if_not_finite)
     writing.carry_unchanged(hard_links=hard_links)
     writing.keep_finished(task=f"{task}: verify what is there", observe=observe)

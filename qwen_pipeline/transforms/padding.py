@@ -104,8 +104,9 @@ def _padded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> La
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
         wanted = source_map(size, name)[start:stop]
-        held = wanted[wanted != NEW].tolist() or [0, -1]
-        return placed(tensor.read(held[0], held[-1] + 1), 0, _counted_from(held[0], wanted))
+        held = wanted[wanted != NEW]
+        first, last = (int(held[0]), int(held[-1])) if len(held) else (0, -1)
+        return placed(tensor.read(first, last + 1), 0, _counted_from(first, wanted))
 
     def read(start: int, stop: int) -> "torch.Tensor":
         return _mapped(put, tensor.read(start, stop), at, _rows_of(source_map(size, name), start, stop))

@@ -8,7 +8,7 @@ the group gets a finer scale, and of two codes the second makes up for the round
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -78,12 +78,7 @@ class Choices(Mapping[str, str]):
 
 def split_map(size: PaddedSize, owner: str) -> "torch.Tensor":
     """Return the map of an MLP's channels, int64 [P], or [E, P] for a stack of experts; parts are neighbours."""
-    import torch
-
-    chosen_EI = _decoded(size.splits[owner], size.live)
-    copies_EI = size.padded // size.live + chosen_EI.long()
-    source = torch.arange(size.live).repeat(len(chosen_EI)).repeat_interleave(copies_EI.flatten())
-    return source.reshape(len(chosen_EI), size.padded).squeeze(0)
+    return _map_of(size.splits[owner], size.live, size.padded)
 
 
 def owner_of(name: str) -> str:
@@ -94,6 +89,17 @@ def owner_of(name: str) -> str:
 def gives_output(name: str) -> bool:
     """Whether a tensor has the channels as inputs: what they give is what its columns add up to."""
     return name.removesuffix(".weight").endswith(("down_proj", "fc2"))
+
+
+@lru_cache(maxsize=4)
+def _map_of(bits: str, live: int, padded: int) -> "torch.Tensor":
+    """Kept for the MLPs in hand, since every block of them asks for it."""
+    import torch
+
+    chosen_EI = _decoded(bits, live)
+    copies_EI = padded // live + chosen_EI.long()
+    source = torch.arange(live).repeat(len(chosen_EI)).repeat_interleave(copies_EI.flatten())
+    return source.reshape(len(chosen_EI), padded).squeeze(0)
 
 
 def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) -> "list[Callable[[], torch.Tensor]]":

@@ -16,6 +16,7 @@ from qwen_pipeline.checkpoint.measure import bytes_moved
 from qwen_pipeline.checkpoint.safetensors_file import as_bytes
 from qwen_pipeline.checkpoint.source import open_source
 from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 
@@ -76,6 +77,28 @@ def test_what_passed_has_the_digest_of_the_format_and_nothing_is_read_twice(base
     assert written.tensors["kept.weight"] == tap.seen["kept.weight"].digest
     assert written.tensors["changed.weight"] != tap.seen["changed.weight"].digest
     assert source.nbytes <= read < source.nbytes + 2**20
+
+
+def test_what_passes_as_it_is_is_hashed_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = doubled(open_checkpoint(base))
+    tap = Tap("middle", source, looks=False)
+    hashed: list[int] = []
+    add = TreeHash.add
+
+    def counting(tree: TreeHash, start: int, view: memoryview) -> None:
+        hashed.append(len(view))
+        add(tree, start, view)
+
+    monkeypatch.setattr(TreeHash, "add", counting)
+    written = write_checkpoint(tap.checkpoint, tmp_path, task="", taps=[tap])
+    assert sum(hashed) == source.nbytes
+    assert {name: seen.digest for name, seen in tap.seen.items()} == written.tensors
+
+
+def test_a_tap_that_does_not_look_says_so(base: Path, tmp_path: Path) -> None:
+    tap = Tap("middle", open_checkpoint(base), looks=False)
+    write_checkpoint(doubled(tap.checkpoint), tmp_path, task="", taps=[tap])
+    assert tap.seen["changed.weight"].finite is None
 
 
 @pytest.mark.parametrize("block_bytes", [2**20, 3 * 2**20, 2**23])
