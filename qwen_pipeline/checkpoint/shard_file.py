@@ -8,13 +8,20 @@ from pathlib import Path
 from threading import Lock
 
 from qwen_pipeline.checkpoint.files import begin_writeback, sync_directory
+from qwen_pipeline.checkpoint.page_cache import write_uncached
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
 
 
 class ShardFile:
-    """A safetensors file that gets its name when its last tensor is complete and on disk; until then it is ``.tmp``."""
+    """A safetensors file that gets its name when its last tensor is complete and on disk; until then it is ``.tmp``.
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    Args:
+        path: Its name.
+        specs: Its tensors, in the order of their bytes.
+        cached: Whether the page cache is to hold it once it is on disk.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, cached: bool = True) -> None:
         self._path, self._scratch = path, path.with_name(path.name + ".tmp")
         self._header = header_bytes(specs)
         self._offsets: dict[str, int] = {}
@@ -24,6 +31,7 @@ class ShardFile:
             self._size += spec.nbytes
         self._missing: set[str] = set()
         self._lock = Lock()
+        self._pwrite = os.pwrite if cached else write_uncached
         self._fd = -1
 
     @property
@@ -79,7 +87,7 @@ class ShardFile:
     def _write(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            done += os.pwrite(self._fd, view[done:], offset + done)
+            done += self._pwrite(self._fd, view[done:], offset + done)
 
     def _finish(self) -> None:
         os.fsync(self._fd)

@@ -25,6 +25,7 @@ from qwen_pipeline.checkpoint.files import share_file, write_bytes
 from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, still_there
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, SINGLE_SHARD, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents
+from qwen_pipeline.checkpoint.page_cache import outgrows_cache
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, as_bytes
 from qwen_pipeline.checkpoint.shard_file import ShardFile
 from qwen_pipeline.checkpoint.tap import Tap
@@ -105,8 +106,9 @@ class _Writing:
         self.seen: dict[str, SeenTensor] = {}
         self._journal = Journal(out)
         self._finished = self._journal.read()
+        cached = not outgrows_cache(checkpoint.nbytes)
         self._files = {
-            shard: ShardFile(out / shard, {name: checkpoint[name] for name in names})
+            shard: ShardFile(out / shard, {name: checkpoint[name] for name in names}, cached=cached)
             for shard, names in self.shards.items()
         }
         self._lock = Lock()

@@ -46,6 +46,18 @@ def test_a_copy_has_the_same_tensors_files_and_digest(
     assert require_intact(made.path) == made.manifest
 
 
+def test_a_checkpoint_that_the_cache_is_not_to_hold_has_the_same_files(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = copy(sharded, tmp_path / "cached")
+    monkeypatch.setattr(writer, "outgrows_cache", lambda _: True)
+
+    uncached = copy(sharded, tmp_path / "uncached")
+
+    assert uncached.manifest.contents == cached.manifest.contents
+    assert require_intact(uncached.path) == uncached.manifest
+
+
 def test_a_second_run_moves_no_byte(sharded: Path, tmp_path: Path) -> None:
     first = copy(sharded, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}

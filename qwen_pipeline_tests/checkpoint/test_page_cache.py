@@ -1,0 +1,61 @@
+"""What is written past the cache is all there, and leaves it where the kernel can do that."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qwen_pipeline.checkpoint import page_cache
+from qwen_pipeline.checkpoint.page_cache import outgrows_cache, write_uncached
+
+DATA = os.urandom(2**20 + 1)
+
+
+def written(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    assert write_uncached(fd, memoryview(DATA), 24) == len(DATA)
+    os.fsync(fd)
+    os.close(fd)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("refusal", [None, OSError(errno.EOPNOTSUPP, ""), OSError(errno.EINVAL, ""), AttributeError()])
+def test_every_byte_is_written_whatever_the_kernel_knows(
+    tmp_path: Path, refusal: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        assert refusal
+        raise refusal
+
+    if refusal:
+        monkeypatch.setattr(os, "pwritev", refuse)
+    assert written(tmp_path / "file") == bytes(24) + DATA
+
+
+def test_a_full_disk_is_not_taken_for_an_old_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    with pytest.raises(OSError, match="full"):
+        written(tmp_path / "file")
+
+
+def test_what_is_on_disk_is_not_in_the_cache(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        os.pwritev(fd, [DATA], 0, page_cache.RWF_DONTCACHE)
+    except (OSError, AttributeError, NotImplementedError) as error:
+        pytest.skip(f"{tmp_path} cannot be written past the cache here ({error})")
+    write_uncached(fd, memoryview(DATA), len(DATA))
+    os.fsync(fd)
+    with pytest.raises(BlockingIOError):
+        os.preadv(fd, [bytearray(4096)], len(DATA) + 2**16, os.RWF_NOWAIT)
+    os.close(fd)
+
+
+def test_a_quarter_of_the_memory_that_is_left_is_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, outgrown in ((4 * 10**9, True), (4 * 10**9 + 8, False), (None, False)):
+        monkeypatch.setattr(page_cache, "available_memory", lambda left=memory: left)
+        assert outgrows_cache(10**9 + 1) == outgrown
