@@ -55,7 +55,8 @@ def plan(
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.hub import load_config
     from qwen_pipeline.one_pass import outlay
-    from qwen_pipeline.qwen.geometry import outlook, require_towers
+    from qwen_pipeline.qwen.geometry import require_towers
+    from qwen_pipeline.qwen.outlook import outlook
     from qwen_pipeline.qwen.planning import USUAL_ENGINE, fewer_ranks, options
     from qwen_pipeline.qwen.serving import ENGINES, kernels_of, serving
     from qwen_pipeline.qwen.tower_serving import tower_outlooks

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qwen_pipeline.cli.answers import Answer, answering
-from qwen_pipeline.cli.stages import made_by
+from qwen_pipeline.cli.stages import Towers, made_by
 
 app = typer.Typer()
 
@@ -22,6 +22,7 @@ app = typer.Typer()
 def repair(
     checkpoint: Path,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
+    towers: Towers = False,
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory. Without it, only say what it takes.")
     ] = None,
@@ -36,7 +37,7 @@ def repair(
     from qwen_pipeline.qwen.geometry import dump_plan
     from qwen_pipeline.stages import repair as stage
 
-    plan = stage.plan(checkpoint, tensor_parallel=tp)
+    plan = stage.plan(checkpoint, tensor_parallel=tp, towers=towers)
     data = {"changes": plan.changes, "padding": dump_plan(plan)}
     table = repair_table(plan)
     if not plan.changes:
@@ -44,6 +45,8 @@ def repair(
     if out is None:
         return Answer(data=data, view=[table, "Nothing was written: name a directory with --out."])
     made = made_by(
-        lambda observe: stage.repair(source=checkpoint, destination=Directory(out), tensor_parallel=tp, observe=observe)
+        lambda observe: stage.repair(
+            source=checkpoint, destination=Directory(out), tensor_parallel=tp, towers=towers, observe=observe
+        )
     )
     return Answer(data={**data, **made.data}, view=[table, *made.view], fault=made.fault)

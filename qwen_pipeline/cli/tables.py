@@ -10,7 +10,8 @@ from rich.text import Text
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.evaluation.regression import Change
-from qwen_pipeline.qwen.geometry import DegreeOutlook, PadPlan
+from qwen_pipeline.qwen.geometry import PadPlan
+from qwen_pipeline.qwen.outlook import DegreeOutlook
 from qwen_pipeline.reports import CheckReport, load_reports, shown
 from qwen_pipeline.standing import FineTuneStanding
 
@@ -140,13 +141,13 @@ def repair_table(plan: PadPlan) -> Table:
     ranks = plan.tensor_parallel
     table = Table("size", "width", "repaired", "extra", f"groups of {plan.group_size}", f"on each of {ranks} ranks")
     for size in plan.sizes:
-        before, after = (width / plan.group_size for width in (size.live, size.padded))
+        before, after = (width / size.group_size for width in (size.live, size.padded))
         table.add_row(
             size.field,
             f"{size.live:,}",
             f"{size.padded:,}",
             f"{100 * size.zeros / size.live:.2f} %",
-            f"{before:g} -> {after:g}",
-            f"{before / ranks:g} -> {after / ranks:g}",
+            "" if size.of_tower else f"{before:g} -> {after:g}",
+            f"{before / ranks:g} -> {after / ranks:g}" + " channels" * size.of_tower,
         )
     return table

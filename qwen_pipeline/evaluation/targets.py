@@ -9,9 +9,11 @@ from qwen_pipeline.errors import InputRefused, PipelineError
 from qwen_pipeline.evaluation.figures import DivergenceFigures
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
-from qwen_pipeline.qwen.geometry import DegreeOutlook, head_obstacles, outlook
+from qwen_pipeline.qwen.geometry import head_obstacles
+from qwen_pipeline.qwen.outlook import DegreeOutlook, outlook
 from qwen_pipeline.qwen.planning import obstacle_of
 from qwen_pipeline.qwen.serving import ENGINES, Verdict, kernels_of, serving, worst_of
+from qwen_pipeline.qwen.tower_serving import tower_obstacles
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, gptq_format
 
 ANY_ENGINE = "any engine"
@@ -206,12 +208,15 @@ def outlook_on(config: Config, degree: int, targets: Sequence[Target]) -> Degree
         group_size = max(gptq_format(config).group_size, 1)
         (found,) = outlook(config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])])
         obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
+        of_towers = [said for at in targets for said in tower_obstacles(config, {at.engine: [at.degree]})]
     except PipelineError:
         return None
     if not targets:
         return found
     if named := "; ".join(filter(None, obstacles)):
-        return replace(found, legal=False, sentence=f"Does not serve on {named}.")
+        return replace(found, legal=False, sentence=" ".join([f"Does not serve on {named}.", *of_towers]))
+    if of_towers:
+        return replace(found, sizes=(), legal=False, sentence=" ".join(of_towers))
     return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")
 
 

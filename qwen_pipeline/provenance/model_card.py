@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from qwen_pipeline.provenance.lineage import Step
 from qwen_pipeline.qwen.families import SizeField, TowerField
-from qwen_pipeline.qwen.geometry import outlook
+from qwen_pipeline.qwen.outlook import outlook
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tensor-parallel degrees that a card speaks about."""

@@ -191,53 +191,6 @@ def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[st
     return {**config, field: _with(config[field], rest, value) if rest else value}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizeOutlook:
-    """What one tensor-parallel degree means for one size field.
-
-    Attributes:
-        live: Channels now.
-        target: Channels after padding for this degree.
-        groups_per_rank: Quantization groups of ``down_proj`` on each rank, now and after; a fraction is what breaks.
-    """
-
-    field: SizeField
-    live: int
-    target: int
-    groups_per_rank: tuple[float, float]
-
-    @property
-    def extra_percent(self) -> float:
-        """How much wider the MLPs of this size become."""
-        return 100 * (self.target - self.live) / self.live
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DegreeOutlook:
-    """What one tensor-parallel degree means for a model.
-
-    Attributes:
-        sizes: Every size field.
-        legal: Whether the padded model serves at this degree: heads and ``o_proj`` divide too.
-        sentence: What would happen, for a reader.
-    """
-
-    degree: int
-    sizes: tuple[SizeOutlook, ...]
-    legal: bool
-    sentence: str
-
-    @property
-    def whole(self) -> bool:
-        """Whether ranks hold whole groups of every MLP as they are."""
-        return all(size.target == size.live for size in self.sizes)
-
-
-def outlook(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int]) -> list[DegreeOutlook]:
-    """Return what each tensor-parallel degree would mean, the illegal ones included."""
-    return [_outlook(config, group_size, degree) for degree in degrees]
-
-
 def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_parallel: int) -> list[str]:
     """Return why attention cannot be shared by the ranks, in words; padding the MLP helps none of it."""
     if obstacles := head_obstacles(config, tensor_parallel):
@@ -275,32 +228,6 @@ def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]
             if count % tensor_parallel
         ]
     return obstacles
-
-
-def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeOutlook:
-    sizes = plan_padding(config, group_size=group_size, tensor_parallel=degree).sizes
-    obstacles = attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
-    moved = [f"{size.field} from {size.live} to {size.padded}" for size in sizes if size.zeros]
-    if obstacles:
-        sentence = f"Cannot serve: {'; '.join(obstacles)}."
-    elif not moved:
-        sentence = "Serves as it is."
-    else:
-        sentence = f"Breaks as it is; pad {' and '.join(moved)} before quantizing."
-    return DegreeOutlook(
-        degree=degree,
-        sizes=tuple(
-            SizeOutlook(
-                field=size.field,
-                live=size.live,
-                target=size.padded,
-                groups_per_rank=(size.live / group_size / degree, size.padded / group_size / degree),
-            )
-            for size in sizes
-        ),
-        legal=not obstacles,
-        sentence=sentence,
-    )
 
 
 def _tower_sizes(config: Mapping[str, Any], padded: Callable[[SizeField, int], int]) -> Iterator[PaddedSize]:

@@ -92,21 +92,28 @@ def remembered_quantized_digest(root: Path) -> str | None:
     return remembered_digest(open_quantized(root).checkpoint, root)
 
 
-def plan(source: Path, *, tensor_parallel: int) -> PadPlan:
+def plan(source: Path, *, tensor_parallel: int, towers: bool = False) -> PadPlan:
     """Return what a repair would add, from headers alone; raises what :func:`repair` raises."""
     quantized = open_quantized(source)
-    found = plan_repair(quantized.checkpoint.config, quantized.form, tensor_parallel=tensor_parallel)
-    repair_checkpoint(quantized.checkpoint, quantized.form, found)
+    config, form = quantized.checkpoint.config, quantized.form
+    found = plan_repair(config, form, tensor_parallel=tensor_parallel, towers=towers)
+    repair_checkpoint(quantized.checkpoint, form, found)
     return found
 
 
 def repair(
-    *, source: Path, destination: Destination, tensor_parallel: int = 8, observe: Observe = unobserved
+    *,
+    source: Path,
+    destination: Destination,
+    tensor_parallel: int = 8,
+    towers: bool = False,
+    observe: Observe = unobserved,
 ) -> Artifact:
     """Add whole groups of zero codes to the MLPs of a quantized checkpoint, so that ``tensor_parallel`` ranks share it.
 
     The weights are computed from the codes again, before and after, and compared bit for bit. A checkpoint that serves
-    already is a valid outcome: it is carried unchanged.
+    already is a valid outcome: it is carried unchanged. With ``towers`` the MLPs of vision and audio towers, which hold
+    weights and not codes, become widths that the ranks can share.
 
     Raises:
         CheckpointRefused: It is not quantized, or its tensors do not fit its config.
@@ -114,7 +121,7 @@ def repair(
     """
     quantized = open_quantized(source)
     before, form = quantized.checkpoint, quantized.form
-    found = plan_repair(before.config, form, tensor_parallel=tensor_parallel)
+    found = plan_repair(before.config, form, tensor_parallel=tensor_parallel, towers=towers)
     after = _named_for_loaders(repair_checkpoint(before, form, found), quantized.stem)
 
     def build(partial: Path) -> Built:
@@ -135,7 +142,7 @@ def repair(
     derivation = Derivation(
         stage=STAGE,
         inputs={"source": foreign_digest(before, source, observe=observe)},
-        spec={"tensor_parallel": tensor_parallel},
+        spec={"tensor_parallel": tensor_parallel, **({"towers": True} if towers else {})},
         code_version=CODE_VERSION,
     )
     return derive(derivation, destination, build)
@@ -169,12 +176,13 @@ def _groups_report(plan: PadPlan) -> CheckReport:
     unit = plan.group_size * plan.tensor_parallel
     return CheckReport(
         name=WHOLE_GROUPS.name,
-        passed=all(size.padded % unit == 0 for size in plan.sizes),
+        passed=all(size.padded % (size.group_size * plan.tensor_parallel) == 0 for size in plan.sizes),
         measured=", ".join(str(size.padded) for size in plan.sizes),
         limit=f"multiples of {plan.group_size} x {plan.tensor_parallel} = {unit}",
         detail="; ".join(
-            f"{size.field}: {size.live // plan.group_size} live groups and {size.zeros // plan.group_size} of zeros"
+            f"{size.field}: {size.live // size.group_size} live {what} and {size.zeros // size.group_size} of zeros"
             for size in plan.sizes
+            for what in ("channels" if size.of_tower else "groups",)
         )
         + ".",
     )

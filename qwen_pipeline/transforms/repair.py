@@ -12,14 +12,21 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
 from qwen_pipeline.qwen.channels import channels_of, sized_tensors
 from qwen_pipeline.qwen.families import Config
-from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, attention_obstacles, plan_padding, resized_config
+from qwen_pipeline.qwen.geometry import (
+    PaddedSize,
+    PadPlan,
+    attention_obstacles,
+    plan_padding,
+    resized_config,
+    with_towers,
+)
 from qwen_pipeline.qwen.names import FUSED, place_of
 from qwen_pipeline.transforms.code_format import CodeFormat
 from qwen_pipeline.transforms.code_parts import Widening
 
 
-def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int) -> PadPlan:
-    """Return the whole groups that each size lacks for ``tensor_parallel`` ranks.
+def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int, towers: bool = False) -> PadPlan:
+    """Return the whole groups that each size lacks for ``tensor_parallel`` ranks, and channels of ``towers`` if asked.
 
     Raises:
         InputRefused: New groups cannot help, or not all of the way; the remedy says what does.
@@ -43,7 +50,7 @@ def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int) -> Pa
             f"{tensor_parallel} ranks cannot share this model, however wide its MLP is: {listed(obstacles)}.",
             remedy=_other_ways(config, form.group_size, tensor_parallel),
         )
-    return plan
+    return with_towers(plan, config, ranks=tensor_parallel) if towers else plan
 
 
 def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoint:

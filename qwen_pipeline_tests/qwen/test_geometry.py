@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.geometry import dump_plan, load_plan, outlook, plan_padding
+from qwen_pipeline.qwen.geometry import dump_plan, load_plan, plan_padding
 from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.outlook import outlook
 
 QWEN2_72B: dict[str, Any] = {
     "model_type": "qwen2",

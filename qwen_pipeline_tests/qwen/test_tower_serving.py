@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.evaluation.targets import Target, outlook_on
 from qwen_pipeline.qwen.families import FAMILIES
 from qwen_pipeline.qwen.tower_serving import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
 from qwen_pipeline.qwen.towers import TOWERS, towers_of
@@ -95,6 +96,17 @@ def test_after_padding_no_width_is_refused(family: str, width: int, degrees: lis
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {}
+
+
+def test_a_target_that_refuses_a_tower_is_said_to_by_validation() -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    narrow = QWEN2_5_VL_3B | {"intermediate_size": 11264, "quantization_config": settings}
+    wide = narrow | {"vision_config": QWEN2_5_VL_3B["vision_config"] | {"intermediate_size": 3424}}
+    refused, served = (outlook_on(config, 8, [Target(engine="vllm", degree=8)]) for config in (narrow, wide))
+    assert refused
+    assert served
+    assert (served.legal, refused.legal, refused.whole) == (True, False, True)  # a warning: there is an option
+    assert refused.sentence == tower_obstacles(narrow, {"vllm": [8]})[0]
 
 
 def test_no_engine_or_degree_is_no_plan() -> None:

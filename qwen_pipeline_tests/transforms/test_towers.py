@@ -1,6 +1,7 @@
 """Padding of vision and audio towers: only on request, only zeros, the same function, and undone without a trace."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Artifact, Directory
+from qwen_pipeline.cli.tables import repair_table
 from qwen_pipeline.errors import AdapterRefused, CheckpointRefused, InputRefused
+from qwen_pipeline.evaluation.origin import quantized_from, widened
+from qwen_pipeline.evaluation.structure import check_structure
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, dump_plan, load_plan, plan_between, plan_padding, with_towers
 from qwen_pipeline.qwen.towers import TOWERS, towers_of
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.repair import repair
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline_tests.adapter_kinds import Kind, train
 from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B
+from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import INTERMEDIATE, tiny_model, tiny_qwen2
 from qwen_pipeline_tests.towers import logits_on_an_image, tower_outputs
 
@@ -154,6 +160,77 @@ def test_adapters_cross_the_padding_of_a_tower(case: Case, tmp_path: Path) -> No
     train(Kind(lora={"target_modules": r".*visual.*linear_fc1"}), case.padded.path, tmp_path / "loud")
     with pytest.raises(AdapterRefused, match=r"channels that padding added.*linear_fc1"):
         merge(base=case.live, fine_tune=tmp_path / "loud", destination=Directory(tmp_path / "none"))
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized vision-language model whose attention 5 ranks can share, its MLPs of 96 channels not yet."""
+    root = tmp_path_factory.mktemp("codes")
+    live = tiny_model("qwen3_vl", root / "live", num_attention_heads=5, num_key_value_heads=5)
+    return round_to_codes(live, root / "gptq", group_size=16)
+
+
+def test_repair_pads_towers_on_request(codes: Path, tmp_path: Path) -> None:
+    asked = repair(source=codes, destination=Directory(tmp_path / "asked"), tensor_parallel=RANKS, towers=True)
+    plain = repair(source=codes, destination=Directory(tmp_path / "plain"), tensor_parallel=RANKS)
+    assert all(report.passed for report in (*load_reports(asked.manifest.result), *load_reports(plain.manifest.result)))
+    sizes = load_plan(asked.manifest.result["padding"]).sizes
+    assert [(size.field, size.live, size.padded) for size in sizes] == [
+        ("intermediate_size", 96, 160),
+        ("vision_config.intermediate_size", 96, 100),
+    ]
+    without, padded = open_checkpoint(plain.path), open_checkpoint(asked.path)
+    of_tower = sized_tensors(padded, "vision_config.intermediate_size")
+    assert len(of_tower) == 3  # fc1 with its bias, fc2
+    for name, at in of_tower.items():
+        assert torch.equal(padded.load(name).narrow(at.axis, 0, 96), without.load(name))
+        assert not padded.load(name).narrow(at.axis, 96, 4).any()
+    same, other = (made.manifest.contents.tensors for made in (plain, asked))
+    assert {name for name in same if same[name] != other[name]} == of_tower.keys()
+    table = repair_table(load_plan(asked.manifest.result["padding"]))
+    assert list(table.columns[-1].cells) == ["1.2 -> 2", "19.2 -> 20 channels"]
+
+
+def test_a_quantized_tower_is_not_repaired(codes: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(codes, tmp_path / "gptq"))
+    tensors = load_file(root / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("visual.blocks.0.mlp.linear_fc2.weight"))
+    tensors[name.replace("weight", "qweight")] = tensors.pop(name)
+    save_file(tensors, root / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointRefused, match=r"visual\.blocks\.0\.mlp\.linear_fc2\.weight is missing"):
+        repair(source=root, destination=Directory(tmp_path / "out"), tensor_parallel=RANKS, towers=True)
+
+
+def test_new_channels_of_a_tower_that_are_not_zero_fail_the_structure(codes: Path, tmp_path: Path) -> None:
+    """Whether the padded checkpoint is at hand or not: without it the merged one is padded again."""
+    merged = open_checkpoint(codes.parent / "live")
+    out = Directory(tmp_path / "padded")
+    padded = pad(
+        source=codes.parent / "live",
+        destination=out,
+        group_size=16,
+        tensor_parallel=RANKS,
+        layout="append",
+        towers=True,
+    )
+    root = round_to_codes(padded.path, tmp_path / "gptq", group_size=16)
+    for before in (open_checkpoint(padded.path), None):
+        source = quantized_from(merged, before, open_checkpoint(root), root)
+        found = check_structure(source, open_checkpoint(root))
+        tower = [said for said in found.problems if "visual" in said or "config.json" in said]
+        assert not tower
+    tensors = load_file(root / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("visual.blocks.0.mlp.linear_fc2.weight"))
+    tensors[name][3, 98] = 2**-10
+    save_file(tensors, root / "model.safetensors", {"format": "pt"})
+    for before in (open_checkpoint(padded.path), None):
+        source = quantized_from(merged, before, open_checkpoint(root), root)
+        assert (
+            f"{name} is not what it was before quantization." in check_structure(source, open_checkpoint(root)).problems
+        )
+    assert widened(merged.config, open_checkpoint(root).config)[1] == {
+        "field": "vision_config.intermediate_size", "live": 96, "padded": 100,
+    }  # fmt: skip
 
 
 def test_widths_that_follow_from_others_cannot_be_padded(tmp_path: Path) -> None:
