@@ -16,10 +16,16 @@ RWF_DONTCACHE = 0x80
 _UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def outgrows_cache(nbytes: int) -> bool:
-    """Whether a checkpoint of so many bytes is more than the cache is to hold; it is not if memory has no known end."""
+def most_cached_bytes() -> int | None:
+    """Return how much of a checkpoint the cache is to hold; None if memory has no known end."""
     memory = available_memory()
-    return memory is not None and nbytes > memory * CACHE_SHARE
+    return None if memory is None else int(memory * CACHE_SHARE)
+
+
+def outgrows_cache(nbytes: int) -> bool:
+    """Whether a checkpoint of so many bytes is more than the cache is to hold."""
+    most = most_cached_bytes()
+    return most is not None and nbytes > most
 
 
 def write_uncached(fd: int, view: memoryview, offset: int) -> int:

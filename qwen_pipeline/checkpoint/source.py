@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.digest import appearance, checkpoint_digest, known_checkpoint, remember
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD
+from qwen_pipeline.checkpoint.read_ahead import read_ahead
 from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe, unobserved
@@ -49,7 +50,10 @@ def open_source(
         observe: Told about bytes read.
     """
     checkpoint, looks = open_root(root), appearance(root)
-    if read_now or known_checkpoint(root):
+    is_known = known_checkpoint(root) is not None
+    if not (is_known and read_now):
+        read_ahead(dict.fromkeys(root / shard for shard in checkpoint.shards.values()))
+    if read_now or is_known:
         digest = checkpoint_digest(root, observe=observe)
         return Source(checkpoint=checkpoint, digest=digest, appearance=looks, taps=(), settle=lambda: digest)
     tap = Tap(role, checkpoint)
