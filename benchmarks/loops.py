@@ -65,7 +65,7 @@ def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Pa
     return {
         "seconds": round(seconds, 1),
         "processor_seconds": round(used, 1),
-        "engine_seconds": round(sum(result["seconds"]["engine"].values()), 1),
+        "engine_seconds": round(sum(result["seconds"]["engine"].values()) + result["seconds"]["both"], 1),
         "worker_peak_bytes": artifact.manifest.run.peak_memory_bytes,
         "gpu_peak_bytes": result["evidence"]["gpu_peak_bytes"],
         "loss": sum(row["loss"] or float("nan") for row in result["losses"]),

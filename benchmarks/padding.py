@@ -35,7 +35,7 @@ from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.stages import pad, quantize
-from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline.workers.parent import started_worker
 
 GROUP_SIZE = 64
 RANKS = {"dense": 3, "experts": 16, "quiet experts": 16}
@@ -122,10 +122,10 @@ class Benchmark:
             threads=torch.get_num_threads(),
         )
 
-        def run_unsettled(python: Path, _: str, *rest: Any, **named: Any) -> Any:
-            return run_worker(python, unsettled.TARGET, *rest, **named)
+        def start_unsettled(python: Path, _: str, **named: Any) -> Any:
+            return started_worker(python, unsettled.TARGET, **named)
 
-        with patch.object(quantize, "run_worker", run_worker if treatment.settled else run_unsettled):
+        with patch.object(quantize, "started_worker", started_worker if treatment.settled else start_unsettled):
             return quantize.quantize(
                 source=padded_model(self._scratch, name, model, treatment.layout) if treatment.layout else model,
                 destination=Directory(out),

@@ -16,7 +16,7 @@ import torch
 
 from qwen_pipeline.checkpoint.measure import Laps
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
-from qwen_pipeline.engines.protocol import QuantJob, require_device
+from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 
@@ -34,6 +34,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     if job.spec.device != "cuda":
         raise EnvironmentFault("AutoGPTQ quantizes on CUDA only.", remedy="Use a GPU, or the engine gptqmodel.")
     require_device(job.spec)
+    use_workshop(job)
     laps = Laps()
     library: Any = import_module("auto_gptq")
     laps.lap("import")

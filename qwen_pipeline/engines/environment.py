@@ -66,6 +66,11 @@ class EngineEnvironment:
         """The name of the engine's own package."""
         return _ENGINES[self.name].distributions[0]
 
+    @property
+    def module(self) -> str:
+        """The name that its own package is imported by."""
+        return _ENGINES[self.name].modules[0]
+
     def versions(self, *packages: str) -> dict[str, str]:
         """Return versions of packages, by default of all that tell engines apart, as a worker would find them.
 

@@ -16,7 +16,7 @@ import torch
 
 from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
-from qwen_pipeline.engines.protocol import QuantJob, require_device
+from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Observe, Progress
 
@@ -39,7 +39,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """
     job = QuantJob.from_json(spec)
     require_device(job.spec)
-    job.workshop.mkdir(exist_ok=True)
+    use_workshop(job)
     os.chdir(job.workshop)  # the library writes ./logs
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # with one, its loader cannot start
     torch.set_num_threads(job.spec.threads)

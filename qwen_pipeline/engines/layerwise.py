@@ -30,7 +30,7 @@ from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.engines.cohorts import cohorts, require_known
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device, use_workshop
 from qwen_pipeline.engines.solver import Solved, solve
 from qwen_pipeline.layerwise.forward import Passage, Place
 from qwen_pipeline.layerwise.weights import Weights, ahead
@@ -95,6 +95,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """
     laps, job = Laps(), QuantJob.from_json(spec)
     require_device(job.spec)
+    use_workshop(job)
     torch.set_num_threads(job.spec.threads)
     import_module("gptqmodel")
     laps.lap("import")

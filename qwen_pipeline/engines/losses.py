@@ -1,8 +1,9 @@
 """What the solver says about each module, read from the table that it writes."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +48,35 @@ def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleLoss]:
     Columns beyond these may be missing. Losses that are words (``rtn fallback``) or
     :data:`~qwen_pipeline.engines.gptqmodel.NOT_SOLVED` mean rounding.
     """
-    import pandas as pd
-
     from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
 
-    table = pd.read_csv(quant_log, dtype={"module": str, "loss": str}, keep_default_na=False)
-    table["number"] = pd.to_numeric(table["loss"], errors="coerce")
-    is_word = table["number"].isna() & (table["loss"].str.lower() != "nan")
-    table["rounded"] = is_word | (table["number"] >= NOT_SOLVED)
-    rows = table.set_index(["layer", "module"]).to_dict("index")
+    with quant_log.open(newline="") as file:
+        rows = {(int(row["layer"]), row["module"]): row for row in csv.DictReader(file)}
     losses: list[ModuleLoss] = []
     for linear in linears:
         if row := rows.get((linear.layer, linear.kind)):
-            solved = isfinite(row["number"]) and not row["rounded"]
+            loss = _number(row["loss"])
+            rounded = loss >= NOT_SOLVED
             losses.append(
                 ModuleLoss(
                     module=linear.module,
-                    loss=float(row["number"]) if solved else None,
+                    loss=loss if isfinite(loss) and not rounded else None,
                     samples=int(row["samples"]),
                     damp=float(row["damp"]),
-                    rounded=bool(row["rounded"]),
+                    rounded=rounded,
                     seconds=float(row["time"]) if "time" in row else None,
                     **{name: int(row[name]) for name in _FIGURES if name in row},
                 )
             )
     return losses
+
+
+def _number(loss: str) -> float:
+    """Read a loss; a word in its place is as bad as can be."""
+    try:
+        return float(loss)
+    except ValueError:
+        return inf
 
 
 _FIGURES = ("gpu_peak_bytes", "host_peak_bytes", "zero_groups", "saturated_groups")

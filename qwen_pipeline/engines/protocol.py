@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -249,6 +250,16 @@ class QuantJob:
     def from_json(cls, value: Mapping[str, Any]) -> "QuantJob":
         paths = {name: Path(value[name]) for name in ("source", "windows", "workshop")}
         return cls(spec=QuantSpec(**value["spec"]), **paths)
+
+
+def use_workshop(job: QuantJob) -> None:
+    """Have libraries put what is temporary, as weights that they offload, into the workshop; for the engine's process.
+
+    Its disk has room for a model; that of the system's directory may not.
+    """
+    scratch = job.workshop / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
 
 
 def require_device(spec: QuantSpec) -> None:

@@ -161,13 +161,15 @@ def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor,
 
 def odd_groups(packed: PackedLinear) -> tuple[int, int]:
     """Count groups of zeros, and groups with a quarter of their codes at the ends of the grid."""
-    order, size, highest = packed.g_idx.argsort(stable=True), packed.format.group_size, 2**packed.format.bits - 1
+    size, highest = packed.format.group_size, 2**packed.format.bits - 1
+    order = None if packed.is_in_order else packed.g_idx.argsort(stable=True)
     zero, saturated = 0, 0
     outputs = packed.qweight.shape[1]
     for start in range(0, outputs, BLOCK_OUTPUTS):
         stop = min(start + BLOCK_OUTPUTS, outputs)
-        codes_GSO = unpack_rows(packed.qweight[:, start:stop], packed.format.bits)[order].unflatten(0, (-1, size))
-        at_ends_GO = ((codes_GSO == 0) | (codes_GSO == highest)).sum(dim=1)
-        zero += int((codes_GSO == packed.zeros(start, stop)[:, None]).all(dim=1).sum())
-        saturated += int((at_ends_GO * 4 >= size).sum())
+        codes_IO, zeros_GO = unpack_rows(packed.qweight[:, start:stop], packed.format.bits), packed.zeros(start, stop)
+        codes_GSO = (codes_IO if order is None else codes_IO[order]).to(torch.uint8).unflatten(0, (-1, size))
+        at_ends_GSO = codes_GSO - 1 >= highest - 1  # 0 - 1 is 255
+        zero += int(((codes_GSO.amin(dim=1) == zeros_GO) & (codes_GSO.amax(dim=1) == zeros_GO)).sum())
+        saturated += int((at_ends_GSO.sum(dim=1, dtype=torch.int32) * 4 >= size).sum())
     return zero, saturated

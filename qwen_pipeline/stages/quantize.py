@@ -3,8 +3,10 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
 from qwen_pipeline.checkpoint.journal import JOURNAL
@@ -25,7 +27,7 @@ from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
-from qwen_pipeline.workers.parent import WorkerResult, run_worker
+from qwen_pipeline.workers.parent import Worker, WorkerResult, started_worker
 
 STAGE = "quantized"
 UNPADDED = "quantized_unpadded"
@@ -49,7 +51,7 @@ def quantize(
 
     The derivation holds the digest of the calibration tokens, the whole spec with the engine that was chosen, and the
     engine's versions. The engine ``layerwise`` continues an interrupted attempt at the layer that it died in; with
-    others it starts again.
+    others it starts again. While tokens are drawn, the engine imports already, unless the output may be there.
 
     Args:
         source: The merged and padded checkpoint.
@@ -84,69 +86,72 @@ def quantize(
     _require_positions(checkpoint, spec)
     _require_maskable(linears, spec)
     _require_overrides_land(linears, spec)
-    laps.lap("check")
-    tokens = prepared or draw_calibration(calibration, source, spec.calibration)
-    laps.lap("tokens")
-    versions = engine.versions(engine.package, "torch")
-    derivation = Derivation(
-        stage=stage,
-        inputs={"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest},
-        spec={**spec.to_json(), "versions": versions},
-        code_version=CODE_VERSION,
-    )
-    laps.lap("derive")
+    with ExitStack() as ending:
 
-    def build(partial: Path) -> Built:
-        from qwen_pipeline.engines.evidence_plot import draw_evidence
+        def start() -> Worker:
+            target = f"qwen_pipeline.engines.{spec.engine}:quantize_directory"
+            environment = _worker_environment(spec)
+            return ending.enter_context(
+                started_worker(engine.python, target, packages=[engine.module], env=environment)
+            )
 
-        job = _open_workshop(partial, source.resolve(), tokens, spec)
-        (partial / LOGS).mkdir(exist_ok=True)
-        laps.lap("workshop")
-        worker = run_worker(
-            engine.python,
-            f"qwen_pipeline.engines.{spec.engine}:quantize_directory",
-            job.to_json(),
-            log=partial / LOGS / "quantize.log",
-            env=_worker_environment(job),
-            observe=observe,
+        early = start() if engine.python.exists() and not destination.may_hold(stage) else None
+        laps.lap("check")
+        tokens = prepared or draw_calibration(calibration, source, spec.calibration)
+        laps.lap("tokens")
+        versions = engine.versions(engine.package, "torch")
+        derivation = Derivation(
+            stage=stage,
+            inputs={"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest},
+            spec={**spec.to_json(), "versions": versions},
+            code_version=CODE_VERSION,
         )
-        laps.lap("worker")
-        losses = read_losses(job.quant_log, linears)
-        quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
-        quantized = quantized_checkpoint(
-            checkpoint,
-            open_checkpoint(job.packed),
-            linears,
-            quantization,
-        )
-        contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
-        job.quant_log.rename(partial / LOGS / "quant_log.csv")
-        laps.lap("write")
-        written = open_checkpoint(partial)
-        evidence = gather_evidence(written, linears, losses)
-        write_evidence(evidence, partial / EVIDENCE)
-        draw_evidence(evidence, partial / PLOT)
-        laps.lap("evidence")
-        reports = checks.check_output(written, linears, losses, spec)
-        laps.lap("checks")
-        shutil.rmtree(job.workshop)
-        contents = _with_logs(contents, partial)
-        laps.lap("clean up")
-        return Built(
-            contents=contents,
-            result={
-                "losses": [loss.to_json() for loss in losses],
-                "layers": worker.value.get("layers", []),
-                "quantization": quantization,
-                "calibration": tokens.statistics(),
-                "evidence": summarize(evidence),
-                "seconds": _seconds(laps, worker),
-                "checks": dump_reports(reports),
-            },
-            worker_peak_bytes=worker.peak_memory_bytes,
-        )
+        laps.lap("derive")
 
-    return derive(derivation, destination, build)
+        def build(partial: Path) -> Built:
+            from qwen_pipeline.engines.evidence_plot import draw_evidence
+
+            job = _open_workshop(partial, source.resolve(), tokens, spec)
+            (partial / LOGS).mkdir(exist_ok=True)
+            laps.lap("workshop")
+            worker = (early or start()).run(job.to_json(), log=partial / LOGS / "quantize.log", observe=observe)
+            laps.lap("worker")
+            losses = read_losses(job.quant_log, linears)
+            quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
+            quantized = quantized_checkpoint(
+                checkpoint,
+                open_checkpoint(job.packed),
+                linears,
+                quantization,
+            )
+            contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
+            job.quant_log.rename(partial / LOGS / "quant_log.csv")
+            laps.lap("write")
+            written = open_checkpoint(partial)
+            evidence = gather_evidence(written, linears, losses)
+            write_evidence(evidence, partial / EVIDENCE)
+            draw_evidence(evidence, partial / PLOT)
+            laps.lap("evidence")
+            reports = checks.check_output(written, linears, losses, spec)
+            laps.lap("checks")
+            shutil.rmtree(job.workshop)
+            contents = _with_logs(contents, partial)
+            laps.lap("clean up")
+            return Built(
+                contents=contents,
+                result={
+                    "losses": [loss.to_json() for loss in losses],
+                    "layers": worker.value.get("layers", []),
+                    "quantization": quantization,
+                    "calibration": tokens.statistics(),
+                    "evidence": summarize(evidence),
+                    "seconds": _seconds(laps, worker),
+                    "checks": dump_reports(reports),
+                },
+                worker_peak_bytes=worker.peak_memory_bytes,
+            )
+
+        return derive(derivation, destination, build)
 
 
 def chosen_engine(linears: Sequence[Linear], device: str) -> EngineName:
@@ -212,27 +217,24 @@ def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: Qu
     return job
 
 
-def _worker_environment(job: QuantJob) -> Mapping[str, str]:
-    threads = str(job.spec.threads)
-    return {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "HF_HUB_OFFLINE": "1",
-        "TMPDIR": str(job.workshop / "tmp"),
-    }
+def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
+    threads = str(spec.threads)
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
 
 
-def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, dict[str, float]]:
+def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, Any]:
     """Tell the engine's own seconds from ours: those of the worker that the engine does not account for are ours too.
 
-    Its import is that of all packages it needs, as torch.
+    Its import is that of all packages it needs, as torch. What went on of it while we prepared is ``both``, counted
+    among our seconds only.
     """
     own: Mapping[str, float] = worker.value["seconds"]
-    engine = {**own, "import": own["import"] + worker.import_seconds}
+    engine = {**own, "import": own["import"] + worker.import_seconds - worker.early_seconds}
     stage = {**laps.seconds, "worker": laps.seconds["worker"] - sum(engine.values())}
     return {
         "engine": {part: round(seconds, 3) for part, seconds in engine.items()},
         "stage": {part: round(seconds, 3) for part, seconds in stage.items()},
+        "both": round(worker.early_seconds, 3),
     }
 
 

@@ -1,5 +1,9 @@
-"""The worker's side: tie our life to the parent's, call the target, report. Runs under an engine's own interpreter."""
+"""The worker's side: tie our life to the parent's, import, call the target, report.
 
+Runs under an engine's own interpreter.
+"""
+
+import atexit
 import ctypes
 import errno
 import importlib
@@ -9,7 +13,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -23,12 +27,22 @@ Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 _PR_SET_PDEATHSIG = 1
 
 
-def main(target: str) -> None:
-    """Run ``package.module:function`` with the spec from standard input, then exit."""
-    sys.exit(_call(target))
+def main(target: str, *packages: str) -> None:
+    """Import ``package.module:function`` and more packages, run it with the task from standard input, then exit."""
+    codes: list[int] = []
+    atexit.register(lambda: codes and _leave(codes[0]))  # the first to be registered is the last to be called
+    codes.append(_call(target, packages))
+    sys.exit(codes[0])
 
 
-def _call(target: str) -> int:
+def _leave(code: int) -> None:
+    """End here: all is said and on disk, and to take an interpreter with torch apart takes seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _call(target: str, packages: Sequence[str]) -> int:
     _die_with_parent()
     _take_the_group_along()
     with os.fdopen(int(os.environ["QWEN_PIPELINE_MESSAGES_FD"]), "wb", buffering=0) as messages:
@@ -39,11 +53,15 @@ def _call(target: str) -> int:
         def observe(progress: Progress) -> None:
             send("progress", asdict(progress))
 
-        spec, began = json.load(sys.stdin), time.perf_counter()
+        began = time.monotonic()
         try:
             function = _function(target)
-            import_seconds = time.perf_counter() - began
-            value = function(spec, observe)
+            for package in packages:
+                importlib.import_module(package)
+            imported = time.monotonic()
+            task = json.load(sys.stdin)
+            _print_into(task["log"])
+            value = function(task["spec"], observe)
         except PipelineError as fault:
             send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
             return fault.exit_code
@@ -52,14 +70,24 @@ def _call(target: str) -> int:
                 send("fault", {"kind": "EnvironmentFault", "what": fault.what, "remedy": fault.remedy})
                 return fault.exit_code
             raise
-        figures = {"peak_memory_bytes": resident_peak(), "import_seconds": import_seconds}
-        send("result", {"value": value, **figures})
+        handed_over = min(max(task["time"], began), imported)
+        figures = {"import_seconds": imported - began, "early_seconds": handed_over - began}
+        send("result", {"value": value, "peak_memory_bytes": resident_peak(), **figures})
     return 0
 
 
 def _function(target: str) -> Target:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _print_into(log: str) -> None:
+    """Have what is printed from now on go into a log, and take there what was printed before there was one."""
+    printed, _ = os.pread(1, os.fstat(1).st_size, 0), os.ftruncate(1, 0)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.write(file, printed)
+    for stream in (1, 2):
+        os.dup2(file, stream)
 
 
 def _die_with_parent() -> None:

@@ -1,18 +1,21 @@
 """Run one function in another Python environment, in a process group of which nothing survives.
 
 The function's spec goes in as JSON on standard input; progress, result or a named fault come back as JSON lines on a
-pipe of their own. Whatever libraries print goes to a log file.
+pipe of their own. Whatever libraries print goes to a log file. A worker may be started before its task is known: it
+imports what it will need, and waits.
 """
 
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import qwen_pipeline
 from qwen_pipeline import errors
@@ -29,11 +32,13 @@ class WorkerResult:
     Attributes:
         peak_memory_bytes: Its highest resident memory.
         import_seconds: What the function's module, and all that it needs, took to be imported.
+        early_seconds: How much of that had passed when the worker was given its task.
     """
 
     value: Mapping[str, Any]
     peak_memory_bytes: int
     import_seconds: float
+    early_seconds: float
 
 
 def run_worker(
@@ -45,27 +50,42 @@ def run_worker(
     env: Mapping[str, str] | None = None,
     observe: Observe = unobserved,
 ) -> WorkerResult:
-    """Call ``target`` (``package.module:function``, taking the spec and an observer) under another interpreter.
+    """Start a worker and give it its task: see :func:`started_worker` and :meth:`Worker.run`."""
+    with started_worker(python, target, env=env) as worker:
+        return worker.run(spec, log=log, observe=observe)
+
+
+@contextmanager
+def started_worker(
+    python: Path, target: str, *, packages: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Generator["Worker", None, None]:
+    """Start a process that will call ``target`` (``package.module:function``, taking a spec and an observer).
+
+    It imports what it needs and waits for its task. After the body it ends with all that it started; so it does with
+    the thread that started it.
 
     The worker imports this copy of the package. What lies beside it is put at the *end* of the other interpreter's
     path, so that the environment's own versions of shared dependencies win.
 
+    Args:
+        python: The interpreter.
+        target: What to call.
+        packages: Imported after the function's own module.
+        env: Variables beside our own.
+
     Raises:
-        PipelineError: The fault that the function raised, of the same class.
-        EnvironmentFault: The process was killed, as by the kernel when memory runs out.
-        EngineFault: The process ended without a result; the end of its log is quoted.
+        EnvironmentFault: There is no such interpreter.
     """
     reading, writing = os.pipe()
-    with os.fdopen(reading, "rb") as messages, log.open("ab") as output:
-        command = [str(python), "-P", "-c", _bootstrap(), target]
+    with os.fdopen(reading, "rb") as messages, tempfile.TemporaryFile() as printed:
         channel = {"QWEN_PIPELINE_MESSAGES_FD": str(writing), "QWEN_PIPELINE_PARENT": str(os.getpid())}
         try:
-            worker = subprocess.Popen(
-                command,
+            process = subprocess.Popen(
+                [str(python), "-P", "-c", _bootstrap(), target, *packages],
                 env={**os.environ, **(env or {}), **channel},
                 stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
+                stdout=printed,
+                stderr=printed,
                 pass_fds=(writing,),
                 start_new_session=True,
             )
@@ -75,13 +95,52 @@ def run_worker(
             ) from error
         finally:
             os.close(writing)
-        with _ending_group(worker):
-            _hand_over(worker, spec)
-            result = _follow(messages, observe)
-            code = worker.wait()
-    if result is not None and code == 0:
-        return result
-    raise _death(target, code, log)
+        with process, _ending_group(process):
+            yield Worker(target=target, process=process, messages=messages, printed=printed.fileno())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A process that waits for its one task.
+
+    Attributes:
+        messages: What it tells us, line by line.
+        printed: A file with what libraries print until there is a log.
+    """
+
+    target: str
+    process: subprocess.Popen[bytes]
+    messages: IO[bytes]
+    printed: int
+
+    def run(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
+        """Have it call its target, and wait for it.
+
+        Args:
+            spec: The function's first argument, as JSON.
+            log: Gets whatever libraries print.
+            observe: Told what the function tells its observer.
+
+        Raises:
+            PipelineError: The fault that the function raised, of the same class.
+            EnvironmentFault: The process was killed, as by the kernel when memory runs out.
+            EngineFault: The process ended without a result; the end of its log is quoted.
+        """
+        try:
+            self._hand_over({"spec": spec, "log": str(log.absolute()), "time": time.monotonic()})
+            result = _follow(self.messages, observe)
+            code = self.process.wait()
+        finally:
+            with log.open("ab") as file:  # it takes this along itself, unless it ends before
+                file.write(os.pread(self.printed, os.fstat(self.printed).st_size, 0))
+        if result is not None and code == 0:
+            return result
+        raise _death(self.target, code, log)
+
+    def _hand_over(self, task: Mapping[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError), self.process.stdin as stdin:  # broken if it died at once; its log says why
+            stdin.write(json.dumps(task).encode())
 
 
 def _bootstrap() -> str:
@@ -89,17 +148,8 @@ def _bootstrap() -> str:
     root = str(Path(qwen_pipeline.__file__).parents[1])
     return (
         f"import sys; sys.path.insert(0, {root!r}); import qwen_pipeline; sys.path.append(sys.path.pop(0)); "
-        "from qwen_pipeline.workers.child import main; main(sys.argv[1])"
+        "from qwen_pipeline.workers.child import main; main(*sys.argv[1:])"
     )
-
-
-def _hand_over(worker: subprocess.Popen[bytes], spec: Mapping[str, Any]) -> None:
-    assert worker.stdin is not None
-    try:
-        worker.stdin.write(json.dumps(spec).encode())
-        worker.stdin.close()
-    except BrokenPipeError:
-        pass  # It died at once; its log says why.
 
 
 def _follow(messages: Iterator[bytes], observe: Observe) -> WorkerResult | None:

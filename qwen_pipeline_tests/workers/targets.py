@@ -1,5 +1,6 @@
 """What the workers under test run."""
 
+import atexit
 import os
 import resource
 import signal
@@ -19,6 +20,25 @@ def echo(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     print("a library that complains", file=sys.stderr)
     observe(Progress(task="echo", done=1, total=2, unit="layers", remark="half"))
     return {"spec": dict(spec), "pid": os.getpid(), "TOKEN": os.environ.get("TOKEN")}
+
+
+def leave_traces(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
+    """Leave one file at the exit of the program, one when the interpreter is taken apart, and a word in a buffer."""
+    atexit.register(Path(spec["exit"]).touch)
+    _left.append(_Trace(spec["end"]))
+    sys.stdout.write("said at the very end")
+    return {}
+
+
+class _Trace:
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __del__(self) -> None:
+        os.close(os.open(self._path, os.O_CREAT, 0o600))
+
+
+_left: list[_Trace] = []
 
 
 def refuse(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:

@@ -13,16 +13,17 @@ import pytest
 
 from qwen_pipeline.errors import AdapterRefused, EngineFault, EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress, unobserved
-from qwen_pipeline.workers.parent import WorkerResult, run_worker
+from qwen_pipeline.workers.parent import WorkerResult, run_worker, started_worker
 
 PYTHON = Path(sys.executable)
 ROOT = str(Path(__file__).parents[2])
+TARGETS = "qwen_pipeline_tests.workers.targets"
 
 
 def call(target: str, log: Path, spec: Mapping[str, Any] | None = None, observe: Observe = unobserved) -> WorkerResult:
     return run_worker(
         PYTHON,
-        f"qwen_pipeline_tests.workers.targets:{target}",
+        f"{TARGETS}:{target}",
         spec or {},
         log=log,
         env={"TOKEN": "given", "PYTHONPATH": ROOT},
@@ -71,6 +72,50 @@ def test_sigkill_is_named_as_the_end_of_memory(log: Path) -> None:
 def test_a_machine_at_its_end_is_named(log: Path, target: str, words: str) -> None:
     with pytest.raises(EnvironmentFault, match=words):
         call(target, log)
+
+
+def test_a_worker_imports_while_it_waits_for_its_task(log: Path) -> None:
+    with started_worker(
+        PYTHON, f"{TARGETS}:echo", packages=["qwen_pipeline_tests.workers.noisy"], env={"PYTHONPATH": ROOT}
+    ) as worker:
+        wait_until(lambda: os.pread(worker.printed, 100, 0) == b"imported\n")
+        result = worker.run({"at": "last"}, log=log)
+
+    assert result.value["spec"] == {"at": "last"}
+    assert 0 < result.early_seconds <= result.import_seconds
+    assert log.read_text().startswith("imported\n")
+    assert "a library that prints" in log.read_text()
+
+
+def test_what_is_imported_after_the_task_came_is_not_early(log: Path) -> None:
+    result = call("echo", log)
+    assert 0 <= result.early_seconds < result.import_seconds
+
+
+def test_a_worker_that_is_given_no_task_ends_with_its_context() -> None:
+    with (
+        pytest.raises(AdapterRefused),
+        started_worker(PYTHON, f"{TARGETS}:echo", env={"PYTHONPATH": ROOT}) as worker,
+    ):
+        raise AdapterRefused("the task is no good", remedy="mend it")
+    assert worker.process.returncode == -signal.SIGTERM
+    wait_until_gone(worker.process.pid)
+
+
+def test_an_absent_package_is_quoted_from_the_log(log: Path) -> None:
+    with (
+        started_worker(PYTHON, f"{TARGETS}:echo", packages=["no_such"], env={"PYTHONPATH": ROOT}) as worker,
+        pytest.raises(EngineFault, match="No module named 'no_such'"),
+    ):
+        worker.run({}, log=log)
+    assert "no_such" in log.read_text()
+
+
+def test_a_worker_cleans_up_but_does_not_take_its_interpreter_apart(log: Path, tmp_path: Path) -> None:
+    call("leave_traces", log, {"exit": str(tmp_path / "exit"), "end": str(tmp_path / "end")})
+    assert (tmp_path / "exit").exists()
+    assert not (tmp_path / "end").exists()
+    assert "said at the very end" in log.read_text()
 
 
 def test_an_absent_interpreter_is_named(log: Path) -> None:

@@ -1,0 +1,44 @@
+"""An engine that imports while the stage prepares does not outlive a refusal."""
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.engines.environment import EngineEnvironment
+from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.stages import quantize as stage
+from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.workers.parent import Worker, started_worker
+from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
+from qwen_pipeline_tests.workers.test_parent import is_running
+
+
+def test_too_little_text_ends_the_engine_that_was_started(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    @contextmanager
+    def noting(python: Path, target: str, **options: Any) -> Generator[Worker, None, None]:
+        with started_worker(python, target, **options) as worker:
+            started.append(worker.process.pid)
+            yield worker
+
+    monkeypatch.setattr(stage, "started_worker", noting)
+    with pytest.raises(InputRefused, match="1000 windows"):
+        quantize(
+            source=chain.padded,
+            destination=Directory(tmp_path / "out"),
+            calibration=write_text(tmp_path / "text.jsonl", documents=2, stride=3),
+            spec=QuantSpec(engine="gptqmodel", group_size=GROUP_SIZE, samples=1000, seq_len=64, device="cpu"),
+            engine=EngineEnvironment(name="gptqmodel", python=Path(sys.executable)),
+        )
+    assert not list(tmp_path.glob("out*"))
+    (worker,) = started
+    assert not is_running(worker)

@@ -1,0 +1,3 @@
+"""What says that it was imported."""
+
+print("imported", flush=True)
