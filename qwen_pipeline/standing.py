@@ -145,7 +145,8 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
             targets=padding.targets,
             layout=padding.layout,
             towers=padding.towers,
-        ),
+        )
+        | {"towers": padding.towers},
         calibrate.STAGE: {
             **asdict(quantization.calibration),
             "all_experts": quantization.all_experts,
@@ -164,6 +165,10 @@ def _calibration_text(settings: Settings) -> dict[str, str]:
     return {"text": open_text(file).digest()}
 
 
+_UNSAID: Mapping[str, Any] = {"towers": False}
+"""What a spec means where it says nothing: a request that was not made is no part of it."""
+
+
 def _stage_standing(
     settings: Settings, name: str, stage: ModuleType, inputs: Mapping[str, str | None], spec: Mapping[str, Any]
 ) -> StageStanding:
@@ -174,7 +179,7 @@ def _stage_standing(
     if artifact is None:
         return StageStanding(state="missing")
     made = artifact.manifest.derivation
-    follows = inputs.items() <= made.inputs.items() and spec.items() <= made.spec.items()
+    follows = inputs.items() <= made.inputs.items() and spec.items() <= {**_UNSAID, **made.spec}.items()
     if not follows or made.code_version != stage.CODE_VERSION:
         return StageStanding(state="stale", artifact=artifact)
     failed = any(report.blocks for report in load_reports(artifact.manifest.result))

@@ -71,6 +71,9 @@ def test_targets_say_how_many_ranks_share_a_model(settings_file: Path) -> None:
     padding = load_settings().padding
     assert padding.targets == {"vllm": (2, 8), "lmdeploy-turbomind": (3,)}
     assert padding.ranks == 24
+    assert not padding.towers
+    settings_file.write_text("[padding]\ntowers = true\n")
+    assert load_settings().padding.towers
 
 
 @pytest.mark.parametrize(

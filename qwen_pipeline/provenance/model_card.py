@@ -9,6 +9,7 @@ from typing import Any, get_args
 from qwen_pipeline.provenance.lineage import Step
 from qwen_pipeline.qwen.families import SizeField, TowerField
 from qwen_pipeline.qwen.outlook import outlook
+from qwen_pipeline.qwen.tower_serving import tower_obstacles
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tensor-parallel degrees that a card speaks about."""
@@ -138,6 +139,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
             f"```bash\n{command}\n```\n\n"
             f"Tensor-parallel degrees at which every rank holds whole quantization groups and heads: **{listed}**"
             f" (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong answers."
+            + "".join(f" {said}" for said in (tower_obstacles(self.config, {"vllm": degrees}) if degrees else ()))
         )
 
     def _padding(self) -> list[str]:

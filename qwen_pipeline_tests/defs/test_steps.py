@@ -12,8 +12,10 @@ from qwen_pipeline.defs.headless import Outcome, materialize
 from qwen_pipeline.defs.home import open_instance
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, QuantizedInputRefused
+from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.standing import everything
 from qwen_pipeline_tests.site import FINE_TUNE, Site
-from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 
 
 def steps(site: Site, outcome: Outcome) -> dict[str, str]:
@@ -104,3 +106,28 @@ def test_without_stored_merged_weights_one_pass_makes_both_and_the_padded_asset_
     assert not list(recipe.path.glob("*.safetensors"))
     assert padded.reused
     assert padded.manifest.derivation.inputs == {"source": recipe.manifest.content_digest}
+
+
+def test_towers_are_padded_where_the_settings_ask_for_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass, where both the recipe's asset and the padded one have to ask for the same."""
+    shutil.rmtree(site.root / "base")
+    tiny_model("qwen3_vl", site.root / "base")
+    site.drop()
+    monkeypatch.setenv("QWEN_PIPELINE_PADDING__TENSOR_PARALLEL", "5")
+    monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", "true")
+    site.configure("\n[store]\nmerged = false\n")
+    selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
+    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    assert outcome.fault is None
+    _, padded = outcome.artifacts
+    assert padded.reused
+    assert [(size.field, size.padded) for size in load_plan(padded.manifest.result["padding"]).sizes] == [
+        ("intermediate_size", 160),
+        ("vision_config.intermediate_size", 100),
+    ]
+    states: list[str] = []
+    for asked in ("true", "false"):
+        monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", asked)
+        (found,) = everything(site.settings)
+        states.append(found.stages["padded"].state)
+    assert states == ["done", "stale"]
