@@ -1,14 +1,17 @@
-"""The table of docs/geometry.md. ``python -m qwen_pipeline_tests.qwen.geometry_document`` writes it anew."""
+"""The tables of docs/geometry.md. ``python -m qwen_pipeline_tests.qwen.geometry_document`` writes it anew."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_pipeline.qwen.geometry import head_obstacles
+from qwen_pipeline.qwen.geometry import head_obstacles, tower_sizes
 from qwen_pipeline.qwen.planning import options
 from qwen_pipeline.qwen.serving import ENGINES, Verdict, serving
-from qwen_pipeline_tests.qwen.published import PUBLISHED, Published, as_config
+from qwen_pipeline.qwen.tower_serving import TOWER_RULES, tower_serving
+from qwen_pipeline.qwen.towers import towers_of
+from qwen_pipeline_tests.qwen.published import PUBLISHED, TOWERS, Published, PublishedTower, as_config
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "geometry.md"
-BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+MARK = "<!-- {}: {} -->\n"
 DEGREES = (1, 2, 4, 8)
 LETTERS: dict[Verdict, str] = {"ok": "o", "padded at load": "p", "unknown": "?", "refused": "R", "silently wrong": "W"}
 
@@ -23,15 +26,39 @@ def table() -> str:
         [
             *("| " + " | ".join(line) + " |" for line in lines),
             *("", "Where each rule was read:", "", *rules),
-            *("", "Where each size was read:", "", *_sources(), ""),
+            *("", "Where each size was read:", "", *_sources(PUBLISHED), ""),
         ]
     )
 
 
+def tower_table() -> str:
+    """Return the rows for every published tower, and where its sizes were read."""
+    head = ["model", "tower", "MLP channels", "heads", *(f"`{engine}`" for engine in TOWER_RULES), "`--towers` at TP 8"]
+    lines = [head, ["---"] * len(head), *map(_tower_row, TOWERS)]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *_sources(TOWERS), ""])
+
+
 def written(text: str) -> str:
-    """Return the document with the table between its marks replaced."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+    """Return the document with the tables between their marks replaced."""
+    for name, rows in (("towers", tower_table()), ("table", table())):
+        begin, end = MARK.format(name, "begin"), MARK.format(name, "end")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{rows}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def _tower_row(published: PublishedTower) -> list[str]:
+    config, highest = published.config, max(DEGREES)
+    (tower,) = towers_of(config)
+    live = tower.width(config)
+    (padded, *_) = [size.padded for size in tower_sizes(config, ranks=highest)] or [live]
+    cells = [
+        "".join(LETTERS[tower_serving(config, tower, engine, degree=degree).verdict] for degree in DEGREES)
+        for engine in TOWER_RULES
+    ]
+    cure = f"{padded} (+{(padded - live) / live:.2%})" if padded != live else "as it is"
+    heads = str(tower.size(config, tower.heads))
+    return [published.name, tower.part, str(live), heads, *(f"`{cell}`" for cell in cells), cure]
 
 
 def _row(model: Published) -> list[str]:
@@ -44,10 +71,10 @@ def _row(model: Published) -> list[str]:
     return [name, *(f"`{cell}`" for cell in cells), _cure(model)]
 
 
-def _sources() -> list[str]:
-    models = {
-        source: [m.name for m in PUBLISHED if m.source == source] for source in {m.source: None for m in PUBLISHED}
-    }
+def _sources(published: Sequence[Published] | Sequence[PublishedTower]) -> list[str]:
+    models: dict[str, dict[str, None]] = {}
+    for model in published:
+        models.setdefault(model.source, {})[model.name] = None
     return [f"- {', '.join(names)}: {source or 'from memory (*)'}." for source, names in models.items()]
 
 

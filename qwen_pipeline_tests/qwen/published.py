@@ -96,6 +96,45 @@ QWEN2_5_VL_3B: dict[str, Any] = {
     "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
 }  # fmt: skip
 """Its decoder is Qwen2.5-3B's, its tower's width that of the configuration class."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedTower:
+    """What decides how ranks share a tower; ``sizes`` are fields of its section in the config."""
+
+    name: str
+    family: str
+    part: str
+    sizes: dict[str, int]
+    source: str = DEFAULTS
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"model_type": self.family, f"{self.part}_config": self.sizes}
+
+
+_QWEN2_5_VL = "alibaba/Pai-Megatron-Patch, megatron_patch/model/qwen2_5_vl/transformer_config.py, commit 2b8784d"
+_WHISPER = {"encoder_ffn_dim": 5120, "encoder_attention_heads": 20}
+TOWERS = (
+    PublishedTower("Qwen2-VL", "qwen2_vl", "vision", {"embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}),
+    PublishedTower(
+        "Qwen2.5-VL-3B, Qwen2.5-VL-7B", "qwen2_5_vl", "vision", {"intermediate_size": 3420, "num_heads": 16},
+        _QWEN2_5_VL,
+    ),
+    PublishedTower(
+        "Qwen2.5-VL-32B, Qwen2.5-VL-72B", "qwen2_5_vl", "vision", {"intermediate_size": 3456, "num_heads": 16},
+        _QWEN2_5_VL,
+    ),
+    PublishedTower("Qwen2.5-Omni", "qwen2_5_omni_thinker", "vision", {"intermediate_size": 3420, "num_heads": 16}),
+    PublishedTower("Qwen2.5-Omni", "qwen2_5_omni_thinker", "audio", _WHISPER),
+    PublishedTower("Qwen2-Audio", "qwen2_audio", "audio", _WHISPER),
+    PublishedTower("Qwen3-VL", "qwen3_vl", "vision", {"intermediate_size": 4304, "num_heads": 16}),
+    PublishedTower("Qwen3-VL (mixtures)", "qwen3_vl_moe", "vision", {"intermediate_size": 4304, "num_heads": 16}),
+    PublishedTower("Qwen3-Omni", "qwen3_omni_moe_thinker", "vision", {"intermediate_size": 4304, "num_heads": 16}),
+    PublishedTower("Qwen3-Omni", "qwen3_omni_moe_thinker", "audio", _WHISPER),
+    PublishedTower("Qwen3.5", "qwen3_5", "vision", {"intermediate_size": 4304, "num_heads": 16}),
+    PublishedTower("Qwen3-ASR", "qwen3_asr", "audio", {"encoder_ffn_dim": 4096, "encoder_attention_heads": 16}),
+)  # fmt: skip
 _DELTA = {
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip

@@ -12,7 +12,8 @@ from qwen_pipeline.evaluation.targets import Target, outlook_on
 from qwen_pipeline.qwen.families import FAMILIES
 from qwen_pipeline.qwen.tower_serving import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
 from qwen_pipeline.qwen.towers import TOWERS, towers_of
-from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B
+from qwen_pipeline_tests.qwen.published import DEFAULTS, QWEN2_5_VL_3B, PublishedTower
+from qwen_pipeline_tests.qwen.published import TOWERS as PUBLISHED_TOWERS
 
 
 def config_of(family: str, **sizes: int) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def test_a_refusal_names_all_that_helps() -> None:
 )
 def test_after_padding_no_width_is_refused(family: str, width: int, degrees: list[int], engine: str) -> None:
     heads = {"num_heads": 48, "encoder_attention_heads": 48}
-    config = DEFAULTS[family] = DEFAULTS.get(family) or config_of(family, **heads)
+    config = CONFIGS[family] = CONFIGS.get(family) or config_of(family, **heads)
     for level in (config, config.get("thinker_config", {})):
         for section, field in (("vision_config", "intermediate_size"), ("audio_config", "encoder_ffn_dim")):
             level.get(section, {})[field] = width
@@ -95,7 +96,7 @@ def test_after_padding_no_width_is_refused(family: str, width: int, degrees: lis
         assert at.extra_bytes == 2 * (at.padded - width) * rows * at.tower.size(config, at.tower.depth)
 
 
-DEFAULTS: dict[str, dict[str, Any]] = {}
+CONFIGS: dict[str, dict[str, Any]] = {}
 
 
 def test_a_target_that_refuses_a_tower_is_said_to_by_validation() -> None:
@@ -107,6 +108,11 @@ def test_a_target_that_refuses_a_tower_is_said_to_by_validation() -> None:
     assert served
     assert (served.legal, refused.legal, refused.whole) == (True, False, True)  # a warning: there is an option
     assert refused.sentence == tower_obstacles(narrow, {"vllm": [8]})[0]
+
+
+@pytest.mark.parametrize("published", [at for at in PUBLISHED_TOWERS if at.source == DEFAULTS], ids=lambda at: at.name)
+def test_published_towers_are_the_defaults_of_transformers(published: PublishedTower) -> None:
+    assert config_of(published.family)[f"{published.part}_config"].items() >= published.sizes.items()
 
 
 def test_no_engine_or_degree_is_no_plan() -> None:
