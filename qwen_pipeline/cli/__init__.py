@@ -9,6 +9,7 @@ import typer
 
 import qwen_pipeline
 from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, repair, stages
+from qwen_pipeline.workers.leaving import leaving_at_once
 
 app = typer.Typer(
     name="qwen-pipeline",
@@ -48,4 +49,5 @@ app.add_typer(engine.app, name="engine")
 
 
 def main() -> None:
-    app()
+    with leaving_at_once():
+        app()

@@ -3,7 +3,6 @@
 Runs under an engine's own interpreter.
 """
 
-import atexit
 import ctypes
 import errno
 import importlib
@@ -21,6 +20,7 @@ from typing import Any
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.errors import EnvironmentFault, PipelineError
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.workers.leaving import leaving_at_once
 
 Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 
@@ -29,17 +29,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main(target: str, *packages: str) -> None:
     """Import ``package.module:function`` and more packages, run it with the task from standard input, then exit."""
-    codes: list[int] = []
-    atexit.register(lambda: codes and _leave(codes[0]))  # the first to be registered is the last to be called
-    codes.append(_call(target, packages))
-    sys.exit(codes[0])
-
-
-def _leave(code: int) -> None:
-    """End here: all is said and on disk, and to take an interpreter with torch apart takes seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    with leaving_at_once():
+        sys.exit(_call(target, packages))
 
 
 def _call(target: str, packages: Sequence[str]) -> int:
