@@ -22,28 +22,17 @@ from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT
 MERGEKIT = "mergekit==0.1.5"
 COPY, START, PEFT, WHOLE_MODEL_PAD, WITH_MERGEKIT = "cp -r", "start", "PEFT merge", "whole-model pad", "mergekit"
 """What all are held against; a process that imports what ours import and ends; and others'."""
-MERGE, ONE_PASS, ZEROS, PAD = "merge", "merge+pad, one pass", "merge+pad, one pass, zeros", "pad"
-"""Ours; one pass splits channels, as is the default, or weaves in zeros."""
+MERGE, PAD = "merge", f"pad, {DEFAULT_LAYOUT}"
+ONE_PASS, ZEROS = f"merge+pad, one pass, {DEFAULT_LAYOUT}", "merge+pad, one pass, zeros"
+"""Ours. What pads is named with its layout: the default one, or zeros woven in."""
 SAMPLE_SECONDS = 0.01
 
-_OURS = "from pathlib import Path; from qwen_pipeline.checkpoint.store import Directory as D;"
-_MERGE = (
-    _OURS
-    + "from qwen_pipeline.stages.merge import merge;"
-    + "merge(base=Path('base'), fine_tune=Path('adapter'), destination=D(Path('out')))"
-)
+_MERGE = "merge --base base --adapter adapter --out out"
 _ONE_PASS = (
-    _OURS
-    + "from qwen_pipeline.one_pass import merge_and_pad;"
-    + "merge_and_pad(base=Path('base'), fine_tune=Path('adapter'), merged=D(Path('out/merged')),"
-    + " padded=D(Path('out/padded')), tensor_parallel={degree}, layout='{layout}')"
+    "merge-pad --base base --adapter adapter --recipe out/merged --out out/padded --tp {degree} --layout {layout}"
 )
-_PAD = (
-    _OURS
-    + "from qwen_pipeline.stages.pad import pad;"
-    + "pad(source=Path('base'), destination=D(Path('out')), tensor_parallel={degree})"
-)
-_START = "import torch; from qwen_pipeline.one_pass import merge_and_pad"
+_PAD = "pad --in base --out out --tp {degree} --layout {layout}"
+_START = "import os, torch, qwen_pipeline.cli; from qwen_pipeline.one_pass import merge_and_pad; os._exit(0)"
 _PEFT_START = "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
 _PEFT = (
     _PEFT_START + "model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16);"
@@ -100,14 +89,17 @@ class Run:
 
 
 def ours(degree: int) -> list[Contender]:
-    """Return our ways, to be run where ``base`` and ``adapter`` are; they write ``out``."""
-    codes = {
+    """Return our ways, as people run them, where ``base`` and ``adapter`` are; they write ``out``."""
+    commands = {
         MERGE: _MERGE,
         ONE_PASS: _ONE_PASS.format(degree=degree, layout=DEFAULT_LAYOUT),
         ZEROS: _ONE_PASS.format(degree=degree, layout="interleave"),
-        PAD: _PAD.format(degree=degree),
+        PAD: _PAD.format(degree=degree, layout=DEFAULT_LAYOUT),
     }
-    return [Contender(name=name, command=_python(code), start=_python(_START)) for name, code in codes.items()]
+    return [
+        Contender(name=name, command=(sys.executable, "-m", "qwen_pipeline", *command.split()), start=_python(_START))
+        for name, command in commands.items()
+    ]
 
 
 def yardsticks() -> list[Contender]:
