@@ -100,6 +100,7 @@ def load_tiny(root: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     loaded: Any = kind.from_pretrained(root, config=config, dtype=dtype, output_loading_info=True)
     model, report = loaded
     assert not report["missing_keys"], report["missing_keys"]
+    assert not report["mismatched_keys"], report["mismatched_keys"]
     return model.eval()
 
 

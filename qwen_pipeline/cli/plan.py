@@ -26,6 +26,7 @@ app = typer.Typer()
     examples=[
         "qwen-pipeline plan Qwen2.5-72B/ --tp 2 --tp 4 --tp 8 --group-size 128",
         "qwen-pipeline plan Qwen/Qwen3-30B-A3B --engine vllm --tp 4 --picture ranks.svg",
+        "qwen-pipeline plan Qwen/Qwen2.5-VL-3B-Instruct --tp 8 --towers",
     ],
 )
 def plan(

@@ -188,7 +188,7 @@ def _attention_report(
         name=CHECKS[3].name,
         passed=not (obstacles or of_towers),
         severity="WARN",
-        measured="; ".join([*obstacles, *["towers"] * bool(of_towers)]) or None,
+        measured="; ".join([*obstacles, *["towers are refused"] * bool(of_towers)]) or None,
         detail=" ".join([choose] * bool(obstacles) + of_towers) or f"Heads and o_proj divide by {asked}.",
     )
 
