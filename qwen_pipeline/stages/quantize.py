@@ -3,8 +3,10 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines import checks
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
-from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, gather_evidence, summarize, write_evidence
-from qwen_pipeline.engines.losses import read_losses
+from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
+from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.engines.protocol import EngineName, QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
@@ -109,8 +111,7 @@ def quantize(
         laps.lap("derive")
 
         def build(partial: Path) -> Built:
-            from qwen_pipeline.engines.evidence_plot import draw_evidence
-
+            import_module("qwen_pipeline.engines.evidence_plot")  # now, while the engine imports too
             job = _open_workshop(partial, source.resolve(), tokens, spec)
             (partial / LOGS).mkdir(exist_ok=True)
             laps.lap("workshop")
@@ -118,20 +119,15 @@ def quantize(
             laps.lap("worker")
             losses = read_losses(job.quant_log, linears)
             quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
-            quantized = quantized_checkpoint(
-                checkpoint,
-                open_checkpoint(job.packed),
-                linears,
-                quantization,
-            )
-            contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
-            job.quant_log.rename(partial / LOGS / "quant_log.csv")
-            laps.lap("write")
-            written = open_checkpoint(partial)
-            evidence = gather_evidence(written, linears, losses)
-            write_evidence(evidence, partial / EVIDENCE)
-            draw_evidence(evidence, partial / PLOT)
+            quantized = quantized_checkpoint(checkpoint, open_checkpoint(job.packed), linears, quantization)
+            with ThreadPoolExecutor(1) as beside:
+                looking = beside.submit(_keep_evidence, quantized, linears, losses, partial)
+                contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
+                job.quant_log.rename(partial / LOGS / "quant_log.csv")
+                laps.lap("write")
+                evidence = looking.result()
             laps.lap("evidence")
+            written = open_checkpoint(partial)
             reports = checks.check_output(written, linears, losses, spec)
             laps.lap("checks")
             shutil.rmtree(job.workshop)
@@ -215,6 +211,18 @@ def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: Qu
     np.save(job.windows, tokens.input_ids.numpy())
     np.save(job.mask, tokens.attention_mask.numpy())
     return job
+
+
+def _keep_evidence(
+    quantized: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleLoss], partial: Path
+) -> list[Evidence]:
+    """Look at the codes; leave a table and a plot among the logs."""
+    from qwen_pipeline.engines.evidence_plot import draw_evidence
+
+    evidence = gather_evidence(quantized, linears, losses)
+    write_evidence(evidence, partial / EVIDENCE)
+    draw_evidence(evidence, partial / PLOT)
+    return evidence
 
 
 def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
