@@ -1,6 +1,6 @@
 """One decoder layer at a time, at 72B widths: the layer loop beside GPTQModel's own, evaluation beside the disk.
 
-``python -m benchmarks.layerwise OUT`` makes a random Qwen2 of four layers in a scratch directory, quantizes it twice
+``python -m benchmarks.layerwise OUT`` makes a random Qwen2 of ``--layers`` in a scratch directory, quantizes it twice
 with the same calibration tokens, in a process each, then evaluates reference and candidates together. It needs a CUDA
 device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six minutes; what is
 known is written at once. ``--tiny`` does the same with a toy on the CPU, to see that it runs.
@@ -121,7 +121,7 @@ TINY = Size(
 def main() -> None:
     """Run everything; write ``layerwise.json`` and ``layerwise.md`` into the directory given, after every step."""
     arguments = _arguments()
-    size, device = (TINY, "cpu") if arguments.tiny else (WIDE, "cuda")
+    size, device = (TINY, "cpu") if arguments.tiny else (replace(WIDE, layers=arguments.layers), "cuda")
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": _machine(device), "size": asdict(size)}
 
@@ -217,6 +217,7 @@ def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
     per_layer = [after - before for before, after in pairwise(times)]
     rows = list(csv.DictReader(job.quant_log.read_text().splitlines()))
     return {
+        **worker.value,
         "seconds": time.perf_counter() - started,
         "seconds_between_ends_of_layers": per_layer,
         "seconds_a_layer": sum(per_layer) / len(per_layer),
@@ -227,7 +228,6 @@ def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
             kind: mean(float(row["time"]) for row in rows if row["module"] == kind and row["layer"] != "0")
             for kind in dict.fromkeys(row["module"] for row in rows)
         },
-        **worker.value,
     }
 
 
@@ -387,6 +387,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=None, help="a directory on the disk to measure")
     parser.add_argument("--until", type=float, default=1e9, help="seconds after which nothing optional is begun")
+    parser.add_argument("--layers", type=int, default=WIDE.layers)
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
 

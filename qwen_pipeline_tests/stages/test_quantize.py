@@ -23,10 +23,11 @@ from qwen_pipeline.engines.losses import ModuleLoss
 from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears
+from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import chosen_engine, quantize
 from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_qwen3
 
 SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
@@ -154,13 +155,31 @@ def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineNam
     assert all(report.passed for report in load_reports(artifact.manifest.result))
     assert all(0 < loss["loss"] < 1 for loss in artifact.manifest.result["losses"])
     require_faithful(open_checkpoint(run.source), open_checkpoint(artifact.path))
-    for loader in (LOAD_AND_COMPARE, LOAD_WITH_GPTQMODEL):
-        assert compared(find_environment("gptqmodel"), loader, run.source, artifact.path)["kl"] < 0.1
+    loaders = find_environment("gptqmodel")
+    assert compared(loaders, LOAD_AND_COMPARE, run.source, artifact.path, CUDA_VISIBLE_DEVICES="")["kl"] < 0.1
+    assert compared(loaders, LOAD_WITH_GPTQMODEL, run.source, artifact.path)["kl"] < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["saved", "fused"])
+@pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
+def test_each_loop_quantizes_experts_on_cuda(run: Run, tmp_path: Path, name: EngineName, layout: Layout) -> None:
+    artifact = quantize(
+        source=tiny_model("qwen3_moe", tmp_path / "source", moe_intermediate_size=64, layout=layout),
+        destination=Directory(tmp_path / "out"),
+        calibration=run.calibration,
+        spec=replace(SPEC, engine=name, device="cuda", all_experts=True),
+        engine=find_environment("gptqmodel"),
+    )
+    output = open_checkpoint(artifact.path)
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    assert sum(".experts." in tensor and tensor.endswith(".qweight") for tensor in output) == 2 * 4 * 3
+    require_faithful(open_checkpoint(tmp_path / "source"), output)
 
 
 def require_faithful(source: Checkpoint, output: Checkpoint) -> None:
     for linear in decoder_linears(source):
-        weight_OI = source.load(f"{linear.module}.weight").double()
+        weight_OI = load_weight(source, linear).double()
         error = (dequantized(output, linear.module) - weight_OI).norm() / weight_OI.norm()
         assert error < 0.15, f"{linear.module}: {error}"
 
@@ -180,10 +199,10 @@ def test_transformers_loads_it_and_predicts_nearly_the_same(run: Run, engine: En
     assert found["kl"] < 0.1
 
 
-def compared(engine: EngineEnvironment, loader: str, source: Path, quantized: Path) -> dict[str, Any]:
+def compared(engine: EngineEnvironment, loader: str, source: Path, quantized: Path, **variables: str) -> dict[str, Any]:
     printed = subprocess.run(
         [engine.python, "-c", loader, source, quantized],
-        capture_output=True, text=True, check=True, env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"},
+        capture_output=True, text=True, check=True, env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"} | variables,
     )  # fmt: skip
     return json.loads(printed.stdout.splitlines()[-1])
 
@@ -205,10 +224,10 @@ print(); print(json.dumps({"kl": kl, **names}))
 
 LOAD_WITH_GPTQMODEL = """
 import json, sys, torch
-from gptqmodel import GPTQModel
+from gptqmodel import BACKEND, GPTQModel
 from transformers import AutoModelForCausalLM
 ids = torch.arange(256).reshape(4, 64)
-candidate = GPTQModel.load(sys.argv[2], device="cuda:0").model
+candidate = GPTQModel.load(sys.argv[2], device="cuda:0", backend=BACKEND.GPTQ_TORCH).model
 reference = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 with torch.inference_mode():
     exact = reference(ids).logits.double().log_softmax(-1)
