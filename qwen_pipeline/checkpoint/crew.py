@@ -1,8 +1,8 @@
-"""Jobs over a few threads, begun in order; a job may wait for what those begun earlier bring.
+"""Jobs over a few threads, begun in order.
 
 Each block is read, computed, hashed and written by one thread from beginning to end, so what is in memory is a few
 blocks for each thread, whatever the size of a tensor. Reading, arithmetic, hashing and writing all release Python's
-lock. The oldest job never waits, so some job always moves on.
+lock.
 """
 
 import os
@@ -10,9 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from qwen_pipeline.checkpoint.buffers import Pool, recycling
 
@@ -27,7 +26,7 @@ TICK_SECONDS = 0.2
 
 
 def crew_size() -> int:
-    """Threads of a crew: two more than the cores it may use, since some wait for a disk or for their turn."""
+    """Threads of a crew: two more than the cores it may use, since some wait for a disk."""
     return min(len(os.sched_getaffinity(0)) + 2, MOST_THREADS)
 
 
@@ -36,7 +35,7 @@ def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[
 
     Args:
         jobs: Taken one by one as threads become free, never by two threads at once.
-        do: May use :func:`take_turn`.
+        do: What to do with each.
         tick: Called every :data:`TICK_SECONDS` and at the end, on the calling thread.
     """
     crew = _Crew(jobs)
@@ -59,21 +58,6 @@ def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[
     if crew.fault:
         raise crew.fault
     tick()
-
-
-def take_turn(ready: Callable[[], bool], claim: Callable[[], bool]) -> bool:
-    """Wait until something is so, or until no job begun earlier is left that could make it so; then try to claim it.
-
-    Outside of a job nothing can be claimed.
-    """
-    job = _thread.job
-    return bool(job) and job.crew.turn(ready, claim, job.number)
-
-
-def tell_waiting(change: Callable[[], None]) -> None:
-    """Within a job, change what others may wait for."""
-    assert _thread.job, "only a job is waited for"
-    _thread.job.crew.move(change)
 
 
 class SharedWork(Generic[T]):
@@ -112,68 +96,23 @@ class SharedWork(Generic[T]):
             self._changed.notify_all()
 
 
-class _Stopped(Exception):
-    """An older job failed: what this one waits for will not come."""
-
-
 class _Crew(Generic[T]):
     def __init__(self, jobs: Iterable[T]) -> None:
         self._jobs = enumerate(jobs)
-        self._moved = threading.Condition()
-        self._running: set[int] = set()
+        self._lock = threading.Lock()
         self._failed = 0
         self.fault: BaseException | None = None
 
     def begin(self) -> tuple[int, T] | None:
         """Take the next job, if there is one and nothing failed."""
-        with self._moved:
-            if self.fault is None and (taken := next(self._jobs, None)):
-                self._running.add(taken[0])
-                return taken
-        return None
-
-    def end(self, number: int) -> None:
-        self.move(lambda: self._running.remove(number))
+        with self._lock:
+            return next(self._jobs, None) if self.fault is None else None
 
     def stop(self, fault: BaseException, number: int) -> None:
-        """Begin nothing more and end what is younger.
-
-        Older jobs go on: the oldest fault counts, so that the same work fails the same way.
-        """
-        with self._moved:
+        """Begin nothing more; the oldest job's fault counts, so that the same work fails the same way."""
+        with self._lock:
             if self.fault is None or number < self._failed:
                 self.fault, self._failed = fault, number
-            self._moved.notify_all()
-
-    def turn(self, ready: Callable[[], bool], claim: Callable[[], bool], number: int) -> bool:
-        """Wait until something is so, or until no older job is left that could make it so; then try to claim it."""
-        with self._moved:
-            self._moved.wait_for(lambda: self._is_over(number) or ready() or number == min(self._running))
-            if self._is_over(number):
-                raise _Stopped
-            return claim()
-
-    def _is_over(self, number: int) -> bool:
-        return self.fault is not None and self._failed < number
-
-    def move(self, change: Callable[[], None]) -> None:
-        """Change what others may wait for."""
-        with self._moved:
-            change()
-            self._moved.notify_all()
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    crew: _Crew[Any]
-    number: int
-
-
-class _Thread(threading.local):
-    job: _Job | None = None
-
-
-_thread = _Thread()
 
 
 def _serve(crew: _Crew[T], do: Callable[[T], None]) -> None:
@@ -185,12 +124,8 @@ def _serve(crew: _Crew[T], do: Callable[[T], None]) -> None:
         try:
             while taken := crew.begin():
                 number, job = taken
-                _thread.job = _Job(crew, number)
                 do(job)
-                crew.end(number)
                 number = NOT_BEGUN
-        except _Stopped:
-            return
         except BaseException as fault:
             crew.stop(fault, number)
 

@@ -83,7 +83,7 @@ class PassingTensor:
         """What was learned, or None while bytes are missing."""
         if not self._hash.is_complete:
             return None
-        digest = TensorDigest(dtype=self._spec.dtype, shape=self._spec.shape, tree_sha256=self._hash.hexdigest())
+        digest = TensorDigest(dtype=self._spec.dtype, shape=self._spec.shape, tree_blake3=self._hash.hexdigest())
         return SeenTensor(digest=digest, finite=self._finite)
 
 
@@ -258,4 +258,4 @@ def _stat_key(files: Iterable[Path]) -> str:
 def _memory(files: Iterable[Path]) -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     cache = Path(home) if home else Path.home() / ".cache"
-    return cache / "qwen-pipeline" / "digests-3" / _stat_key(files)
+    return cache / "qwen-pipeline" / "digests-4" / _stat_key(files)

@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from qwen_pipeline.checkpoint.lazy import INDEX, MANIFEST
 from qwen_pipeline.errors import CheckpointRefused
 
-FORMAT = "qwen-pipeline/manifest/3"
-OUTDATED = ("qwen-pipeline/manifest/1", "qwen-pipeline/manifest/2")
+FORMAT = "qwen-pipeline/manifest/4"
+OUTDATED = tuple(f"qwen-pipeline/manifest/{version}" for version in (1, 2, 3))
 """They digest a tensor by another rule, so that nothing in them can be compared with what is made now."""
 UNREAD = "unread"
 """Stands for the digest of an input that is found while the input is read; never in a manifest."""
@@ -33,12 +33,12 @@ class TensorDigest:
     """A tensor's dtype by its safetensors name, its shape and the digest of its bytes.
 
     Attributes:
-        tree_sha256: Hex SHA-256 over the SHA-256 (32 bytes each) of the blocks of 8 MiB that the bytes are cut into.
+        tree_blake3: Hex BLAKE3 over the BLAKE3 (32 bytes each) of the blocks of 1 MiB that the bytes are cut into.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    tree_sha256: str
+    tree_blake3: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class Contents:
         beside = {
             path: file.sha256 for path, file in self.files.items() if is_content(path) and isinstance(file, FileDigest)
         }
-        tensors = {name: [t.dtype, list(t.shape), t.tree_sha256] for name, t in self.tensors.items()}
+        tensors = {name: [t.dtype, list(t.shape), t.tree_blake3] for name, t in self.tensors.items()}
         return "sha256:" + canonical_sha256({"tensors": tensors, "files": beside})
 
     @property

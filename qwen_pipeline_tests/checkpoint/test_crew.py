@@ -1,4 +1,4 @@
-"""Jobs of a crew fail as they would one after the other, wait only for older ones, and leave no thread behind."""
+"""Jobs of a crew fail as they would one after the other, and leave no thread behind."""
 
 import threading
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.crew import crew_size, take_turn, tell_waiting, work_in_order
+from qwen_pipeline.checkpoint.crew import crew_size, work_in_order
 
 
 def threads_left() -> set[threading.Thread]:
@@ -25,52 +25,6 @@ def test_the_oldest_fault_counts_whoever_fails_first() -> None:
 
     with pytest.raises(ValueError, match="0"):
         work_in_order(range(2), do)
-
-
-def test_an_older_job_takes_its_turn_and_fails_though_a_younger_one_failed_before() -> None:
-    younger: list[threading.Thread] = []
-    younger_began = threading.Event()
-
-    def do(number: int) -> None:
-        if number == 1:
-            younger.append(threading.current_thread())
-            younger_began.set()
-            raise ValueError("younger")
-        assert younger_began.wait(10)
-        younger[0].join(10)
-        assert take_turn(lambda: True, lambda: True)
-        raise ValueError("older")
-
-    with pytest.raises(ValueError, match="older"):
-        work_in_order(range(2), do)
-
-
-def test_a_job_that_waits_for_a_failed_one_ends() -> None:
-    def do(number: int) -> None:
-        if number == 0:
-            raise ValueError(number)
-        take_turn(lambda: False, lambda: False)
-
-    with pytest.raises(ValueError, match="0"):
-        work_in_order(range(2), do)
-    assert not threads_left()
-
-
-def test_the_oldest_job_waits_for_nothing() -> None:
-    claimed: list[bool] = []
-    work_in_order(range(20), lambda _: claimed.append(take_turn(lambda: False, lambda: True)))
-    assert claimed == [True] * 20
-
-
-def test_a_job_waits_until_an_older_one_told_it() -> None:
-    order: list[int] = []
-
-    def do(number: int) -> None:
-        take_turn(lambda: len(order) == number, lambda: True)
-        tell_waiting(lambda: order.append(number))
-
-    work_in_order(range(50), do)
-    assert order == list(range(50))
 
 
 def test_a_fault_begins_nothing_more() -> None:

@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).with_name("golden_manifest.json")
 
 def test_a_manifest_is_written_and_read_byte_for_byte(tmp_path: Path) -> None:
     contents = Contents(
-        tensors={"w": TensorDigest(dtype="BF16", shape=(2, 3), tree_sha256=naive(bytes(12)))},
+        tensors={"w": TensorDigest(dtype="BF16", shape=(2, 3), tree_blake3=naive(bytes(12)))},
         files={
             "config.json": FileDigest(bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),
             "model.safetensors": ShardDigest(bytes=92, header_sha256="0" * 64),
@@ -39,7 +39,7 @@ def test_a_manifest_is_written_and_read_byte_for_byte(tmp_path: Path) -> None:
     manifest = Manifest(
         derivation=Derivation(stage="merged", inputs={"base": "sha256:0"}, spec={"base_names": []}, code_version="3"),
         contents=contents,
-        content_digest="sha256:266a2aefc12ca64c909f60be220dc22ddfc14dc3403e3598c02b76bfdf559418",
+        content_digest="sha256:3dba72af60b29c4bbc150f9d8079bf59acaaf9d95c71c115ec3ca1aa66fa3841",
         result={"kind": "adapter"},
         run=RunFigures(
             seconds=1.5,
@@ -85,12 +85,12 @@ def test_an_independent_reader_finds_the_same_content_digest(sharded: Path, tmp_
     assert content_digest(made.path) == made.manifest.content_digest
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_older_format_is_refused_by_name_and_counts_as_not_there(tmp_path: Path, version: int) -> None:
     store = CheckpointStore(tmp_path)
     made = derive(note("one"), store.slot("alice"), write_note)
     path = made.path / MANIFEST
-    path.write_text(path.read_text().replace("qwen-pipeline/manifest/3", f"qwen-pipeline/manifest/{version}"))
+    path.write_text(path.read_text().replace("qwen-pipeline/manifest/4", f"qwen-pipeline/manifest/{version}"))
 
     with pytest.raises(CheckpointRefused, match=rf"has the format 'qwen-pipeline/manifest/{version}'.*\n.*stage again"):
         open_manifest(made.path)

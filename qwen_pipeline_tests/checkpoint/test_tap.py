@@ -1,6 +1,5 @@
 """A base is digested on its way in: what is seen is what a second reading would find, and no byte is read twice."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from qwen_pipeline.checkpoint.tap import Tap
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline_tests.checkpoint.test_tree_hash import naive
 
-LEAF = 8 * 2**20
 NOTHING = Checkpoint(config={}, tensors={}, shards={})
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """One tensor of three blocks of a digest, the last one short, one that stays, and one that nobody reads."""
+    """One tensor of many blocks of a digest, one that stays, and one that nobody reads."""
     root = tmp_path / "base"
     root.mkdir()
     tensors = {
@@ -41,9 +40,7 @@ def base(tmp_path: Path) -> Path:
 
 def by_the_format(tensor: torch.Tensor) -> str:
     """docs/format.md, tensor digest."""
-    data = bytes(as_bytes(tensor))
-    blocks = [data[at : at + LEAF] for at in range(0, len(data), LEAF)]
-    return hashlib.sha256(b"".join(hashlib.sha256(block).digest() for block in blocks)).hexdigest()
+    return naive(bytes(as_bytes(tensor)))
 
 
 def doubled(source: Checkpoint) -> Checkpoint:
@@ -71,7 +68,7 @@ def test_what_passed_has_the_digest_of_the_format_and_nothing_is_read_twice(base
     read = bytes_moved()[0] - before
 
     stored = load_file(base / SINGLE_SHARD)
-    assert {name: seen.digest.tree_sha256 for name, seen in tap.seen.items()} == {
+    assert {name: seen.digest.tree_blake3 for name, seen in tap.seen.items()} == {
         name: by_the_format(tensor) for name, tensor in stored.items()
     }
     assert written.tensors["kept.weight"] == tap.seen["kept.weight"].digest
