@@ -13,7 +13,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 
 ROOM = "qwen_pipeline"
 STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--layout", choices=get_args(Layout), default=DEFAULT_LAYOUT)
     parser.add_argument("--threads", type=int, help="instead of two more than there are cores")
     asked = parser.parse_args()
 
@@ -86,6 +89,7 @@ def main() -> None:
         fine_tune=asked.adapter,
         merged=Directory(asked.out / "merged"),
         padded=Directory(asked.out / "padded"),
+        layout=asked.layout,
     )
     seconds, now = time.perf_counter() - began, os.times()
     print(f"{seconds:.1f} s, user {now.user - used.user:.1f} s, system {now.system - used.system:.1f} s")

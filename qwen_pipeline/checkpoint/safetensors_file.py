@@ -139,7 +139,8 @@ def as_bytes(tensor: "torch.Tensor") -> memoryview:
     """A contiguous tensor's memory, without a copy."""
     import torch
 
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.contiguous() if tensor.dim() else tensor.reshape(1)
+    return flat.view(torch.uint8).numpy().reshape(-1).data
 
 
 def read_header(path: Path) -> bytes:

@@ -23,7 +23,7 @@ from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 from qwen_pipeline.transforms.splitting import choose_splits
 
 STAGE = "padded"
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 CHECKS = (
     CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP."),
     CheckSpec(

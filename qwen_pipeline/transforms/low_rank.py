@@ -99,10 +99,10 @@ class _Loaded:
     scaling: float
 
     def add_to(self, cell_NI: "torch.Tensor", start: int) -> None:
-        low, high = max(start, self.top), min(start + len(cell_NI), self.top + len(self.up))
+        low, high = max(start, self.top), min(start + cell_NI.shape[0], self.top + self.up.shape[0])
         if low < high:
-            rows = cell_NI[low - start : high - start]
-            rows.addmm_(self.up[low - self.top : high - self.top], self.down, alpha=self.scaling)
+            rows, up = _rows(cell_NI, low - start, high - start), _rows(self.up, low - self.top, high - self.top)
+            rows.addmm_(up, self.down, alpha=self.scaling)
 
 
 def cell_sums(
@@ -117,19 +117,22 @@ def cell_sums(
         height: How many rows the whole matrix has.
         wide: What is computed in. The memory that is yielded is used again for the next cell.
     """
-    low, high = start - start % CELL_ROWS, min(-(-(start + len(w_NI)) // CELL_ROWS) * CELL_ROWS, height)
+    rows = w_NI.shape[0]
+    low, high = start - start % CELL_ROWS, min(-(-(start + rows) // CELL_ROWS) * CELL_ROWS, height)
     loaded = [part for term in terms if (part := _loaded(term, low, high, wide))]
     cell = empty((CELL_ROWS, w_NI.shape[1]), wide)
-    for top in range(low, high, CELL_ROWS):
-        sum_NI = cell[: min(CELL_ROWS, high - top)]
-        first, last = max(top, start), min(top + len(sum_NI), start + len(w_NI))
-        inside = sum_NI[first - top : last - top]
-        if len(inside) < len(sum_NI):
+    tops = range(low, high, CELL_ROWS)
+    wanted = [slice(max(top - start, 0), min(top + CELL_ROWS - start, rows)) for top in tops]
+    parts = w_NI.split([places.stop - places.start for places in wanted])
+    for top, places, part in zip(tops, wanted, parts, strict=True):
+        sum_NI = _rows(cell, 0, min(CELL_ROWS, high - top))
+        inside = _rows(sum_NI, start + places.start - top, start + places.stop - top)
+        if inside is not sum_NI:
             sum_NI.zero_()
-        inside.copy_(w_NI[first - start : last - start])
-        for part in loaded:
-            part.add_to(sum_NI, top)
-        yield slice(first - start, last - start), inside
+        inside.copy_(part)
+        for term in loaded:
+            term.add_to(sum_NI, top)
+        yield places, inside
 
 
 def updated(weight: LazyTensor, terms: Sequence[Term], dtype: str) -> LazyTensor:
@@ -172,6 +175,11 @@ def _add(
 ) -> None:
     for rows, sum_NI in cell_sums(w_NI, terms, start, matrix.rows, wide_dtype(matrix)):
         result_NI[rows].copy_(sum_NI)
+
+
+def _rows(matrix: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
+    """Return rows of a matrix; all of them without asking torch, which hands Python's lock away for a view."""
+    return matrix if (start, stop) == (0, matrix.shape[0]) else matrix[start:stop]
 
 
 def _loaded(term: Term, low: int, high: int, wide: "torch.dtype") -> _Loaded | None:

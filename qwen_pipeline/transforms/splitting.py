@@ -19,12 +19,13 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.tap import looking_aside
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
+from qwen_pipeline.transforms.low_rank import CELL_ROWS
 
 if TYPE_CHECKING:
     import torch
 
-OUTPUTS, RUN = 1024, 16
-"""Outputs that a choice looks at, at most, spread evenly: in runs of so many rows. The gains are sums over outputs."""
+OUTPUTS = 1024
+"""Outputs that a choice looks at, at most, in cells that are spread evenly. The gains are sums over outputs."""
 
 
 def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
@@ -122,8 +123,9 @@ def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) ->
         return [partial(gain_of_expert, number) for number in range(rows)]
     if rows <= OUTPUTS:
         return [partial(gain, *ends) for ends in block_ranges(checkpoint[name])]
-    starts = [run * rows * RUN // OUTPUTS for run in range(OUTPUTS // RUN)]
-    return [partial(gain, start, start + RUN) for start in starts]
+    cells = OUTPUTS // CELL_ROWS
+    starts = [cell * rows // cells // CELL_ROWS * CELL_ROWS for cell in range(cells)]
+    return [partial(gain, start, start + CELL_ROWS) for start in starts]
 
 
 def _is_stack(checkpoint: Checkpoint, name: str) -> bool:

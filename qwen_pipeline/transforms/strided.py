@@ -67,17 +67,19 @@ def gather(source: "torch.Tensor", sources: "torch.Tensor", target: "torch.Tenso
 def _runs(sources: "torch.Tensor", targets: "torch.Tensor") -> Iterator[Run]:
     """Cut pairs of indices, greedily, into runs along which both move by an even step.
 
-    Python counts runs here, not channels: it would hold up every other thread.
+    Python counts runs here, not channels, and asks NumPy for each number: every call of torch hands Python's lock to
+    another thread, and waits until it is given back.
     """
-    count = len(targets)
-    source_steps, target_steps = sources.diff(), targets.diff()
+    source, target = sources.numpy(), targets.numpy()
+    count = len(target)
+    source_steps, target_steps = source[1:] - source[:-1], target[1:] - target[:-1]
     turns = (source_steps[1:] != source_steps[:-1]) | (target_steps[1:] != target_steps[:-1])
-    ends = iter([*(turns.nonzero().flatten() + 1).tolist(), count - 1])
+    ends = iter([*(turns.nonzero()[0] + 1).tolist(), count - 1])
     first, end = 0, 0
     while first < count:
         while end <= first < count - 1:
             end = next(ends)
         moves = first < count - 1 and bool(source_steps[first] > 0)
         last, step = (end, (int(source_steps[first]), int(target_steps[first]))) if moves else (first, (1, 1))
-        yield Run(last - first + 1, (int(sources[first]), int(targets[first])), step)
+        yield Run(last - first + 1, (int(source[first]), int(target[first])), step)
         first = last + 1
