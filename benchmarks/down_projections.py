@@ -71,8 +71,7 @@ def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     windows = [torch.tensor([window]) for window in (*job["calibration"], *job["held_out"])]
     passage = Passage(base, windows, Place(device=torch.device("cpu"), dtype=torch.float32))
     rows: list[dict[str, Any]] = []
-    for layer in range(len(passage.parts)):
-        module = passage.build(layer, passage.read(layer))
+    for layer, module in enumerate(passage.coming()):
         if layer % job["every"] == job["every"] - 1:
             inputs = [x[0] for x in passage.inputs_within(layer, module, "mlp.down_proj")]
             cut = len(job["calibration"])

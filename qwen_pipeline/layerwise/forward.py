@@ -1,6 +1,6 @@
 """Many batches through one or several models, one decoder layer in memory at a time.
 
-Layer by layer: read the layer (the next one is read meanwhile), take every batch through it, let it go. Hidden states
+Layer by layer: read the layer (what follows is read meanwhile), take every batch through it, let it go. Hidden states
 of all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
 """
 
@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.buffers import give_blocks_back_when_freed
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, give_blocks_back_when_freed
 from qwen_pipeline.checkpoint.digest import block_ranges
-from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.layerwise.feed import Feed
 from qwen_pipeline.layerwise.skeleton import Arguments, Skeleton
-from qwen_pipeline.layerwise.weights import HostTensors, Weights, ahead, fill
+from qwen_pipeline.layerwise.weights import READERS, HostTensors, Part, Take, Weights, ahead, fill
 
 SHARE_OF_GPU = 0.25
 """Hidden states stay on a GPU while they take at most this share of its free memory, else in pinned host memory."""
+SHARE_AHEAD_ON_HOST, SHARE_AHEAD_ON_GPU = 1 / 4, 1 / 2
+"""Of a layer, what is read of those that follow while it computes.
+
+The host shares its memory and its cores with what computes, which takes far longer than to read: a quarter is enough.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +45,21 @@ class Place:
     def fetch(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def compute(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return weights where and in what they are computed with."""
-        return [tensor.to(self.device).to(self.dtype) for tensor in tensors]
+    @property
+    def is_apart(self) -> bool:
+        """Whether it has memory of its own, which is read into while it computes."""
+        return self.device.type == "cuda"
+
+    def bring(self, tensors: Sequence[LazyTensor]) -> Iterator[Tensor]:
+        """Yield weights where and in what they are computed with, small ones; the next ones are read meanwhile."""
+        if self.is_apart:
+            with Feed(tensors, self.device, room=2 * READERS * BLOCK_BYTES) as feed:
+                yield from map(self._as_computed, feed)
+        else:
+            yield from ahead([(partial(tensor.read, 0, tensor.spec.rows), self._as_computed) for tensor in tensors])
+
+    def _as_computed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
 
 
 class _ArrivedError(Exception):
@@ -82,24 +100,53 @@ class LayeredModel:
         self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
         self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
 
-    def read(self, layer: int) -> HostTensors:
-        """Return a layer's stored tensors, to be built later; may run in a thread beside everything else.
-
-        Without a GPU they share its memory with the layer that computes, which takes far longer than to read it: a
-        quarter of a layer is enough to be ahead, and leaves room within one and a half.
-        """
-        part, on_gpu = self.parts[layer], self.place.device.type == "cuda"
-        return part.read(room=None if on_gpu else part.numel * self.place.dtype.itemsize // 4, pinned=on_gpu)
-
-    def build(self, layer: int, stored: HostTensors) -> nn.Module:
-        """Return a layer that can be called; ``stored`` is emptied."""
-        parameters = self.parts[layer].assemble(stored, device=self.place.device, dtype=self.place.dtype)
+    def build(self, layer: int, take: Take) -> nn.Module:
+        """Return a layer that can be called, of stored tensors that are taken in the order of its part."""
+        parameters = self.parts[layer].assemble(take, device=self.place.device, dtype=self.place.dtype)
         return fill(self.skeleton.layers[layer], parameters)
 
-    def coming(self, first: int = 0) -> Iterator[nn.Module]:
-        """Yield the layers from ``first`` on; while one computes, the next one is read."""
-        layers = range(first, len(self.parts))
-        return ahead([(partial(self.read, layer), partial(self.build, layer)) for layer in layers])
+    def coming(self, first: int = 0, *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU) -> Iterator[nn.Module]:
+        """Yield the layers from ``first`` on; while one computes, what follows is read."""
+        return modules([(self, layer) for layer in range(first, len(self.parts))], ahead_on_gpu=ahead_on_gpu)
+
+
+def modules(
+    steps: Sequence[tuple[LayeredModel, int]], *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU
+) -> Iterator[nn.Module]:
+    """Yield layers of models that compute in one place; while one computes, what follows is read.
+
+    Nothing that was yielded is kept here, so that it is gone when the receiver drops it.
+
+    Args:
+        steps: A model and the number of one of its layers.
+        ahead_on_gpu: How much of a layer may wait on a GPU: of the largest one, in what is computed in.
+    """
+    if not any(model.place.is_apart for model, _ in steps):
+        yield from ahead([_on_host(model, layer) for model, layer in steps])
+        return
+    parts = [model.parts[layer] for model, layer in steps]
+    room = max(part.numel for part in parts) * steps[0][0].place.dtype.itemsize * ahead_on_gpu
+    tensors = [part.checkpoint.tensors[name] for part in parts for name in part.stored]
+    with Feed(tensors, steps[0][0].place.device, room=int(room)) as feed:
+        for model, layer in steps:
+            yield model.build(layer, _in_order(feed, model.parts[layer]))
+
+
+def _on_host(model: LayeredModel, layer: int) -> tuple[Callable[[], HostTensors], Callable[[HostTensors], nn.Module]]:
+    """Return what reads the beginning of a layer, and what reads the rest of it and builds it."""
+    part = model.parts[layer]
+    room = int(part.numel * model.place.dtype.itemsize * SHARE_AHEAD_ON_HOST)
+    return partial(part.read, room=room), lambda stored: model.build(layer, part.taking(stored))
+
+
+def _in_order(feed: Feed, part: Part) -> Take:
+    expected = iter(part.stored)
+
+    def take(name: str) -> Tensor:
+        assert name == next(expected), f"{name} is not what a recipe said it would take"
+        return next(feed)
+
+    return take
 
 
 class Passage(LayeredModel):
@@ -192,10 +239,10 @@ def advance(passages: Sequence[Passage]) -> Iterator[int]:
     depths = {len(passage.parts) for passage in passages}
     if len(depths) != 1:
         raise InputRefused(f"The models have {sorted(depths)} layers.", remedy="Compare models of one family and size.")
-    steps = [(layer, passage) for layer in range(depths.pop()) for passage in passages]
-    modules = ahead([(partial(passage.read, layer), partial(passage.build, layer)) for layer, passage in steps])
-    for layer, passage in steps:
-        passage.run(layer, next(modules))
+    steps = [(passage, layer) for layer in range(depths.pop()) for passage in passages]
+    coming = modules(steps)
+    for passage, layer in steps:
+        passage.run(layer, next(coming))
         if passage is passages[-1]:
             yield layer
 
@@ -222,21 +269,19 @@ def logit_blocks(passages: Sequence[Passage], place: Place) -> Iterator[Logits]:
 
     Each output head is read once, in blocks of rows; logits over the whole vocabulary are never in memory.
     """
-    heads = [(passage.weights.checkpoint, passage.weights.head) for passage in passages]
+    heads = [passage.weights.checkpoint.tensors[passage.weights.head] for passage in passages]
     leaving = [passage.leave() for passage in passages]
-    ranges = list(block_ranges(max((checkpoint[name] for checkpoint, name in heads), key=lambda spec: spec.nbytes)))
-    blocks = ahead([(partial(_head_rows, heads, *ends), place.compute) for ends in ranges])
-    for (start, _), near in zip(ranges, blocks, strict=True):
+    ranges = list(block_ranges(max((head.spec for head in heads), key=lambda spec: spec.nbytes)))
+    rows = place.bring([head.part(*ends) for ends in ranges for head in heads])
+    for start, _ in ranges:
+        near = [next(rows) for _ in heads]
         for batch, hidden in enumerate(zip(*leaving, strict=True)):
             values = [
                 product(place.fetch(states)[:, :-1].flatten(0, 1), block)
                 for states, block in zip(hidden, near, strict=True)
             ]
             yield Logits(batch=batch, first=start, values=values)
-
-
-def _head_rows(heads: Sequence[tuple[Checkpoint, str]], start: int, stop: int) -> list[Tensor]:
-    return [checkpoint.load(name, slice(start, stop)) for checkpoint, name in heads]
+        del near
 
 
 def product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:

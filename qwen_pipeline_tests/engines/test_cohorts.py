@@ -29,7 +29,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
     """Return kind -> tokens and Hessian of the first layer's linear layers."""
     passage = Passage(checkpoint, WINDOWS.split(2), CPU)
-    module = passage.build(0, passage.read(0))
+    module = next(passage.coming())
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}
