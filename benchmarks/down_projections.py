@@ -32,7 +32,8 @@ from qwen_pipeline.engines import solver
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.evaluation.text import token_windows
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
 from qwen_pipeline.qwen.layouts import Layout

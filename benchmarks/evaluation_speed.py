@@ -31,7 +31,8 @@ from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.evaluation.peaks import WatchedPassage
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.feed import Feed
-from qwen_pipeline.layerwise.forward import LayeredModel, Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import LayeredModel, Place
 from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight

@@ -243,7 +243,7 @@ def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Evaluate the reference and both candidates side by side; runs in a worker."""
     from qwen_pipeline.evaluation.streamed import evaluate
-    from qwen_pipeline.layerwise.forward import Place
+    from qwen_pipeline.layerwise.model import Place
 
     models, windows = _models(spec)
     place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
@@ -265,7 +265,7 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
 def race_the_disk(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Evaluate the reference and one candidate, beside reading both once; runs in a worker."""
     from benchmarks.evaluation_speed import evaluate_pair, layer_bytes, make_pair, race
-    from qwen_pipeline.layerwise.forward import Place
+    from qwen_pipeline.layerwise.model import Place
 
     models, size = _models(spec)[0], Size(**spec["size"])
     models = {"reference": models["reference"], "candidate": models["layerwise"]}

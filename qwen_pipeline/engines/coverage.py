@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import EngineFault
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import decoder_linears
 

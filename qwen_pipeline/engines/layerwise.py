@@ -31,7 +31,8 @@ from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.engines.cohorts import cohorts, require_known
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device, use_workshop
 from qwen_pipeline.engines.solver import Solved, solve
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.linears import Linear, decoder_linears

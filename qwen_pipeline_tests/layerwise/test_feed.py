@@ -15,8 +15,9 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.feed import Feed
-from qwen_pipeline.layerwise.forward import Passage, Place
-from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
 CPU = torch.device("cpu")
@@ -144,10 +145,11 @@ def test_figures_are_the_same_bits_however_layers_are_read(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_figures_of_codes_are_the_same_bits_however_layers_are_read(
-    chain: Chain, device: str, monkeypatch: pytest.MonkeyPatch
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = {"p": open_checkpoint(chain.padded), "q": open_checkpoint(chain.quantized)}
-    require_same_figures(models, device, monkeypatch)
+    root = tiny_model("qwen2", tmp_path / "p")
+    codes = round_to_codes(root, tmp_path / "q", group_size=32)
+    require_same_figures({"p": open_checkpoint(root), "q": open_checkpoint(codes)}, device, monkeypatch)
 
 
 @pytest.mark.parametrize("device", DEVICES)
