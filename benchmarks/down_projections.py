@@ -32,7 +32,8 @@ from qwen_pipeline.engines import solver
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.evaluation.text import token_windows
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
 from qwen_pipeline.qwen.layouts import Layout
@@ -71,8 +72,7 @@ def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     windows = [torch.tensor([window]) for window in (*job["calibration"], *job["held_out"])]
     passage = Passage(base, windows, Place(device=torch.device("cpu"), dtype=torch.float32))
     rows: list[dict[str, Any]] = []
-    for layer in range(len(passage.parts)):
-        module = passage.build(layer, passage.read(layer))
+    for layer, module in enumerate(passage.coming()):
         if layer % job["every"] == job["every"] - 1:
             inputs = [x[0] for x in passage.inputs_within(layer, module, "mlp.down_proj")]
             cut = len(job["calibration"])

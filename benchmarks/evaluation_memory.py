@@ -1,32 +1,31 @@
 """Peak memory of the streamed evaluation against depth, beside plain Transformers with a whole model in memory.
 
-``python -m benchmarks.evaluation_memory`` evaluates models of one width and growing depth in float32 on the CPU, ours
-and theirs on the same windows, each in a process of its own. Ours has two models on their way, full precision and its
-codes, and compares every prediction; theirs computes the perplexity of the full precision alone. A figure is the
-high-water mark of resident memory above that of the libraries, which are imported before.
+``python -m benchmarks.evaluation_memory`` evaluates models of Qwen2.5-3B's widths and growing depth in float32 on the
+CPU, ours and theirs on the same windows, each in a process of its own. Ours has two models on their way, full precision
+and its codes, and compares every prediction; theirs computes the perplexity of the full precision alone. A figure is
+the high-water mark of resident memory above that of the libraries, which are imported before. The vocabulary is
+smaller than the published one, whose embedding and head would be most of what Transformers has in memory.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from benchmarks.machine import describe_machine
-from benchmarks.models import Widths, linears, write_base
+from benchmarks.models import WIDTHS, Widths, linears, write_base
 from benchmarks.report import RESULTS, keep
 from qwen_pipeline.plotting import BETTER, INK, WORSE, quiet_axes, save_plot
 from qwen_pipeline_tests.rounding import round_to_codes
 
-WIDTHS = Widths(
-    hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=4, vocab_size=8192
-)
-DEPTHS = (2, 4, 8, 16, 32)
+VOCABULARY = 8192
 WINDOWS, SEQ_LEN = 8, 128
 GROUP_SIZE = 64
 FLOAT = 4
@@ -40,7 +39,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.evaluation.streamed import evaluate
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 
 base, codes, count, seq_len, vocabulary = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 windows = list(torch.randint(0, vocabulary, (count, seq_len), generator=torch.Generator().manual_seed(0)))
@@ -73,45 +72,45 @@ class Row:
     perplexity: float
 
 
-def measure(layers: int) -> Row:
+def measure(widths: Widths, layers: int) -> Row:
     """Evaluate a random model of that depth in both ways.
 
     Raises:
         AssertionError: They do not compute the same perplexity.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        base = write_base(WIDTHS, layers, Path(scratch) / "base")
+        base = write_base(widths, layers, Path(scratch) / "base")
         codes = round_to_codes(base, Path(scratch) / "codes", group_size=GROUP_SIZE)
         (perplexity, streamed), (other, transformers) = (_run(code, base, codes) for code in (_OURS, _THEIRS))
     assert abs(perplexity / other - 1) < 1e-4, f"{perplexity} is not {other}"
     return Row(layers=layers, streamed=int(streamed), transformers=int(transformers), perplexity=perplexity)
 
 
-def layer_bytes() -> int:
+def layer_bytes(widths: Widths) -> int:
     """Return the size of one layer in float32, norms and biases left out."""
-    return FLOAT * sum(outputs * inputs for outputs, inputs in linears(WIDTHS).values())
+    return FLOAT * sum(outputs * inputs for outputs, inputs in linears(widths).values())
 
 
-def activation_bytes() -> int:
+def activation_bytes(widths: Widths) -> int:
     """Return the size of two models' hidden states, and of gate, up and their product for one window."""
-    return FLOAT * SEQ_LEN * (2 * WINDOWS * WIDTHS.hidden_size + 3 * WIDTHS.intermediate_size)
+    return FLOAT * SEQ_LEN * (2 * WINDOWS * widths.hidden_size + 3 * widths.intermediate_size)
 
 
-def bound() -> float:
+def bound(widths: Widths) -> float:
     """Return one and a half layers and the activations, in bytes."""
-    return 1.5 * layer_bytes() + activation_bytes()
+    return 1.5 * layer_bytes(widths) + activation_bytes(widths)
 
 
 def _run(code: str, base: Path, codes: Path) -> tuple[float, float]:
-    numbers = map(str, (WINDOWS, SEQ_LEN, WIDTHS.vocab_size))
+    numbers = map(str, (WINDOWS, SEQ_LEN, VOCABULARY))
     command = [sys.executable, "-c", code, str(base), str(codes), *numbers]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE, text=True)
     perplexity, peak = json.loads(done.stdout.splitlines()[-1])
     return perplexity, peak
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw both curves on logarithmic axes, and the bound."""
+def draw(rows: Sequence[Row], most: float, path: Path) -> None:
+    """Draw both curves on logarithmic axes, and the most bytes that ours may take."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = quiet_axes(figure)
     depths = [row.layers for row in rows]
@@ -120,7 +119,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ("streamed, two models", [row.streamed for row in rows], BETTER),
     ):
         axes.plot(depths, [value / 1e6 for value in values], label=label, color=color, linewidth=1.5, marker="o")
-    axes.axhline(bound() / 1e6, color=INK, linestyle="--", linewidth=1, label="1.5 layers and activations")
+    axes.axhline(most / 1e6, color=INK, linestyle="--", linewidth=1, label="1.5 layers and activations")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(depths, list(map(str, depths)))
@@ -130,17 +129,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     save_plot(figure, path)
 
 
-def write_results(rows: Sequence[Row]) -> None:
+def write_results(name: str, widths: Widths, rows: Sequence[Row]) -> None:
     """Write ``evaluation-memory.json``, ``.md`` and ``.png`` beside the other results."""
+    most = bound(widths)
     day, machine = datetime.now(UTC).date().isoformat(), describe_machine()
     table = "\n".join(
-        f"| {row.layers} | {row.streamed / 1e6:.0f} | {row.streamed / bound():.2f} | {row.transformers / 1e6:.0f} |"
+        f"| {row.layers} | {row.streamed / 1e6:.0f} | {row.streamed / most:.2f} | {row.transformers / 1e6:.0f} |"
         for row in rows
     )
     text = f"""# Peak memory of evaluating, above the imported libraries
 
-{day}, {machine["cpu"]}, {machine["cores"]} cores, float32. {WINDOWS} windows of {SEQ_LEN} tokens; a layer is
-{layer_bytes() / 1e6:.1f} MB in float32, and 1.5 of them with the activations of two models {bound() / 1e6:.1f} MB.
+{day}, {machine["cpu"]}, {machine["cores"]} cores, float32. Widths of Qwen2.5-{name.upper()} ({widths.hidden_size} x
+{widths.intermediate_size}) with a vocabulary of {VOCABULARY}, {WINDOWS} windows of {SEQ_LEN} tokens; a layer is
+{layer_bytes(widths) / 1e6:.1f} MB in float32, and 1.5 of them with the activations of two models {most / 1e6:.1f} MB.
 Streamed: full precision and its 4-bit codes together, every prediction compared. Transformers: full precision alone.
 
 | layers | streamed, MB | of 1.5 layers and activations | Transformers, MB |
@@ -152,16 +153,25 @@ Streamed: full precision and its 4-bit codes together, every prediction compared
     found = {
         "date": day,
         "machine": machine,
-        "widths": asdict(WIDTHS),
+        "widths": asdict(widths),
         "windows": WINDOWS,
         "seq_len": SEQ_LEN,
-        "bound_bytes": int(bound()),
+        "bound_bytes": int(most),
         "rows": [asdict(row) for row in rows],
     }
     keep(RESULTS / "evaluation-memory", text, found)
-    draw(rows, RESULTS / "evaluation-memory.png")
+    draw(rows, most, RESULTS / "evaluation-memory.png")
     print(text)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="3b", choices=sorted(WIDTHS), help="of which published model")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
+    asked = parser.parse_args()
+    widths = replace(WIDTHS[asked.widths], vocab_size=VOCABULARY)
+    write_results(asked.widths, widths, [measure(widths, layers) for layers in asked.layers])
+
+
 if __name__ == "__main__":
-    write_results([measure(layers) for layers in DEPTHS])
+    main()

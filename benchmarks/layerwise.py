@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
@@ -35,8 +35,6 @@ from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.workers.parent import run_worker
-
-READ_BLOCK = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +243,7 @@ def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Evaluate the reference and both candidates side by side; runs in a worker."""
     from qwen_pipeline.evaluation.streamed import evaluate
-    from qwen_pipeline.layerwise.forward import Place
+    from qwen_pipeline.layerwise.model import Place
 
     models, windows = _models(spec)
     place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
@@ -266,32 +264,15 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
 
 def race_the_disk(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Evaluate the reference and one candidate, beside reading both once; runs in a worker."""
-    from qwen_pipeline.evaluation.streamed import evaluate
-    from qwen_pipeline.layerwise.forward import Place
+    from benchmarks.evaluation_speed import evaluate_pair, layer_bytes, make_pair, race
+    from qwen_pipeline.layerwise.model import Place
 
-    models, windows = _models(spec)
-    models = {role: models[role] for role in ("reference", "layerwise")}
+    models, size = _models(spec)[0], Size(**spec["size"])
+    models = {"reference": models["reference"], "candidate": models["layerwise"]}
     place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:  # imports, contexts and kernels are not what is measured
-        toy = {"reference": open_checkpoint(make_model(TINY, Path(folder) / "toy", "cpu"))}
-        evaluate(toy, [torch.arange(16)], reference="reference", compared=[], place=place)
-    cold = _drop_caches()
-    disk = _seconds_to_read(list(models.values()))
-    cold = _drop_caches() and cold
-    if place.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    evaluate(models, windows, reference="reference", compared=["layerwise"], place=place)
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "bytes_of_both": sum(model.nbytes for model in models.values()),
-        "disk_caches_were_dropped": cold,
-        "seconds_to_read_both_once": disk,
-        "share_of_reading_speed": disk / seconds,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if place.device.type == "cuda" else None,
-        "largest_layer_bytes": _layer_bytes(models["reference"], place.dtype),
-    }
+        evaluate_pair(make_pair(TINY, Path(folder) / "toy", place.device), TINY, place)
+    return {**race(models, size, place), "largest_layer_bytes": layer_bytes(models["reference"], place.dtype)}
 
 
 def quantize_twice(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
@@ -328,8 +309,8 @@ def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.
         engine: quantized_checkpoint(source, open_checkpoint(Path(packed)), linears, quantization)
         for engine, packed in spec["packed"].items()
     }
-    generator = torch.Generator().manual_seed(2)
-    return models, list(torch.randint(3, spec["vocabulary"], (spec["windows"], spec["seq_len"]), generator=generator))
+    size, generator = Size(**spec["size"]), torch.Generator().manual_seed(2)
+    return models, list(torch.randint(3, size.vocabulary, (size.windows, size.seq_len), generator=generator))
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -372,8 +353,8 @@ def render(results: Mapping[str, Any]) -> str:
         ]
     if found := results.get("evaluation against the disk"):
         lines += [
-            f"Reference and candidate are evaluated in {found['seconds']:.1f} s, read in"
-            f" {found['seconds_to_read_both_once']:.1f} s: {found['share_of_reading_speed']:.2f} of reading speed (bar:"
+            f"Reference and candidate are evaluated in {found['seconds_to_evaluate']:.1f} s, read in"
+            f" {found['seconds_to_read']:.1f} s: {found['share_of_reading_speed']:.2f} of reading speed (bar:"
             f" 0.7), in {_gib(found['peak_gpu_bytes'])} GiB of GPU memory; a layer has"
             f" {_gib(found['largest_layer_bytes'])}.",
             "",
@@ -399,9 +380,7 @@ def _evaluation(size: Size, jobs: Mapping[str, QuantJob], device: str) -> dict[s
         "packed": {engine: str(job.packed) for engine, job in jobs.items()},
         "quant": first.spec.to_json(),
         "device": device,
-        "vocabulary": size.vocabulary,
-        "windows": size.windows,
-        "seq_len": size.seq_len,
+        "size": asdict(size),
     }
 
 
@@ -439,29 +418,6 @@ def _watching_gpu(device: str) -> Generator[list[int]]:
         over.set()
         if device == "cuda":
             thread.join()
-
-
-def _seconds_to_read(checkpoints: Sequence[Checkpoint]) -> float:
-    """Read every tensor once, four at a time, as plainly as can be."""
-    started = time.perf_counter()
-    with ThreadPoolExecutor(4) as pool:
-        for checkpoint in checkpoints:
-            for _ in pool.map(lambda name, of=checkpoint: of.load(name).nbytes, checkpoint):
-                pass
-    return time.perf_counter() - started
-
-
-def _drop_caches() -> bool:
-    with suppress(OSError, subprocess.CalledProcessError):
-        subprocess.run(["sync"], check=True)
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-        return True
-    return False
-
-
-def _layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    layer = [spec for name, spec in checkpoint.items() if "layers.0." in name]
-    return sum(spec.nbytes // spec.torch_dtype.itemsize * dtype.itemsize for spec in layer)
 
 
 def _machine(device: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec, default_device, usable_cores
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.evaluation.text import token_windows
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 

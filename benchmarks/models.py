@@ -36,6 +36,12 @@ QWEN2_72B = Widths(
 QWEN2_7B = Widths(
     hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
 )
+QWEN2_3B = Widths(
+    hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936
+)
+QWEN2_1_5B = Widths(
+    hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936
+)
 QWEN2_HALF_B = Widths(
     hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936
 )
@@ -43,6 +49,8 @@ EMBEDDING_OF_8_GIB = replace(QWEN2_72B, vocab_size=2**19, tie_word_embeddings=Tr
 WIDTHS: Mapping[str, Widths] = {
     "72b": QWEN2_72B,
     "7b": QWEN2_7B,
+    "3b": QWEN2_3B,
+    "1.5b": QWEN2_1_5B,
     "0.5b": QWEN2_HALF_B,
     "8gib-embedding": EMBEDDING_OF_8_GIB,
 }

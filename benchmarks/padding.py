@@ -32,7 +32,7 @@ from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import EngineName, QuantSpec
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.evaluation.text import token_windows
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.stages import pad, quantize
 from qwen_pipeline.workers.parent import started_worker

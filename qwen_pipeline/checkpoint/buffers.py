@@ -23,10 +23,16 @@ _M_MMAP_THRESHOLD = -3
 
 
 class Pool:
-    """Buffers of :data:`BLOCK_BYTES` each, as many as were ever in use at once."""
+    """Buffers of :data:`BLOCK_BYTES` each, as many as were ever in use at once.
 
-    def __init__(self) -> None:
+    Args:
+        page_locked: A GPU may copy from them while everything else goes on: whoever has it do so keeps the block until
+            it is done. To lock a page takes longer than to fill it, and is done once for each buffer.
+    """
+
+    def __init__(self, *, page_locked: bool = False) -> None:
         give_blocks_back_when_freed()
+        self._page_locked = page_locked
         self._spare: list[torch.Tensor] = []
 
     def take(self, nbytes: int) -> "torch.Tensor":
@@ -38,7 +44,7 @@ class Pool:
         try:
             buffer = self._spare.pop()
         except IndexError:
-            buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+            buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._page_locked)
         lent = buffer.numpy()[:nbytes]
         weakref.finalize(lent, self._spare.append, buffer).atexit = False
         return torch.from_numpy(lent)

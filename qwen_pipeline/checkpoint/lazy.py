@@ -66,6 +66,12 @@ class LazyTensor:
     read: ReadRows
     stored: StoredTensor | None = None
 
+    def part(self, start: int, stop: int) -> "LazyTensor":
+        """Return rows ``start:stop``; what it does not have of them is absent."""
+        start, stop = min(start, self.spec.rows), min(stop, self.spec.rows)
+        spec = TensorSpec(dtype=self.spec.dtype, shape=(stop - start, *self.spec.shape[1:]))
+        return LazyTensor(spec=spec, read=lambda first, last: self.read(start + first, start + last))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint(Mapping[str, TensorSpec]):

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from qwen_pipeline.engines.solver import Hessian
 from qwen_pipeline.errors import InputRefused, listed
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.qwen.names import stack_of
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import EngineFault
-from qwen_pipeline.layerwise.forward import Passage, Place
-from qwen_pipeline.layerwise.weights import ahead
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import decoder_linears
 
@@ -57,17 +57,13 @@ def count_expert_tokens(
     batches = [batch.long().to(place.device) for batch in input_ids_ST.split(size)]
     masks = [mask.bool().flatten().to(place.device) for mask in mask_ST.split(size)]
     passage = Passage(checkpoint, batches, place)
-    steps = [
-        (lambda layer=layer: passage.read(layer), lambda stored, layer=layer: passage.build(layer, stored))
-        for layer in range(len(passage.parts))
-    ]
     counts: dict[int, Tensor] = {}
-    for layer, module in enumerate(ahead(steps)):
+    for layer, module in enumerate(passage.coming()):
         chosen = _Chosen(module)
         passage.run(layer, module)
         if chosen.batches:
             counts[layer] = chosen.count(masks)
-        observe(Progress(task="route calibration tokens", done=layer + 1, total=len(steps), unit="layers"))
+        observe(Progress(task="route calibration tokens", done=layer + 1, total=len(passage.parts), unit="layers"))
     return counts
 
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -32,8 +31,9 @@ from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.engines.cohorts import cohorts, require_known
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device, use_workshop
 from qwen_pipeline.engines.solver import Solved, solve
-from qwen_pipeline.layerwise.forward import Passage, Place
-from qwen_pipeline.layerwise.weights import Weights, ahead
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.gptq_codes import CODES
@@ -148,8 +148,7 @@ class LayerLoop:
         by_layer = [list(group) for _, group in groupby(self._linears, key=lambda linear: linear.layer)]
         records = finished_layers(self._out, len(by_layer))
         self._take_up(len(records))
-        steps = [(partial(self.passage.read, n), partial(self.passage.build, n)) for n in range(len(by_layer))]
-        modules = ahead(steps)
+        modules = self.passage.coming(ahead_on_gpu=1.0)
         for layer in range(len(records)):
             self.passage.run(layer, next(modules))
 

@@ -21,7 +21,7 @@ from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.ranks import groups_met, rank_part
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.evaluation.targets import Cut, CutFindings, Sliced
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize

@@ -20,7 +20,7 @@ from qwen_pipeline.evaluation.loading import fault_of, place_tensors
 from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import activation_peaks, evaluate
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.transforms.model import open_model

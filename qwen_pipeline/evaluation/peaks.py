@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.figures import Peak
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 UNNAMED = "a product of two activations"

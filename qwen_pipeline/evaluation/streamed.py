@@ -10,7 +10,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.divergence import Predictions
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak, Stretch
 from qwen_pipeline.evaluation.peaks import WatchedPassage
-from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
+from qwen_pipeline.layerwise.forward import Passage, advance, logit_blocks
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 BATCH_TOKENS = {"cpu": 1, "cuda": 8192}

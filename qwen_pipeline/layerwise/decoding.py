@@ -7,7 +7,6 @@ and are read once in all. Each prompt has a cache of its own, one of Transformer
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, takewhile
 from math import prod
 from typing import Any
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.admission import available_memory
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.layerwise.forward import LayeredModel, Place, product
+from qwen_pipeline.layerwise.forward import product
+from qwen_pipeline.layerwise.model import LayeredModel, Place
 from qwen_pipeline.layerwise.skeleton import Entry
-from qwen_pipeline.layerwise.weights import HostTensors, ahead
+from qwen_pipeline.layerwise.weights import Take
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 SHARE_OF_MEMORY = 0.5
@@ -99,9 +99,9 @@ class Decoder(LayeredModel):
             observe(Progress(task="answer", done=longest if running else limit, total=limit, unit="tokens"))
         return [tuple(turn.answer) for turn in turns]
 
-    def build(self, layer: int, stored: HostTensors) -> nn.Module:
+    def build(self, layer: int, take: Take) -> nn.Module:
         """Return a layer that can be called, and keep it if it is the next one and there is room."""
-        module = super().build(layer, stored)
+        module = super().build(layer, take)
         if layer == len(self._layers) and self._takes(self.parts[layer].numel):
             self._layers.append(module)
         return module
@@ -145,20 +145,14 @@ class Decoder(LayeredModel):
         """Return the output head in blocks of rows, each with the number of its first."""
         if self._head:
             return self._head
-        checkpoint, name = self.weights.checkpoint, self.weights.head
-        blocks = ahead(
-            [
-                (partial(checkpoint.load, name, slice(start, stop)), partial(self._block, start))
-                for start, stop in block_ranges(checkpoint[name])
-            ]
-        )
-        if not self._takes(prod(checkpoint[name].shape)):
+        head = self.weights.checkpoint.tensors[self.weights.head]
+        ranges = list(block_ranges(head.spec))
+        rows = self.place.bring([head.part(*ends) for ends in ranges])
+        blocks = zip((start for start, _ in ranges), rows, strict=True)
+        if not self._takes(prod(head.spec.shape)):
             return blocks
         self._head = list(blocks)
         return self._head
-
-    def _block(self, start: int, rows: Tensor) -> tuple[int, Tensor]:
-        return start, self.place.compute([rows])[0]
 
     def _takes(self, numel: int) -> bool:
         """Take so many numbers' room if it is there."""

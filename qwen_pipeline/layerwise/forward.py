@@ -1,47 +1,21 @@
 """Many batches through one or several models, one decoder layer in memory at a time.
 
-Layer by layer: read the layer (the next one is read meanwhile), take every batch through it, let it go. Hidden states
+Layer by layer: read the layer (what follows is read meanwhile), take every batch through it, let it go. Hidden states
 of all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.buffers import give_blocks_back_when_freed
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.layerwise.skeleton import Arguments, Skeleton
-from qwen_pipeline.layerwise.weights import HostTensors, Weights, ahead, fill
-
-SHARE_OF_GPU = 0.25
-"""Hidden states stay on a GPU while they take at most this share of its free memory, else in pinned host memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where models compute, and in what."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def shelve(self, tensor: Tensor, *, copies: int) -> Tensor:
-        """Return a tensor where it and others of its size, ``copies`` in all, can wait for their next layer."""
-        if self.device.type == "cpu" or copies * tensor.nbytes <= SHARE_OF_GPU * torch.cuda.mem_get_info()[0]:
-            return tensor
-        return tensor.cpu().pin_memory()
-
-    def fetch(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    def compute(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return weights where and in what they are computed with."""
-        return [tensor.to(self.device).to(self.dtype) for tensor in tensors]
+from qwen_pipeline.layerwise.model import LayeredModel, Place, modules
+from qwen_pipeline.layerwise.skeleton import Arguments
 
 
 class _ArrivedError(Exception):
@@ -63,43 +37,6 @@ class _Kept(nn.Module):
         output = self._outputs[self._turn % len(self._outputs)]
         self._turn += 1
         return _each(self._place.fetch, output)
-
-
-class LayeredModel:
-    """A model whose layers are read and built one by one.
-
-    Args:
-        checkpoint: Full precision or GPTQ codes, of any Qwen family.
-        place: Where to compute.
-
-    Raises:
-        CheckpointRefused: A tensor that the model needs is missing or has another shape.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
-        give_blocks_back_when_freed()
-        self.place, self.weights = place, Weights.of(checkpoint)
-        self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
-        self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
-
-    def read(self, layer: int) -> HostTensors:
-        """Return a layer's stored tensors, to be built later; may run in a thread beside everything else.
-
-        Without a GPU they share its memory with the layer that computes, which takes far longer than to read it: a
-        quarter of a layer is enough to be ahead, and leaves room within one and a half.
-        """
-        part, on_gpu = self.parts[layer], self.place.device.type == "cuda"
-        return part.read(room=None if on_gpu else part.numel * self.place.dtype.itemsize // 4, pinned=on_gpu)
-
-    def build(self, layer: int, stored: HostTensors) -> nn.Module:
-        """Return a layer that can be called; ``stored`` is emptied."""
-        parameters = self.parts[layer].assemble(stored, device=self.place.device, dtype=self.place.dtype)
-        return fill(self.skeleton.layers[layer], parameters)
-
-    def coming(self, first: int = 0) -> Iterator[nn.Module]:
-        """Yield the layers from ``first`` on; while one computes, the next one is read."""
-        layers = range(first, len(self.parts))
-        return ahead([(partial(self.read, layer), partial(self.build, layer)) for layer in layers])
 
 
 class Passage(LayeredModel):
@@ -192,10 +129,10 @@ def advance(passages: Sequence[Passage]) -> Iterator[int]:
     depths = {len(passage.parts) for passage in passages}
     if len(depths) != 1:
         raise InputRefused(f"The models have {sorted(depths)} layers.", remedy="Compare models of one family and size.")
-    steps = [(layer, passage) for layer in range(depths.pop()) for passage in passages]
-    modules = ahead([(partial(passage.read, layer), partial(passage.build, layer)) for layer, passage in steps])
-    for layer, passage in steps:
-        passage.run(layer, next(modules))
+    steps = [(passage, layer) for layer in range(depths.pop()) for passage in passages]
+    coming = modules(steps)
+    for passage, layer in steps:
+        passage.run(layer, next(coming))
         if passage is passages[-1]:
             yield layer
 
@@ -222,21 +159,19 @@ def logit_blocks(passages: Sequence[Passage], place: Place) -> Iterator[Logits]:
 
     Each output head is read once, in blocks of rows; logits over the whole vocabulary are never in memory.
     """
-    heads = [(passage.weights.checkpoint, passage.weights.head) for passage in passages]
+    heads = [passage.weights.checkpoint.tensors[passage.weights.head] for passage in passages]
     leaving = [passage.leave() for passage in passages]
-    ranges = list(block_ranges(max((checkpoint[name] for checkpoint, name in heads), key=lambda spec: spec.nbytes)))
-    blocks = ahead([(partial(_head_rows, heads, *ends), place.compute) for ends in ranges])
-    for (start, _), near in zip(ranges, blocks, strict=True):
+    ranges = list(block_ranges(max((head.spec for head in heads), key=lambda spec: spec.nbytes)))
+    rows = place.bring([head.part(*ends) for ends in ranges for head in heads])
+    for start, _ in ranges:
+        near = [next(rows) for _ in heads]
         for batch, hidden in enumerate(zip(*leaving, strict=True)):
             values = [
                 product(place.fetch(states)[:, :-1].flatten(0, 1), block)
                 for states, block in zip(hidden, near, strict=True)
             ]
             yield Logits(batch=batch, first=start, values=values)
-
-
-def _head_rows(heads: Sequence[tuple[Checkpoint, str]], start: int, stop: int) -> list[Tensor]:
-    return [checkpoint.load(name, slice(start, stop)) for checkpoint, name in heads]
+        del near
 
 
 def product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:

@@ -24,23 +24,32 @@ from qwen_pipeline.qwen.families import stored_head
 from qwen_pipeline.qwen.names import decoder_prefix
 from qwen_pipeline.transforms.gptq_codes import CODES, PackedLinear, gptq_format
 
-READERS = 4
-"""Threads that read one layer's tensors: one alone does not keep a fast disk busy."""
+READERS = 8
+"""Threads that read: one alone does not keep a fast disk busy."""
+GAP_BYTES, RUN_BYTES = 128 * 2**10, 2**20
+"""Rows of an embedding that nobody wants are read if there are no more between two others, in runs of so many bytes."""
 
 T = TypeVar("T")
 U = TypeVar("U")
 HostTensors = dict[str, Tensor]
 Take = Callable[[str], Tensor]
-"""Hands out a stored tensor by name, once, on the device of the parameter."""
+"""Hands out a stored tensor by name, once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one parameter comes from stored tensors: ``write`` fills it, in whatever dtype it has."""
+    """How one parameter comes from stored tensors.
+
+    Attributes:
+        stored: Their names, in the order in which ``write`` takes them.
+        write: Fills the parameter, in whatever dtype it has.
+        is_stored: Whether it is a stored tensor as it is, but for its dtype.
+    """
 
     stored: tuple[str, ...]
     shape: tuple[int, ...]
     write: Callable[[Tensor, Take], object]
+    is_stored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,37 +64,39 @@ class Part:
     def numel(self) -> int:
         return sum(prod(recipe.shape) for recipe in self.recipes.values())
 
-    def read(self, *, room: int | None = None, pinned: bool = False) -> HostTensors:
-        """Return stored tensors in host memory, in their order; with a bound, the first ``room`` bytes of them.
+    @property
+    def stored(self) -> list[str]:
+        """Names of the stored tensors, in the order in which they are taken."""
+        return [name for recipe in self.recipes.values() for name in recipe.stored]
 
-        What is left out is read when it is needed. From ``pinned`` memory a GPU copies while it computes.
-        """
-        names = [name for recipe in self.recipes.values() for name in recipe.stored]
-        ends = accumulate(self.checkpoint[name].nbytes for name in names)
-        fitting = [name for name, end in zip(names, ends, strict=True) if room is None or end <= room]
-
-        def load(name: str) -> Tensor:
-            tensor = self.checkpoint.load(name)
-            return tensor.pin_memory() if pinned else tensor
-
+    def read(self, *, room: int) -> HostTensors:
+        """Return the first stored tensors, as many as there are in ``room`` bytes; the others are read when needed."""
+        ends = accumulate(self.checkpoint[name].nbytes for name in self.stored)
+        fitting = [name for name, end in zip(self.stored, ends, strict=True) if end <= room]
         with ThreadPoolExecutor(READERS) as pool:
-            return dict(zip(fitting, pool.map(load, fitting), strict=True))
+            return dict(zip(fitting, pool.map(self.checkpoint.load, fitting), strict=True))
 
-    def assemble(self, stored: HostTensors, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Compute the parameters. ``stored`` is emptied on the way, so that memory is given back."""
+    def taking(self, stored: HostTensors) -> Take:
+        """Return what hands out stored tensors; ``stored`` is emptied on the way, so that memory is given back."""
+        return lambda name: stored.pop(name) if name in stored else self.checkpoint.load(name)
 
-        def take(name: str) -> Tensor:
-            tensor = stored.pop(name) if name in stored else self.checkpoint.load(name)
-            return tensor.to(device, non_blocking=True)
+    def assemble(self, take: Take, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Compute the parameters.
 
+        What is taken on a GPU was copied there and may be a parameter itself; what the host has may be somebody's.
+        """
         parameters: dict[str, Tensor] = {}
         for name, recipe in self.recipes.items():
-            parameters[name] = torch.empty(recipe.shape, dtype=self.integers.get(name, dtype), device=device)
-            recipe.write(parameters[name], take)
+            wanted = self.integers.get(name, dtype)
+            if recipe.is_stored:
+                parameters[name] = take(*recipe.stored).to(device, wanted, copy=device.type == "cpu")
+            else:
+                parameters[name] = torch.empty(recipe.shape, dtype=wanted, device=device)
+                recipe.write(parameters[name], lambda each: take(each).to(device))
         return parameters
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        return self.assemble({}, device=device, dtype=dtype)
+        return self.assemble(self.taking({}), device=device, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +141,9 @@ class Weights:
         )
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Return these rows of the embedding, which must be ascending; no other row is read.
+        """Return these rows of the embedding, which must be ascending, and at least one.
+
+        A disk brings some neighbours in the time that it takes to find another row.
 
         Raises:
             InputRefused: It does not have that many.
@@ -140,14 +153,20 @@ class Weights:
                 f"There is a token {ids[-1]}, but {self.embedding} has {vocabulary} rows.",
                 remedy="Use the tokenizer of this model, and text without tokens that another one added.",
             )
-        blocks = [self.checkpoint.load(self.embedding, slice(start, stop)) for start, stop in _runs(ids)]
-        return torch.cat(blocks)
+
+        def read(first: int, last: int) -> Tensor:
+            block = self.checkpoint.load(self.embedding, slice(ids[first], ids[last - 1] + 1))
+            return block[torch.tensor(ids[first:last]) - ids[first]]
+
+        runs = _runs(ids, self.checkpoint[self.embedding].row_bytes)
+        with ThreadPoolExecutor(READERS) as pool:
+            return torch.cat(list(pool.map(read, *zip(*runs, strict=True))))
 
     def _recipe(self, name: str, shape: tuple[int, ...]) -> Recipe:
         found = self.checkpoint.get(name)
         module, experts = name.removesuffix(".weight"), name.rpartition(".")[0]
         if found and found.shape == shape:
-            return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name)))
+            return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name)), is_stored=True)
         if found and len(shape) == 3 and found.shape == (shape[0], shape[2], shape[1]):
             return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name).mT))
         if f"{module}.qweight" in self.checkpoint:
@@ -241,12 +260,12 @@ def _stored(recipes: Sequence[Recipe]) -> tuple[str, ...]:
     return tuple(name for recipe in recipes for name in recipe.stored)
 
 
-def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield ``start, stop`` of each run of consecutive numbers."""
-    start = previous = ids[0]
-    for number in ids[1:]:
-        if number != previous + 1:
-            yield start, previous + 1
-            start = number
-        previous = number
-    yield start, previous + 1
+def _runs(ids: Sequence[int], row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut ascending row numbers into runs that are read at once; yield where each begins and ends among them."""
+    first = 0
+    for place in range(1, len(ids)):
+        beyond, whole = ids[place] - ids[place - 1] - 1, ids[place] - ids[first] + 1
+        if beyond * row_bytes > GAP_BYTES or whole * row_bytes > RUN_BYTES:
+            yield first, place
+            first = place
+    yield first, len(ids)

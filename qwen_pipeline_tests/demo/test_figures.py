@@ -14,7 +14,7 @@ from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.evaluation.text import token_windows
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.in_transformers import in_transformers

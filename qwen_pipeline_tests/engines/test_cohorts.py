@@ -10,7 +10,8 @@ from torch import Tensor
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.engines.cohorts import cohorts, require_known
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.layerwise.forward import Passage, Place
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline_tests.tiny import load_tiny, tiny_model
 
@@ -29,7 +30,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
     """Return kind -> tokens and Hessian of the first layer's linear layers."""
     passage = Passage(checkpoint, WINDOWS.split(2), CPU)
-    module = passage.build(0, passage.read(0))
+    module = next(passage.coming())
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
-from qwen_pipeline.layerwise.forward import Passage, Place, advance
+from qwen_pipeline.layerwise.forward import Passage, advance
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline.transforms.packed import quantized_checkpoint

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.figures import Peak
 from qwen_pipeline.evaluation.streamed import activation_peaks, evaluate
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
 WINDOWS = list(torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0)))

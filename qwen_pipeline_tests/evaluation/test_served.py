@@ -21,7 +21,7 @@ from qwen_pipeline.evaluation.served import (
 from qwen_pipeline.evaluation.servers import serve_all
 from qwen_pipeline.evaluation.serving import serve
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP

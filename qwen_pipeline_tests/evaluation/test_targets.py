@@ -13,7 +13,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.cuts import diverge
 from qwen_pipeline.evaluation.ranks import groups_met, rank_part, weight_over_ranks
 from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings, audible_cuts, find_targets
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.gptq_codes import PackedLinear, gptq_format
 from qwen_pipeline_tests.rounding import round_to_codes, rounded

@@ -11,7 +11,7 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.stopping import GENERATION_CONFIG, stop_tokens
 from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
@@ -149,7 +149,7 @@ import torch
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.forward import Place
+from qwen_pipeline.layerwise.model import Place
 place = Place(device=torch.device("cpu"), dtype=torch.float32)
 decoder = Decoder(open_checkpoint(Path(sys.argv[1])), place, room=0)
 Path("/proc/self/clear_refs").write_text("5")

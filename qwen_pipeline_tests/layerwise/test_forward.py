@@ -9,7 +9,8 @@ import transformers
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
-from qwen_pipeline.layerwise.forward import Passage, Place, advance, logit_blocks
+from qwen_pipeline.layerwise.forward import Passage, advance, logit_blocks
+from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
@@ -83,7 +84,8 @@ from pathlib import Path
 import torch
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
-from qwen_pipeline.layerwise.forward import Passage, Place, advance
+from qwen_pipeline.layerwise.forward import Passage, advance
+from qwen_pipeline.layerwise.model import Place
 batches = list(torch.randint(0, 300, (1, 1, 16)))
 passage = Passage(open_checkpoint(Path(sys.argv[1])), batches, Place(device=torch.device("cpu"), dtype=torch.float32))
 Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,48 @@
+"""A disk as a benchmark sees it: nothing of it cached, and read as fast as plain code can."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import local
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+
+READERS, READ_BLOCK = 8, 8 * 2**20
+"""Threads, and bytes that each asks for at a time."""
+
+
+def drop_caches() -> bool:
+    """Have nothing of the disk in memory; False where that is not allowed."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(["sync"], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return True
+    return False
+
+
+def weight_files(checkpoints: Iterable[Checkpoint]) -> list[Path]:
+    """Return the files that checkpoints have their tensors in, each once."""
+    stored = [tensor.stored for checkpoint in checkpoints for tensor in checkpoint.tensors.values()]
+    return list(dict.fromkeys(tensor.file.path for tensor in stored if tensor))
+
+
+def seconds_to_read(files: Iterable[Path]) -> float:
+    """Read files from end to end, one after the other, into memory that is used again and again."""
+    own = local()
+
+    def read(block: tuple[Path, int]) -> None:
+        path, start = block
+        if not hasattr(own, "memory"):
+            own.memory = bytearray(READ_BLOCK)
+        with path.open("rb", buffering=0) as file:
+            os.preadv(file.fileno(), [own.memory], start)
+
+    blocks = [(path, start) for path in files for start in range(0, path.stat().st_size, READ_BLOCK)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, blocks))
+    return time.perf_counter() - started

@@ -1,0 +1,184 @@
+"""Tensors come as they are stored, in their order, within the room given; faults arrive, and no thread stays behind."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.feed import Feed
+from qwen_pipeline.layerwise.forward import Passage
+from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline_tests.rounding import round_to_codes
+from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+WINDOWS = list(torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0)))
+
+
+def tensors_of(path: Path) -> tuple[dict[str, torch.Tensor], list[LazyTensor]]:
+    """Write tensors of all kinds of sizes; return them and how they are read."""
+    generator = torch.Generator().manual_seed(0)
+    written = {
+        "large": torch.randn(2500, 2048, generator=generator),  # two blocks and a half
+        "half": torch.randn(300, 1000, generator=generator).bfloat16(),
+        "codes": torch.randint(-9, 9, (64, 8), generator=generator, dtype=torch.int32),
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 7),
+        "flag": torch.tensor([True, False, True]),
+    }
+    save_file(written, path)
+    checkpoint = one_file(path)
+    return {name: written[name] for name in checkpoint}, list(checkpoint.tensors.values())
+
+
+def one_file(path: Path) -> Checkpoint:
+    (path.parent / "config.json").write_text("{}")
+    return open_checkpoint(path.parent)
+
+
+def readers_left() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "_serve" in thread.name]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("room", [0, 10_000, 10**9])
+def test_what_arrives_is_what_is_stored(tmp_path: Path, device: str, room: int) -> None:
+    written, tensors = tensors_of(tmp_path / "model.safetensors")
+    with Feed(tensors, torch.device(device), room=room) as feed:
+        arrived = list(feed)
+    for (name, expected), tensor in zip(written.items(), arrived, strict=True):
+        assert tensor.dtype == expected.dtype, name
+        assert torch.equal(tensor.cpu(), expected), name
+    assert not readers_left()
+
+
+@pytest.mark.gpu
+def test_memory_is_used_again_only_when_what_was_computed_of_it_is_done() -> None:
+    def ones(number: int) -> LazyTensor:
+        spec = TensorSpec(dtype="F32", shape=(4096, 1024))
+        return LazyTensor(spec=spec, read=lambda start, stop: torch.full((stop - start, 1024), float(number)))
+
+    count, sums = 60, list[torch.Tensor]()
+    matrix = torch.randn(4096, 4096, device="cuda")
+    with Feed([ones(number) for number in range(count)], torch.device("cuda"), room=2**25) as feed:
+        for tensor in feed:
+            for _ in range(5):
+                torch.mm(matrix, matrix)  # keeps the stream behind what is read
+            sums.append(tensor.double().mean())
+            del tensor
+    assert torch.stack(sums).tolist() == list(map(float, range(count)))
+
+
+def test_no_more_is_begun_than_there_is_room_for() -> None:
+    begun: list[int] = []
+
+    def tensor(number: int, rows: int) -> LazyTensor:
+        def read(start: int, stop: int) -> torch.Tensor:
+            begun.append(number)
+            return torch.zeros(stop - start, 100)
+
+        return LazyTensor(spec=TensorSpec(dtype="F32", shape=(rows, 100)), read=read)
+
+    with Feed([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, room=8000) as feed:
+        _settle(begun, 2)
+        for number, expected in enumerate([3, 3, 3]):
+            next(feed)
+            _settle(begun, expected)
+            assert sorted(begun) == list(range(expected)), number
+        next(feed)  # larger than the room: it is begun because it is asked for
+        _settle(begun, 5)
+        assert len(next(feed)) == 10
+    assert not readers_left()
+
+
+def _settle(begun: Sequence[int], count: int) -> None:
+    """Wait for as many to be begun, and a moment in which one too many would be."""
+    deadline = time.monotonic() + 10
+    while len(begun) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(begun) == count
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "model.safetensors"
+    _, tensors = tensors_of(path)
+    last = [tensor.spec.nbytes for tensor in tensors if tensor.spec.nbytes][-1]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - last)
+    with (
+        Feed(tensors, torch.device(device), room=10**9) as feed,
+        pytest.raises(CheckpointRefused, match="ends"),
+    ):
+        list(feed)
+    assert not readers_left()
+
+
+def test_whoever_stops_asking_leaves_nothing_behind(tmp_path: Path) -> None:
+    _, tensors = tensors_of(tmp_path / "model.safetensors")
+    with Feed(tensors, CPU, room=10_000) as feed:
+        next(feed)
+    assert not readers_left()
+    with Feed([], CPU, room=1) as feed:
+        assert list(feed) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_figures_are_the_same_bits_however_layers_are_read(
+    family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {role: open_checkpoint(tiny_model(family, tmp_path / role, seed=seed)) for seed, role in enumerate("pq")}
+    require_same_figures(models, device, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_figures_of_codes_are_the_same_bits_however_layers_are_read(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tiny_model("qwen2", tmp_path / "p")
+    codes = round_to_codes(root, tmp_path / "q", group_size=32)
+    require_same_figures({"p": open_checkpoint(root), "q": open_checkpoint(codes)}, device, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_answers_are_the_same_however_layers_are_read(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, answers = open_checkpoint(tiny_model("qwen2", tmp_path / "model")), list[Sequence[tuple[int, ...]]]()
+    for is_apart in (False, True):
+        monkeypatch.setattr(Place, "is_apart", is_apart)
+        decoder = Decoder(model, Place(device=torch.device(device), dtype=torch.float32), room=0)
+        answers.append(decoder.answers([[5, 6, 7], [8, 9]], stops=[], limit=4))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_a_layers_weights_may_be_changed(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "is_apart", True)
+    place = Place(device=torch.device(device), dtype=torch.bfloat16)
+    passage = Passage(open_checkpoint(tiny_model("qwen2", tmp_path / "model")), [torch.stack(WINDOWS)], place)
+    for layer, module in enumerate(passage.coming()):
+        module.get_parameter("mlp.up_proj.weight")[:3] = 1
+        passage.run(layer, module)
+    assert not readers_left()
+
+
+def require_same_figures(models: dict[str, Checkpoint], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, found = Place(device=torch.device(device), dtype=torch.bfloat16), []
+    for is_apart in (False, True):
+        monkeypatch.setattr(Place, "is_apart", is_apart)
+        found.append(evaluate(models, WINDOWS, reference="p", compared=["q"], place=place))
+    assert found[0] == found[1]
