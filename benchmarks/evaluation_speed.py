@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,6 +75,7 @@ def main() -> None:
         models = make_pair(size, Path(scratch) / "models", device)
         rounds: list[dict[str, Any]] = []
         found: dict[str, Any] = {
+            "date": datetime.now(UTC).date().isoformat(),
             "machine": describe_machine() | {"device": _name(device), "torch": torch.__version__},
             "size": asdict(size),
             "bytes_on_disk": sum(file.stat().st_size for file in weight_files(models.values())),
@@ -199,10 +201,10 @@ def render(found: Mapping[str, Any]) -> str:
     share = median(at["share_of_reading_speed"] for at in rounds)
     return f"""# Evaluating two models beside reading them
 
-{machine["device"]}, torch {machine["torch"]}, {machine["cores"]} cores ({machine["cpu"]}). {size["layers"]} layers of
-{size["hidden"]} x {size["mlp"]}, vocabulary {size["vocabulary"]}, {size["windows"]} windows of {size["seq_len"]}
-tokens, bfloat16, random weights; the candidate is rounded to 4 bits in groups of {size["group_size"]}. Both have
-{found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer has {_gib(found["largest_layer_bytes"])} GiB.
+{found["date"]}, {machine["device"]}, torch {machine["torch"]}, {machine["cores"]} cores ({machine["cpu"]}).
+{size["layers"]} layers of {size["hidden"]} x {size["mlp"]}, vocabulary {size["vocabulary"]}, {size["windows"]} windows of
+{size["seq_len"]} tokens, bfloat16, random weights; the candidate is rounded to 4 bits in groups of {size["group_size"]}.
+Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer has {_gib(found["largest_layer_bytes"])} GiB.
 
 {_table(columns, rows)}
 

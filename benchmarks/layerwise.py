@@ -1,4 +1,4 @@
-"""One decoder layer at a time, at 72B widths: the layer loop beside GPTQModel's own, evaluation beside the disk.
+"""One decoder layer at a time, at 72B widths: the layer loop beside GPTQModel's own.
 
 ``python -m benchmarks.layerwise OUT`` makes a random Qwen2 of ``--layers`` in a scratch directory, quantizes it twice
 with the same calibration tokens, in a process each, then evaluates reference and candidates together. It needs a CUDA
@@ -151,8 +151,6 @@ def main() -> None:
         note("evaluation", _call(arguments.python, "evaluate_all", evaluation, scratch))
         twice = {"size": asdict(TINY if arguments.tiny else SMALL), "device": device}
         note("two equal runs", _call(arguments.python, "quantize_twice", twice, scratch))
-        if time.perf_counter() - started < arguments.until:
-            note("evaluation against the disk", _call(arguments.python, "race_the_disk", evaluation, scratch))
 
 
 def _save_windows(size: Size, folder: Path) -> Path:
@@ -262,19 +260,6 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     return found
 
 
-def race_the_disk(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
-    """Evaluate the reference and one candidate, beside reading both once; runs in a worker."""
-    from benchmarks.evaluation_speed import evaluate_pair, layer_bytes, make_pair, race
-    from qwen_pipeline.layerwise.model import Place
-
-    models, size = _models(spec)[0], Size(**spec["size"])
-    models = {"reference": models["reference"], "candidate": models["layerwise"]}
-    place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as folder:  # imports, contexts and kernels are not what is measured
-        evaluate_pair(make_pair(TINY, Path(folder) / "toy", place.device), TINY, place)
-    return {**race(models, size, place), "largest_layer_bytes": layer_bytes(models["reference"], place.dtype)}
-
-
 def quantize_twice(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """Quantize a small model twice in the layer loop and compare the bytes; runs in a worker."""
     from qwen_pipeline.engines import layerwise
@@ -351,14 +336,6 @@ def render(results: Mapping[str, Any]) -> str:
             f" {len(found['differing'])} differ.",
             "",
         ]
-    if found := results.get("evaluation against the disk"):
-        lines += [
-            f"Reference and candidate are evaluated in {found['seconds_to_evaluate']:.1f} s, read in"
-            f" {found['seconds_to_read']:.1f} s: {found['share_of_reading_speed']:.2f} of reading speed (bar:"
-            f" 0.7), in {_gib(found['peak_gpu_bytes'])} GiB of GPU memory; a layer has"
-            f" {_gib(found['largest_layer_bytes'])}.",
-            "",
-        ]
     return "\n".join(lines)
 
 
@@ -367,7 +344,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=None, help="a directory on the disk to measure")
-    parser.add_argument("--until", type=float, default=1e9, help="seconds after which nothing optional is begun")
     parser.add_argument("--layers", type=int, default=WIDE.layers)
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
