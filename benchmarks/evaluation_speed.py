@@ -202,9 +202,10 @@ def render(found: Mapping[str, Any]) -> str:
     return f"""# Evaluating two models beside reading them
 
 {found["date"]}, {machine["device"]}, torch {machine["torch"]}, {machine["cores"]} cores ({machine["cpu"]}).
-{size["layers"]} layers of {size["hidden"]} x {size["mlp"]}, vocabulary {size["vocabulary"]}, {size["windows"]} windows of
-{size["seq_len"]} tokens, bfloat16, random weights; the candidate is rounded to 4 bits in groups of {size["group_size"]}.
-Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer has {_gib(found["largest_layer_bytes"])} GiB.
+{size["layers"]} layers of {size["hidden"]} x {size["mlp"]}, vocabulary {size["vocabulary"]},
+{size["windows"]} windows of {size["seq_len"]} tokens, bfloat16, random weights; the candidate is rounded to 4 bits in
+groups of {size["group_size"]}. Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer has
+{_gib(found["largest_layer_bytes"])} GiB.
 
 {_table(columns, rows)}
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
 from qwen_pipeline.checkpoint.crew import crew_size
 from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.tree_hash import LEAF_BYTES
 from qwen_pipeline.errors import EnvironmentFault
 
 BLOCKS_PER_THREAD = 6
 """A source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
+LEAVES_PER_THREAD = 8
+"""Parts of blocks of a digest: two for each of the three digests of what is read, merged and padded, and two spare."""
 FILES_PER_THREAD = 2
 """One read from, one written to."""
 FILES_BESIDE = 8
@@ -24,7 +27,7 @@ FILES_BESIDE = 8
 class Needs:
     """What a stage takes beyond what the process has: bytes of disk and of memory, and open files.
 
-    Memory is ``threads x 6 x max(8 MiB, the longest row)``: it does not depend on the model's depth.
+    Memory is ``threads x (6 x max(8 MiB, the longest row) + 8 MiB)``: it does not depend on the model's depth.
     """
 
     disk_bytes: int
@@ -37,7 +40,8 @@ def needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> Needs:
     threads = crew_size()
     return Needs(
         disk_bytes=disk_bytes,
-        memory_bytes=threads * BLOCKS_PER_THREAD * max(BLOCK_BYTES, longest_row_bytes),
+        memory_bytes=threads
+        * (BLOCKS_PER_THREAD * max(BLOCK_BYTES, longest_row_bytes) + LEAVES_PER_THREAD * LEAF_BYTES),
         open_files=threads * FILES_PER_THREAD + FILES_BESIDE,
     )
 

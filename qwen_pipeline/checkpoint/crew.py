@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 CALLER, NOT_BEGUN = -1, sys.maxsize
 """Where jobs have numbers: the calling thread, and a job that could not be taken."""
-MOST_THREADS = 21
-"""Six blocks of 8 MiB for each of them (:mod:`~qwen_pipeline.checkpoint.admission`) are just less than 1 GiB."""
+MOST_THREADS = 18
+"""What each of them holds, 56 MiB (:mod:`~qwen_pipeline.checkpoint.admission`), is just less than 1 GiB in all."""
 TICK_SECONDS = 0.2
 """How often whoever set a crew to work gets to look up."""
 

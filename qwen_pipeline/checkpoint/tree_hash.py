@@ -52,7 +52,7 @@ class TreeHash:
             self._finish(begin, view)
         elif whole := self._leaf(begin, size).add(start, view):
             self._finish(begin, memoryview(whole)[:size])
-            self._spare.append(whole)
+            self._recycle(whole)
 
     def _leaf(self, begin: int, size: int) -> "_Leaf":
         with self._lock:
@@ -67,6 +67,10 @@ class TreeHash:
         with self._lock:
             self._digests[begin] = digest
             self._started.pop(begin, None)
+
+    def _recycle(self, buffer: bytearray) -> None:
+        with self._lock:
+            self._spare = [] if self.is_complete else [*self._spare, buffer]
 
 
 class _Leaf:

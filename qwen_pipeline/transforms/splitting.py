@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 OUTPUTS = 1024
 """Outputs that a choice looks at, at most, in cells that are spread evenly. The gains are sums over outputs."""
 
+OUTPUTS_AT_A_TIME = 16
+"""Of these, groups are compared together: what that takes beside the weights stays in a processor's cache."""
+
 
 def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
     """Return the plan with the channels that its ``split`` sizes split: each MLP's are chosen when first asked for.
@@ -109,9 +112,11 @@ def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) ->
     It is how much halving the channel takes off the squares of group maxima. A weight that is its group's largest gains
     down to the second largest, or to its own half.
     """
+    import torch
 
     def gain(start: int, stop: int) -> "torch.Tensor":
-        return _gain(checkpoint.load(name, slice(start, stop)), size.group_size)
+        parts = checkpoint.load(name, slice(start, stop)).split(OUTPUTS_AT_A_TIME)
+        return torch.stack([_gain(part_OI, size.group_size) for part_OI in parts]).sum(dim=0)
 
     def gain_of_expert(number: int) -> "torch.Tensor":
         matrix = checkpoint.load(name, slice(number, number + 1))[0]

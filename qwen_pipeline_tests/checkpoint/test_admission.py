@@ -56,8 +56,8 @@ def test_room_is_that_of_the_disk_where_a_directory_would_be(tmp_path: Path) -> 
 
 
 def test_memory_grows_with_threads_and_rows_but_not_with_the_model() -> None:
-    assert needs(disk_bytes=1).memory_bytes == needs(disk_bytes=10**12).memory_bytes == crew_size() * 6 * BLOCK_BYTES
-    assert needs(disk_bytes=1, longest_row_bytes=2 * BLOCK_BYTES).memory_bytes == crew_size() * 12 * BLOCK_BYTES
+    assert needs(disk_bytes=1).memory_bytes == needs(disk_bytes=10**12).memory_bytes == crew_size() * 56 * 2**20
+    assert needs(disk_bytes=1, longest_row_bytes=2 * BLOCK_BYTES).memory_bytes == crew_size() * 104 * 2**20
 
 
 def test_memory_stays_below_a_gib_however_many_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
