@@ -1,5 +1,6 @@
 """``padded -> quantized``: an engine computes codes in a process of its own; what it writes is taken, not trusted."""
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,8 @@ def quantize(
     )
     linears = decoder_linears(checkpoint)
     if spec.engine == "auto":
-        spec = replace(spec, engine="gptqmodel" if spec.dynamic else chosen_engine(linears, spec.device))
+        only_there = spec.dynamic or spec.gpus > 1
+        spec = replace(spec, engine="gptqmodel" if only_there else chosen_engine(linears, spec.device))
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
@@ -226,8 +228,13 @@ def _keep_evidence(
 
 
 def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
+    """Return variables for threads and GPUs: GPTQModel takes as many as it sees, and other numbers give other bytes."""
     threads = str(spec.threads)
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    if spec.device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(spec.gpus)))).split(",")
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: spec.gpus])
+    return variables
 
 
 def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, Any]:
