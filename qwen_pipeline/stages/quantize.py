@@ -117,7 +117,8 @@ def quantize(
             job = _open_workshop(partial, source.resolve(), tokens, spec)
             (partial / LOGS).mkdir(exist_ok=True)
             laps.lap("workshop")
-            worker = (early or start()).run(job.to_json(), log=partial / LOGS / "quantize.log", observe=observe)
+            running, log = early or start(), partial / LOGS / "quantize.log"
+            worker = running.deliver(job.to_json(), log=log, observe=observe)
             laps.lap("worker")
             losses = read_losses(job.quant_log, linears)
             quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
@@ -132,6 +133,7 @@ def quantize(
             written = open_checkpoint(partial)
             reports = checks.check_output(written, linears, losses, spec)
             laps.lap("checks")
+            running.require_end(log=log)
             shutil.rmtree(job.workshop)
             contents = _with_logs(contents, partial)
             laps.lap("clean up")
