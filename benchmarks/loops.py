@@ -43,8 +43,10 @@ from qwen_pipeline.stages.quantize import quantize
 ENGINES: tuple[EngineName, ...] = ("layerwise", "gptqmodel")
 
 
-def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Path | None, windows: int) -> Any:
-    """Quantize ``source`` as ``spec`` says; return what it took, and how far the result is from ``model``."""
+def compare(
+    model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Path | None, windows: int, device: Device
+) -> Any:
+    """Quantize ``source`` as ``spec`` says; return what it took, and how far from ``model`` it is on ``device``."""
     with tempfile.TemporaryDirectory() as out:
         started, used = time.perf_counter(), _processor_seconds()
         artifact = quantize(
@@ -61,7 +63,7 @@ def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Pa
             [torch.tensor(window) for window in held_out],
             reference="full",
             compared=["quantized"],
-            place=Place(device=torch.device(spec.device), dtype=torch.float32),
+            place=Place(device=torch.device(device), dtype=torch.float32),
         )
     divergence, result = figures["quantized"].divergence, artifact.manifest.result
     assert divergence is not None
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", choices=get_args(Device), default=default_device())
+    parser.add_argument("--evaluate-on", choices=get_args(Device), help="in float32; default: the same device")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
@@ -143,7 +146,8 @@ def main() -> None:
         for seed, engine in product(asked.seeds, asked.engines):
             if (name, seed, engine) not in done:
                 drawn = replace(spec, engine=engine, seed=seed)
-                found = compare(model, source, drawn, texts, asked.engine_python, asked.windows)
+                device = asked.evaluate_on or asked.device
+                found = compare(model, source, drawn, texts, asked.engine_python, asked.windows, device)
                 rows.append({"model": name, "engine": engine, "seed": seed, **found})
                 print(json.dumps(rows[-1]), flush=True)
                 _write(asked.out, rows, spec, settings)

@@ -232,11 +232,10 @@ def _keep_evidence(
 def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     """Return variables for threads and GPUs: GPTQModel takes as many as it sees, and other numbers give other bytes."""
     threads = str(spec.threads)
-    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    if spec.device == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(spec.gpus)))).split(",")
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: spec.gpus])
-    return variables
+    gpus = spec.gpus if spec.device == "cuda" else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
+    limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
+    return {**limits, "HF_HUB_OFFLINE": "1"}
 
 
 def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, Any]:
