@@ -2,7 +2,8 @@
 
 The demo's dense base, padded as the demo pads it, and a mixture of experts made of it (:mod:`benchmarks.upcycled`) are
 quantized by both loops with several draws of calibration text. Wall clock depends on who else uses the machine, so the
-engine's processor seconds are counted too. Each figure is printed, and written, as soon as it is known.
+engine's processor seconds are counted too. Each figure is printed, and written, as soon as it is known. Those written
+before with the same settings are kept, so that draws can be added.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,8 +43,10 @@ from qwen_pipeline.stages.quantize import quantize
 ENGINES: tuple[EngineName, ...] = ("layerwise", "gptqmodel")
 
 
-def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Path | None, windows: int) -> Any:
-    """Quantize ``source`` as ``spec`` says; return what it took, and how far the result is from ``model``."""
+def compare(
+    model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Path | None, windows: int, device: Device
+) -> Any:
+    """Quantize ``source`` as ``spec`` says; return what it took, and how far from ``model`` it is on ``device``."""
     with tempfile.TemporaryDirectory() as out:
         started, used = time.perf_counter(), _processor_seconds()
         artifact = quantize(
@@ -58,7 +63,7 @@ def compare(model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Pa
             [torch.tensor(window) for window in held_out],
             reference="full",
             compared=["quantized"],
-            place=Place(device=torch.device(spec.device), dtype=torch.float32),
+            place=Place(device=torch.device(device), dtype=torch.float32),
         )
     divergence, result = figures["quantized"].divergence, artifact.manifest.result
     assert divergence is not None
@@ -97,12 +102,25 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
+def ratios(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return what the layer loop has of GPTQModel's, draw by draw: mean and its standard error over paired draws."""
+    shown = {}
+    for metric, title in (("kl", "KL"), ("processor_seconds", "processor s")):
+        wide = pd.DataFrame(rows).pivot(index=["model", "seed"], columns="engine", values=metric)
+        pairs = wide.reindex(columns=ENGINES).dropna()
+        ratio = (pairs["layerwise"] / pairs["gptqmodel"]).groupby("model", sort=False).agg(["size", "mean", "sem"])
+        shown["draws"] = ratio["size"]
+        shown[title] = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(ratio["mean"], ratio["sem"], strict=True)]
+    return pd.DataFrame(shown).reset_index()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=["dense", "experts"], default=["dense", "experts"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", choices=get_args(Device), default=default_device())
+    parser.add_argument("--evaluate-on", choices=get_args(Device), help="in float32; default: the same device")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
@@ -113,25 +131,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "loops", help="path without suffix")
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
-    texts, rows = write_texts(asked.scratch), []
+    texts = write_texts(asked.scratch)
     base = asked.base or build_base(asked.scratch / "base").path
     base = first_layers(base, asked.layers, asked.scratch / f"base-{asked.layers}") if asked.layers else base
+    spec = QuantSpec(
+        group_size=GROUP_SIZE, samples=asked.samples, seq_len=512, threads=asked.threads, device=asked.device
+    )
+    settings = {"spec": spec.to_json(), "windows": asked.windows, "layers": asked.layers}
+    for varied in ("engine", "seed"):
+        del settings["spec"][varied]
+    rows = _known(asked.out.with_suffix(".json"), settings)
+    done = {(row["model"], row["seed"], row["engine"]) for row in rows}
     for name, model, source in _models(asked.models, base, asked.scratch):
-        for seed in asked.seeds:
-            for engine in asked.engines:
-                spec = QuantSpec(
-                    engine=engine,
-                    group_size=GROUP_SIZE,
-                    samples=asked.samples,
-                    seq_len=512,
-                    seed=seed,
-                    threads=asked.threads,
-                    device=asked.device,
-                )
-                found = compare(model, source, spec, texts, asked.engine_python, asked.windows)
+        for seed, engine in product(asked.seeds, asked.engines):
+            if (name, seed, engine) not in done:
+                drawn = replace(spec, engine=engine, seed=seed)
+                device = asked.evaluate_on or asked.device
+                found = compare(model, source, drawn, texts, asked.engine_python, asked.windows, device)
                 rows.append({"model": name, "engine": engine, "seed": seed, **found})
                 print(json.dumps(rows[-1]), flush=True)
-                _write(asked.out, rows, spec)
+                _write(asked.out, rows, spec, settings)
     print(asked.out.with_suffix(".md").read_text())
 
 
@@ -169,7 +188,21 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec) -> None:
+def _known(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows that ``file`` has, if any.
+
+    Raises:
+        SystemExit: They were measured under other settings.
+    """
+    found = json.loads(file.read_text()) if file.exists() else {**settings, "rows": []}
+    if differing := [name for name in settings if found.get(name) != settings[name]]:
+        raise SystemExit(
+            f"{file} has rows of another {', '.join(differing)}; add draws of the same, or choose another --out."
+        )
+    return found["rows"]
+
+
+def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec, settings: Mapping[str, Any]) -> None:
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
     on = torch.cuda.get_device_name() if spec.device == "cuda" else "the CPU"
     text = f"""# The layer loop beside GPTQModel's own
@@ -179,8 +212,12 @@ def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec) -> Non
 draws of calibration text. Engine seconds are what the engine takes to import, load, quantize and save.
 
 {markdown(table(rows))}
+
+The layer loop's of GPTQModel's own, mean and standard error over draws that both have had:
+
+{markdown(ratios(rows))}
 """
-    found = {"date": day, "machine": machine, "spec": spec.to_json(), "rows": list(rows)}
+    found = {"date": day, "machine": machine, **settings, "rows": list(rows)}
     keep(out, text, found)
 
 

@@ -279,6 +279,9 @@ def quantize(
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="Default: a GPU where the machine has one.")
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(help="GPUs that GPTQModel's own loop shares; other numbers give other bytes.")
+    ] = 1,
     engine_python: EnginePython = None,
 ) -> Answer:
     """Quantize a checkpoint with GPTQ, in a process of its own. Pad it first.
@@ -308,6 +311,7 @@ def quantize(
         batch_size=batch_size,
         threads=threads or usable_cores(),
         device=device or default_device(),
+        gpus=gpus,
     )
     return made_by(
         lambda observe: stage.quantize(

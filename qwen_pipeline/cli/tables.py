@@ -1,7 +1,7 @@
 """Tables: what was made, what was checked, where everything stands."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Column, Table
@@ -9,11 +9,13 @@ from rich.text import Text
 
 from qwen_pipeline.checkpoint.store import Artifact
 from qwen_pipeline.errors import CheckFailed
-from qwen_pipeline.evaluation.regression import Change
-from qwen_pipeline.qwen.geometry import PadPlan
-from qwen_pipeline.qwen.outlook import DegreeOutlook
 from qwen_pipeline.reports import CheckReport, load_reports, shown
-from qwen_pipeline.standing import FineTuneStanding
+
+if TYPE_CHECKING:  # no command waits for what only another shows
+    from qwen_pipeline.evaluation.regression import Change
+    from qwen_pipeline.qwen.geometry import PadPlan
+    from qwen_pipeline.qwen.outlook import DegreeOutlook
+    from qwen_pipeline.standing import FineTuneStanding
 
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
 _COLORS = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
 
 
-def standing_table(found: Sequence[FineTuneStanding], what: str = "fine-tune") -> Table:
+def standing_table(found: Sequence["FineTuneStanding"], what: str = "fine-tune") -> Table:
     """How far each fine-tune, or each of whatever has the same stages, is."""
     stages = list(found[0].stages)
     table = Table(what, *stages, "remark")
@@ -96,7 +98,7 @@ def standing_table(found: Sequence[FineTuneStanding], what: str = "fine-tune") -
     return table
 
 
-def standing_data(found: Sequence[FineTuneStanding]) -> list[dict[str, Any]]:
+def standing_data(found: Sequence["FineTuneStanding"]) -> list[dict[str, Any]]:
     return [
         {
             "name": fine_tune.name,
@@ -110,7 +112,7 @@ def standing_data(found: Sequence[FineTuneStanding]) -> list[dict[str, Any]]:
     ]
 
 
-def outlook_table(rows: Sequence[DegreeOutlook], group_size: int) -> Table:
+def outlook_table(rows: Sequence["DegreeOutlook"], group_size: int) -> Table:
     """What each degree means for each size; a row of the table is a size at a degree."""
     table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "what happens")
     for row in rows:
@@ -128,7 +130,7 @@ def outlook_table(rows: Sequence[DegreeOutlook], group_size: int) -> Table:
     return table
 
 
-def change_table(changes: Sequence[Change]) -> Table:
+def change_table(changes: Sequence["Change"]) -> Table:
     table = Table("quantized model", "before", "now", "change")
     for change in changes:
         relative = f"{change.now / change.before - 1:+.2%}" if change.before else ""
@@ -136,7 +138,7 @@ def change_table(changes: Sequence[Change]) -> Table:
     return table
 
 
-def repair_table(plan: PadPlan) -> Table:
+def repair_table(plan: "PadPlan") -> Table:
     """What a repair adds to each size, in groups."""
     ranks = plan.tensor_parallel
     table = Table("size", "width", "repaired", "extra", f"groups of {plan.group_size}", f"on each of {ranks} ranks")

@@ -5,12 +5,12 @@ The table lies among the logs of a quantized checkpoint: it tells times and memo
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from qwen_pipeline.checkpoint.crew import work_in_order
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS
 from qwen_pipeline.engines.losses import ModuleLoss
@@ -19,8 +19,6 @@ from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 
 EVIDENCE, PLOT = f"{LOGS}evidence.csv", f"{LOGS}evidence.png"
-READERS = 4
-"""Modules whose codes are looked at at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +53,14 @@ def gather_evidence(output: Checkpoint, linears: Sequence[Linear], losses: Seque
     from qwen_pipeline.engines.solver import odd_groups
 
     form, told = gptq_format(output.config), {loss.module: loss for loss in losses}
+    found: dict[str, Evidence] = {}
 
-    def look(linear: Linear) -> Evidence:
+    def look(linear: Linear) -> None:
         loss = told[linear.module]
         zero, saturated = loss.zero_groups, loss.saturated_groups
         if zero is None or saturated is None:
             zero, saturated = odd_groups(form.load(output, linear.module))
-        return Evidence(
+        found[linear.module] = Evidence(
             module=linear.module,
             layer=linear.layer,
             kind=linear.kind,
@@ -78,8 +77,8 @@ def gather_evidence(output: Checkpoint, linears: Sequence[Linear], losses: Seque
         )
 
     known = [at for at in linears if at.module in told and f"{at.module}.qweight" in output]
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(look, known))
+    work_in_order(known, look)
+    return [found[at.module] for at in known]
 
 
 def summarize(rows: Sequence[Evidence]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def settle_before_solving() -> None:
 
 
 def _follow(config: Any, observe: Observe) -> Mapping[tuple[str, str], tuple[int, int]]:
-    """Tell each module's loss, and note the highest memory of GPU and host by then: ``(layer, module)`` -> bytes.
+    """Tell each module's loss, and note the highest memory of a GPU and the host by then: ``(layer, module)`` -> bytes.
 
     GPTQModel's callbacks name layers and modules; only its table of results has losses.
     """
@@ -119,7 +119,7 @@ def _follow(config: Any, observe: Observe) -> Mapping[tuple[str, str], tuple[int
 
     def write_and_tell(self: object, row: Mapping[str, Any]) -> None:
         write_row(self, row)
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        gpu = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0)
         peaks[str(row["layer"]), str(row["module"])] = gpu, resident_peak()
         remark = f"layers.{row['layer']}.{row['module']} loss {row['loss']}"
         observe(Progress(task="quantize", done=int(row["layer"]), total=layers, unit="layers", remark=remark))

@@ -59,7 +59,7 @@ class CalibrationSpec:
 class QuantSpec:
     """How a checkpoint is quantized. Two runs with equal specs, inputs and versions write the same bytes.
 
-    Sums of floats depend on how work is cut, so ``batch_size``, ``threads`` and ``device`` belong here too.
+    Sums of floats depend on how work is cut, so ``batch_size``, ``threads``, ``device`` and ``gpus`` belong here too.
 
     Attributes:
         engine: ``layerwise`` is the loop of our own over GPTQModel's solver, the others are libraries; ``auto`` leaves
@@ -77,6 +77,8 @@ class QuantSpec:
         all_experts: Whether every expert is calibrated with every token, whatever the router says.
         threads: Threads of one CPU operation.
         device: ``cpu`` computes in float32, ``cuda`` in 16 bit (the checkpoint's dtype; AutoGPTQ in float16).
+        gpus: The first so many of the GPUs that are visible. GPTQModel's own loop shares out windows and modules among
+            several; the other engines take one.
     """
 
     engine: EngineName = "auto"
@@ -96,14 +98,20 @@ class QuantSpec:
     batch_size: int = 8
     threads: int = field(default_factory=usable_cores)
     device: Device = field(default_factory=default_device)
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         _require("engine", self.engine, get_args(EngineName))
         _require("device", self.device, get_args(Device))
         _require("bits", self.bits, (4, 8))
         _require("group_size", self.group_size, (32, 64, 128))
-        for name in ("batch_size", "threads"):
+        for name in ("batch_size", "threads", "gpus"):
             _require_range(name, getattr(self, name), low=1)
+        if self.gpus > 1 and (self.device == "cpu" or self.engine not in ("auto", "gptqmodel")):
+            raise InputRefused(
+                f"gpus is {self.gpus}, but the engine is {self.engine} on {self.device}.",
+                remedy="Leave gpus at 1, or use the engine gptqmodel on CUDA.",
+            )
         if self.calibration.packing == "documents" and self.engine == "autogptq":
             raise InputRefused(
                 "AutoGPTQ would take filling for text, packing is 'documents'.",
@@ -263,17 +271,17 @@ def use_workshop(job: QuantJob) -> None:
 
 
 def require_device(spec: QuantSpec) -> None:
-    """Refuse to start without the device of the spec; called in the engine's process.
+    """Refuse to start without the devices of the spec; called in the engine's process.
 
     Raises:
-        EnvironmentFault: The spec wants CUDA and torch sees none.
+        EnvironmentFault: The spec wants CUDA and torch sees none, or fewer GPUs than it says.
     """
     import torch  # the command line reads specs without it
 
-    if spec.device == "cuda" and not torch.cuda.is_available():
+    if spec.device == "cuda" and (seen := torch.cuda.device_count()) < spec.gpus:
         raise EnvironmentFault(
-            f"The spec wants a CUDA device, but torch {torch.__version__} of the engine's environment sees none.",
-            remedy="Quantize with device 'cpu', or on a machine with a GPU and a CUDA build of torch.",
+            f"The spec wants {spec.gpus} GPUs, torch {torch.__version__} of the engine's environment sees {seen}.",
+            remedy="Lower gpus, quantize with device 'cpu', or use a machine with GPUs and a CUDA build of torch.",
         )
 
 

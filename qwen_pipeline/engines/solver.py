@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.transforms.code_parts import WORD_BITS, word_of
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear, gptq_format, pack_rows, unpack_rows
 
 BLOCK_INPUTS = {"cpu": 256, "cuda": 2048}
@@ -160,16 +161,23 @@ def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor,
 
 
 def odd_groups(packed: PackedLinear) -> tuple[int, int]:
-    """Count groups of zeros, and groups with a quarter of their codes at the ends of the grid."""
-    size, highest = packed.format.group_size, 2**packed.format.bits - 1
-    order = None if packed.is_in_order else packed.g_idx.argsort(stable=True)
+    """Count groups of zeros, and groups with a quarter of their codes at the ends of the grid.
+
+    All codes of a word are looked at together: one is at an end if all its bits are alike.
+    """
+    bits, per_word, size = packed.format.bits, packed.format.codes_per_word, packed.format.group_size
+    highest, middle = 2**bits - 1, 2 ** (bits - 1)
+    ones, middles, below = (word_of(code, bits) for code in (1, middle, middle - 1))
+    words = packed.qweight
+    if not packed.is_in_order:
+        words = pack_rows(unpack_rows(words, bits)[packed.g_idx.argsort(stable=True)], bits)
     zero, saturated = 0, 0
-    outputs = packed.qweight.shape[1]
-    for start in range(0, outputs, BLOCK_OUTPUTS):
-        stop = min(start + BLOCK_OUTPUTS, outputs)
-        codes_IO, zeros_GO = unpack_rows(packed.qweight[:, start:stop], packed.format.bits), packed.zeros(start, stop)
-        codes_GSO = (codes_IO if order is None else codes_IO[order]).to(torch.uint8).unflatten(0, (-1, size))
-        at_ends_GSO = codes_GSO - 1 >= highest - 1  # 0 - 1 is 255
-        zero += int(((codes_GSO.amin(dim=1) == zeros_GO) & (codes_GSO.amax(dim=1) == zeros_GO)).sum())
-        saturated += int((at_ends_GSO.sum(dim=1, dtype=torch.int32) * 4 >= size).sum())
+    for start in range(0, words.shape[1], BLOCK_OUTPUTS):
+        stop = min(start + BLOCK_OUTPUTS, words.shape[1])
+        words_GWO = words[:, start:stop].unflatten(0, (-1, size // per_word))
+        zeros_GO = packed.zeros(start, stop) * ones
+        zero += int(((words_GWO.amin(dim=1) == zeros_GO) & (words_GWO.amax(dim=1) == zeros_GO)).sum())
+        between_GWO = (((words_GWO ^ words_GWO >> 1) & below) + below & middles) >> (bits - 1) & ones
+        between_GO = (between_GWO * ones >> (WORD_BITS - bits) & highest).sum(dim=1, dtype=torch.int32)
+        saturated += int(((size - between_GO) * 4 >= size).sum())
     return zero, saturated

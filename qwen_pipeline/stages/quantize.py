@@ -1,5 +1,6 @@
 """``padded -> quantized``: an engine computes codes in a process of its own; what it writes is taken, not trusted."""
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,8 @@ def quantize(
     )
     linears = decoder_linears(checkpoint)
     if spec.engine == "auto":
-        spec = replace(spec, engine="gptqmodel" if spec.dynamic else chosen_engine(linears, spec.device))
+        only_there = spec.dynamic or spec.gpus > 1
+        spec = replace(spec, engine="gptqmodel" if only_there else chosen_engine(linears, spec.device))
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
@@ -115,7 +117,8 @@ def quantize(
             job = _open_workshop(partial, source.resolve(), tokens, spec)
             (partial / LOGS).mkdir(exist_ok=True)
             laps.lap("workshop")
-            worker = (early or start()).run(job.to_json(), log=partial / LOGS / "quantize.log", observe=observe)
+            running, log = early or start(), partial / LOGS / "quantize.log"
+            worker = running.deliver(job.to_json(), log=log, observe=observe)
             laps.lap("worker")
             losses = read_losses(job.quant_log, linears)
             quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
@@ -130,6 +133,7 @@ def quantize(
             written = open_checkpoint(partial)
             reports = checks.check_output(written, linears, losses, spec)
             laps.lap("checks")
+            running.require_end(log=log)
             shutil.rmtree(job.workshop)
             contents = _with_logs(contents, partial)
             laps.lap("clean up")
@@ -226,8 +230,12 @@ def _keep_evidence(
 
 
 def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
+    """Return variables for threads and GPUs: GPTQModel takes as many as it sees, and other numbers give other bytes."""
     threads = str(spec.threads)
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    gpus = spec.gpus if spec.device == "cuda" else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
+    limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
+    return {**limits, "HF_HUB_OFFLINE": "1"}
 
 
 def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, Any]:

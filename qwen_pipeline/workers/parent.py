@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import qwen_pipeline
 from qwen_pipeline import errors
@@ -114,7 +114,13 @@ class Worker:
     printed: int
 
     def run(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
-        """Have it call its target, and wait for it.
+        """Have it call its target, and wait for it to end: see :meth:`deliver` and :meth:`require_end`."""
+        result = self.deliver(spec, log=log, observe=observe)
+        self.require_end(log=log)
+        return result
+
+    def deliver(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
+        """Have it call its target, and return the result as soon as it is there: the process has still to end.
 
         Args:
             spec: The function's first argument, as JSON.
@@ -129,13 +135,23 @@ class Worker:
         try:
             self._hand_over({"spec": spec, "log": str(log.absolute()), "time": time.monotonic()})
             result = _follow(self.messages, observe)
-            code = self.process.wait()
+            code = self.process.wait() if result is None else 0
         finally:
             with log.open("ab") as file:  # it takes this along itself, unless it ends before
                 file.write(os.pread(self.printed, os.fstat(self.printed).st_size, 0))
-        if result is not None and code == 0:
-            return result
-        raise _death(self.target, code, log)
+        if result is None:
+            raise _death(self.target, code, log, "before")
+        return result
+
+    def require_end(self, *, log: Path) -> None:
+        """Wait for the process to end, and its log with it.
+
+        Raises:
+            EnvironmentFault: It was killed.
+            EngineFault: It ended badly, although it had delivered.
+        """
+        if code := self.process.wait():
+            raise _death(self.target, code, log, "after")
 
     def _hand_over(self, task: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -173,15 +189,18 @@ def _fault(content: Mapping[str, str]) -> PipelineError:
     return kind(content["what"], remedy=content["remedy"])
 
 
-def _death(target: str, code: int, log: Path) -> PipelineError:
+def _death(target: str, code: int, log: Path, when: Literal["before", "after"]) -> PipelineError:
+    """Say how a worker ended ``when`` its result was there."""
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
     if code == -signal.SIGKILL:
         return EnvironmentFault(
             f"The worker {target} was killed by SIGKILL, most likely by the kernel because memory ran out.",
             remedy=f"Give it more memory, or lower the batch size and the number of samples. Its log: {log}",
         )
-    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and no result"
-    return EngineFault(f"The worker {target} {how}. The end of its log:\n{tail}", remedy=f"Read the whole log: {log}")
+    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return EngineFault(
+        f"The worker {target} {how} {when} its result. The end of its log:\n{tail}", remedy=f"Read the whole log: {log}"
+    )
 
 
 @contextmanager

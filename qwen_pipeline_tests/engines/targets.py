@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.engines import layerwise, solver
 from qwen_pipeline.engines.layerwise import LayerLoop
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.engines.solver import Hessian, pack, solve
@@ -24,17 +25,17 @@ def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
     spec = QuantSpec(group_size=32, device="cpu", threads=1)
     weights, x = (torch.randn(64, 96), torch.randn(32, 96)), torch.randn(256, 96)
     before = [weight.clone() for weight in weights]
-    solver: Any = import_module("gptqmodel.quantization").GPTQ
+    library: Any = import_module("gptqmodel.quantization").GPTQ
     factored: list[int] = []
-    factor = solver.hessian_inverse
+    factor = library.hessian_inverse
 
     def counted(self: Any, hessian: torch.Tensor) -> Any:
         factored.append(len(hessian))
         return factor(self, hessian)
 
-    with patch.object(solver, "hessian_inverse", counted):
+    with patch.object(library, "hessian_inverse", counted):
         ours = list(solve(weights, hessian_of(x), spec))
-    theirs = [alone(solver, weight, x, ours[0].packed.format) for weight in weights]
+    theirs = [alone(library, weight, x, ours[0].packed.format) for weight in weights]
     x[:, 5] = 0
     dead = list(solve(weights, hessian_of(x), spec))
     return {
@@ -75,6 +76,21 @@ def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
         loop.run(unobserved)
         save_file({"logits": logits(loop.passage)}, out / "own.logits")
     return {}
+
+
+def hand_on_unrounded(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
+    """Run the layer loop with what GPTQModel's own hands on: weights whose scales were not rounded to float16."""
+    weights: list[torch.Tensor] = []
+
+    def keep(rounded_OI: torch.Tensor, *others: Any) -> PackedLinear:
+        weights.append(rounded_OI.clone())
+        return pack(rounded_OI, *others)
+
+    def put(weight_OI: torch.Tensor, _: object) -> None:
+        weight_OI.copy_(weights.pop())
+
+    with patch.object(solver, "pack", keep), patch.object(layerwise, "_put", put):
+        return layerwise.quantize_directory(spec, observe)
 
 
 def windows() -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
-from qwen_pipeline.engines.calibration import draw_calibration
+from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration
 from qwen_pipeline.engines.protocol import CalibrationSpec, QuantJob, QuantSpec
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.stages.quantize import quantize
@@ -58,16 +58,23 @@ def test_codes_are_gptqmodels_where_the_inputs_are(chain: Chain, calibration: Pa
     assert not list(artifact.path.rglob("layer-*"))
 
 
+def test_the_rounding_of_scales_is_all_that_tells_its_codes_from_gptqmodels(
+    chain: Chain, calibration: Path, tmp_path: Path
+) -> None:
+    """Where weights hand on what they are before their scales become float16, every code of every layer is the same."""
+    drawn = replace(DRAWN, seed=SPEC.seed)
+    job = save_job(SPEC, chain, draw_calibration(calibration, chain.padded, drawn), tmp_path)
+    target = "qwen_pipeline_tests.engines.targets:hand_on_unrounded"
+    run_worker(chain.engine.python, target, job.to_json(), log=tmp_path / "log")
+    ours, theirs = open_checkpoint(job.packed), open_checkpoint(chain.quantized)
+    assert len(ours) == 2 * 7 * 4
+    for name in ours:
+        assert torch.equal(ours.load(name), theirs.load(name)), name
+
+
 def test_an_interrupted_run_goes_on_at_the_layer_it_died_in(chain: Chain, calibration: Path, tmp_path: Path) -> None:
-    job = QuantJob(
-        spec=replace(SPEC, bits=8, group_size=64, sym=False, desc_act=True),
-        source=chain.padded,
-        windows=tmp_path / "windows.npy",
-        workshop=tmp_path / "shop",
-    )
-    drawn = draw_calibration(calibration, chain.padded, DRAWN)
-    np.save(job.windows, drawn.input_ids.numpy())
-    np.save(job.mask, drawn.attention_mask.numpy())
+    spec = replace(SPEC, bits=8, group_size=64, sym=False, desc_act=True)
+    job = save_job(spec, chain, draw_calibration(calibration, chain.padded, DRAWN), tmp_path)
     assert solved_layers(job, chain, tmp_path) == {0, 1}
     whole = {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")}
 
@@ -89,8 +96,15 @@ def test_equal_runs_write_equal_bytes(chain: Chain, calibration: Path, tmp_path:
     assert [set(layer["seconds"]) for layer in first.result["layers"]] == [{"load", "capture", "solve", "forward"}] * 2
 
 
+def save_job(spec: QuantSpec, chain: Chain, drawn: CalibrationSet, root: Path) -> QuantJob:
+    job = QuantJob(spec=spec, source=chain.padded, windows=root / "windows.npy", workshop=root / "shop")
+    job.workshop.mkdir()
+    np.save(job.windows, drawn.input_ids.numpy())
+    np.save(job.mask, drawn.attention_mask.numpy())
+    return job
+
+
 def solved_layers(job: QuantJob, chain: Chain, logs: Path) -> set[int]:
-    job.workshop.mkdir(exist_ok=True)
     seen: list[Progress] = []
     target = "qwen_pipeline.engines.layerwise:quantize_directory"
     run_worker(chain.engine.python, target, job.to_json(), log=logs / "log", observe=seen.append)

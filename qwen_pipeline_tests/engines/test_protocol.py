@@ -18,7 +18,9 @@ from qwen_pipeline.errors import InputRefused
         {"seq_len": 0}, {"batch_size": 0}, {"threads": 0}, {"damp_percent": 0.0}, {"damp_percent": 1.0}, {"mse": -1.0},
         {"mse": 2.4, "engine": "autogptq"}, {"packing": "both"}, {"packing": "documents", "engine": "autogptq"},
         {"all_experts": True, "engine": "autogptq"}, {"act_group_aware": False, "engine": "autogptq"},
-        {"dynamic": {"down": {"bits": 8}}}, {"dynamic": {"(": {"mse": 2.0}}}, {"dynamic": {"a": {"damp_percent": 1.0}}},
+        {"gpus": 0, "device": "cuda"}, {"gpus": 2, "device": "cpu"},
+        {"gpus": 2, "device": "cuda", "engine": "layerwise"}, {"dynamic": {"down": {"bits": 8}}},
+        {"dynamic": {"(": {"mse": 2.0}}}, {"dynamic": {"a": {"damp_percent": 1.0}}},
     ],
     ids=str,
 )  # fmt: skip
@@ -41,8 +43,9 @@ def test_every_setting_is_in_the_json() -> None:
         replace(base, threads=1),
         replace(base, batch_size=1),
         replace(base, device="cuda"),
+        replace(base, device="cuda", gpus=2),
     ]
-    assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in (base, *others)}) == 5
+    assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in (base, *others)}) == 6
 
 
 def test_the_first_override_that_is_found_in_a_name_counts() -> None:

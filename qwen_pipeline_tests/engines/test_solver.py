@@ -43,6 +43,21 @@ def test_groups_of_zeros_and_groups_at_the_ends_of_the_grid_are_counted() -> Non
     assert solver.odd_groups(packed) == (1, 1)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (8, 64)])
+def test_odd_groups_are_those_that_a_look_at_each_code_finds(bits: int, group_size: int) -> None:
+    form = GptqFormat(bits=bits, group_size=group_size, desc_act=False, sym=False, checkpoint_format="gptq")
+    codes_OGS = torch.randint(0, 2**bits, (1056, 3, group_size))
+    codes_OGS[::2, 0, :: 4 if bits == 4 else 2] = 2**bits - 1
+    codes_OGS[::3, 0, 1 : group_size // 8] = 0
+    zeros_OG = torch.randint(1, 2**bits, (1056, 3))
+    codes_OGS[::5, 1] = zeros_OG[::5, 1, None]
+    ends_OG = ((codes_OGS == 0) | (codes_OGS == 2**bits - 1)).sum(dim=2)
+    expected = ((codes_OGS == zeros_OG[..., None]).all(dim=2).sum(), (4 * ends_OG >= group_size).sum())
+    weight_OI = (codes_OGS - zeros_OG[..., None]).flatten(1).float()
+    packed = pack(weight_OI, torch.ones(1056, 3), zeros_OG.float(), torch.arange(3 * group_size) // group_size, form)
+    assert solver.odd_groups(packed) == expected
+
+
 def test_packing_keeps_a_weight_that_lies_on_its_grid() -> None:
     form = GptqFormat(bits=4, group_size=32, desc_act=False, sym=False, checkpoint_format="gptq")
     codes_OI = torch.randint(0, 16, (2080, 64))

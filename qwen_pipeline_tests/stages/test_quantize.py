@@ -161,6 +161,24 @@ def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineNam
 
 
 @pytest.mark.gpu
+def test_gptqmodel_shares_work_among_two_gpus(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    artifacts = [
+        quantize(
+            source=run.source,
+            destination=Directory(tmp_path / name),
+            calibration=run.calibration,
+            spec=replace(SPEC, device="cuda", gpus=2),
+            engine=engine,
+        )
+        for name in ("once", "again")
+    ]
+    require_faithful(open_checkpoint(run.source), open_checkpoint(artifacts[0].path))
+    assert len({artifact.manifest.content_digest for artifact in artifacts}) == 1
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["saved", "fused"])
 @pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
 def test_each_loop_quantizes_experts_on_cuda(run: Run, tmp_path: Path, name: EngineName, layout: Layout) -> None:

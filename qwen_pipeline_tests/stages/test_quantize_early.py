@@ -1,7 +1,7 @@
-"""An engine that imports while the stage prepares does not outlive a refusal."""
+"""How an engine is started: while the stage prepares, to be ended by a refusal, and with the GPUs of its spec alone."""
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,3 +42,28 @@ def test_too_little_text_ends_the_engine_that_was_started(
     assert not list(tmp_path.glob("out*"))
     (worker,) = started
     assert not is_running(worker)
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, "0,1"), ("3,5,7", "3,5"), ("", "")])
+def test_an_engine_sees_as_many_gpus_as_its_spec_says(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, seen: str
+) -> None:
+    class Started(Exception):
+        pass
+
+    def note(*_: object, env: Mapping[str, str], **__: object) -> None:
+        raise Started(env["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(stage, "started_worker", note)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(Started) as started:
+        quantize(
+            source=chain.padded,
+            destination=Directory(tmp_path / "out"),
+            calibration=chain.text,
+            spec=QuantSpec(group_size=GROUP_SIZE, samples=1, seq_len=64, device="cuda", gpus=2),
+            engine=EngineEnvironment(name="gptqmodel", python=Path(sys.executable)),
+        )
+    assert str(started.value) == seen

@@ -30,6 +30,17 @@ def leave_traces(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
     return {}
 
 
+def end_slowly(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
+    """Wait at the exit for whoever opens a pipe to write, and then end with a code."""
+
+    def end() -> None:
+        Path(spec["pipe"]).read_bytes()
+        os._exit(spec["code"])
+
+    atexit.register(end)
+    return {}
+
+
 class _Trace:
     def __init__(self, path: str) -> None:
         self._path = path

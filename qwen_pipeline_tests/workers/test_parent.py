@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,18 @@ def test_a_worker_cleans_up_but_does_not_take_its_interpreter_apart(log: Path, t
     assert (tmp_path / "exit").exists()
     assert not (tmp_path / "end").exists()
     assert "said at the very end" in log.read_text()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_result_is_there_before_the_worker_has_ended(log: Path, tmp_path: Path, code: int) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with started_worker(PYTHON, f"{TARGETS}:end_slowly", env={"PYTHONPATH": ROOT}) as worker:
+        assert worker.deliver({"pipe": str(pipe), "code": code}, log=log).value == {}
+        assert worker.process.poll() is None
+        pipe.write_bytes(b"")
+        with pytest.raises(EngineFault, match="exit code 3 after its result") if code else nullcontext():
+            worker.require_end(log=log)
 
 
 def test_an_absent_interpreter_is_named(log: Path) -> None:
