@@ -101,6 +101,19 @@ class LayeredModel:
         layers = range(first, len(self.parts))
         return ahead([(partial(self.read, layer), partial(self.build, layer)) for layer in layers])
 
+    def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the output head in blocks of rows [V, H], with the number of its first; meanwhile the next is read."""
+        checkpoint, name = self.weights.checkpoint, self.weights.head
+        return ahead(
+            [
+                (partial(checkpoint.load, name, slice(start, stop)), partial(self._block, start))
+                for start, stop in block_ranges(checkpoint[name])
+            ]
+        )
+
+    def _block(self, start: int, rows: Tensor) -> tuple[int, Tensor]:
+        return start, self.place.compute([rows])[0]
+
 
 class Passage(LayeredModel):
     """Batches on their way through one model.
