@@ -26,7 +26,7 @@ from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.forward import Place
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.stopping import stop_tokens
-from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP
+from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP, WORDLESS
 from qwen_pipeline_tests.evaluation.vllm import assert_served_where_there_is_a_kernel, has_kernel, served_by_vllm
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_qwen2
@@ -112,6 +112,11 @@ def test_a_server_that_dies_at_a_request_was_ready(job: ServingJob) -> None:
     died = load_serving(serve(replace(job, prompts=[[DEADLY]]).to_json(), unobserved))
     assert died.ready
     assert died.fault == "AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm'"
+
+
+def test_a_cause_without_words_is_told_with_its_line(job: ServingJob) -> None:
+    died = load_serving(serve(replace(job, prompts=[[WORDLESS]]).to_json(), unobserved))
+    assert died.fault == "AssertionError (assert all(size % ranks == 0))"
 
 
 def test_a_server_that_does_not_start_is_quoted(job: ServingJob) -> None:
