@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
 
-Unit = Literal["bytes", "layers", "modules", "tokens", "windows", "steps"]
+Unit = Literal["bytes", "layers", "modules", "tokens", "windows", "answers", "seconds", "steps"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.qwen.linears import decoder_linears, load_weight
-from qwen_pipeline.transforms.gptq_codes import pack_rows
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.qwen.linears import Linear, decoder_linears, load_weight
+from qwen_pipeline.transforms.gptq_codes import gptq_format, pack_rows
 
 MIDDLE = 8
 
@@ -48,3 +49,26 @@ def rounded(w_OI: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
         "scales": scales_GO.contiguous(),
         "g_idx": g_idx,
     }
+
+
+def dequantized(source: Checkpoint, codes: Checkpoint, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
+    """Return the source's tensors, those of linear layers from their codes, in whatever stacks they lie."""
+    tensors, form = {name: source.load(name) for name in source}, gptq_format(codes.config)
+    tensors |= {linear.tensor: tensors[linear.tensor].float() for linear in linears}
+    for linear in linears:
+        weight_OI = form.load(codes, linear.module).weight_rows(0, linear.out_features)
+        if slab := linear.slab:
+            expert = tensors[linear.tensor][slab.expert]
+            (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features] = weight_OI
+        else:
+            tensors[linear.tensor] = weight_OI.contiguous()
+    return tensors
+
+
+def spelled_out(source: Path, codes: Path, out: Path) -> Path:
+    """Save the weights that codes of ``source`` stand for, as a checkpoint in full precision; return ``out``."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    checkpoint = open_checkpoint(source)
+    tensors = dequantized(checkpoint, open_checkpoint(codes), decoder_linears(checkpoint))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out

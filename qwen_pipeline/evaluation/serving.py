@@ -35,7 +35,8 @@ ENVIRONMENT = {
 LIKELIEST = 5
 ANSWER_SECONDS = 600
 STOP_SECONDS = 20
-_CAUSE = re.compile(r"(?:^|\] )([\w.]*(?:Error|Exception): .+)$", re.MULTILINE)
+_PREFIX = re.compile(r"^\(.*?\] ")
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception)(?P<words>: .+)?")
 
 
 class ServerFault(Exception):
@@ -53,7 +54,7 @@ def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
             ready = True
             for number, prompt in enumerate(job.prompts):
                 answers.append(_ask(url, prompt, job.max_new_tokens))
-                observe(Progress(task=job.title, done=number + 1, total=len(job.prompts), remark="answers"))
+                observe(Progress(task=job.title, done=number + 1, total=len(job.prompts), unit="answers"))
     except (ServerFault, OSError) as error:
         return dump_serving(Serving(ready=ready, fault=_cause(log) or f"{error} ({_last_line(log)})"))
     return dump_serving(Serving(ready=True, answers=tuple(answers)))
@@ -65,7 +66,7 @@ def _server(job: ServingJob, log: Path) -> Generator[tuple[subprocess.Popen[byte
     with log.open("ab") as output:
         server = subprocess.Popen(
             _command(job, port),
-            env={**ENVIRONMENT, **os.environ},
+            env={**ENVIRONMENT, "OMP_NUM_THREADS": str(_threads(job.degree)), **os.environ},
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
@@ -76,6 +77,11 @@ def _server(job: ServingJob, log: Path) -> Generator[tuple[subprocess.Popen[byte
         server.terminate()
         with suppress(subprocess.TimeoutExpired):
             server.wait(STOP_SECONDS)
+
+
+def _threads(degree: int) -> int:
+    """Return the threads of a rank: more than there are cores would wait for each other, spinning, in every product."""
+    return max(1, len(os.sched_getaffinity(0)) // degree)
 
 
 def _command(job: ServingJob, port: int) -> list[str]:
@@ -109,7 +115,9 @@ def _await_ready(job: ServingJob, server: subprocess.Popen[bytes], url: str, log
         with suppress(URLError, OSError), urlopen(f"{url}/health", timeout=5) as reply:  # noqa: S310
             if reply.status == HTTPStatus.OK:
                 return
-        observe(Progress(task=job.title, done=int(waited), total=job.ready_seconds, remark=_last_line(log)))
+        observe(
+            Progress(task=job.title, done=int(waited), total=job.ready_seconds, unit="seconds", remark=_last_line(log))
+        )
         time.sleep(0.5)
     raise ServerFault(f"the server was not ready after {job.ready_seconds} seconds")
 
@@ -143,9 +151,13 @@ def _token_id(name: str) -> int:
 
 
 def _cause(log: Path) -> str | None:
-    """Return the first exception in the log: those after it are about it."""
-    found = _CAUSE.search(log.read_text(errors="replace"))
-    return found[1][:600] if found else None
+    """Return the first exception in the log: those after it are about it. One without words is told with its line."""
+    before = ""
+    for line in (_PREFIX.sub("", each) for each in log.read_text(errors="replace").splitlines()):
+        if found := _EXCEPTION.fullmatch(line):
+            return (line if found["words"] else f"{line} ({before})")[:600]
+        before = line.strip(" ^~") or before
+    return None
 
 
 def _last_line(log: Path) -> str:

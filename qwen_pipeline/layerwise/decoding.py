@@ -5,7 +5,7 @@ model is read once a step, however many prompts there are. Layers that fit into 
 and are read once in all. Each prompt has a cache of its own, one of Transformers', so nothing is padded.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from math import prod
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from qwen_pipeline.checkpoint.admission import available_memory
-from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.layerwise.forward import product
 from qwen_pipeline.layerwise.model import LayeredModel, Place
@@ -72,6 +71,7 @@ class Decoder(LayeredModel):
         *,
         stops: Collection[int],
         limit: int,
+        ends: Callable[[Sequence[int]], bool] = lambda _: False,
         drafts: Sequence[Sequence[int]] = (),
         observe: Observe = unobserved,
     ) -> list[tuple[int, ...]]:
@@ -81,6 +81,7 @@ class Decoder(LayeredModel):
             prompts: Token ids of each prompt.
             stops: Tokens that end an answer; they are part of it.
             limit: Tokens of an answer, at most.
+            ends: Told an answer's tokens after each step that it takes without a draft: whether it ends there.
             drafts: What each answer may turn out to be, such as another model's. The answers are the same without
                 them; what they have right takes one step together.
             observe: Told after each step how long the longest answer is.
@@ -94,7 +95,11 @@ class Decoder(LayeredModel):
         while running:
             for turn, choices in zip(running, self._step(running), strict=True):
                 self._take(turn, choices, stops)
-            running = [turn for turn in running if len(turn.answer) < limit and turn.answer[-1] not in stops]
+            running = [
+                turn
+                for turn in running
+                if len(turn.answer) < limit and turn.answer[-1] not in stops and not ends(turn.answer)
+            ]
             longest = max(len(turn.answer) for turn in turns)
             observe(Progress(task="answer", done=longest if running else limit, total=limit, unit="tokens"))
         return [tuple(turn.answer) for turn in turns]
@@ -145,14 +150,9 @@ class Decoder(LayeredModel):
         """Return the output head in blocks of rows, each with the number of its first."""
         if self._head:
             return self._head
-        head = self.weights.checkpoint.tensors[self.weights.head]
-        ranges = list(block_ranges(head.spec))
-        rows = self.place.bring([head.part(*ends) for ends in ranges])
-        blocks = zip((start for start, _ in ranges), rows, strict=True)
-        if not self._takes(prod(head.spec.shape)):
-            return blocks
-        self._head = list(blocks)
-        return self._head
+        if self._takes(prod(self.weights.checkpoint[self.weights.head].shape)):
+            self._head = list(self.head_blocks())
+        return self._head or self.head_blocks()
 
     def _takes(self, numel: int) -> bool:
         """Take so many numbers' room if it is there."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, give_blocks_back_when_freed
+from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.layerwise.feed import Feed
 from qwen_pipeline.layerwise.skeleton import Skeleton
@@ -80,6 +81,13 @@ class LayeredModel:
     def coming(self, first: int = 0, *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU) -> Iterator[nn.Module]:
         """Yield the layers from ``first`` on; while one computes, what follows is read."""
         return modules([(self, layer) for layer in range(first, len(self.parts))], ahead_on_gpu=ahead_on_gpu)
+
+    def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the output head in blocks of rows [V, H], with the number of its first; meanwhile the next is read."""
+        head = self.weights.checkpoint.tensors[self.weights.head]
+        ranges = list(block_ranges(head.spec))
+        rows = self.place.bring([head.part(*ends) for ends in ranges])
+        return zip((start for start, _ in ranges), rows, strict=True)
 
 
 def modules(

@@ -25,6 +25,8 @@ from qwen_pipeline.workers.leaving import leaving_at_once
 Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 
 _PR_SET_PDEATHSIG = 1
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""As CUDA's libraries say it, and as torch says it of the host's memory in a plain RuntimeError."""
 
 
 def main(target: str, *packages: str) -> None:
@@ -111,7 +113,12 @@ def _take_the_group_along() -> None:
 
 def _fault_of_the_machine(error: Exception) -> EnvironmentFault | None:
     """Name the end of memory (the host's or the GPU's) or of disk space, which libraries raise as several classes."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(words in str(error) for words in _OUT_OF_MEMORY)
+    ):
         return EnvironmentFault(
             f"Memory ran out: {error}", remedy="Lower the batch size or the number of samples, or use a larger machine."
         )

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.layerwise.forward import Passage, advance
 from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.engines.targets import logits, windows
 from qwen_pipeline_tests.layouts import Layout, layouts_of
+from qwen_pipeline_tests.rounding import dequantized
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=16, seq_len=64, batch_size=8, threads=1, device="cpu")
@@ -79,17 +79,3 @@ def require_agreement(root: Path, name: str, scratch: Path) -> None:
     with torch.no_grad():
         plain = load_tiny(copy)(input_ids=windows()).logits[:, :-1].flatten(0, 1)
     torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-4)
-
-
-def dequantized(source: Checkpoint, codes: Checkpoint, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
-    """Return the source's tensors, those of linear layers from their codes, in whatever stacks they lie."""
-    tensors, form = {name: source.load(name) for name in source}, gptq_format(codes.config)
-    tensors |= {linear.tensor: tensors[linear.tensor].float() for linear in linears}
-    for linear in linears:
-        weight_OI = form.load(codes, linear.module).weight_rows(0, linear.out_features)
-        if slab := linear.slab:
-            expert = tensors[linear.tensor][slab.expert]
-            (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features] = weight_OI
-        else:
-            tensors[linear.tensor] = weight_OI.contiguous()
-    return tensors

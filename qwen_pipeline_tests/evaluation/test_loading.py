@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.evaluation.loading import NotLoaded, load_model, place_tensors
+from qwen_pipeline.evaluation.loading import place_tensors
 from qwen_pipeline_tests.tiny import tiny_model
+from qwen_pipeline_tests.whole import NotLoaded, load_model
 
 
 @pytest.mark.parametrize(

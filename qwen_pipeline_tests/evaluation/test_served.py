@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.evaluation.served import (
     Parting,
     Served,
@@ -24,8 +26,9 @@ from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.stopping import stop_tokens
-from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP
-from qwen_pipeline_tests.evaluation.vllm import served_by_vllm
+from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP, WORDLESS
+from qwen_pipeline_tests.evaluation.vllm import assert_served_where_there_is_a_kernel, has_kernel, served_by_vllm
+from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +114,11 @@ def test_a_server_that_dies_at_a_request_was_ready(job: ServingJob) -> None:
     assert died.fault == "AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm'"
 
 
+def test_a_cause_without_words_is_told_with_its_line(job: ServingJob) -> None:
+    died = load_serving(serve(replace(job, prompts=[[WORDLESS]]).to_json(), unobserved))
+    assert died.fault == "AssertionError (assert all(size % ranks == 0))"
+
+
 def test_a_server_that_does_not_start_is_quoted(job: ServingJob) -> None:
     absent = load_serving(serve(replace(job, module="no_such_server").to_json(), unobserved))
     assert not absent.ready
@@ -133,14 +141,42 @@ def test_an_engine_that_cannot_be_started_is_a_finding(tmp_path: Path) -> None:
     assert f"quantized on 1 rank: did not start: {tmp_path}/python cannot be started" in report.detail
 
 
+PROMPTS = [[5, 6, 7], [40, 41, 42, 43] * 16]
+
+
+def answers_of(root: Path) -> list[tuple[int, ...]]:
+    checkpoint = open_checkpoint(root)
+    decoder = Decoder(checkpoint, Place(device=torch.device("cpu"), dtype=torch.float32))
+    return decoder.answers(PROMPTS, stops=stop_tokens(checkpoint), limit=MAX_NEW_TOKENS)
+
+
 @pytest.mark.serve
 @pytest.mark.timeout(1800)
 def test_vllm_answers_as_transformers_on_one_and_two_ranks(tmp_path: Path) -> None:
-    """The real engine on real (random) weights; a model whose ranks are swapped is caught."""
+    """The real engine on real (random) weights."""
     root = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256)
-    decoder = Decoder(open_checkpoint(root), Place(device=torch.device("cpu"), dtype=torch.float32))
-    prompts = [[5, 6, 7], [40, 41, 42, 43] * 16]
-    expected = decoder.answers(prompts, stops=stop_tokens(open_checkpoint(root)), limit=48)
-    served = served_by_vllm(root, "merged", prompts, expected, logs=tmp_path)
+    served = served_by_vllm(root, "merged", PROMPTS, answers_of(root), logs=tmp_path)
     assert [each.fault for each in served] == [None, None]
-    assert served_report(served, max_gap=0.5).passed
+    assert served_report(served, max_gap=0.5).passed, served
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(1800)
+def test_vllm_serves_codes_on_one_rank_and_torn_groups_are_heard_on_two(tmp_path: Path) -> None:
+    """Two ranks load three groups of 64, say nothing and answer wrongly; the groups differ as trained ones do."""
+    root = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=192)
+    tensors = load_file(root / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("down_proj.weight"):
+            tensor[:, 64:128] *= 8
+    tensors["lm_head.weight"] *= 4
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    codes = round_to_codes(root, tmp_path / "codes", group_size=64)
+    served = served_by_vllm(codes, "quantized", PROMPTS, answers_of(codes), logs=tmp_path)
+    if not has_kernel():
+        assert_served_where_there_is_a_kernel(served)
+        return
+    whole, torn = served
+    assert served_report([whole], max_gap=0.5).passed, whole
+    assert torn.fault is None
+    assert served_report([torn], max_gap=0.5).blocks, torn

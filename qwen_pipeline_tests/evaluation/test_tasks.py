@@ -10,7 +10,8 @@ from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT
 from qwen_pipeline.evaluation.tasks import TARGET, Score, TaskPlan, load_results, scores, tasks_report
 from qwen_pipeline.workers.parent import run_worker
-from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline_tests.rounding import round_to_codes, spelled_out
+from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 
 PLAN = TaskPlan(python=Path("python"), versions={}, tasks=["arc"], max_drop=0.02)
 HELD = Score(name="arc/acc", more_is_better=True, merged=0.5, quantized=0.49)
@@ -75,3 +76,24 @@ def test_lm_eval_scores_a_task_of_ones_own(tmp_path: Path) -> None:
     assert (score.name, score.more_is_better) == ("parity/acc", True)
     assert score.quantized == score.merged == 0.5, "of two equal choices the first is always taken"
     assert score.stderr == pytest.approx(0.2236, rel=1e-3)
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "qwen3_next"])
+def test_a_streamed_model_answers_lm_eval_as_its_own_does(family: str, tmp_path: Path) -> None:
+    """Weights that codes stand for are asked of lm-eval's own class: it cannot load experts that are packed."""
+    source = tiny_model(family, tmp_path / "source")
+    codes = round_to_codes(source, tmp_path / "codes", group_size=32)
+    plain = spelled_out(source, codes, tmp_path / "plain")
+    spec = {"streamed": str(codes), "plain": str(plain)}
+    python = find_environment("lm-eval").python
+    target = "qwen_pipeline_tests.evaluation.in_lm_eval:ask_both"
+    found = run_worker(python, target, spec, log=tmp_path / "log", env=ENVIRONMENT).value
+    streamed, expected = found["streamed"], found["plain"]
+    for kind in ("whole", "cut"):
+        assert streamed[kind] == expected[kind]
+    assert all(len(cut) < len(whole) for cut, whole in zip(streamed["cut"], streamed["whole"], strict=True))
+    assert streamed["rolling"] == pytest.approx(expected["rolling"], abs=1e-3), "hundreds of tokens"
+    logs, greedy = zip(*streamed["likelihoods"], strict=True)
+    assert list(logs) == pytest.approx([log for log, _ in expected["likelihoods"]], abs=1e-4)
+    assert list(greedy) == [each for _, each in expected["likelihoods"]]

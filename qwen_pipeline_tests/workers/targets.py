@@ -70,6 +70,13 @@ def fill_memory(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
     return {"never": len(bytearray(2**40))}
 
 
+def fill_memory_of_torch(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
+    import torch
+
+    resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, 64 * 2**30))
+    return {"never": torch.empty(2**40, dtype=torch.int8).numel()}
+
+
 def fill_disk(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
     Path("/dev/full").write_text("x" * 10_000)
     return {}

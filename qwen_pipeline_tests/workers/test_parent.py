@@ -69,7 +69,14 @@ def test_sigkill_is_named_as_the_end_of_memory(log: Path) -> None:
         call("kill_itself", log)
 
 
-@pytest.mark.parametrize(("target", "words"), [("fill_memory", "Memory ran out"), ("fill_disk", "The disk is full")])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("fill_memory", "Memory ran out"),
+        ("fill_memory_of_torch", "Memory ran out: .*you tried to allocate 1099511627776 bytes"),
+        ("fill_disk", "The disk is full"),
+    ],
+)
 def test_a_machine_at_its_end_is_named(log: Path, target: str, words: str) -> None:
     with pytest.raises(EnvironmentFault, match=words):
         call(target, log)

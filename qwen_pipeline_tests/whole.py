@@ -1,0 +1,52 @@
+"""Models that Transformers loads whole, with an account of every tensor: what streamed figures are held against."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+from qwen_pipeline.evaluation.loading import complaints_of, fault_of, load_with, loading_options
+from qwen_pipeline.transforms.model import is_recipe, open_model
+
+
+class NotLoaded(Exception):
+    """Transformers cannot load a checkpoint, or not all of it."""
+
+
+def load_model(root: str) -> nn.Module:
+    """Load a checkpoint as a user of Transformers does, on the CPU in float32, and account for every tensor.
+
+    Weights that are a recipe are computed and handed over: nothing is stored.
+
+    Raises:
+        NotLoaded: Transformers raised, or loaded something else than the checkpoint: it gives missing weights random
+            values and drops unexpected ones, and only logs that.
+    """
+    try:
+        config = AutoConfig.from_pretrained(root, local_files_only=True)
+        load = _from_recipe if is_recipe(Path(root)) else _from_files
+        model, info = load(root, config, **loading_options(config, device="cpu"))
+    except Exception as error:
+        raise NotLoaded(fault_of(error)) from error
+    if complaints := complaints_of(info):
+        raise NotLoaded(complaints)
+    return model.eval()
+
+
+def _from_files(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    return load_with(_architecture(config), root, local_files_only=True, use_safetensors=True, **options)
+
+
+def _from_recipe(root: str, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    merged = open_model(Path(root))
+    weights = {name: merged.load(name) for name in merged}
+    model, info = load_with(_architecture(config), None, config=config, state_dict=weights, **options)
+    if "generation_config.json" in merged.sidecars:
+        model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
+    return model, info
+
+
+def _architecture(config: Any) -> Any:
+    return getattr(transformers, config.architectures[0])
