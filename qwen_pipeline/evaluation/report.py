@@ -25,7 +25,7 @@ LOSS_PLOT = "losses.png"
 NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 QUALITY_COLUMNS = ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement")
 SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
-SCORE_COLUMNS = ("task/metric", "merged", "quantized", "standard error")
+SCORE_COLUMNS = ("task/metric", "merged", "quantized", "its standard error")
 MAX_INLINE_BYTES = 400_000
 """Of images inlined in one Markdown text, which Dagster keeps in its event log."""
 _IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)\n*")

@@ -36,6 +36,7 @@ LIKELIEST = 5
 ANSWER_SECONDS = 600
 STOP_SECONDS = 20
 _PREFIX = re.compile(r"^\(.*?\] ")
+"""What vLLM puts before each line: the process, the level, the time and the place."""
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception)(?P<words>: .+)?")
 
 
@@ -162,4 +163,4 @@ def _cause(log: Path) -> str | None:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
-    return lines[-1].strip()[-100:] if lines else ""
+    return _PREFIX.sub("", lines[-1]).strip()[-100:] if lines else ""

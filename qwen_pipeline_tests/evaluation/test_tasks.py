@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT
 from qwen_pipeline.evaluation.tasks import TARGET, Score, TaskPlan, load_results, scores, tasks_report
 from qwen_pipeline.workers.parent import run_worker
@@ -76,6 +77,11 @@ def test_lm_eval_scores_a_task_of_ones_own(tmp_path: Path) -> None:
     assert (score.name, score.more_is_better) == ("parity/acc", True)
     assert score.quantized == score.merged == 0.5, "of two equal choices the first is always taken"
     assert score.stderr == pytest.approx(0.2236, rel=1e-3)
+
+    said = {"output_type": "generate_until", "generation_kwargs": {"do_sample": True, "temperature": 0.7}}
+    (tmp_path / "parity.yaml").write_text(json.dumps(task | said))
+    with pytest.raises(InputRefused, match="a task asks for answers with do_sample, and answers here are greedy"):
+        run_worker(python, TARGET, spec, log=tmp_path / "log", env=ENVIRONMENT)
 
 
 @pytest.mark.serve

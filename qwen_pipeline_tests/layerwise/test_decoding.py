@@ -87,6 +87,12 @@ def test_each_of_several_stop_tokens_ends_an_answer(qwen2: Path, tmp_path: Path)
     assert [answer[-1] for answer in answers[:2]] == stops
 
 
+def test_an_answer_ends_where_its_tokens_say_so(qwen2: Path) -> None:
+    free = plain_answers(qwen2)
+    cut = streamed_answers(open_checkpoint(qwen2), ends=lambda tokens: len(tokens) == 2)
+    assert cut == [answer[:2] for answer in free]
+
+
 def test_stop_tokens_are_those_of_the_generation_config_or_else_of_the_config(qwen2: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(qwen2)
     assert stop_tokens(checkpoint) == {load_tiny(qwen2).generation_config.eos_token_id}  # pyright: ignore[reportOptionalMemberAccess]
