@@ -151,7 +151,8 @@ class PackedLinear:
         import torch
 
         inputs = len(self.g_idx)
-        return torch.equal(self.g_idx, in_order(inputs, self.format.inputs_per_group(inputs)))
+        groups_I = in_order(inputs, self.format.inputs_per_group(inputs))
+        return torch.equal(self.g_idx, groups_I.to(self.g_idx.device))
 
     def weight_rows(self, start: int, stop: int) -> "torch.Tensor":
         """Return rows ``start:stop`` of the weight, float32 [stop - start, I], exactly as the codes say.
