@@ -18,6 +18,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -398,7 +399,7 @@ def _watching_gpu(device: str) -> Generator[list[int]]:
 
 def _machine(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__}
+    return {"date": datetime.now(UTC).date().isoformat(), "device": name, "torch": torch.__version__}
 
 
 def _parts(seconds: Mapping[str, float]) -> str:
