@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import TemplateLM  # pyright: ignore
-from lm_eval.models.utils import (  # pyright: ignore
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
     handle_stop_sequences,
     normalize_gen_kwargs,
     postprocess_generated_text,
     resolve_max_length,
 )
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
@@ -39,7 +39,7 @@ Pair = tuple[list[int], list[int]]
 """Token ids of a context and of its continuation."""
 
 
-class StreamedLM(TemplateLM):  # pyright: ignore
+class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     """A checkpoint, or a recipe, that is scored and answers greedily.
 
     Args:
