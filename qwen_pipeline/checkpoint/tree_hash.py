@@ -67,10 +67,13 @@ class TreeHash:
         with self._lock:
             self._digests[begin] = digest
             self._started.pop(begin, None)
+            if self.is_complete:
+                self._spare.clear()
 
     def _recycle(self, buffer: bytearray) -> None:
         with self._lock:
-            self._spare = [] if self.is_complete else [*self._spare, buffer]
+            if not self.is_complete:
+                self._spare.append(buffer)
 
 
 class _Leaf:

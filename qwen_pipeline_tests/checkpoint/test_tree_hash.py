@@ -1,5 +1,6 @@
 """A tensor's digest is that of docs/format.md, however its bytes arrive."""
 
+import tracemalloc
 from itertools import pairwise
 from threading import Barrier
 from unittest.mock import patch
@@ -111,3 +112,18 @@ def test_of_many_blocks_with_holes_the_oldest_are_forgotten() -> None:
         assert not tree.is_complete
         tree.add((most - 1) * LEAF, memoryview(data)[:LEAF])
         assert tree.hexdigest() == naive(data, LEAF)
+
+
+def test_a_complete_digest_holds_no_block() -> None:
+    """Every tensor of a pass keeps its digest: what else it kept would grow with the model."""
+    tracemalloc.start()
+    data = bytes(4 * tree_hash.LEAF_BYTES)
+    cut = tree_hash.LEAF_BYTES // 2
+    trees = [TreeHash(len(data)) for _ in range(8)]
+    before = tracemalloc.get_traced_memory()[0]
+    for tree in trees:
+        for start, end in pairwise([0, cut, 3 * cut, len(data)]):
+            tree.add(start, memoryview(data)[start:end])
+    assert all(tree.is_complete for tree in trees)
+    assert tracemalloc.get_traced_memory()[0] - before < tree_hash.LEAF_BYTES
+    tracemalloc.stop()
