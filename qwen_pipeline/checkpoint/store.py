@@ -1,7 +1,8 @@
 """Derivations: where a stage's output lives, how it comes into being, and why a second run is free.
 
 An output directory appears under its name only when it is complete: it is built as ``<name>.partial`` under a lock,
-synced, given its manifest last, and renamed. Nothing is ever overwritten.
+synced, given its manifest last, and renamed. What an attempt resumes from stays until the manifest is there: killed at
+any moment, the next one goes on. Nothing is ever overwritten.
 """
 
 import errno
@@ -35,6 +36,8 @@ from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLock
 KEY_LENGTH = 16
 """Hex digits of a derivation key in a path; the manifest holds and checks all 64."""
 PARTIAL = ".partial"
+WORKSHOP = ".workshop"
+"""Where a build keeps what it resumes from, within the partial directory; gone before that gets its name."""
 _DERIVATION = ".derivation"
 
 
@@ -301,7 +304,6 @@ def _prepare(partial: Path, attempt: Derivation) -> None:
 def _seal(partial: Path, derivation: Derivation, built: Built, run: RunFigures) -> None:
     settled = replace(derivation, inputs={**derivation.inputs, **built.inputs})
     assert settled.is_settled, f"the build of {settled.stage} did not say what its inputs were: {settled.inputs}"
-    (partial / JOURNAL).unlink(missing_ok=True)
     manifest = Manifest(
         derivation=settled,
         contents=built.contents,
@@ -320,6 +322,9 @@ def _reveal(partial: Path, destination: Destination) -> Artifact:
     if found := _finished(out, derivation):
         shutil.rmtree(partial)
         return found
+    (partial / JOURNAL).unlink(missing_ok=True)
+    if (partial / WORKSHOP).exists():
+        shutil.rmtree(partial / WORKSHOP)
     partial.rename(out)
     (out / _DERIVATION).unlink(missing_ok=True)
     sync_directory(out.parent)

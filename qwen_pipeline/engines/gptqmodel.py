@@ -6,7 +6,8 @@
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.workers.child import report
 
 NOT_SOLVED = 999_999_999
 """The loss that GPTQModel 7 logs for a module that it only rounded to nearest."""
@@ -68,21 +70,14 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     )
     laps.lap("load")
     settle_before_solving()
+    report_before_aborting()
     peaks = _follow(model.model.config, observe)
     windows, masks = (torch.tensor(np.load(file)).long() for file in (job.windows, job.mask))
-    try:
-        model.quantize(
-            [{"input_ids": row, "attention_mask": mask} for row, mask in zip(windows, masks, strict=True)],
-            batch_size=job.spec.batch_size,
-            calibration_sort=None,
-        )
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        raise CheckFailed(
-            f"GPTQModel stopped at a loss that is not a number: {error}",
-            remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
-        ) from error
+    model.quantize(
+        [{"input_ids": row, "attention_mask": mask} for row, mask in zip(windows, masks, strict=True)],
+        batch_size=job.spec.batch_size,
+        calibration_sort=None,
+    )
     laps.lap("quantize")
     model.save(str(job.packed))
     laps.lap("save")
@@ -93,6 +88,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
 def settle_before_solving() -> None:
     """Have GPTQModel's solver settle dead channels before it looks for them, so that it finds none.
 
+    A loss that is NaN becomes a fault of ours on the way.
     ``module_copy`` is where it takes the weights from, if they are there.
     """
     solver: Any = import_module("gptqmodel.quantization").GPTQ
@@ -102,9 +98,41 @@ def settle_before_solving() -> None:
         hessian_II = self.finalize_hessian(target_device=getattr(self.module, "target_device", None))
         self.module_copy = self.clone_module(device=hessian_II.device)
         settle_dead_channels(hessian_II, self.module_copy)
-        return quantize(self, blocksize)
+        try:
+            return quantize(self, blocksize)
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise CheckFailed(
+                f"GPTQModel stopped at a loss that is not a number: {error}",
+                remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
+            ) from error
 
     solver.quantize = settle_and_quantize
+
+
+def report_before_aborting() -> None:
+    """Have GPTQModel's threads report an error before they end the process.
+
+    They hand it to whoever waits for them too, and then nobody knows who is first.
+    """
+    threads: Any = import_module("gptqmodel.utils.threadx").DeviceThreadPool
+
+    def reporting(submit: Callable[..., Any]) -> Callable[..., Any]:
+        def submit_reported(self: Any, device: Any, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            return submit(self, device, partial(_do_or_report, task), *args, **kwargs)
+
+        return submit_reported
+
+    threads.submit, threads.submit_serial = reporting(threads.submit), reporting(threads.submit_serial)
+
+
+def _do_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return task(*args, **kwargs)
+    except Exception as error:
+        report(error)
+        raise
 
 
 def _follow(config: Any, observe: Observe) -> Mapping[tuple[str, str], tuple[int, int]]:

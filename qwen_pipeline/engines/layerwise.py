@@ -147,6 +147,15 @@ class LayerLoop:
         """Quantize the layers that are not there yet; return the records of all."""
         by_layer = [list(group) for _, group in groupby(self._linears, key=lambda linear: linear.layer)]
         records = finished_layers(self._out, len(by_layer))
+        if len(records) < len(by_layer):
+            records = self._go_on(records, by_layer, observe)
+        _write_index(self._out, len(by_layer), self._spec)
+        return records
+
+    def _go_on(
+        self, records: list[LayerRecord], by_layer: Sequence[Sequence[Linear]], observe: Observe
+    ) -> list[LayerRecord]:
+        """Send the tokens through the layers that are finished, then quantize the others."""
         self._take_up(len(records))
         modules = self.passage.coming(ahead_on_gpu=1.0)
         for layer in range(len(records)):
@@ -168,7 +177,6 @@ class LayerLoop:
                 records += [writing.result()] if writing else []
                 writing = disk.submit(_write_layer, self._out, layer, tensors, rows, clock)
             records += [writing.result()] if writing else []
-        _write_index(self._out, len(by_layer), self._spec)
         return records
 
     def _take_up(self, done: int) -> None:

@@ -16,7 +16,7 @@ from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.measure import Laps
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store import WORKSHOP, Artifact, Built, Destination, derive
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines import checks
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
@@ -36,7 +36,6 @@ STAGE = "quantized"
 UNPADDED = "quantized_unpadded"
 """Where the merged checkpoint goes, quantized only to be compared with."""
 CODE_VERSION = "4"
-WORKSHOP = ".workshop"
 CHECKS = checks.CHECKS
 
 
@@ -134,9 +133,8 @@ def quantize(
             reports = checks.check_output(written, linears, losses, spec)
             laps.lap("checks")
             running.require_end(log=log)
-            shutil.rmtree(job.workshop)
             contents = _with_logs(contents, partial)
-            laps.lap("clean up")
+            laps.lap("end")
             return Built(
                 contents=contents,
                 result={

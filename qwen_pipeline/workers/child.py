@@ -24,6 +24,7 @@ from qwen_pipeline.workers.leaving import leaving_at_once
 
 Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 
+_MESSAGES_FD = "QWEN_PIPELINE_MESSAGES_FD"
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 """As CUDA's libraries say it, and as torch says it of the host's memory in a plain RuntimeError."""
@@ -38,35 +39,45 @@ def main(target: str, *packages: str) -> None:
 def _call(target: str, packages: Sequence[str]) -> int:
     _die_with_parent()
     _take_the_group_along()
-    with os.fdopen(int(os.environ["QWEN_PIPELINE_MESSAGES_FD"]), "wb", buffering=0) as messages:
-
-        def send(kind: str, content: Mapping[str, Any]) -> None:
-            messages.write(json.dumps([kind, content]).encode() + b"\n")
-
-        def observe(progress: Progress) -> None:
-            send("progress", asdict(progress))
-
+    try:
         began = time.monotonic()
-        try:
-            function = _function(target)
-            for package in packages:
-                importlib.import_module(package)
-            imported = time.monotonic()
-            task = json.load(sys.stdin)
-            _print_into(task["log"])
-            value = function(task["spec"], observe)
-        except PipelineError as fault:
-            send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
-            return fault.exit_code
-        except Exception as error:
-            if fault := _fault_of_the_machine(error):
-                send("fault", {"kind": "EnvironmentFault", "what": fault.what, "remedy": fault.remedy})
-                return fault.exit_code
-            raise
+        function = _function(target)
+        for package in packages:
+            importlib.import_module(package)
+        imported = time.monotonic()
+        task = json.load(sys.stdin)
+        _print_into(task["log"])
+        value = function(task["spec"], _observe)
         handed_over = min(max(task["time"], began), imported)
         figures = {"import_seconds": imported - began, "early_seconds": handed_over - began}
-        send("result", {"value": value, "peak_memory_bytes": resident_peak(), **figures})
+        _send("result", {"value": value, "peak_memory_bytes": resident_peak(), **figures})
+    except Exception as error:
+        if fault := report(error):
+            return fault.exit_code
+        raise
+    finally:
+        os.close(int(os.environ.pop(_MESSAGES_FD)))
     return 0
+
+
+def report(error: Exception) -> PipelineError | None:
+    """Tell the parent of an error, if it is one of ours or of the machine, and return it as one of ours.
+
+    For what a target raises, and for the threads of a library that ends the process at an error in one of them.
+    """
+    fault = error if isinstance(error, PipelineError) else _fault_of_the_machine(error)
+    if fault and _MESSAGES_FD in os.environ:
+        _send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
+    return fault
+
+
+def _observe(progress: Progress) -> None:
+    _send("progress", asdict(progress))
+
+
+def _send(kind: str, content: Mapping[str, Any]) -> None:
+    """Write one message, in one piece: threads may write at once."""
+    os.write(int(os.environ[_MESSAGES_FD]), json.dumps([kind, content]).encode() + b"\n")
 
 
 def _function(target: str) -> Target:

@@ -1,16 +1,19 @@
 """Derivations: one directory for one key, found again, never overwritten, never half there."""
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qwen_pipeline.checkpoint import store as module
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.lazy import MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import (
+    WORKSHOP,
     Built,
     CheckpointStore,
     Directory,
@@ -46,6 +49,41 @@ def test_the_store_finds_what_a_stage_produced_last(tmp_path: Path) -> None:
     assert store.require_latest("note", "alice").path == first.path
     with pytest.raises(CheckpointRefused, match=r"no note checkpoint of 'bob'.*\n.*qwen-pipeline run bob"):
         store.require_latest("note", "bob")
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "on"),
+    [(module, "write_bytes", MANIFEST), (shutil, "rmtree", WORKSHOP), (Path, "rename", "out.partial")],
+)
+def test_a_build_that_has_ended_is_not_repeated_wherever_the_attempt_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, call: str, on: str
+) -> None:
+    """Until the manifest is there, all that the next attempt can resume from is too; then it has only to be shown."""
+    found: list[bool] = []
+
+    def build(partial: Path) -> Built:
+        layer = partial / WORKSHOP / "layer"
+        found.append(layer.exists())
+        layer.parent.mkdir(exist_ok=True)
+        layer.touch()
+        return write_note(partial)
+
+    alive = getattr(owner, call)
+
+    def die(path: Path, *rest: object) -> object:
+        if path.name == on:
+            raise KeyboardInterrupt
+        return alive(path, *rest)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, die)
+        with pytest.raises(KeyboardInterrupt):
+            derive(note("one"), Directory(out), build)
+    assert not out.exists()
+    artifact = derive(note("one"), Directory(out), build)
+    assert found == ([False, True] if on == MANIFEST else [False])
+    assert {path.name for path in artifact.path.iterdir()} == {"note.txt", "manifest.json"}
 
 
 def test_a_directory_that_holds_something_else_is_refused(sharded: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What tests have a worker do in GPTQModel's environment."""
 
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.engines import layerwise, solver
+from qwen_pipeline.engines import gptqmodel, layerwise, solver
 from qwen_pipeline.engines.layerwise import LayerLoop
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.engines.solver import Hessian, pack, solve
@@ -64,6 +65,15 @@ def alone(solver: Any, weight: torch.Tensor, x: torch.Tensor, form: GptqFormat) 
     gptq.add_batch(x, None)
     rounded, scales, zeros, g_idx = gptq.quantize()[:4]
     return pack(rounded.detach(), scales, zeros, g_idx, form)
+
+
+def lose_a_thread(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
+    """Have one of GPTQModel's threads run out of memory, whose result nobody waits for."""
+    gptqmodel.report_before_aborting()
+    threads: Any = import_module("gptqmodel").DEVICE_THREAD_POOL
+    threads.submit("cpu", bytearray, 2**62)
+    time.sleep(600)
+    return {}
 
 
 def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:

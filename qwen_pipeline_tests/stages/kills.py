@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.checkpoint.store import WORKSHOP, Directory, require_intact
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.stages.quantize import WORKSHOP, quantize
+from qwen_pipeline.stages.quantize import quantize
 
 PATIENCE_SECONDS = 60
 """How long the last of a killed family may take to end: a GPU's memory is given back first."""

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.errors import AdapterRefused
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.workers.child import report
 
 
 def echo(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
@@ -79,6 +81,21 @@ def fill_memory_of_torch(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]
 
 def fill_disk(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
     Path("/dev/full").write_text("x" * 10_000)
+    return {}
+
+
+def lose_a_thread(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
+    """Be a library that ends the process where a thread of it runs out of memory."""
+
+    def work() -> None:
+        try:
+            bytearray(2**62)
+        except MemoryError as error:
+            report(error)
+            os._exit(1)
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(work).result()
     return {}
 
 

@@ -75,6 +75,7 @@ def test_sigkill_is_named_as_the_end_of_memory(log: Path) -> None:
         ("fill_memory", "Memory ran out"),
         ("fill_memory_of_torch", "Memory ran out: .*you tried to allocate 1099511627776 bytes"),
         ("fill_disk", "The disk is full"),
+        ("lose_a_thread", "Memory ran out"),
     ],
 )
 def test_a_machine_at_its_end_is_named(log: Path, target: str, words: str) -> None:
