@@ -31,6 +31,16 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def sync_tree(root: Path) -> None:
+    """Make all that is below a directory survive a crash."""
+    for path in (*root.rglob("*"), root):
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def begin_writeback(fd: int, offset: int, length: int) -> None:
     """Have the disk begin with a part of a file at once, where the system has a way to say so."""
     if sync_file_range := _sync_file_range():

@@ -6,7 +6,9 @@
 
 import csv
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
-from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.errors import CheckFailed, EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.workers.child import report
 
@@ -36,7 +38,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         ``seconds``: what the library took to be imported, to load, to quantize and to save.
 
     Raises:
-        EnvironmentFault: The spec wants CUDA and there is none.
+        EnvironmentFault: The spec wants CUDA and there is none, or the library cannot go on from what it left.
         CheckFailed: A module's loss is NaN.
     """
     job = QuantJob.from_json(spec)
@@ -71,13 +73,17 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     laps.lap("load")
     settle_before_solving()
     report_before_aborting()
-    peaks = _follow(model.model.config, observe)
+    job.resume.mkdir(exist_ok=True)
+    peaks = job.resume / "peaks.csv"
+    _follow(model.model.config, peaks, observe)
     windows, masks = (torch.tensor(np.load(file)).long() for file in (job.windows, job.mask))
-    model.quantize(
-        [{"input_ids": row, "attention_mask": mask} for row, mask in zip(windows, masks, strict=True)],
-        batch_size=job.spec.batch_size,
-        calibration_sort=None,
-    )
+    with _resuming(model, job.resume / "checkpoint") as checkpoint:
+        model.quantize(
+            [{"input_ids": row, "attention_mask": mask} for row, mask in zip(windows, masks, strict=True)],
+            batch_size=job.spec.batch_size,
+            calibration_sort=None,
+            checkpoint=checkpoint,
+        )
     laps.lap("quantize")
     model.save(str(job.packed))
     laps.lap("save")
@@ -135,33 +141,61 @@ def _do_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
         raise
 
 
-def _follow(config: Any, observe: Observe) -> Mapping[tuple[str, str], tuple[int, int]]:
-    """Tell each module's loss, and note the highest memory of a GPU and the host by then: ``(layer, module)`` -> bytes.
+@contextmanager
+def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
+    """Have each finished layer kept in ``root``, and go on after those that are there, where GPTQModel knows how to.
+
+    That depends on the family and the settings; see its ``validate_checkpoint_support``.
+
+    Raises:
+        EnvironmentFault: What is there was left on another kind of GPU, or is damaged.
+    """
+    checks: Any = import_module("gptqmodel.looper.gptq_checkpoint")
+    try:
+        checks.validate_checkpoint_support(model)
+    except NotImplementedError:
+        yield None
+        return
+    for attempt in root.glob("attempt-*"):  # what it offloaded while it was killed
+        shutil.rmtree(attempt)
+    try:
+        yield import_module("gptqmodel").CheckpointConfig(path=root, strict_device_check=False)
+    except checks.CheckpointError as error:
+        shutil.rmtree(root)
+        raise EnvironmentFault(
+            f"GPTQModel cannot go on from the layers that it finished earlier: {error}",
+            remedy="They were removed: run again, and it starts at the first layer.",
+        ) from error
+
+
+def _follow(config: Any, peaks: Path, observe: Observe) -> None:
+    """Tell each module's loss, and note the highest memory of a GPU and the host by then: a line of ``peaks`` each.
 
     GPTQModel's callbacks name layers and modules; only its table of results has losses.
     """
     layers = config.get_text_config().num_hidden_layers
-    peaks: dict[tuple[str, str], tuple[int, int]] = {}
     processor: Any = import_module("gptqmodel.looper.gptq_processor").GPTQProcessor
     write_row = processor.log_new_row
 
     def write_and_tell(self: object, row: Mapping[str, Any]) -> None:
         write_row(self, row)
         gpu = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0)
-        peaks[str(row["layer"]), str(row["module"])] = gpu, resident_peak()
+        with peaks.open("a") as file:
+            file.write(f"{row['layer']},{row['module']},{gpu},{resident_peak()}\n")
         remark = f"layers.{row['layer']}.{row['module']} loss {row['loss']}"
         observe(Progress(task="quantize", done=int(row["layer"]), total=layers, unit="layers", remark=remark))
 
     processor.log_new_row = write_and_tell
-    return peaks
 
 
-def _add_peaks(quant_log: Path, peaks: Mapping[tuple[str, str], tuple[int, int]]) -> None:
+def _add_peaks(quant_log: Path, peaks: Path) -> None:
     """Give each row of the library's table its memory."""
+    with peaks.open(newline="") as file:
+        bytes_of = {(layer, module): found for layer, module, *found in csv.reader(file)}
     with quant_log.open(newline="") as file:
         header, *rows = csv.reader(file)
     layer, module = header.index("layer"), header.index("module")
     with quant_log.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow([*header, "gpu_peak_bytes", "host_peak_bytes"])
-        table.writerows([*row, *peaks[row[layer], row[module]]] for row in rows)
+        table.writerows([*row, *bytes_of[row[layer], row[module]]] for row in rows)

@@ -250,6 +250,11 @@ class QuantJob:
         """
         return self.packed / "quant_log.csv"
 
+    @property
+    def resume(self) -> Path:
+        """What an engine may leave for its next attempt, should it be interrupted."""
+        return self.workshop / "resume"
+
     def to_json(self) -> dict[str, Any]:
         paths = {name: str(getattr(self, name)) for name in ("source", "windows", "workshop")}
         return {"spec": self.spec.to_json(), **paths}

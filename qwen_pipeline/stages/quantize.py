@@ -20,6 +20,7 @@ from qwen_pipeline.checkpoint.store import WORKSHOP, Artifact, Built, Destinatio
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines import checks
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
+from qwen_pipeline.engines.delivery import Delivery
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
@@ -30,7 +31,7 @@ from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
-from qwen_pipeline.workers.parent import Worker, WorkerResult, started_worker
+from qwen_pipeline.workers.parent import Worker, started_worker
 
 STAGE = "quantized"
 UNPADDED = "quantized_unpadded"
@@ -52,8 +53,9 @@ def quantize(
     """Quantize a full-precision checkpoint to GPTQ codes.
 
     The derivation holds the digest of the calibration tokens, the whole spec with the engine that was chosen, and the
-    engine's versions. The engine ``layerwise`` continues an interrupted attempt at the layer that it died in; with
-    others it starts again. While tokens are drawn, the engine imports already, unless the output may be there.
+    engine's versions. An interrupted attempt is continued at the layer that it died in by the engine ``layerwise``, and
+    by GPTQModel's own loop for the families it can do that for; AutoGPTQ starts again. No engine does once it has
+    delivered. While tokens are drawn, the engine imports already, unless the output may be there.
 
     Args:
         source: The merged and padded checkpoint.
@@ -113,40 +115,44 @@ def quantize(
 
         def build(partial: Path) -> Built:
             import_module("qwen_pipeline.engines.evidence_plot")  # now, while the engine imports too
-            job = _open_workshop(partial, source.resolve(), tokens, spec)
-            (partial / LOGS).mkdir(exist_ok=True)
+            job, log = _open_workshop(partial, source.resolve(), tokens, spec), partial / LOGS / "quantize.log"
             laps.lap("workshop")
-            running, log = early or start(), partial / LOGS / "quantize.log"
-            worker = running.deliver(job.to_json(), log=log, observe=observe)
-            laps.lap("worker")
+            running, delivery = None, Delivery.find(job)
+            if not delivery:
+                running = early or start()
+                worker = running.deliver(job.to_json(), log=log, observe=observe)
+                delivery = Delivery(worker=worker, seconds=laps.lap("worker"))
+                delivery.keep(job)
+            laps.lap("keep")
             losses = read_losses(job.quant_log, linears)
             quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
             quantized = quantized_checkpoint(checkpoint, open_checkpoint(job.packed), linears, quantization)
             with ThreadPoolExecutor(1) as beside:
                 looking = beside.submit(_keep_evidence, quantized, linears, losses, partial)
                 contents = write_checkpoint(quantized, partial, task="write quantized checkpoint", observe=observe)
-                job.quant_log.rename(partial / LOGS / "quant_log.csv")
+                shutil.copyfile(job.quant_log, partial / LOGS / "quant_log.csv")
                 laps.lap("write")
                 evidence = looking.result()
             laps.lap("evidence")
             written = open_checkpoint(partial)
             reports = checks.check_output(written, linears, losses, spec)
             laps.lap("checks")
-            running.require_end(log=log)
+            if running:
+                running.require_end(log=log)
             contents = _with_logs(contents, partial)
             laps.lap("end")
             return Built(
                 contents=contents,
                 result={
                     "losses": [loss.to_json() for loss in losses],
-                    "layers": worker.value.get("layers", []),
+                    "layers": delivery.worker.value.get("layers", []),
                     "quantization": quantization,
                     "calibration": tokens.statistics(),
                     "evidence": summarize(evidence),
-                    "seconds": _seconds(laps, worker),
+                    "seconds": _seconds(laps, delivery),
                     "checks": dump_reports(reports),
                 },
-                worker_peak_bytes=worker.peak_memory_bytes,
+                worker_peak_bytes=delivery.worker.peak_memory_bytes,
             )
 
         return derive(derivation, destination, build)
@@ -201,15 +207,17 @@ def _require_overrides_land(linears: Sequence[Linear], spec: QuantSpec) -> None:
 
 
 def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: QuantSpec) -> QuantJob:
-    """Make a workshop. The layer loop goes on in an interrupted one; what other engines left there goes."""
+    """Make a workshop, or open an interrupted one; of that stay what was delivered, or what the engine goes on from."""
     import numpy as np
 
     workshop = (partial / WORKSHOP).resolve()
-    if spec.engine != "layerwise":
-        shutil.rmtree(workshop, ignore_errors=True)
-    (partial / JOURNAL).unlink(missing_ok=True)
-    (workshop / "tmp").mkdir(parents=True, exist_ok=True)
     job = QuantJob(spec=spec, source=source, windows=workshop / "windows.npy", workshop=workshop)
+    if not Delivery.find(job):
+        for left in ("tmp",) if spec.engine == "layerwise" else ("tmp", "packed"):
+            shutil.rmtree(workshop / left, ignore_errors=True)
+    (partial / JOURNAL).unlink(missing_ok=True)
+    (partial / LOGS).mkdir(exist_ok=True)
+    workshop.mkdir(exist_ok=True)
     np.save(job.windows, tokens.input_ids.numpy())
     np.save(job.mask, tokens.attention_mask.numpy())
     return job
@@ -236,15 +244,16 @@ def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     return {**limits, "HF_HUB_OFFLINE": "1"}
 
 
-def _seconds(laps: Laps, worker: WorkerResult) -> dict[str, Any]:
+def _seconds(laps: Laps, delivery: Delivery) -> dict[str, Any]:
     """Tell the engine's own seconds from ours: those of the worker that the engine does not account for are ours too.
 
     Its import is that of all packages it needs, as torch. What went on of it while we prepared is ``both``, counted
     among our seconds only.
     """
+    worker = delivery.worker
     own: Mapping[str, float] = worker.value["seconds"]
     engine = {**own, "import": own["import"] + worker.import_seconds - worker.early_seconds}
-    stage = {**laps.seconds, "worker": laps.seconds["worker"] - sum(engine.values())}
+    stage = {**laps.seconds, "worker": delivery.seconds - sum(engine.values())}
     return {
         "engine": {part: round(seconds, 3) for part, seconds in engine.items()},
         "stage": {part: round(seconds, 3) for part, seconds in stage.items()},

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Contents
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.engines.checks import CHECKS, check_output
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
@@ -354,14 +357,24 @@ def broken(source: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_it_ends_in_the_same_bytes(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize(
+    ("family", "width", "resumes"),
+    [("qwen2", "intermediate_size", False), ("qwen3_moe", "moe_intermediate_size", True)],
+)
+def test_killed_and_run_again_it_ends_in_the_same_bytes(
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment, family: str, width: str, resumes: bool
+) -> None:
+    """GPTQModel's own loop goes on after the layers it finished, where it can; its every loss is known then too."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, width: 64}
+    source = tiny_model(family, tmp_path / "source", **sizes)
+    wanted = partial(quantize, source=source, calibration=calibration, spec=SPEC, engine=engine)
+    undisturbed, out = wanted(destination=Directory(tmp_path / "undisturbed")), tmp_path / "out"
     with subprocess.Popen(
-        [sys.executable, "-c", QUANTIZE, run.source, out, run.calibration, json.dumps(SPEC.to_json())],
+        [sys.executable, "-c", QUANTIZE, source, out, calibration, json.dumps(SPEC.to_json())],
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
     ) as parent:  # fmt: skip
         assert parent.stdout is not None
-        assert "layers.0" in parent.stdout.readline()
+        assert any("layers.2" in line for line in parent.stdout)
         workers = descendants(parent.pid)
         parent.send_signal(signal.SIGKILL)
     assert workers
@@ -371,15 +384,41 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(run: Run, tmp_path: Path
         time.sleep(0.05)
     assert not out.exists()
 
-    again = quantize(
-        source=run.source, destination=Directory(out), calibration=run.calibration, spec=SPEC, engine=engine
-    )
+    seen: list[Progress] = []
+    again = wanted(destination=Directory(out), observe=seen.append)
 
-    assert again.manifest.contents.tensors == run.artifact.manifest.contents.tensors
+    assert (min(event.done for event in seen if event.task == "quantize") >= 2) == resumes
+    assert again.manifest.contents.tensors == undisturbed.manifest.contents.tensors
+    assert again.manifest.content_digest == undisturbed.manifest.content_digest
+    assert [told(loss) for loss in again.manifest.result["losses"]] == [
+        told(loss) for loss in undisturbed.manifest.result["losses"]
+    ]
+    assert wanted(destination=Directory(out)).reused
+
+
+def told(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what does not depend on the moment."""
+    return {name: loss[name] for name in ("module", "loss", "samples", "damp")}
+
+
+@pytest.mark.slow
+def test_an_engine_that_has_delivered_is_not_started_again(
+    run: Run, tmp_path: Path, engine: EngineEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = partial(quantize, source=run.source, calibration=run.calibration, spec=SPEC, engine=engine)
+    out, seen = Directory(tmp_path / "out"), list[Progress]()
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_pipeline.stages.quantize.write_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            wanted(destination=out)
+    again = wanted(destination=out, observe=seen.append)
+    assert "quantize" not in {event.task for event in seen}
     assert again.manifest.content_digest == run.artifact.manifest.content_digest
-    assert quantize(
-        source=run.source, destination=Directory(out), calibration=run.calibration, spec=SPEC, engine=engine
-    ).reused
+    assert sum(again.manifest.result["seconds"]["stage"].values()) > 0
+
+
+def interrupted(*_: object, **__: object) -> Contents:
+    raise KeyboardInterrupt
 
 
 QUANTIZE = """
