@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from benchmarks.disk import drop_caches, seconds_to_read, weight_files
 from benchmarks.layerwise import TINY, WIDE, Size, make_model
 from benchmarks.machine import describe_machine
-from benchmarks.report import keep
+from benchmarks.report import keep, table
 from benchmarks.stalls import Ledger
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint
 from qwen_pipeline.engines.protocol import QuantSpec
@@ -207,7 +207,7 @@ def render(found: Mapping[str, Any]) -> str:
 groups of {size["group_size"]}. Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer has
 {_gib(found["largest_layer_bytes"])} GiB.
 
-{_table(columns, rows)}
+{table(columns, rows)}
 
 Median: **{share:.2f}** of reading speed (bar: {BAR}).
 
@@ -220,11 +220,7 @@ Median: **{share:.2f}** of reading speed (bar: {BAR}).
 def _seconds(who: str, rounds: Sequence[Mapping[str, float]]) -> str:
     steps = list(dict.fromkeys(step for at in rounds for step in at))
     rows = [[step, *(f"{at.get(step, 0):.2f}" for at in rounds)] for step in steps]
-    return _table([f"{who}, s", *(f"round {number}" for number in range(1, len(rounds) + 1))], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return table([f"{who}, s", *(f"round {number}" for number in range(1, len(rounds) + 1))], rows)
 
 
 def _gib(nbytes: int | None) -> str:

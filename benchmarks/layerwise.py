@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.report import table
 from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
@@ -315,7 +316,7 @@ def render(results: Mapping[str, Any]) -> str:
             for found in [results[engine]]
         ]  # fmt: skip
         head = ["loop", "s a layer", "s in all", "min for 80 layers", "GPU GiB", "host GiB", "sum of losses"]
-        lines += ["## Quantizing", "", *_table([head, *rows]), ""]
+        lines += ["## Quantizing", "", table(head, rows), ""]
     if len(engines) == 2:
         ratio = results["layerwise"]["seconds_a_layer"] / results["gptqmodel"]["seconds_a_layer"]
         lines += [f"The layer loop takes **{ratio:.3f}** of the time of GPTQModel's own (bar: 0.4).", ""]
@@ -330,7 +331,7 @@ def render(results: Mapping[str, Any]) -> str:
         rows = [
             [engine, f"{found[engine]['kl_mean']:.5g}", f"{found[engine]['top1_agreement']:.2%}"] for engine in engines
         ]
-        lines += ["## Against full precision", "", *_table([["loop", "KL", "top-1"], *rows]), ""]
+        lines += ["## Against full precision", "", table(["loop", "KL", "top-1"], rows), ""]
     if found := results.get("two equal runs"):
         lines += [
             f"Two equal runs of the layer loop on a small model: of {found['tensors']} tensors"
@@ -408,10 +409,6 @@ def _parts(seconds: Mapping[str, float]) -> str:
 
 def _gib(nbytes: int | None) -> str:
     return f"{nbytes / 2**30:.2f}" if nbytes else ""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
 
 
 if __name__ == "__main__":

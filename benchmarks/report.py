@@ -4,7 +4,7 @@ Nothing here imports torch or pandas: a child's peak memory counts from its pare
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,5 +23,9 @@ def keep(out: Path, text: str, found: Mapping[str, Any]) -> None:
 
 def markdown(frame: "pd.DataFrame") -> str:
     """Return a table, a row a line."""
-    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *(list(map(str, row)) for row in frame.to_numpy())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(list(map(str, frame.columns)), [list(map(str, row)) for row in frame.to_numpy()])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of cells, a row a line."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

