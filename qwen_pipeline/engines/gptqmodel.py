@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from qwen_pipeline.workers.child import report
 
 NOT_SOLVED = 999_999_999
 """The loss that GPTQModel 7 logs for a module that it only rounded to nearest."""
+STOPS = 16
+"""How often in a run finished layers are kept to resume from, where GPTQModel can."""
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
@@ -143,9 +146,10 @@ def _do_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
 
 @contextmanager
 def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
-    """Have each finished layer kept in ``root``, and go on after those that are there, where GPTQModel knows how to.
+    """Have finished layers kept in ``root``, and go on after those that are there, where GPTQModel knows how to.
 
-    That depends on the family and the settings; see its ``validate_checkpoint_support``.
+    That depends on the family and the settings; see its ``validate_checkpoint_support``. Hidden states are kept with
+    them, so that it is done :data:`STOPS` times in a run, not after each layer.
 
     Raises:
         EnvironmentFault: What is there was left on another kind of GPU, or is damaged.
@@ -158,8 +162,11 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
         return
     for attempt in root.glob("attempt-*"):  # what it offloaded while it was killed
         shutil.rmtree(attempt)
+    verify_once()
+    interval = ceil(_layers(model.model.config) / STOPS)
+    settings = {"path": root, "interval": f"layer:{interval}", "strict_device_check": False}
     try:
-        yield import_module("gptqmodel").CheckpointConfig(path=root, strict_device_check=False)
+        yield import_module("gptqmodel").CheckpointConfig(**settings)
     except checks.CheckpointError as error:
         shutil.rmtree(root)
         raise EnvironmentFault(
@@ -168,12 +175,31 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
         ) from error
 
 
+def verify_once() -> None:
+    """Have GPTQModel read an object of its store again once in a run; it would do so six times whenever it adds one."""
+    store: Any = import_module("gptqmodel.looper.checkpoint_store").CheckpointStore
+    verify, verified = store.object_path, set[Path]()
+
+    def object_path(self: Any, digest: str) -> Path:
+        path: Path = self.root / "objects" / digest
+        if path not in verified or not path.exists():
+            verify(self, digest)
+            verified.add(path)
+        return path
+
+    store.object_path = object_path
+
+
+def _layers(config: Any) -> int:
+    return config.get_text_config().num_hidden_layers
+
+
 def _follow(config: Any, peaks: Path, observe: Observe) -> None:
     """Tell each module's loss, and note the highest memory of a GPU and the host by then: a line of ``peaks`` each.
 
     GPTQModel's callbacks name layers and modules; only its table of results has losses.
     """
-    layers = config.get_text_config().num_hidden_layers
+    layers = _layers(config)
     processor: Any = import_module("gptqmodel.looper.gptq_processor").GPTQProcessor
     write_row = processor.log_new_row
 

@@ -1,0 +1,35 @@
+"""What is changed in GPTQModel's own loop, held against the library itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.engines.protocol import QuantJob
+from qwen_pipeline.errors import EnvironmentFault
+from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests.stages.test_quantize import SPEC
+from qwen_pipeline_tests.tiny import tiny_model
+
+
+def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: Path) -> None:
+    python, target = find_environment("gptqmodel").python, "qwen_pipeline_tests.engines.targets:lose_a_thread"
+    with pytest.raises(EnvironmentFault, match="Memory ran out"):
+        run_worker(python, target, {}, log=tmp_path / "log", env={"GPTQMODEL_CPU_WORKERS": "2"})
+
+
+@pytest.mark.slow
+def test_layers_that_it_cannot_go_on_from_are_removed(tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "source", hidden_size=64, moe_intermediate_size=64)
+    job = QuantJob(spec=SPEC, source=source, windows=tmp_path / "windows.npy", workshop=tmp_path / "shop")
+    np.save(job.windows, np.random.default_rng(0).integers(3, 256, (8, 64), dtype=np.int32))
+    np.save(job.mask, np.ones((8, 64), dtype=np.uint8))
+    kept = job.resume / "checkpoint"
+    kept.mkdir(parents=True)
+    (kept / "CURRENT").write_text("torn")
+    python, target = find_environment("gptqmodel").python, "qwen_pipeline.engines.gptqmodel:quantize_directory"
+    with pytest.raises(EnvironmentFault, match="cannot go on from the layers that it finished earlier") as caught:
+        run_worker(python, target, job.to_json(), log=tmp_path / "log")
+    assert "run again" in caught.value.remedy
+    assert not kept.exists()
