@@ -125,7 +125,7 @@ def _error(weight_OI: Tensor, seen: Tensor, unseen: Tensor, *, settled: bool, **
     hessian.add(seen)
     settle = solver.settle_dead_channels if settled else lambda *_: None
     with patch.object(solver, "settle_dead_channels", settle):
-        (solved,) = solver.solve([weight_OI], hessian, replace(SPEC, **changes))
+        (solved,) = solver.solve({"down_proj": weight_OI}, hessian, replace(SPEC, **changes))
     rounded_OI = solved.packed.weight_rows(0, len(weight_OI))
     exact = unseen @ weight_OI.T
     return ((unseen @ rounded_OI.T - exact).square().sum() / exact.square().sum()).item()

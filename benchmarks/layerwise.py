@@ -236,7 +236,7 @@ def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
     started = time.perf_counter()
     hessian = Hessian(512)
     hessian.add(torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16))
-    list(solve([torch.randn(256, 512, device="cuda")], hessian, QuantSpec(group_size=128, device="cuda")))
+    list(solve({"": torch.randn(256, 512, device="cuda")}, hessian, QuantSpec(group_size=128, device="cuda")))
     return {"seconds": time.perf_counter() - started}
 
 

@@ -39,9 +39,9 @@ Seed = Annotated[int, typer.Option(help="Decides which records are drawn.")]
 PackingName = Annotated[
     Literal["stream", "documents"], typer.Option(help="Records one after the other, or in windows of their own.")
 ]
-AllExperts = Annotated[bool, typer.Option("--all-experts", help="Give every token to every expert (gptqmodel).")]
+AllExperts = Annotated[bool, typer.Option("--all-experts", help="Give every token to every expert (not autogptq).")]
 EngineName = Annotated[
-    EngineChoice, typer.Option(help="What quantizes: auto is our layer loop for dense models on a GPU.")
+    EngineChoice, typer.Option(help="What quantizes: auto is our layer loop for dense models, else gptqmodel.")
 ]
 EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
 

@@ -197,7 +197,8 @@ class LayerLoop:
         rows: list[ModuleRow] = []
         for cohort in cohorts(self.passage, self._masks, module, linears, all_experts=self._spec.all_experts):
             clock.lap("capture")
-            tokens, solutions = cohort.hessian.tokens, solve(cohort.weights, cohort.hessian, self._spec)
+            weights = {at.module: weight for at, weight in zip(cohort.linears, cohort.weights, strict=True)}
+            tokens, solutions = cohort.hessian.tokens, solve(weights, cohort.hessian, self._spec)
             for linear, weight, solved in zip(cohort.linears, cohort.weights, solutions, strict=True):
                 _put(weight, solved)
                 tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}

@@ -131,9 +131,9 @@ class QuantSpec:
         self._require_overrides()
 
     def _require_overrides(self) -> None:
-        if self.dynamic and self.engine not in ("auto", "gptqmodel"):
+        if self.dynamic and self.engine == "autogptq":
             raise InputRefused(
-                f"The engine {self.engine} has one setting for all modules.", remedy="Use the engine gptqmodel."
+                "AutoGPTQ has one setting for all modules.", remedy="Leave dynamic out, or use another engine."
             )
         for pattern, settings in self.dynamic.items():
             if unknown := sorted(settings.keys() - set(OVERRIDES)):

@@ -3,8 +3,8 @@
 Its file churns from release to release, so what is relied on here has contract tests (``engines/test_solver.py``).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -80,10 +80,10 @@ class Solved:
     saturated_groups: int
 
 
-def solve(weights: Sequence[Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:
-    """Choose codes for weights [O, I] that share their inputs, so that their outputs stay what they are.
+def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:
+    """Choose codes for the weights [O, I] of modules that share their inputs, so that their outputs stay what they are.
 
-    The inverse of their Hessian, which is used up, is factored once.
+    The inverse of their Hessian, which is used up, is factored once, and once more for each damping of a module's own.
 
     Raises:
         CheckFailed: A loss is not a number.
@@ -91,8 +91,8 @@ def solve(weights: Sequence[Tensor], hessian: Hessian, spec: QuantSpec) -> Itera
     factors = import_module("gptqmodel.quantization.gptq").SharedHessianFactorCache(0, "weights that share inputs")
     tokens, form = hessian.tokens, gptq_format({"quantization_config": spec.quantization_config("")})
     means = [hessian.take()]
-    for number, weight_OI in enumerate(weights, start=1):
-        solver = _solver(weight_OI, spec)
+    for number, (module, weight_OI) in enumerate(weights.items(), start=1):
+        solver = _solver(weight_OI, replace(spec, **spec.override(module)))
         solver.attach_shared_hessian_cache(factors)
         mean_II = means.pop()
         means += [mean_II.clone()] if number < len(weights) else []

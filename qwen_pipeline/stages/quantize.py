@@ -83,8 +83,7 @@ def quantize(
     )
     linears = decoder_linears(checkpoint)
     if spec.engine == "auto":
-        only_there = spec.dynamic or spec.gpus > 1
-        spec = replace(spec, engine="gptqmodel" if only_there else chosen_engine(linears, spec.device))
+        spec = replace(spec, engine=chosen_engine(linears, spec.gpus))
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
@@ -158,13 +157,13 @@ def quantize(
         return derive(derivation, destination, build)
 
 
-def chosen_engine(linears: Sequence[Linear], device: str) -> EngineName:
+def chosen_engine(linears: Sequence[Linear], gpus: int) -> EngineName:
     """Return the layer loop for models where it was measured to be no worse than GPTQModel's own and no slower.
 
-    That is dense decoders with full attention on a GPU: see ``docs/numerics.md``.
+    That is dense decoders with full attention: see ``docs/numerics.md``. It takes one GPU.
     """
     dense = all(linear.kind in DECODER_LINEARS for linear in linears)
-    return "layerwise" if dense and device != "cpu" else "gptqmodel"
+    return "layerwise" if dense and gpus == 1 else "gptqmodel"
 
 
 def _require_packable(linears: Sequence[Linear], spec: QuantSpec) -> None:

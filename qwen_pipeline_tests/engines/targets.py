@@ -25,7 +25,7 @@ def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
     torch.manual_seed(0)
     spec = QuantSpec(group_size=32, device="cpu", threads=1)
     weights, x = (torch.randn(64, 96), torch.randn(32, 96)), torch.randn(256, 96)
-    before = [weight.clone() for weight in weights]
+    named, before = {"q": weights[0], "k": weights[1]}, [weight.clone() for weight in weights]
     library: Any = import_module("gptqmodel.quantization").GPTQ
     factored: list[int] = []
     factor = library.hessian_inverse
@@ -35,17 +35,17 @@ def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
         return factor(self, hessian)
 
     with patch.object(library, "hessian_inverse", counted):
-        ours = list(solve(weights, hessian_of(x), spec))
+        ours = list(solve(named, hessian_of(x), spec))
     theirs = [alone(library, weight, x, ours[0].packed.format) for weight in weights]
     x[:, 5] = 0
-    dead = list(solve(weights, hessian_of(x), spec))
+    dead = list(solve(named, hessian_of(x), spec))
     return {
         "same_codes": [torch.equal(our.packed.qweight, their.qweight) for our, their in zip(ours, theirs, strict=True)],
         "factored": factored,
         "dead_are_zero": [not one.packed.weight_rows(0, 32)[:, 5].any() for one in dead],
         "inputs_untouched": all(map(torch.equal, weights, before)),
         "damp": ours[0].damp,
-        "without_tokens": next(solve(weights, Hessian(96), spec)).loss,
+        "without_tokens": next(solve(named, Hessian(96), spec)).loss,
     }
 
 

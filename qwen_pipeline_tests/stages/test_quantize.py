@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -309,15 +310,19 @@ def test_a_qwen3_is_quantized_as_asked(
 
 
 @pytest.mark.slow
-def test_a_module_takes_settings_of_its_own(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
-    dynamic = {r"layers\.1\.mlp\.down_proj": {"damp_percent": 0.3}}
+@pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
+def test_modules_take_settings_of_their_own(
+    run: Run, tmp_path: Path, engine: EngineEnvironment, name: EngineName
+) -> None:
+    """Also one of those that share their inputs, and with them a Hessian."""
+    own = {"model.layers.1.mlp.down_proj": 0.3, "model.layers.0.self_attn.k_proj": 0.2}
+    dynamic = {re.escape(module): {"damp_percent": damp} for module, damp in own.items()}
     artifact = quantize(
         source=run.source, destination=Directory(tmp_path / "out"), calibration=run.calibration,
-        spec=replace(SPEC, dynamic=dynamic), engine=engine,
+        spec=replace(SPEC, engine=name, dynamic=dynamic), engine=engine,
     )  # fmt: skip
     damp = {loss["module"]: loss["damp"] for loss in artifact.manifest.result["losses"]}
-    assert {module for module, share in damp.items() if share != 0.05} == {"model.layers.1.mlp.down_proj"}
-    assert damp["model.layers.1.mlp.down_proj"] == pytest.approx(0.3)
+    assert {module: share for module, share in damp.items() if share != 0.05} == pytest.approx(own)
     assert all(report.passed for report in load_reports(artifact.manifest.result))
 
 
@@ -445,10 +450,10 @@ def descendants(pid: int) -> list[int]:
     ("family", "engine"), [("qwen3", "layerwise"), ("qwen2_5_vl", "layerwise"), ("qwen3_moe", "gptqmodel"),
                            ("qwen3_5_text", "gptqmodel")],
 )  # fmt: skip
-def test_the_layer_loop_is_chosen_for_dense_models_on_a_gpu(tmp_path: Path, family: str, engine: EngineName) -> None:
+def test_the_layer_loop_is_chosen_for_dense_models(tmp_path: Path, family: str, engine: EngineName) -> None:
     linears = decoder_linears(open_checkpoint(tiny_model(family, tmp_path)))
-    assert chosen_engine(linears, "cuda") == engine
-    assert chosen_engine(linears, "cpu") == "gptqmodel"
+    assert chosen_engine(linears, gpus=1) == engine
+    assert chosen_engine(linears, gpus=2) == "gptqmodel"
 
 
 class TestRefusals:
