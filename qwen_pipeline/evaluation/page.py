@@ -11,11 +11,13 @@ import jinja2
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.report import (
+    PARTED_COLUMNS,
     QUALITY_COLUMNS,
     SCORE_COLUMNS,
     SERVED_COLUMNS,
     kernels,
     padding_cost,
+    parted_rows,
     quality_rows,
     score_rows,
     served_rows,
@@ -55,6 +57,8 @@ def render_page(
         plots={caption: base64.b64encode(file.read_bytes()).decode() for caption, file in plots.items()},
         served=served_rows(findings),
         served_columns=SERVED_COLUMNS,
+        parted=parted_rows(findings),
+        parted_columns=PARTED_COLUMNS,
         scores=score_rows(findings),
         score_columns=SCORE_COLUMNS,
         worst=worst_weights(findings),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
-from qwen_pipeline.evaluation.findings import Findings, origin_of
+from qwen_pipeline.evaluation.findings import QUANTIZED, Findings, origin_of
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.targets import COLUMNS
@@ -25,6 +25,7 @@ LOSS_PLOT = "losses.png"
 NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 QUALITY_COLUMNS = ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement")
 SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
+PARTED_COLUMNS = ("prompt", "served", "parts at token", "gap, nats", "Transformers' answer", "served answer")
 SCORE_COLUMNS = ("task/metric", "merged", "quantized", "its standard error")
 MAX_INLINE_BYTES = 400_000
 """Of images inlined in one Markdown text, which Dagster keeps in its event log."""
@@ -48,6 +49,7 @@ def render_report(
         "## Where predictions part",
         f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
         *(["## Served for real", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
+        *(["## Served answers that part", _table(PARTED_COLUMNS, parted)] if (parted := parted_rows(findings)) else []),
         *(["## Benchmark tasks", _table(SCORE_COLUMNS, score_rows(findings))] if findings.tasks else []),
         "## Where quantization loses",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",
@@ -159,6 +161,24 @@ def served_rows(findings: Findings) -> list[Sequence[str]]:
             served.lacking or served.fault or "",
         )
         for served in findings.served
+    ]
+
+
+def parted_rows(findings: Findings) -> list[Sequence[str]]:
+    """Return the cells of one row a served answer that is not Transformers', under :data:`PARTED_COLUMNS`."""
+    return [
+        (
+            sample.prompt,
+            served.name,
+            str(part.position + 1),
+            shown(part.gap),
+            own.text.strip() if (own := sample.candidate if served.role == QUANTIZED else sample.reference) else "",
+            text.strip(),
+        )
+        for served in findings.served
+        if served.texts
+        for sample, text, part in zip(findings.samples, served.texts, served.partings, strict=True)
+        if part
     ]
 
 

@@ -10,6 +10,7 @@ from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.page import render_page
 from qwen_pipeline.evaluation.plots import draw_distance, draw_perplexity
 from qwen_pipeline.evaluation.report import own_limits, quality_rows, render_report
+from qwen_pipeline.evaluation.served import Parting
 from qwen_pipeline_tests.evaluation.test_checks import CLOSE, GOOD
 from qwen_pipeline_tests.evaluation.test_served import GOOD as SERVED
 from qwen_pipeline_tests.evaluation.test_tasks import HELD
@@ -31,6 +32,15 @@ def test_what_was_served_and_scored_is_shown(tmp_path: Path) -> None:
     without = render_page(replace(found, served=(), tasks=()), reports, plots={}, lineage=[], method="So.")
     assert "Served for real" not in without
     assert "Benchmark tasks" not in without
+
+
+def test_a_served_answer_that_parts_is_shown_beside_transformers_own() -> None:
+    parted = replace(SERVED, role="quantized", texts=("Maybe",), partings=(Parting(position=1, gap=2.5),))
+    found = replace(FOUND, nbytes=dict.fromkeys(FOUND.models, 1), served=[parted])
+    reports = judge(found, Limits())
+    page = render_page(found, reports, plots={}, lineage=[], method="So.")
+    assert "<td>Yes!</td>\n<td>Maybe</td>" in page.replace("</td><td>", "</td>\n<td>")
+    assert "| ? | quantized on 3 ranks | 2 | 2.5 | Yes! | Maybe |" in render_report(found, reports, method="So.")
 
 
 def test_every_change_is_from_what_a_model_came_from(tmp_path: Path) -> None:
