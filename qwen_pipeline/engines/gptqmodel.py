@@ -97,8 +97,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
 def settle_before_solving() -> None:
     """Have GPTQModel's solver settle dead channels before it looks for them, so that it finds none.
 
-    A loss that is NaN becomes a fault of ours on the way.
-    ``module_copy`` is where it takes the weights from, if they are there.
+    ``module_copy`` is where it takes the weights from, if they are there. A loss that is NaN becomes a fault of ours.
     """
     solver: Any = import_module("gptqmodel.quantization").GPTQ
     quantize = solver.quantize
@@ -152,11 +151,11 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
     them, so that it is done :data:`STOPS` times in a run, not after each layer.
 
     Raises:
-        EnvironmentFault: What is there was left on another kind of GPU, or is damaged.
+        EnvironmentFault: We were asked to stop; or what is there was left on another kind of GPU, or is damaged.
     """
-    checks: Any = import_module("gptqmodel.looper.gptq_checkpoint")
+    checkpoints: Any = import_module("gptqmodel.looper.checkpoint")
     try:
-        checks.validate_checkpoint_support(model)
+        import_module("gptqmodel.looper.gptq_checkpoint").validate_checkpoint_support(model)
     except NotImplementedError:
         yield None
         return
@@ -166,8 +165,10 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
     interval = ceil(_layers(model.model.config) / STOPS)
     settings = {"path": root, "interval": f"layer:{interval}", "strict_device_check": False}
     try:
-        yield import_module("gptqmodel").CheckpointConfig(**settings)
-    except checks.CheckpointError as error:
+        yield checkpoints.CheckpointConfig(**settings)
+    except checkpoints.CheckpointStopped as stop:
+        raise EnvironmentFault(f"GPTQModel was asked to stop: {stop}", remedy="Run again: it goes on there.") from stop
+    except checkpoints.CheckpointError as error:
         shutil.rmtree(root)
         raise EnvironmentFault(
             f"GPTQModel cannot go on from the layers that it finished earlier: {error}",

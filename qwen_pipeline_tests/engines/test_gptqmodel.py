@@ -8,9 +8,12 @@ import pytest
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantJob
 from qwen_pipeline.errors import EnvironmentFault
-from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.workers.parent import run_worker, started_worker
 from qwen_pipeline_tests.stages.test_quantize import SPEC
 from qwen_pipeline_tests.tiny import tiny_model
+
+QUANTIZE = "qwen_pipeline.engines.gptqmodel:quantize_directory"
 
 
 def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: Path) -> None:
@@ -19,17 +22,38 @@ def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: P
         run_worker(python, target, {}, log=tmp_path / "log", env={"GPTQMODEL_CPU_WORKERS": "2"})
 
 
-@pytest.mark.slow
-def test_layers_that_it_cannot_go_on_from_are_removed(tmp_path: Path) -> None:
-    source = tiny_model("qwen3_moe", tmp_path / "source", hidden_size=64, moe_intermediate_size=64)
+@pytest.fixture
+def job(tmp_path: Path) -> QuantJob:
+    """A mixture of a family that GPTQModel can resume."""
+    source = tiny_model("qwen3_moe", tmp_path / "source", hidden_size=64, moe_intermediate_size=64, num_hidden_layers=4)
     job = QuantJob(spec=SPEC, source=source, windows=tmp_path / "windows.npy", workshop=tmp_path / "shop")
     np.save(job.windows, np.random.default_rng(0).integers(3, 256, (8, 64), dtype=np.int32))
     np.save(job.mask, np.ones((8, 64), dtype=np.uint8))
+    job.resume.mkdir(parents=True)
+    return job
+
+
+@pytest.mark.slow
+def test_layers_that_it_cannot_go_on_from_are_removed(job: QuantJob, tmp_path: Path) -> None:
     kept = job.resume / "checkpoint"
-    kept.mkdir(parents=True)
+    kept.mkdir()
     (kept / "CURRENT").write_text("torn")
-    python, target = find_environment("gptqmodel").python, "qwen_pipeline.engines.gptqmodel:quantize_directory"
     with pytest.raises(EnvironmentFault, match="cannot go on from the layers that it finished earlier") as caught:
-        run_worker(python, target, job.to_json(), log=tmp_path / "log")
+        run_worker(find_environment("gptqmodel").python, QUANTIZE, job.to_json(), log=tmp_path / "log")
     assert "run again" in caught.value.remedy
     assert not kept.exists()
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_leaves_what_it_goes_on_from(job: QuantJob, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    with started_worker(find_environment("gptqmodel").python, QUANTIZE) as worker:
+
+        def stop(event: Progress) -> None:
+            if event.done == 1:
+                worker.process.terminate()
+
+        with pytest.raises(EnvironmentFault, match="asked to stop"):
+            worker.run(job.to_json(), log=tmp_path / "log", observe=stop)
+    run_worker(find_environment("gptqmodel").python, QUANTIZE, job.to_json(), log=tmp_path / "log", observe=seen.append)
+    assert min(event.done for event in seen) == 2
