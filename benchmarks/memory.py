@@ -21,6 +21,8 @@ from benchmarks.report import RESULTS, keep
 from qwen_pipeline.checkpoint.admission import available_memory
 
 GIB = 2**30
+LABEL_STEP = 1.35
+"""Of two labels one above the other, in a plot whose axis is logarithmic."""
 PEER_FACTOR = 1.5
 """Of the base's bytes: the memory that must be free for those who load the whole model to take part."""
 
@@ -126,14 +128,17 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     axes = quiet_axes(figure)
     names = list(dict.fromkeys(name for size in report["sizes"] for name in size["peaks"]))
     own = {contender.name for contender in ours(1)}
-    markers = "osD^vP"
+    markers, ends = "osD^vP", list[tuple[tuple[float, float], str, str]]()
     for number, name in enumerate(names):
         points = sorted((s["base_bytes"] / 1e9, s["peaks"][name] / GIB) for s in report["sizes"] if name in s["peaks"])
         color = PALETTE[number] if name in own else PALETTE[4 + number % 3]
         axes.plot(*zip(*points, strict=True), color=color, marker=markers[number], markersize=5, linewidth=1.6)
-        beside = (6, 4 if number % 2 else -10)
+        ends.append((points[-1], name, color))
+    below = (0.0, 0.0)
+    for (x, y), name, color in sorted(ends):
+        below = (x, max(y, LABEL_STEP * below[1]) if x == below[0] else y)
         axes.annotate(
-            name, points[-1], xytext=beside, textcoords="offset points", color=color, fontsize=8, annotation_clip=False
+            name, below, xytext=(6, -3), textcoords="offset points", color=color, fontsize=8, annotation_clip=False
         )
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
     axes.annotate("1 GiB", (0, 1), xytext=(4, 4), textcoords="offset points", color=INK, fontsize=8)
