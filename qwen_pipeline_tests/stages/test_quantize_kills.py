@@ -37,18 +37,40 @@ from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, sur
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=4, seq_len=32, batch_size=4, threads=1, device="cpu")
 
 
-@pytest.mark.slow
-def test_kills_change_nothing(tmp_path: Path) -> None:
-    from qwen_pipeline_tests.chain import write_text
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
     from qwen_pipeline_tests.tiny import tiny_qwen2
 
-    source = tiny_qwen2(tmp_path / "source", intermediate_size=128, num_hidden_layers=8)
-    text = write_text(tmp_path / "calibration.jsonl", documents=24, stride=7)
+    return tiny_qwen2(tmp_path / "source", intermediate_size=128, num_hidden_layers=8)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    from qwen_pipeline_tests.chain import write_text
+
+    return write_text(tmp_path / "calibration.jsonl", documents=24, stride=7)
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(source: Path, text: Path, tmp_path: Path) -> None:
     work = Work(source=source, calibration=text, spec=SPEC, engine=find_environment("gptqmodel"))
     undisturbed = attempt(work, tmp_path / "undisturbed")
     attempts = list(survive(work, tmp_path, undisturbed, kills=int(os.environ.get("KILLS", "20"))))
     assert len({layer for found in attempts for layer in found.layers}) == 8
     assert {found.victim for found in attempts if not found.digest} == set(get_args(Victim))
+
+
+@pytest.mark.slow
+def test_workers_may_be_forked_and_an_account_is_given(source: Path, text: Path, tmp_path: Path) -> None:
+    out, sizes = tmp_path / "account.json", ["--group-size", "32", "--seq-len", "32", "--device", "cpu"]
+    subprocess.run(
+        [find_environment("gptqmodel").python, "-m", __name__, source, text, "--kills", "4", "--out", out, *sizes],
+        cwd=Path(__file__).parents[2], check=True, timeout=300,
+    )  # fmt: skip
+    told = json.loads(out.read_text())
+    assert told["kills"] == 4
+    assert told["same_digest"]
+    assert told["runs_through"] >= 1
 
 
 class Forked:
@@ -66,7 +88,7 @@ class Forked:
             sys.stdin = os.fdopen(0)
             code = 1
             try:
-                child.main(command[-1])
+                child.main(*command[command.index("-c") + 2 :])
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
             except Exception:
@@ -76,6 +98,13 @@ class Forked:
         os.close(reading)
         self.stdin = os.fdopen(writing, "wb")
         self.returncode: int | None = None
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdin.close()
+        self.wait()
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout
