@@ -21,7 +21,8 @@ import torch
 from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
 from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
-from qwen_pipeline.errors import CheckFailed, EnvironmentFault
+from qwen_pipeline.engines.solver import naming_nan
+from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.workers.child import report
 
@@ -106,15 +107,8 @@ def settle_before_solving() -> None:
         hessian_II = self.finalize_hessian(target_device=getattr(self.module, "target_device", None))
         self.module_copy = self.clone_module(device=hessian_II.device)
         settle_dead_channels(hessian_II, self.module_copy)
-        try:
+        with naming_nan():
             return quantize(self, blocksize)
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
-            raise CheckFailed(
-                f"GPTQModel stopped at a loss that is not a number: {error}",
-                remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
-            ) from error
 
     solver.quantize = settle_and_quantize
 

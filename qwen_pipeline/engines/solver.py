@@ -3,7 +3,8 @@
 Its file churns from release to release, so what is relied on here has contract tests (``engines/test_solver.py``).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -99,19 +100,30 @@ def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> I
         solver.H, solver.nsamples = mean_II.to(weight_OI.device), tokens
         del mean_II
         settle_dead_channels(solver.H, solver.module_copy)
-        try:
+        with naming_nan():
             rounded_OI, scales_OG, zeros_OG, g_idx, _, loss, damp, _ = solver.quantize()
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
-            raise CheckFailed(
-                f"GPTQModel's solver stopped at a loss that is not a number: {error}",
-                remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
-            ) from error
         solver.free()
         packed = pack(rounded_OI, scales_OG, zeros_OG, g_idx, form)
         zero, saturated = odd_groups(packed)
         yield Solved(packed=packed, loss=float(loss), damp=float(damp), zero_groups=zero, saturated_groups=saturated)
+
+
+@contextmanager
+def naming_nan() -> Generator[None]:
+    """Make the solver's complaint about a loss that is not a number a fault of ours.
+
+    Raises:
+        CheckFailed: A loss is not a number.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise CheckFailed(
+            f"GPTQModel's solver stopped at a loss that is not a number: {error}",
+            remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
+        ) from error
 
 
 def _product(x_IN: Tensor, x_NJ: Tensor) -> Tensor:

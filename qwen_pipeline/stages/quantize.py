@@ -114,9 +114,9 @@ def quantize(
 
         def build(partial: Path) -> Built:
             import_module("qwen_pipeline.engines.evidence_plot")  # now, while the engine imports too
-            job, log = _open_workshop(partial, source.resolve(), tokens, spec), partial / LOGS / "quantize.log"
+            job, delivery = _open_workshop(partial, source.resolve(), tokens, spec)
+            running, log = None, partial / LOGS / "quantize.log"
             laps.lap("workshop")
-            running, delivery = None, Delivery.find(job)
             if not delivery:
                 running = early or start()
                 worker = running.deliver(job.to_json(), log=log, observe=observe)
@@ -205,13 +205,16 @@ def _require_overrides_land(linears: Sequence[Linear], spec: QuantSpec) -> None:
             )
 
 
-def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: QuantSpec) -> QuantJob:
+def _open_workshop(
+    partial: Path, source: Path, tokens: CalibrationSet, spec: QuantSpec
+) -> tuple[QuantJob, Delivery | None]:
     """Make a workshop, or open an interrupted one; of that stay what was delivered, or what the engine goes on from."""
     import numpy as np
 
     workshop = (partial / WORKSHOP).resolve()
     job = QuantJob(spec=spec, source=source, windows=workshop / "windows.npy", workshop=workshop)
-    if not Delivery.find(job):
+    delivery = Delivery.find(job)
+    if not delivery:
         for left in ("tmp",) if spec.engine == "layerwise" else ("tmp", "packed"):
             shutil.rmtree(workshop / left, ignore_errors=True)
     (partial / JOURNAL).unlink(missing_ok=True)
@@ -219,7 +222,7 @@ def _open_workshop(partial: Path, source: Path, tokens: CalibrationSet, spec: Qu
     workshop.mkdir(exist_ok=True)
     np.save(job.windows, tokens.input_ids.numpy())
     np.save(job.mask, tokens.attention_mask.numpy())
-    return job
+    return job, delivery
 
 
 def _keep_evidence(

@@ -76,7 +76,7 @@ def _observe(progress: Progress) -> None:
 
 
 def _send(kind: str, content: Mapping[str, Any]) -> None:
-    """Write one message, in one piece: threads may write at once."""
+    """Write one message by one call, since threads may write too."""
     os.write(int(os.environ[_MESSAGES_FD]), json.dumps([kind, content]).encode() + b"\n")
 
 
