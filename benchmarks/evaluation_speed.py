@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.disk import drop_caches, seconds_to_read, weight_files
-from benchmarks.layerwise import TINY, WIDE, Size, make_model
+from benchmarks.layerwise import WIDE, Size, make_model, tiny
 from benchmarks.machine import describe_machine
 from benchmarks.report import keep, table
 from benchmarks.stalls import Ledger
@@ -67,11 +67,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     began, device = time.perf_counter(), torch.device("cpu" if asked.tiny else "cuda")
-    size = TINY if asked.tiny else replace(WIDE, layers=asked.layers)
+    wide = WIDE["qwen2"]
+    toy_size = tiny(wide)
+    size = toy_size if asked.tiny else wide.changed(num_hidden_layers=asked.layers)
     place = Place(device=device, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch, patch.object(Place, "is_apart", new=True):
-        toy = make_pair(TINY, Path(scratch) / "toy", device)
-        evaluate_pair(toy, TINY, place)  # imports, contexts and kernels are not what is measured
+        toy = make_pair(toy_size, Path(scratch) / "toy", device)
+        evaluate_pair(toy, toy_size, place)  # imports, contexts and kernels are not what is measured
         models = make_pair(size, Path(scratch) / "models", device)
         rounds: list[dict[str, Any]] = []
         found: dict[str, Any] = {
@@ -101,7 +103,7 @@ def make_pair(size: Size, root: Path, device: torch.device) -> dict[str, Checkpo
     (root / "codes").mkdir()
     owners: dict[str, str] = {}
     linears = decoder_linears(source)
-    for layer in range(size.layers):
+    for layer in range(size.config["num_hidden_layers"]):
         tensors: dict[str, torch.Tensor] = {}
         for linear in (each for each in linears if each.layer == layer):
             weight_OI = load_weight(source, linear).to(device).float()
@@ -151,7 +153,7 @@ def race(models: Mapping[str, Checkpoint], size: Size, place: Place) -> dict[str
 def evaluate_pair(models: Mapping[str, Checkpoint], size: Size, place: Place) -> tuple[float, dict[str, float | None]]:
     """Return when all layers were passed, and some figures, which are the same in every round."""
     windows = torch.randint(
-        3, size.vocabulary, (size.windows, size.seq_len), generator=torch.Generator().manual_seed(2)
+        3, size.config["vocab_size"], (size.windows, size.seq_len), generator=torch.Generator().manual_seed(2)
     )
     passed: list[float] = []
 
@@ -185,6 +187,7 @@ def ledger_of(steps: Mapping[str, tuple[type, str]]) -> Generator[Ledger]:
 def render(found: Mapping[str, Any]) -> str:
     """Return the rounds as Markdown."""
     size, rounds, machine = found["size"], found["rounds"], found["machine"]
+    config = size["config"]
     columns = [
         "round", "read both, s", "evaluate both, s", "of reading speed", "until layers were passed, s",
         "heads and figures, s", "GPU GiB", "GPU GiB reserved", "cold",
@@ -202,10 +205,10 @@ def render(found: Mapping[str, Any]) -> str:
     return f"""# Evaluating two models beside reading them
 
 {found["date"]}, {machine["device"]}, torch {machine["torch"]}, {machine["cores"]} cores ({machine["cpu"]}).
-{size["layers"]} layers of {size["hidden"]} x {size["mlp"]}, vocabulary {size["vocabulary"]},
-{size["windows"]} windows of {size["seq_len"]} tokens, bfloat16, random weights; the candidate is rounded to 4 bits in
-groups of {size["group_size"]}. Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer has
-{_gib(found["largest_layer_bytes"])} GiB.
+{config["num_hidden_layers"]} layers of {config["hidden_size"]} x {config["intermediate_size"]}, vocabulary
+{config["vocab_size"]}, {size["windows"]} windows of {size["seq_len"]} tokens, bfloat16, random weights; the candidate
+is rounded to 4 bits in groups of {size["group_size"]}. Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer
+has {_gib(found["largest_layer_bytes"])} GiB.
 
 {table(columns, rows)}
 

@@ -1,25 +1,26 @@
-"""One decoder layer at a time, at 72B widths: the layer loop beside GPTQModel's own.
+"""One decoder layer at a time, at real widths: the layer loop beside GPTQModel's own.
 
-``python -m benchmarks.layerwise OUT`` makes a random Qwen2 of ``--layers`` in a scratch directory, quantizes it twice
-with the same calibration tokens, in a process each, then evaluates reference and candidates together. It needs a CUDA
-device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six minutes; what is
-known is written at once. ``--tiny`` does the same with a toy on the CPU, to see that it runs.
+``python -m benchmarks.layerwise OUT`` makes a random Qwen2 with 72B widths and few layers in a scratch directory,
+quantizes it by each contender with the same calibration tokens, in a process each, evaluates reference and candidates
+together, and quantizes a smaller one twice. ``--family`` does the same with a mixture of experts or a hybrid.
+It needs a CUDA device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six
+minutes; what is known is written at once. ``--tiny`` does the same with a toy on the CPU, to see that it runs.
 """
 
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -28,100 +29,122 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import table
-from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
+from qwen_pipeline.engines.protocol import Device, EngineName, QuantJob, QuantSpec
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.linears import decoder_linears
+from qwen_pipeline.stages.quantize import worker_environment
 from qwen_pipeline.workers.parent import run_worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A Qwen2 and how much text goes through it."""
+    """A Qwen model and how much text goes through it.
 
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    layers: int
-    vocabulary: int
-    samples: int
-    seq_len: int
-    batch: int
-    windows: int
-    group_size: int
+    Attributes:
+        config: Of Transformers' config, ``model_type`` included.
+        batch: Windows at a time.
+        windows: Held-out ones.
+    """
 
-    @property
-    def config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
+    config: Mapping[str, Any]
+    samples: int = 128
+    seq_len: int = 2048
+    batch: int = 8
+    windows: int = 8
+    group_size: int = 128
+
+    def changed(self, **config: Any) -> "Size":
+        return replace(self, config={**self.config, **config})
+
+
+ENDS = {"vocab_size": 32768, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+WIDE = {
+    "qwen2": Size(
+        config={
             "model_type": "qwen2",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.mlp,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "num_hidden_layers": self.layers,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1000000.0,
-            "rms_norm_eps": 1e-06,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": 0,
-            "pad_token_id": 0,
-            "dtype": "bfloat16",
+            "hidden_size": 8192,
+            "intermediate_size": 29696,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 3,
+            **ENDS,
         }
+    ),
+    "qwen3_moe": Size(
+        config={
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_hidden_layers": 2,
+            **ENDS,
+        }
+    ),
+    "qwen3_5_text": Size(
+        config={
+            "model_type": "qwen3_5_text",
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "num_hidden_layers": 4,
+            **ENDS,
+        }
+    ),
+}
+"""Widths of Qwen2.5-72B (padded for eight ranks), Qwen3-30B-A3B and Qwen3.5-9B."""
+DEPTHS = {"qwen2": 80, "qwen3_moe": 48, "qwen3_5_text": 32}
+"""Layers that those have."""
+TINY = {
+    "qwen2": {"intermediate_size": 384},
+    "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+    "qwen3_5_text": {
+        "intermediate_size": 384,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+}
 
-    def shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """Return tensors shard by shard: each layer, then the ends."""
-        key_width = self.hidden // self.heads * self.kv_heads
-        shards: list[dict[str, tuple[int, ...]]] = []
-        for layer in range(self.layers):
-            at = f"model.layers.{layer}."
-            shard: dict[str, tuple[int, ...]] = {
-                f"{at}input_layernorm.weight": (self.hidden,),
-                f"{at}post_attention_layernorm.weight": (self.hidden,),
-                f"{at}self_attn.o_proj.weight": (self.hidden, self.hidden),
-                f"{at}mlp.gate_proj.weight": (self.mlp, self.hidden),
-                f"{at}mlp.up_proj.weight": (self.mlp, self.hidden),
-                f"{at}mlp.down_proj.weight": (self.hidden, self.mlp),
-            }
-            for name, width in (("q", self.hidden), ("k", key_width), ("v", key_width)):
-                shard |= {
-                    f"{at}self_attn.{name}_proj.weight": (width, self.hidden),
-                    f"{at}self_attn.{name}_proj.bias": (width,),
-                }
-            shards.append(shard)
-        ends = (self.vocabulary, self.hidden)
-        return [
-            *shards,
-            {"model.embed_tokens.weight": ends, "model.norm.weight": (self.hidden,), "lm_head.weight": ends},
-        ]
+
+def tiny(size: Size) -> Size:
+    """Return a toy of the same family, for the CPU."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    own = TINY[size.config["model_type"]]
+    toy = size.changed(**(sizes | own | {"layer_types": None, "vocab_size": 512}))
+    return replace(toy, samples=16, seq_len=64, windows=4, group_size=32)
 
 
-WIDE = Size(
-    hidden=8192, mlp=29696, heads=64, kv_heads=8, layers=4, vocabulary=32768, samples=128, seq_len=2048, batch=8,
-    windows=8, group_size=128,
-)  # fmt: skip
-SMALL = Size(
-    hidden=1024, mlp=2944, heads=16, kv_heads=4, layers=2, vocabulary=4096, samples=16, seq_len=512, batch=8, windows=4,
-    group_size=128,
-)  # fmt: skip
-TINY = Size(
-    hidden=128, mlp=384, heads=4, kv_heads=2, layers=2, vocabulary=512, samples=16, seq_len=64, batch=8, windows=4,
-    group_size=32,
-)  # fmt: skip
+def small(size: Size) -> Size:
+    """Return a model of the same family that a GPU quantizes in seconds."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 2, "num_experts": 8, "intermediate_size": 2944}
+    return replace(
+        size.changed(**{name: value for name, value in sizes.items() if name in size.config}),
+        samples=16,
+        seq_len=512,
+        windows=4,
+    )
 
 
 def main() -> None:
     """Run everything; write ``layerwise.json`` and ``layerwise.md`` into the directory given, after every step."""
     arguments = _arguments()
-    size, device = (TINY, "cpu") if arguments.tiny else (replace(WIDE, layers=arguments.layers), "cuda")
+    wide = WIDE[arguments.family]
+    size, device = (tiny(wide), "cpu") if arguments.tiny else (wide, "cuda")
+    if arguments.layers:
+        size = size.changed(num_hidden_layers=arguments.layers)
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": _machine(device), "size": asdict(size)}
 
@@ -138,21 +161,38 @@ def main() -> None:
         note("generate", {"seconds": time.perf_counter() - started, "bytes": open_checkpoint(source).nbytes})
         if warming:
             note("warm-up: the solver's kernels are compiled once a machine", warming.result())
-        spec = QuantSpec(
-            group_size=size.group_size, samples=size.samples, seq_len=size.seq_len, batch_size=size.batch,
-            device="cuda" if device == "cuda" else "cpu",
-        )  # fmt: skip
-        windows = _save_windows(size, scratch)
-        jobs: dict[str, QuantJob] = {}
-        for engine in ("layerwise", "gptqmodel"):
-            jobs[engine] = QuantJob(
-                spec=replace(spec, engine=engine), source=source, windows=windows, workshop=scratch / engine
-            )
-            note(engine, quantize(jobs[engine], arguments.python, device))
+        jobs = {
+            name: _job(size, source, scratch / name, engine, device, gpus)
+            for name, (engine, gpus) in contenders(arguments.gpus).items()
+        }
+        for name, job in jobs.items():
+            note(name, quantize(job, arguments.python))
         evaluation = _evaluation(size, jobs, device)
         note("evaluation", _call(arguments.python, "evaluate_all", evaluation, scratch))
-        twice = {"size": asdict(TINY if arguments.tiny else SMALL), "device": device}
-        note("two equal runs", _call(arguments.python, "quantize_twice", twice, scratch))
+        twice = small(size) if device == "cuda" else size
+        source = make_model(twice, scratch / "small", device)
+        for name, (engine, gpus) in contenders(arguments.gpus).items():
+            runs = [_job(twice, source, scratch / f"{name} {run}", engine, device, gpus) for run in ("first", "second")]
+            for job in runs:
+                quantize(job, arguments.python)
+            note(f"two equal runs: {name}", compare(*runs))
+
+
+def contenders(gpus: int) -> Mapping[str, tuple[EngineName, int]]:
+    """Return engine and number of GPUs by name."""
+    one: dict[str, tuple[EngineName, int]] = {"layerwise": ("layerwise", 1), "gptqmodel": ("gptqmodel", 1)}
+    if gpus > 1:
+        one[f"gptqmodel, {gpus} GPUs"] = ("gptqmodel", gpus)
+    return one
+
+
+def _job(size: Size, source: Path, workshop: Path, engine: EngineName, device: Device, gpus: int) -> QuantJob:
+    spec = QuantSpec(
+        engine=engine, group_size=size.group_size, samples=size.samples, seq_len=size.seq_len, batch_size=size.batch,
+        device=device, gpus=gpus,
+    )  # fmt: skip
+    workshop.mkdir()
+    return QuantJob(spec=spec, source=source, windows=_save_windows(size, workshop), workshop=workshop)
 
 
 def _save_windows(size: Size, folder: Path) -> Path:
@@ -164,38 +204,30 @@ def _save_windows(size: Size, folder: Path) -> Path:
 
 
 def _tokens(size: Size, shape: tuple[int, int]) -> torch.Tensor:
-    return torch.randint(3, size.vocabulary, shape, generator=torch.Generator().manual_seed(1)).int()
+    return torch.randint(3, size.config["vocab_size"], shape, generator=torch.Generator().manual_seed(1)).int()
 
 
 def make_model(size: Size, root: Path, device: str) -> Path:
-    """Write a random checkpoint: norms of one, weights that keep the scale of what they are given."""
-    root.mkdir()
-    (root / "config.json").write_text(json.dumps(size.config))
+    """Have Transformers save a random model, with weights that keep the scale of what they are given."""
+    config = AutoConfig.for_model(**size.config)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
+    model.save_pretrained(root)
+    del model
     _tokenizer().save(str(root / "tokenizer.json"))
     (root / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    generator = torch.Generator(device).manual_seed(0)
-    owners: dict[str, str] = {}
-    for number, shard in enumerate(size.shapes(), start=1):
-        file = f"model-{number:05d}.safetensors"
-        owners |= dict.fromkeys(shard, file)
-        with (root / file).open("wb") as out:
-            dtype = DTYPE_NAMES[torch.bfloat16]
-            out.write(header_bytes({name: TensorSpec(dtype=dtype, shape=shape) for name, shape in shard.items()}))
-            for name, shape in shard.items():
-                if name.endswith("norm.weight"):
-                    tensor = torch.ones(shape, dtype=torch.bfloat16)
-                else:
-                    scale = 1.0 if "embed" in name else 0.05 if name.endswith("bias") else shape[-1] ** -0.5
-                    tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-                    tensor = tensor.normal_(std=scale, generator=generator).cpu()
-                out.write(tensor.view(torch.uint8).numpy().data)
-    (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
     return root
 
 
-def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
+def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
     """Run an engine in its own process and return what it took, layer by layer."""
-    job.workshop.mkdir()
     ends: dict[int, float] = {}
 
     def observe(progress: Progress) -> None:
@@ -203,13 +235,14 @@ def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
             ends[progress.done] = time.perf_counter()
 
     started = time.perf_counter()
-    with _watching_gpu(device) as highest:
+    with _watching_gpus(job.spec) as highest:
         worker = run_worker(
             python,
             f"qwen_pipeline.engines.{job.spec.engine}:quantize_directory",
             job.to_json(),
             log=job.workshop / "log",
             observe=observe,
+            env=worker_environment(job.spec),
         )
     times = [ends[layer] for layer in sorted(ends)]
     per_layer = [after - before for before, after in pairwise(times)]
@@ -222,10 +255,24 @@ def quantize(job: QuantJob, python: Path, device: str) -> dict[str, Any]:
         "peak_gpu_bytes_of_the_device": highest[0],
         "peak_host_bytes": worker.peak_memory_bytes,
         "loss_sum": sum(float(row["loss"]) for row in rows),
-        "solver_seconds_by_module": {
-            kind: mean(float(row["time"]) for row in rows if row["module"] == kind and row["layer"] != "0")
-            for kind in dict.fromkeys(row["module"] for row in rows)
-        },
+        "solver_seconds_by_module": _solver_seconds(row for row in rows if row["layer"] != "0"),
+    }
+
+
+def _solver_seconds(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
+    """Return the mean of each kind of module; experts are of one kind."""
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        of.setdefault(re.sub(r"\.\d+\.", ".*.", row["module"]), []).append(float(row["time"]))
+    return {kind: mean(seconds) for kind, seconds in of.items()}
+
+
+def compare(first: QuantJob, second: QuantJob) -> dict[str, Any]:
+    """Return which tensors two runs wrote differently."""
+    one, other = open_checkpoint(first.packed), open_checkpoint(second.packed)
+    return {
+        "tensors": len(one),
+        "differing": [name for name in one if not torch.equal(one.load(name), other.load(name))],
     }
 
 
@@ -262,29 +309,6 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     return found
 
 
-def quantize_twice(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
-    """Quantize a small model twice in the layer loop and compare the bytes; runs in a worker."""
-    from qwen_pipeline.engines import layerwise
-
-    size, started = Size(**spec["size"]), time.perf_counter()
-    digests: list[dict[str, str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        source = make_model(size, Path(folder) / "model", spec["device"])
-        windows = _save_windows(size, Path(folder))
-        quant = QuantSpec(
-            engine="layerwise", group_size=size.group_size, samples=size.samples, seq_len=size.seq_len,
-            batch_size=size.batch, device=spec["device"],
-        )  # fmt: skip
-        for run in ("first", "second"):
-            job = QuantJob(spec=quant, source=source, windows=windows, workshop=Path(folder) / run)
-            layerwise.quantize_directory(job.to_json(), observe)
-            packed = open_checkpoint(job.packed)
-            digests.append({name: sha256(packed.load(name).numpy().tobytes()).hexdigest() for name in packed})
-    first, second = digests
-    differing = [name for name in first if first[name] != second[name]]
-    return {"seconds": time.perf_counter() - started, "tensors": len(first), "differing": differing}
-
-
 def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.Tensor]]:
     """Return the reference and the candidates by name, and windows that calibration has not seen."""
     from qwen_pipeline.transforms.packed import quantized_checkpoint
@@ -297,47 +321,47 @@ def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.
         for engine, packed in spec["packed"].items()
     }
     size, generator = Size(**spec["size"]), torch.Generator().manual_seed(2)
-    return models, list(torch.randint(3, size.vocabulary, (size.windows, size.seq_len), generator=generator))
+    return models, list(torch.randint(3, size.config["vocab_size"], (size.windows, size.seq_len), generator=generator))
 
 
 def render(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown; steps that were not reached are absent."""
     lines = ["# One decoder layer at a time", "", f"{json.dumps(results['machine'])}", ""]
     lines += [f"Model and text: {json.dumps(results['size'])}. Random weights and tokens.", ""]
-    engines = [engine for engine in ("gptqmodel", "layerwise") if engine in results]
-    if engines:
+    depth = DEPTHS[results["size"]["config"]["model_type"]]
+    known: dict[str, Any] = {name: found for name, found in results.items() if "seconds_a_layer" in found}
+    if known:
         rows = [
             [
-                engine, f"{found['seconds_a_layer']:.2f}", f"{found['seconds']:.1f}",
-                f"{80 * found['seconds_a_layer'] / 60:.1f}", _gib(found["peak_gpu_bytes_of_the_device"]),
-                _gib(found["peak_host_bytes"]), f"{found['loss_sum']:.6g}",
+                name,
+                f"{found['seconds_a_layer']:.2f}",
+                f"{found['seconds']:.1f}",
+                f"{depth * found['seconds_a_layer'] / 60:.1f}",
+                _gib(found["peak_gpu_bytes_of_the_device"]),
+                _gib(found["peak_host_bytes"]),
+                f"{found['loss_sum']:.6g}",
             ]
-            for engine in engines
-            for found in [results[engine]]
-        ]  # fmt: skip
-        head = ["loop", "s a layer", "s in all", "min for 80 layers", "GPU GiB", "host GiB", "sum of losses"]
+            for name, found in known.items()
+        ]
+        head = ["loop", "s a layer", "s in all", f"min for {depth} layers", "GPU GiB", "host GiB", "sum of losses"]
         lines += ["## Quantizing", "", table(head, rows), ""]
-    if len(engines) == 2:
-        ratio = results["layerwise"]["seconds_a_layer"] / results["gptqmodel"]["seconds_a_layer"]
-        lines += [f"The layer loop takes **{ratio:.3f}** of the time of GPTQModel's own (bar: 0.4).", ""]
-    if layers := results.get("layerwise", {}).get("layers", [])[1:]:
+    if {"layerwise", "gptqmodel"} <= known.keys():
+        ratio = known["layerwise"]["seconds_a_layer"] / known["gptqmodel"]["seconds_a_layer"]
+        lines += [f"The layer loop takes **{ratio:.3f}** of the time of GPTQModel's own.", ""]
+    if layers := known.get("layerwise", {}).get("layers", [])[1:]:
         means = {part: sum(at["seconds"][part] for at in layers) / len(layers) for part in layers[0]["seconds"]}
-        solved = results["layerwise"]["solver_seconds_by_module"]
+        solved = known["layerwise"]["solver_seconds_by_module"]
         lines += [
             f"Seconds of a layer after the first: {_parts(means)}. Of the solver, by module: {_parts(solved)}.",
             "",
         ]
     if found := results.get("evaluation"):
-        rows = [
-            [engine, f"{found[engine]['kl_mean']:.5g}", f"{found[engine]['top1_agreement']:.2%}"] for engine in engines
-        ]
+        rows = [[name, f"{found[name]['kl_mean']:.5g}", f"{found[name]['top1_agreement']:.2%}"] for name in known]
         lines += ["## Against full precision", "", table(["loop", "KL", "top-1"], rows), ""]
-    if found := results.get("two equal runs"):
-        lines += [
-            f"Two equal runs of the layer loop on a small model: of {found['tensors']} tensors"
-            f" {len(found['differing'])} differ.",
-            "",
-        ]
+    for name, found in results.items():
+        if "differing" in found:
+            said = f"of {found['tensors']} tensors {len(found['differing'])} differ"
+            lines += [f"{name[0].upper()}{name[1:]}, a small model: {said}.", ""]
     return "\n".join(lines)
 
 
@@ -346,12 +370,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=None, help="a directory on the disk to measure")
-    parser.add_argument("--layers", type=int, default=WIDE.layers)
+    parser.add_argument("--family", choices=WIDE, default="qwen2")
+    parser.add_argument("--layers", type=int, help="default: two to four")
+    parser.add_argument("--gpus", type=int, default=1, help="GPTQModel's own loop runs on so many too")
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
 
 
-def _evaluation(size: Size, jobs: Mapping[str, QuantJob], device: str) -> dict[str, Any]:
+def _evaluation(size: Size, jobs: Mapping[str, QuantJob], device: Device) -> dict[str, Any]:
     first = next(iter(jobs.values()))
     return {
         "source": str(first.source),
@@ -377,25 +403,27 @@ def _tokenizer() -> Tokenizer:
 
 
 @contextmanager
-def _watching_gpu(device: str) -> Generator[list[int]]:
-    """Follow the memory in use on the device, every half second, as the driver counts it."""
+def _watching_gpus(spec: QuantSpec) -> Generator[list[int]]:
+    """Follow the memory in use, every half second, as the driver counts it; of several GPUs the highest."""
     highest, over = [0], threading.Event()
+    if spec.device == "cpu":
+        yield highest
+        return
+    visible = worker_environment(spec)["CUDA_VISIBLE_DEVICES"]
+    command = ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
     def watch() -> None:
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not over.wait(0.5):
             used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            highest[0] = max(highest[0], int(used.split()[0]) * 2**20)
+            highest[0] = max(highest[0], *(int(one) * 2**20 for one in used.split()))
 
     thread = threading.Thread(target=watch)
-    if device == "cuda":
-        thread.start()
+    thread.start()
     try:
         yield highest
     finally:
         over.set()
-        if device == "cuda":
-            thread.join()
+        thread.join()
 
 
 def _machine(device: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """``python -m benchmarks.loops``: the layer loop beside GPTQModel's own, on real models, with the same tokens.
 
-The demo's dense base, padded as the demo pads it, and a mixture of experts made of it (:mod:`benchmarks.upcycled`) are
+The demo's dense base, padded as the demo pads it, and a mixture of experts made of it (:mod:`benchmarks.upcycled`), in
+each layer since GPTQModel's loop takes no dense layers beside mixtures, are
 quantized by both loops with several draws of calibration text. Wall clock depends on who else uses the machine, so the
 engine's processor seconds are counted too. Each figure is printed, and written, as soon as it is known. Those written
 before with the same settings are kept, so that draws can be added.
@@ -179,7 +180,7 @@ def _models(names: Sequence[str], dense: Path, scratch: Path) -> Iterator[tuple[
         yield "dense", dense, padded.path
     if "experts" in names:
         experts = scratch / f"{dense.name}-experts"
-        mixture = experts if experts.exists() else upcycle(dense, experts)
+        mixture = experts if experts.exists() else upcycle(dense, experts, step=1)
         yield "experts", mixture, mixture
 
 

@@ -1,7 +1,7 @@
 """A real mixture of experts without a hub: the demo's dense base, upcycled into a Qwen2-MoE that computes the same.
 
-Every third layer becomes a mixture. Of its MLP's channels some become the shared expert, the others become every routed
-expert: experts are copies, so whichever of them a token is sent to, the sum is the dense MLP's
+Every third layer, or each, becomes a mixture. Of its MLP's channels some become the shared expert, the others become
+every routed expert: experts are copies, so whichever of them a token is sent to, the sum is the dense MLP's
 (https://arxiv.org/abs/2212.05055). Each expert is calibrated on the tokens that reach it, as in any mixture.
 """
 
@@ -22,12 +22,13 @@ PER_TOKEN = 1
 STEP = 3
 
 
-def upcycle(base: Path, out: Path, *, quiet: int = 0) -> Path:
+def upcycle(base: Path, out: Path, *, step: int = STEP, quiet: int = 0) -> Path:
     """Write the mixture into ``out``, which must not be there yet; return it.
 
     Args:
         base: A dense Qwen2 checkpoint.
         out: Where the mixture goes.
+        step: A mixture is made of one layer in so many.
         quiet: Doublings by which up rows are divided and down columns multiplied, so that the activations between them
             are smaller; the function stays the same, exactly.
     """
@@ -42,13 +43,13 @@ def upcycle(base: Path, out: Path, *, quiet: int = 0) -> Path:
         shared_expert_intermediate_size=shared,
         num_experts=EXPERTS,
         num_experts_per_tok=PER_TOKEN,
-        decoder_sparse_step=STEP,
+        decoder_sparse_step=step,
         norm_topk_prob=True,
         architectures=["Qwen2MoeForCausalLM"],
     )
     out.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
-    mixtures = [f"model.layers.{layer}.mlp" for layer in range(STEP - 1, config.num_hidden_layers, STEP)]
+    mixtures = [f"model.layers.{layer}.mlp" for layer in range(step - 1, config.num_hidden_layers, step)]
     for name in dense:
         if not name.startswith(tuple(f"{mlp}." for mlp in mixtures)):
             tensors[name] = dense.load(name)

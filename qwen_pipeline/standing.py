@@ -152,7 +152,7 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
             "all_experts": quantization.all_experts,
             "min_expert_tokens": settings.calibration.min_expert_tokens,
         },
-        quantize.STAGE: quantization.decided(),
+        quantize.STAGE: quantization.to_json(),
         validate.STAGE: {"limits": asdict(settings.validation.limits_of(name))},
     }
 

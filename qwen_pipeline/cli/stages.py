@@ -19,7 +19,6 @@ app = typer.Typer()
 
 
 class EngineChoice(StrEnum):
-    auto = "auto"
     layerwise = "layerwise"
     gptqmodel = "gptqmodel"
     autogptq = "autogptq"
@@ -41,7 +40,7 @@ PackingName = Annotated[
 ]
 AllExperts = Annotated[bool, typer.Option("--all-experts", help="Give every token to every expert (not autogptq).")]
 EngineName = Annotated[
-    EngineChoice, typer.Option(help="What quantizes: auto is our layer loop for dense models, else gptqmodel.")
+    EngineChoice, typer.Option(help="What quantizes: our layer loop over GPTQModel's solver, or a library's own.")
 ]
 EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
 
@@ -268,7 +267,7 @@ def quantize(
         list[str] | None,
         typer.Option(help="REGEX:damp_percent=0.1 (or mse) for modules in whose names REGEX is found; repeatable."),
     ] = None,
-    engine: EngineName = EngineChoice.auto,
+    engine: EngineName = EngineChoice.layerwise,
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
     seed: Seed = 42,
@@ -360,7 +359,7 @@ def validate(
         Path | None, typer.Option(help="What calibrate wrote: look for activations beyond float16 in it too.")
     ] = None,
     before: Annotated[Path | None, typer.Option(help="The quantized version before, to compare losses with.")] = None,
-    engine: EngineName = EngineChoice.auto,
+    engine: EngineName = EngineChoice.layerwise,
     engine_python: EnginePython = None,
     fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
     serve: Annotated[ServingChoice | None, typer.Option(help="Serve with this engine too, and ask it.")] = None,

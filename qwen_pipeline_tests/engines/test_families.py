@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,13 @@ from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=16, seq_len=64, batch_size=8, threads=1, device="cpu")
 CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
-QUICK: Sequence[tuple[str, Layout]] = (("qwen3_next", "fused"),)
-ALL: Sequence[tuple[str, Layout]] = [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)]
+Case = tuple[str, Layout, tuple[int, ...]]
+"""A family, a layout on disk, and which layers of a mixture are dense."""
+QUICK: Sequence[Case] = (("qwen3_next", "fused", ()), ("qwen3_moe", "saved", (0,)))
+ALL: Sequence[Case] = [
+    *((family, layout, ()) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)),
+    *((family, "saved", (1,)) for family in ("qwen2_moe", "qwen3_moe", "qwen3_next")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +43,9 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(ALL, tmp_path_factory.mktemp("every"))
 
 
-def quantized(cases: Sequence[tuple[str, Layout]], root: Path) -> Path:
+def quantized(cases: Sequence[Case], root: Path) -> Path:
     """Quantize tiny models in one worker; each has a source and a directory of what the loop wrote."""
-    sources = {f"{f}-{layout}": tiny_model(f, root / "sources" / f"{f}-{layout}", layout=layout) for f, layout in cases}
+    sources = {name_of(case): source(case, root / "sources" / name_of(case)) for case in cases}
     (root / "out").mkdir()
     run_worker(
         find_environment("gptqmodel").python,
@@ -50,15 +56,26 @@ def quantized(cases: Sequence[tuple[str, Layout]], root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("family", "layout"), QUICK)
-def test_what_is_on_disk_computes_what_was_in_memory(quick: Path, tmp_path: Path, family: str, layout: str) -> None:
-    require_agreement(quick, f"{family}-{layout}", tmp_path)
+def name_of(case: Case) -> str:
+    family, layout, dense = case
+    return "-".join((family, layout, *(f"dense{layer}" for layer in dense)))
+
+
+def source(case: Case, root: Path) -> Path:
+    family, layout, dense = case
+    sizes: dict[str, Any] = {"mlp_only_layers": list(dense)} if dense else {}
+    return tiny_model(family, root, layout=layout, **sizes)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=name_of)
+def test_what_is_on_disk_computes_what_was_in_memory(quick: Path, tmp_path: Path, case: Case) -> None:
+    require_agreement(quick, name_of(case), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "layout"), ALL)
-def test_so_does_every_family(every: Path, tmp_path: Path, family: str, layout: str) -> None:
-    require_agreement(every, f"{family}-{layout}", tmp_path)
+@pytest.mark.parametrize("case", ALL, ids=name_of)
+def test_so_does_every_family(every: Path, tmp_path: Path, case: Case) -> None:
+    require_agreement(every, name_of(case), tmp_path)
 
 
 def require_agreement(root: Path, name: str, scratch: Path) -> None:

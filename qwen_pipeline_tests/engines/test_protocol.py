@@ -38,7 +38,7 @@ def test_a_job_survives_json() -> None:
 
 
 def test_every_setting_is_in_the_json() -> None:
-    base = QuantSpec(threads=2, device="cpu")
+    base = QuantSpec(engine="gptqmodel", threads=2, device="cpu")
     others = [
         replace(base, seed=1),
         replace(base, threads=1),

@@ -18,23 +18,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Contents
 from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
 from qwen_pipeline.engines.checks import CHECKS, check_output
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.losses import ModuleLoss
-from qwen_pipeline.engines.protocol import EngineName, QuantSpec
+from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.stages.quantize import chosen_engine, quantize
+from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_qwen3
 
 SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -165,20 +166,25 @@ def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineNam
 
 
 @pytest.mark.gpu
-def test_gptqmodel_shares_work_among_two_gpus(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_gptqmodel_shares_work_among_two_gpus(
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment, family: str
+) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    sizes: dict[str, Any] = {"intermediate_size": 128} if family == "qwen2" else {"moe_intermediate_size": 64}
+    source = tiny_model(family, tmp_path / "source", **sizes)
     artifacts = [
         quantize(
-            source=run.source,
+            source=source,
             destination=Directory(tmp_path / name),
-            calibration=run.calibration,
-            spec=replace(SPEC, device="cuda", gpus=2),
+            calibration=calibration,
+            spec=replace(SPEC, device="cuda", gpus=2, all_experts=family == "qwen3_moe"),
             engine=engine,
         )
         for name in ("once", "again")
     ]
-    require_faithful(open_checkpoint(run.source), open_checkpoint(artifacts[0].path))
+    require_faithful(open_checkpoint(source), open_checkpoint(artifacts[0].path))
     assert len({artifact.manifest.content_digest for artifact in artifacts}) == 1
 
 
@@ -361,21 +367,22 @@ def broken(source: Path, name: str) -> Path:
     return source
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 @pytest.mark.parametrize(
     ("family", "width", "resumes"),
     [("qwen2", "intermediate_size", False), ("qwen3_moe", "moe_intermediate_size", True)],
 )
 def test_killed_and_run_again_it_ends_in_the_same_bytes(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment, family: str, width: str, resumes: bool
+    tmp_path: Path, calibration: Path, engine: EngineEnvironment, family: str, width: str, resumes: bool, device: Device
 ) -> None:
     """GPTQModel's own loop goes on after the layers it finished, where it can; its every loss is known then too."""
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, width: 64}
     source = tiny_model(family, tmp_path / "source", **sizes)
-    wanted = partial(quantize, source=source, calibration=calibration, spec=SPEC, engine=engine)
+    spec = replace(SPEC, device=device)
+    wanted = partial(quantize, source=source, calibration=calibration, spec=spec, engine=engine)
     undisturbed, out = wanted(destination=Directory(tmp_path / "undisturbed")), tmp_path / "out"
     with subprocess.Popen(
-        [sys.executable, "-c", QUANTIZE, source, out, calibration, json.dumps(SPEC.to_json())],
+        [sys.executable, "-c", QUANTIZE, source, out, calibration, json.dumps(spec.to_json())],
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
     ) as parent:  # fmt: skip
         assert parent.stdout is not None
@@ -407,32 +414,39 @@ def told(loss: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_an_engine_that_has_delivered_is_not_started_again(
-    run: Run, tmp_path: Path, engine: EngineEnvironment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = partial(quantize, source=run.source, calibration=run.calibration, spec=SPEC, engine=engine)
-    out, seen = Directory(tmp_path / "out"), list[Progress]()
-    with monkeypatch.context() as patch:
-        patch.setattr("qwen_pipeline.stages.quantize.write_checkpoint", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            wanted(destination=out)
-    again = wanted(destination=out, observe=seen.append)
+def test_an_engine_that_has_delivered_is_not_started_again(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
+    """What was written of its codes is not written again either."""
+    out, seen = tmp_path / "out", list[Progress]()
+    wanted = partial(
+        quantize,
+        source=run.source,
+        destination=Directory(out),
+        calibration=run.calibration,
+        spec=SPEC,
+        engine=engine,
+    )
+
+    def interrupt(_: Progress) -> None:
+        if (out.with_name("out.partial") / JOURNAL).exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wanted(observe=interrupt)
+    again = wanted(observe=seen.append)
     assert "quantize" not in {event.task for event in seen}
+    assert next(event.done for event in seen if event.task == "write quantized checkpoint") > 0
     assert again.manifest.content_digest == run.artifact.manifest.content_digest
     assert sum(again.manifest.result["seconds"]["stage"].values()) > 0
-
-
-def interrupted(*_: object, **__: object) -> Contents:
-    raise KeyboardInterrupt
 
 
 QUANTIZE = """
 import json, sys
 from pathlib import Path
 from typing import Any
+from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.engines.protocol import EngineName, QuantSpec
+from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 source, out, calibration = map(Path, sys.argv[1:4])
 tell = lambda event: print(event.remark, flush=True) if event.task == "quantize" else None
@@ -444,16 +458,6 @@ quantize(source=source, destination=Directory(out), calibration=calibration, spe
 def descendants(pid: int) -> list[int]:
     children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*children, *(grandchild for child in children for grandchild in descendants(child))]
-
-
-@pytest.mark.parametrize(
-    ("family", "engine"), [("qwen3", "layerwise"), ("qwen2_5_vl", "layerwise"), ("qwen3_moe", "gptqmodel"),
-                           ("qwen3_5_text", "gptqmodel")],
-)  # fmt: skip
-def test_the_layer_loop_is_chosen_for_dense_models(tmp_path: Path, family: str, engine: EngineName) -> None:
-    linears = decoder_linears(open_checkpoint(tiny_model(family, tmp_path)))
-    assert chosen_engine(linears, gpus=1) == engine
-    assert chosen_engine(linears, gpus=2) == "gptqmodel"
 
 
 class TestRefusals:
@@ -498,6 +502,18 @@ class TestRefusals:
         source = tiny_model("qwen3_moe", tmp_path / "mixture", moe_intermediate_size=64)
         fault = self.refused(source, calibration, tmp_path, replace(SPEC, packing="documents"))
         assert "filling" in fault.what
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+    def test_dense_layers_beside_mixtures(self, calibration: Path, tmp_path: Path, family: str) -> None:
+        sizes: dict[str, Any] = {
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "intermediate_size": 128,
+        }
+        source = tiny_model(family, tmp_path / "mixture", mlp_only_layers=[1], **sizes)
+        fault = self.refused(source, calibration, tmp_path)
+        assert "Layer 1 of this mixture of experts is dense" in fault.what
+        assert "layerwise" in fault.remedy
 
     def test_windows_longer_than_the_model(self, source: Path, calibration: Path, tmp_path: Path) -> None:
         fault = self.refused(source, calibration, tmp_path, replace(SPEC, samples=1, seq_len=513))

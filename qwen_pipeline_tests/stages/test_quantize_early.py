@@ -63,7 +63,7 @@ def test_an_engine_sees_as_many_gpus_as_its_spec_says(
             source=chain.padded,
             destination=Directory(tmp_path / "out"),
             calibration=chain.text,
-            spec=QuantSpec(group_size=GROUP_SIZE, samples=1, seq_len=64, device="cuda", gpus=2),
+            spec=QuantSpec(engine="gptqmodel", group_size=GROUP_SIZE, samples=1, seq_len=64, device="cuda", gpus=2),
             engine=EngineEnvironment(name="gptqmodel", python=Path(sys.executable)),
         )
     assert str(started.value) == seen
