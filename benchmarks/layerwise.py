@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.layerwise OUT`` makes a random Qwen2 with 72B widths and few layers in a scratch directory,
 quantizes it by each contender with the same calibration tokens, in a process each, evaluates reference and candidates
-together, and quantizes a smaller one twice. ``--family`` does the same with a mixture of experts or a hybrid.
-It needs a CUDA device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six
-minutes; what is known is written at once. ``--tiny`` does the same with a toy on the CPU, to see that it runs.
+together, and quantizes a smaller one twice. ``--family`` does the same with a mixture of experts or a hybrid. It needs
+a CUDA device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six minutes;
+what is known is written at once. ``--small`` is for the CPU, and so is ``--tiny``, a toy to see that it runs.
 """
 
 import argparse
@@ -27,11 +27,13 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.report import table
+from benchmarks.machine import describe_machine, processor_seconds
+from benchmarks.report import markdown, table
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.engines.protocol import Device, EngineName, QuantJob, QuantSpec
 from qwen_pipeline.progress import Observe, Progress
@@ -128,7 +130,7 @@ def tiny(size: Size) -> Size:
 
 
 def small(size: Size) -> Size:
-    """Return a model of the same family that a GPU quantizes in seconds."""
+    """Return a model of the same family that a GPU quantizes in seconds, a CPU in minutes."""
     sizes = {"hidden_size": 1024, "num_hidden_layers": 2, "num_experts": 8, "intermediate_size": 2944}
     return replace(
         size.changed(**{name: value for name, value in sizes.items() if name in size.config}),
@@ -141,8 +143,10 @@ def small(size: Size) -> Size:
 def main() -> None:
     """Run everything; write ``layerwise.json`` and ``layerwise.md`` into the directory given, after every step."""
     arguments = _arguments()
-    wide = WIDE[arguments.family]
-    size, device = (tiny(wide), "cpu") if arguments.tiny else (wide, "cuda")
+    wide, device = WIDE[arguments.family], "cpu" if arguments.tiny or arguments.small else "cuda"
+    size, smaller = wide, small(wide)
+    if device == "cpu":
+        size, smaller = tiny(wide) if arguments.tiny else small(wide), tiny(wide)
     if arguments.layers:
         size = size.changed(num_hidden_layers=arguments.layers)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -169,10 +173,11 @@ def main() -> None:
             note(name, quantize(job, arguments.python))
         evaluation = _evaluation(size, jobs, device)
         note("evaluation", _call(arguments.python, "evaluate_all", evaluation, scratch))
-        twice = small(size) if device == "cuda" else size
-        source = make_model(twice, scratch / "small", device)
+        source = make_model(smaller, scratch / "smaller", device)
         for name, (engine, gpus) in contenders(arguments.gpus).items():
-            runs = [_job(twice, source, scratch / f"{name} {run}", engine, device, gpus) for run in ("first", "second")]
+            runs = [
+                _job(smaller, source, scratch / f"{name} {run}", engine, device, gpus) for run in ("first", "second")
+            ]
             for job in runs:
                 quantize(job, arguments.python)
             note(f"two equal runs: {name}", compare(*runs))
@@ -234,7 +239,7 @@ def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
         if progress.task == "quantize":
             ends[progress.done] = time.perf_counter()
 
-    started = time.perf_counter()
+    started, used = time.perf_counter(), processor_seconds()
     with _watching_gpus(job.spec) as highest:
         worker = run_worker(
             python,
@@ -250,6 +255,7 @@ def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
     return {
         **worker.value,
         "seconds": time.perf_counter() - started,
+        "processor_seconds": processor_seconds() - used,
         "seconds_between_ends_of_layers": per_layer,
         "seconds_a_layer": sum(per_layer) / len(per_layer),
         "peak_gpu_bytes_of_the_device": highest[0],
@@ -293,7 +299,8 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     from qwen_pipeline.layerwise.model import Place
 
     models, windows = _models(spec)
-    place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16)
+    on_gpu = spec["device"] == "cuda"
+    place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16 if on_gpu else torch.float32)
     started = time.perf_counter()
     figures = evaluate(models, windows, reference="reference", compared=list(spec["packed"]), place=place)
     found: dict[str, Any] = {"seconds": time.perf_counter() - started}
@@ -324,27 +331,30 @@ def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.
     return models, list(torch.randint(3, size.config["vocab_size"], (size.windows, size.seq_len), generator=generator))
 
 
+def _shown(found: Mapping[str, Any], family: str) -> dict[str, str]:
+    """Return what a run took by title; only what a GPU quantizes has the widths of a real model."""
+    shown = {"s a layer": f"{found['seconds_a_layer']:.2f}", "s in all": f"{found['seconds']:.1f}"}
+    if on_gpu := found["peak_gpu_bytes_of_the_device"]:
+        shown[f"min for {DEPTHS[family]} layers"] = f"{DEPTHS[family] * found['seconds_a_layer'] / 60:.1f}"
+        shown["GPU GiB"] = f"{on_gpu / 2**30:.2f}"
+    else:
+        shown["processor s"] = f"{found['processor_seconds']:.1f}"
+    return shown | {
+        "host GiB": f"{found['peak_host_bytes'] / 2**30:.2f}",
+        "sum of losses": f"{found['loss_sum']:.6g}",
+    }
+
+
 def render(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown; steps that were not reached are absent."""
     lines = ["# One decoder layer at a time", "", f"{json.dumps(results['machine'])}", ""]
     lines += [f"Model and text: {json.dumps(results['size'])}. Random weights and tokens.", ""]
-    depth = DEPTHS[results["size"]["config"]["model_type"]]
     known: dict[str, Any] = {name: found for name, found in results.items() if "seconds_a_layer" in found}
     if known:
         rows = [
-            [
-                name,
-                f"{found['seconds_a_layer']:.2f}",
-                f"{found['seconds']:.1f}",
-                f"{depth * found['seconds_a_layer'] / 60:.1f}",
-                _gib(found["peak_gpu_bytes_of_the_device"]),
-                _gib(found["peak_host_bytes"]),
-                f"{found['loss_sum']:.6g}",
-            ]
-            for name, found in known.items()
+            {"loop": name, **_shown(found, results["size"]["config"]["model_type"])} for name, found in known.items()
         ]
-        head = ["loop", "s a layer", "s in all", f"min for {depth} layers", "GPU GiB", "host GiB", "sum of losses"]
-        lines += ["## Quantizing", "", table(head, rows), ""]
+        lines += ["## Quantizing", "", markdown(pd.DataFrame(rows)), ""]
     if {"layerwise", "gptqmodel"} <= known.keys():
         ratio = known["layerwise"]["seconds_a_layer"] / known["gptqmodel"]["seconds_a_layer"]
         lines += [f"The layer loop takes **{ratio:.3f}** of the time of GPTQModel's own.", ""]
@@ -361,7 +371,7 @@ def render(results: Mapping[str, Any]) -> str:
     for name, found in results.items():
         if "differing" in found:
             said = f"of {found['tensors']} tensors {len(found['differing'])} differ"
-            lines += [f"{name[0].upper()}{name[1:]}, a small model: {said}.", ""]
+            lines += [f"{name[0].upper()}{name[1:]}, a smaller model: {said}.", ""]
     return "\n".join(lines)
 
 
@@ -373,6 +383,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--family", choices=WIDE, default="qwen2")
     parser.add_argument("--layers", type=int, help="default: two to four")
     parser.add_argument("--gpus", type=int, default=1, help="GPTQModel's own loop runs on so many too")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
 
@@ -427,16 +438,13 @@ def _watching_gpus(spec: QuantSpec) -> Generator[list[int]]:
 
 
 def _machine(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    host = describe_machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{host['cores']} cores of {host['cpu']}"
     return {"date": datetime.now(UTC).date().isoformat(), "device": name, "torch": torch.__version__}
 
 
 def _parts(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{part} {value:.2f}" for part, value in seconds.items())
-
-
-def _gib(nbytes: int | None) -> str:
-    return f"{nbytes / 2**30:.2f}" if nbytes else ""
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ before with the same settings are kept, so that draws can be added.
 import argparse
 import json
 import re
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import upcycle
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
@@ -49,7 +48,7 @@ def compare(
 ) -> Any:
     """Quantize ``source`` as ``spec`` says; return what it took, and how far from ``model`` it is on ``device``."""
     with tempfile.TemporaryDirectory() as out:
-        started, used = time.perf_counter(), _processor_seconds()
+        started, used = time.perf_counter(), processor_seconds()
         artifact = quantize(
             source=source,
             destination=Directory(Path(out) / "quantized"),
@@ -57,7 +56,7 @@ def compare(
             spec=spec,
             engine=find_environment(spec.environment, python),
         )
-        seconds, used = time.perf_counter() - started, _processor_seconds() - used
+        seconds, used = time.perf_counter() - started, processor_seconds() - used
         held_out = token_windows(texts.held_out, load_tokenizer(model), windows=windows, seq_len=spec.seq_len)
         figures = evaluate(
             {"full": open_checkpoint(model), "quantized": open_checkpoint(artifact.path)},
@@ -182,11 +181,6 @@ def _models(names: Sequence[str], dense: Path, scratch: Path) -> Iterator[tuple[
         experts = scratch / f"{dense.name}-experts"
         mixture = experts if experts.exists() else upcycle(dense, experts, step=1)
         yield "experts", mixture, mixture
-
-
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _known(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 from pathlib import Path
 
 
@@ -10,3 +11,9 @@ def describe_machine() -> dict[str, str | int | None]:
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     cpu = next(names, platform.processor())
     return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def processor_seconds() -> float:
+    """Return what processes that we started have used and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -10,7 +10,6 @@ while the engine imports is ours too, but costs no time, and is taken off again.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.loops import first_layers
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import RESULTS, keep, markdown
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store import Directory
@@ -81,18 +80,13 @@ def _timed(command: Sequence[str], spec: QuantSpec, log: Path) -> dict[str, Any]
         "HF_HUB_OFFLINE": "1",
         "GPTQMODEL_CPU_WORKERS": str(max(2, (spec.threads + 1) // 2)),
     }
-    began, used = time.perf_counter(), _processor_seconds()
+    began, used = time.perf_counter(), processor_seconds()
     with log.open("wb") as output:
         subprocess.run(command, env=environment, stdout=output, stderr=output, cwd=log.parent, check=True)
     return {
         "seconds": round(time.perf_counter() - began, 2),
-        "processor_seconds": round(_processor_seconds() - used, 2),
+        "processor_seconds": round(processor_seconds() - used, 2),
     }
-
-
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 RUNS = {"stage": by_stage, "script": by_script}

@@ -81,13 +81,15 @@ def cohorts(
     layer, by_kind = linears[0].layer, {linear.kind: linear for linear in linears}
     for step in STEPS:
         if members := [by_kind[kind] for kind in step if kind in by_kind]:
-            hessian = Hessian(members[0].in_features)
+            hessian, entered = Hessian(members[0].in_features), list[Tensor]()
             for (inputs, *_), mask_N in zip(passage.inputs_within(layer, module, step[0]), masks, strict=True):
                 hessian.add(_counted(inputs.flatten(0, -2), mask_N))
+                if step in LAST_OF_MIXERS:
+                    entered.append(passage.place.shelve(inputs, copies=len(masks)))
             weights = [module.get_parameter(f"{linear.kind}.weight") for linear in members]
             yield Cohort(linears=members, weights=weights, hessian=hessian)
             if step in LAST_OF_MIXERS:
-                passage.keep(layer, module, step[0].partition(".")[0])
+                passage.keep(layer, module, step[0], entered)
     if experts := [linear for linear in linears if stack_of(linear.kind)]:
         routed = Routed.of(passage, masks, layer, module, all_experts=all_experts)
         for number, own in groupby(experts, key=_expert_number):

@@ -27,16 +27,22 @@ class _ArrivedError(Exception):
 
 
 class _Kept(nn.Module):
-    """Stands where a module was that need not compute again: returns what it made of each batch, in their order."""
+    """Stands where a module was that need not compute again: returns what it made of each batch, in their order.
 
-    def __init__(self, outputs: Sequence[Any], place: Place) -> None:
+    Args:
+        outputs: Of each batch, the one tensor that the module returned.
+        returned: What it returns, a tensor or a tuple with it; which tensor is in there does not matter.
+        place: Where to compute.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], returned: Any, place: Place) -> None:
         super().__init__()
-        self._outputs, self._place, self._turn = outputs, place, 0
+        self._outputs, self._returned, self._place, self._turn = outputs, returned, place, 0
 
     def forward(self, *_: Any, **__: Any) -> Any:
         output = self._outputs[self._turn % len(self._outputs)]
         self._turn += 1
-        return _each(self._place.fetch, output)
+        return _each(lambda _: self._place.fetch(output), self._returned)
 
 
 class Passage(LayeredModel):
@@ -89,19 +95,41 @@ class Passage(LayeredModel):
         with module.get_submodule(inner).register_forward_pre_hook(stop):
             yield from self._up_to_there(layer, module)
 
-    def keep(self, layer: int, module: nn.Module, inner: str) -> None:
-        """Compute a child of a layer once for each batch, and put what it returns in its place; its weights go."""
+    def keep(self, layer: int, module: nn.Module, last: str, entering: list[Tensor]) -> None:
+        """Put what a child of a layer returns for each batch in its place; its weights go.
+
+        Args:
+            layer: The layer's number.
+            module: The layer.
+            last: The child's last linear layer, such as ``self_attn.o_proj``; after it the child computes nothing.
+            entering: What enters that for each batch; it is used up.
+        """
+        inner, linear, copies = last.partition(".")[0], module.get_submodule(last), len(entering)
+        returned = self._returned(layer, module, inner, linear)
+        outputs = list[Tensor]()
+        while entering:
+            output = linear(self.place.fetch(entering.pop(0)))
+            outputs.append(self.place.shelve(output, copies=copies))
+        setattr(module, inner, _Kept(outputs, returned, self.place))
+
+    def _returned(self, layer: int, module: nn.Module, inner: str, linear: nn.Module) -> Any:
+        """Return what a child returns, an empty tensor for what its last linear layer did."""
+        made = list[Tensor]()
+
+        def note(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            made.append(output)
 
         def stop(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             raise _ArrivedError(output)
 
-        copies = len(self.hidden)
-        with module.get_submodule(inner).register_forward_hook(stop):
-            outputs = [
-                _each(lambda tensor: self.place.shelve(tensor, copies=copies), output)
-                for output in self._up_to_there(layer, module)
-            ]
-        setattr(module, inner, _Kept(outputs, self.place))
+        with linear.register_forward_hook(note), module.get_submodule(inner).register_forward_hook(stop):
+            returned = next(self._up_to_there(layer, module))
+
+        def leave_out(tensor: Tensor) -> Tensor:
+            assert tensor is made[-1], f"{inner} returns more than what {linear} does"
+            return torch.empty(0)
+
+        return _each(leave_out, returned)
 
     def _up_to_there(self, layer: int, module: nn.Module) -> Iterator[Any]:
         """Run each batch until a hook says that it has arrived; yield what was found there."""

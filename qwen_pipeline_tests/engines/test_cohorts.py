@@ -67,6 +67,26 @@ def test_an_expert_gets_the_tokens_that_count_and_are_routed_to_it(mixture: Path
             torch.testing.assert_close(hessian, 2 / max(len(own), 1) * own.T @ own if len(own) else torch.eye(64))
 
 
+@pytest.mark.parametrize(
+    ("family", "first"), [("qwen3", "self_attn.q_proj"), ("qwen3_5_text", "linear_attn.in_proj_qkv")]
+)
+@torch.inference_mode()
+def test_attention_is_computed_once_and_kept(tmp_path: Path, family: str, first: str) -> None:
+    """Once for each batch, and once more to see what it returns; what the layer makes of that is the same."""
+    checkpoint = open_checkpoint(tiny_model(family, tmp_path / "model"))
+    linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
+    passages = [Passage(checkpoint, WINDOWS.split(2), CPU) for _ in ("kept", "computed")]
+    kept, computed = (next(passage.coming()) for passage in passages)
+    calls = list[str]()
+    kept.get_submodule(first).register_forward_hook(lambda *_: calls.append(first))
+    for _ in cohorts(passages[0], [torch.ones(32, dtype=torch.bool)] * 2, kept, linears, all_experts=False):
+        pass
+    assert len(calls) == 2 + 1
+    for passage, module in zip(passages, (kept, computed), strict=True):
+        passage.run(0, module)
+    assert all(torch.equal(one, other) for one, other in zip(*(passage.hidden for passage in passages), strict=True))
+
+
 def test_all_experts_get_every_token(mixture: Path) -> None:
     found = first_layer(open_checkpoint(mixture), MASK, all_experts=True)
     tokens, hessian = found["mlp.shared_expert.gate_proj"]
