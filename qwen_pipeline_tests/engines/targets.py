@@ -1,5 +1,6 @@
 """What tests have a worker do in GPTQModel's environment."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -18,6 +19,8 @@ from qwen_pipeline.engines.solver import Hessian, pack, solve
 from qwen_pipeline.layerwise.forward import Passage, logit_blocks
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear
+
+LAST_LAYER = "layer-00001"
 
 
 def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
@@ -77,15 +80,27 @@ def lose_a_thread(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 
 
 def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
-    """Have the layer loop quantize tiny models; save the logits of the model that it left behind in memory."""
+    """Have the layer loop quantize tiny models; save the logits of the model that it left behind in memory.
+
+    Beside each, in a directory ``-resumed``, the last layer is quantized once more, by a loop that goes on there.
+    """
     for name, source in spec["sources"].items():
-        out = Path(spec["out"]) / name
+        out, resumed = Path(spec["out"]) / name, Path(spec["out"]) / f"{name}-resumed"
         out.mkdir()
-        everything = torch.ones_like(windows(), dtype=torch.bool)
-        loop = LayerLoop(open_checkpoint(Path(source)), windows(), everything, QuantSpec(**spec["quant"]), out)
-        loop.run(unobserved)
+        loop = quantize_family(Path(source), out, spec)
+        shutil.copytree(out, resumed)
+        for file in resumed.glob(f"{LAST_LAYER}.*"):
+            file.unlink()
+        quantize_family(Path(source), resumed, spec)
         save_file({"logits": logits(loop.passage)}, out / "own.logits")
     return {}
+
+
+def quantize_family(source: Path, out: Path, spec: Mapping[str, Any]) -> LayerLoop:
+    everything = torch.ones_like(windows(), dtype=torch.bool)
+    loop = LayerLoop(open_checkpoint(source), windows(), everything, QuantSpec(**spec["quant"]), out)
+    loop.run(unobserved)
+    return loop
 
 
 def hand_on_unrounded(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:

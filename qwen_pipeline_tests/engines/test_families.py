@@ -1,4 +1,4 @@
-"""The layer loop on every Qwen family: what it leaves on disk computes what it had in memory."""
+"""The layer loop on every Qwen family: what it leaves on disk computes what it had in memory, resumed or not."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.parent import run_worker
-from qwen_pipeline_tests.engines.targets import logits, windows
+from qwen_pipeline_tests.engines.targets import LAST_LAYER, logits, windows
 from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.rounding import dequantized
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
@@ -79,13 +79,18 @@ def test_so_does_every_family(every: Path, tmp_path: Path, case: Case) -> None:
 
 
 def require_agreement(root: Path, name: str, scratch: Path) -> None:
-    """Hold the loop's own logits against the streamed forward of the codes and Transformers' of what they stand for."""
+    """Hold the loop's own logits against the streamed forward of the codes and Transformers' of what they stand for.
+
+    A loop that was interrupted before its last layer writes the same bytes.
+    """
     source = open_checkpoint(root / "sources" / name)
     linears = decoder_linears(source)
     packed = open_checkpoint(root / "out" / name)
     assert {linear.module for linear in linears} == {code.rpartition(".")[0] for code in packed}
     codes = quantized_checkpoint(source, packed, linears, SPEC.quantization_config("test:0"))
     own = load_file(root / "out" / name / "own.logits")["logits"]
+    last, resumed = (root / "out" / at / f"{LAST_LAYER}.safetensors" for at in (name, f"{name}-resumed"))
+    assert resumed.read_bytes() == last.read_bytes()
 
     passage = Passage(codes, windows().split(8), CPU)
     list(advance([passage]))
