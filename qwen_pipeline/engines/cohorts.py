@@ -17,7 +17,6 @@ from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import Linear
-from qwen_pipeline.qwen.names import stack_of
 
 STEPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -60,7 +59,7 @@ def require_known(linears: Sequence[Linear]) -> None:
         InputRefused: There are some; the message names them.
     """
     known = {kind for step in STEPS for kind in step}
-    if other := {linear.kind for linear in linears if linear.kind not in known and not stack_of(linear.kind)}:
+    if other := {linear.kind for linear in linears if linear.kind not in known and not linear.is_expert}:
         raise InputRefused(
             f"The layer loop does not know what enters {listed(sorted(other))}.", remedy="Use the engine gptqmodel."
         )
@@ -90,7 +89,7 @@ def cohorts(
             yield Cohort(linears=members, weights=weights, hessian=hessian)
             if step in LAST_OF_MIXERS:
                 passage.keep(layer, module, step[0], entered)
-    if experts := [linear for linear in linears if stack_of(linear.kind)]:
+    if experts := [linear for linear in linears if linear.is_expert]:
         routed = Routed.of(passage, masks, layer, module, all_experts=all_experts)
         for number, own in groupby(experts, key=_expert_number):
             yield from _expert(module.get_submodule(EXPERTS), number, list(own), routed)

@@ -45,7 +45,7 @@ def measure_coverage(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, 
 
 def has_experts(checkpoint: Checkpoint) -> bool:
     """Whether a model has experts that a router chooses from."""
-    return any(".experts." in linear.kind for linear in decoder_linears(checkpoint))
+    return any(linear.is_expert for linear in decoder_linears(checkpoint))
 
 
 @torch.inference_mode()

@@ -61,6 +61,11 @@ class Linear:
     tensor: str
     slab: Slab | None = None
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one that a router chooses, not a shared one."""
+        return stack_of(self.kind) is not None
+
 
 def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
     """Return the linear layers that quantization turns into codes, by layer and in the order in which data meets them.

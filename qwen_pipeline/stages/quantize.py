@@ -27,7 +27,7 @@ from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.linears import DECODER_LINEARS, Linear, decoder_linears
+from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
@@ -178,7 +178,7 @@ def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
 
 
 def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
-    has_experts = any(".experts." in linear.kind for linear in linears)
+    has_experts = any(linear.is_expert for linear in linears)
     if spec.packing == "documents" and has_experts and spec.engine != "layerwise":
         raise InputRefused(
             "Experts are handed tokens without their windows, so that GPTQModel would calibrate them with filling too.",
@@ -188,8 +188,8 @@ def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
 
 def _require_alike(linears: Sequence[Linear], spec: QuantSpec) -> None:
     """Refuse a mixture some of whose layers are dense where GPTQModel would stop there, or leave their MLPs out."""
-    dense = [linear.layer for linear in linears if linear.kind in DECODER_LINEARS and linear.kind.startswith("mlp.")]
-    has_experts = any(".experts." in linear.kind for linear in linears)
+    has_experts = any(linear.is_expert for linear in linears)
+    dense = [linear.layer for linear in linears if linear.kind == "mlp.down_proj"]
     if has_experts and dense and spec.engine == "gptqmodel":
         raise InputRefused(
             f"Layer {dense[0]} of this mixture of experts is dense, and GPTQModel's own loop knows experts only.",

@@ -442,11 +442,9 @@ def test_an_engine_that_has_delivered_is_not_started_again(run: Run, tmp_path: P
 QUANTIZE = """
 import json, sys
 from pathlib import Path
-from typing import Any
-from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.engines.environment import find_environment
-from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec
+from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 source, out, calibration = map(Path, sys.argv[1:4])
 tell = lambda event: print(event.remark, flush=True) if event.task == "quantize" else None
