@@ -18,6 +18,7 @@ from qwen_pipeline.inbox import Arrival, Inbox
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.text_sources import open_text
+from qwen_pipeline.transforms.model import fine_tune_digest
 
 State = Literal["missing", "damaged", "stale", "failed", "done"]
 
@@ -130,7 +131,7 @@ def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
     if obstacle := arrival.obstacle():
         return None, obstacle
     try:
-        return merge.fine_tune_digest(arrival.path), ""
+        return fine_tune_digest(arrival.path), ""
     except InputRefused as refusal:
         return None, refusal.what
 

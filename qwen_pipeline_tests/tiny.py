@@ -32,6 +32,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DENSE_LINEARS = (*(f"self_attn.{name}" for name in LINEARS[:4]), *(f"mlp.{name}" for name in LINEARS[4:]))
+"""The linear layers of a dense layer with full attention, in the order in which data meets them."""
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 

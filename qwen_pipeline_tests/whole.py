@@ -7,8 +7,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
+from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.evaluation.loading import complaints_of, fault_of, load_with, loading_options
-from qwen_pipeline.transforms.model import is_recipe, open_model
+from qwen_pipeline.transforms.model import open_model
 
 
 class NotLoaded(Exception):
@@ -26,7 +27,8 @@ def load_model(root: str) -> nn.Module:
     """
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True)
-        load = _from_recipe if is_recipe(Path(root)) else _from_files
+        manifest = find_manifest(Path(root))
+        load = _from_recipe if manifest and manifest.recipe else _from_files
         model, info = load(root, config, **loading_options(config, device="cpu"))
     except Exception as error:
         raise NotLoaded(fault_of(error)) from error

@@ -209,12 +209,6 @@ def blocks_of(tensor: LazyTensor) -> Iterator[Block]:
             yield Block(start * tensor.spec.row_bytes, _calling(tensor.read, start, stop))
 
 
-def row_blocks(checkpoint: Checkpoint, name: str) -> Iterator["torch.Tensor"]:
-    """Yield a tensor as consecutive blocks of rows of at most :data:`BLOCK_BYTES` (at least one row)."""
-    for start, stop in block_ranges(checkpoint[name]):
-        yield checkpoint.tensors[name].read(start, stop)
-
-
 def block_ranges(spec: TensorSpec) -> Iterator[tuple[int, int]]:
     rows = max(1, BLOCK_BYTES // max(1, spec.row_bytes))
     rows -= rows % GRAIN_ROWS if rows > GRAIN_ROWS else 0

@@ -374,7 +374,7 @@ def validate(
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.engines.environment import find_environment
     from qwen_pipeline.engines.protocol import QuantSpec
-    from qwen_pipeline.evaluation.targets import Target
+    from qwen_pipeline.evaluation.target_findings import Target
     from qwen_pipeline.stages import validate as stage
 
     configured = load_settings()

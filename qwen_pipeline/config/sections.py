@@ -16,7 +16,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.served import ServedRole, ServingEngine
-from qwen_pipeline.evaluation.targets import Target
+from qwen_pipeline.evaluation.target_findings import Target
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import Targets, served_degrees
 from qwen_pipeline.qwen.serving import kernels_of

@@ -33,6 +33,7 @@ from qwen_pipeline.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.standing import against_last_release, calibration_of, version_before
+from qwen_pipeline.transforms.model import fine_tune_digest
 
 GROUP = "fine_tune_to_release"
 IMPORT_GROUP = "import_to_repair"
@@ -108,7 +109,7 @@ def fine_tune(context: dg.AssetExecutionContext, pipeline: dg.ResourceParam[Pipe
     with pipeline.step(context):
         arrival = pipeline.inbox.find(context.partition_key)
         obstacle = arrival.obstacle()
-        digest = arrival.digest if obstacle else merge.fine_tune_digest(arrival.path)
+        digest = arrival.digest if obstacle else fine_tune_digest(arrival.path)
     return _arrived(arrival, digest, obstacle)
 
 

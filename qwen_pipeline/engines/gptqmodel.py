@@ -26,8 +26,6 @@ from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.workers.child import report
 
-NOT_SOLVED = 999_999_999
-"""The loss that GPTQModel 7 logs for a module that it only rounded to nearest."""
 STOPS = 16
 """How often in a run finished layers are kept to resume from, where GPTQModel can."""
 
@@ -36,7 +34,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``; the files are the result.
 
     Rounding to nearest as a fallback is switched off; where the solver gives up all the same (a Hessian that is not
-    positive definite) GPTQModel logs :data:`NOT_SOLVED` as the loss, and the stage's check fails.
+    positive definite) GPTQModel logs ``losses.NOT_SOLVED`` as the loss, and the stage's check fails.
 
     Returns:
         ``seconds``: what the library took to be imported, to load, to quantize and to save.

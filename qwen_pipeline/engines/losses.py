@@ -9,6 +9,9 @@ from typing import Any
 
 from qwen_pipeline.qwen.linears import Linear
 
+NOT_SOLVED = 999_999_999
+"""The loss that GPTQModel 7 logs for a module that it only rounded to nearest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleLoss:
@@ -46,10 +49,8 @@ def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleLoss]:
     """Read ``layer,module,loss,samples,damp``; rows come in the order of ``linears``, absent ones are left out.
 
     Columns beyond these may be missing. Losses that are words (``rtn fallback``) or
-    :data:`~qwen_pipeline.engines.gptqmodel.NOT_SOLVED` mean rounding.
+    :data:`NOT_SOLVED` mean rounding.
     """
-    from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
-
     with quant_log.open(newline="") as file:
         rows = {(int(row["layer"]), row["module"]): row for row in csv.DictReader(file)}
     losses: list[ModuleLoss] = []

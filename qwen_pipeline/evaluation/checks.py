@@ -7,7 +7,7 @@ from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, F
 from qwen_pipeline.evaluation.float16 import FLOAT16, float16_report
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.served import SERVED, served_report
-from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings
+from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.evaluation.tasks import TASKS, TaskPlan, tasks_report
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
 

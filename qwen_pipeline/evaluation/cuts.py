@@ -20,7 +20,7 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.ranks import groups_met, rank_part
 from qwen_pipeline.evaluation.streamed import evaluate
-from qwen_pipeline.evaluation.targets import Cut, CutFindings, Sliced
+from qwen_pipeline.evaluation.target_findings import Cut, CutFindings, Sliced
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.families import Config

@@ -13,7 +13,7 @@ from qwen_pipeline.qwen.outlook import DegreeOutlook
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure import Structure
-    from qwen_pipeline.evaluation.targets import TargetFindings
+    from qwen_pipeline.evaluation.target_findings import TargetFindings
 
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
 UNPADDED = "quantized unpadded"

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -131,11 +130,12 @@ def _kernels_of_the_cpu() -> Generator[None]:
     def on_cpu(self: Any, device_map: object, pack: bool = False) -> None:  # noqa: ARG001
         select(self, device_map={"": "cpu"}, pack=pack)
 
-    with (
-        patch.object(library, "select_quant_linear", on_cpu),
-        patch.object(library, "post_init_model", lambda _, model: model),
-    ):
+    prepare = library.post_init_model
+    library.select_quant_linear, library.post_init_model = on_cpu, lambda _, model: model
+    try:
         yield
+    finally:
+        library.select_quant_linear, library.post_init_model = select, prepare
 
 
 def _first(found: Collection[object], limit: int = 5) -> str:

@@ -23,7 +23,7 @@ from qwen_pipeline.evaluation.report import (
     served_rows,
     worst_weights,
 )
-from qwen_pipeline.evaluation.targets import COLUMNS
+from qwen_pipeline.evaluation.target_findings import COLUMNS
 from qwen_pipeline.reports import CheckReport, shown
 
 PAGE = "report.html"

@@ -13,7 +13,7 @@ from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import QUANTIZED, Findings, origin_of
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
-from qwen_pipeline.evaluation.targets import COLUMNS
+from qwen_pipeline.evaluation.target_findings import COLUMNS
 from qwen_pipeline.reports import CheckReport, shown
 
 if TYPE_CHECKING:

@@ -17,12 +17,6 @@ from qwen_pipeline.qwen.names import DOWN, Place, decoder_prefix, places_in, sta
 if TYPE_CHECKING:
     import torch
 
-DECODER_LINEARS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
-"""The linear layers of a dense layer with full attention, in the order in which data meets them."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slab:

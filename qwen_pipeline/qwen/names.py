@@ -6,14 +6,14 @@ lie one by one or in stacks.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.families import Config, Family, Mixer, Part, number_of_experts, require_family
+from qwen_pipeline.qwen.families import Config, Family, Mixer, Part, require_family
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
@@ -111,22 +111,6 @@ def decoder_prefix(checkpoint: Checkpoint) -> str:
     )
 
 
-def stored_names(module: str, checkpoint: Checkpoint) -> list[str]:
-    """Return the weights in ``checkpoint`` that the module path of a model in memory can stand for.
-
-    A path of one expert (``...mlp.experts.7.gate_proj``) finds the stack that holds it, if experts are stacked; a path
-    of a stack (``...mlp.experts.gate_up_proj``) finds the experts' own tensors, if they lie one by one. An unknown path
-    finds nothing.
-    """
-    family = require_family(checkpoint.config)
-    place = _place(module if module.endswith(FUSED) else f"{module}.weight", family)
-    if place is None:
-        return []
-    alternatives = [place], *_regrouped(place, checkpoint)
-    found = ([name for each in places for name in _held(each, checkpoint, family)] for places in alternatives)
-    return next(filter(None, found), [])
-
-
 def spellings(place: Place, family: Family) -> list[str]:
     """Return every name that the tensor at ``place`` may have on disk or in memory, the published ones first."""
     leaf = place.module if place.module in FUSED else f"{place.module}.{place.parameter}"
@@ -204,21 +188,3 @@ def stack_of(module: str) -> str | None:
     """Return the stack that one expert's projection lies in where experts are stacked; None if it is no expert's."""
     match = _EXPERT.fullmatch(module)
     return (DOWN if match[2] == "down" else GATE_UP) if match else None
-
-
-def _held(place: Place, checkpoint: Checkpoint, family: Family) -> list[str]:
-    return [name for name in spellings(place, family) if name in checkpoint]
-
-
-def _regrouped(place: Place, checkpoint: Checkpoint) -> Iterator[list[Place]]:
-    """Yield the stack that holds one expert, or the experts that a stack is made of."""
-    if stack := stack_of(place.module):
-        if int(place.module.split(".")[2]) < number_of_experts(checkpoint.config):
-            yield [replace(place, module=stack)]
-    elif place.module in FUSED:
-        projections = ("down_proj",) if place.module == DOWN else ("gate_proj", "up_proj")
-        yield [
-            replace(place, module=f"mlp.experts.{expert}.{projection}")
-            for expert in range(number_of_experts(checkpoint.config))
-            for projection in projections
-        ]

@@ -19,10 +19,8 @@ from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
 from qwen_pipeline.transforms.lora import Merged, merge_lora
-from qwen_pipeline.transforms.model import fine_tune_digest, materialize, open_fine_tune, paddings_of
+from qwen_pipeline.transforms.model import materialize, open_fine_tune, paddings_of
 from qwen_pipeline.transforms.padded_model import PaddedModel, padded_model, trained_on
-
-__all__ = ["CHECKS", "CODE_VERSION", "STAGE", "fine_tune_digest", "merge", "prepare"]
 
 STAGE = "merged"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")

@@ -25,17 +25,8 @@ from qwen_pipeline.evaluation.report import LOSS_PLOT, method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
 from qwen_pipeline.evaluation.served import Served, ServingPlan
 from qwen_pipeline.evaluation.servers import serve_all
-from qwen_pipeline.evaluation.targets import (
-    ANY_ENGINE,
-    Cut,
-    Sliced,
-    Target,
-    TargetFindings,
-    audible_cuts,
-    find_targets,
-    outlook_on,
-    with_divergences,
-)
+from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, Sliced, Target, TargetFindings
+from qwen_pipeline.evaluation.targets import audible_cuts, find_targets, outlook_on, with_divergences
 from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
 from qwen_pipeline.evaluation.text import spread, token_windows

@@ -47,12 +47,6 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
     return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
 
 
-def is_recipe(root: Path) -> bool:
-    """Whether a finished directory says what its weights are computed from, and does not store them."""
-    manifest = find_manifest(root)
-    return manifest is not None and manifest.recipe is not None
-
-
 def open_model(root: Path) -> Checkpoint:
     """Open a model directory whose weights are stored, or whose manifest says what they are computed from.
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint import digest, tree_hash
-from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.store import contents_of_directory
 from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline_tests.in_memory import spec_of
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.uint8])
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
@@ -24,7 +23,7 @@ TENSORS = st.dictionaries(st.text("abz.é", min_size=1, max_size=6), st.tuples(D
 
 def computed(tensor: torch.Tensor) -> LazyTensor:
     """A tensor whose rows are made as they are asked for, in fresh memory."""
-    spec = TensorSpec(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape))
+    spec = spec_of(tensor)
     return LazyTensor(spec=spec, read=lambda start, stop: (tensor[start:stop] if tensor.dim() else tensor).clone())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen_pipeline.engines import solver
-from qwen_pipeline.engines.gptqmodel import NOT_SOLVED
+from qwen_pipeline.engines.losses import NOT_SOLVED
 from qwen_pipeline.engines.solver import Hessian, pack
 from qwen_pipeline.transforms.gptq_codes import GptqFormat
 from qwen_pipeline.workers.parent import run_worker

@@ -11,7 +11,7 @@ from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, F
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.structure import Structure
-from qwen_pipeline.evaluation.targets import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
+from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
 from qwen_pipeline.evaluation.weights import PaddingFindings, WeightError
 from qwen_pipeline.qwen.outlook import outlook
 from qwen_pipeline.qwen.serving import Verdict

@@ -12,7 +12,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.cuts import diverge
 from qwen_pipeline.evaluation.ranks import groups_met, rank_part, weight_over_ranks
-from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, TargetFindings, audible_cuts, find_targets
+from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target, TargetFindings
+from qwen_pipeline.evaluation.targets import audible_cuts, find_targets
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.gptq_codes import PackedLinear, gptq_format

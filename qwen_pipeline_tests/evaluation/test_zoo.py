@@ -8,7 +8,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store import Directory
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.structure import check_structure
-from qwen_pipeline.evaluation.targets import ANY_ENGINE, Target, find_targets
+from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target
+from qwen_pipeline.evaluation.targets import find_targets
 from qwen_pipeline.qwen.geometry import plan_padding
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.code_format import code_format

@@ -8,9 +8,9 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears, load_weight
+from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline_tests.layouts import Layout, layouts_of
-from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, tiny_model, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import DENSE_LINEARS, LANGUAGE_FAMILIES, tiny_model, tiny_qwen2, tiny_qwen3
 
 MIXTURES = [(f, layout) for f in LANGUAGE_FAMILIES for layout in layouts_of(f) if layout in ("fused", "transposed")]
 
@@ -18,9 +18,7 @@ MIXTURES = [(f, layout) for f in LANGUAGE_FAMILIES for layout in layouts_of(f) i
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_qwen3])
 def test_each_dense_layer_has_seven(tmp_path: Path, make: object) -> None:
     linears = decoder_linears(open_checkpoint(make(tmp_path / "model", shards=2)))  # pyright: ignore[reportCallIssue]
-    assert [(linear.layer, linear.kind) for linear in linears] == [
-        (i, kind) for i in (0, 1) for kind in DECODER_LINEARS
-    ]
+    assert [(linear.layer, linear.kind) for linear in linears] == [(i, kind) for i in (0, 1) for kind in DENSE_LINEARS]
     gate = next(linear for linear in linears if linear.module == "model.layers.1.mlp.gate_proj")
     assert (gate.out_features, gate.in_features) == (96, 64)
 

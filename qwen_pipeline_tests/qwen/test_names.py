@@ -8,7 +8,7 @@ import torch
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.families import FAMILIES
-from qwen_pipeline.qwen.names import FUSED, Place, decoder_prefix, place_of, places_in, spellings, stored_names
+from qwen_pipeline.qwen.names import Place, decoder_prefix, place_of, places_in, spellings
 from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
@@ -43,38 +43,6 @@ def test_transformers_reads_the_same_model_from_every_layout(
     model = load_tiny(roots[family, layout]).state_dict()
     assert model.keys() == theirs.keys()
     assert all(torch.equal(model[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.parametrize(("family", "layout"), ALL)
-def test_modules_in_memory_find_what_they_are_made_of(
-    family: str, layout: Layout, roots: dict[tuple[str, Layout], Path]
-) -> None:
-    stored = open_checkpoint(roots[family, layout])
-    model = load_tiny(roots[family, layout])
-    for module, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear) and not (linear is model.lm_head and _ties(model)):
-            (name,) = stored_names(module, stored)
-            assert torch.equal(stored.load(name), linear.weight), module
-    for name, stack in model.named_parameters():
-        if name.endswith(FUSED):
-            assert torch.equal(_stacked(stored, stored_names(name, stored)), stack), name
-            one = stored_names(f"{name.rpartition('.')[0]}.3.down_proj", stored)
-            assert len(one) == 1
-
-
-def _ties(model: torch.nn.Module) -> bool:
-    return "lm_head.weight" not in dict(model.named_parameters())  # which has each tensor once
-
-
-def _stacked(stored: Checkpoint, names: list[str]) -> torch.Tensor:
-    tensors = [stored.load(name) for name in names]
-    if len(tensors) == 1:
-        hidden = stored.config.get("text_config", stored.config).get("hidden_size")
-        is_down, t = names[0].endswith("down_proj"), tensors[0]
-        return t if t.shape[1 if is_down else 2] == hidden or not hidden else t.transpose(1, 2)
-    if names[0].endswith("down_proj.weight"):
-        return torch.stack(tensors)
-    return torch.stack([torch.cat(tensors[i : i + 2]) for i in range(0, len(tensors), 2)])
 
 
 def test_places_say_what_a_tensor_is() -> None:

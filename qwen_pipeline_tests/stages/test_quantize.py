@@ -27,12 +27,12 @@ from qwen_pipeline.engines.losses import ModuleLoss
 from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.qwen.linears import DECODER_LINEARS, decoder_linears, load_weight
+from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.layouts import Layout
-from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import DENSE_LINEARS, tiny_model, tiny_qwen2, tiny_qwen3
 
 SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -101,7 +101,7 @@ def test_every_check_is_reported_and_passes(run: Run) -> None:
 def test_each_module_has_its_loss_in_the_manifest_and_its_remark_in_the_progress(run: Run) -> None:
     losses = run.artifact.manifest.result["losses"]
     assert [loss["module"] for loss in losses] == [
-        f"model.layers.{layer}.{kind}" for layer in range(2) for kind in DECODER_LINEARS
+        f"model.layers.{layer}.{kind}" for layer in range(2) for kind in DENSE_LINEARS
     ]
     assert all(0 < loss["loss"] < 1 and loss["samples"] == 8 * 64 for loss in losses)
     told = [event for event in run.progress if event.task == "quantize"]
@@ -275,7 +275,7 @@ def test_a_hessian_that_cannot_be_solved_fails_the_check(
 
     failed = {report.name: report for report in load_reports(artifact.manifest.result) if report.blocks}
     assert failed.keys() == {"no_rounding_fallback", "losses_finite"}
-    assert failed["no_rounding_fallback"].measured == len(DECODER_LINEARS)
+    assert failed["no_rounding_fallback"].measured == len(DENSE_LINEARS)
     assert "model.layers.1.self_attn.q_proj" in failed["no_rounding_fallback"].detail
 
 

@@ -16,7 +16,7 @@ from qwen_pipeline.engines.protocol import CalibrationSpec
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused, QuantizedInputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report import report_markdown
-from qwen_pipeline.evaluation.targets import Target
+from qwen_pipeline.evaluation.target_findings import Target
 from qwen_pipeline.evaluation.tasks import TaskPlan
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import CheckReport, load_reports

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint import digest
-from qwen_pipeline.checkpoint.digest import row_blocks
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import AdapterRefused, QuantizedInputRefused
 from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS, open_adapter
 from qwen_pipeline.transforms.adapter_set import single
 from qwen_pipeline.transforms.lora import merge_lora
+from qwen_pipeline_tests.in_memory import read_in_blocks
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with, peft_merge
 from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl
 
@@ -66,7 +66,7 @@ def test_blocks_of_rows_give_the_same_bytes_as_the_whole(tmp_path: Path, monkeyp
     merged = merged_with(base, tiny_adapter(base, tmp_path / "adapter"))
     monkeypatch.setattr(digest, "BLOCK_BYTES", 8 * 64 * 2)
     for name in merged:
-        assert torch.equal(torch.cat(list(row_blocks(merged, name))), merged.load(name)), name
+        assert torch.equal(read_in_blocks(merged, name), merged.load(name)), name
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:

@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.dtypes import DTYPE_NAMES
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import EngineFault
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.gptq_codes import CODES, gptq_format
 from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline_tests.in_memory import spec_of
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 
 def in_memory(tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
     def lazy(tensor: torch.Tensor) -> LazyTensor:
-        spec = TensorSpec(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape))
+        spec = spec_of(tensor)
         return LazyTensor(spec=spec, read=lambda start, stop: tensor[start:stop])
 
     return Checkpoint(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint import digest
-from qwen_pipeline.checkpoint.digest import row_blocks
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.writer import write_checkpoint
@@ -21,6 +20,7 @@ from qwen_pipeline.qwen.geometry import PadPlan, dump_plan, load_plan, plan_padd
 from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.transforms.padding import pad, unpad
 from qwen_pipeline.transforms.splitting import choose_splits
+from qwen_pipeline_tests.in_memory import read_in_blocks
 from qwen_pipeline_tests.layouts import Layout as DiskLayout
 from qwen_pipeline_tests.layouts import layouts_of
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, VOCABULARY, load_tiny, tiny_model, tiny_qwen2
@@ -92,7 +92,7 @@ def test_29568_becomes_29696_bit_for_bit_as_published(monkeypatch: pytest.Monkey
     for name in live:
         procedure = published_columns if "down_proj" in name else published_rows
         expected = procedure(live.load(name), 128)
-        found = torch.cat(list(row_blocks(padded, name)))
+        found = read_in_blocks(padded, name)
         assert found.dtype == expected.dtype
         assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), name
 
@@ -147,7 +147,7 @@ def assert_both_ways(live: Checkpoint, plan: PadPlan, block: int) -> None:
 
 
 def in_memory(checkpoint: Checkpoint) -> Checkpoint:
-    read = {name: torch.cat(list(row_blocks(checkpoint, name))) for name in checkpoint}
+    read = {name: read_in_blocks(checkpoint, name) for name in checkpoint}
     assert all(read[name].shape == spec.shape for name, spec in checkpoint.items())
     return checkpoint.replace(tensors={name: lazy(tensor) for name, tensor in read.items()})
 
