@@ -27,7 +27,7 @@ from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import upcycle
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.contenders import WHOLE_MODEL_PAD, Contender, make_models, ours, peak_of_start, peers, run
 from benchmarks.machine import describe_machine
 from benchmarks.report import RESULTS, keep
-from qwen_pipeline.checkpoint.admission import available_memory
+from qwen_pipeline.checkpoint.memory_budget import available_memory
 
 GIB = 2**30
 LABEL_STEP = 1.35

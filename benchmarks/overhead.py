@@ -25,7 +25,7 @@ from benchmarks.loops import first_layers
 from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import RESULTS, keep, markdown
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.engines.calibration import draw_calibration

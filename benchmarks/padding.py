@@ -24,7 +24,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import upcycle
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import Texts, write_texts

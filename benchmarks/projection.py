@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen_pipeline.checkpoint.admission import needs
-from qwen_pipeline.checkpoint.crew import crew_size
+from qwen_pipeline.checkpoint.memory_budget import needs
+from qwen_pipeline.checkpoint.thread_pool import crew_size
 
 RATES = (0.4, 1.2, 5.0)
 """GB per second that a disk takes: a network volume, a cloud server's, a workstation's NVMe."""

@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="instead of two more than there are cores")
     asked = parser.parse_args()
 
-    from qwen_pipeline.checkpoint import crew
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint import thread_pool
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.one_pass import merge_and_pad
 
     ledger = Ledger()
     if asked.threads:
-        crew.crew_size = lambda: asked.threads
+        thread_pool.crew_size = lambda: asked.threads
     for step, places in STEPS.items():
         for module, path in places:
             *owners, name = path.split(".")

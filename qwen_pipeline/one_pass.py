@@ -4,14 +4,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.admission import Needs, needs
 from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.hashing_reader import Tap
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
-from qwen_pipeline.checkpoint.rewrite import Rewrite
-from qwen_pipeline.checkpoint.source import Source, open_source
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive, find
-from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.memory_budget import Needs, needs
+from qwen_pipeline.checkpoint.store.derive import Built, derive, find
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.rewrite import Rewrite
+from qwen_pipeline.checkpoint.store.source import Source, open_source
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved

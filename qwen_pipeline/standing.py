@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore
+from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore
 from qwen_pipeline.config import Settings
 from qwen_pipeline.corpus import PARQUET
 from qwen_pipeline.errors import CheckpointRefused, InputRefused

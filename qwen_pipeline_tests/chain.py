@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.store import Artifact, Directory
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.pad import pad

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline_tests.chain import Chain, make_chain, validate_chain
 
 settings.register_profile("untimed", deadline=None)  # a slow machine is no fault of the code

@@ -14,7 +14,8 @@ import pytest
 from qwen_pipeline.checkpoint import digest, writer
 from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad

@@ -9,7 +9,8 @@ import torch
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.one_pass import merge_and_pad, outlay
 from qwen_pipeline.stages.merge import merge

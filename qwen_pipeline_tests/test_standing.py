@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore
+from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore
 from qwen_pipeline.stages.publish import publish
 from qwen_pipeline.standing import against_last_release
 from qwen_pipeline_tests.chain import Chain

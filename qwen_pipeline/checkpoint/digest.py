@@ -9,14 +9,13 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
-from qwen_pipeline.checkpoint.crew import work_in_order
-from qwen_pipeline.checkpoint.finite import is_finite
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import (
     Contents,
@@ -27,11 +26,13 @@ from qwen_pipeline.checkpoint.manifest import (
     find_manifest,
 )
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes, read_header
+from qwen_pipeline.checkpoint.thread_pool import work_in_order
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.progress import Meter, Observe, unobserved
 
 if TYPE_CHECKING:
     import torch
+
 
 GRAIN_ROWS = 64
 """Blocks of at least this many rows begin at a multiple of it."""
@@ -253,3 +254,10 @@ def _memory(files: Iterable[Path]) -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     cache = Path(home) if home else Path.home() / ".cache"
     return cache / "qwen-pipeline" / "digests-4" / _stat_key(files)
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Return whether there is no NaN and no infinity, without a temporary of the tensor's size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(isfinite(end.item()) for end in tensor.aminmax())

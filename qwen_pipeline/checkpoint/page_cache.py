@@ -6,8 +6,12 @@ page for each of its bytes than to copy them. Pages that are dropped as soon as 
 
 import errno
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
 
-from qwen_pipeline.checkpoint.admission import available_memory
+from qwen_pipeline.checkpoint.memory_budget import available_memory
 
 CACHE_SHARE = 1 / 4
 """How much of the memory that is left a checkpoint may fill with pages for whoever reads it next."""
@@ -38,3 +42,30 @@ def write_uncached(fd: int, view: memoryview, offset: int) -> int:
         if error.errno not in _UNKNOWN:
             raise
         return os.pwrite(fd, view, offset)
+
+
+MOST_BYTES = 4 * 2**30
+"""More than disks bring before the stage reads by itself."""
+PIECE_BYTES = 128 * 2**10
+"""Linux's own read-ahead: of a longer request some devices are given only the beginning."""
+
+
+def read_ahead(files: Iterable[Path]) -> Thread | None:
+    """Have the kernel begin with files in this order, as far as the page cache is to hold them; return at once.
+
+    Nothing is counted as read, and nothing waits for the thread that is returned; None where a system cannot be asked.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    asking = Thread(target=_ask, args=(list(files), min(MOST_BYTES, most_cached_bytes() or 0)), daemon=True)
+    asking.start()
+    return asking
+
+
+def _ask(files: Sequence[Path], budget: int) -> None:
+    for path in files:
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            size = min(os.fstat(file.fileno()).st_size, budget)
+            for start in range(0, size, PIECE_BYTES):
+                os.posix_fadvise(file.fileno(), start, min(PIECE_BYTES, size - start), os.POSIX_FADV_WILLNEED)
+            budget -= size

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from qwen_pipeline.checkpoint.admission import needs_of, require_admitted
-from qwen_pipeline.checkpoint.crew import work_in_order
 from qwen_pipeline.checkpoint.digest import (
     Block,
     PassingTensor,
@@ -22,13 +20,15 @@ from qwen_pipeline.checkpoint.digest import (
     known_checkpoint,
 )
 from qwen_pipeline.checkpoint.files import share_file, write_bytes
+from qwen_pipeline.checkpoint.hashing_reader import Tap
 from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, still_there
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, SINGLE_SHARD, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents
+from qwen_pipeline.checkpoint.memory_budget import needs_of, require_admitted
 from qwen_pipeline.checkpoint.page_cache import outgrows_cache
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, as_bytes
 from qwen_pipeline.checkpoint.shard_file import ShardFile
-from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.thread_pool import work_in_order
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Meter, Observe, unobserved
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qwen_pipeline.checkpoint.admission import Room, shortages
+from qwen_pipeline.checkpoint.memory_budget import Room, shortages
 from qwen_pipeline.cli.tables import size
 from qwen_pipeline.one_pass import Outlay
 

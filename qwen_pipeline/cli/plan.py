@@ -48,7 +48,7 @@ def plan(
     the degrees is compared by its cost: padding, smaller groups, fewer ranks. With weights it is also said what merging
     and padding take of disk, memory and open files, what this machine has, and what it would refuse.
     """
-    from qwen_pipeline.checkpoint.admission import room_at
+    from qwen_pipeline.checkpoint.memory_budget import room_at
     from qwen_pipeline.cli.outlay import outlay_data, outlay_view
     from qwen_pipeline.cli.rank_picture import rank_picture
     from qwen_pipeline.cli.tables import outlook_table

@@ -32,7 +32,7 @@ def repair(
     GPTQ (4 and 8 bit, also asymmetric and with act-order), AWQ (gemm) and compressed-tensors (pack-quantized). Every
     live weight is proven to keep its bits, as the ranks will hold it. Where groups cannot help, it says what does.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.cli.tables import repair_table
     from qwen_pipeline.qwen.geometry import dump_plan
     from qwen_pipeline.stages import repair as stage

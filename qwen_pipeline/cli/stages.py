@@ -11,7 +11,7 @@ from qwen_pipeline.cli.answers import Answer, answering
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 
 if TYPE_CHECKING:
-    from qwen_pipeline.checkpoint.store import Artifact
+    from qwen_pipeline.checkpoint.store.destinations import Artifact
     from qwen_pipeline.progress import Observe
     from qwen_pipeline.transforms.adapter_set import AdapterSet
 
@@ -86,7 +86,7 @@ def merge(
     Every adapter tensor must land on a base tensor; what cannot be merged exactly is refused by name. A LoRA of a
     padded checkpoint merges into the live base, one of the live base into a padded checkpoint.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import merge as stage
 
     return made_by(
@@ -125,7 +125,7 @@ def merge_pad(
 
     The recipe has the merged checkpoint's digests; `materialize` stores its weights later.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.one_pass import merge_and_pad
 
     return made_by(
@@ -170,7 +170,7 @@ def pad(
     The model computes the same as before, and nothing to pad is a valid outcome. A quantized checkpoint is refused:
     its codes and scales can no longer be widened.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import pad as stage
 
     return made_by(
@@ -192,7 +192,7 @@ def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad 
 
     The manifest says where each channel went. A checkpoint that was changed after padding is refused.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import unpad as stage
 
     return made_by(lambda observe: stage.unpad(source=source, destination=Directory(out), observe=observe))
@@ -223,7 +223,7 @@ def calibrate(
 
     For a mixture of experts every layer's router is asked once: too few tokens for an expert fail the check.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.engines.protocol import CalibrationSpec
     from qwen_pipeline.stages import calibrate as stage
@@ -287,7 +287,7 @@ def quantize(
 
     The same input, settings and versions give the same bytes. A module that could only be rounded fails the check.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.engines.environment import find_environment
     from qwen_pipeline.engines.protocol import QuantSpec, default_device, parse_overrides, usable_cores
     from qwen_pipeline.stages import quantize as stage
@@ -327,7 +327,7 @@ def quantize(
 @answering(app, "export", examples=["qwen-pipeline export --in quantized/ --out for-vllm/"])
 def export(source: Annotated[Path, typer.Option("--in", help="Directory that quantize wrote.")], out: Out) -> Answer:
     """Write the same codes as compressed-tensors (pack-quantized), vLLM's own format. Nothing is quantized again."""
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import export as stage
 
     return made_by(lambda observe: stage.export(source=source, destination=Directory(out), observe=observe))
@@ -370,7 +370,7 @@ def validate(
     Limits, prompts, the amount of text, what is served and, unless given here, targets come from the section
     [validation] of qwen_pipeline.toml.
     """
-    from qwen_pipeline.checkpoint.store import Directory
+    from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.engines.environment import find_environment
     from qwen_pipeline.engines.protocol import QuantSpec

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.reports import CheckReport, load_reports, shown
 

@@ -9,7 +9,7 @@ import dagster as dg
 
 from qwen_pipeline import errors
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.config import Settings
 from qwen_pipeline.defs.departed import PROCESS_TAG, end_departed_runs, this_process
 from qwen_pipeline.defs.home import open_instance

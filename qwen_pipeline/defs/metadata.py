@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 
 
 def directory_metadata(path: Path, digest: str, nbytes: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from qwen_pipeline.checkpoint.store import Artifact, CheckpointStore, Slot
+from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore, Slot
 from qwen_pipeline.config import Settings, config_file, require_setting
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.errors import InputRefused, PipelineError

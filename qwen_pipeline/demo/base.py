@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import Artifact, Built, Directory, contents_of_directory, derive
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import contents_of_directory
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import run_worker

@@ -10,9 +10,9 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.crew import work_in_order
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS
+from qwen_pipeline.checkpoint.thread_pool import work_in_order
 from qwen_pipeline.engines.losses import ModuleLoss
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.linears import Linear

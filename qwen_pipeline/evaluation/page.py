@@ -43,7 +43,7 @@ def render_page(
         findings: What was measured.
         reports: The verdict on it, a report for each check.
         plots: Caption -> PNG file.
-        lineage: The steps that led here, as :func:`qwen_pipeline.provenance.lineage.dump_step` gives them.
+        lineage: The steps that led here, as :func:`qwen_pipeline.checkpoint.store.lineage.dump_step` gives them.
         method: How it was measured, in a sentence or two.
     """
     return _template().render(

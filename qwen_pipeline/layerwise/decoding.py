@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.admission import available_memory
 from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.memory_budget import available_memory
 from qwen_pipeline.layerwise.forward import product
 from qwen_pipeline.layerwise.model import LayeredModel, Place
 from qwen_pipeline.layerwise.skeleton import Entry

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, get_args
 
-from qwen_pipeline.provenance.lineage import Step
+from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.qwen.families import SizeField, TowerField
 from qwen_pipeline.qwen.outlook import outlook
 from qwen_pipeline.qwen.tower_serving import tower_obstacles

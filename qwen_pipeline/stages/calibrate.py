@@ -9,7 +9,8 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.engines import calibration
 from qwen_pipeline.engines.calibration import FILE, draw_calibration
 from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, CalibrationSpec, Device, default_device

@@ -6,7 +6,8 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, report_on_modules

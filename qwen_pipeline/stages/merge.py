@@ -8,9 +8,9 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.digest import known_checkpoint
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
-from qwen_pipeline.checkpoint.rewrite import Rewrite
-from qwen_pipeline.checkpoint.source import open_source
-from qwen_pipeline.checkpoint.store import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.rewrite import Rewrite
+from qwen_pipeline.checkpoint.store.source import open_source
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan

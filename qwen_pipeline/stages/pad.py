@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.checkpoint.rewrite import Rewrite
-from qwen_pipeline.checkpoint.source import Source, open_source
-from qwen_pipeline.checkpoint.store import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.rewrite import Rewrite
+from qwen_pipeline.checkpoint.store.source import Source, open_source
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding, with_towers

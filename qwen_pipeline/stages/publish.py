@@ -7,14 +7,15 @@ from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_fil
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation, FileDigest, Manifest, open_manifest
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.lineage import dump_step, load_step, step_of
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, listed
 from qwen_pipeline.evaluation.checks import CHECKS as VALIDATION_CHECKS
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import load_figures
 from qwen_pipeline.evaluation.report import quality_table
 from qwen_pipeline.progress import Observe, Progress, unobserved
-from qwen_pipeline.provenance.lineage import dump_step, load_step, step_of
 from qwen_pipeline.provenance.model_card import ModelCard, Widened
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, load_reports
 

@@ -16,7 +16,8 @@ from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.measure import Laps
-from qwen_pipeline.checkpoint.store import WORKSHOP, Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store.derive import WORKSHOP, Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines import checks
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from qwen_pipeline.checkpoint.digest import foreign_digest, remembered_digest
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, STEM, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.progress import Observe, unobserved

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, Derivation, Manifest, open_manifest
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive, require_intact
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved

@@ -8,7 +8,10 @@ from typing import Any
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, find_manifest
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, contents_of_directory, derive, require_intact
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
+from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.corpus import encode_prompt, load_tokenizer
 from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
@@ -31,7 +34,6 @@ from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
 from qwen_pipeline.evaluation.text import spread, token_windows
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.provenance.lineage import dump_step, steps_of
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.qwen.stopping import stop_tokens

@@ -17,7 +17,8 @@ from qwen_pipeline.checkpoint.lazy import (
     open_sidecars,
 )
 from qwen_pipeline.checkpoint.manifest import Contents, Manifest, find_manifest, open_manifest
-from qwen_pipeline.checkpoint.store import Artifact, fill_in
+from qwen_pipeline.checkpoint.store.derive import fill_in
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.progress import Observe, unobserved

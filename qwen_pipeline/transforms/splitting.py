@@ -13,10 +13,10 @@ from math import ceil
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from qwen_pipeline.checkpoint.crew import SharedWork
 from qwen_pipeline.checkpoint.digest import block_ranges
+from qwen_pipeline.checkpoint.hashing_reader import looking_aside
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.checkpoint.tap import looking_aside
+from qwen_pipeline.checkpoint.thread_pool import SharedWork
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
 from qwen_pipeline.transforms.low_rank import CELL_ROWS

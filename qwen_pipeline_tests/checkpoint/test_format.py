@@ -19,9 +19,10 @@ from qwen_pipeline.checkpoint.manifest import (
     dump_manifest,
     open_manifest,
 )
-from qwen_pipeline.checkpoint.store import CheckpointStore, derive
+from qwen_pipeline.checkpoint.store.derive import derive
+from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline_tests.checkpoint.test_store import note, write_note
+from qwen_pipeline_tests.checkpoint.store.test_derive import note, write_note
 from qwen_pipeline_tests.checkpoint.test_tree_hash import naive
 from qwen_pipeline_tests.checkpoint.test_writer import copy
 

@@ -8,11 +8,11 @@ from threading import Thread
 
 import pytest
 
-from qwen_pipeline.checkpoint import read_ahead as module
-from qwen_pipeline.checkpoint import source
+from qwen_pipeline.checkpoint import page_cache as module
 from qwen_pipeline.checkpoint.measure import bytes_moved
-from qwen_pipeline.checkpoint.read_ahead import read_ahead
-from qwen_pipeline.checkpoint.source import open_source
+from qwen_pipeline.checkpoint.page_cache import read_ahead
+from qwen_pipeline.checkpoint.store import source
+from qwen_pipeline.checkpoint.store.source import open_source
 from qwen_pipeline_tests.checkpoint.cached import cached_pages
 
 NBYTES = 2**20

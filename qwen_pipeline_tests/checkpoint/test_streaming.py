@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint import digest, tree_hash
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.store import contents_of_directory
+from qwen_pipeline.checkpoint.store.verify import contents_of_directory
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline_tests.in_memory import spec_of
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint import tree_hash
-from qwen_pipeline.checkpoint.crew import work_in_order
+from qwen_pipeline.checkpoint.thread_pool import work_in_order
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 
 LEAF = 16

@@ -14,7 +14,9 @@ from qwen_pipeline.checkpoint import digest, writer
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.checkpoint.store import Artifact, Built, Directory, derive, require_intact
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import EnvironmentFault
 
 DERIVATION = Derivation(stage="copy", inputs={}, spec={}, code_version="1")

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.store import CheckpointStore
+from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.stages.repair import repair
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.codes import Packing, write_checkpoint_of_codes

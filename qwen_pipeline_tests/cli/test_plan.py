@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_pipeline.checkpoint.admission import Room, needs, shortages
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.memory_budget import Room, needs, shortages
 from qwen_pipeline.cli.outlay import outlay_data, outlay_view
 from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.rank_picture import CUT_END, group_line

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qwen_pipeline.checkpoint.store import CheckpointStore
+from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.defs.assets import GROUP
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.sensors import ARRIVAL_TAG

@@ -7,7 +7,8 @@ import dagster as dg
 import pytest
 
 from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import Built, contents_of_directory, derive
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.verify import contents_of_directory
 from qwen_pipeline.defs.headless import Outcome, materialize
 from qwen_pipeline.defs.home import open_instance
 from qwen_pipeline.defs.resources import Pipeline

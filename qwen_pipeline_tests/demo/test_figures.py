@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration
 from qwen_pipeline.engines.protocol import CalibrationSpec, QuantJob, QuantSpec
 from qwen_pipeline.progress import Progress

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint.store import Artifact
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
 from qwen_pipeline.evaluation.regression import Verdict, changes, compare, load_verdict

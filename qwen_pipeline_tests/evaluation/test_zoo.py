@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.structure import check_structure
 from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import WORKSHOP, Directory, require_intact
+from qwen_pipeline.checkpoint.store.derive import WORKSHOP
+from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.progress import Progress

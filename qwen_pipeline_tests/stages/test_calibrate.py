@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.engines.calibration import FILE, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import CalibrationSpec, QuantSpec

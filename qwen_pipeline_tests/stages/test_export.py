@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.export import check_weights, export

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from qwen_pipeline.checkpoint.digest import checkpoint_digest, contents_of
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import AdapterRefused, CheckFailed, InputRefused
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.merge import CHECKS, merge
@@ -141,7 +142,7 @@ def test_a_weight_that_overflows_fails_the_stage_by_name(tmp_path: Path) -> None
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.derive import Directory
 from qwen_pipeline.stages.merge import merge
 
 def kill_after_a_shard(progress):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.planning import Targets
@@ -105,7 +106,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.derive import Directory
 from qwen_pipeline.stages.pad import pad
 
 def kill_after_a_shard(progress):

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD
 from qwen_pipeline.checkpoint.manifest import Manifest, dump_manifest, open_manifest
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.publish import CHECKS, publish

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.engines.checks import CHECKS, check_output
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.losses import ModuleLoss
@@ -442,7 +443,7 @@ def test_an_engine_that_has_delivered_is_not_started_again(run: Run, tmp_path: P
 QUANTIZE = """
 import json, sys
 from pathlib import Path
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.derive import Directory
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.quantize import quantize

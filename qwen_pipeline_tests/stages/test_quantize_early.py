@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import InputRefused

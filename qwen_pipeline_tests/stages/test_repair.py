@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.errors import CheckpointRefused

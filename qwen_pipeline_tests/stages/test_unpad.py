@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint.store import Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.layouts import Layout

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint.store import Artifact, Directory, require_intact
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.engines.protocol import CalibrationSpec
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused, QuantizedInputRefused
 from qwen_pipeline.evaluation.limits import Limits

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.cli import stages
 from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.errors import AdapterRefused, InputRefused

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store import Artifact, Directory
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.cli.tables import repair_table
 from qwen_pipeline.errors import AdapterRefused, CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.origin import quantized_from, widened

@@ -13,91 +13,27 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_shard
 from qwen_pipeline.checkpoint.files import sync_directory, write_bytes
 from qwen_pipeline.checkpoint.journal import JOURNAL
-from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import (
     FORMAT,
     Contents,
     Derivation,
     Manifest,
     RunFigures,
-    ShardDigest,
     dump_manifest,
-    is_outdated,
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
+from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
-KEY_LENGTH = 16
-"""Hex digits of a derivation key in a path; the manifest holds and checks all 64."""
-PARTIAL = ".partial"
 WORKSHOP = ".workshop"
 """Where a build keeps what it resumes from, within the partial directory; gone before that gets its name."""
 _DERIVATION = ".derivation"
-
-
-class Destination(Protocol):
-    """Where an output goes, once it is known what it is derived from."""
-
-    def path_for(self, derivation: Derivation, /) -> Path: ...
-
-    def may_hold(self, stage: str, /) -> bool:
-        """Whether an output of a stage may be there, whatever it was derived from."""
-        ...
-
-    def arrived(self, path: Path, /) -> None:
-        """Called each time a derivation is wanted and its directory is complete, new or not."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Directory(Destination):
-    """One directory that the user named. It must be new, empty, or already hold this very derivation."""
-
-    path: Path
-
-    def path_for(self, _: Derivation, /) -> Path:
-        return self.path
-
-    def may_hold(self, _: str, /) -> bool:
-        return self.path.is_dir() and any(self.path.iterdir())
-
-    def arrived(self, _: Path, /) -> None:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Slot(Destination):
-    """``<root>/<stage>/<fine-tune>/<key>``, with a link ``latest`` to the one wanted last."""
-
-    root: Path
-    fine_tune: str
-
-    def path_for(self, derivation: Derivation, /) -> Path:
-        return self.root / derivation.stage / self.fine_tune / derivation.key[:KEY_LENGTH]
-
-    def may_hold(self, stage: str, /) -> bool:
-        return any((self.root / stage / self.fine_tune).glob(f"*/{MANIFEST}"))
-
-    def arrived(self, path: Path, /) -> None:
-        scratch = path.parent / ".latest.tmp"
-        scratch.unlink(missing_ok=True)
-        scratch.symlink_to(path.name)
-        scratch.replace(path.parent / "latest")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Artifact:
-    """A finished directory. ``reused`` says that it was already there."""
-
-    path: Path
-    manifest: Manifest
-    reused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,40 +50,6 @@ class Built:
     worker_peak_bytes: int = 0
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     recipe: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointStore:
-    """Every derivation of every fine-tune below one root."""
-
-    root: Path
-
-    def slot(self, fine_tune: str) -> Slot:
-        return Slot(self.root, fine_tune)
-
-    def latest(self, stage: str, fine_tune: str) -> Artifact | None:
-        """Return what ``stage`` last produced for a fine-tune, or None; an outdated format counts as nothing."""
-        link = self.root / stage / fine_tune / "latest"
-        if not link.is_dir() or is_outdated(link):
-            return None
-        path = link.resolve()
-        return Artifact(path=path, manifest=open_manifest(path), reused=True)
-
-    def finished(self, stage: str, fine_tune: str) -> list[Artifact]:
-        """Return everything ``stage`` ever finished for a fine-tune and that is still there, oldest first."""
-        roots = {path.parent.resolve() for path in (self.root / stage / fine_tune).glob(f"*/{MANIFEST}")}
-        whole = [root for root in roots if not root.name.endswith(PARTIAL) and not is_outdated(root)]
-        found = [Artifact(path=root, manifest=open_manifest(root), reused=True) for root in whole]
-        return sorted(found, key=lambda artifact: artifact.manifest.run.started)
-
-    def require_latest(self, stage: str, fine_tune: str) -> Artifact:
-        """Like :meth:`latest`, but its absence is an error."""
-        if found := self.latest(stage, fine_tune):
-            return found
-        raise CheckpointRefused(
-            f"There is no {stage} checkpoint of {fine_tune!r} below {self.root}.",
-            remedy=f"Run the stages before it: qwen-pipeline run {fine_tune}",
-        )
 
 
 def derive(
@@ -202,49 +104,6 @@ def fill_in(root: Path, build: Callable[[Path], Contents]) -> Artifact:
         write_bytes(root / MANIFEST, dump_manifest(stored))
         (root / JOURNAL).unlink(missing_ok=True)
         return Artifact(path=root, manifest=stored)
-
-
-def contents_of_directory(root: Path) -> Contents:
-    """Hash a directory that a library wrote: all files, and of a checkpoint's shards each tensor."""
-    files = _files_below(root)
-    if CONFIG not in files or not any(path.endswith(".safetensors") for path in files):
-        return Contents(tensors={}, files={path: digest_file(file) for path, file in files.items()})
-    checkpoint = open_checkpoint(root)
-    shards = set(checkpoint.shards.values())
-    digests = {path: (digest_shard if path in shards else digest_file)(file) for path, file in files.items()}
-    return Contents(tensors=contents_of(checkpoint, root).tensors, files=digests)
-
-
-def require_intact(root: Path) -> Manifest:
-    """Read every file of a finished directory, each byte once, and compare it with the manifest.
-
-    Raises:
-        CheckpointRefused: A file is missing, was added or has other bytes.
-    """
-    manifest = open_manifest(root)
-    expected, files = manifest.contents.files, _files_below(root)
-    shards = {path for path, file in expected.items() if isinstance(file, ShardDigest)}
-    found = {path: (digest_shard if path in shards else digest_file)(file) for path, file in files.items()}
-    wrong = {path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)}
-    if not wrong and shards:
-        checkpoint = open_checkpoint(root)
-        tensors = contents_of(checkpoint, root).tensors
-        wrong = {checkpoint.shards[name] for name in tensors if tensors[name] != manifest.contents.tensors.get(name)}
-    if wrong:
-        raise CheckpointRefused(
-            f"{root} is not what its manifest says; these files differ: {', '.join(sorted(wrong)[:5])}.",
-            remedy="Delete the directory and run its stage again; the result is the same.",
-        )
-    return manifest
-
-
-def _files_below(root: Path) -> dict[str, Path]:
-    """Return every file but the manifest and hidden ones, by relative path."""
-    return {
-        path.relative_to(root).as_posix(): path
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
-    }
 
 
 def find(derivation: Derivation, destination: Destination) -> Artifact | None:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_pipeline.checkpoint.hashing_reader import Tap
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.source import Source
-from qwen_pipeline.checkpoint.store import Artifact, Built, Destination, derive
-from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.source import Source
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.progress import Observe, unobserved
 

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint import digest
-from qwen_pipeline.checkpoint.crew import work_in_order
 from qwen_pipeline.checkpoint.digest import SeenTensor, checkpoint_digest, read_tensors
+from qwen_pipeline.checkpoint.hashing_reader import Tap
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.measure import bytes_moved
 from qwen_pipeline.checkpoint.safetensors_file import as_bytes
-from qwen_pipeline.checkpoint.source import open_source
-from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.store.source import open_source
+from qwen_pipeline.checkpoint.thread_pool import work_in_order
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest import appearance, checkpoint_digest, known_checkpoint, remember
+from qwen_pipeline.checkpoint.hashing_reader import Tap
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD
-from qwen_pipeline.checkpoint.read_ahead import read_ahead
-from qwen_pipeline.checkpoint.tap import Tap
+from qwen_pipeline.checkpoint.page_cache import read_ahead
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe, unobserved
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.finite import is_finite
+from qwen_pipeline.checkpoint.digest import is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

@@ -7,20 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint import store as module
 from qwen_pipeline.checkpoint.digest import checkpoint_digest
 from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.checkpoint.lazy import MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
-from qwen_pipeline.checkpoint.store import (
-    WORKSHOP,
-    Built,
-    CheckpointStore,
-    Directory,
-    contents_of_directory,
-    derive,
-    require_intact,
-)
+from qwen_pipeline.checkpoint.store import derive as module
+from qwen_pipeline.checkpoint.store.derive import WORKSHOP, Built, derive
+from qwen_pipeline.checkpoint.store.destinations import CheckpointStore, Directory
+from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, DestinationLocked, DestinationRefused
 from qwen_pipeline_tests.checkpoint.test_writer import copy, flip_bit

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint import admission
-from qwen_pipeline.checkpoint.admission import (
+from qwen_pipeline.checkpoint import memory_budget
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
+from qwen_pipeline.checkpoint.memory_budget import (
     Needs,
     Room,
     control_group_memory,
@@ -16,8 +17,7 @@ from qwen_pipeline.checkpoint.admission import (
     room_at,
     shortages,
 )
-from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
-from qwen_pipeline.checkpoint.crew import crew_size
+from qwen_pipeline.checkpoint.thread_pool import crew_size
 from qwen_pipeline.errors import EnvironmentFault
 
 LITTLE = Needs(disk_bytes=1, memory_bytes=1, open_files=1)
@@ -94,6 +94,6 @@ def test_the_tightest_control_group_counts_and_cache_is_no_burden(
 
 def test_a_control_group_refuses_what_the_machine_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = groups(tmp_path, {"job/step": ("50000000", 40000000, 0)})
-    monkeypatch.setattr(admission, "control_group_memory", lambda: control_group_memory(**places))
+    monkeypatch.setattr(memory_budget, "control_group_memory", lambda: control_group_memory(**places))
     with pytest.raises(EnvironmentFault, match="takes 11 MB of memory, 10 MB are available"):
         require_admitted(Needs(disk_bytes=1, memory_bytes=11 * 10**6, open_files=1), tmp_path)

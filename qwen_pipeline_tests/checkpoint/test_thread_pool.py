@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.crew import crew_size, work_in_order
+from qwen_pipeline.checkpoint.thread_pool import crew_size, work_in_order
 
 
 def threads_left() -> set[threading.Thread]:

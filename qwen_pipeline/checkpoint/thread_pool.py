@@ -20,7 +20,7 @@ T = TypeVar("T")
 CALLER, NOT_BEGUN = -1, sys.maxsize
 """Where jobs have numbers: the calling thread, and a job that could not be taken."""
 MOST_THREADS = 18
-"""What each of them holds, 56 MiB (:mod:`~qwen_pipeline.checkpoint.admission`), is just less than 1 GiB in all."""
+"""What each of them holds, 56 MiB (:mod:`~qwen_pipeline.checkpoint.memory_budget`), is just less than 1 GiB in all."""
 TICK_SECONDS = 0.2
 """How often whoever set a crew to work gets to look up."""
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
-from qwen_pipeline.checkpoint.crew import crew_size
 from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.thread_pool import crew_size
 from qwen_pipeline.checkpoint.tree_hash import LEAF_BYTES
 from qwen_pipeline.errors import EnvironmentFault
 
