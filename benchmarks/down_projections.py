@@ -25,18 +25,18 @@ from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.upcycled import ROUTED, STEP, upcycle
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.engines import solver
 from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
-from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
 from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.splitting import split_map
 from qwen_pipeline.workers.parent import run_worker
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from qwen_pipeline.config.file import beside_config
-from qwen_pipeline.corpus import SUFFIXES
 from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
@@ -20,6 +19,7 @@ from qwen_pipeline.evaluation.target_findings import Target
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import Targets, served_degrees
 from qwen_pipeline.qwen.serving import kernels_of
+from qwen_pipeline.text.records import SUFFIXES
 
 
 def _known(engine: str) -> str:

@@ -19,11 +19,11 @@ from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
-from qwen_pipeline.corpus import encode_record, load_tokenizer
 from qwen_pipeline.engines.protocol import CalibrationSpec
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.text_sources import open_text
+from qwen_pipeline.text.records import encode_record, load_tokenizer
+from qwen_pipeline.text.sources import open_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) 
     """Draw windows of tokens, with the tokenizer and the chat template of a checkpoint.
 
     Args:
-        text: A source of text, as :func:`qwen_pipeline.text_sources.open_text` takes it.
+        text: A source of text, as :func:`qwen_pipeline.text.sources.open_text` takes it.
         checkpoint: The model that will be quantized.
         spec: How many windows, how long, which records.
 

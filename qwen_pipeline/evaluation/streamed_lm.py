@@ -20,12 +20,12 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.stopping import stop_tokens
+from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.transforms.model import open_model
 
 ANSWER_TOKENS = 256

@@ -17,7 +17,7 @@ from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, CalibrationSpec, D
 from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.text_sources import open_text
+from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.workers.parent import run_worker
 
 STAGE = calibration.STAGE
@@ -47,7 +47,7 @@ def calibrate(
 
     Args:
         source: The checkpoint that will be quantized.
-        text: A file of records, a directory, or the name of a dataset: see :mod:`qwen_pipeline.text_sources`.
+        text: A file of records, a directory, or the name of a dataset: see :mod:`qwen_pipeline.text.sources`.
         destination: Where the tokens go.
         spec: How many tokens, which, and how they are packed.
         all_experts: Whether the engine will give every token to every expert, so that routing does not matter.

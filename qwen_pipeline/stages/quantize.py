@@ -62,7 +62,7 @@ def quantize(
         source: The merged and padded checkpoint.
         destination: Where the quantized checkpoint goes.
         calibration: What the stage ``calibration`` made, whose spec then wins; or text to draw tokens from, here and
-            now: see :mod:`qwen_pipeline.text_sources`.
+            now: see :mod:`qwen_pipeline.text.sources`.
         spec: How to quantize.
         engine: Where the engine runs.
         stage: What the output is: :data:`STAGE` or :data:`UNPADDED`.

@@ -12,7 +12,6 @@ from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
-from qwen_pipeline.corpus import encode_prompt, load_tokenizer
 from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
 from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import load_evidence
@@ -32,12 +31,13 @@ from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, Sliced, Ta
 from qwen_pipeline.evaluation.targets import audible_cuts, find_targets, outlook_on, with_divergences
 from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
-from qwen_pipeline.evaluation.text import spread, token_windows
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.reports import dump_reports
+from qwen_pipeline.text.records import encode_prompt, load_tokenizer
+from qwen_pipeline.text.windows import spread, token_windows
 from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.workers.parent import run_worker
 

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
-from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.streamed import evaluate
-from qwen_pipeline.evaluation.text import token_windows
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 from qwen_pipeline_tests.in_transformers import in_transformers
 from qwen_pipeline_tests.rounding import round_to_codes

@@ -8,10 +8,10 @@ import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-from qwen_pipeline.corpus import load_tokenizer
 from qwen_pipeline.evaluation.streamed_lm import StreamedLM
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe
+from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline_tests.tiny import load_tiny
 
 TEXTS = ["", "What is a test?", "Two spaces  ", "<|im_end|>begins like a text", "long enough to be cut " * 40]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.text import spread, token_windows
+from qwen_pipeline.text.windows import spread, token_windows
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 

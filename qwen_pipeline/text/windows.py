@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.corpus import encode_record, load_records
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.text.records import encode_record, load_records
 
 
 def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Where text comes from: a file of records, a directory, or a dataset of the Hugging Face hub.
 
-A source is a sequence of records (:mod:`qwen_pipeline.corpus`) that are read when they are asked for. Files of lines
-are read here; Parquet, directories and the hub through the library ``datasets``, which is an optional dependency.
+A source is a sequence of records (:mod:`~qwen_pipeline.text.records`) that are read when they are asked for. Files of
+lines are read here; Parquet, directories and the hub through the library ``datasets``, which is an optional dependency.
 """
 
 import re
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from qwen_pipeline.checkpoint.digest import directory_digest
-from qwen_pipeline.corpus import PARQUET, SUFFIXES, is_record, load_records
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.text.records import PARQUET, SUFFIXES, is_record, load_records
 
 _HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(#(?P<split>\w+))?"

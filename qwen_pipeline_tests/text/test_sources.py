@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
-from qwen_pipeline.text_sources import open_text
+from qwen_pipeline.text.sources import open_text
 
 TALKS = [
     {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": str(n)}]}
