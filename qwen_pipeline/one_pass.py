@@ -15,13 +15,13 @@ from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.source import Source, open_source
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.models.open import open_model, recipe_of
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import plan_padding, with_towers
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.adapter_set import AdapterSet
-from qwen_pipeline.transforms.model import open_model, recipe_of
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 
 

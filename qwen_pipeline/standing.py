@@ -13,12 +13,12 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStor
 from qwen_pipeline.config import Settings
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.regression import compare, load_verdict
-from qwen_pipeline.inbox import Arrival, Inbox
+from qwen_pipeline.models.inbox import Arrival, Inbox
+from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.text.records import PARQUET
 from qwen_pipeline.text.sources import open_text
-from qwen_pipeline.transforms.model import fine_tune_digest
 
 State = Literal["missing", "damaged", "stale", "failed", "done"]
 

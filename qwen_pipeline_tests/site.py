@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.config import FILE_VARIABLE, Settings, load_settings
-from qwen_pipeline.inbox import Inbox
+from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
 FINE_TUNE = "poet"

@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.evaluation.loading import complaints_of, fault_of, load_with, loading_options
-from qwen_pipeline.transforms.model import open_model
+from qwen_pipeline.models.open import open_model
 
 
 class NotLoaded(Exception):

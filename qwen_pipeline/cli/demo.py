@@ -17,7 +17,7 @@ from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.fine_tune import train_adapter
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
-from qwen_pipeline.hub import find_base
+from qwen_pipeline.models.hub import find_base
 from qwen_pipeline.progress import Observe, Progress
 
 FINE_TUNE = "python-tutor"

@@ -41,10 +41,10 @@ def inspect(
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.errors import InputRefused
+    from qwen_pipeline.models.open import paddings_of
     from qwen_pipeline.stages.merge import base_report, open_fine_tune
     from qwen_pipeline.transforms.fine_tune import adopt
     from qwen_pipeline.transforms.lora import merge_lora
-    from qwen_pipeline.transforms.model import paddings_of
 
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None}
     view: list[Table | str] = []

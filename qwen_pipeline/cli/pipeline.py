@@ -30,7 +30,7 @@ def run(
     from qwen_pipeline.cli.watching import watching
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.defs.headless import run_fine_tune
-    from qwen_pipeline.inbox import Inbox
+    from qwen_pipeline.models.inbox import Inbox
 
     settings = load_settings()
     if store_merged is not None:

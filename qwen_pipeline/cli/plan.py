@@ -54,7 +54,7 @@ def plan(
     from qwen_pipeline.cli.tables import outlook_table
     from qwen_pipeline.cli.tower_view import tower_data, tower_refusals, tower_table
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.hub import load_config
+    from qwen_pipeline.models.hub import load_config
     from qwen_pipeline.one_pass import outlay
     from qwen_pipeline.qwen.geometry import require_towers
     from qwen_pipeline.qwen.outlook import outlook

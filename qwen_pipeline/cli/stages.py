@@ -148,9 +148,9 @@ def merge_pad(
 @answering(app, "materialize", examples=["qwen-pipeline materialize workspace/store/merged/my-lora/latest"])
 def materialize(recipe: Path) -> Answer:
     """Store the weights of a merged checkpoint that is only a recipe, and prove that they are the ones promised."""
-    from qwen_pipeline.transforms import model
+    from qwen_pipeline.models.open import materialize as store_weights
 
-    return made_by(lambda observe: model.materialize(recipe.resolve(), observe=observe))
+    return made_by(lambda observe: store_weights(recipe.resolve(), observe=observe))
 
 
 @answering(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])

@@ -19,7 +19,7 @@ from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
 from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.errors import CheckFailed, PipelineError
-from qwen_pipeline.inbox import require_name
+from qwen_pipeline.models.inbox import require_name
 from qwen_pipeline.progress import Observe, unobserved
 
 

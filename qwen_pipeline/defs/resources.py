@@ -11,8 +11,8 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStor
 from qwen_pipeline.config import Settings, config_file, require_setting
 from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.errors import InputRefused, PipelineError
-from qwen_pipeline.hub import find_base, load_config
-from qwen_pipeline.inbox import Inbox
+from qwen_pipeline.models.hub import find_base, load_config
+from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
 from qwen_pipeline.qwen.geometry import require_towers

@@ -7,7 +7,7 @@ import dagster as dg
 from qwen_pipeline.defs.jobs import process_fine_tune, repair_imported
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.inbox import Arrival, Inbox
+from qwen_pipeline.models.inbox import Arrival, Inbox
 
 ARRIVAL_TAG = "qwen_pipeline/arrival"
 """A run's tag ``<fine-tune>@<content digest>``; runs from the command line carry it as well."""

@@ -21,9 +21,9 @@ from qwen_pipeline.evaluation.measurement import Measurement, cut_role
 from qwen_pipeline.evaluation.streamed import activation_peaks, evaluate
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.stopping import stop_tokens
-from qwen_pipeline.transforms.model import open_model
 
 
 def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:

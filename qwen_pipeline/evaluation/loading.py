@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_pipeline.transforms.model import open_model
+from qwen_pipeline.models.open import open_model
 
 _OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx)|gate_up_proj|down_proj)")
 KERNEL = "gptq_torch"

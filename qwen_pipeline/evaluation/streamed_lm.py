@@ -23,10 +23,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 from qwen_pipeline.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.text.records import load_tokenizer
-from qwen_pipeline.transforms.model import open_model
 
 ANSWER_TOKENS = 256
 """Tokens of an answer, at most, where a task says nothing: as in HFLM."""

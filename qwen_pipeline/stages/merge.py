@@ -11,6 +11,8 @@ from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.source import open_source
+from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
+from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
@@ -19,8 +21,6 @@ from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.fine_tune import adopt, usage_files
 from qwen_pipeline.transforms.lora import Merged, merge_lora
-from qwen_pipeline.transforms.model import materialize, open_fine_tune, paddings_of
-from qwen_pipeline.transforms.padded_model import PaddedModel, padded_model, trained_on
 
 STAGE = "merged"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")

@@ -9,6 +9,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.source import Source, open_source
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding, with_towers
@@ -18,7 +19,6 @@ from qwen_pipeline.qwen.planning import NO_TARGETS, USUAL_ENGINE, Targets, paddi
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.qwen.tower_serving import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 from qwen_pipeline.transforms.splitting import choose_splits
 

@@ -31,6 +31,7 @@ from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, Sliced, Ta
 from qwen_pipeline.evaluation.targets import audible_cuts, find_targets, outlook_on, with_divergences
 from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.precision import require_full_precision
@@ -38,7 +39,6 @@ from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.text.records import encode_prompt, load_tokenizer
 from qwen_pipeline.text.windows import spread, token_windows
-from qwen_pipeline.transforms.model import open_model
 from qwen_pipeline.workers.parent import run_worker
 
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import AdapterRefused, InputRefused
-from qwen_pipeline.inbox import Inbox
+from qwen_pipeline.models.inbox import Inbox
+from qwen_pipeline.models.open import fine_tune_digest, open_fine_tune
 from qwen_pipeline.transforms.adapter_set import ADAPTER_SET, AdapterSet, open_set, weighted
 from qwen_pipeline.transforms.lora import merge_lora
-from qwen_pipeline.transforms.model import fine_tune_digest, open_fine_tune
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
 Combination = Literal["cat", "linear"]

@@ -15,6 +15,7 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.cli import stages
 from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.errors import AdapterRefused, InputRefused
+from qwen_pipeline.models.open import materialize
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.layouts import Layout
@@ -23,7 +24,6 @@ from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qwen_pipeline.transforms.model import materialize
 from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, train
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model
 

@@ -21,13 +21,13 @@ from qwen_pipeline.checkpoint.store.derive import fill_in
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.transforms.adapter import is_adapter, open_adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
 from qwen_pipeline.transforms.crossing import Paddings
 from qwen_pipeline.transforms.fine_tune import adopt
 from qwen_pipeline.transforms.lora import merge_lora
-from qwen_pipeline.transforms.padded_model import padded_model, trained_on
 
 
 def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.errors import DestinationRefused, InputRefused
-from qwen_pipeline.inbox import MARKER, Arrival, Inbox, require_name
+from qwen_pipeline.models.inbox import MARKER, Arrival, Inbox, require_name
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault
-from qwen_pipeline.hub import find_base
+from qwen_pipeline.models.hub import find_base
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
