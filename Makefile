@@ -42,6 +42,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # The quantizer's pins collide with Dagster's, so it has an environment of its own that borrows torch from this one.
-$(ENGINE): $(INSTALLED) qwen_pipeline/engines/gptqmodel.requirements.txt
+$(ENGINE): $(INSTALLED) qwen_pipeline/workers/requirements/gptqmodel.txt
 	$(BIN)/qwen-pipeline engine install gptqmodel
 	@touch $@

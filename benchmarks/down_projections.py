@@ -28,7 +28,6 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.engines import solver
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
@@ -38,6 +37,7 @@ from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.splitting import split_map
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
 
 LAYOUTS: tuple[Layout, ...] = ("interleave", "append", "split")

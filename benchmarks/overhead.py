@@ -29,9 +29,9 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.engines.calibration import draw_calibration
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.workers.environments import find_environment
 
 AIM = 0.02
 """Of the engine's own time, on a job of two minutes or more."""

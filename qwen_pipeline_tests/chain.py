@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
-from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.stages.validate import validate
+from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 GROUP_SIZE = 32

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.workers.environments import find_environment
 
 
 def in_transformers(script: str, *arguments: str) -> Mapping[str, Any]:

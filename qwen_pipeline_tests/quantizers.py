@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.progress import Observe
 from qwen_pipeline.qwen.families import number_of_experts
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.whole import load_model
 

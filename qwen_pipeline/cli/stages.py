@@ -288,9 +288,9 @@ def quantize(
     The same input, settings and versions give the same bytes. A module that could only be rounded fails the check.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
-    from qwen_pipeline.engines.environment import find_environment
     from qwen_pipeline.engines.protocol import QuantSpec, default_device, parse_overrides, usable_cores
     from qwen_pipeline.stages import quantize as stage
+    from qwen_pipeline.workers.environments import find_environment
 
     spec = QuantSpec(
         engine=engine.value,
@@ -372,10 +372,10 @@ def validate(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.engines.environment import find_environment
     from qwen_pipeline.engines.protocol import QuantSpec
     from qwen_pipeline.evaluation.target_findings import Target
     from qwen_pipeline.stages import validate as stage
+    from qwen_pipeline.workers.environments import find_environment
 
     configured = load_settings()
     settings = configured.validation

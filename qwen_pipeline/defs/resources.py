@@ -9,7 +9,6 @@ import dagster as dg
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore, Slot
 from qwen_pipeline.config import Settings, config_file, require_setting
-from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.errors import InputRefused, PipelineError
 from qwen_pipeline.models.hub import find_base, load_config
 from qwen_pipeline.models.inbox import Inbox
@@ -19,6 +18,7 @@ from qwen_pipeline.qwen.geometry import require_towers
 from qwen_pipeline.qwen.planning import padding_for
 from qwen_pipeline.stages import calibrate, quantize
 from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 
 
 @dataclass(frozen=True, slots=True)

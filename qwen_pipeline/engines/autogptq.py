@@ -1,4 +1,4 @@
-"""AutoGPTQ 0.7.1 (https://github.com/AutoGPTQ/AutoGPTQ, archived), pinned in ``autogptq.requirements.txt``.
+"""AutoGPTQ 0.7.1 (https://github.com/AutoGPTQ/AutoGPTQ, archived), pinned in ``workers/requirements/autogptq.txt``.
 
 It quantizes on CUDA only, and tells its losses to its logger only. What it writes has GPTQ's codes like GPTQModel's;
 the stage takes those and leaves its configs and its zero biases behind.

@@ -1,4 +1,4 @@
-"""GPTQModel (https://github.com/ModelCloud/GPTQModel), pinned in ``gptqmodel.requirements.txt``.
+"""GPTQModel (https://github.com/ModelCloud/GPTQModel), pinned in ``workers/requirements/gptqmodel.txt``.
 
 :func:`quantize_directory` runs in the engine's own process and environment. It leaves the library's checkpoint and its
 ``quant_log.csv`` in a workshop directory; the stage takes from them what is true.

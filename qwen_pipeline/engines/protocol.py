@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.workers.environments import EnvironmentName
 
 EngineName = Literal["layerwise", "gptqmodel", "autogptq"]
-EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 Device = Literal["cpu", "cuda"]
 Packing = Literal["stream", "documents"]
 OVERRIDES = ("damp_percent", "mse")

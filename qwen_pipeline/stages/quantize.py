@@ -22,7 +22,6 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.engines import checks
 from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.engines.delivery import Delivery
-from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
 from qwen_pipeline.engines.losses import ModuleLoss, read_losses
 from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
@@ -32,6 +31,7 @@ from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.workers.environments import EngineEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 
 STAGE = "quantized"

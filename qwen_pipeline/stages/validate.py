@@ -13,7 +13,6 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
-from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.evidence import load_evidence
 from qwen_pipeline.engines.protocol import Device, default_device
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
@@ -39,6 +38,7 @@ from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.text.records import encode_prompt, load_tokenizer
 from qwen_pipeline.text.windows import spread, token_windows
+from qwen_pipeline.workers.environments import EngineEnvironment
 from qwen_pipeline.workers.parent import run_worker
 
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]

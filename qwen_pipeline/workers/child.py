@@ -20,7 +20,7 @@ from typing import Any
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.errors import EnvironmentFault, PipelineError
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.workers.leaving import leaving_at_once
+from qwen_pipeline.workers.fast_exit import leaving_at_once
 
 Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_pipeline.engines.dead_channels import settle_dead_channels
-from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.workers.environments import find_environment
 
 
 def test_dead_channels_get_the_mean_of_the_live_ones_and_no_weight() -> None:

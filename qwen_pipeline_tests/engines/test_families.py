@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.layerwise.forward import Passage, advance
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.engines.targets import LAST_LAYER, logits, windows
 from qwen_pipeline_tests.layouts import Layout, layouts_of

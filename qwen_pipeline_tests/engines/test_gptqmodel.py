@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.engines.protocol import QuantJob
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker, started_worker
 from qwen_pipeline_tests.stages.test_quantize import SPEC
 from qwen_pipeline_tests.tiny import tiny_model

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT
 from qwen_pipeline.evaluation.tasks import TARGET, Score, TaskPlan, load_results, scores, tasks_report
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.rounding import round_to_codes, spelled_out
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.evaluation.served import Served, ServedRole, ServingPlan, served_report
 from qwen_pipeline.evaluation.servers import has_avx512, serve_all
+from qwen_pipeline.workers.environments import find_environment
 
 
 def served_by_vllm(

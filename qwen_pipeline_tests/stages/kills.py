@@ -17,10 +17,10 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.derive import WORKSHOP
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.workers.environments import EngineEnvironment
 
 PATIENCE_SECONDS = 60
 """How long the last of a killed family may take to end: a GPU's memory is given back first."""

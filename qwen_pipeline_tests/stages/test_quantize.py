@@ -23,7 +23,6 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.engines.checks import CHECKS, check_output
-from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.losses import ModuleLoss
 from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
@@ -32,6 +31,7 @@ from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import DENSE_LINEARS, tiny_model, tiny_qwen2, tiny_qwen3
 
@@ -444,7 +444,7 @@ QUANTIZE = """
 import json, sys
 from pathlib import Path
 from qwen_pipeline.checkpoint.store.derive import Directory
-from qwen_pipeline.engines.environment import find_environment
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 source, out, calibration = map(Path, sys.argv[1:4])

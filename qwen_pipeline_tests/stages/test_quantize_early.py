@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from qwen_pipeline.checkpoint.store.destinations import Directory
-from qwen_pipeline.engines.environment import EngineEnvironment
 from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.stages import quantize as stage
 from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.workers.environments import EngineEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
 from qwen_pipeline_tests.workers.test_parent import is_running

@@ -29,9 +29,9 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.engines.environment import EngineEnvironment, find_environment
 from qwen_pipeline.engines.protocol import Device, QuantSpec, default_device
 from qwen_pipeline.workers import child, parent
+from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, survive
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=4, seq_len=32, batch_size=4, threads=1, device="cpu")

@@ -12,13 +12,13 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.demo.base import build_base
-from qwen_pipeline.engines.environment import find_environment
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.ranks import weight_over_ranks
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.repair import CHECKS, open_quantized, plan, repair
 from qwen_pipeline.stages.validate import validate
+from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.codes import METHODS, Method, Packing, write_checkpoint_of_codes
 from qwen_pipeline_tests.quantizers import logits_of, quantized_by_gptqmodel

