@@ -27,11 +27,11 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
-from qwen_pipeline.engines import solver
-from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.quantization import solver
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
 from qwen_pipeline.qwen.layouts import Layout
 from qwen_pipeline.text.records import load_tokenizer

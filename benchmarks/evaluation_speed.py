@@ -28,7 +28,6 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import keep, table
 from benchmarks.stalls import Ledger
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint
-from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.evaluation.peaks import WatchedPassage
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.feed import Feed
@@ -36,6 +35,7 @@ from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import LayeredModel, Place
 from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline_tests.rounding import rounded

@@ -35,8 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import markdown, table
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.engines.protocol import Device, EngineName, QuantJob, QuantSpec
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.quantization.spec import Device, EngineName, QuantJob, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.stages.quantize import worker_environment
 from qwen_pipeline.workers.parent import run_worker
@@ -284,7 +284,7 @@ def compare(first: QuantJob, second: QuantJob) -> dict[str, Any]:
 
 def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
     """Solve one small layer, for the kernels that the solver compiles at first use; runs in a worker."""
-    from qwen_pipeline.engines.solver import Hessian, solve
+    from qwen_pipeline.quantization.solver import Hessian, solve
 
     started = time.perf_counter()
     hessian = Hessian(512)

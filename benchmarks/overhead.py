@@ -28,8 +28,8 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
-from qwen_pipeline.engines.calibration import draw_calibration
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.quantization.calibration.calibration_set import draw_calibration
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.workers.environments import find_environment
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_pipeline.engines import gptqmodel, layerwise, solver
 from qwen_pipeline.progress import Observe
+from qwen_pipeline.quantization import gptqmodel, layerwise, solver
 
 TARGET = f"{__name__}:quantize_directory"
 

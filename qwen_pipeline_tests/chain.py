@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.stages.validate import validate

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from qwen_pipeline.engines.evidence import Evidence
+    from qwen_pipeline.quantization.evidence import Evidence
 
 app = typer.Typer()
 WORST = 20
@@ -33,7 +33,7 @@ def evidence(
     """
     from dataclasses import asdict
 
-    from qwen_pipeline.engines.evidence import compare_evidence, load_evidence, summarize
+    from qwen_pipeline.quantization.evidence import compare_evidence, load_evidence, summarize
 
     rows = load_evidence(quantized)
     summary = summarize(rows)

@@ -225,7 +225,7 @@ def calibrate(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.engines.protocol import CalibrationSpec
+    from qwen_pipeline.quantization.spec import CalibrationSpec
     from qwen_pipeline.stages import calibrate as stage
 
     least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens
@@ -288,7 +288,7 @@ def quantize(
     The same input, settings and versions give the same bytes. A module that could only be rounded fails the check.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
-    from qwen_pipeline.engines.protocol import QuantSpec, default_device, parse_overrides, usable_cores
+    from qwen_pipeline.quantization.spec import QuantSpec, default_device, parse_overrides, usable_cores
     from qwen_pipeline.stages import quantize as stage
     from qwen_pipeline.workers.environments import find_environment
 
@@ -372,8 +372,8 @@ def validate(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.engines.protocol import QuantSpec
     from qwen_pipeline.evaluation.target_findings import Target
+    from qwen_pipeline.quantization.spec import QuantSpec
     from qwen_pipeline.stages import validate as stage
     from qwen_pipeline.workers.environments import find_environment
 

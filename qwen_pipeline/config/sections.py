@@ -10,12 +10,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from qwen_pipeline.config.file import beside_config
-from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.served import ServedRole, ServingEngine
 from qwen_pipeline.evaluation.target_findings import Target
+from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS
 from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.planning import Targets, served_degrees
 from qwen_pipeline.qwen.serving import kernels_of

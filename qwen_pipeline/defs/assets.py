@@ -25,12 +25,12 @@ from qwen_pipeline.defs.metadata import (
 )
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.engines.evidence import EVIDENCE
 from qwen_pipeline.evaluation.page import PAGE
 from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.evaluation.report import report_markdown
 from qwen_pipeline.models.inbox import Arrival
 from qwen_pipeline.models.open import fine_tune_digest
+from qwen_pipeline.quantization.evidence import EVIDENCE
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.standing import against_last_release, calibration_of, version_before

@@ -46,8 +46,8 @@ def inline_plot(path: Path) -> str:
 
 def evidence_markdown(quantized: Artifact, before: Artifact | None) -> str:
     """Show what is known of each layer, beside the version before where there is one."""
-    from qwen_pipeline.engines.evidence import PLOT, compare_evidence, load_evidence
-    from qwen_pipeline.engines.evidence_plot import draw_evidence
+    from qwen_pipeline.quantization.evidence import PLOT, compare_evidence, load_evidence
+    from qwen_pipeline.quantization.plot import draw_evidence
 
     if before is None:
         return f"There is no earlier version to compare with.\n\n{inline_plot(quantized.path / PLOT)}"

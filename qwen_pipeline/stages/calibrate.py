@@ -11,16 +11,16 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
-from qwen_pipeline.engines import calibration
-from qwen_pipeline.engines.calibration import FILE, draw_calibration
-from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, CalibrationSpec, Device, default_device
 from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.quantization.calibration import calibration_set
+from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration
+from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS, CalibrationSpec, Device, default_device
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.workers.parent import run_worker
 
-STAGE = calibration.STAGE
+STAGE = calibration_set.STAGE
 CODE_VERSION = "1"
 PLOT, EXPERT_TABLE = f"{LOGS}calibration.png", f"{LOGS}expert_tokens.csv"
 
@@ -59,7 +59,7 @@ def calibrate(
         InputRefused: The text or the tokenizer cannot be used, or there is too little text.
         EnvironmentFault: A library that reads the text is missing, or memory ran out.
     """
-    from qwen_pipeline.engines.coverage import has_experts
+    from qwen_pipeline.quantization.calibration.expert_coverage import has_experts
 
     routed = has_experts(open_checkpoint(source)) and not all_experts
     opened = open_text(text)
@@ -76,7 +76,7 @@ def calibrate(
     )
 
     def build(partial: Path) -> Built:
-        from qwen_pipeline.engines.calibration_plot import draw_calibration_plot
+        from qwen_pipeline.quantization.calibration.plot import draw_calibration_plot
 
         drawn = draw_calibration(text, source, spec)
         contents = drawn.save(partial)
@@ -135,7 +135,7 @@ def _count(source: Path, partial: Path, device: Device, observe: Observe) -> tup
     """Count each expert's tokens in a process of its own, which gives all memory back."""
     worker = run_worker(
         Path(sys.executable),
-        "qwen_pipeline.engines.coverage:measure_coverage",
+        "qwen_pipeline.quantization.calibration.expert_coverage:measure_coverage",
         {"source": str(source.resolve()), "windows": str((partial / FILE).resolve()), "device": device},
         log=partial / LOGS / "calibrate.log",
         observe=observe,

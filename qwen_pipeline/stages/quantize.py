@@ -19,14 +19,19 @@ from qwen_pipeline.checkpoint.measure import Laps
 from qwen_pipeline.checkpoint.store.derive import WORKSHOP, Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.engines import checks
-from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration, is_prepared, load_calibration
-from qwen_pipeline.engines.delivery import Delivery
-from qwen_pipeline.engines.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
-from qwen_pipeline.engines.losses import ModuleLoss, read_losses
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.quantization import checks
+from qwen_pipeline.quantization.calibration.calibration_set import (
+    CalibrationSet,
+    draw_calibration,
+    is_prepared,
+    load_calibration,
+)
+from qwen_pipeline.quantization.engine_output import Delivery
+from qwen_pipeline.quantization.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
+from qwen_pipeline.quantization.losses import ModuleLoss, read_losses
+from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
@@ -113,7 +118,7 @@ def quantize(
         laps.lap("derive")
 
         def build(partial: Path) -> Built:
-            import_module("qwen_pipeline.engines.evidence_plot")  # now, while the engine imports too
+            import_module("qwen_pipeline.quantization.plot")  # now, while the engine imports too
             job, delivery = _open_workshop(partial, source.resolve(), tokens, spec)
             running, log = None, partial / LOGS / "quantize.log"
             laps.lap("workshop")
@@ -231,7 +236,7 @@ def _keep_evidence(
     quantized: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleLoss], partial: Path
 ) -> list[Evidence]:
     """Look at the codes; leave a table and a plot among the logs."""
-    from qwen_pipeline.engines.evidence_plot import draw_evidence
+    from qwen_pipeline.quantization.plot import draw_evidence
 
     evidence = gather_evidence(quantized, linears, losses)
     write_evidence(evidence, partial / EVIDENCE)

@@ -12,9 +12,6 @@ from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
-from qwen_pipeline.engines.calibration import CalibrationSet, load_calibration
-from qwen_pipeline.engines.evidence import load_evidence
-from qwen_pipeline.engines.protocol import Device, default_device
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, load_figures
@@ -32,6 +29,9 @@ from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
+from qwen_pipeline.quantization.evidence import load_evidence
+from qwen_pipeline.quantization.spec import Device, default_device
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.qwen.stopping import stop_tokens
@@ -162,9 +162,9 @@ def validate(
     )
 
     def build(partial: Path) -> Built:
-        from qwen_pipeline.engines.evidence_plot import draw_losses
         from qwen_pipeline.evaluation.structure import check_structure
         from qwen_pipeline.evaluation.writing import write_report
+        from qwen_pipeline.quantization.plot import draw_losses
 
         if (candidate / MANIFEST).is_file():
             require_intact(candidate)

@@ -17,8 +17,8 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.derive import WORKSHOP
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.environments import EngineEnvironment
 

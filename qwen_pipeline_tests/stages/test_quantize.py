@@ -22,11 +22,11 @@ from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.engines.checks import CHECKS, check_output
-from qwen_pipeline.engines.losses import ModuleLoss
-from qwen_pipeline.engines.protocol import Device, EngineName, QuantSpec
 from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefused
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.quantization.checks import CHECKS, check_output
+from qwen_pipeline.quantization.losses import ModuleLoss
+from qwen_pipeline.quantization.spec import Device, EngineName, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import quantize
@@ -445,7 +445,7 @@ import json, sys
 from pathlib import Path
 from qwen_pipeline.checkpoint.store.derive import Directory
 from qwen_pipeline.workers.environments import find_environment
-from qwen_pipeline.engines.protocol import QuantSpec
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 source, out, calibration = map(Path, sys.argv[1:4])
 tell = lambda event: print(event.remark, flush=True) if event.task == "quantize" else None

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qwen_pipeline.checkpoint.store.destinations import Directory
-from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages import quantize as stage
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.environments import EngineEnvironment

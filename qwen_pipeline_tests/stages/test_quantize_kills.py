@@ -29,7 +29,7 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.engines.protocol import Device, QuantSpec, default_device
+from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device
 from qwen_pipeline.workers import child, parent
 from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, survive

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from qwen_pipeline.checkpoint.files import sync_tree, write_bytes
-from qwen_pipeline.engines.protocol import QuantJob
+from qwen_pipeline.quantization.spec import QuantJob
 from qwen_pipeline.workers.parent import WorkerResult
 
 _FILE = "delivery.json"

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from qwen_pipeline.checkpoint.measure import Laps, resident_peak
-from qwen_pipeline.engines.dead_channels import settle_dead_channels
-from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
-from qwen_pipeline.engines.solver import naming_nan
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.quantization.dead_channels import settle_dead_channels
+from qwen_pipeline.quantization.solver import naming_nan
+from qwen_pipeline.quantization.spec import QuantJob, require_device, use_workshop
 from qwen_pipeline.workers.child import report
 
 STOPS = 16

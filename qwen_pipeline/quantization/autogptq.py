@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from qwen_pipeline.checkpoint.measure import Laps
-from qwen_pipeline.engines.dead_channels import settle_dead_channels
-from qwen_pipeline.engines.protocol import QuantJob, require_device, use_workshop
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.quantization.dead_channels import settle_dead_channels
+from qwen_pipeline.quantization.spec import QuantJob, require_device, use_workshop
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:

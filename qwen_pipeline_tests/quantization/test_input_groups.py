@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.engines.cohorts import cohorts, require_known
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.quantization.input_groups import cohorts, require_known
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline_tests.tiny import load_tiny, tiny_model
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.engines import gptqmodel, layerwise, solver
-from qwen_pipeline.engines.layerwise import LayerLoop
-from qwen_pipeline.engines.protocol import QuantSpec
-from qwen_pipeline.engines.solver import Hessian, pack, solve
 from qwen_pipeline.layerwise.forward import Passage, logit_blocks
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.quantization import gptqmodel, layerwise, solver
+from qwen_pipeline.quantization.layerwise import LayerLoop
+from qwen_pipeline.quantization.solver import Hessian, pack, solve
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear
 
 LAST_LAYER = "layer-00001"

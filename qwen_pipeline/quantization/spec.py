@@ -241,7 +241,7 @@ class QuantJob:
     def quant_log(self) -> Path:
         """Where the engine's table is expected: ``layer,module,loss,samples,damp``, and more where it knows more.
 
-        See :class:`qwen_pipeline.engines.losses.ModuleLoss` for the columns.
+        See :class:`qwen_pipeline.quantization.losses.ModuleLoss` for the columns.
         """
         return self.packed / "quant_log.csv"
 

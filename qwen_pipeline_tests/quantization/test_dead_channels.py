@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_pipeline.engines.dead_channels import settle_dead_channels
+from qwen_pipeline.quantization.dead_channels import settle_dead_channels
 from qwen_pipeline.workers.environments import find_environment
 
 
@@ -32,7 +32,7 @@ def test_where_none_or_all_are_dead_nothing_changes(value: float) -> None:
 LIVE_AND_PADDED_BY_AUTOGPTQ = """
 import json, torch
 from auto_gptq.quantization.gptq import GPTQ
-from qwen_pipeline.engines.autogptq import settle_before_solving
+from qwen_pipeline.quantization.autogptq import settle_before_solving
 
 LIVE, PADDED, OUT, GROUP = 384, 512, 64, 128
 torch.manual_seed(0)
@@ -74,7 +74,7 @@ QUANTIZE_LIVE_AND_PADDED = """
 import json, sys, torch
 from gptqmodel import GPTQConfig
 from gptqmodel.quantization import GPTQ
-from qwen_pipeline.engines.gptqmodel import settle_before_solving
+from qwen_pipeline.quantization.gptqmodel import settle_before_solving
 
 LIVE, PADDED, OUT, GROUP = 384, 512, 64, 128
 torch.manual_seed(0)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_pipeline.engines import solver
-from qwen_pipeline.engines.losses import NOT_SOLVED
-from qwen_pipeline.engines.solver import Hessian, pack
+from qwen_pipeline.quantization import solver
+from qwen_pipeline.quantization.losses import NOT_SOLVED
+from qwen_pipeline.quantization.solver import Hessian, pack
 from qwen_pipeline.transforms.gptq_codes import GptqFormat
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
@@ -78,7 +78,7 @@ def test_the_solver_takes_our_hessian_and_weights(chain: Chain, tmp_path: Path) 
 
     One inverse serves all weights with the same inputs. Without tokens it says that it only rounded.
     """
-    target = "qwen_pipeline_tests.engines.targets:contract"
+    target = "qwen_pipeline_tests.quantization.targets:contract"
     found = run_worker(chain.engine.python, target, {}, log=tmp_path / "log").value
     assert found == {
         "same_codes": [True, True], "factored": [96], "dead_are_zero": [True, True], "inputs_untouched": True,

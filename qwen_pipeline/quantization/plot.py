@@ -7,8 +7,8 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_pipeline.engines.evidence import EVIDENCE, Evidence, compare_evidence, load_evidence
 from qwen_pipeline.plotting import INK, PALETTE, WORSE, quiet_axes, save_plot
+from qwen_pipeline.quantization.evidence import EVIDENCE, Evidence, compare_evidence, load_evidence
 
 
 def draw_losses(quantized: Path, before: Sequence[Evidence], path: Path) -> str | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.engines.losses import ModuleLoss, read_losses
+from qwen_pipeline.quantization.losses import ModuleLoss, read_losses
 from qwen_pipeline.qwen.linears import Linear
 
 HEADER = "layer,module,loss,samples,damp,time\n"

@@ -12,10 +12,10 @@ from itertools import groupby
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qwen_pipeline.engines.solver import Hessian
 from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.quantization.solver import Hessian
 from qwen_pipeline.qwen.linears import Linear
 
 STEPS = (

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.engines.losses import ModuleLoss
-from qwen_pipeline.engines.protocol import MIN_EXPERT_TOKENS, QuantSpec
+from qwen_pipeline.quantization.losses import ModuleLoss
+from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS, QuantSpec
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.reports import CheckReport, CheckSpec, report_on_modules
 

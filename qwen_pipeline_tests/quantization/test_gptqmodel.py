@@ -5,19 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_pipeline.engines.protocol import QuantJob
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.quantization.spec import QuantJob
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker, started_worker
 from qwen_pipeline_tests.stages.test_quantize import SPEC
 from qwen_pipeline_tests.tiny import tiny_model
 
-QUANTIZE = "qwen_pipeline.engines.gptqmodel:quantize_directory"
+QUANTIZE = "qwen_pipeline.quantization.gptqmodel:quantize_directory"
 
 
 def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: Path) -> None:
-    python, target = find_environment("gptqmodel").python, "qwen_pipeline_tests.engines.targets:lose_a_thread"
+    python, target = find_environment("gptqmodel").python, "qwen_pipeline_tests.quantization.targets:lose_a_thread"
     with pytest.raises(EnvironmentFault, match="Memory ran out"):
         run_worker(python, target, {}, log=tmp_path / "log", env={"GPTQMODEL_CPU_WORKERS": "2"})
 

@@ -1,8 +1,8 @@
 """A layer loop of our own over GPTQModel's solver: one decoder layer in memory, each finished one on disk.
 
-A layer is quantized cohort by cohort (:mod:`~qwen_pipeline.engines.cohorts`). One whole forward pass then tells the
-next layer what the quantized layer makes of its inputs. Attention is kept once it is quantized, so that in products all
-this is about one and a half forward passes a layer.
+A layer is quantized one input group at a time (:mod:`~qwen_pipeline.quantization.input_groups`). One whole forward pass
+then tells the next layer what the quantized layer makes of its inputs. Attention is kept once it is quantized, so that
+in products all this is about one and a half forward passes a layer.
 
 A finished layer is a shard, and a row of figures written after it. An interrupted run takes finished layers from there.
 """
@@ -28,13 +28,13 @@ from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, Checkpoint, open_checkp
 from qwen_pipeline.checkpoint.measure import Laps, resident_peak
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.checkpoint.writer import write_bytes
-from qwen_pipeline.engines.cohorts import cohorts, require_known
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec, require_device, use_workshop
-from qwen_pipeline.engines.solver import Solved, solve
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.quantization.input_groups import cohorts, require_known
+from qwen_pipeline.quantization.solver import Solved, solve
+from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, require_device, use_workshop
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.gptq_codes import CODES
 from qwen_pipeline.transforms.packed import quantized_checkpoint

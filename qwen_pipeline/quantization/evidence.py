@@ -13,8 +13,8 @@ from typing import Any
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS
 from qwen_pipeline.checkpoint.thread_pool import work_in_order
-from qwen_pipeline.engines.losses import ModuleLoss
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.losses import ModuleLoss
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.gptq_codes import gptq_format
 
@@ -27,7 +27,7 @@ class Evidence:
 
     Attributes:
         kind: Path of the module in its layer.
-        loss: See :class:`~qwen_pipeline.engines.losses.ModuleLoss`, as for the fields up to ``host_peak_bytes``.
+        loss: See :class:`~qwen_pipeline.quantization.losses.ModuleLoss`, as for the fields up to ``host_peak_bytes``.
         groups: Groups of weights, outputs times groups of inputs.
         zero_groups: Groups whose weights are all zero.
         saturated_groups: Groups with a quarter of their codes or more at the ends of the grid.
@@ -50,7 +50,7 @@ class Evidence:
 
 def gather_evidence(output: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleLoss]) -> list[Evidence]:
     """Join the log with what the codes show; modules without either are left out."""
-    from qwen_pipeline.engines.solver import odd_groups
+    from qwen_pipeline.quantization.solver import odd_groups
 
     form, told = gptq_format(output.config), {loss.module: loss for loss in losses}
     found: dict[str, Evidence] = {}

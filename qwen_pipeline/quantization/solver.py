@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.engines.dead_channels import settle_dead_channels
-from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.quantization.dead_channels import settle_dead_channels
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.transforms.code_parts import WORD_BITS, word_of
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear, gptq_format, pack_rows, unpack_rows
 

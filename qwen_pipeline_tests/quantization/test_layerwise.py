@@ -10,9 +10,9 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
-from qwen_pipeline.engines.calibration import CalibrationSet, draw_calibration
-from qwen_pipeline.engines.protocol import CalibrationSpec, QuantJob, QuantSpec
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, draw_calibration
+from qwen_pipeline.quantization.spec import CalibrationSpec, QuantJob, QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
@@ -64,7 +64,7 @@ def test_the_rounding_of_scales_is_all_that_tells_its_codes_from_gptqmodels(
     """Where weights hand on what they are before their scales become float16, every code of every layer is the same."""
     drawn = replace(DRAWN, seed=SPEC.seed)
     job = save_job(SPEC, chain, draw_calibration(calibration, chain.padded, drawn), tmp_path)
-    target = "qwen_pipeline_tests.engines.targets:hand_on_unrounded"
+    target = "qwen_pipeline_tests.quantization.targets:hand_on_unrounded"
     run_worker(chain.engine.python, target, job.to_json(), log=tmp_path / "log")
     ours, theirs = open_checkpoint(job.packed), open_checkpoint(chain.quantized)
     assert len(ours) == 2 * 7 * 4
@@ -106,7 +106,7 @@ def save_job(spec: QuantSpec, chain: Chain, drawn: CalibrationSet, root: Path) -
 
 def solved_layers(job: QuantJob, chain: Chain, logs: Path) -> set[int]:
     seen: list[Progress] = []
-    target = "qwen_pipeline.engines.layerwise:quantize_directory"
+    target = "qwen_pipeline.quantization.layerwise:quantize_directory"
     run_worker(chain.engine.python, target, job.to_json(), log=logs / "log", observe=seen.append)
     return {event.done for event in seen}
 

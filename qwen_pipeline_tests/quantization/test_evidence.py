@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.engines.evidence import (
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.evidence import (
     EVIDENCE,
     Evidence,
     compare_evidence,
@@ -16,9 +17,8 @@ from qwen_pipeline.engines.evidence import (
     summarize,
     write_evidence,
 )
-from qwen_pipeline.engines.evidence_plot import draw_evidence
-from qwen_pipeline.engines.losses import ModuleLoss
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.losses import ModuleLoss
+from qwen_pipeline.quantization.plot import draw_evidence
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.code_parts import word_of
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.engines.autogptq import LossReader, quantize_directory
-from qwen_pipeline.engines.protocol import QuantJob, QuantSpec
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Progress, unobserved
+from qwen_pipeline.quantization.autogptq import LossReader, quantize_directory
+from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
 
 
 @pytest.fixture

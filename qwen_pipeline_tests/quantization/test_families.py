@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.engines.protocol import QuantSpec
 from qwen_pipeline.layerwise.forward import Passage, advance
 from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
-from qwen_pipeline_tests.engines.targets import LAST_LAYER, logits, windows
 from qwen_pipeline_tests.layouts import Layout, layouts_of
+from qwen_pipeline_tests.quantization.targets import LAST_LAYER, logits, windows
 from qwen_pipeline_tests.rounding import dequantized
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
@@ -49,7 +49,7 @@ def quantized(cases: Sequence[Case], root: Path) -> Path:
     (root / "out").mkdir()
     run_worker(
         find_environment("gptqmodel").python,
-        "qwen_pipeline_tests.engines.targets:quantize_families",
+        "qwen_pipeline_tests.quantization.targets:quantize_families",
         {"sources": {n: str(s) for n, s in sources.items()}, "out": str(root / "out"), "quant": SPEC.to_json()},
         log=root / "log",
     )
