@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT
 
 MERGEKIT = "mergekit==0.1.5"
 COPY, START, PEFT, WHOLE_MODEL_PAD, WITH_MERGEKIT = "cp -r", "start", "PEFT merge", "whole-model pad", "mergekit"

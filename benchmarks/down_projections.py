@@ -33,7 +33,7 @@ from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization import solver
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
-from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.splitting import split_map

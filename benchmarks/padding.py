@@ -30,7 +30,7 @@ from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.quantization.spec import EngineName, QuantSpec
-from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.stages import pad, quantize
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 
 ROOM = "qwen_pipeline"
 STEPS: Mapping[str, Sequence[tuple[str, str]]] = {

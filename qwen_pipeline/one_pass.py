@@ -18,8 +18,8 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import plan_padding, with_towers
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.planning import NO_TARGETS, Targets
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.tensor_parallel.plan import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint

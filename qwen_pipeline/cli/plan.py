@@ -13,9 +13,9 @@ from qwen_pipeline.cli.answers import Answer, answering
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qwen_pipeline.qwen.divisions import Division
-    from qwen_pipeline.qwen.planning import Option
-    from qwen_pipeline.qwen.serving import Serving
+    from qwen_pipeline.qwen.tensor_parallel.engines import Serving
+    from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
+    from qwen_pipeline.qwen.tensor_parallel.plan import Option
 
 app = typer.Typer()
 
@@ -57,10 +57,10 @@ def plan(
     from qwen_pipeline.models.hub import load_config
     from qwen_pipeline.one_pass import outlay
     from qwen_pipeline.qwen.geometry import require_towers
-    from qwen_pipeline.qwen.outlook import outlook
-    from qwen_pipeline.qwen.planning import USUAL_ENGINE, fewer_ranks, options
-    from qwen_pipeline.qwen.serving import ENGINES, kernels_of, serving
-    from qwen_pipeline.qwen.tower_serving import tower_outlooks
+    from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, kernels_of, serving
+    from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
+    from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, fewer_ranks, options
+    from qwen_pipeline.qwen.tensor_parallel.towers import tower_outlooks
 
     config = load_config(model)
     targets = dict.fromkeys(engine or [USUAL_ENGINE], sorted(set(tp)))
@@ -155,7 +155,7 @@ def _before_and_after(
     config: dict[str, Any], chosen: "Option | None", group_size: int, ranks: int
 ) -> "list[tuple[str, Division]]":
     """Return the divisions that are worth a picture, with captions: those that a rank's end cuts, or that change."""
-    from qwen_pipeline.qwen.divisions import divisions
+    from qwen_pipeline.qwen.tensor_parallel.feasibility import divisions
 
     before = divisions(config, group_size=group_size, ranks=ranks)
     after = divisions(chosen.config, group_size=chosen.group_size, ranks=ranks) if chosen else before

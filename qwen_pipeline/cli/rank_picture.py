@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from qwen_pipeline.qwen.divisions import Division
+from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 
 COLUMNS = 72
 """Of the bars; every rank gets the same number of them."""

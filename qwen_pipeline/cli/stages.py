@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwen_pipeline.cli.answers import Answer, answering
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 
 if TYPE_CHECKING:
     from qwen_pipeline.checkpoint.store.destinations import Artifact

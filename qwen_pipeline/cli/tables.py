@@ -14,7 +14,7 @@ from qwen_pipeline.reports import CheckReport, load_reports, shown
 if TYPE_CHECKING:  # no command waits for what only another shows
     from qwen_pipeline.evaluation.regression import Change
     from qwen_pipeline.qwen.geometry import PadPlan
-    from qwen_pipeline.qwen.outlook import DegreeOutlook
+    from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook
     from qwen_pipeline.standing import FineTuneStanding
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qwen_pipeline.qwen.tower_serving import TowerOutlook, TowerServing
+from qwen_pipeline.qwen.tensor_parallel.towers import TowerOutlook, TowerServing
 
 
 def tower_data(outlooks: Sequence[TowerOutlook], *, asked: bool) -> list[dict[str, Any]]:

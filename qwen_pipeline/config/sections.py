@@ -16,9 +16,9 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.served import ServedRole, ServingEngine
 from qwen_pipeline.evaluation.target_findings import Target
 from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.planning import Targets, served_degrees
-from qwen_pipeline.qwen.serving import kernels_of
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
+from qwen_pipeline.qwen.tensor_parallel.plan import Targets, served_degrees
 from qwen_pipeline.text.records import SUFFIXES
 
 

@@ -9,7 +9,7 @@ from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.samples import Sample
 from qwen_pipeline.evaluation.served import Served
 from qwen_pipeline.evaluation.tasks import Score
-from qwen_pipeline.qwen.outlook import DegreeOutlook
+from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure import Structure

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qwen_pipeline.plotting import BETTER, INK, WORSE
-from qwen_pipeline.qwen.divisions import Division
+from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 
 
 def draw_ranks(rows: Sequence[tuple[str, Division]], path: Path) -> None:

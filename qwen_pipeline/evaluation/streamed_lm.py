@@ -25,7 +25,7 @@ from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.stopping import stop_tokens
+from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline.text.records import load_tokenizer
 
 ANSWER_TOKENS = 256

@@ -6,7 +6,7 @@ from math import isfinite
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.figures import DivergenceFigures
-from qwen_pipeline.qwen.serving import Verdict, kernels_of
+from qwen_pipeline.qwen.tensor_parallel.engines import Verdict, kernels_of
 
 ANY_ENGINE = "any engine"
 """Stands for a loader that cuts evenly and does nothing else, where no engine is declared."""

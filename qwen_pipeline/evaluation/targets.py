@@ -12,10 +12,10 @@ from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, Sliced, Ta
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import head_obstacles
-from qwen_pipeline.qwen.outlook import DegreeOutlook, outlook
-from qwen_pipeline.qwen.planning import obstacle_of
-from qwen_pipeline.qwen.serving import ENGINES, Verdict, kernels_of, serving, worst_of
-from qwen_pipeline.qwen.tower_serving import tower_obstacles
+from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, kernels_of, serving, worst_of
+from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook, outlook
+from qwen_pipeline.qwen.tensor_parallel.plan import obstacle_of
+from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.transforms.gptq_codes import GptqFormat, gptq_format
 
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.qwen.families import SizeField, TowerField
-from qwen_pipeline.qwen.outlook import outlook
-from qwen_pipeline.qwen.tower_serving import tower_obstacles
+from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
+from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tensor-parallel degrees that a card speaks about."""

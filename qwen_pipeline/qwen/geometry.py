@@ -23,7 +23,7 @@ from qwen_pipeline.qwen.layers import (
     required,
     size_fields,
 )
-from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.qwen.towers import towers_of
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from qwen_pipeline.checkpoint.store.source import Source, open_source
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
+from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding, with_towers
 from qwen_pipeline.qwen.layers import required
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.planning import NO_TARGETS, USUAL_ENGINE, Targets, padding_for, served_degrees
-from qwen_pipeline.qwen.precision import require_full_precision
-from qwen_pipeline.qwen.tower_serving import tower_obstacles
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.tensor_parallel.plan import NO_TARGETS, USUAL_ENGINE, Targets, padding_for, served_degrees
+from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.padding import pad as pad_checkpoint
 from qwen_pipeline.transforms.splitting import choose_splits

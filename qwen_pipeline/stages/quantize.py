@@ -32,8 +32,8 @@ from qwen_pipeline.quantization.engine_output import Delivery
 from qwen_pipeline.quantization.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
 from qwen_pipeline.quantization.losses import ModuleLoss, read_losses
 from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
+from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.packed import quantized_checkpoint
 from qwen_pipeline.workers.environments import EngineEnvironment

@@ -32,9 +32,8 @@ from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
 from qwen_pipeline.quantization.evidence import load_evidence
 from qwen_pipeline.quantization.spec import Device, default_device
+from qwen_pipeline.qwen.config import require_full_precision, stop_tokens
 from qwen_pipeline.qwen.families import text_config
-from qwen_pipeline.qwen.precision import require_full_precision
-from qwen_pipeline.qwen.stopping import stop_tokens
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.text.records import encode_prompt, load_tokenizer
 from qwen_pipeline.text.windows import spread, token_windows

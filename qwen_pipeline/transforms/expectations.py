@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from qwen_pipeline.qwen.names import place_of
-from qwen_pipeline.qwen.slots import slots_of
+from qwen_pipeline.qwen.tensor_slices import slots_of
 from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.recipes import MergePlan
 from qwen_pipeline.transforms.saved import are_equal, stored

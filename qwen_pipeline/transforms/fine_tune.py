@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import is_tied, place_values
-from qwen_pipeline.qwen.precision import require_full_precision
 from qwen_pipeline.transforms.vocabulary import vocabulary_of
 
 _TOKENIZER = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import LazyTensor
-from qwen_pipeline.qwen.slots import Slot, slots_of
+from qwen_pipeline.qwen.tensor_slices import Slot, slots_of
 from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.low_rank import LowRank, Term, transposed

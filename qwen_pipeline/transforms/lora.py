@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import AdapterRefused, listed
-from qwen_pipeline.qwen.precision import require_full_precision
+from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.transforms.adapter import require_finite
 from qwen_pipeline.transforms.adapter_set import AdapterSet
 from qwen_pipeline.transforms.crossing import Crossing, Paddings, crossing_of

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
-from qwen_pipeline.qwen.slots import Slot
+from qwen_pipeline.qwen.tensor_slices import Slot
 from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.dora import renormed_columns, renormed_rows
 from qwen_pipeline.transforms.low_rank import Term, transposed, updated

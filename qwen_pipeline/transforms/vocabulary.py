@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.families import is_tied, places_of, require_family
 from qwen_pipeline.qwen.names import Place, spellings
-from qwen_pipeline.qwen.slots import slots_of
+from qwen_pipeline.qwen.tensor_slices import slots_of
 from qwen_pipeline.transforms.adapter import Adapter
 from qwen_pipeline.transforms.low_rank import Term
 from qwen_pipeline.transforms.recipes import MergePlan, Recipe, TokenRows

@@ -13,8 +13,8 @@ from qwen_pipeline.evaluation.samples import Answer, Sample
 from qwen_pipeline.evaluation.structure import Structure
 from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
 from qwen_pipeline.evaluation.weights import PaddingFindings, WeightError
-from qwen_pipeline.qwen.outlook import outlook
-from qwen_pipeline.qwen.serving import Verdict
+from qwen_pipeline.qwen.tensor_parallel.engines import Verdict
+from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
 from qwen_pipeline.reports import CheckReport
 
 CONFIG = {

@@ -25,7 +25,7 @@ from qwen_pipeline.evaluation.serving import serve
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Progress, unobserved
-from qwen_pipeline.qwen.stopping import stop_tokens
+from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline_tests.evaluation.completions_server import DEADLY, STOP, WORDLESS
 from qwen_pipeline_tests.evaluation.vllm import assert_served_where_there_is_a_kernel, has_kernel, served_by_vllm
 from qwen_pipeline_tests.rounding import round_to_codes

@@ -13,7 +13,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoin
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.qwen.stopping import GENERATION_CONFIG, stop_tokens
+from qwen_pipeline.qwen.config import GENERATION_CONFIG, stop_tokens
 from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2

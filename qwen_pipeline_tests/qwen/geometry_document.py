@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_pipeline.qwen.geometry import head_obstacles, tower_sizes
-from qwen_pipeline.qwen.planning import options
-from qwen_pipeline.qwen.serving import ENGINES, Verdict, serving
-from qwen_pipeline.qwen.tower_serving import TOWER_RULES, tower_serving
+from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, serving
+from qwen_pipeline.qwen.tensor_parallel.plan import options
+from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, tower_serving
 from qwen_pipeline.qwen.towers import towers_of
 from qwen_pipeline_tests.qwen.published import PUBLISHED, TOWERS, Published, PublishedTower, as_config
 

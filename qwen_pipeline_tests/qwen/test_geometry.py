@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import dump_plan, load_plan, plan_padding
-from qwen_pipeline.qwen.layouts import Layout
-from qwen_pipeline.qwen.outlook import outlook
+from qwen_pipeline.qwen.padding_spec import Layout
+from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
 
 QWEN2_72B: dict[str, Any] = {
     "model_type": "qwen2",

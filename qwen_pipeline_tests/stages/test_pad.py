@@ -15,7 +15,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
-from qwen_pipeline.qwen.planning import Targets
+from qwen_pipeline.qwen.tensor_parallel.plan import Targets
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.pad import CHECKS, pad
 from qwen_pipeline.transforms.padding import source_map

@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.geometry import load_plan
-from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import CHECKS, unpad

@@ -18,7 +18,7 @@ from qwen_pipeline.errors import AdapterRefused, InputRefused
 from qwen_pipeline.models.open import materialize
 from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.qwen.geometry import load_plan
-from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad

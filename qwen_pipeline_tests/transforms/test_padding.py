@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan, load_plan, plan_padding
-from qwen_pipeline.qwen.layouts import Layout
+from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.transforms.padding import pad, unpad
 from qwen_pipeline.transforms.splitting import choose_splits
 from qwen_pipeline_tests.in_memory import read_in_blocks

@@ -3,7 +3,7 @@
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.serving import ENGINES, VERDICTS, kernels_of, serving
+from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, VERDICTS, kernels_of, serving
 from qwen_pipeline_tests.qwen.published import config_of
 from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.divisions import divisions
-from qwen_pipeline.qwen.planning import fewer_ranks, options, padding_for, quantized_bytes
+from qwen_pipeline.qwen.tensor_parallel.feasibility import divisions
+from qwen_pipeline.qwen.tensor_parallel.plan import fewer_ranks, options, padding_for, quantized_bytes
 from qwen_pipeline_tests.qwen.published import DEFAULTS, PUBLISHED, Published, as_config, config_of
 from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
 

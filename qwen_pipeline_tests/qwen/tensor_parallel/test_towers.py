@@ -11,7 +11,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.target_findings import Target
 from qwen_pipeline.evaluation.targets import outlook_on
 from qwen_pipeline.qwen.families import FAMILIES
-from qwen_pipeline.qwen.tower_serving import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
+from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
 from qwen_pipeline.qwen.towers import TOWERS, towers_of
 from qwen_pipeline_tests.qwen.published import DEFAULTS, QWEN2_5_VL_3B, PublishedTower
 from qwen_pipeline_tests.qwen.published import TOWERS as PUBLISHED_TOWERS

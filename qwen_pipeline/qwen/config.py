@@ -1,5 +1,6 @@
-"""Whether weights are full precision, the form that arithmetic on channels and low-rank updates needs."""
+"""Facts of a model's configs: whether its weights are full precision, and which tokens end an answer."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -35,3 +36,18 @@ def _quantization(checkpoint: Checkpoint) -> str | None:
 def _method(settings: Mapping[str, Any]) -> str:
     bits = settings.get("bits")
     return str(settings.get("quant_method", "unknown method")) + (f", {bits} bit" if bits else "")
+
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def stop_tokens(checkpoint: Checkpoint) -> frozenset[int]:
+    """Return the ``eos_token_id`` of ``generation_config.json``, one or several; without the file, of ``config.json``.
+
+    A generation config that names none stops nowhere, whatever ``config.json`` says.
+    """
+    if file := checkpoint.sidecars.get(GENERATION_CONFIG):
+        ids = json.loads(file.read_text()).get("eos_token_id")
+    else:
+        ids = checkpoint.config.get("eos_token_id", text_config(checkpoint.config).get("eos_token_id"))
+    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -8,8 +8,8 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, declares_tied, text_config
 from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
-from qwen_pipeline.qwen.layouts import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.serving import VERDICTS, Serving, Verdict, serving, worst_of
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.tensor_parallel.engines import VERDICTS, Serving, Verdict, serving, worst_of
 
 BITS = 4
 SCALE_BITS = 16 + BITS
