@@ -37,7 +37,7 @@ from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight
-from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 from qwen_pipeline_tests.rounding import rounded
 
 BAR = 0.7

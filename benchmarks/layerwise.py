@@ -318,7 +318,7 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
 
 def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.Tensor]]:
     """Return the reference and the candidates by name, and windows that calibration has not seen."""
-    from qwen_pipeline.transforms.packed import quantized_checkpoint
+    from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 
     source = open_checkpoint(Path(spec["source"]))
     quantization = QuantSpec(**spec["quant"]).quantization_config("benchmark:0")

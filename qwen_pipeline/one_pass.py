@@ -21,8 +21,8 @@ from qwen_pipeline.qwen.geometry import plan_padding, with_towers
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.tensor_parallel.plan import NO_TARGETS, Targets
 from qwen_pipeline.stages import merge, pad
-from qwen_pipeline.transforms.adapter_set import AdapterSet
-from qwen_pipeline.transforms.padding import pad as pad_checkpoint
+from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
+from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 
 
 def merge_and_pad(

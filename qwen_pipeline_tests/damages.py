@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qwen_pipeline.transforms.gptq_codes import CODES, pack_rows, unpack_rows
+from qwen_pipeline.transforms.codes.gptq import CODES, pack_rows, unpack_rows
 from qwen_pipeline_tests.chain import GROUP_SIZE
 from qwen_pipeline_tests.rounding import round_to_codes, rounded
 

@@ -7,9 +7,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-from qwen_pipeline.transforms.adapter import open_adapter
-from qwen_pipeline.transforms.adapter_set import single
-from qwen_pipeline.transforms.lora import merge_lora
+from qwen_pipeline.transforms.lora.adapter import open_adapter
+from qwen_pipeline.transforms.lora.adapter_set import single
+from qwen_pipeline.transforms.lora.merge import merge_lora
 
 
 def peft_merge(base: Path, adapter: Path, *, dtype: torch.dtype) -> dict[str, torch.Tensor]:

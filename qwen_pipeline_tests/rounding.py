@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.qwen.linears import Linear, decoder_linears, load_weight
-from qwen_pipeline.transforms.gptq_codes import gptq_format, pack_rows
+from qwen_pipeline.transforms.codes.gptq import gptq_format, pack_rows
 
 MIDDLE = 8
 

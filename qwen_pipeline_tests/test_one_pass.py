@@ -16,7 +16,7 @@ from qwen_pipeline.models.open import materialize, open_model
 from qwen_pipeline.one_pass import merge_and_pad, outlay
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.pad import pad
-from qwen_pipeline.transforms.adapter_set import weighted
+from qwen_pipeline.transforms.lora.adapter_set import weighted
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 from qwen_pipeline_tests.whole import load_model
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qwen_pipeline.transforms.gptq_codes import CODES
+from qwen_pipeline.transforms.codes.gptq import CODES
 from qwen_pipeline_tests.chain import GROUP_SIZE
 from qwen_pipeline_tests.damages import (
     DOWN,

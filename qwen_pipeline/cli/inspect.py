@@ -15,8 +15,8 @@ from qwen_pipeline.cli.answers import Answer, answering
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qwen_pipeline.transforms.adapter_set import AdapterSet
-    from qwen_pipeline.transforms.recipes import Recipe
+    from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
+    from qwen_pipeline.transforms.lora.plan import Recipe
 
 app = typer.Typer()
 _UNSET: tuple[object, ...] = (False, "none", (), {})
@@ -43,8 +43,8 @@ def inspect(
     from qwen_pipeline.errors import InputRefused
     from qwen_pipeline.models.open import paddings_of
     from qwen_pipeline.stages.merge import base_report, open_fine_tune
-    from qwen_pipeline.transforms.fine_tune import adopt
-    from qwen_pipeline.transforms.lora import merge_lora
+    from qwen_pipeline.transforms.lora.fine_tune import adopt
+    from qwen_pipeline.transforms.lora.merge import merge_lora
 
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None}
     view: list[Table | str] = []
@@ -72,7 +72,7 @@ def inspect(
 
 def _declared(root: Path) -> dict[str, Any]:
     """Return what the settings of an adapter call it, also if it is refused."""
-    from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG
+    from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 
     try:
         settings = json.loads((root / ADAPTER_CONFIG).read_bytes())

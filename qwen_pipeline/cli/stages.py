@@ -13,7 +13,7 @@ from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 if TYPE_CHECKING:
     from qwen_pipeline.checkpoint.store.destinations import Artifact
     from qwen_pipeline.progress import Observe
-    from qwen_pipeline.transforms.adapter_set import AdapterSet
+    from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 
 app = typer.Typer()
 
@@ -421,7 +421,7 @@ def compare(before: Path, now: Path) -> Answer:
 
 
 def _fine_tune(adapters: list[Path], weights: list[float] | None, combine: CombinationChoice) -> "Path | AdapterSet":
-    from qwen_pipeline.transforms.adapter_set import weighted
+    from qwen_pipeline.transforms.lora.adapter_set import weighted
 
     several = len(adapters) > 1 or weights
     return weighted(adapters, weights or [], combination=combine.value) if several else adapters[0]

@@ -27,8 +27,8 @@ from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize
 from qwen_pipeline.qwen.layers import Matrix, head_geometry, layer_matrices
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.code_parts import Widening
-from qwen_pipeline.transforms.gptq_codes import CODES, GptqFormat, PackedLinear, gptq_format, in_order
+from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear, gptq_format, in_order
+from qwen_pipeline.transforms.codes.parts import Widening
 
 SLICE = 64
 """Outputs of a row-parallel layer that are compared; of a column-parallel one, half as many at each end of a share."""

@@ -8,7 +8,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import Manifest, find_manifest
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resized_config
-from qwen_pipeline.transforms.padding import pad
+from qwen_pipeline.transforms.padding.pad import pad
 
 QUANTIZED_STAGE, REPAIRED = "quantized", "repaired"
 """The stage that makes codes, and the one whose manifests tell what was added to them."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.transforms.code_parts import Dimension
-from qwen_pipeline.transforms.gptq_codes import PackedLinear, in_order
+from qwen_pipeline.transforms.codes.gptq import PackedLinear, in_order
+from qwen_pipeline.transforms.codes.parts import Dimension
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.ranks import weight_over_ranks
 from qwen_pipeline.progress import Observe, Progress, unobserved
-from qwen_pipeline.transforms.code_format import CodeFormat
-from qwen_pipeline.transforms.code_parts import Widening, widened
-from qwen_pipeline.transforms.gptq_codes import PackedLinear
+from qwen_pipeline.transforms.codes.formats import CodeFormat
+from qwen_pipeline.transforms.codes.gptq import PackedLinear
+from qwen_pipeline.transforms.codes.parts import Widening, widened
 
 
 @dataclass(slots=True)

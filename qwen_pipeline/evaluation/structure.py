@@ -20,7 +20,7 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.weights import Comparison, PaddingFindings, WeightError, check_padding, compare_weight
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.gptq_codes import CODES, GptqFormat, PackedLinear, gptq_format
+from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear, gptq_format
 
 SAVERS_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
 """Config fields that say how and by whom a checkpoint was saved; all others say what it computes."""

@@ -16,7 +16,7 @@ from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, kernels
 from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook, outlook
 from qwen_pipeline.qwen.tensor_parallel.plan import obstacle_of
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
-from qwen_pipeline.transforms.gptq_codes import GptqFormat, gptq_format
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format
 
 
 def find_targets(

@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.groups import GroupFaults
 from qwen_pipeline.qwen.linears import Linear, load_weight
-from qwen_pipeline.transforms.gptq_codes import PackedLinear, unpack_rows
+from qwen_pipeline.transforms.codes.gptq import PackedLinear, unpack_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.families import stored_head
 from qwen_pipeline.qwen.names import decoder_prefix
-from qwen_pipeline.transforms.gptq_codes import CODES, PackedLinear, gptq_format
+from qwen_pipeline.transforms.codes.gptq import CODES, PackedLinear, gptq_format
 
 READERS = 8
 """Threads that read: one alone does not keep a fast disk busy."""

@@ -15,8 +15,8 @@ from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import DestinationRefused, InputRefused, PipelineError
-from qwen_pipeline.transforms.adapter import ADAPTER_CONFIG
-from qwen_pipeline.transforms.adapter_set import ADAPTER_SET
+from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
+from qwen_pipeline.transforms.lora.adapter_set import ADAPTER_SET
 
 MARKER = ".complete"
 PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".incomplete", ".crdownload", ".aria2")

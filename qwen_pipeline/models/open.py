@@ -23,11 +23,11 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.transforms.adapter import is_adapter, open_adapter
-from qwen_pipeline.transforms.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
-from qwen_pipeline.transforms.crossing import Paddings
-from qwen_pipeline.transforms.fine_tune import adopt
-from qwen_pipeline.transforms.lora import merge_lora
+from qwen_pipeline.transforms.lora.across_padding import Paddings
+from qwen_pipeline.transforms.lora.adapter import is_adapter, open_adapter
+from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
+from qwen_pipeline.transforms.lora.fine_tune import adopt
+from qwen_pipeline.transforms.lora.merge import merge_lora
 
 
 def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:

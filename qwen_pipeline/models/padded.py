@@ -6,7 +6,7 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.errors import AdapterRefused, InputRefused
 from qwen_pipeline.qwen.geometry import PadPlan, load_plan
-from qwen_pipeline.transforms.adapter_set import AdapterSet
+from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from qwen_pipeline.checkpoint.thread_pool import work_in_order
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.losses import ModuleLoss
 from qwen_pipeline.qwen.linears import Linear
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.codes.gptq import gptq_format
 
 EVIDENCE, PLOT = f"{LOGS}evidence.csv", f"{LOGS}evidence.png"
 

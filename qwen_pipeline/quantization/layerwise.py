@@ -36,8 +36,8 @@ from qwen_pipeline.quantization.input_groups import cohorts, require_known
 from qwen_pipeline.quantization.solver import Solved, solve
 from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, require_device, use_workshop
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.gptq_codes import CODES
-from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.transforms.codes.gptq import CODES
+from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

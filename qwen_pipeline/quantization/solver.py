@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.quantization.dead_channels import settle_dead_channels
 from qwen_pipeline.quantization.spec import QuantSpec
-from qwen_pipeline.transforms.code_parts import WORD_BITS, word_of
-from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear, gptq_format, pack_rows, unpack_rows
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, PackedLinear, gptq_format, pack_rows, unpack_rows
+from qwen_pipeline.transforms.codes.parts import WORD_BITS, word_of
 
 BLOCK_INPUTS = {"cpu": 256, "cuda": 2048}
 """Rows of a Hessian that are summed at a time; of each block only what is on and right of the diagonal is.

@@ -11,8 +11,8 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, report_on_modules
-from qwen_pipeline.transforms.code_format import code_format
-from qwen_pipeline.transforms.compressed_writer import as_compressed
+from qwen_pipeline.transforms.codes.formats import code_format
+from qwen_pipeline.transforms.codes.to_compressed_tensors import as_compressed
 
 STAGE = "exported"
 CODE_VERSION = "1"

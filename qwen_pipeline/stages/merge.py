@@ -17,10 +17,10 @@ from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.transforms.adapter import Adapter
-from qwen_pipeline.transforms.adapter_set import AdapterSet
-from qwen_pipeline.transforms.fine_tune import adopt, usage_files
-from qwen_pipeline.transforms.lora import Merged, merge_lora
+from qwen_pipeline.transforms.lora.adapter import Adapter
+from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
+from qwen_pipeline.transforms.lora.fine_tune import adopt, usage_files
+from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
 
 STAGE = "merged"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")

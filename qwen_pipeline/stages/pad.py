@@ -19,8 +19,8 @@ from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.tensor_parallel.plan import NO_TARGETS, USUAL_ENGINE, Targets, padding_for, served_degrees
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.transforms.padding import pad as pad_checkpoint
-from qwen_pipeline.transforms.splitting import choose_splits
+from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
+from qwen_pipeline.transforms.padding.splitting import choose_splits
 
 STAGE = "padded"
 CODE_VERSION = "5"

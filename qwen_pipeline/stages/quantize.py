@@ -35,7 +35,7 @@ from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.reports import dump_reports
-from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 from qwen_pipeline.workers.environments import EngineEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 

@@ -16,9 +16,9 @@ from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.transforms.code_format import CodeFormat, code_format
-from qwen_pipeline.transforms.repair import plan_repair, widenings
-from qwen_pipeline.transforms.repair import repair as repair_checkpoint
+from qwen_pipeline.transforms.codes.formats import CodeFormat, code_format
+from qwen_pipeline.transforms.codes.repair import plan_repair, widenings
+from qwen_pipeline.transforms.codes.repair import repair as repair_checkpoint
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.repaired import RepairFindings

@@ -13,7 +13,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.transforms.padding import unpad as unpad_checkpoint
+from qwen_pipeline.transforms.padding.pad import unpad as unpad_checkpoint
 
 STAGE = "unpadded"
 CODE_VERSION = "1"

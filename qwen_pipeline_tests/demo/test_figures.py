@@ -16,7 +16,7 @@ from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline_tests.in_transformers import in_transformers
 from qwen_pipeline_tests.rounding import round_to_codes
 

@@ -13,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2

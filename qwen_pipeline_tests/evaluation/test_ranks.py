@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.ranks import weight_over_ranks
-from qwen_pipeline.transforms.code_format import code_format
-from qwen_pipeline.transforms.repair import plan_repair, repair
+from qwen_pipeline.transforms.codes.formats import code_format
+from qwen_pipeline.transforms.codes.repair import plan_repair, repair
 from qwen_pipeline_tests.codes import METHODS, Codes, Method, Packing, write_checkpoint_of_codes
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"

@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.structure import Structure, check_structure
 from qwen_pipeline.qwen.linears import decoder_linears
-from qwen_pipeline.transforms.gptq_codes import gptq_format, pack_rows, unpack_rows
+from qwen_pipeline.transforms.codes.gptq import gptq_format, pack_rows, unpack_rows
 from qwen_pipeline_tests.chain import Chain
 
 Tensors = dict[str, torch.Tensor]

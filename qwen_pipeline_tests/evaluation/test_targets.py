@@ -16,7 +16,7 @@ from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target, TargetF
 from qwen_pipeline.evaluation.targets import audible_cuts, find_targets
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.qwen.linears import decoder_linears
-from qwen_pipeline.transforms.gptq_codes import PackedLinear, gptq_format
+from qwen_pipeline.transforms.codes.gptq import PackedLinear, gptq_format
 from qwen_pipeline_tests.rounding import round_to_codes, rounded
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 

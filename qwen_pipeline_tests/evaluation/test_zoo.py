@@ -12,9 +12,9 @@ from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target
 from qwen_pipeline.evaluation.targets import find_targets
 from qwen_pipeline.qwen.geometry import plan_padding
 from qwen_pipeline.stages.pad import pad
-from qwen_pipeline.transforms.code_format import code_format
-from qwen_pipeline.transforms.padding import pad as padded_view
-from qwen_pipeline.transforms.repair import plan_repair, repair
+from qwen_pipeline.transforms.codes.formats import code_format
+from qwen_pipeline.transforms.codes.repair import plan_repair, repair
+from qwen_pipeline.transforms.padding.pad import pad as padded_view
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain
 from qwen_pipeline_tests.damages import Healthy
 from qwen_pipeline_tests.rounding import round_to_codes

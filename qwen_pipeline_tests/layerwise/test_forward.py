@@ -11,7 +11,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.layerwise.forward import Passage, advance, logit_blocks
 from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2

@@ -18,7 +18,7 @@ from qwen_pipeline.quantization import gptqmodel, layerwise, solver
 from qwen_pipeline.quantization.layerwise import LayerLoop
 from qwen_pipeline.quantization.solver import Hessian, pack, solve
 from qwen_pipeline.quantization.spec import QuantSpec
-from qwen_pipeline.transforms.gptq_codes import GptqFormat, PackedLinear
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, PackedLinear
 
 LAST_LAYER = "layer-00001"
 

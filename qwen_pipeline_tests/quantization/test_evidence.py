@@ -20,7 +20,7 @@ from qwen_pipeline.quantization.evidence import (
 from qwen_pipeline.quantization.losses import ModuleLoss
 from qwen_pipeline.quantization.plot import draw_evidence
 from qwen_pipeline.qwen.linears import decoder_linears
-from qwen_pipeline.transforms.code_parts import word_of
+from qwen_pipeline.transforms.codes.parts import word_of
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain
 
 ROW = Evidence(

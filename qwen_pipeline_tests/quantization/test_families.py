@@ -14,7 +14,7 @@ from qwen_pipeline.layerwise.forward import Passage, advance
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
-from qwen_pipeline.transforms.packed import quantized_checkpoint
+from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.layouts import Layout, layouts_of

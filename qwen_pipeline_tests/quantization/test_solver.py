@@ -8,7 +8,7 @@ import torch
 from qwen_pipeline.quantization import solver
 from qwen_pipeline.quantization.losses import NOT_SOLVED
 from qwen_pipeline.quantization.solver import Hessian, pack
-from qwen_pipeline.transforms.gptq_codes import GptqFormat
+from qwen_pipeline.transforms.codes.gptq import GptqFormat
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
 

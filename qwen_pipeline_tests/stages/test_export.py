@@ -16,8 +16,8 @@ from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.export import check_weights, export
-from qwen_pipeline.transforms.compressed_writer import as_compressed
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.codes.gptq import gptq_format
+from qwen_pipeline.transforms.codes.to_compressed_tensors import as_compressed
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.evaluation.vllm import assert_served_where_there_is_a_kernel, served_by_vllm
 from qwen_pipeline_tests.rounding import round_to_codes

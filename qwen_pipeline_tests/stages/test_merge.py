@@ -21,7 +21,7 @@ from qwen_pipeline.errors import AdapterRefused, CheckFailed, InputRefused
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.merge import CHECKS, merge
-from qwen_pipeline.transforms.adapter import ADAPTER_WEIGHTS
+from qwen_pipeline.transforms.lora.adapter import ADAPTER_WEIGHTS
 from qwen_pipeline_tests.oracles import logits, peft_merge
 from qwen_pipeline_tests.tiny import VISION, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl
 

@@ -18,7 +18,7 @@ from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.tensor_parallel.plan import Targets
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.pad import CHECKS, pad
-from qwen_pipeline.transforms.padding import source_map
+from qwen_pipeline.transforms.padding.pad import source_map
 from qwen_pipeline_tests.oracles import logits
 from qwen_pipeline_tests.tiny import HIDDEN, tiny_qwen2, tiny_qwen3
 

@@ -30,7 +30,7 @@ from qwen_pipeline.quantization.spec import Device, EngineName, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.transforms.gptq_codes import gptq_format
+from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import DENSE_LINEARS, tiny_model, tiny_qwen2, tiny_qwen3

@@ -1,0 +1,151 @@
+"""The tensors of a packed layer as far as new channels go: which axis counts what, and which codes stand for zero.
+
+Channels are added in whole quantization groups, which are whole words as well: no live word is unpacked or rewritten,
+whatever a format means by its bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from qwen_pipeline.checkpoint.buffers import empty
+from qwen_pipeline.checkpoint.lazy import LazyTensor
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.qwen.geometry import PaddedSize
+from qwen_pipeline.transforms.padding.strided import copy_channels
+
+if TYPE_CHECKING:
+    import torch
+
+Dimension = Literal["in", "out"]
+WORD_BITS = 32
+QUIET_SCALE = 2.0**-14
+"""The scale of new channels, whose steps are zero: the smallest normal float16, so that no engine that normalizes by
+the largest scale of a layer meets a new one, and a power of two, so that products with it are exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widening:
+    """New channels along one dimension of a layer; ``size.positions()`` says where the live ones go."""
+
+    dimension: Dimension
+    size: PaddedSize
+
+
+class Part(Protocol):
+    """One tensor of a packed layer."""
+
+    def fits(self, spec: TensorSpec, by: Widening) -> bool:
+        """Whether a tensor's shape agrees with the live width."""
+        ...
+
+    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+        """Return the tensor with the new channels in it; itself if it does not count them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """``per`` channels of ``counts``, or of the inputs of a group, are one element of this axis."""
+
+    counts: Literal["in", "out", "groups"]
+    per: int = 1
+
+    def channels(self, by: Widening) -> int:
+        """Return how many of the channels that are widened one element stands for; 0 if it counts others."""
+        if self.counts == "groups":
+            return by.size.group_size if by.dimension == "in" else 0
+        return self.per if self.counts == by.dimension else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Elements(Part):
+    """A tensor of codes, scales or weights; new elements are ``fill``."""
+
+    axes: tuple[Axis, ...]
+    fill: float = 0
+
+    def fits(self, spec: TensorSpec, by: Widening) -> bool:
+        counted = [axis.channels(by) for axis in self.axes]
+        return len(spec.shape) == len(self.axes) and all(
+            length * per == by.size.live for length, per in zip(spec.shape, counted, strict=True) if per
+        )
+
+    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+        for index, axis in enumerate(self.axes):
+            if per := axis.channels(by):
+                positions = by.size.positions()[::per] // per
+                return widened(tensor, index, by.size.padded // per, positions, fill=self.fill)
+        return tensor
+
+
+class GroupNumbers(Part):
+    """The group of each input, ``g_idx``: live inputs keep theirs under its new number, new inputs get new groups."""
+
+    def fits(self, spec: TensorSpec, by: Widening) -> bool:
+        return len(spec.shape) == 1 and (by.dimension == "out" or spec.rows == by.size.live)
+
+    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+        import torch
+
+        if by.dimension == "out":
+            return tensor
+        spec = replace(tensor.spec, shape=(by.size.padded,))
+
+        def read(start: int, stop: int) -> "torch.Tensor":
+            positions = by.size.positions()
+            groups = torch.arange(by.size.padded) // by.size.group_size
+            new_number = groups[positions[:: by.size.group_size]]
+            groups[positions] = new_number[tensor.read(0, by.size.live).long()]
+            return groups[start:stop].to(spec.torch_dtype)
+
+        return LazyTensor(spec=spec, read=read)
+
+
+class StatedShape(Part):
+    """The shape [out, in] of the weight, stated as a tensor."""
+
+    def fits(self, spec: TensorSpec, by: Widening) -> bool:  # noqa: ARG002
+        return spec.shape == (2,)
+
+    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+        def read(start: int, stop: int) -> "torch.Tensor":
+            stated = tensor.read(0, 2).clone()
+            stated[("out", "in").index(by.dimension)] = by.size.padded
+            return stated[start:stop]
+
+        return LazyTensor(spec=tensor.spec, read=read)
+
+
+UNPACKED: Mapping[str, Part] = MappingProxyType(
+    {"weight": Elements((Axis("out"), Axis("in"))), "bias": Elements((Axis("out"),))}
+)
+"""The parts of a layer that was not quantized, and the bias of any."""
+
+
+def widened(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor", *, fill: float = 0) -> LazyTensor:
+    """Return the tensor with ``width`` elements along ``axis`` (0, 1): its own at ``positions``, ``fill`` elsewhere."""
+    import torch
+
+    shape = list(tensor.spec.shape)
+    shape[axis] = width
+    spec = replace(tensor.spec, shape=tuple(shape))
+
+    def read_rows(start: int, stop: int) -> "torch.Tensor":
+        first, last = (int(n) for n in torch.searchsorted(positions, torch.tensor([start, stop])))
+        block = empty((stop - start, *shape[1:]), spec.torch_dtype).fill_(fill)
+        live = torch.arange(last - first)
+        return copy_channels(tensor.read(first, last), live, block, positions[first:last] - start, axis=0)
+
+    def read_columns(start: int, stop: int) -> "torch.Tensor":
+        block = empty((stop - start, *shape[1:]), spec.torch_dtype).fill_(fill)
+        return copy_channels(tensor.read(start, stop), torch.arange(len(positions)), block, positions, axis=1)
+
+    return LazyTensor(spec=spec, read=read_rows if axis == 0 else read_columns)
+
+
+def word_of(code: int, bits: int) -> int:
+    """Return the int32 word that holds one code at each of its places."""
+    word = sum(code << shift for shift in range(0, WORD_BITS, bits))
+    return word - (word >> (WORD_BITS - 1) << WORD_BITS)

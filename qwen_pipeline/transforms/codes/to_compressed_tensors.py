@@ -1,0 +1,113 @@
+"""GPTQ's codes as compressed-tensors' ``pack-quantized``, vLLM's own format: the same integers, the other way round.
+
+Both formats fill a word from its lowest bits with consecutive inputs; GPTQ has words by outputs, compressed-tensors
+outputs by words (:mod:`qwen_pipeline.transforms.codes.compressed_tensors`). Nothing is computed but transposes, and of
+asymmetric codes the zero points that the older GPTQ format stores less one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format, pack_rows, unpack_rows
+
+if TYPE_CHECKING:
+    import torch
+
+_EMBEDDINGS = ("embed_tokens", "embedding")
+
+
+def as_compressed(quantized: Checkpoint) -> Checkpoint:
+    """Return a GPTQ checkpoint in the format ``pack-quantized``.
+
+    Raises:
+        CheckpointRefused: It is no GPTQ checkpoint of 4 or 8 bits.
+    """
+    form = gptq_format(quantized.config)
+    tensors: dict[str, LazyTensor] = {}
+    shards: dict[str, str] = {}
+    for name, tensor in quantized.tensors.items():
+        module, _, code = name.rpartition(".")
+        if code == "qweight":
+            new = dict(_compressed(quantized, module, form))
+        elif f"{module}.qweight" in quantized and code in ("qzeros", "scales", "g_idx"):
+            continue
+        else:
+            new = {name: tensor}
+        for new_name, new_tensor in new.items():
+            tensors[new_name], shards[new_name] = new_tensor, quantized.shards[name]
+    config = {**quantized.config, "quantization_config": compressed_config(quantized, form)}
+    return replace(quantized, tensors=tensors, shards=shards, config=config, config_bytes=None)
+
+
+def compressed_config(quantized: Checkpoint, form: GptqFormat) -> dict[str, Any]:
+    """Return the ``quantization_config``; linear layers that are not quantized are named one by one."""
+    names = (name.removesuffix(".weight") for name in quantized if name.endswith(".weight"))
+    kept = [name for name in names if len(quantized[f"{name}.weight"].shape) == 2 and not _is_embedding(name)]
+    weights = {
+        "num_bits": form.bits,
+        "type": "int",
+        "symmetric": form.sym,
+        "strategy": "group",
+        "group_size": form.group_size,
+        "actorder": "group" if form.desc_act else None,
+        "dynamic": False,
+    }
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": list(dict.fromkeys([*kept, "lm_head"])),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _is_embedding(module: str) -> bool:
+    return any(part in _EMBEDDINGS for part in module.split("."))
+
+
+def _compressed(quantized: Checkpoint, module: str, form: GptqFormat) -> Iterator[tuple[str, LazyTensor]]:
+    words, outputs = quantized[f"{module}.qweight"].shape
+    inputs = words * form.codes_per_word
+    yield f"{module}.weight_packed", _transposed(quantized.tensors[f"{module}.qweight"])
+    yield f"{module}.weight_scale", _transposed(quantized.tensors[f"{module}.scales"])
+    yield f"{module}.weight_shape", _shape(outputs, inputs)
+    if not form.sym:
+        yield f"{module}.weight_zero_point", _zero_points(quantized.tensors[f"{module}.qzeros"], form)
+    if form.desc_act:
+        yield f"{module}.weight_g_idx", quantized.tensors[f"{module}.g_idx"]
+
+
+def _transposed(tensor: LazyTensor) -> LazyTensor:
+    """Turn a matrix round; rows of the result are read as columns of the file."""
+    rows, columns = tensor.spec.shape
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        if stored := tensor.stored:
+            return stored.file.load_columns(stored.name, start, stop).T.contiguous()
+        return tensor.read(0, rows)[:, start:stop].T.contiguous()
+
+    return LazyTensor(spec=TensorSpec(dtype=tensor.spec.dtype, shape=(columns, rows)), read=read)
+
+
+def _zero_points(tensor: LazyTensor, form: GptqFormat) -> LazyTensor:
+    groups, words = tensor.spec.shape
+    highest = 2**form.bits - 1
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        stored_OG = unpack_rows(tensor.read(0, groups)[:, start:stop].T.contiguous(), form.bits)
+        return pack_rows((stored_OG + form.stored_zero_offset) & highest, form.bits)
+
+    return LazyTensor(spec=TensorSpec(dtype="I32", shape=(words, groups)), read=read)
+
+
+def _shape(outputs: int, inputs: int) -> LazyTensor:
+    import torch
+
+    value = torch.tensor([outputs, inputs], dtype=torch.int64)
+    return LazyTensor(spec=TensorSpec(dtype="I64", shape=(2,)), read=lambda start, stop: value[start:stop])

@@ -1,0 +1,198 @@
+"""A PEFT LoRA as saved on disk: its settings, and what each of its tensors is. Headers only.
+
+What cannot be merged exactly is refused by name, also settings that nobody has heard of: an adapter is merged
+completely or not at all.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from shlex import quote
+from typing import Any, cast
+
+from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest, is_finite
+from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
+from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
+from qwen_pipeline.errors import AdapterRefused, listed
+from qwen_pipeline.transforms.lora.adapter_tensors import AdapterTensors, Factors, sort_tensors
+from qwen_pipeline.transforms.lora.settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """An adapter whose every tensor has one meaning.
+
+    Attributes:
+        config: The parsed ``adapter_config.json``.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    settings: LoraSettings
+    weights: SafetensorsFile
+    tensors: AdapterTensors
+
+    @property
+    def base_name(self) -> str | None:
+        """The base it was trained on, as its trainer called it."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of the base, if its trainer named one."""
+        return self.config.get("revision")
+
+    @property
+    def sidecars(self) -> dict[str, Path]:
+        return open_sidecars(self.root)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weights.specs[name].shape
+
+    def scaling(self, factors: Factors) -> float:
+        return self.settings.scaling(factors.pattern_key)
+
+    def experts(self, factors: Factors) -> int:
+        """Return how many matrices an update consists of."""
+        return self.shape(factors.down)[0] // self.rank(factors) if factors.layout == "experts" else 1
+
+    def update_shape(self, factors: Factors) -> tuple[int, ...]:
+        """Return the shape of one matrix of an update: ``[O, I]``, for a convolution ``[O, ...]`` as its kernel's."""
+        up, down = self.shape(factors.up), self.shape(factors.down)
+        return (up[1], down[0]) if factors.layout == "embedding" else (up[0], *down[1:])
+
+    def digest(self) -> str:
+        """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
+        files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
+        return directory_digest(files)
+
+    def rank(self, factors: Factors) -> int:
+        """Return the rank of an update, for stacks of experts of each of their matrices."""
+        return self.settings.rank(factors.pattern_key)
+
+    def grouped(self) -> Iterator[str]:
+        """Yield the modules whose ``lora_B`` is a convolution in groups: each output sees a part of the rank."""
+        for factors in self.tensors.factors.values():
+            if factors.layout == "linear" and len(self.shape(factors.down)) == len(up := self.shape(factors.up)) > 2:
+                seen, rank = up[1], self.rank(factors)
+                if seen < rank and rank % seen == 0:
+                    yield factors.parameter.removesuffix(".weight")
+
+    def misshapen(self) -> Iterator[str]:
+        """Yield the tensors whose shapes contradict each other or the settings, as a message names them."""
+        for factors in self.tensors.factors.values():
+            if not self._fits(factors):
+                shapes = " and ".join(f"{name} {list(self.shape(name))}" for name in factors.names)
+                yield f"{shapes} (expected rank {self.rank(factors)})"
+        for module, name in self.tensors.tokens.items():
+            rows = len(self.settings.tokens_of(module))
+            if len(self.shape(name)) != 2 or self.shape(name)[0] != rows:
+                yield f"{name} {list(self.shape(name))} (expected {rows} rows)"
+        for name, path in (self.tensors.twins | self.tensors.originals).items():
+            if self.shape(name) != self.shape(self.tensors.saved[path]):
+                yield f"{name} {list(self.shape(name))}"
+
+    def _fits(self, factors: Factors) -> bool:
+        up, down, rank = self.shape(factors.up), self.shape(factors.down), self.rank(factors)
+        match factors.layout:
+            case "linear":
+                fits = len(down) >= 2 and up == (up[0], rank, *(1 for _ in down[2:])) and down[0] == rank
+            case "embedding":
+                fits = len(up) == len(down) == 2 and up[0] == down[1] == rank
+            case "experts":
+                fits = len(up) == len(down) == 2 and up[1] == down[0] and down[0] % rank == 0
+        if not fits:
+            return False
+        outputs, inputs = self.update_shape(factors)[:2]
+        normed = inputs if factors.layout == "embedding" else outputs
+        return (not factors.magnitude or prod(self.shape(factors.magnitude)) == normed) and (
+            not factors.bias or self.shape(factors.bias) == (outputs,)
+        )
+
+
+def is_adapter(root: Path) -> bool:
+    return (root / ADAPTER_CONFIG).is_file()
+
+
+def open_adapter(root: Path) -> Adapter:
+    """Open a directory that PEFT's ``save_pretrained`` wrote.
+
+    Raises:
+        AdapterRefused: Its weights are pickled or missing, a setting is not supported or not known, a tensor has no
+            meaning under these settings, or another shape than they say.
+    """
+    config = _load_config(root)
+    settings = lora_settings(config, source=root / ADAPTER_CONFIG)
+    if not (root / ADAPTER_WEIGHTS).is_file():
+        raise _no_weights(root)
+    weights = open_safetensors(root / ADAPTER_WEIGHTS)
+    tensors = sort_tensors(weights.specs, settings)
+    if tensors.stray or not weights.specs:
+        raise AdapterRefused(
+            f"{root} has tensors that its settings do not explain, or one of a pair without the other: "
+            f"{listed(sorted(tensors.stray)) or 'none at all'}.",
+            remedy="Use the adapter_config.json that was saved with these weights, or save the adapter again. If the"
+            f" file holds more than LoRA: {MERGE_WITH_PEFT}",
+        )
+    adapter = Adapter(root=root, config=config, settings=settings, weights=weights, tensors=tensors)
+    if grouped := list(adapter.grouped()):
+        raise AdapterRefused(
+            f"{root} updates convolutions that work in groups, whose kernels cannot hold it: {listed(grouped)}.",
+            remedy="Leave them out of target_modules when training; PEFT cannot merge them either.",
+        )
+    if wrong := list(adapter.misshapen()):
+        raise AdapterRefused(
+            f"{root} has tensors of other shapes than its settings say: {listed(wrong)}.",
+            remedy="Use the adapter_config.json that was saved with these weights; gather sharded weights when saving.",
+        )
+    return adapter
+
+
+def require_finite(adapter: Adapter) -> None:
+    """Read every tensor once and refuse an adapter with a NaN or an infinity in it.
+
+    Raises:
+        AdapterRefused: Naming the tensors.
+    """
+    broken = [
+        name
+        for name, spec in adapter.weights.specs.items()
+        if not all(is_finite(adapter.weights.load(name, start, stop)) for start, stop in block_ranges(spec))
+    ]
+    if broken:
+        raise AdapterRefused(
+            f"{adapter.root} has values that are not finite in {listed(broken)}.",
+            remedy="The training diverged: use an earlier checkpoint of the adapter.",
+        )
+
+
+def _load_config(root: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((root / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterRefused(
+            f"{root / ADAPTER_CONFIG} cannot be read: {error}.", remedy="Save or fetch the adapter again."
+        ) from error
+    if not isinstance(config, dict):
+        raise AdapterRefused(f"{root / ADAPTER_CONFIG} is not a JSON object.", remedy="Save the adapter again.")
+    return cast("dict[str, Any]", config)
+
+
+def _no_weights(root: Path) -> AdapterRefused:
+    pickles = sorted(path.name for pattern in PICKLES for path in root.glob(pattern))
+    if not pickles:
+        return AdapterRefused(f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait for the upload, or fetch it again.")
+    convert = (
+        "from safetensors.torch import save_file; import torch; "
+        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()}}, "
+        f"'{ADAPTER_WEIGHTS}')"
+    )
+    return AdapterRefused(
+        f"{root} holds pickled weights ({', '.join(pickles)}), which can run code when loaded.",
+        remedy=f'Convert them where you trust them: cd {quote(str(root))} && python -c "{convert}"',
+    )

@@ -1,0 +1,194 @@
+"""What the tensors of an adapter are, by their names: the grammar of PEFT's files, without a look at any base.
+
+PEFT names a tensor ``base_model.model.<module>.<part>``. Wrapped parameters of one module are nested, the first
+parameter innermost: ``experts.base_layer.lora_A`` belongs to ``gate_up_proj``, ``experts.lora_A`` to ``down_proj``.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qwen_pipeline.transforms.lora.settings import INPUT_EMBEDDING, OUTPUT_HEAD, LoraSettings
+
+_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+_LORA_BIAS = "lora_B.bias"
+_TOKENS = "token_adapter.trainable_tokens_delta"
+_COPIES = ("base_layer.weight", "token_adapter.base_layer.weight")
+"""A frozen weight that PEFT saves along, of an embedding or ``lm_head`` that is a target or was resized."""
+_BASE_BIAS = "base_layer.bias"
+_PARTS = (*_LINEAR, *_EMBEDDING, *_MAGNITUDES, _LORA_BIAS, _TOKENS, *_COPIES, _BASE_BIAS)
+_SAVED_AGAIN = re.compile(r"(.+?)\.(?:(modules_to_save)|original_module)\.(.+)")
+"""A saved weight once more, and what it was before: PEFT saves them with a resized vocabulary or with biases."""
+_NAME = re.compile(
+    rf"base_model\.model\.(?:(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})|(?P<whole>.+))"
+)
+
+_STACKS = ("gate_up_proj", "down_proj")
+"""The parameters of a module ``experts``, in the order in which it registers them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """The tensors of one low-rank update, by their names in the file; the update is ``up @ down``.
+
+    Attributes:
+        parameter: The path of what is updated, in the model as it was trained: ``model.layers.0.mlp.up_proj.weight``.
+        layout: ``linear``: ``up`` = B ``[O, R]``, ``down`` = A ``[R, I]``, or of a convolution the same with further
+            axes. ``embedding``: ``up`` = A ``[R, O]``, ``down`` = B ``[I, R]``, with the vocabulary as O. ``experts``:
+            ``up`` = B ``[O, R x E]``, experts innermost; ``down`` = A ``[E x R, I]``, experts outermost.
+        pattern_key: What rank and alpha patterns are matched with.
+        bias: What is added to the module's bias, times the scaling.
+        magnitude: DoRA's norms.
+    """
+
+    parameter: str
+    layout: Literal["linear", "embedding", "experts"]
+    pattern_key: str
+    up: str
+    down: str
+    bias: str | None = None
+    magnitude: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.up, self.down, self.bias, self.magnitude) if name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterTensors:
+    """Every tensor of an adapter in exactly one place.
+
+    Attributes:
+        factors: Low-rank updates by the path of the parameter.
+        tokens: Module path -> tensor of the rows ``trainable_token_indices`` that replace the module's own.
+        saved: Parameter path -> tensor that replaces it: biases, saved modules, a resized vocabulary.
+        copies: Module path -> frozen weights of it that were saved along.
+        twins: Tensors that repeat a saved one -> the parameter's path.
+        originals: Tensors that hold what a saved one was before -> the parameter's path.
+        stray: What fits nowhere, as a message names it.
+    """
+
+    factors: dict[str, Factors] = field(default_factory=dict[str, Factors])
+    tokens: dict[str, str] = field(default_factory=dict[str, str])
+    saved: dict[str, str] = field(default_factory=dict[str, str])
+    copies: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    twins: dict[str, str] = field(default_factory=dict[str, str])
+    originals: dict[str, str] = field(default_factory=dict[str, str])
+    stray: list[str] = field(default_factory=list[str])
+
+
+def sort_tensors(names: Iterable[str], settings: LoraSettings) -> AdapterTensors:
+    """Return what each tensor is, as far as names and settings say it."""
+    found = AdapterTensors()
+    modules: dict[str, dict[str, str]] = {}
+    again: dict[str, re.Match[str]] = {}
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if not match:
+            found.stray.append(name)
+        elif not (whole := match["whole"]):
+            modules.setdefault(match["module"], {})[match["part"]] = name
+        elif repeated := _SAVED_AGAIN.fullmatch(whole):
+            again[name] = repeated
+        else:
+            _save(found, whole, name)
+    for module, parts in sorted(modules.items()):
+        _sort_module(found, module, parts, settings)
+    for name, match in again.items():
+        _pair(found, name, match)
+    found.stray.extend(_unexplained(found, settings))
+    return found
+
+
+def _sort_module(found: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
+    if _BASE_BIAS in parts:
+        _save(found, f"{module}.bias", parts.pop(_BASE_BIAS))
+    if copies := [parts.pop(part) for part in _COPIES if part in parts]:
+        found.copies[module] = copies
+    if _TOKENS in parts:
+        found.tokens[module] = parts.pop(_TOKENS)
+    if factors := _factors(module, parts, settings):
+        found.factors[factors.parameter] = factors
+    else:
+        found.stray.extend(parts.values())
+
+
+def _factors(module: str, parts: Mapping[str, str], settings: LoraSettings) -> Factors | None:
+    """Return a module's update if its tensors are complete: one pair, and with it what the settings demand."""
+    optional = [part for part in (*_MAGNITUDES, _LORA_BIAS) if part in parts]
+    pair = tuple(sorted(parts.keys() - set(optional)))
+    path = _parameter(module, settings)
+    if pair not in (_LINEAR, _EMBEDDING) or path is None:
+        return None
+    magnitude = [parts[part] for part in _MAGNITUDES if part in parts]
+    if len(magnitude) != settings.use_dora or (_LORA_BIAS in parts) != (settings.lora_bias and pair == _LINEAR):
+        return None
+    parameter, pattern_key = path
+    down, up = pair if pair == _LINEAR else reversed(pair)
+    return Factors(
+        parameter=parameter,
+        layout="embedding" if pair == _EMBEDDING else "experts" if _leaf(parameter) in _STACKS else "linear",
+        pattern_key=pattern_key,
+        up=parts[up],
+        down=parts[down],
+        bias=parts.get(_LORA_BIAS),
+        magnitude=magnitude[0] if magnitude else None,
+    )
+
+
+def _parameter(module: str, settings: LoraSettings) -> tuple[str, str] | None:
+    """Return the path of the parameter that factors in ``module`` update, and what patterns are matched with."""
+    owner, depth = module, 0
+    while owner.endswith(".base_layer"):
+        owner, depth = owner.removesuffix(".base_layer"), depth + 1
+    names = _STACKS if _leaf(owner) == "experts" else ("weight",)
+    targets = [path for name in names if settings.targets_parameter(path := f"{owner}.{name}")]
+    if not targets and not depth:
+        return f"{module}.weight", module
+    if depth >= len(targets):
+        return None
+    path = targets[-1 - depth]
+    return path, path
+
+
+def _save(found: AdapterTensors, path: str, name: str) -> None:
+    if path in found.saved:
+        found.stray.append(name)
+    found.saved[path] = name
+
+
+def _pair(found: AdapterTensors, name: str, match: re.Match[str]) -> None:
+    """Find the saved weight that a tensor repeats; the adapter's name may be left in front of the parameter's."""
+    module, is_twin, inner = match.groups()
+    paths = [f"{module}.{inner}", f"{module}.{inner.partition('.')[2]}"]
+    path = next((path for path in paths if path in found.saved), None)
+    if path is None:
+        found.stray.append(name)
+    elif is_twin:
+        found.twins[name] = path
+    else:
+        found.originals[name] = path
+
+
+def _unexplained(found: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
+    """Yield what no setting asked PEFT to save, and what is there without the tensor that it belongs to."""
+    updated = {factors.parameter.removesuffix(".weight") for factors in found.factors.values()}
+    for path, name in found.saved.items():
+        module, _, parameter = path.rpartition(".")
+        is_bias = parameter == "bias" and (
+            settings.bias == "all" or (settings.bias == "lora_only" and module in updated)
+        )
+        if not is_bias and not settings.saves(module) and _leaf(module) not in (INPUT_EMBEDDING, OUTPUT_HEAD):
+            yield name
+    for module, name in found.tokens.items():
+        if not settings.tokens_of(module) or module in updated:
+            yield name
+    for module, names in found.copies.items():
+        if module not in updated | found.tokens.keys():
+            yield from names
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]

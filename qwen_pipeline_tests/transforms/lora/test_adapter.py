@@ -1,0 +1,192 @@
+"""An adapter is opened completely or refused with the name of what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from qwen_pipeline.errors import AdapterRefused
+from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
+from qwen_pipeline_tests.oracles import merged_with, peft_merge
+from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
+
+Tensors = dict[str, torch.Tensor]
+UP_A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+UP_B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return tiny_adapter(base, tmp_path / "adapter")
+
+
+def _removed(tensors: Tensors, name: str) -> None:
+    del tensors[name]
+
+
+def _renamed(tensors: Tensors, name: str) -> None:
+    tensors[name.replace("lora_", "lora_typo_")] = tensors.pop(name)
+
+
+def _without_prefix(tensors: Tensors, name: str) -> None:
+    tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+
+def _duplicated(tensors: Tensors, name: str) -> None:
+    tensors[name.replace(".weight", ".default.weight")] = tensors[name].clone()
+
+
+def _flattened(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name].flatten()
+
+
+def _cut(tensors: Tensors, name: str) -> None:
+    axis = 0 if "lora_A" in name else 1
+    tensors[name] = tensors[name].narrow(axis, 0, 3).contiguous()
+
+
+@pytest.mark.parametrize("change", [_removed, _renamed, _without_prefix, _duplicated, _flattened, _cut])
+def test_every_tensor_counts(base: Path, adapter: Path, change: Callable[[Tensors, str], None]) -> None:
+    intact = load_file(adapter / ADAPTER_WEIGHTS)
+    for name in intact:
+        tensors = dict(intact)
+        change(tensors, name)
+        save_file(tensors, adapter / ADAPTER_WEIGHTS)
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        with pytest.raises(AdapterRefused, match=module):
+            merged_with(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"alora_invocation_tokens": [3]},
+        {"layer_replication": [(0, 2), (1, 2)]},
+        {"init_lora_weights": "pissa", "target_modules": ["q_proj"]},
+        {"init_lora_weights": "pissa_niter_4", "target_modules": ["q_proj"]},
+        {"init_lora_weights": "olora", "target_modules": ["q_proj"]},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_what_peft_can_save_and_we_cannot_merge_is_refused_by_name(
+    base: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    root = tiny_adapter(base, tmp_path / "adapter", **lora)
+    with pytest.raises(AdapterRefused, match=next(iter(lora))) as refusal:
+        open_adapter(root)
+    assert refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "corda"),
+        ("peft_type", "LOHA"),
+        ("peft_type", None),
+        ("setting_of_tomorrow", "on"),
+        ("setting_of_tomorrow", 16),
+    ],
+)
+def test_a_setting_that_was_edited_in_is_refused_by_name(adapter: Path, name: str, value: object) -> None:
+    _edit(adapter, {name: value})
+    with pytest.raises(AdapterRefused, match=name.replace("peft_type", "PEFT type")):
+        open_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"r": 0},
+        {"r": 3},
+        {"r": None},
+        {"lora_alpha": float("inf")},
+        {"rank_pattern": {"up_proj": 9}},
+        {"rank_pattern": {"up_proj": -1}},
+        {"alpha_pattern": {"(": 1}},
+    ],
+    ids=str,
+)
+def test_wrong_numbers_are_refused(adapter: Path, edit: dict[str, Any]) -> None:
+    _edit(adapter, edit)
+    with pytest.raises(AdapterRefused):
+        open_adapter(adapter)
+
+
+def test_every_setting_of_the_installed_peft_is_known() -> None:
+    """Each default is accepted, so nobody is refused for a field of a newer PEFT that was left alone."""
+    defaults = json.loads(json.dumps(LoraConfig(r=4).to_dict()))
+    assert lora_settings(defaults, source=Path("adapter_config.json")).r == 4, peft.__version__
+
+
+def test_pickled_weights_are_refused_with_a_conversion_that_works(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    torch.save(tensors, adapter / "adapter_model.bin")
+    (adapter / ADAPTER_WEIGHTS).unlink()
+    with pytest.raises(AdapterRefused, match=r"adapter_model\.bin") as refusal:
+        open_adapter(adapter)
+    where, code = refusal.value.remedy.split(' && python -c "')
+    monkeypatch.chdir(where.split(": cd ")[1])
+    exec(code.removesuffix('"'))
+    assert len(open_adapter(adapter).tensors.factors) * 2 == len(tensors)
+
+
+def test_what_peft_cannot_merge_is_refused_by_name(tmp_path: Path) -> None:
+    depthwise = tiny_model("qwen3_5_text", tmp_path / "depthwise")
+    adapter = tiny_adapter(depthwise, tmp_path / "grouped", target_modules=["conv1d"], r=128, use_dora=True)
+    with pytest.raises(AdapterRefused, match=r"groups.*layers\.0\.linear_attn\.conv1d"):
+        merged_with(depthwise, adapter)
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        peft_merge(depthwise, adapter, dtype=torch.float32)
+    unbiased = tiny_qwen3(tmp_path / "unbiased")
+    adapter = tiny_adapter(unbiased, tmp_path / "lora_bias", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(AdapterRefused, match=r"q_proj\.lora_B\.bias \(the base has 0 tensors"):
+        merged_with(unbiased, adapter)
+    with pytest.raises(RuntimeError, match="no bias"):
+        peft_merge(unbiased, adapter, dtype=torch.float32)
+
+
+def test_missing_weights_are_refused(adapter: Path) -> None:
+    (adapter / ADAPTER_WEIGHTS).unlink()
+    with pytest.raises(AdapterRefused, match=ADAPTER_WEIGHTS):
+        open_adapter(adapter)
+
+
+PATTERNS = st.sampled_from(
+    ["q_proj", "proj", ".*proj", "self_attn.q_proj", r"layers\.1\..*", "^model.layers.0.mlp.up_proj", "[qk]_proj", "1"]
+)
+MODULES = st.sampled_from(
+    [f"model.layers.{n}.{part}" for n in (0, 1, 11) for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")]
+)
+
+
+@given(patterns=st.dictionaries(PATTERNS, st.integers(1, 99), max_size=5), module=MODULES)
+def test_patterns_are_resolved_as_peft_does(patterns: dict[str, int], module: str) -> None:
+    settings = LoraSettings(r=100, lora_alpha=100, rank_pattern=patterns)
+    key = get_pattern_key(list(patterns), module)
+    assert settings.rank(module) == patterns.get(key, 100)
+
+
+def _edit(adapter: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | changes))
