@@ -30,9 +30,9 @@ from benchmarks.stalls import Ledger
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint
 from qwen_pipeline.evaluation.peaks import WatchedPassage
 from qwen_pipeline.evaluation.streamed import evaluate
-from qwen_pipeline.layerwise.feed import Feed
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import LayeredModel, Place
+from qwen_pipeline.layerwise.prefetch import Feed
 from qwen_pipeline.layerwise.weights import Weights
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.spec import QuantSpec

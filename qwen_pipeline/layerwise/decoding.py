@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.memory_budget import available_memory
 from qwen_pipeline.layerwise.forward import product
+from qwen_pipeline.layerwise.meta_model import Entry
 from qwen_pipeline.layerwise.model import LayeredModel, Place
-from qwen_pipeline.layerwise.skeleton import Entry
 from qwen_pipeline.layerwise.weights import Take
 from qwen_pipeline.progress import Observe, Progress, unobserved
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.layerwise.meta_model import Arguments
 from qwen_pipeline.layerwise.model import LayeredModel, Place, modules
-from qwen_pipeline.layerwise.skeleton import Arguments
 
 
 class _ArrivedError(Exception):

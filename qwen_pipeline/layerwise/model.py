@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, give_blocks_back_when_freed
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
-from qwen_pipeline.layerwise.feed import Feed
-from qwen_pipeline.layerwise.skeleton import Skeleton
+from qwen_pipeline.layerwise.meta_model import Skeleton
+from qwen_pipeline.layerwise.prefetch import Feed
 from qwen_pipeline.layerwise.weights import READERS, HostTensors, Part, Take, Weights, ahead, fill
 
 SHARE_OF_GPU = 0.25

@@ -14,9 +14,9 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.streamed import evaluate
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.feed import Feed
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.prefetch import Feed
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
