@@ -38,7 +38,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import Place
 
 base, codes, count, seq_len, vocabulary = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])

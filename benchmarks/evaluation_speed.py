@@ -28,8 +28,8 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import keep, table
 from benchmarks.stalls import Ledger
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint
-from qwen_pipeline.evaluation.peaks import WatchedPassage
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.logits.activation_range import WatchedPassage
+from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import LayeredModel, Place
 from qwen_pipeline.layerwise.prefetch import Feed

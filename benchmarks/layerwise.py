@@ -295,7 +295,7 @@ def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 
 def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Evaluate the reference and both candidates side by side; runs in a worker."""
-    from qwen_pipeline.evaluation.streamed import evaluate
+    from qwen_pipeline.evaluation.logits.streamed import evaluate
     from qwen_pipeline.layerwise.model import Place
 
     models, windows = _models(spec)

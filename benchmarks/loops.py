@@ -31,7 +31,7 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.quantization.spec import Device, EngineName, QuantSpec, default_device, usable_cores
 from qwen_pipeline.stages.pad import pad

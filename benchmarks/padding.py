@@ -27,7 +27,7 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.quantization.spec import EngineName, QuantSpec
 from qwen_pipeline.qwen.padding_spec import Layout

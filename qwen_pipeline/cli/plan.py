@@ -106,7 +106,7 @@ def plan(
         data["outlay"] = outlay_data(takes, room, place)
         view += outlay_view(takes, room, place)
     if picture:
-        from qwen_pipeline.evaluation.rank_plot import draw_ranks
+        from qwen_pipeline.evaluation.tensor_parallel.plot import draw_ranks
 
         draw_ranks(drawn, picture)
         data["picture"] = str(picture)

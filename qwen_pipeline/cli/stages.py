@@ -372,7 +372,7 @@ def validate(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.evaluation.target_findings import Target
+    from qwen_pipeline.evaluation.tensor_parallel.findings import Target
     from qwen_pipeline.quantization.spec import QuantSpec
     from qwen_pipeline.stages import validate as stage
     from qwen_pipeline.workers.environments import find_environment

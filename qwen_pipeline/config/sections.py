@@ -13,8 +13,8 @@ from qwen_pipeline.config.file import beside_config
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
-from qwen_pipeline.evaluation.served import ServedRole, ServingEngine
-from qwen_pipeline.evaluation.target_findings import Target
+from qwen_pipeline.evaluation.serving.findings import ServedRole, ServingEngine
+from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of

@@ -13,8 +13,8 @@ from pydantic_settings import (
 
 from qwen_pipeline.config.file import PREFIX, config_file
 from qwen_pipeline.config.sections import Calibration, ConfiguredPath, Engine, Padding, Store, Validation
-from qwen_pipeline.evaluation.served import ServingEngine, ServingPlan
-from qwen_pipeline.evaluation.tasks import TaskPlan
+from qwen_pipeline.evaluation.serving.findings import ServingEngine, ServingPlan
+from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.workers.environments import find_environment
 

@@ -25,9 +25,9 @@ from qwen_pipeline.defs.metadata import (
 )
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.evaluation.page import PAGE
 from qwen_pipeline.evaluation.regression import NOT_WORSE
-from qwen_pipeline.evaluation.report import report_markdown
+from qwen_pipeline.evaluation.report.html import PAGE
+from qwen_pipeline.evaluation.report.markdown import report_markdown
 from qwen_pipeline.models.inbox import Arrival
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.quantization.evidence import EVIDENCE

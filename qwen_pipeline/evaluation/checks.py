@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
-from qwen_pipeline.evaluation.float16 import FLOAT16, float16_report
 from qwen_pipeline.evaluation.limits import Limits
-from qwen_pipeline.evaluation.served import SERVED, served_report
-from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target, TargetFindings
-from qwen_pipeline.evaluation.tasks import TASKS, TaskPlan, tasks_report
+from qwen_pipeline.evaluation.logits.float16 import FLOAT16, float16_report
+from qwen_pipeline.evaluation.serving.findings import SERVED, served_report
+from qwen_pipeline.evaluation.tasks.plan import TASKS, TaskPlan, tasks_report
+from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
 
 STRUCTURE = CheckSpec(

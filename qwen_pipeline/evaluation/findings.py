@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.samples import Sample
-from qwen_pipeline.evaluation.served import Served
-from qwen_pipeline.evaluation.tasks import Score
+from qwen_pipeline.evaluation.serving.findings import Served
+from qwen_pipeline.evaluation.tasks.plan import Score
 from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook
 
 if TYPE_CHECKING:
-    from qwen_pipeline.evaluation.structure import Structure
-    from qwen_pipeline.evaluation.target_findings import TargetFindings
+    from qwen_pipeline.evaluation.structure.check import Structure
+    from qwen_pipeline.evaluation.tensor_parallel.findings import TargetFindings
 
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
 UNPADDED = "quantized unpadded"

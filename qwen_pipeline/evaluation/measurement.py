@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TARGET = "qwen_pipeline.evaluation.language:measure"
+TARGET = "qwen_pipeline.evaluation.worker:measure"
 ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 """For the worker's process: unpack codes once instead of in every forward, compile nothing for that, ask no hub."""
 
@@ -24,7 +24,7 @@ class Measurement:
         calibration: Token ids that the quantized model was quantized on, of one length: only its activations are
             looked at.
         cuts: Ways in which ranks share the quantized model that change its weights
-            (:func:`qwen_pipeline.evaluation.cuts.sliced`); each is compared with the whole on one window.
+            (:func:`qwen_pipeline.evaluation.tensor_parallel.simulate.sliced`); each is compared with the whole on one window.
     """
 
     models: Mapping[str, str]

@@ -14,9 +14,9 @@ from qwen_pipeline.errors import CheckFailed, CheckpointRefused, listed
 from qwen_pipeline.evaluation.checks import CHECKS as VALIDATION_CHECKS
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import load_figures
-from qwen_pipeline.evaluation.report import quality_table
+from qwen_pipeline.evaluation.report.markdown import quality_table
+from qwen_pipeline.evaluation.report.model_card import ModelCard, Widened
 from qwen_pipeline.progress import Observe, Progress, unobserved
-from qwen_pipeline.provenance.model_card import ModelCard, Widened
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, load_reports
 
 STAGE = "published"

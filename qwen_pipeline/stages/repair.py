@@ -21,7 +21,7 @@ from qwen_pipeline.transforms.codes.repair import plan_repair, widenings
 from qwen_pipeline.transforms.codes.repair import repair as repair_checkpoint
 
 if TYPE_CHECKING:
-    from qwen_pipeline.evaluation.repaired import RepairFindings
+    from qwen_pipeline.evaluation.tensor_parallel.repair_proof import RepairFindings
 
 STAGE = "repaired"
 CODE_VERSION = "1"
@@ -126,7 +126,7 @@ def repair(
     after = _named_for_loaders(repair_checkpoint(before, form, found), quantized.stem)
 
     def build(partial: Path) -> Built:
-        from qwen_pipeline.evaluation.repaired import prove_repair
+        from qwen_pipeline.evaluation.tensor_parallel.repair_proof import prove_repair
 
         contents = write_checkpoint(after, partial, task="repair", observe=observe)
         changed = {module: by for size in found.sizes for module, by in widenings(before, size).items()}

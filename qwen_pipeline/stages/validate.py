@@ -19,14 +19,14 @@ from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, U
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
 from qwen_pipeline.evaluation.origin import calibration_digest, quantized_from, require_padded, require_twin, widened
-from qwen_pipeline.evaluation.report import LOSS_PLOT, method_of, own_limits
+from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
-from qwen_pipeline.evaluation.served import Served, ServingPlan
-from qwen_pipeline.evaluation.servers import serve_all
-from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, Sliced, Target, TargetFindings
-from qwen_pipeline.evaluation.targets import audible_cuts, find_targets, outlook_on, with_divergences
-from qwen_pipeline.evaluation.tasks import TARGET as TASKS_TARGET
-from qwen_pipeline.evaluation.tasks import TaskPlan, load_results, scores
+from qwen_pipeline.evaluation.serving.findings import Served, ServingPlan
+from qwen_pipeline.evaluation.serving.serve_all import serve_all
+from qwen_pipeline.evaluation.tasks.plan import TARGET as TASKS_TARGET
+from qwen_pipeline.evaluation.tasks.plan import TaskPlan, load_results, scores
+from qwen_pipeline.evaluation.tensor_parallel.find import audible_cuts, find_targets, outlook_on, with_divergences
+from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Cut, Sliced, Target, TargetFindings
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
@@ -161,8 +161,8 @@ def validate(
     )
 
     def build(partial: Path) -> Built:
-        from qwen_pipeline.evaluation.structure import check_structure
-        from qwen_pipeline.evaluation.writing import write_report
+        from qwen_pipeline.evaluation.report.write import write_report
+        from qwen_pipeline.evaluation.structure.check import check_structure
         from qwen_pipeline.quantization.plot import draw_losses
 
         if (candidate / MANIFEST).is_file():

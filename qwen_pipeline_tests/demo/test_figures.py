@@ -11,7 +11,7 @@ from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.text.records import load_tokenizer

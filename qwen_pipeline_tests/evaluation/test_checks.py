@@ -10,9 +10,9 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Pe
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import Answer, Sample
-from qwen_pipeline.evaluation.structure import Structure
-from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
-from qwen_pipeline.evaluation.weights import PaddingFindings, WeightError
+from qwen_pipeline.evaluation.structure.check import Structure
+from qwen_pipeline.evaluation.structure.weights import PaddingFindings, WeightError
+from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
 from qwen_pipeline.qwen.tensor_parallel.engines import Verdict
 from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
 from qwen_pipeline.reports import CheckReport

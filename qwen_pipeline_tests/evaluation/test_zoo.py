@@ -7,9 +7,9 @@ import pytest
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.evaluation.structure import check_structure
-from qwen_pipeline.evaluation.target_findings import ANY_ENGINE, Target
-from qwen_pipeline.evaluation.targets import find_targets
+from qwen_pipeline.evaluation.structure.check import check_structure
+from qwen_pipeline.evaluation.tensor_parallel.find import find_targets
+from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target
 from qwen_pipeline.qwen.geometry import plan_padding
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.codes.formats import code_format

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.evaluation.streamed import evaluate
+from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.forward import Passage
 from qwen_pipeline.layerwise.model import Place

@@ -19,7 +19,7 @@ from qwen_pipeline.stages.export import check_weights, export
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline.transforms.codes.to_compressed_tensors import as_compressed
 from qwen_pipeline_tests.chain import Chain
-from qwen_pipeline_tests.evaluation.vllm import assert_served_where_there_is_a_kernel, served_by_vllm
+from qwen_pipeline_tests.evaluation.serving.vllm import assert_served_where_there_is_a_kernel, served_by_vllm
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2
 

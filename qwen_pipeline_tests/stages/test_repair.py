@@ -13,7 +13,7 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.evaluation.ranks import weight_over_ranks
+from qwen_pipeline.evaluation.tensor_parallel.ranks import weight_over_ranks
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.repair import CHECKS, open_quantized, plan, repair

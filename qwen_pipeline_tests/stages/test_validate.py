@@ -15,9 +15,9 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused, QuantizedInputRefused
 from qwen_pipeline.evaluation.limits import Limits
-from qwen_pipeline.evaluation.report import report_markdown
-from qwen_pipeline.evaluation.target_findings import Target
-from qwen_pipeline.evaluation.tasks import TaskPlan
+from qwen_pipeline.evaluation.report.markdown import report_markdown
+from qwen_pipeline.evaluation.tasks.plan import TaskPlan
+from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.spec import CalibrationSpec
 from qwen_pipeline.reports import CheckReport, load_reports

@@ -1,4 +1,4 @@
-"""Tell what tensor-parallel degrees would mean for a model before anything is padded: sizes, and groups that are cut."""
+"""Tell what tensor-parallel degrees would mean for a model before it is padded: sizes, and groups that are cut."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

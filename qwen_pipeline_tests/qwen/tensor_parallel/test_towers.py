@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.target_findings import Target
-from qwen_pipeline.evaluation.targets import outlook_on
+from qwen_pipeline.evaluation.tensor_parallel.find import outlook_on
+from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.qwen.families import FAMILIES
 from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
 from qwen_pipeline.qwen.towers import TOWERS, towers_of

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
-from qwen_pipeline.evaluation.repaired import prove_repair
+from qwen_pipeline.evaluation.tensor_parallel.repair_proof import prove_repair
 from qwen_pipeline.qwen.geometry import PaddedSize
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.transforms.codes.formats import code_format

@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.cli.tables import repair_table
 from qwen_pipeline.errors import AdapterRefused, CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.origin import quantized_from, widened
-from qwen_pipeline.evaluation.structure import check_structure
+from qwen_pipeline.evaluation.structure.check import check_structure
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, dump_plan, load_plan, plan_between, plan_padding, with_towers
 from qwen_pipeline.qwen.towers import TOWERS, towers_of

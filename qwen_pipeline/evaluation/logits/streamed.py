@@ -1,0 +1,117 @@
+"""Perplexity, divergence and drift of several models side by side, one decoder layer in memory at a time."""
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak, Stretch
+from qwen_pipeline.evaluation.logits.activation_range import WatchedPassage
+from qwen_pipeline.evaluation.logits.divergence import Predictions
+from qwen_pipeline.layerwise.forward import Passage, advance, logit_blocks
+from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.progress import Observe, Progress, unobserved
+
+BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
+"""Tokens that go through a layer at a time, by device; at least one window."""
+STRETCHES = 32
+"""Parts of the context that KL is described in."""
+
+
+def evaluate(
+    models: Mapping[str, Checkpoint],
+    windows: Sequence[Tensor],
+    *,
+    reference: str,
+    compared: Collection[str],
+    place: Place,
+    observe: Observe = unobserved,
+) -> dict[str, ModelFigures]:
+    """Score every token but the first of each window, and compare each prediction with the reference's.
+
+    Args:
+        models: Role -> checkpoint, full precision or GPTQ codes, all of one depth and vocabulary.
+        windows: Token ids [T], all of one length.
+        reference: The role that others are compared with.
+        compared: Roles to compare with it.
+        place: Where to compute, and in what.
+        observe: Told about each layer.
+    """
+    batches = _batches(windows, place)
+    passages = {role: WatchedPassage(model, batches, place, beside=len(models) - 1) for role, model in models.items()}
+    drift: dict[str, list[float]] = {role: [] for role in models}
+    for layer in advance(list(passages.values())):
+        for role in compared:
+            drift[role].append(_distance(passages[role], passages[reference], place))
+        observe(Progress(task="evaluate", done=layer + 1, total=len(passages[reference].parts), unit="layers"))
+
+    predictions = [
+        Predictions(batch[:, 1:].flatten(), roles=models, reference=reference, compared=compared) for batch in batches
+    ]
+    for block in logit_blocks(list(passages.values()), place):
+        predictions[block.batch].see(block.first, dict(zip(models, block.values, strict=True)))
+    return {
+        role: ModelFigures(
+            perplexity=torch.cat([each.nll(role) for each in predictions]).mean().exp().item(),
+            tokens=sum(batch[:, 1:].numel() for batch in batches),
+            divergence=_divergence(predictions, role, len(windows[0]) - 1) if role in compared else None,
+            drift=tuple(drift[role]),
+            peaks=tuple(passages[role].peaks),
+        )
+        for role in models
+    }
+
+
+def activation_peaks(
+    model: Checkpoint, windows: Sequence[Tensor], place: Place, *, observe: Observe = unobserved
+) -> tuple[Peak, ...]:
+    """Return the largest activation of each layer; windows [T] are all of one length."""
+    passage = WatchedPassage(model, _batches(windows, place), place)
+    for layer in advance([passage]):
+        observe(Progress(task="watch activations", done=layer + 1, total=len(passage.parts), unit="layers"))
+    return tuple(passage.peaks)
+
+
+def _batches(windows: Sequence[Tensor], place: Place) -> Sequence[Tensor]:
+    size = max(1, BATCH_TOKENS[place.device.type] // len(windows[0]))
+    return torch.stack(list(windows)).to(place.device).split(size)
+
+
+def _divergence(predictions: Sequence[Predictions], role: str, positions: int) -> DivergenceFigures:
+    kl_N = torch.cat([each.kl(role) for each in predictions])
+    return DivergenceFigures(
+        mean=kl_N.mean().item(),
+        p95=kl_N.quantile(0.95).item(),
+        p99_9=kl_N.quantile(0.999).item(),
+        max=kl_N.max().item(),
+        by_position=tuple(kl_N.view(-1, positions).mean(dim=0).tolist()),
+        stretches=_stretches(kl_N.view(-1, positions)),
+        top1_agreement=torch.cat([each.agrees(role) for each in predictions]).double().mean().item(),
+    )
+
+
+def _stretches(kl_WT: Tensor) -> tuple[Stretch, ...]:
+    """Return the spread of KL along the context, in up to :data:`STRETCHES` parts of about equal length."""
+    parts = kl_WT.tensor_split(min(STRETCHES, kl_WT.shape[1]), dim=1)
+    firsts = accumulate((part.shape[1] for part in parts[:-1]), initial=0)
+    return tuple(
+        Stretch(
+            first=first,
+            mean=part.mean().item(),
+            median=part.quantile(0.5).item(),
+            p95=part.quantile(0.95).item(),
+        )
+        for first, part in zip(firsts, parts, strict=True)
+    )
+
+
+def _distance(passage: Passage, reference: Passage, place: Place) -> float:
+    """Return ``||h - h'|| / ||h'||`` over all tokens; sums are float32 in a batch, float64 over batches."""
+    squares = torch.zeros(2, dtype=torch.float64, device=place.device)
+    for own, other in zip(passage.hidden, reference.hidden, strict=True):
+        h, h_reference = place.fetch(own).float(), place.fetch(other).float()
+        squares += torch.stack([(h - h_reference).square().sum(), h_reference.square().sum()])
+    difference, norm = squares.sqrt().tolist()
+    return difference / norm if norm else 0.0

@@ -1,0 +1,101 @@
+"""One server after the other: each wanted checkpoint at each wanted tensor-parallel degree."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qwen_pipeline.errors import PipelineError
+from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
+from qwen_pipeline.evaluation.serving.findings import (
+    TARGET,
+    Served,
+    Serving,
+    ServingJob,
+    ServingPlan,
+    load_serving,
+    parting,
+)
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.workers.parent import run_worker
+
+_NO_KERNEL = re.compile(r"'_C' object has no attribute '(\w+)'")
+
+
+def serve_all(
+    plan: ServingPlan,
+    *,
+    models: Mapping[str, Path],
+    prompts: Sequence[Sequence[int]],
+    expected: Mapping[str, Sequence[Sequence[int]]],
+    decode: Callable[[Sequence[int]], str],
+    logs: Path,
+    observe: Observe = unobserved,
+) -> list[Served]:
+    """Serve checkpoints and hold their answers against Transformers'; a server that fails is a finding.
+
+    Args:
+        plan: What to serve and with what.
+        models: Role -> directory.
+        prompts: Token ids of each prompt.
+        expected: Role -> tokens of the greedy answer to each prompt; none for what did not answer.
+        decode: Turns tokens into text.
+        logs: Directory for each server's output.
+        observe: Told how long a server takes to start, and about each answer.
+    """
+    found: list[Served] = []
+    for role in plan.models:
+        for degree in plan.degrees:
+            outcome = Served(role=role, degree=degree, engine=plan.engine)
+            if role not in models or not expected.get(role):
+                why = "there are no answers to compare with" if role in models else "there is no such checkpoint"
+                found.append(replace(outcome, fault=f"not tried, since {why}"))
+                continue
+            job = ServingJob(
+                root=str(models[role]),
+                title=f"serve {outcome.name}",
+                degree=degree,
+                prompts=prompts,
+                max_new_tokens=MAX_NEW_TOKENS,
+                log=str(logs / f"serve-{role}-{degree}.log"),
+                ready_seconds=plan.ready_seconds,
+                arguments=plan.arguments,
+                module=plan.module,
+            )
+            try:
+                worker = run_worker(plan.python, TARGET, job.to_json(), log=logs / "serving.log", observe=observe)
+            except PipelineError as error:
+                found.append(replace(outcome, fault=str(error)))
+            else:
+                found.append(_outcome(outcome, load_serving(worker.value), expected[role], decode))
+    return found
+
+
+def _outcome(
+    asked: Served, serving: Serving, expected: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], str]
+) -> Served:
+    if serving.fault:
+        return replace(asked, ready=serving.ready, fault=serving.fault, lacking=_lacking(serving.fault))
+    return replace(
+        asked,
+        ready=True,
+        texts=tuple(decode(answer.tokens) for answer in serving.answers),
+        tokens=tuple(map(len, expected)),
+        partings=tuple(parting(answer, tokens) for answer, tokens in zip(serving.answers, expected, strict=True)),
+    )
+
+
+def _lacking(fault: str) -> str | None:
+    """Say what the machine lacks if the engine was built without a kernel for it."""
+    kernel = _NO_KERNEL.search(fault)
+    if kernel is None:
+        return None
+    return f"the engine has no kernel {kernel[1]}" + (
+        "" if has_avx512() else ", which needs AVX512, and this CPU has none"
+    )
+
+
+def has_avx512() -> bool:
+    """Whether vLLM for CPUs can compute with GPTQ codes here; where Linux does not describe the CPU, yes."""
+    cpu = Path("/proc/cpuinfo")
+    return not cpu.is_file() or "avx512f" in cpu.read_text()

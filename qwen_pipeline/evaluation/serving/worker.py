@@ -1,0 +1,166 @@
+"""The worker that serves a checkpoint with the real engine and asks it over its OpenAI API. Runs under vLLM's python.
+
+The server listens on the loopback interface at a free port and belongs to the worker's process group, of which nothing
+survives the step. It is asked by token ids, greedily; every answer comes with the likeliest tokens of each position.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from qwen_pipeline.evaluation.serving.findings import ServedAnswer, Serving, ServingJob, dump_serving
+from qwen_pipeline.progress import Observe, Progress
+
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""For the server, unless the environment says otherwise. vLLM binds each rank to a NUMA node of its own by default."""
+LIKELIEST = 5
+ANSWER_SECONDS = 600
+STOP_SECONDS = 20
+_PREFIX = re.compile(r"^\(.*?\] ")
+"""What vLLM puts before each line: the process, the level, the time and the place."""
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception)(?P<words>: .+)?")
+
+
+class ServerFault(Exception):
+    """The server did not start, or died."""
+
+
+def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
+    """Run a :class:`ServingJob`; return a :class:`Serving`, both as JSON values. A fault of the server is a finding."""
+    job = ServingJob.from_json(spec)
+    log = Path(job.log)
+    ready, answers = False, list[ServedAnswer]()
+    try:
+        with _server(job, log) as (server, url):
+            _await_ready(job, server, url, log, observe)
+            ready = True
+            for number, prompt in enumerate(job.prompts):
+                answers.append(_ask(url, prompt, job.max_new_tokens))
+                observe(Progress(task=job.title, done=number + 1, total=len(job.prompts), unit="answers"))
+    except (ServerFault, OSError) as error:
+        return dump_serving(Serving(ready=ready, fault=_cause(log) or f"{error} ({_last_line(log)})"))
+    return dump_serving(Serving(ready=True, answers=tuple(answers)))
+
+
+@contextmanager
+def _server(job: ServingJob, log: Path) -> Generator[tuple[subprocess.Popen[bytes], str], None, None]:
+    port = _free_port()
+    with log.open("ab") as output:
+        server = subprocess.Popen(
+            _command(job, port),
+            env={**ENVIRONMENT, "OMP_NUM_THREADS": str(_threads(job.degree)), **os.environ},
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+        )
+    try:
+        yield server, f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_SECONDS)
+
+
+def _threads(degree: int) -> int:
+    """Return the threads of a rank: more than there are cores would wait for each other, spinning, in every product."""
+    return max(1, len(os.sched_getaffinity(0)) // degree)
+
+
+def _command(job: ServingJob, port: int) -> list[str]:
+    """Return vLLM's command line. Penalties of the checkpoint's generation config would make greedy answers others."""
+    room = max(map(len, job.prompts)) + job.max_new_tokens
+    options = {
+        "--model": job.root,
+        "--served-model-name": "checkpoint",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--tensor-parallel-size": str(job.degree),
+        "--max-model-len": str(room),
+        "--max-num-seqs": "4",
+        "--generation-config": "vllm",
+    }
+    flat = [word for option in options.items() for word in option]
+    return [sys.executable, "-P", "-m", job.module, *flat, "--enforce-eager", *job.arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def _await_ready(job: ServingJob, server: subprocess.Popen[bytes], url: str, log: Path, observe: Observe) -> None:
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < job.ready_seconds:
+        if (code := server.poll()) is not None:
+            raise ServerFault(f"the server ended with exit code {code} before it was ready")
+        with suppress(URLError, OSError), urlopen(f"{url}/health", timeout=5) as reply:  # noqa: S310
+            if reply.status == HTTPStatus.OK:
+                return
+        observe(
+            Progress(task=job.title, done=int(waited), total=job.ready_seconds, unit="seconds", remark=_last_line(log))
+        )
+        time.sleep(0.5)
+    raise ServerFault(f"the server was not ready after {job.ready_seconds} seconds")
+
+
+def _ask(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedAnswer:
+    body = {
+        "model": "checkpoint",
+        "prompt": list(prompt),
+        "max_tokens": max_new_tokens,
+        "temperature": 0,
+        "logprobs": LIKELIEST,
+        "return_tokens_as_token_ids": True,
+        "return_token_ids": True,
+    }
+    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urlopen(request, timeout=ANSWER_SECONDS) as reply:  # noqa: S310
+            choice = json.load(reply)["choices"][0]
+    except HTTPError as error:
+        raise ServerFault(f"the server answered {error.code} {error.reason}") from error
+    likeliest = choice["logprobs"]["top_logprobs"]
+    return ServedAnswer(
+        tokens=tuple(choice["token_ids"]),
+        ended=choice["finish_reason"] == "stop",
+        likeliest=tuple({_token_id(name): value for name, value in position.items()} for position in likeliest),
+    )
+
+
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
+
+
+def _cause(log: Path) -> str | None:
+    """Return the first exception in the log: those after it are about it. One without words is told with its line."""
+    before = ""
+    for line in (_PREFIX.sub("", each) for each in log.read_text(errors="replace").splitlines()):
+        if found := _EXCEPTION.fullmatch(line):
+            return (line if found["words"] else f"{line} ({before})")[:600]
+        before = line.strip(" ^~") or before
+    return None
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return _PREFIX.sub("", lines[-1]).strip()[-100:] if lines else ""

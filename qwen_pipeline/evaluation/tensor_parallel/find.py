@@ -1,0 +1,113 @@
+"""Hold a checkpoint against the engines that it is declared for: their rules, and what their ranks compute with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import PipelineError
+from qwen_pipeline.evaluation.figures import DivergenceFigures
+from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Cut, Sliced, Target, TargetFindings
+from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_cuts
+from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.families import Config
+from qwen_pipeline.qwen.geometry import head_obstacles
+from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, kernels_of, serving, worst_of
+from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook, outlook
+from qwen_pipeline.qwen.tensor_parallel.plan import obstacle_of
+from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format
+
+
+def find_targets(
+    source: Checkpoint, candidate: Checkpoint, targets: Sequence[Target], *, observe: Observe = unobserved
+) -> list[TargetFindings]:
+    """Hold a quantized checkpoint against each target; each way of cutting is simulated once.
+
+    Args:
+        source: What was quantized: it names the layers.
+        candidate: Its codes, whose shapes must be those of ``source``.
+        targets: What it has to serve at.
+        observe: Told about each layer.
+
+    Raises:
+        CheckpointRefused: The candidate is not GPTQ with 4 or 8 bits.
+        InputRefused: A target's engine is unknown.
+    """
+    form = gptq_format(candidate.config)
+    rows: list[tuple[TargetFindings, Cut | None]] = []
+    for target in targets:
+        for kernel in _kernels(target.engine):
+            verdict, reasons = _rules(candidate.config, form, kernel, target.degree)
+            row = TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=reasons, found=None)
+            rows.append((row, None if row.refuses else _cut_of(kernel, target.degree)))
+    cuts = list(dict.fromkeys(cut for _, cut in rows if cut))
+    found = dict(zip(cuts, compare_cuts(source, candidate, form, cuts, observe=observe), strict=True))
+    return [replace(row, found=found[cut] if cut else None) for row, cut in rows]
+
+
+def audible_cuts(candidate: Checkpoint, found: Sequence[TargetFindings]) -> dict[Cut, Sliced]:
+    """Return what to run to hear each cut that changes weights, unless its ranks lack inputs or scales."""
+    size = gptq_format(candidate.config).group_size if found else 0
+    cuts = {row.found.cut: row.found.errors for row in found if row.found and row.found.errors}
+    return {
+        cut: (cut.ranks, sorted(errors))
+        for cut, errors in cuts.items()
+        if all(map(isfinite, errors.values()))
+        and all(not i % cut.ranks and i // cut.ranks >= size for i in (candidate[f"{m}.g_idx"].rows for m in errors))
+    }
+
+
+def with_divergences(
+    found: Sequence[TargetFindings], divergences: Mapping[Cut, DivergenceFigures | None]
+) -> list[TargetFindings]:
+    """Return the findings with what was heard of each cut."""
+    return [
+        replace(row, found=replace(row.found, divergence=divergences.get(row.found.cut))) if row.found else row
+        for row in found
+    ]
+
+
+def outlook_on(config: Config, degree: int, targets: Sequence[Target]) -> DegreeOutlook | None:
+    """Return what most ranks of the targets mean, or else ``degree``; None if the config describes no codes.
+
+    Some engines can do with groups that others cannot share, so where targets are known they decide.
+    """
+    try:
+        group_size = max(gptq_format(config).group_size, 1)
+        (found,) = outlook(config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])])
+        obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
+        of_towers = [said for at in targets for said in tower_obstacles(config, {at.engine: [at.degree]})]
+    except PipelineError:
+        return None
+    if not targets:
+        return found
+    if named := "; ".join(filter(None, obstacles)):
+        return replace(found, legal=False, sentence=" ".join([f"Does not serve on {named}.", *of_towers]))
+    if of_towers:
+        return replace(found, sizes=(), legal=False, sentence=" ".join(of_towers))
+    return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")
+
+
+def _kernels(engine: str) -> list[str]:
+    return [engine] if engine == ANY_ENGINE else kernels_of(engine)
+
+
+def _rules(config: Config, form: GptqFormat, kernel: str, degree: int) -> tuple[Verdict, tuple[str, ...]]:
+    if kernel == ANY_ENGINE:
+        obstacles = tuple(head_obstacles(config, degree))
+        return ("refused", obstacles) if obstacles else ("ok", ())
+    read = serving(config, kernel, group_size=form.group_size, degree=degree)
+    if form.bits == 4 and form.sym and not form.desc_act:
+        return read.verdict, read.reasons
+    unread = "its rules were read for 4 bits, symmetric, without act-order"
+    return worst_of([read.verdict, "unknown"]), (*read.reasons, unread)
+
+
+def _cut_of(kernel: str, degree: int) -> Cut | None:
+    rules = ENGINES.get(kernel)
+    if rules is None:
+        return Cut(ranks=degree)
+    if degree == 1 and not rules.parallel:
+        return None
+    return Cut(ranks=degree, pads_mlps=rules.pads_mlps and degree > 1, halves_groups=rules.halves_groups)

@@ -1,0 +1,78 @@
+"""The proof of a repair: each layer that was widened, as the ranks will hold it, against what it was before."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qwen_pipeline.checkpoint.digest import block_ranges
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.evaluation.tensor_parallel.ranks import weight_over_ranks
+from qwen_pipeline.progress import Observe, Progress, unobserved
+from qwen_pipeline.transforms.codes.formats import CodeFormat
+from qwen_pipeline.transforms.codes.gptq import PackedLinear
+from qwen_pipeline.transforms.codes.parts import Widening, widened
+
+
+@dataclass(slots=True)
+class RepairFindings:
+    """What was compared, and a sentence for each layer that is not as it has to be."""
+
+    live_weights: int = 0
+    new_weights: int = 0
+    reordered: int = 0
+    changed: list[str] = field(default_factory=list[str])
+    audible: list[str] = field(default_factory=list[str])
+
+
+def prove_repair(
+    before: Checkpoint,
+    after: Checkpoint,
+    form: CodeFormat,
+    widenings: Mapping[str, Widening],
+    *,
+    ranks: int,
+    observe: Observe = unobserved,
+) -> RepairFindings:
+    """Compare the weights of each widened layer bit for bit: those before with those that ``ranks`` ranks compute with.
+
+    In memory at a time: the codes of one layer, before and after, and one block of rows.
+    """
+    findings = RepairFindings()
+    for done, (module, by) in enumerate(widenings.items(), start=1):
+        if f"{module}.weight" in before:
+            live, held = before.tensors[f"{module}.weight"], after.tensors[f"{module}.weight"]
+        else:
+            packed = form.load(before, module)
+            findings.reordered += by.dimension == "in" and not packed.is_in_order
+            live, held = _weight(packed), weight_over_ranks(form.load(after, module), by.dimension, ranks)
+        _compare(module, live, held, by, findings)
+        observe(Progress(task="prove", done=done, total=len(widenings), unit="modules"))
+    return findings
+
+
+def _compare(module: str, live: LazyTensor, held: LazyTensor, by: Widening, findings: RepairFindings) -> None:
+    axis, positions = int(by.dimension == "in"), by.size.positions()
+    expected = widened(live, axis, by.size.padded, positions)
+    if held.spec.shape != expected.spec.shape:
+        findings.changed.append(f"{module} is {list(held.spec.shape)}, expected {list(expected.spec.shape)}")
+        return
+    is_live = torch.zeros(by.size.padded, dtype=torch.bool).index_fill_(0, positions, value=True)
+    changed = audible = 0
+    for start, stop in block_ranges(expected.spec):
+        want, found = expected.read(start, stop), held.read(start, stop)
+        differs = want.view(torch.uint8).ne(found.view(torch.uint8)).unflatten(1, (want.shape[1], -1)).any(dim=-1)
+        of_live = is_live if axis else is_live[start:stop, None]
+        changed += int((differs & of_live).sum())
+        audible += int((found.ne(0) & ~of_live).sum())
+    live_weights = live.spec.shape[0] * live.spec.shape[1]
+    findings.live_weights += live_weights
+    findings.new_weights += held.spec.shape[0] * held.spec.shape[1] - live_weights
+    findings.changed += [f"{module}: {changed} of {live_weights} weights changed"] if changed else []
+    findings.audible += [f"{module}: {audible} new weights are not zero"] if audible else []
+
+
+def _weight(packed: PackedLinear) -> LazyTensor:
+    outputs, inputs = packed.qweight.shape[1], len(packed.g_idx)
+    return LazyTensor(spec=TensorSpec(dtype="F32", shape=(outputs, inputs)), read=packed.weight_rows)

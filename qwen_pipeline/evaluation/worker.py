@@ -1,0 +1,112 @@
+"""The worker that measures what checkpoints say. Runs under an engine's python.
+
+Whether a checkpoint is whole is asked of plain Transformers, from headers alone. Everything else, answers among it,
+comes from the streamed forward, which needs no more memory than a layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.errors import EnvironmentFault
+from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
+from qwen_pipeline.evaluation.findings import QUANTIZED
+from qwen_pipeline.evaluation.loading import fault_of, place_tensors
+from qwen_pipeline.evaluation.logits.streamed import activation_peaks, evaluate
+from qwen_pipeline.evaluation.measurement import Measurement, cut_role
+from qwen_pipeline.evaluation.tensor_parallel.simulate import diverge
+from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.models.open import open_model
+from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.qwen.config import stop_tokens
+
+
+def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
+    """Run a :class:`Measurement`; return role -> :class:`ModelFigures`, both as JSON values.
+
+    Raises:
+        EnvironmentFault: This environment lacks what Transformers needs to load GPTQ.
+    """
+    _require_loaders()
+    asked = Measurement.from_json(spec)
+    figures = {role: _placed(role, root, observe) for role, root in asked.models.items()}
+    whole = {role: open_model(Path(asked.models[role])) for role, found in figures.items() if not found.fault}
+    place = Place(device=torch.device(asked.device), dtype=torch.float32)
+    if asked.reference in whole:
+        measured = evaluate(
+            whole,
+            [torch.tensor(window) for window in asked.windows],
+            reference=asked.reference,
+            compared=[role for role in asked.compared if role in whole],
+            place=place,
+            observe=observe,
+        )
+        figures |= {
+            role: replace(found, unplaced=figures[role].unplaced, linears=figures[role].linears)
+            for role, found in measured.items()
+        }
+    if asked.calibration and QUANTIZED in whole:
+        heard = list(map(torch.tensor, asked.calibration))
+        peaks = activation_peaks(whole[QUANTIZED], heard, place, observe=observe)
+        figures[QUANTIZED] = replace(figures[QUANTIZED], calibration_peaks=peaks)
+    answering = {role: whole[role] for role in asked.answering if role in whole}
+    for role, answer in _answered(answering, asked, place, observe).items():
+        figures[role] = replace(figures[role], **answer)
+    if asked.cuts and not figures[QUANTIZED].fault:
+        figures |= _on_ranks(asked, place)
+    return dump_figures(figures)
+
+
+def _on_ranks(asked: Measurement, place: Place) -> dict[str, ModelFigures]:
+    window = torch.tensor(asked.windows[0])
+    figures = diverge(open_checkpoint(Path(asked.models[QUANTIZED])), asked.cuts, [window], place)
+    return {cut_role(number): found for number, found in enumerate(figures)}
+
+
+def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
+    """Have Transformers place a model's tensors."""
+    observe(Progress(task=f"load {role}", done=0, total=1))
+    placement = place_tensors(Path(root))
+    observe(Progress(task=f"load {role}", done=1, total=1))
+    return ModelFigures(fault=placement.fault, unplaced=placement.unplaced, linears=placement.linears)
+
+
+def _answered(
+    models: Mapping[str, Checkpoint], asked: Measurement, place: Place, observe: Observe
+) -> dict[str, dict[str, Any]]:
+    """Have models answer, the reference last: it tries what another answered before it looks for words of its own.
+
+    Whatever goes wrong is a finding: the other figures stand without answers.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    drafts: Sequence[Sequence[int]] = ()
+    for role in sorted(models, key=lambda role: role == asked.reference):
+        try:
+            drafts = Decoder(models[role], place).answers(
+                asked.prompts,
+                stops=stop_tokens(models[role]),
+                limit=asked.max_new_tokens,
+                drafts=drafts,
+                observe=lambda progress, role=role: observe(replace(progress, task=f"{role} answers")),
+            )
+        except Exception as error:
+            found[role] = {"unanswered": fault_of(error)}
+        else:
+            found[role] = {"answers": tuple(drafts)}
+    return found
+
+
+def _require_loaders() -> None:
+    try:
+        import gptqmodel  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
+        import optimum.gptq  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"This environment cannot load GPTQ checkpoints: {error}.",
+            remedy="Install the engine: qwen-pipeline engine install gptqmodel",
+        ) from error

