@@ -73,7 +73,7 @@ def main() -> None:
 
     from qwen_pipeline.checkpoint import thread_pool
     from qwen_pipeline.checkpoint.store.destinations import Directory
-    from qwen_pipeline.one_pass import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_and_pad
 
     ledger = Ledger()
     if asked.threads:

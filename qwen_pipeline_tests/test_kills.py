@@ -16,8 +16,8 @@ from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.stages.merge_pad import merge_and_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from qwen_pipeline.checkpoint.memory_budget import Room, shortages
 from qwen_pipeline.cli.tables import size
-from qwen_pipeline.one_pass import Outlay
+from qwen_pipeline.stages.merge_pad import Outlay
 
 
 def outlay_data(takes: Outlay, room: Room, place: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def status() -> Answer:
     """Show how far every fine-tune and import is: done, failed, stale (its input or the code changed) or missing."""
     from qwen_pipeline.cli.tables import standing_data, standing_table
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.standing import everything, imports
+    from qwen_pipeline.status import everything, imports
 
     settings = load_settings()
     found, imported = everything(settings), imports(settings)

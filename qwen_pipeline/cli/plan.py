@@ -55,12 +55,12 @@ def plan(
     from qwen_pipeline.cli.tower_view import tower_data, tower_refusals, tower_table
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.models.hub import load_config
-    from qwen_pipeline.one_pass import outlay
     from qwen_pipeline.qwen.geometry import require_towers
     from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, kernels_of, serving
     from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
     from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, fewer_ranks, options
     from qwen_pipeline.qwen.tensor_parallel.towers import tower_outlooks
+    from qwen_pipeline.stages.merge_pad import outlay
 
     config = load_config(model)
     targets = dict.fromkeys(engine or [USUAL_ENGINE], sorted(set(tp)))

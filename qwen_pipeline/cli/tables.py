@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # no command waits for what only another shows
     from qwen_pipeline.evaluation.regression import Change
     from qwen_pipeline.qwen.geometry import PadPlan
     from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook
-    from qwen_pipeline.standing import FineTuneStanding
+    from qwen_pipeline.status import FineTuneStanding
 
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.quantization.evidence import EVIDENCE
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
-from qwen_pipeline.standing import against_last_release, calibration_of, version_before
+from qwen_pipeline.status import against_last_release, calibration_of, version_before
 
 GROUP = "fine_tune_to_release"
 IMPORT_GROUP = "import_to_repair"

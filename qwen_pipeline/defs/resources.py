@@ -12,12 +12,12 @@ from qwen_pipeline.config import Settings, config_file, require_setting
 from qwen_pipeline.errors import InputRefused, PipelineError
 from qwen_pipeline.models.hub import find_base, load_config
 from qwen_pipeline.models.inbox import Inbox
-from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
 from qwen_pipeline.qwen.geometry import require_towers
 from qwen_pipeline.qwen.tensor_parallel.plan import padding_for
 from qwen_pipeline.stages import calibrate, quantize
 from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.stages.merge_pad import merge_and_pad
 from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
 
 

@@ -7,7 +7,7 @@ import dagster as dg
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.standing import standing
+from qwen_pipeline.status import standing
 
 _UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,

@@ -14,9 +14,9 @@ from qwen_pipeline.cli.outlay import outlay_data, outlay_view
 from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.rank_picture import CUT_END, group_line
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.one_pass import outlay
 from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
+from qwen_pipeline.stages.merge_pad import outlay
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B, config_of
 from qwen_pipeline_tests.tiny import tiny_qwen2

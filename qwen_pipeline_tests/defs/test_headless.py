@@ -19,7 +19,7 @@ from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.standing import STAGES, standing
+from qwen_pipeline.status import STAGES, standing
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.defs.test_schedules import requested
 from qwen_pipeline_tests.site import FINE_TUNE, Site, make_site

@@ -14,7 +14,7 @@ from qwen_pipeline.defs.home import open_instance
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
-from qwen_pipeline.standing import everything
+from qwen_pipeline.status import everything
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 

@@ -16,11 +16,11 @@ from qwen_pipeline.cli import stages
 from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.errors import AdapterRefused, InputRefused
 from qwen_pipeline.models.open import materialize
-from qwen_pipeline.one_pass import merge_and_pad
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.stages.merge_pad import merge_and_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS

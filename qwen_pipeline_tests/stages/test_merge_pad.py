@@ -13,8 +13,8 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStor
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.open import materialize, open_model
-from qwen_pipeline.one_pass import merge_and_pad, outlay
 from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.stages.merge_pad import merge_and_pad, outlay
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.lora.adapter_set import weighted
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore
 from qwen_pipeline.stages.publish import publish
-from qwen_pipeline.standing import against_last_release
+from qwen_pipeline.status import against_last_release
 from qwen_pipeline_tests.chain import Chain
 
 
