@@ -3,8 +3,8 @@
 import dagster as dg
 
 from qwen_pipeline.config import load_settings
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.defs.wiring import code_location
 
 
 @dg.definitions

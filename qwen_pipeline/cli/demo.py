@@ -30,7 +30,7 @@ def run_demo(*, base: str | None, observe: Observe) -> Answer:
     Raises:
         InputRefused: ``qwen_pipeline.toml`` of this directory was written by somebody else.
     """
-    from qwen_pipeline.defs.headless import look_into_inbox, run_fine_tune
+    from qwen_pipeline.runner.headless import look_into_inbox, run_fine_tune
 
     settings = _write_settings(base)
     home = settings.workspace / "demo"

@@ -8,7 +8,7 @@ import typer
 from qwen_pipeline.cli.answers import Answer, answering
 
 if TYPE_CHECKING:
-    from qwen_pipeline.defs.headless import Outcome
+    from qwen_pipeline.runner.headless import Outcome
 
 app = typer.Typer()
 
@@ -29,8 +29,8 @@ def run(
     """
     from qwen_pipeline.cli.watching import watching
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.defs.headless import run_fine_tune
     from qwen_pipeline.models.inbox import Inbox
+    from qwen_pipeline.runner.headless import run_fine_tune
 
     settings = load_settings()
     if store_merged is not None:
@@ -50,7 +50,7 @@ def publish(fine_tune: str) -> Answer:
     """
     from qwen_pipeline.cli.watching import watching
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.defs.headless import publish_fine_tune
+    from qwen_pipeline.runner.headless import publish_fine_tune
 
     with watching() as observe:
         return _outcome(publish_fine_tune(load_settings(), fine_tune, watch=observe))
@@ -93,7 +93,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> 
     login.
     """
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.defs.home import become_server
+    from qwen_pipeline.runner.dagster_home import become_server
 
     settings, url = load_settings(), f"http://127.0.0.1:{port}"
     return Answer(data={"url": url}, view=[f"Opening {url}"], then=lambda: become_server(settings, port=port))

@@ -8,8 +8,8 @@ import dagster as dg
 import pytest
 
 from qwen_pipeline.defs.assets import COMPLETE
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate

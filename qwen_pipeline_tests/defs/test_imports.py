@@ -6,10 +6,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.sensors import fine_tune_inbox, import_inbox
-from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.models.inbox import MARKER
 from qwen_pipeline_tests.codes import Packing, write_checkpoint_of_codes
 from qwen_pipeline_tests.site import Site

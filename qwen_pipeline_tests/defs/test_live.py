@@ -17,9 +17,9 @@ import pytest
 
 from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.defs.assets import GROUP
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.sensors import ARRIVAL_TAG
-from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 
 pytestmark = pytest.mark.slow

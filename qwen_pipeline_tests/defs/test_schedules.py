@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 import dagster as dg
 import pytest
 
-from qwen_pipeline.defs.home import open_instance
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.schedules import nightly
-from qwen_pipeline.defs.wiring import code_location
+from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline_tests.site import Site
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
-from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.models.inbox import MARKER
 from qwen_pipeline_tests.site import Site
 

@@ -9,11 +9,11 @@ import pytest
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory
-from qwen_pipeline.defs.headless import Outcome, materialize
-from qwen_pipeline.defs.home import open_instance
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.runner.dagster_home import open_instance
+from qwen_pipeline.runner.headless import Outcome, materialize
 from qwen_pipeline.status import everything
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2

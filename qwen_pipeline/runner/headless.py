@@ -11,16 +11,16 @@ from qwen_pipeline import errors
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.config import Settings
-from qwen_pipeline.defs.departed import PROCESS_TAG, end_departed_runs, this_process
-from qwen_pipeline.defs.home import open_instance
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import Pipeline
 from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
-from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.errors import CheckFailed, PipelineError
 from qwen_pipeline.models.inbox import require_name
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.runner.dagster_home import open_instance
+from qwen_pipeline.runner.orphaned_runs import PROCESS_TAG, end_departed_runs, this_process
 
 
 class StepCrashed(Exception):

@@ -13,12 +13,12 @@ import dagster as dg
 import pytest
 
 from qwen_pipeline.defs.assets import GROUP
-from qwen_pipeline.defs.headless import Outcome, publish_fine_tune, run_fine_tune
-from qwen_pipeline.defs.home import open_instance
+from qwen_pipeline.defs.build import code_location
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.defs.wiring import code_location
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Progress
+from qwen_pipeline.runner.dagster_home import open_instance
+from qwen_pipeline.runner.headless import Outcome, publish_fine_tune, run_fine_tune
 from qwen_pipeline.status import STAGES, standing
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.defs.test_schedules import requested
