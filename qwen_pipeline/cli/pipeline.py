@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_pipeline.cli.answers import Answer, answering
+from qwen_pipeline.cli.results import Answer, answering
 
 if TYPE_CHECKING:
     from qwen_pipeline.runner.headless import Outcome
@@ -27,7 +27,7 @@ def run(
     The same graph, store and Dagster instance as the UI's, in this process and without a daemon. What is up to date
     is not done again; an interrupted run continues where it stopped.
     """
-    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.cli.progress_bars import watching
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.models.inbox import Inbox
     from qwen_pipeline.runner.headless import run_fine_tune
@@ -48,7 +48,7 @@ def publish(fine_tune: str) -> Answer:
 
     The reports are read and demanded here as well: there is no way around a failed check.
     """
-    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.cli.progress_bars import watching
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.runner.headless import publish_fine_tune
 
@@ -79,7 +79,7 @@ def demo(
 ) -> Answer:
     """Train a small LoRA on a small real model and take it all the way to a published checkpoint, in minutes."""
     from qwen_pipeline.cli.demo import run_demo
-    from qwen_pipeline.cli.watching import watching
+    from qwen_pipeline.cli.progress_bars import watching
 
     with watching() as observe:
         return run_demo(base=base, observe=observe)

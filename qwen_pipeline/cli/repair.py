@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwen_pipeline.cli.answers import Answer, answering
+from qwen_pipeline.cli.results import Answer, answering
 from qwen_pipeline.cli.stages import Towers, made_by
 
 app = typer.Typer()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qwen_pipeline.cli.answers import Answer, answering
+from qwen_pipeline.cli.results import Answer, answering
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 
 if TYPE_CHECKING:
@@ -429,8 +429,8 @@ def _fine_tune(adapters: list[Path], weights: list[float] | None, combine: Combi
 
 def made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
     """Run a stage under the eyes of the user, and show what it made and what it checked."""
+    from qwen_pipeline.cli.progress_bars import watching
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table
-    from qwen_pipeline.cli.watching import watching
 
     with watching() as observe:
         artifact = stage(observe)

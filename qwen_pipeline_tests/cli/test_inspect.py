@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qwen_pipeline.cli.answers import Answer
 from qwen_pipeline.cli.inspect import inspect
+from qwen_pipeline.cli.results import Answer
 from qwen_pipeline.errors import AdapterRefused
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from qwen_pipeline.cli.answers import CRASHED, INTERRUPTED, Answer, answering
+from qwen_pipeline.cli.results import CRASHED, INTERRUPTED, Answer, answering
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused
 
 FAULTS: dict[str, BaseException] = {
