@@ -1,16 +1,16 @@
 """The projected table is what the formula gives."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.projection import MODELS, table
+from qwen_pipeline_tests import REPOSITORY
 
 
 def test_the_projected_table_is_what_the_formula_gives() -> None:
-    page = Path(__file__).parents[1] / "docs" / "performance.md"
+    page = REPOSITORY / "docs" / "performance.md"
     assert page.read_text().endswith(table() + "\n")
 
 

@@ -24,7 +24,7 @@ class Measurement:
         calibration: Token ids that the quantized model was quantized on, of one length: only its activations are
             looked at.
         cuts: Ways in which ranks share the quantized model that change its weights
-            (:func:`qwen_pipeline.evaluation.tensor_parallel.simulate.sliced`); each is compared with the whole on one window.
+            (:mod:`~qwen_pipeline.evaluation.tensor_parallel.simulate`); each is compared with the whole on one window.
     """
 
     models: Mapping[str, str]

@@ -15,13 +15,14 @@ from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.codes.formats import code_format
 from qwen_pipeline.transforms.codes.repair import plan_repair, repair
 from qwen_pipeline.transforms.padding.pad import pad as padded_view
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain
 from qwen_pipeline_tests.damages import Healthy
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_model
 from qwen_pipeline_tests.zoo import SPECIMENS, table
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "validation.md"
+DOCUMENT = REPOSITORY / "docs" / "validation.md"
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
 """The tables of docs/geometry.md. ``python -m qwen_pipeline_tests.qwen.geometry_document`` writes it anew."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from qwen_pipeline.qwen.geometry import head_obstacles, tower_sizes
 from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, serving
 from qwen_pipeline.qwen.tensor_parallel.plan import options
 from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, tower_serving
 from qwen_pipeline.qwen.towers import towers_of
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.qwen.published import PUBLISHED, TOWERS, Published, PublishedTower, as_config
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "geometry.md"
+DOCUMENT = REPOSITORY / "docs" / "geometry.md"
 MARK = "<!-- {}: {} -->\n"
 DEGREES = (1, 2, 4, 8)
 LETTERS: dict[Verdict, str] = {"ok": "o", "padded at load": "p", "unknown": "?", "refused": "R", "silently wrong": "W"}

@@ -32,6 +32,7 @@ from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import DENSE_LINEARS, tiny_model, tiny_qwen2, tiny_qwen3
 
@@ -384,7 +385,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(
     undisturbed, out = wanted(destination=Directory(tmp_path / "undisturbed")), tmp_path / "out"
     with subprocess.Popen(
         [sys.executable, "-c", QUANTIZE, source, out, calibration, json.dumps(spec.to_json())],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
     ) as parent:  # fmt: skip
         assert parent.stdout is not None
         assert any("layers.2" in line for line in parent.stdout)

@@ -32,6 +32,7 @@ from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device
 from qwen_pipeline.workers import child, parent
 from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, survive
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=4, seq_len=32, batch_size=4, threads=1, device="cpu")
@@ -65,7 +66,7 @@ def test_workers_may_be_forked_and_an_account_is_given(source: Path, text: Path,
     out, sizes = tmp_path / "account.json", ["--group-size", "32", "--seq-len", "32", "--device", "cpu"]
     subprocess.run(
         [find_environment("gptqmodel").python, "-m", __name__, source, text, "--kills", "4", "--out", out, *sizes],
-        cwd=Path(__file__).parents[2], check=True, timeout=300,
+        cwd=REPOSITORY, check=True, timeout=300,
     )  # fmt: skip
     told = json.loads(out.read_text())
     assert told["kills"] == 4

@@ -15,9 +15,10 @@ import pytest
 from qwen_pipeline.errors import AdapterRefused, EngineFault, EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import WorkerResult, run_worker, started_worker
+from qwen_pipeline_tests import REPOSITORY
 
 PYTHON = Path(sys.executable)
-ROOT = str(Path(__file__).parents[2])
+ROOT = str(REPOSITORY)
 TARGETS = "qwen_pipeline_tests.workers.targets"
 
 

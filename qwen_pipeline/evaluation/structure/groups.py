@@ -8,7 +8,7 @@ rounding, given the group's weights ``w`` and what its codes stand for, ``v``:
 - its gain ``<w, v> / <v, v>``, the factor that its scale is short of. Only where ``w`` has both signs: symmetric codes
   reach 7 of 15 steps up, and a group without a negative weight is clipped there.
 
-Groups of zeros are not looked at here: :func:`qwen_pipeline.evaluation.structure.weights.check_padding` listens to them.
+Groups of zeros are checked by :func:`~qwen_pipeline.evaluation.structure.weights.check_padding`.
 
 GPTQ makes up for the rounding of earlier channels in later ones, so codes need not stand for the weights alone. Seen in
 221,184 groups of SmolLM2-135M at 4 bits in groups of 64 (GPTQModel 7.6), and in tiny dense and MoE models: errors up to

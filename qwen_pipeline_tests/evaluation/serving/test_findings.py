@@ -26,6 +26,7 @@ from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import Place
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.config import stop_tokens
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.evaluation.serving.vllm import (
     assert_served_where_there_is_a_kernel,
     has_kernel,
@@ -35,7 +36,7 @@ from qwen_pipeline_tests.evaluation.tasks.completions_server import DEADLY, STOP
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
-ROOT = Path(__file__).parents[2]
+ROOT = REPOSITORY
 ANSWER = ServedAnswer(tokens=(5, 6, 9), ended=True, likeliest=({5: -0.1}, {6: -0.5, 7: -0.75}, {9: -0.25, 8: -6.25}))
 GOOD = Served(role="padded", degree=3, engine="vllm", ready=True, texts=("yes",), tokens=(3,), partings=(None,))
 

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.qwen.families import FAMILIES
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, applies, grid, peft_answer, put_on_grid, train
 from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "lora.md"
+DOCUMENT = REPOSITORY / "docs" / "lora.md"
 _TABLE = re.compile(r"(?s)(<!-- matrix -->\n).*(<!-- end of matrix -->)")
 
 Base = Callable[..., Path]

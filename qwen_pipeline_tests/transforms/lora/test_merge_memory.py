@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen_pipeline_tests import REPOSITORY
+
 RISE = """
 import json, sys
 from pathlib import Path
@@ -66,4 +68,4 @@ print(resident_peak() - before)
 def test_a_tensor_of_three_times_the_size_takes_no_more(tmp_path: Path, kind: str, size: int) -> None:
     """From 64 MiB to 192 MiB the high-water mark rises by less than six blocks of 8 MiB: so many may be under way."""
     command = [sys.executable, "-c", RISE, str(tmp_path), kind, str(size)]
-    assert int(subprocess.check_output(command, cwd=Path(__file__).parents[2], text=True)) < 48 * 2**20
+    assert int(subprocess.check_output(command, cwd=REPOSITORY, text=True)) < 48 * 2**20
