@@ -27,8 +27,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization import solver
 from qwen_pipeline.quantization.spec import QuantSpec
@@ -70,15 +70,15 @@ def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     torch.set_num_threads(job["threads"])
     base = open_checkpoint(Path(job["models"]["dense"]))
     windows = [torch.tensor([window]) for window in (*job["calibration"], *job["held_out"])]
-    passage = Passage(base, windows, Place(device=torch.device("cpu"), dtype=torch.float32))
+    stream = LayerStream(base, windows, ComputeContext(device=torch.device("cpu"), dtype=torch.float32))
     rows: list[dict[str, Any]] = []
-    for layer, module in enumerate(passage.coming()):
+    for layer, module in enumerate(stream.coming()):
         if layer % job["every"] == job["every"] - 1:
-            inputs = [x[0] for x in passage.inputs_within(layer, module, "mlp.down_proj")]
+            inputs = [x[0] for x in stream.inputs_within(layer, module, "mlp.down_proj")]
             cut = len(job["calibration"])
             rows += _layer(job, layer, torch.cat(inputs[:cut]), torch.cat(inputs[cut:]))
-        passage.run(layer, module)
-        observe(Progress(task="quantize", done=layer + 1, total=len(passage.parts), unit="layers"))
+        stream.run(layer, module)
+        observe(Progress(task="quantize", done=layer + 1, total=len(stream.parts), unit="layers"))
     return {"rows": rows}
 
 

@@ -28,12 +28,12 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import keep, table
 from benchmarks.stalls import Ledger
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint
-from qwen_pipeline.evaluation.logits.activation_range import WatchedPassage
+from qwen_pipeline.evaluation.logits.activation_range import WatchedStream
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import LayeredModel, Place
-from qwen_pipeline.layerwise.prefetch import Feed
-from qwen_pipeline.layerwise.weights import Weights
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel
+from qwen_pipeline.layerwise.prefetch import Prefetcher
+from qwen_pipeline.layerwise.weights import ModelWeights
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight
@@ -42,17 +42,17 @@ from qwen_pipeline_tests.rounding import rounded
 
 BAR = 0.7
 COMPUTING: Mapping[str, tuple[type, str]] = {
-    "enter": (Passage, "__init__"),
-    "read rows of the embedding": (Weights, "rows"),
+    "enter": (LayerStream, "__init__"),
+    "read rows of the embedding": (ModelWeights, "rows"),
     "build layers": (LayeredModel, "build"),
-    "run layers": (WatchedPassage, "run"),
-    "wait for tensors": (Feed, "__next__"),
+    "run layers": (WatchedStream, "run"),
+    "wait for tensors": (Prefetcher, "__next__"),
 }
 """What the thread that computes does, each step without the steps within it."""
 READING: Mapping[str, tuple[type, str]] = {
-    "read": (Feed, "_read"),
-    "wait for the bus": (Feed, "_wait_for_bus"),
-    "wait for room": (Feed, "_finds_room"),
+    "read": (Prefetcher, "_read"),
+    "wait for the bus": (Prefetcher, "_wait_for_bus"),
+    "wait for room": (Prefetcher, "_finds_room"),
 }
 """What the threads do that read, added up; one alone waits for room, and while it does, none reads."""
 
@@ -70,10 +70,10 @@ def main() -> None:
     wide = WIDE["qwen2"]
     toy_size = tiny(wide)
     size = toy_size if asked.tiny else wide.changed(num_hidden_layers=asked.layers)
-    place = Place(device=device, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch, patch.object(Place, "is_apart", new=True):
+    context = ComputeContext(device=device, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch, patch.object(ComputeContext, "is_apart", new=True):
         toy = make_pair(toy_size, Path(scratch) / "toy", device)
-        evaluate_pair(toy, toy_size, place)  # imports, contexts and kernels are not what is measured
+        evaluate_pair(toy, toy_size, context)  # imports, contexts and kernels are not what is measured
         models = make_pair(size, Path(scratch) / "models", device)
         rounds: list[dict[str, Any]] = []
         found: dict[str, Any] = {
@@ -81,7 +81,7 @@ def main() -> None:
             "machine": describe_machine() | {"device": _name(device), "torch": torch.__version__},
             "size": asdict(size),
             "bytes_on_disk": sum(file.stat().st_size for file in weight_files(models.values())),
-            "largest_layer_bytes": layer_bytes(models["reference"], place.dtype),
+            "largest_layer_bytes": layer_bytes(models["reference"], context.dtype),
             "seconds_to_make": time.perf_counter() - began,
             "rounds": rounds,
         }
@@ -89,7 +89,7 @@ def main() -> None:
         longest = 0.0
         while len(rounds) < asked.rounds and (time.perf_counter() - began) + longest < asked.until:
             started = time.perf_counter()
-            rounds.append(race(models, size, place))
+            rounds.append(race(models, size, context))
             longest = max(longest, time.perf_counter() - started)
             keep(asked.out / "evaluation-speed", render(found), found)
             print(json.dumps(rounds[-1]), flush=True)
@@ -120,9 +120,9 @@ def make_pair(size: Size, root: Path, device: torch.device) -> dict[str, Checkpo
     return {"reference": source, "candidate": quantized_checkpoint(source, packed, linears, quantization)}
 
 
-def race(models: Mapping[str, Checkpoint], size: Size, place: Place) -> dict[str, Any]:
+def race(models: Mapping[str, Checkpoint], size: Size, context: ComputeContext) -> dict[str, Any]:
     """Read the files of both models once, then evaluate them together; for a GPU nothing is cached before either."""
-    on_gpu = place.device.type == "cuda"
+    on_gpu = context.device.type == "cuda"
     cold = on_gpu and drop_caches()
     disk = seconds_to_read(weight_files(models.values()))
     cold = on_gpu and drop_caches() and cold
@@ -131,7 +131,7 @@ def race(models: Mapping[str, Checkpoint], size: Size, place: Place) -> dict[str
         torch.cuda.reset_peak_memory_stats()
     with ledger_of(COMPUTING) as computing, ledger_of(READING) as reading:
         started = time.perf_counter()
-        through_layers, figures = evaluate_pair(models, size, place)
+        through_layers, figures = evaluate_pair(models, size, context)
         ended = time.perf_counter()
     seconds, layers = ended - started, through_layers - started
     parts = dict(computing.clock)
@@ -150,7 +150,9 @@ def race(models: Mapping[str, Checkpoint], size: Size, place: Place) -> dict[str
     }
 
 
-def evaluate_pair(models: Mapping[str, Checkpoint], size: Size, place: Place) -> tuple[float, dict[str, float | None]]:
+def evaluate_pair(
+    models: Mapping[str, Checkpoint], size: Size, context: ComputeContext
+) -> tuple[float, dict[str, float | None]]:
     """Return when all layers were passed, and some figures, which are the same in every round."""
     windows = torch.randint(
         3, size.config["vocab_size"], (size.windows, size.seq_len), generator=torch.Generator().manual_seed(2)
@@ -160,7 +162,9 @@ def evaluate_pair(models: Mapping[str, Checkpoint], size: Size, place: Place) ->
     def observe(_: Progress) -> None:
         passed.append(time.perf_counter())
 
-    found = evaluate(models, list(windows), reference="reference", compared=["candidate"], place=place, observe=observe)
+    found = evaluate(
+        models, list(windows), reference="reference", compared=["candidate"], context=context, observe=observe
+    )
     divergence = found["candidate"].divergence
     assert divergence
     perplexities = {f"perplexity of the {role}": model.perplexity for role, model in found.items()}

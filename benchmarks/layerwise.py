@@ -36,7 +36,7 @@ from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import markdown, table
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.quantization.spec import Device, EngineName, QuantJob, QuantSpec
+from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantJob, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.stages.quantize import worker_environment
 from qwen_pipeline.workers.parent import run_worker
@@ -183,21 +183,21 @@ def main() -> None:
             note(f"two equal runs: {name}", compare(*runs))
 
 
-def contenders(gpus: int) -> Mapping[str, tuple[EngineName, int]]:
+def contenders(gpus: int) -> Mapping[str, tuple[QuantizerName, int]]:
     """Return engine and number of GPUs by name."""
-    one: dict[str, tuple[EngineName, int]] = {"layerwise": ("layerwise", 1), "gptqmodel": ("gptqmodel", 1)}
+    one: dict[str, tuple[QuantizerName, int]] = {"layerwise": ("layerwise", 1), "gptqmodel": ("gptqmodel", 1)}
     if gpus > 1:
         one[f"gptqmodel, {gpus} GPUs"] = ("gptqmodel", gpus)
     return one
 
 
-def _job(size: Size, source: Path, workshop: Path, engine: EngineName, device: Device, gpus: int) -> QuantJob:
+def _job(size: Size, source: Path, work_dir: Path, engine: QuantizerName, device: Device, gpus: int) -> QuantJob:
     spec = QuantSpec(
         engine=engine, group_size=size.group_size, samples=size.samples, seq_len=size.seq_len, batch_size=size.batch,
         device=device, gpus=gpus,
     )  # fmt: skip
-    workshop.mkdir()
-    return QuantJob(spec=spec, source=source, windows=_save_windows(size, workshop), workshop=workshop)
+    work_dir.mkdir()
+    return QuantJob(spec=spec, source=source, windows=_save_windows(size, work_dir), work_dir=work_dir)
 
 
 def _save_windows(size: Size, folder: Path) -> Path:
@@ -245,7 +245,7 @@ def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
             python,
             f"qwen_pipeline.engines.{job.spec.engine}:quantize_directory",
             job.to_json(),
-            log=job.workshop / "log",
+            log=job.work_dir / "log",
             observe=observe,
             env=worker_environment(job.spec),
         )
@@ -296,13 +296,13 @@ def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Evaluate the reference and both candidates side by side; runs in a worker."""
     from qwen_pipeline.evaluation.logits.streamed import evaluate
-    from qwen_pipeline.layerwise.model import Place
+    from qwen_pipeline.layerwise.model import ComputeContext
 
     models, windows = _models(spec)
     on_gpu = spec["device"] == "cuda"
-    place = Place(device=torch.device(spec["device"]), dtype=torch.bfloat16 if on_gpu else torch.float32)
+    context = ComputeContext(device=torch.device(spec["device"]), dtype=torch.bfloat16 if on_gpu else torch.float32)
     started = time.perf_counter()
-    figures = evaluate(models, windows, reference="reference", compared=list(spec["packed"]), place=place)
+    figures = evaluate(models, windows, reference="reference", compared=list(spec["packed"]), context=context)
     found: dict[str, Any] = {"seconds": time.perf_counter() - started}
     for role, model in figures.items():
         found[role] = {"perplexity": model.perplexity}

@@ -32,15 +32,15 @@ from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.quantization.spec import Device, EngineName, QuantSpec, default_device, usable_cores
+from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec, default_device, usable_cores
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.workers.environments import find_environment
 
-ENGINES: tuple[EngineName, ...] = ("layerwise", "gptqmodel")
+ENGINES: tuple[QuantizerName, ...] = ("layerwise", "gptqmodel")
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
             [torch.tensor(window) for window in held_out],
             reference="full",
             compared=["quantized"],
-            place=Place(device=torch.device(device), dtype=torch.float32),
+            context=ComputeContext(device=torch.device(device), dtype=torch.float32),
         )
     divergence, result = figures["quantized"].divergence, artifact.manifest.result
     assert divergence is not None

@@ -28,8 +28,8 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.quantization.spec import EngineName, QuantSpec
+from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.quantization.spec import QuantizerName, QuantSpec
 from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.stages import pad, quantize
 from qwen_pipeline.text.records import load_tokenizer
@@ -40,7 +40,7 @@ from qwen_pipeline.workers.parent import started_worker
 GROUP_SIZE = 64
 RANKS = {"dense": 3, "experts": 16, "quiet experts": 16}
 """Model -> ranks: 1600 channels become 1728, experts of 768 and shared experts of 832 become 1024."""
-ENGINE: EngineName = "layerwise"
+ENGINE: QuantizerName = "layerwise"
 QUIET = 6
 """Doublings by which quiet experts' activations are smaller than the base's."""
 
@@ -145,7 +145,7 @@ class Benchmark:
             [torch.tensor(window) for window in windows],
             reference="full",
             compared=list(quantized),
-            place=Place(device=device, dtype=torch.float32),
+            context=ComputeContext(device=device, dtype=torch.float32),
         )
         return {name: at.divergence.mean for name, at in figures.items() if at.divergence}
 

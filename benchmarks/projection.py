@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen_pipeline.checkpoint.memory_budget import needs
-from qwen_pipeline.checkpoint.thread_pool import crew_size
+from qwen_pipeline.checkpoint.memory_budget import estimate_needs
+from qwen_pipeline.checkpoint.thread_pool import pool_size
 
 RATES = (0.4, 1.2, 5.0)
 """GB per second that a disk takes: a network volume, a cloud server's, a workstation's NVMe."""
@@ -45,7 +45,7 @@ def table() -> str:
 
 
 def _rows() -> Iterator[str]:
-    memory = needs(disk_bytes=0).memory_bytes / crew_size()
+    memory = estimate_needs(disk_bytes=0).memory_bytes / pool_size()
     for model in MODELS:
         padded = model.nbytes + model.added
         ways = (

@@ -77,7 +77,7 @@ def main() -> None:
 
     ledger = Ledger()
     if asked.threads:
-        thread_pool.crew_size = lambda: asked.threads
+        thread_pool.pool_size = lambda: asked.threads
     for step, places in STEPS.items():
         for module, path in places:
             *owners, name = path.split(".")

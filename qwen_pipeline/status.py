@@ -24,7 +24,7 @@ State = Literal["missing", "damaged", "stale", "failed", "done"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageStanding:
+class StageStatus:
     """One stage of one fine-tune.
 
     Attributes:
@@ -42,11 +42,11 @@ class StageStanding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FineTuneStanding:
+class FineTuneStatus:
     """Every stage of one fine-tune or import, in order. ``remark`` says what is odd about its upload, if anything."""
 
     name: str
-    stages: Mapping[str, StageStanding]
+    stages: Mapping[str, StageStatus]
     remark: str = ""
 
     @property
@@ -69,14 +69,14 @@ _MAKERS: Mapping[ModuleType, Mapping[str, str]] = {
 STAGES = tuple(str(stage.STAGE) for stage in _MAKERS)
 
 
-def everything(settings: Settings) -> list[FineTuneStanding]:
+def fine_tune_statuses(settings: Settings) -> list[FineTuneStatus]:
     """Return the standing of each fine-tune that is in the inbox or in the store, by name."""
     arrivals = {arrival.name: arrival for arrival in Inbox(settings.inbox).arrivals()}
     kept = {path.name for stage in STAGES for path in (settings.store_root / stage).glob("*")}
-    return [standing(settings, name, arrivals.get(name)) for name in sorted(arrivals.keys() | kept)]
+    return [status_of(settings, name, arrivals.get(name)) for name in sorted(arrivals.keys() | kept)]
 
 
-def standing(settings: Settings, name: str, arrival: Arrival | None) -> FineTuneStanding:
+def status_of(settings: Settings, name: str, arrival: Arrival | None) -> FineTuneStatus:
     """Compare what the store holds of a fine-tune with its upload and the settings as they are now.
 
     Without a usable upload, what was made of an earlier one still stands.
@@ -85,30 +85,30 @@ def standing(settings: Settings, name: str, arrival: Arrival | None) -> FineTune
     inputs = {"fine_tune": arrived} if arrived else {}
     specs, texts = _specs(settings, name), {calibrate.STAGE: _calibration_text(settings)}
     current: dict[str, str] = {}
-    stages: dict[str, StageStanding] = {}
+    stages: dict[str, StageStatus] = {}
     for stage, makers in _MAKERS.items():
         inputs = {role: current.get(maker) for role, maker in makers.items()} or inputs
         inputs |= texts.get(stage.STAGE, {})
-        stages[stage.STAGE] = stands = _stage_standing(settings, name, stage, inputs, specs.get(stage.STAGE, {}))
+        stages[stage.STAGE] = stands = _stage_status(settings, name, stage, inputs, specs.get(stage.STAGE, {}))
         if stands.artifact and stands.state in ("done", "failed"):
             current[stage.STAGE] = stands.artifact.manifest.content_digest
-    return FineTuneStanding(name=name, stages=stages, remark=remark)
+    return FineTuneStatus(name=name, stages=stages, remark=remark)
 
 
-def imports(settings: Settings) -> list[FineTuneStanding]:
+def import_statuses(settings: Settings) -> list[FineTuneStatus]:
     """Return the standing of each quantized checkpoint that is among the imports or in the store, by name.
 
     One that was never read, or changed since, is ``stale`` if it was repaired before: nothing is read to find out.
     """
     arrivals = {arrival.name: arrival for arrival in Inbox(settings.imports).arrivals()}
     kept = {path.name for path in (settings.store_root / repair.STAGE).glob("*")}
-    found: list[FineTuneStanding] = []
+    found: list[FineTuneStatus] = []
     for name in sorted(arrivals.keys() | kept):
         digest, remark = _look_at_import(arrivals.get(name))
         inputs = {} if name not in arrivals else {"source": digest}
         spec = {"tensor_parallel": settings.padding.ranks}
-        stages = {repair.STAGE: _stage_standing(settings, name, repair, inputs, spec)}
-        found.append(FineTuneStanding(name=name, stages=stages, remark=remark))
+        stages = {repair.STAGE: _stage_status(settings, name, repair, inputs, spec)}
+        found.append(FineTuneStatus(name=name, stages=stages, remark=remark))
     return found
 
 
@@ -170,21 +170,21 @@ _UNSAID: Mapping[str, Any] = {"towers": False}
 """What a spec means where it says nothing: a request that was not made is no part of it."""
 
 
-def _stage_standing(
+def _stage_status(
     settings: Settings, name: str, stage: ModuleType, inputs: Mapping[str, str | None], spec: Mapping[str, Any]
-) -> StageStanding:
+) -> StageStatus:
     try:
         artifact = CheckpointStore(settings.store_root).latest(stage.STAGE, name)
     except CheckpointRefused:
-        return StageStanding(state="damaged")
+        return StageStatus(state="damaged")
     if artifact is None:
-        return StageStanding(state="missing")
+        return StageStatus(state="missing")
     made = artifact.manifest.derivation
     follows = inputs.items() <= made.inputs.items() and spec.items() <= {**_UNSAID, **made.spec}.items()
     if not follows or made.code_version != stage.CODE_VERSION:
-        return StageStanding(state="stale", artifact=artifact)
+        return StageStatus(state="stale", artifact=artifact)
     failed = any(report.blocks for report in load_reports(artifact.manifest.result))
-    return StageStanding(state="failed" if failed else "done", artifact=artifact)
+    return StageStatus(state="failed" if failed else "done", artifact=artifact)
 
 
 def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:

@@ -10,7 +10,7 @@ from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.stages.validate import validate
-from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
+from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 GROUP_SIZE = 32
@@ -25,7 +25,7 @@ class Chain:
     padded: Path
     quantized: Path
     text: Path
-    engine: EngineEnvironment
+    engine: WorkerEnvironment
 
 
 def make_chain(root: Path) -> Chain:

@@ -22,7 +22,7 @@ _M_MMAP_THRESHOLD = -3
 """``malloc.h``"""
 
 
-class Pool:
+class BufferPool:
     """Buffers of :data:`BLOCK_BYTES` each, as many as were ever in use at once.
 
     Args:
@@ -51,14 +51,14 @@ class Pool:
 
 
 class _Thread(threading.local):
-    pool: Pool | None = None
+    pool: BufferPool | None = None
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def recycling(pool: Pool) -> Generator[None, None, None]:
+def recycling(pool: BufferPool) -> Generator[None, None, None]:
     """Take this thread's blocks from a pool within the body."""
     _thread.pool = pool
     try:

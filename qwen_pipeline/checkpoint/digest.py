@@ -26,7 +26,7 @@ from qwen_pipeline.checkpoint.manifest import (
     find_manifest,
 )
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes, read_header
-from qwen_pipeline.checkpoint.thread_pool import work_in_order
+from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.progress import Meter, Observe, unobserved
 
@@ -166,7 +166,7 @@ def read_tensors(
         passing[name].see(block.start, loaded)
         meter.add(loaded.nbytes)
 
-    work_in_order(blocks, read, tick=meter.tell)
+    map_ordered(blocks, read, tick=meter.tell)
     return {name: _all_seen(name, tensor) for name, tensor in passing.items()}
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Tap:
+class HashingReader:
     """Sees what passes on its way from one checkpoint to whatever is made of it.
 
     Args:

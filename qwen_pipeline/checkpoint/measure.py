@@ -11,7 +11,7 @@ from typing import Protocol
 from qwen_pipeline.checkpoint.manifest import RunFigures, describe_environment
 
 
-class Laps:
+class Stopwatch:
     """Seconds of a piece of work, part by part; those of a part that comes again are added up."""
 
     def __init__(self) -> None:

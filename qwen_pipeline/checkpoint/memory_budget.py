@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.checkpoint.thread_pool import crew_size
+from qwen_pipeline.checkpoint.thread_pool import pool_size
 from qwen_pipeline.checkpoint.tree_hash import LEAF_BYTES
 from qwen_pipeline.errors import EnvironmentFault
 
@@ -24,7 +24,7 @@ FILES_BESIDE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class ResourceNeeds:
     """What a stage takes beyond what the process has: bytes of disk and of memory, and open files.
 
     Memory is ``threads x (6 x max(8 MiB, the longest row) + 8 MiB)``: it does not depend on the model's depth.
@@ -35,10 +35,10 @@ class Needs:
     open_files: int
 
 
-def needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> Needs:
+def estimate_needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> ResourceNeeds:
     """Return what writing so many bytes takes on this machine's cores."""
-    threads = crew_size()
-    return Needs(
+    threads = pool_size()
+    return ResourceNeeds(
         disk_bytes=disk_bytes,
         memory_bytes=threads
         * (BLOCKS_PER_THREAD * max(BLOCK_BYTES, longest_row_bytes) + LEAVES_PER_THREAD * LEAF_BYTES),
@@ -46,16 +46,16 @@ def needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> Needs:
     )
 
 
-def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> Needs:
+def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> ResourceNeeds:
     """Return what writing a checkpoint takes; ``disk_bytes`` is less than its size if a part of it is there."""
     rows = (tensor.spec.row_bytes for tensor in checkpoint.tensors.values() if not tensor.stored)
-    return needs(
+    return estimate_needs(
         disk_bytes=checkpoint.nbytes if disk_bytes is None else disk_bytes, longest_row_bytes=max(rows, default=0)
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class AvailableResources:
     """What a machine has for a stage: free bytes of a disk and of memory, and open files; None: no limit is known."""
 
     disk_bytes: int
@@ -63,28 +63,28 @@ class Room:
     open_files: int | None
 
 
-def room_at(out: Path) -> Room:
+def available_at(out: Path) -> AvailableResources:
     """Return what there is for writing into a directory, which need not be there yet."""
     there = next(at for at in (out.absolute(), *out.absolute().parents) if at.is_dir())
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return Room(
+    return AvailableResources(
         disk_bytes=shutil.disk_usage(there).free,
         memory_bytes=available_memory(),
         open_files=None if files == resource.RLIM_INFINITY else files,
     )
 
 
-def require_admitted(asked: Needs, out: Path) -> None:
+def require_resources(asked: ResourceNeeds, out: Path) -> None:
     """Refuse work that this machine cannot finish.
 
     Raises:
         EnvironmentFault: There is less disk, memory or open files than it takes; the message has the numbers.
     """
-    for shortage in shortages(asked, room_at(out), out):
+    for shortage in shortages(asked, available_at(out), out):
         raise shortage
 
 
-def shortages(asked: Needs, room: Room, out: Path) -> Iterator[EnvironmentFault]:
+def shortages(asked: ResourceNeeds, room: AvailableResources, out: Path) -> Iterator[EnvironmentFault]:
     """Yield each thing that there is too little of for writing into ``out``."""
     if asked.disk_bytes > room.disk_bytes:
         yield EnvironmentFault(

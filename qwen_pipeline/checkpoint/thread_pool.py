@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
-from qwen_pipeline.checkpoint.buffers import Pool, recycling
+from qwen_pipeline.checkpoint.buffers import BufferPool, recycling
 
 T = TypeVar("T")
 
@@ -25,12 +25,12 @@ TICK_SECONDS = 0.2
 """How often whoever set a crew to work gets to look up."""
 
 
-def crew_size() -> int:
+def pool_size() -> int:
     """Threads of a crew: two more than the cores it may use, since some wait for a disk."""
     return min(len(os.sched_getaffinity(0)) + 2, MOST_THREADS)
 
 
-def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[[], None] = lambda: None) -> None:
+def map_ordered(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[[], None] = lambda: None) -> None:
     """Do every job on one of a few threads, begun in the order given; the first fault ends all and is raised here.
 
     Args:
@@ -38,8 +38,8 @@ def work_in_order(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[
         do: What to do with each.
         tick: Called every :data:`TICK_SECONDS` and at the end, on the calling thread.
     """
-    crew = _Crew(jobs)
-    threads = [threading.Thread(target=_serve, args=(crew, do)) for _ in range(crew_size())]
+    crew = _ThreadPool(jobs)
+    threads = [threading.Thread(target=_serve, args=(crew, do)) for _ in range(pool_size())]
     with _torch_threads_restored():
         try:
             for thread in threads:
@@ -96,7 +96,7 @@ class SharedWork(Generic[T]):
             self._changed.notify_all()
 
 
-class _Crew(Generic[T]):
+class _ThreadPool(Generic[T]):
     def __init__(self, jobs: Iterable[T]) -> None:
         self._jobs = enumerate(jobs)
         self._lock = threading.Lock()
@@ -115,11 +115,11 @@ class _Crew(Generic[T]):
                 self.fault, self._failed = fault, number
 
 
-def _serve(crew: _Crew[T], do: Callable[[T], None]) -> None:
+def _serve(crew: _ThreadPool[T], do: Callable[[T], None]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    with recycling(Pool()):
+    with recycling(BufferPool()):
         number = NOT_BEGUN
         try:
             while taken := crew.begin():

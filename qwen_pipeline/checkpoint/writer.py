@@ -20,15 +20,15 @@ from qwen_pipeline.checkpoint.digest import (
     known_checkpoint,
 )
 from qwen_pipeline.checkpoint.files import share_file, write_bytes
-from qwen_pipeline.checkpoint.hashing_reader import Tap
+from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, still_there
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, SINGLE_SHARD, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents
-from qwen_pipeline.checkpoint.memory_budget import needs_of, require_admitted
+from qwen_pipeline.checkpoint.memory_budget import needs_of, require_resources
 from qwen_pipeline.checkpoint.page_cache import outgrows_cache
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, as_bytes
 from qwen_pipeline.checkpoint.shard_file import ShardFile
-from qwen_pipeline.checkpoint.thread_pool import work_in_order
+from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Meter, Observe, unobserved
 
@@ -38,7 +38,7 @@ def write_checkpoint(
     out: Path,
     *,
     task: str,
-    taps: Sequence[Tap] = (),
+    readers: Sequence[HashingReader] = (),
     if_not_finite: str | None = None,
     hard_links: bool = False,
     observe: Observe = unobserved,
@@ -52,7 +52,7 @@ def write_checkpoint(
         checkpoint: What to write.
         out: An existing directory.
         task: What the progress is called.
-        taps: Settled at the end: what passed them is kept across interruptions, what did not is read.
+        readers: Settled at the end: what passed them is kept across interruptions, what did not is read.
         if_not_finite: What to do about a NaN or an infinity, for the reader; without it they are written.
         hard_links: Whether a shard of which nothing changed may become a second name of its source's file.
         observe: Told about bytes.
@@ -61,14 +61,14 @@ def write_checkpoint(
         CheckFailed: A value is not finite.
         EnvironmentFault: The disk has less room than what is still to be written needs.
     """
-    for tap in taps:
-        tap.leave_to(checkpoint)
-    writing = _Writing(checkpoint, out, taps, if_not_finite)
+    for reader in readers:
+        reader.leave_to(checkpoint)
+    writing = _Writing(checkpoint, out, readers, if_not_finite)
     writing.carry_unchanged(hard_links=hard_links)
     writing.keep_finished(task=f"{task}: verify what is there", observe=observe)
     writing.write(task=task, observe=observe)
-    for tap in taps:
-        tap.settle(checkpoint, writing.seen, task=f"{task}: digest what was not needed", observe=observe)
+    for reader in readers:
+        reader.settle(checkpoint, writing.seen, task=f"{task}: digest what was not needed", observe=observe)
     files = {shard: digest_shard(out / shard) for shard in writing.shards}
     files |= {path: digest_file(out / path) for path in write_files_beside(checkpoint, out)}
     files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out)}
@@ -97,8 +97,10 @@ class _Writing:
         seen: Every tensor that is there, or of which nothing needs to be read again.
     """
 
-    def __init__(self, checkpoint: Checkpoint, out: Path, taps: Sequence[Tap], if_not_finite: str | None) -> None:
-        self._checkpoint, self._out, self._taps, self._if_not_finite = checkpoint, out, taps, if_not_finite
+    def __init__(
+        self, checkpoint: Checkpoint, out: Path, readers: Sequence[HashingReader], if_not_finite: str | None
+    ) -> None:
+        self._checkpoint, self._out, self._readers, self._if_not_finite = checkpoint, out, readers, if_not_finite
         self.shards: dict[str, list[str]] = {}
         for name in checkpoint:
             self.shards.setdefault(checkpoint.shards[name], []).append(name)
@@ -141,7 +143,7 @@ class _Writing:
             meter.add(self._pass_on(*job))
 
         try:
-            work_in_order(self._blocks(), pass_on, tick=meter.tell)
+            map_ordered(self._blocks(), pass_on, tick=meter.tell)
         finally:
             for file in self._files.values():
                 file.close()
@@ -179,7 +181,7 @@ class _Writing:
         """Note a tensor whose every block was written and looked at."""
         seen = passage.tensor.seen
         assert seen, f"{passage.name} was not written from end to end"
-        passed = {tap.name: noted for tap in self._taps if (noted := tap.note(passage.name))}
+        passed = {reader.name: noted for reader in self._readers if (noted := reader.note(passage.name))}
         line = FinishedTensor(name=passage.name, written=seen, passed=passed)
         with self._lock:
             self._journal.append(line)
@@ -211,14 +213,14 @@ class _Writing:
 
     def _keep(self, finished: FinishedTensor) -> None:
         self.seen[finished.name] = finished.written
-        for tap in self._taps:
-            if tap.name in finished.passed:
-                tap.recall(finished.name, finished.passed[tap.name])
+        for reader in self._readers:
+            if reader.name in finished.passed:
+                reader.recall(finished.name, finished.passed[reader.name])
 
     def _require_admitted(self) -> None:
         unwritten = [name for shard in self._files for name in self.shards[shard] if name not in self.seen]
         disk_bytes = sum(self._checkpoint[name].nbytes for name in unwritten)
-        require_admitted(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
+        require_resources(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
 
 
 def write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:

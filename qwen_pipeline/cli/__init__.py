@@ -9,7 +9,7 @@ import typer
 
 import qwen_pipeline
 from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, repair, stages
-from qwen_pipeline.workers.fast_exit import leaving_at_once
+from qwen_pipeline.workers.fast_exit import fast_exit
 
 app = typer.Typer(
     name="qwen-pipeline",
@@ -49,5 +49,5 @@ app.add_typer(engine.app, name="engine")
 
 
 def main() -> None:
-    with leaving_at_once():
+    with fast_exit():
         app()

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.panel import Panel
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
-from qwen_pipeline.cli.results import Answer
+from qwen_pipeline.cli.results import CommandResult
 from qwen_pipeline.cli.tables import artifact_data, artifact_table, check_table
 from qwen_pipeline.config import Settings, config_file, load_settings
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
@@ -24,7 +24,7 @@ FINE_TUNE = "python-tutor"
 _FIRST_LINE = "# Written by `qwen-pipeline demo`. Change it for a model of your own; see docs/operations.md."
 
 
-def run_demo(*, base: str | None, observe: Observe) -> Answer:
+def run_demo(*, base: str | None, observe: Observe) -> CommandResult:
     """Make or find base and fine-tune, let the sensor find the upload, run the graph, then try the wrong order.
 
     Raises:
@@ -45,9 +45,9 @@ def run_demo(*, base: str | None, observe: Observe) -> Answer:
     outcome = run_fine_tune(settings, FINE_TUNE, watch=observe)
     artifacts = [*built, *outcome.artifacts]
     if outcome.fault:
-        return Answer(data=_data(artifacts), view=_story(artifacts), fault=outcome.fault)
+        return CommandResult(data=_data(artifacts), view=_story(artifacts), fault=outcome.fault)
     refusal = _wrong_order(settings, artifacts)
-    return Answer(
+    return CommandResult(
         data={**_data(artifacts), "wrong_order": {"what": refusal.what, "remedy": refusal.remedy}},
         view=[*_story(artifacts), _refusal_panel(refusal), _farewell(artifacts)],
     )

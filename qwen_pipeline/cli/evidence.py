@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ app = typer.Typer()
 WORST = 20
 
 
-@answering(
+@command(
     app,
     "evidence",
     examples=["qwen-pipeline evidence quantized/", "qwen-pipeline evidence quantized/ --before earlier/ --json"],
@@ -26,7 +26,7 @@ WORST = 20
 def evidence(
     quantized: Path,
     before: Annotated[Path | None, typer.Option(help="An earlier quantized checkpoint to compare losses with.")] = None,
-) -> Answer:
+) -> CommandResult:
     """Show each module's loss, damping, odd groups, time and memory, worst losses first.
 
     The whole table is logs/evidence.csv of the checkpoint, the plot logs/evidence.png.
@@ -46,7 +46,7 @@ def evidence(
         view.append(
             f"Losses of {found.modules} modules: {found.mean_ratio or 1:.4f} times those before (geometric mean)."
         )
-    return Answer(data=data, view=view)
+    return CommandResult(data=data, view=view)
 
 
 def _module_table(rows: "Sequence[Evidence]") -> "Table":

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-    from qwen_pipeline.transforms.lora.plan import Recipe
+    from qwen_pipeline.transforms.lora.plan import TensorMerge
 
 app = typer.Typer()
 _UNSET: tuple[object, ...] = (False, "none", (), {})
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-@answering(
+@command(
     app, "inspect", examples=["qwen-pipeline inspect my-lora/", "qwen-pipeline inspect my-lora/ --base base/ --json"]
 )
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
     trained_on: Annotated[
         Path | None, typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if it names none.")
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Say what a fine-tune is, what it was trained on, and with a base where each of its tensors lands.
 
     FINE_TUNE is a directory with a LoRA, with several and an adapters.toml, or with a whole model. What cannot be
@@ -54,20 +54,20 @@ def inspect(
             data |= {"kind": "full", "tensors": len(child)}
             if base:
                 adopt(open_checkpoint(base), child)
-            return Answer(data=data, view=[f"A whole model of {len(child)} tensors, {size(child.nbytes)}."])
+            return CommandResult(data=data, view=[f"A whole model of {len(child)} tensors, {size(child.nbytes)}."])
         data |= {"kind": "adapter", "combination": child.combination, "adapters": _described(child)}
         view.append(_settings_table(data["adapters"]))
         if base:
             data["names_base"] = asdict(base_report(base, child, (), None))
             parent = open_checkpoint(base)
             merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
-            data["trained"] = merged.crossing.trained if merged.crossing else None
+            data["trained"] = merged.bridge.trained if merged.bridge else None
             data["config"] = _changes(parent.config, merged.checkpoint.config)
             data["lands"] = {name: _landing(recipe) for name, recipe in merged.plan.recipes.items() if recipe.uses}
             view += [_landing_table(data["lands"]), *_remarks(data)]
     except InputRefused as refusal:
-        return Answer(data=_declared(fine_tune) | data, view=view, fault=refusal)
-    return Answer(data=data, view=view)
+        return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
+    return CommandResult(data=data, view=view)
 
 
 def _declared(root: Path) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _described(adapters: "AdapterSet") -> list[dict[str, Any]]:
     ]
 
 
-def _landing(recipe: "Recipe") -> dict[str, Any]:
+def _landing(recipe: "TensorMerge") -> dict[str, Any]:
     """Say what becomes of one tensor of the base, and of which tensors of the adapters."""
     happens = {
         "replaced": recipe.is_replaced,

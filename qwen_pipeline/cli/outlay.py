@@ -7,12 +7,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qwen_pipeline.checkpoint.memory_budget import Room, shortages
+from qwen_pipeline.checkpoint.memory_budget import AvailableResources, shortages
 from qwen_pipeline.cli.tables import size
-from qwen_pipeline.stages.merge_pad import Outlay
+from qwen_pipeline.stages.merge_pad import ResourceEstimate
 
 
-def outlay_data(takes: Outlay, room: Room, place: Path) -> dict[str, Any]:
+def resource_data(takes: ResourceEstimate, room: AvailableResources, place: Path) -> dict[str, Any]:
     """What each way takes and what would be refused, for machines."""
     return {
         "place": str(place),
@@ -29,7 +29,7 @@ def outlay_data(takes: Outlay, room: Room, place: Path) -> dict[str, Any]:
     }
 
 
-def outlay_view(takes: Outlay, room: Room, place: Path) -> tuple[Table, *tuple[Text, ...]]:
+def resource_view(takes: ResourceEstimate, room: AvailableResources, place: Path) -> tuple[Table, *tuple[Text, ...]]:
     """The same as a table, with what the machine has in its last row, and below it what would be refused and why."""
     table = Table(
         "", "reads", "disk", "memory", "open files", "here", title=f"Writing to {place}", title_justify="left"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
     from qwen_pipeline.runner.headless import Outcome
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@answering(app, "run", examples=["qwen-pipeline run my-lora", "qwen-pipeline run ~/training/my-lora --json"])
+@command(app, "run", examples=["qwen-pipeline run my-lora", "qwen-pipeline run ~/training/my-lora --json"])
 def run(
     fine_tune: str,
     store_merged: Annotated[
         bool | None, typer.Option(help="Store the merged weights, or pad them in the same pass; default: the settings.")
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Take one fine-tune all the way: merge, pad, calibrate, quantize, validate, publish.
 
     FINE_TUNE is the name of a directory in the inbox, or the path of a directory elsewhere.
@@ -27,7 +27,7 @@ def run(
     The same graph, store and Dagster instance as the UI's, in this process and without a daemon. What is up to date
     is not done again; an interrupted run continues where it stopped.
     """
-    from qwen_pipeline.cli.progress_bars import watching
+    from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.models.inbox import Inbox
     from qwen_pipeline.runner.headless import run_fine_tune
@@ -37,56 +37,56 @@ def run(
         settings = settings.model_copy(update={"store": settings.store.model_copy(update={"merged": store_merged})})
     is_path = "/" in fine_tune or fine_tune in (".", "..")
     arrival = Inbox(settings.inbox).admit(Path(fine_tune)) if is_path else Inbox(settings.inbox).require(fine_tune)
-    with watching() as observe:
+    with progress_bars() as observe:
         outcome = run_fine_tune(settings, arrival.name, watch=observe)
     return _outcome(outcome)
 
 
-@answering(app, "publish", examples=["qwen-pipeline publish my-lora"])
-def publish(fine_tune: str) -> Answer:
+@command(app, "publish", examples=["qwen-pipeline publish my-lora"])
+def publish(fine_tune: str) -> CommandResult:
     """Release the quantized checkpoint of FINE_TUNE, if its validation says that it may go out.
 
     The reports are read and demanded here as well: there is no way around a failed check.
     """
-    from qwen_pipeline.cli.progress_bars import watching
+    from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.runner.headless import publish_fine_tune
 
-    with watching() as observe:
+    with progress_bars() as observe:
         return _outcome(publish_fine_tune(load_settings(), fine_tune, watch=observe))
 
 
-@answering(app, "status", examples=["qwen-pipeline status", "qwen-pipeline status --json | jq '.fine_tunes[].name'"])
-def status() -> Answer:
+@command(app, "status", examples=["qwen-pipeline status", "qwen-pipeline status --json | jq '.fine_tunes[].name'"])
+def status() -> CommandResult:
     """Show how far every fine-tune and import is: done, failed, stale (its input or the code changed) or missing."""
-    from qwen_pipeline.cli.tables import standing_data, standing_table
+    from qwen_pipeline.cli.tables import status_data, status_table
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.status import everything, imports
+    from qwen_pipeline.status import fine_tune_statuses, import_statuses
 
     settings = load_settings()
-    found, imported = everything(settings), imports(settings)
+    found, imported = fine_tune_statuses(settings), import_statuses(settings)
     nothing = f"No fine-tune yet: copy one into {settings.inbox}."
-    below = [standing_table(imported, "import")] if imported else []
-    return Answer(
-        data={"fine_tunes": standing_data(found), "imports": standing_data(imported)},
-        view=[standing_table(found) if found else nothing, *below],
+    below = [status_table(imported, "import")] if imported else []
+    return CommandResult(
+        data={"fine_tunes": status_data(found), "imports": status_data(imported)},
+        view=[status_table(found) if found else nothing, *below],
     )
 
 
-@answering(app, "demo", examples=["qwen-pipeline demo", "qwen-pipeline demo --base Qwen/Qwen2.5-0.5B-Instruct"])
+@command(app, "demo", examples=["qwen-pipeline demo", "qwen-pipeline demo --base Qwen/Qwen2.5-0.5B-Instruct"])
 def demo(
     base: Annotated[str | None, typer.Option(help="Directory or hub id of another base than the small one.")] = None,
-) -> Answer:
+) -> CommandResult:
     """Train a small LoRA on a small real model and take it all the way to a published checkpoint, in minutes."""
     from qwen_pipeline.cli.demo import run_demo
-    from qwen_pipeline.cli.progress_bars import watching
+    from qwen_pipeline.cli.progress_bars import progress_bars
 
-    with watching() as observe:
+    with progress_bars() as observe:
         return run_demo(base=base, observe=observe)
 
 
-@answering(app, "ui", examples=["qwen-pipeline ui", "qwen-pipeline ui --port 3001"])
-def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> Answer:
+@command(app, "ui", examples=["qwen-pipeline ui", "qwen-pipeline ui --port 3001"])
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> CommandResult:
     """Open Dagster's web UI and its daemon, which watches the inbox. Ends with Ctrl-C.
 
     The UI has no login, so it listens on this machine only; reach it from elsewhere through ssh or a proxy with a
@@ -96,10 +96,10 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> 
     from qwen_pipeline.runner.dagster_home import become_server
 
     settings, url = load_settings(), f"http://127.0.0.1:{port}"
-    return Answer(data={"url": url}, view=[f"Opening {url}"], then=lambda: become_server(settings, port=port))
+    return CommandResult(data={"url": url}, view=[f"Opening {url}"], then=lambda: become_server(settings, port=port))
 
 
-def _outcome(outcome: "Outcome") -> Answer:
+def _outcome(outcome: "Outcome") -> CommandResult:
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, check_table
 
     artifacts = outcome.artifacts
@@ -111,4 +111,4 @@ def _outcome(outcome: "Outcome") -> Answer:
         "release": str(release) if release else None,
     }
     view = [artifact_table(artifacts), check_table(artifacts)] if artifacts else []
-    return Answer(data=data, view=[*view, f"Released: {release}"] if release else view, fault=outcome.fault)
+    return CommandResult(data=data, view=[*view, f"Released: {release}"] if release else view, fault=outcome.fault)

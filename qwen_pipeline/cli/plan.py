@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qwen_pipeline.qwen.tensor_parallel.engines import Serving
+    from qwen_pipeline.qwen.tensor_parallel.engines import ServingPrediction
     from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
     from qwen_pipeline.qwen.tensor_parallel.plan import Option
 
 app = typer.Typer()
 
 
-@answering(
+@command(
     app,
     "plan",
     examples=[
@@ -41,39 +41,41 @@ def plan(
     towers: Annotated[bool, typer.Option("--towers", help="Plan to pad vision and audio towers, too.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw groups over ranks into this .png or .svg, too.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results would go; without it, the workspace.")] = None,
-) -> Answer:
+) -> CommandResult:
     """Say what tensor parallelism would do to a model in each serving engine, and what cures it at least cost.
 
     MODEL is a model directory, a config.json or a hub id; no weights are needed. What serves on the engines at all of
     the degrees is compared by its cost: padding, smaller groups, fewer ranks. With weights it is also said what merging
     and padding take of disk, memory and open files, what this machine has, and what it would refuse.
     """
-    from qwen_pipeline.checkpoint.memory_budget import room_at
-    from qwen_pipeline.cli.outlay import outlay_data, outlay_view
+    from qwen_pipeline.checkpoint.memory_budget import available_at
+    from qwen_pipeline.cli.outlay import resource_data, resource_view
     from qwen_pipeline.cli.rank_picture import rank_picture
-    from qwen_pipeline.cli.tables import outlook_table
+    from qwen_pipeline.cli.tables import feasibility_table
     from qwen_pipeline.cli.tower_view import tower_data, tower_refusals, tower_table
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.models.hub import load_config
     from qwen_pipeline.qwen.geometry import require_towers
-    from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, kernels_of, serving
-    from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
+    from qwen_pipeline.qwen.tensor_parallel.engines import SERVING_ENGINES, kernels_of, predict_serving
+    from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
     from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, fewer_ranks, options
-    from qwen_pipeline.qwen.tensor_parallel.towers import tower_outlooks
-    from qwen_pipeline.stages.merge_pad import outlay
+    from qwen_pipeline.qwen.tensor_parallel.towers import assess_towers
+    from qwen_pipeline.stages.merge_pad import estimate_resources
 
     config = load_config(model)
     targets = dict.fromkeys(engine or [USUAL_ENGINE], sorted(set(tp)))
     if towers:
         require_towers(config, ranks=lcm(*tp))
     found, lower = options(config, targets), fewer_ranks(config, targets)
-    in_towers = tower_outlooks(config, targets)
+    in_towers = assess_towers(config, targets)
     remarks = {at.name: _remark(at, max_extra, rank_memory) for at in found}
     chosen = next((at for at in found if not remarks[at.name]), None)
-    rows = outlook(config, group_size=group_size, degrees=sorted(set(tp)))
-    kernels = [kernel for name in engine for kernel in kernels_of(name)] if engine else list(ENGINES)
+    rows = assess_degrees(config, group_size=group_size, degrees=sorted(set(tp)))
+    kernels = [kernel for name in engine for kernel in kernels_of(name)] if engine else list(SERVING_ENGINES)
     verdicts = [
-        serving(config, name, group_size=group_size, degree=degree) for name in kernels for degree in sorted(set(tp))
+        predict_serving(config, name, group_size=group_size, degree=degree)
+        for name in kernels
+        for degree in sorted(set(tp))
     ]
     drawn = _before_and_after(config, chosen, group_size, max(tp))
     data: dict[str, Any] = {
@@ -98,20 +100,20 @@ def plan(
         *([tower_table(in_towers, asked=towers)] if in_towers else []),
         f"As it is, quantized in groups of {group_size}:",
         _engine_table(verdicts, sorted(set(tp))),
-        outlook_table(rows, group_size),
+        feasibility_table(rows, group_size),
     ]
-    if takes := outlay(Path(model), group_size=group_size, tensor_parallel=max(tp), towers=towers):
+    if takes := estimate_resources(Path(model), group_size=group_size, tensor_parallel=max(tp), towers=towers):
         place = out or load_settings().store_root
-        room = room_at(place)
-        data["outlay"] = outlay_data(takes, room, place)
-        view += outlay_view(takes, room, place)
+        room = available_at(place)
+        data["outlay"] = resource_data(takes, room, place)
+        view += resource_view(takes, room, place)
     if picture:
         from qwen_pipeline.evaluation.tensor_parallel.plot import draw_ranks
 
         draw_ranks(drawn, picture)
         data["picture"] = str(picture)
         view.append(f"Picture: {picture}")
-    return Answer(data=data, view=view)
+    return CommandResult(data=data, view=view)
 
 
 def _remark(option: "Option", max_extra: float, rank_memory: float | None) -> str:
@@ -184,7 +186,7 @@ def _option_data(option: "Option", remark: str) -> dict[str, Any]:
     }
 
 
-def _engine_table(verdicts: "Sequence[Serving]", degrees: Sequence[int]) -> "Table":
+def _engine_table(verdicts: "Sequence[ServingPrediction]", degrees: Sequence[int]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 

@@ -12,7 +12,7 @@ from qwen_pipeline.progress import Observe, as_lines
 
 
 @contextmanager
-def watching() -> Generator[Observe, None, None]:
+def progress_bars() -> Generator[Observe, None, None]:
     """Show what the body's stages tell. Survives a redirection of standard error, which Dagster does to keep logs."""
     with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
         console = Console(file=stderr)

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.cli.stages import Towers, made_by
 
 app = typer.Typer()
 
 
-@answering(
+@command(
     app,
     "repair",
     examples=[
@@ -26,7 +26,7 @@ def repair(
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory. Without it, only say what it takes.")
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Make a quantized CHECKPOINT serve more ranks: add whole groups of zero codes to its MLPs. Nothing is requantized.
 
     GPTQ (4 and 8 bit, also asymmetric and with act-order), AWQ (gemm) and compressed-tensors (pack-quantized). Every
@@ -41,12 +41,12 @@ def repair(
     data = {"changes": plan.changes, "padding": dump_plan(plan)}
     table = repair_table(plan)
     if not plan.changes:
-        return Answer(data=data, view=[table, f"It serves {tp} ranks as it is: there is nothing to repair."])
+        return CommandResult(data=data, view=[table, f"It serves {tp} ranks as it is: there is nothing to repair."])
     if out is None:
-        return Answer(data=data, view=[table, "Nothing was written: name a directory with --out."])
+        return CommandResult(data=data, view=[table, "Nothing was written: name a directory with --out."])
     made = made_by(
         lambda observe: stage.repair(
             source=checkpoint, destination=Directory(out), tensor_parallel=tp, towers=towers, observe=observe
         )
     )
-    return Answer(data={**data, **made.data}, view=[table, *made.view], fault=made.fault)
+    return CommandResult(data={**data, **made.data}, view=[table, *made.view], fault=made.fault)

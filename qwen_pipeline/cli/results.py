@@ -31,7 +31,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class CommandResult:
     """What a command found out.
 
     Attributes:
@@ -47,10 +47,10 @@ class Answer:
     then: Callable[[], object] | None = None
 
 
-Command = Callable[..., Answer]
+Command = Callable[..., CommandResult]
 
 
-def answering(app: typer.Typer, name: str, *, examples: Sequence[str]) -> Callable[[Command], Command]:
+def command(app: typer.Typer, name: str, *, examples: Sequence[str]) -> Callable[[Command], Command]:
     """Make a function a command with ``--json`` and ``--debug``, whose answer is printed and whose faults are named."""
 
     def register(function: Command) -> Command:
@@ -71,13 +71,13 @@ def answering(app: typer.Typer, name: str, *, examples: Sequence[str]) -> Callab
     return register
 
 
-def _deliver(command: Callable[[], Answer], *, as_json: bool, debug: bool) -> int:
+def _deliver(command: Callable[[], CommandResult], *, as_json: bool, debug: bool) -> int:
     try:
         answer = command()
     except click.ClickException:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        answer = Answer(data={}, fault=error)
+        answer = CommandResult(data={}, fault=error)
     if as_json:
         print(json.dumps({**answer.data, **_error_object(answer.fault)}, ensure_ascii=False))
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qwen_pipeline.cli.results import Answer, answering
+from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ BaseNames = Annotated[list[str] | None, typer.Option(help="A name that the adapt
 BaseRevision = Annotated[str | None, typer.Option(help="The base's commit, if adapters name theirs.")]
 
 
-@answering(
+@command(
     app,
     "merge",
     examples=[
@@ -80,7 +80,7 @@ def merge(
     trained_on: Annotated[
         Path | None, typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if it names none.")
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
     Every adapter tensor must land on a base tensor; what cannot be merged exactly is refused by name. A LoRA of a
@@ -102,7 +102,7 @@ def merge(
     )
 
 
-@answering(
+@command(
     app,
     "merge-pad",
     examples=["qwen-pipeline merge-pad --base base/ --adapter my-lora/ --recipe merged/ --out padded/ --tp 8"],
@@ -120,7 +120,7 @@ def merge_pad(
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
     layout: Annotated[Layout, typer.Option(help="Where the new channels go.")] = DEFAULT_LAYOUT,
     towers: Towers = False,
-) -> Answer:
+) -> CommandResult:
     """Merge and pad in one pass: the merged weights are never stored, and the padded ones are as from two passes.
 
     The recipe has the merged checkpoint's digests; `materialize` stores its weights later.
@@ -145,15 +145,15 @@ def merge_pad(
     )
 
 
-@answering(app, "materialize", examples=["qwen-pipeline materialize workspace/store/merged/my-lora/latest"])
-def materialize(recipe: Path) -> Answer:
+@command(app, "materialize", examples=["qwen-pipeline materialize workspace/store/merged/my-lora/latest"])
+def materialize(recipe: Path) -> CommandResult:
     """Store the weights of a merged checkpoint that is only a recipe, and prove that they are the ones promised."""
     from qwen_pipeline.models.open import materialize as store_weights
 
     return made_by(lambda observe: store_weights(recipe.resolve(), observe=observe))
 
 
-@answering(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
+@command(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
 def pad(
     source: Source,
     out: Out,
@@ -164,7 +164,7 @@ def pad(
         typer.Option(help="New channels are halves of live ones, or zeros between the live ones or after them."),
     ] = DEFAULT_LAYOUT,
     towers: Towers = False,
-) -> Answer:
+) -> CommandResult:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. This comes before quantize.
 
     The model computes the same as before, and nothing to pad is a valid outcome. A quantized checkpoint is refused:
@@ -186,8 +186,8 @@ def pad(
     )
 
 
-@answering(app, "unpad", examples=["qwen-pipeline unpad --in padded/ --out merged-again/"])
-def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad wrote.")], out: Out) -> Answer:
+@command(app, "unpad", examples=["qwen-pipeline unpad --in padded/ --out merged-again/"])
+def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad wrote.")], out: Out) -> CommandResult:
     """Undo pad: give back the checkpoint that was padded, bit for bit, config included.
 
     The manifest says where each channel went. A checkpoint that was changed after padding is refused.
@@ -198,7 +198,7 @@ def unpad(source: Annotated[Path, typer.Option("--in", help="Directory that pad 
     return made_by(lambda observe: stage.unpad(source=source, destination=Directory(out), observe=observe))
 
 
-@answering(
+@command(
     app,
     "calibrate",
     examples=[
@@ -218,7 +218,7 @@ def calibrate(
     min_expert_tokens: Annotated[
         int | None, typer.Option(help="Tokens that each expert of a mixture needs; default: the settings' (128).")
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Draw the tokens that a model will be quantized with, in its own chat template, and look at what they reach.
 
     For a mixture of experts every layer's router is asked once: too few tokens for an expert fail the check.
@@ -242,7 +242,7 @@ def calibrate(
     )
 
 
-@answering(
+@command(
     app,
     "quantize",
     examples=[
@@ -282,7 +282,7 @@ def quantize(
         int, typer.Option(help="GPUs that GPTQModel's own loop shares; other numbers give other bytes.")
     ] = 1,
     engine_python: EnginePython = None,
-) -> Answer:
+) -> CommandResult:
     """Quantize a checkpoint with GPTQ, in a process of its own. Pad it first.
 
     The same input, settings and versions give the same bytes. A module that could only be rounded fails the check.
@@ -324,8 +324,10 @@ def quantize(
     )
 
 
-@answering(app, "export", examples=["qwen-pipeline export --in quantized/ --out for-vllm/"])
-def export(source: Annotated[Path, typer.Option("--in", help="Directory that quantize wrote.")], out: Out) -> Answer:
+@command(app, "export", examples=["qwen-pipeline export --in quantized/ --out for-vllm/"])
+def export(
+    source: Annotated[Path, typer.Option("--in", help="Directory that quantize wrote.")], out: Out
+) -> CommandResult:
     """Write the same codes as compressed-tensors (pack-quantized), vLLM's own format. Nothing is quantized again."""
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import export as stage
@@ -333,7 +335,7 @@ def export(source: Annotated[Path, typer.Option("--in", help="Directory that qua
     return made_by(lambda observe: stage.export(source=source, destination=Directory(out), observe=observe))
 
 
-@answering(
+@command(
     app,
     "validate",
     examples=[
@@ -364,7 +366,7 @@ def validate(
     fine_tune: Annotated[str | None, typer.Option(help="Whose limits of [validation.overrides] apply.")] = None,
     serve: Annotated[ServingChoice | None, typer.Option(help="Serve with this engine too, and ask it.")] = None,
     serve_tp: Annotated[list[int] | None, typer.Option(help="Degree to serve at; repeat it. Default: --tp.")] = None,
-) -> Answer:
+) -> CommandResult:
     """Hold a quantized checkpoint against the one it came from, and write a report.
 
     Limits, prompts, the amount of text, what is served and, unless given here, targets come from the section
@@ -405,8 +407,8 @@ def validate(
     )
 
 
-@answering(app, "compare", examples=["qwen-pipeline compare released/ validated/"])
-def compare(before: Path, now: Path) -> Answer:
+@command(app, "compare", examples=["qwen-pipeline compare released/ validated/"])
+def compare(before: Path, now: Path) -> CommandResult:
     """Say how the quantized model changed from one release or validation (BEFORE) to a later one (NOW)."""
     from dataclasses import asdict
 
@@ -417,7 +419,7 @@ def compare(before: Path, now: Path) -> Answer:
     old, new = load_verdict(before), load_verdict(now)
     report, found = compare_verdicts(old, new), changes(old, new)
     data = {"changes": [asdict(change) for change in found], "report": asdict(report)}
-    return Answer(data=data, view=[change_table(found), report.detail])
+    return CommandResult(data=data, view=[change_table(found), report.detail])
 
 
 def _fine_tune(adapters: list[Path], weights: list[float] | None, combine: CombinationChoice) -> "Path | AdapterSet":
@@ -427,12 +429,12 @@ def _fine_tune(adapters: list[Path], weights: list[float] | None, combine: Combi
     return weighted(adapters, weights or [], combination=combine.value) if several else adapters[0]
 
 
-def made_by(stage: "Callable[[Observe], Artifact]") -> Answer:
+def made_by(stage: "Callable[[Observe], Artifact]") -> CommandResult:
     """Run a stage under the eyes of the user, and show what it made and what it checked."""
-    from qwen_pipeline.cli.progress_bars import watching
+    from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table
 
-    with watching() as observe:
+    with progress_bars() as observe:
         artifact = stage(observe)
     view = [artifact_table([artifact]), check_table([artifact]), str(artifact.path)]
-    return Answer(data=artifact_data(artifact), view=view, fault=blocking_failure([artifact]))
+    return CommandResult(data=artifact_data(artifact), view=view, fault=blocking_failure([artifact]))

@@ -14,8 +14,8 @@ from qwen_pipeline.reports import CheckReport, load_reports, shown
 if TYPE_CHECKING:  # no command waits for what only another shows
     from qwen_pipeline.evaluation.regression import Change
     from qwen_pipeline.qwen.geometry import PadPlan
-    from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook
-    from qwen_pipeline.status import FineTuneStanding
+    from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeFeasibility
+    from qwen_pipeline.status import FineTuneStatus
 
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
 _COLORS = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
 
 
-def standing_table(found: Sequence["FineTuneStanding"], what: str = "fine-tune") -> Table:
+def status_table(found: Sequence["FineTuneStatus"], what: str = "fine-tune") -> Table:
     """How far each fine-tune, or each of whatever has the same stages, is."""
     stages = list(found[0].stages)
     table = Table(what, *stages, "remark")
@@ -98,7 +98,7 @@ def standing_table(found: Sequence["FineTuneStanding"], what: str = "fine-tune")
     return table
 
 
-def standing_data(found: Sequence["FineTuneStanding"]) -> list[dict[str, Any]]:
+def status_data(found: Sequence["FineTuneStatus"]) -> list[dict[str, Any]]:
     return [
         {
             "name": fine_tune.name,
@@ -112,7 +112,7 @@ def standing_data(found: Sequence["FineTuneStanding"]) -> list[dict[str, Any]]:
     ]
 
 
-def outlook_table(rows: Sequence["DegreeOutlook"], group_size: int) -> Table:
+def feasibility_table(rows: Sequence["DegreeFeasibility"], group_size: int) -> Table:
     """What each degree means for each size; a row of the table is a size at a degree."""
     table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "what happens")
     for row in rows:

@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qwen_pipeline.qwen.tensor_parallel.towers import TowerOutlook, TowerServing
+from qwen_pipeline.qwen.tensor_parallel.towers import TowerFeasibility, TowerPrediction
 
 
-def tower_data(outlooks: Sequence[TowerOutlook], *, asked: bool) -> list[dict[str, Any]]:
+def tower_data(outlooks: Sequence[TowerFeasibility], *, asked: bool) -> list[dict[str, Any]]:
     """What each tower means, with what padding would cost, for machines."""
     return [
         {
@@ -30,7 +30,7 @@ def tower_data(outlooks: Sequence[TowerOutlook], *, asked: bool) -> list[dict[st
     ]
 
 
-def tower_table(outlooks: Sequence[TowerOutlook], *, asked: bool) -> Table:
+def tower_table(outlooks: Sequence[TowerFeasibility], *, asked: bool) -> Table:
     """The same for a reader, a row for each tower and engine: as it is, or as it will be if padding was asked for."""
     degrees = sorted({serving.degree for at in outlooks for serving in at.servings})
     table = Table(
@@ -46,12 +46,12 @@ def tower_table(outlooks: Sequence[TowerOutlook], *, asked: bool) -> Table:
     return table
 
 
-def tower_refusals(outlooks: Sequence[TowerOutlook], *, asked: bool) -> list[Text]:
+def tower_refusals(outlooks: Sequence[TowerFeasibility], *, asked: bool) -> list[Text]:
     """Return a sentence for each tower that an engine refuses at a degree, with all that helps."""
     found = [at.refusals(at.padded_servings if asked else at.servings) for at in outlooks]
     return [Text(sentence, style="red") for sentences in found for sentence in sentences]
 
 
-def _cell(serving: TowerServing) -> Text:
+def _cell(serving: TowerPrediction) -> Text:
     colors = {"ok": "green", "unknown": "yellow", "refused": "red"}
     return Text(serving.verdict, style=colors[serving.verdict])

@@ -13,7 +13,7 @@ from qwen_pipeline.config.file import beside_config
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
-from qwen_pipeline.evaluation.serving.findings import ServedRole, ServingEngine
+from qwen_pipeline.evaluation.serving.findings import ServedRole, ServerEngine
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
@@ -119,7 +119,7 @@ class Serve(Section):
         arguments: More of the engine's command line.
     """
 
-    engine: ServingEngine | None = None
+    engine: ServerEngine | None = None
     tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = ()
     models: tuple[ServedRole, ...] = ("quantized",)
     ready_seconds: int = Field(default=1800, ge=1)

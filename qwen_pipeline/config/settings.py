@@ -13,7 +13,7 @@ from pydantic_settings import (
 
 from qwen_pipeline.config.file import PREFIX, config_file
 from qwen_pipeline.config.sections import Calibration, ConfiguredPath, Engine, Padding, Store, Validation
-from qwen_pipeline.evaluation.serving.findings import ServingEngine, ServingPlan
+from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.workers.environments import find_environment
@@ -76,7 +76,7 @@ class Settings(BaseSettings):
         """The interpreter configured for an engine, by default the quantization's; None: the one installed here."""
         return self.engines.get(name or self.quantization.environment, Engine()).python
 
-    def serving_plan(self, engine: ServingEngine | None = None, degrees: tuple[int, ...] = ()) -> ServingPlan | None:
+    def serving_plan(self, engine: ServerEngine | None = None, degrees: tuple[int, ...] = ()) -> ServingPlan | None:
         """Return what is served with what; None if no engine is configured and none is given here.
 
         Raises:

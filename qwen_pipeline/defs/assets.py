@@ -228,7 +228,7 @@ def validated_checkpoint(
             engine=pipeline.engine.python,
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
-            unpadded=pipeline.latest(context, quantize.UNPADDED).path if settings.unpadded else None,
+            unpadded=pipeline.latest(context, quantize.UNPADDED_STAGE).path if settings.unpadded else None,
             calibration=calibration_of(pipeline.store, context.partition_key, quantized),
             before=earlier.path if earlier else None,
             tensor_parallel=pipeline.settings.padding.tensor_parallel,

@@ -27,7 +27,7 @@ def unpadded_quantized(context: dg.AssetExecutionContext, pipeline: dg.ResourceP
     `validation.unpadded` asks for it.
     """
     with pipeline.step(context) as observe:
-        artifact = pipeline.quantized(context, observe, source=merge.STAGE, stage=quantize.UNPADDED)
+        artifact = pipeline.quantized(context, observe, source=merge.STAGE, stage=quantize.UNPADDED_STAGE)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.manifest.content_digest), metadata=artifact_metadata(artifact)
     )

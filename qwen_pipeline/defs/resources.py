@@ -18,7 +18,7 @@ from qwen_pipeline.qwen.tensor_parallel.plan import padding_for
 from qwen_pipeline.stages import calibrate, quantize
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import merge_and_pad
-from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
+from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Pipeline:
         return _require_file(self.settings.validation.text, "validation.text", "held-out.txt")
 
     @property
-    def engine(self) -> EngineEnvironment:
+    def engine(self) -> WorkerEnvironment:
         return find_environment(self.settings.quantization.environment, self.settings.engine_python())
 
     def require_ready(self) -> None:

@@ -7,7 +7,7 @@ import dagster as dg
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.status import standing
+from qwen_pipeline.status import status_of
 
 _UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -33,7 +33,7 @@ def nightly(
         arrival.name
         for arrival in pipeline.inbox.arrivals()
         if arrival.name in known
-        and standing(pipeline.settings, arrival.name, arrival).needs_work
+        and status_of(pipeline.settings, arrival.name, arrival).needs_work
         and not _is_running(context.instance, arrival.name)
     ]
     if not wanting:

@@ -6,7 +6,7 @@ from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.logits.float16 import FLOAT16, float16_report
-from qwen_pipeline.evaluation.serving.findings import SERVED, served_report
+from qwen_pipeline.evaluation.serving.findings import SERVED, serving_report
 from qwen_pipeline.evaluation.tasks.plan import TASKS, TaskPlan, tasks_report
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
@@ -72,7 +72,7 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
         _float16(findings, limits),
         _merged_not_worse(findings, limits),
         _samples(findings),
-        served_report(findings.served, max_gap=limits.max_served_gap),
+        serving_report(findings.served, max_gap=limits.max_served_gap),
         tasks_report(tasks, findings.tasks, fault=findings.tasks_fault),
     ]
 

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.samples import Sample
-from qwen_pipeline.evaluation.serving.findings import Served
+from qwen_pipeline.evaluation.serving.findings import ServingFindings
 from qwen_pipeline.evaluation.tasks.plan import Score
-from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook
+from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeFeasibility
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure.check import Structure
     from qwen_pipeline.evaluation.tensor_parallel.findings import TargetFindings
 
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
-UNPADDED = "quantized unpadded"
+UNPADDED_QUANTIZED = "quantized unpadded"
 """The merged model quantized without padding, to tell what padding cost."""
 _ORIGINS = {
     MERGED: (BASE,),
     PADDED: (MERGED, BASE),
     QUANTIZED: (PADDED, MERGED, BASE),
-    UNPADDED: (MERGED, BASE),
+    UNPADDED_QUANTIZED: (MERGED, BASE),
 }
 """Role -> what it came from, the last step first."""
 SIGNIFICANT_DIGITS = 6
@@ -50,9 +50,9 @@ class Findings:
     models: Mapping[str, ModelFigures]
     nbytes: Mapping[str, int]
     samples: Sequence[Sample]
-    parallel: DegreeOutlook | None
+    parallel: DegreeFeasibility | None
     targets: "Sequence[TargetFindings]" = ()
-    served: Sequence[Served] = ()
+    served: Sequence[ServingFindings] = ()
     tasks: Sequence[Score] = ()
     tasks_fault: str | None = None
 
@@ -68,7 +68,9 @@ class Findings:
     @property
     def padding_cost(self) -> float | None:
         """KL(merged || quantized) over that of the model quantized without padding; None if one is not known."""
-        both = [self.models[role].divergence if role in self.models else None for role in (QUANTIZED, UNPADDED)]
+        both = [
+            self.models[role].divergence if role in self.models else None for role in (QUANTIZED, UNPADDED_QUANTIZED)
+        ]
         padded, unpadded = (divergence.mean if divergence else None for divergence in both)
         return padded / unpadded if padded and unpadded else None
 

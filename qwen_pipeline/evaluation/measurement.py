@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TARGET = "qwen_pipeline.evaluation.worker:measure"
-ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+MEASURE = "qwen_pipeline.evaluation.worker:measure"
+MEASURING_ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 """For the worker's process: unpack codes once instead of in every forward, compile nothing for that, ask no hub."""
 
 
@@ -46,6 +46,6 @@ class Measurement:
         return cls(**value)
 
 
-def cut_role(number: int) -> str:
+def sharding_role(number: int) -> str:
     """Return the role under which the worker reports a cut of :attr:`Measurement.cuts`."""
     return f"cut {number}"

@@ -21,7 +21,7 @@ MAX_GROWTH = 1.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class ValidationVerdict:
     """What a validation found of the quantized model, and the digest of the text that it read."""
 
     quantized: ModelFigures
@@ -37,7 +37,7 @@ class Change:
     now: float
 
 
-def load_verdict(root: Path) -> Verdict:
+def load_verdict(root: Path) -> ValidationVerdict:
     """Read the verdict of a validation, or of a release, which holds its validation.
 
     Raises:
@@ -49,16 +49,16 @@ def load_verdict(root: Path) -> Verdict:
             f"{root} holds no validation report.", remedy="Name a directory that `validate` or `publish` made."
         )
     result: Mapping[str, Any] = json.loads((folder / "report.json").read_bytes())
-    return Verdict(quantized=load_figures(result["findings"]["models"])[QUANTIZED], text=result["text"])
+    return ValidationVerdict(quantized=load_figures(result["findings"]["models"])[QUANTIZED], text=result["text"])
 
 
-def changes(before: Verdict, now: Verdict) -> list[Change]:
+def changes(before: ValidationVerdict, now: ValidationVerdict) -> list[Change]:
     """Return the figures that both verdicts have."""
     old, new = _figures(before.quantized), _figures(now.quantized)
     return [Change(figure=name, before=old[name], now=new[name]) for name in old if name in new]
 
 
-def compare(released: Verdict | None, now: Verdict) -> CheckReport:
+def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> CheckReport:
     """Report whether the quantized model became worse since the last release."""
     if released is None:
         return _report(passed=True, detail="There is no earlier release to compare with.")

@@ -24,7 +24,7 @@ _RUN = re.compile(rf"([^\s{re.escape(''.join(RULERS))}])\1{{{MIN_RUN - 1},}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Completion:
     """A greedy answer: its text without special tokens, its token ids, and whether a stop token ended it."""
 
     text: str
@@ -42,8 +42,8 @@ class Sample:
     """A prompt and two models' greedy answers to it; None where a model did not load or answer."""
 
     prompt: str
-    reference: Answer | None
-    candidate: Answer | None
+    reference: Completion | None
+    candidate: Completion | None
 
     @property
     def agreed_tokens(self) -> int:

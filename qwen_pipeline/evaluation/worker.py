@@ -17,10 +17,10 @@ from qwen_pipeline.evaluation.figures import ModelFigures, dump_figures
 from qwen_pipeline.evaluation.findings import QUANTIZED
 from qwen_pipeline.evaluation.loading import fault_of, place_tensors
 from qwen_pipeline.evaluation.logits.streamed import activation_peaks, evaluate
-from qwen_pipeline.evaluation.measurement import Measurement, cut_role
+from qwen_pipeline.evaluation.measurement import Measurement, sharding_role
 from qwen_pipeline.evaluation.tensor_parallel.simulate import diverge
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.qwen.config import stop_tokens
@@ -36,14 +36,14 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     asked = Measurement.from_json(spec)
     figures = {role: _placed(role, root, observe) for role, root in asked.models.items()}
     whole = {role: open_model(Path(asked.models[role])) for role, found in figures.items() if not found.fault}
-    place = Place(device=torch.device(asked.device), dtype=torch.float32)
+    context = ComputeContext(device=torch.device(asked.device), dtype=torch.float32)
     if asked.reference in whole:
         measured = evaluate(
             whole,
             [torch.tensor(window) for window in asked.windows],
             reference=asked.reference,
             compared=[role for role in asked.compared if role in whole],
-            place=place,
+            context=context,
             observe=observe,
         )
         figures |= {
@@ -52,20 +52,20 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
         }
     if asked.calibration and QUANTIZED in whole:
         heard = list(map(torch.tensor, asked.calibration))
-        peaks = activation_peaks(whole[QUANTIZED], heard, place, observe=observe)
+        peaks = activation_peaks(whole[QUANTIZED], heard, context, observe=observe)
         figures[QUANTIZED] = replace(figures[QUANTIZED], calibration_peaks=peaks)
     answering = {role: whole[role] for role in asked.answering if role in whole}
-    for role, answer in _answered(answering, asked, place, observe).items():
+    for role, answer in _answered(answering, asked, context, observe).items():
         figures[role] = replace(figures[role], **answer)
     if asked.cuts and not figures[QUANTIZED].fault:
-        figures |= _on_ranks(asked, place)
+        figures |= _on_ranks(asked, context)
     return dump_figures(figures)
 
 
-def _on_ranks(asked: Measurement, place: Place) -> dict[str, ModelFigures]:
+def _on_ranks(asked: Measurement, context: ComputeContext) -> dict[str, ModelFigures]:
     window = torch.tensor(asked.windows[0])
-    figures = diverge(open_checkpoint(Path(asked.models[QUANTIZED])), asked.cuts, [window], place)
-    return {cut_role(number): found for number, found in enumerate(figures)}
+    figures = diverge(open_checkpoint(Path(asked.models[QUANTIZED])), asked.cuts, [window], context)
+    return {sharding_role(number): found for number, found in enumerate(figures)}
 
 
 def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
@@ -77,7 +77,7 @@ def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
 
 
 def _answered(
-    models: Mapping[str, Checkpoint], asked: Measurement, place: Place, observe: Observe
+    models: Mapping[str, Checkpoint], asked: Measurement, context: ComputeContext, observe: Observe
 ) -> dict[str, dict[str, Any]]:
     """Have models answer, the reference last: it tries what another answered before it looks for words of its own.
 
@@ -87,7 +87,7 @@ def _answered(
     drafts: Sequence[Sequence[int]] = ()
     for role in sorted(models, key=lambda role: role == asked.reference):
         try:
-            drafts = Decoder(models[role], place).answers(
+            drafts = Decoder(models[role], context).answers(
                 asked.prompts,
                 stops=stop_tokens(models[role]),
                 limit=asked.max_new_tokens,

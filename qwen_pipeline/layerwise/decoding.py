@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.memory_budget import available_memory
 from qwen_pipeline.layerwise.forward import product
-from qwen_pipeline.layerwise.meta_model import Entry
-from qwen_pipeline.layerwise.model import LayeredModel, Place
+from qwen_pipeline.layerwise.meta_model import LayerInputs
+from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel
 from qwen_pipeline.layerwise.weights import Take
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
@@ -51,16 +51,16 @@ class Decoder(LayeredModel):
 
     Args:
         checkpoint: Full precision or GPTQ codes, of any Qwen family.
-        place: Where to compute.
+        context: Where to compute.
         room: Bytes for layers and output head that stay in memory; by default :data:`SHARE_OF_MEMORY`.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
     """
 
-    def __init__(self, checkpoint: Checkpoint, place: Place, *, room: int | None = None) -> None:
-        super().__init__(checkpoint, place)
-        self._room = room_in(place) if room is None else room
+    def __init__(self, checkpoint: Checkpoint, context: ComputeContext, *, room: int | None = None) -> None:
+        super().__init__(checkpoint, context)
+        self._room = room_in(context) if room is None else room
         self._layers: list[nn.Module] = []
         self._head: list[tuple[int, Tensor]] = []
 
@@ -88,7 +88,7 @@ class Decoder(LayeredModel):
         """
         guesses = [self._known(draft[:limit]) for draft in drafts] or [()] * len(prompts)
         turns = [
-            _Turn(prompt=prompt, draft=guess[:-1], cache=self.skeleton.new_cache())
+            _Turn(prompt=prompt, draft=guess[:-1], cache=self.meta_model.new_cache())
             for prompt, guess in zip(prompts, guesses, strict=True)
         ]
         running = turns
@@ -114,14 +114,14 @@ class Decoder(LayeredModel):
     def _step(self, running: Sequence[_Turn]) -> list[list[int]]:
         """Have each turn enter; return what the model says after its last known token, and after each of a draft."""
         tokens = [torch.tensor([turn.entering]) for turn in running]
-        entries = [self.skeleton.enter(each, turn.cache) for each, turn in zip(tokens, running, strict=True)]
+        entries = [self.meta_model.enter(each, turn.cache) for each, turn in zip(tokens, running, strict=True)]
         hidden = [entry.hidden for entry in entries]
         modules = chain(tuple(self._layers), self.coming(len(self._layers)))
         for layer in range(len(self.parts)):
             hidden = _through(layer, next(modules), hidden, entries)
         heard = [1 + len(turn.draft) for turn in running]
         leaving = [
-            self.skeleton.leave(each[:, -last:], states[:, -last:])[0]
+            self.meta_model.leave(each[:, -last:], states[:, -last:])[0]
             for each, states, last in zip(tokens, hidden, heard, strict=True)
         ]
         return [choices.tolist() for choices in self._likeliest(torch.cat(leaving)).split(heard)]
@@ -131,7 +131,7 @@ class Decoder(LayeredModel):
         agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(choices, turn.draft, strict=False)))
         turn.cached += len(turn.entering)
         if agreed < len(turn.draft):  # states of linear attention cannot forget the rest
-            turn.cache, turn.cached = self.skeleton.new_cache(), 0
+            turn.cache, turn.cached = self.meta_model.new_cache(), 0
         ends = [number for number, token in enumerate(choices[:agreed]) if token in stops]
         turn.answer += choices[: min([*ends, agreed]) + 1]
         turn.draft = ()
@@ -156,7 +156,7 @@ class Decoder(LayeredModel):
 
     def _takes(self, numel: int) -> bool:
         """Take so many numbers' room if it is there."""
-        if (nbytes := numel * self.place.dtype.itemsize) > self._room:
+        if (nbytes := numel * self.context.dtype.itemsize) > self._room:
             return False
         self._room -= nbytes
         return True
@@ -167,11 +167,11 @@ class Decoder(LayeredModel):
         return list(takewhile(lambda token: token < vocabulary, draft))
 
 
-def room_in(place: Place) -> int:
+def room_in(context: ComputeContext) -> int:
     """Return the bytes that layers may occupy where they compute."""
-    free = torch.cuda.mem_get_info()[0] if place.device.type == "cuda" else available_memory()
+    free = torch.cuda.mem_get_info()[0] if context.device.type == "cuda" else available_memory()
     return int(SHARE_OF_MEMORY * (free or 0))
 
 
-def _through(layer: int, module: nn.Module, hidden: Sequence[Tensor], entries: Sequence[Entry]) -> list[Tensor]:
+def _through(layer: int, module: nn.Module, hidden: Sequence[Tensor], entries: Sequence[LayerInputs]) -> list[Tensor]:
     return [module(states, **entry.arguments[layer]) for states, entry in zip(hidden, entries, strict=True)]

@@ -15,7 +15,7 @@ from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.layerwise.meta_model import Arguments
-from qwen_pipeline.layerwise.model import LayeredModel, Place, modules
+from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel, modules
 
 
 class _ArrivedError(Exception):
@@ -32,44 +32,46 @@ class _Kept(nn.Module):
     Args:
         outputs: Of each batch, the one tensor that the module returned.
         returned: What it returns, a tensor or a tuple with it; which tensor is in there does not matter.
-        place: Where to compute.
+        context: Where to compute.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], returned: Any, place: Place) -> None:
+    def __init__(self, outputs: Sequence[Tensor], returned: Any, context: ComputeContext) -> None:
         super().__init__()
-        self._outputs, self._returned, self._place, self._turn = outputs, returned, place, 0
+        self._outputs, self._returned, self._context, self._turn = outputs, returned, context, 0
 
     def forward(self, *_: Any, **__: Any) -> Any:
         output = self._outputs[self._turn % len(self._outputs)]
         self._turn += 1
-        return _each(lambda _: self._place.fetch(output), self._returned)
+        return _each(lambda _: self._context.fetch(output), self._returned)
 
 
-class Passage(LayeredModel):
+class LayerStream(LayeredModel):
     """Batches on their way through one model.
 
     Args:
         checkpoint: Full precision or GPTQ codes, of any Qwen family.
         batches: Token ids [B, T].
-        place: Where to compute.
+        context: Where to compute.
         beside: How many other models will be on their way at the same time.
 
     Attributes:
-        place: Where it computes.
+        context: Where it computes.
         hidden: Of each batch, [B, T, H]: what entered the first layer, then what left the last layer that was run.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batches: Sequence[Tensor], place: Place, *, beside: int = 0) -> None:
-        super().__init__(checkpoint, place)
+    def __init__(
+        self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, beside: int = 0
+    ) -> None:
+        super().__init__(checkpoint, context)
         self._batches, self._copies = batches, len(batches) * (1 + beside)
         self.hidden: list[Tensor] = []
         self._arguments: list[Sequence[Arguments]] = []
         for batch in batches:
-            entry = self.skeleton.enter(batch)
-            self.hidden.append(place.shelve(entry.hidden, copies=self._copies))
+            entry = self.meta_model.enter(batch)
+            self.hidden.append(context.shelve(entry.hidden, copies=self._copies))
             self._arguments.append(_sharing(entry.arguments, self._arguments[0] if self._arguments else ()))
 
     @torch.inference_mode()
@@ -81,7 +83,7 @@ class Passage(LayeredModel):
     def outputs(self, layer: int, module: nn.Module) -> Iterator[Tensor]:
         """Yield what a layer makes of each batch; the batches stay where they are."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
-            yield module(self.place.fetch(hidden), **arguments[layer])
+            yield module(self.context.fetch(hidden), **arguments[layer])
 
     def inputs_within(self, layer: int, module: nn.Module, inner: str) -> Iterator[tuple[Tensor, ...]]:
         """Yield what each batch enters a module inside a layer with, all positional arguments of its call.
@@ -108,9 +110,9 @@ class Passage(LayeredModel):
         returned = self._returned(layer, module, inner, linear)
         outputs = list[Tensor]()
         while entering:
-            output = linear(self.place.fetch(entering.pop(0)))
-            outputs.append(self.place.shelve(output, copies=copies))
-        setattr(module, inner, _Kept(outputs, returned, self.place))
+            output = linear(self.context.fetch(entering.pop(0)))
+            outputs.append(self.context.shelve(output, copies=copies))
+        setattr(module, inner, _Kept(outputs, returned, self.context))
 
     def _returned(self, layer: int, module: nn.Module, inner: str, linear: nn.Module) -> Any:
         """Return what a child returns, an empty tensor for what its last linear layer did."""
@@ -135,7 +137,7 @@ class Passage(LayeredModel):
         """Run each batch until a hook says that it has arrived; yield what was found there."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
             try:
-                module(self.place.fetch(hidden), **arguments[layer])
+                module(self.context.fetch(hidden), **arguments[layer])
             except _ArrivedError as arrived:
                 yield arrived.found
 
@@ -143,25 +145,25 @@ class Passage(LayeredModel):
         """Return what enters the output head for each batch, [B, T, H]; no hidden state is kept."""
         leaving: list[Tensor] = []
         for batch in self._batches:
-            left = self.skeleton.leave(batch, self.place.fetch(self.hidden.pop(0)))
-            leaving.append(self.place.shelve(left, copies=self._copies))
+            left = self.meta_model.leave(batch, self.context.fetch(self.hidden.pop(0)))
+            leaving.append(self.context.shelve(left, copies=self._copies))
         return leaving
 
 
-def advance(passages: Sequence[Passage]) -> Iterator[int]:
+def advance(streams: Sequence[LayerStream]) -> Iterator[int]:
     """Take models through their layers side by side; yield each layer's number once all have passed it.
 
     Raises:
         InputRefused: The models have different numbers of layers.
     """
-    depths = {len(passage.parts) for passage in passages}
+    depths = {len(stream.parts) for stream in streams}
     if len(depths) != 1:
         raise InputRefused(f"The models have {sorted(depths)} layers.", remedy="Compare models of one family and size.")
-    steps = [(passage, layer) for layer in range(depths.pop()) for passage in passages]
+    steps = [(stream, layer) for layer in range(depths.pop()) for stream in streams]
     coming = modules(steps)
-    for passage, layer in steps:
-        passage.run(layer, next(coming))
-        if passage is passages[-1]:
+    for stream, layer in steps:
+        stream.run(layer, next(coming))
+        if stream is streams[-1]:
             yield layer
 
 
@@ -182,20 +184,20 @@ class Logits:
 
 
 @torch.inference_mode()
-def logit_blocks(passages: Sequence[Passage], place: Place) -> Iterator[Logits]:
+def logit_blocks(streams: Sequence[LayerStream], context: ComputeContext) -> Iterator[Logits]:
     """Yield the models' logits for all batches, a part of the vocabulary after the other.
 
     Each output head is read once, in blocks of rows; logits over the whole vocabulary are never in memory.
     """
-    heads = [passage.weights.checkpoint.tensors[passage.weights.head] for passage in passages]
-    leaving = [passage.leave() for passage in passages]
+    heads = [stream.weights.checkpoint.tensors[stream.weights.head] for stream in streams]
+    leaving = [stream.leave() for stream in streams]
     ranges = list(block_ranges(max((head.spec for head in heads), key=lambda spec: spec.nbytes)))
-    rows = place.bring([head.part(*ends) for ends in ranges for head in heads])
+    rows = context.bring([head.part(*ends) for ends in ranges for head in heads])
     for start, _ in ranges:
         near = [next(rows) for _ in heads]
         for batch, hidden in enumerate(zip(*leaving, strict=True)):
             values = [
-                product(place.fetch(states)[:, :-1].flatten(0, 1), block)
+                product(context.fetch(states)[:, :-1].flatten(0, 1), block)
                 for states, block in zip(hidden, near, strict=True)
             ]
             yield Logits(batch=batch, first=start, values=values)

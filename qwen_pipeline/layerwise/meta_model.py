@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.layerwise.weights import Weights, fill
+from qwen_pipeline.layerwise.weights import ModelWeights, fill
 
 Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class LayerInputs:
     """What a model does with a batch before its first layer.
 
     Attributes:
@@ -33,7 +33,7 @@ class Entry:
     arguments: Sequence[Arguments]
 
 
-class Skeleton:
+class MetaModel:
     """A checkpoint's language model, its layers on the meta device; embedding rows are read as they are needed.
 
     Args:
@@ -48,7 +48,7 @@ class Skeleton:
         CheckpointRefused: Transformers does not have the architecture.
     """
 
-    def __init__(self, weights: Weights, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weights: ModelWeights, *, device: torch.device, dtype: torch.dtype) -> None:
         self._decoder = _decoder_on_meta(weights.checkpoint.config)
         self._device = device
         self.layers: list[nn.Module] = list(self._decoder.layers)
@@ -67,11 +67,11 @@ class Skeleton:
         return DynamicCache(config=self._decoder.config)
 
     @torch.inference_mode()
-    def enter(self, tokens_BT: Tensor, cache: Any = None) -> Entry:
+    def enter(self, tokens_BT: Tensor, cache: Any = None) -> LayerInputs:
         """Run a batch up to the first layer; with a cache, the part of it that follows what the cache has seen."""
         self._run(tokens_BT, cache)
         arguments = [recorder.arguments for recorder in self._recorders]
-        return Entry(hidden=self._recorders[0].hidden, arguments=arguments)
+        return LayerInputs(hidden=self._recorders[0].hidden, arguments=arguments)
 
     @torch.inference_mode()
     def leave(self, tokens_BT: Tensor, hidden: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class _Recorder(nn.Module):
 class _Rows(nn.Module):
     """An embedding of which only the rows that a batch needs are ever read."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, weights: ModelWeights, dtype: torch.dtype) -> None:
         super().__init__()
         self._weights, self._dtype = weights, dtype
 
@@ -143,7 +143,7 @@ def _decoder_on_meta(config: Mapping[str, Any]) -> Any:
 
 
 def _real(
-    name: str, child: nn.Module, weights: Weights, config: Any, device: torch.device, dtype: torch.dtype
+    name: str, child: nn.Module, weights: ModelWeights, config: Any, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """Give a module beside the layers its weights; one that has none (rotary embeddings) is made anew."""
     if child.state_dict():

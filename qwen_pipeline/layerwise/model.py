@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, give_blocks_back_when_freed
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
-from qwen_pipeline.layerwise.meta_model import Skeleton
-from qwen_pipeline.layerwise.prefetch import Feed
-from qwen_pipeline.layerwise.weights import READERS, HostTensors, Part, Take, Weights, ahead, fill
+from qwen_pipeline.layerwise.meta_model import MetaModel
+from qwen_pipeline.layerwise.prefetch import Prefetcher
+from qwen_pipeline.layerwise.weights import READERS, HostTensors, ModelWeights, ModuleWeights, Take, ahead, fill
 
 SHARE_OF_GPU = 0.25
 """Hidden states stay on a GPU while they take at most this share of its free memory, else in pinned host memory."""
@@ -24,7 +24,7 @@ The host shares its memory and its cores with what computes, which takes far lon
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ComputeContext:
     """Where models compute, and in what."""
 
     device: torch.device
@@ -47,7 +47,7 @@ class Place:
     def bring(self, tensors: Sequence[LazyTensor]) -> Iterator[Tensor]:
         """Yield weights where and in what they are computed with, small ones; the next ones are read meanwhile."""
         if self.is_apart:
-            with Feed(tensors, self.device, room=2 * READERS * BLOCK_BYTES) as feed:
+            with Prefetcher(tensors, self.device, room=2 * READERS * BLOCK_BYTES) as feed:
                 yield from map(self._as_computed, feed)
         else:
             yield from ahead([(partial(tensor.read, 0, tensor.spec.rows), self._as_computed) for tensor in tensors])
@@ -61,22 +61,22 @@ class LayeredModel:
 
     Args:
         checkpoint: Full precision or GPTQ codes, of any Qwen family.
-        place: Where to compute.
+        context: Where to compute.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
     """
 
-    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
+    def __init__(self, checkpoint: Checkpoint, context: ComputeContext) -> None:
         give_blocks_back_when_freed()
-        self.place, self.weights = place, Weights.of(checkpoint)
-        self.skeleton = Skeleton(self.weights, device=place.device, dtype=place.dtype)
-        self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.skeleton.layers)]
+        self.context, self.weights = context, ModelWeights.of(checkpoint)
+        self.meta_model = MetaModel(self.weights, device=context.device, dtype=context.dtype)
+        self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.meta_model.layers)]
 
     def build(self, layer: int, take: Take) -> nn.Module:
         """Return a layer that can be called, of stored tensors that are taken in the order of its part."""
-        parameters = self.parts[layer].assemble(take, device=self.place.device, dtype=self.place.dtype)
-        return fill(self.skeleton.layers[layer], parameters)
+        parameters = self.parts[layer].assemble(take, device=self.context.device, dtype=self.context.dtype)
+        return fill(self.meta_model.layers[layer], parameters)
 
     def coming(self, first: int = 0, *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU) -> Iterator[nn.Module]:
         """Yield the layers from ``first`` on; while one computes, what follows is read."""
@@ -86,7 +86,7 @@ class LayeredModel:
         """Yield the output head in blocks of rows [V, H], with the number of its first; meanwhile the next is read."""
         head = self.weights.checkpoint.tensors[self.weights.head]
         ranges = list(block_ranges(head.spec))
-        rows = self.place.bring([head.part(*ends) for ends in ranges])
+        rows = self.context.bring([head.part(*ends) for ends in ranges])
         return zip((start for start, _ in ranges), rows, strict=True)
 
 
@@ -101,13 +101,13 @@ def modules(
         steps: A model and the number of one of its layers.
         ahead_on_gpu: How much of a layer may wait on a GPU: of the largest one, in what is computed in.
     """
-    if not any(model.place.is_apart for model, _ in steps):
+    if not any(model.context.is_apart for model, _ in steps):
         yield from ahead([_on_host(model, layer) for model, layer in steps])
         return
     parts = [model.parts[layer] for model, layer in steps]
-    room = max(part.numel for part in parts) * steps[0][0].place.dtype.itemsize * ahead_on_gpu
+    room = max(part.numel for part in parts) * steps[0][0].context.dtype.itemsize * ahead_on_gpu
     tensors = [part.checkpoint.tensors[name] for part in parts for name in part.stored]
-    with Feed(tensors, steps[0][0].place.device, room=int(room)) as feed:
+    with Prefetcher(tensors, steps[0][0].context.device, room=int(room)) as feed:
         for model, layer in steps:
             yield model.build(layer, _in_order(feed, model.parts[layer]))
 
@@ -115,11 +115,11 @@ def modules(
 def _on_host(model: LayeredModel, layer: int) -> tuple[Callable[[], HostTensors], Callable[[HostTensors], nn.Module]]:
     """Return what reads the beginning of a layer, and what reads the rest of it and builds it."""
     part = model.parts[layer]
-    room = int(part.numel * model.place.dtype.itemsize * SHARE_AHEAD_ON_HOST)
+    room = int(part.numel * model.context.dtype.itemsize * SHARE_AHEAD_ON_HOST)
     return partial(part.read, room=room), lambda stored: model.build(layer, part.taking(stored))
 
 
-def _in_order(feed: Feed, part: Part) -> Take:
+def _in_order(feed: Prefetcher, part: ModuleWeights) -> Take:
     expected = iter(part.stored)
 
     def take(name: str) -> Tensor:

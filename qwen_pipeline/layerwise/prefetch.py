@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_pipeline.checkpoint.buffers import Pool, recycling
+from qwen_pipeline.checkpoint.buffers import BufferPool, recycling
 from qwen_pipeline.checkpoint.digest import Block, blocks_of
 from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
@@ -38,7 +38,7 @@ class _Arrival:
     missing: int
 
 
-class Feed(Iterator[Tensor]):
+class Prefetcher(Iterator[Tensor]):
     """Yields tensors on a device, in the order given; used as a context, which ends its threads.
 
     What was yielded is the receiver's alone, to keep and to change, on the stream that is current when it is yielded.
@@ -63,7 +63,7 @@ class Feed(Iterator[Tensor]):
         self._fault: BaseException | None = None
         self._readers = [threading.Thread(target=self._serve, daemon=True) for _ in range(READERS)]
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetcher":
         for reader in self._readers if self._left else ():
             reader.start()
         return self
@@ -127,7 +127,7 @@ class Feed(Iterator[Tensor]):
         on_the_bus: deque[tuple[Any, Tensor]] = deque()
         beside = torch.cuda.stream(self._stream) if self._stream else nullcontext()
         try:
-            with recycling(Pool(page_locked=self._stream is not None)), beside:
+            with recycling(BufferPool(page_locked=self._stream is not None)), beside:
                 while taken := self._next_block():
                     self._bring(*taken, on_the_bus)
                     del taken

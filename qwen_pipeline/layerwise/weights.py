@@ -37,7 +37,7 @@ Take = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class WeightConverter:
     """How one parameter comes from stored tensors.
 
     Attributes:
@@ -53,21 +53,21 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ModuleWeights:
     """All parameters of one module, by their names in it; ``integers`` are the dtypes of those that are no floats."""
 
     checkpoint: Checkpoint
-    recipes: Mapping[str, Recipe]
+    converters: Mapping[str, WeightConverter]
     integers: Mapping[str, torch.dtype]
 
     @property
     def numel(self) -> int:
-        return sum(prod(recipe.shape) for recipe in self.recipes.values())
+        return sum(prod(converter.shape) for converter in self.converters.values())
 
     @property
     def stored(self) -> list[str]:
         """Names of the stored tensors, in the order in which they are taken."""
-        return [name for recipe in self.recipes.values() for name in recipe.stored]
+        return [name for converter in self.converters.values() for name in converter.stored]
 
     def read(self, *, room: int) -> HostTensors:
         """Return the first stored tensors, as many as there are in ``room`` bytes; the others are read when needed."""
@@ -86,13 +86,13 @@ class Part:
         What is taken on a GPU was copied there and may be a parameter itself; what the host has may be somebody's.
         """
         parameters: dict[str, Tensor] = {}
-        for name, recipe in self.recipes.items():
+        for name, converter in self.converters.items():
             wanted = self.integers.get(name, dtype)
-            if recipe.is_stored:
-                parameters[name] = take(*recipe.stored).to(device, wanted, copy=device.type == "cpu")
+            if converter.is_stored:
+                parameters[name] = take(*converter.stored).to(device, wanted, copy=device.type == "cpu")
             else:
-                parameters[name] = torch.empty(recipe.shape, dtype=wanted, device=device)
-                recipe.write(parameters[name], lambda each: take(each).to(device))
+                parameters[name] = torch.empty(converter.shape, dtype=wanted, device=device)
+                converter.write(parameters[name], lambda each: take(each).to(device))
         return parameters
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -100,14 +100,14 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
+class ModelWeights:
     """A checkpoint by the names of its language model: ``embed_tokens.weight``, ``layers.0.mlp.up_proj.weight``, ..."""
 
     checkpoint: Checkpoint
     prefix: str
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Weights":
+    def of(cls, checkpoint: Checkpoint) -> "ModelWeights":
         """Find the language model of a checkpoint.
 
         Raises:
@@ -124,17 +124,17 @@ class Weights:
         """The stored tensor that is the output head, or the embedding."""
         return stored_head(self.checkpoint) or self.embedding
 
-    def part(self, path: str, module: nn.Module) -> Part:
+    def part(self, path: str, module: nn.Module) -> ModuleWeights:
         """Return how the parameters of ``module``, which the language model has at ``path``, are stored.
 
         Raises:
             CheckpointRefused: One of them is not in the checkpoint, or has another shape.
         """
         parameters = module.state_dict()
-        return Part(
+        return ModuleWeights(
             checkpoint=self.checkpoint,
-            recipes={
-                name: self._recipe(f"{self.prefix}{path}.{name}", tuple(tensor.shape))
+            converters={
+                name: self._converter(f"{self.prefix}{path}.{name}", tuple(tensor.shape))
                 for name, tensor in parameters.items()
             },
             integers={name: tensor.dtype for name, tensor in parameters.items() if not tensor.is_floating_point()},
@@ -162,29 +162,33 @@ class Weights:
         with ThreadPoolExecutor(READERS) as pool:
             return torch.cat(list(pool.map(read, *zip(*runs, strict=True))))
 
-    def _recipe(self, name: str, shape: tuple[int, ...]) -> Recipe:
+    def _converter(self, name: str, shape: tuple[int, ...]) -> WeightConverter:
         found = self.checkpoint.get(name)
         module, experts = name.removesuffix(".weight"), name.rpartition(".")[0]
         if found and found.shape == shape:
-            return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name)), is_stored=True)
+            return WeightConverter(
+                stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name)), is_stored=True
+            )
         if found and len(shape) == 3 and found.shape == (shape[0], shape[2], shape[1]):
-            return Recipe(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name).mT))
+            return WeightConverter(stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name).mT))
         if f"{module}.qweight" in self.checkpoint:
             return self._dequantized(module, shape)
         if f"{module}.shard_0.weight" in self.checkpoint:
             return self._from_shards(module, shape)
         if name.endswith("experts.gate_up_proj"):
             half = (shape[1] // 2, shape[2])
-            pairs = [[self._recipe(f"{experts}.{e}.{kind}.weight", half) for kind in _HALVES] for e in range(shape[0])]
+            pairs = [
+                [self._converter(f"{experts}.{e}.{kind}.weight", half) for kind in _HALVES] for e in range(shape[0])
+            ]
             return _stacked([_above(pair) for pair in pairs])
         if name.endswith("experts.down_proj"):
-            return _stacked([self._recipe(f"{experts}.{e}.down_proj.weight", shape[1:]) for e in range(shape[0])])
+            return _stacked([self._converter(f"{experts}.{e}.down_proj.weight", shape[1:]) for e in range(shape[0])])
         raise CheckpointRefused(
             f"{name} is {f'{list(found.shape)}' if found else 'missing'}, the model needs {list(shape)}.",
             remedy="Config and weights must be of one model, in a layout of a Qwen family.",
         )
 
-    def _from_shards(self, module: str, shape: tuple[int, ...]) -> Recipe:
+    def _from_shards(self, module: str, shape: tuple[int, ...]) -> WeightConverter:
         """Put a table together whose rows are stored in parts, as an embedding of n-grams is."""
         names = [f"{module}.shard_{n}.weight" for n in range(len(self.checkpoint))]
         names = [name for name in names if name in self.checkpoint]
@@ -193,9 +197,9 @@ class Weights:
             for rows, name in zip(out.split([self.checkpoint[n].rows for n in names]), names, strict=True):
                 rows.copy_(take(name))
 
-        return Recipe(stored=tuple(names), shape=shape, write=write)
+        return WeightConverter(stored=tuple(names), shape=shape, write=write)
 
-    def _dequantized(self, module: str, shape: tuple[int, ...]) -> Recipe:
+    def _dequantized(self, module: str, shape: tuple[int, ...]) -> WeightConverter:
         form = gptq_format(self.checkpoint.config)
         names = {code: f"{module}.{code}" for code in CODES}
         for code, spec in form.code_specs(shape[0], shape[1]).items():
@@ -210,7 +214,7 @@ class Weights:
             for start, stop in block_ranges(TensorSpec(dtype="F32", shape=shape)):
                 out[start:stop] = packed.weight_rows(start, stop)
 
-        return Recipe(stored=tuple(names.values()), shape=shape, write=write)
+        return WeightConverter(stored=tuple(names.values()), shape=shape, write=write)
 
 
 _HALVES = ("gate_proj", "up_proj")
@@ -236,28 +240,28 @@ def ahead(steps: Sequence[tuple[Callable[[], T], Callable[[T], U]]]) -> Iterator
             yield used.pop()
 
 
-def _stacked(recipes: Sequence[Recipe]) -> Recipe:
+def _stacked(converters: Sequence[WeightConverter]) -> WeightConverter:
     """Put parameters into one, along a new first axis."""
 
     def write(out: Tensor, take: Take) -> None:
-        for slot, recipe in zip(out, recipes, strict=True):
-            recipe.write(slot, take)
+        for slot, converter in zip(out, converters, strict=True):
+            converter.write(slot, take)
 
-    return Recipe(stored=_stored(recipes), shape=(len(recipes), *recipes[0].shape), write=write)
+    return WeightConverter(stored=_stored(converters), shape=(len(converters), *converters[0].shape), write=write)
 
 
-def _above(recipes: Sequence[Recipe]) -> Recipe:
+def _above(converters: Sequence[WeightConverter]) -> WeightConverter:
     """Put parameters of one shape into one, along its first axis."""
-    stacked, (rows, *rest) = _stacked(recipes), recipes[0].shape
+    stacked, (rows, *rest) = _stacked(converters), converters[0].shape
 
     def write(out: Tensor, take: Take) -> None:
-        stacked.write(out.view(len(recipes), rows, *rest), take)
+        stacked.write(out.view(len(converters), rows, *rest), take)
 
-    return Recipe(stored=stacked.stored, shape=(len(recipes) * rows, *rest), write=write)
+    return WeightConverter(stored=stacked.stored, shape=(len(converters) * rows, *rest), write=write)
 
 
-def _stored(recipes: Sequence[Recipe]) -> tuple[str, ...]:
-    return tuple(name for recipe in recipes for name in recipe.stored)
+def _stored(converters: Sequence[WeightConverter]) -> tuple[str, ...]:
+    return tuple(name for converter in converters for name in converter.stored)
 
 
 def _runs(ids: Sequence[int], row_bytes: int) -> Iterator[tuple[int, int]]:

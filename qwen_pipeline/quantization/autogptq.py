@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_pipeline.checkpoint.measure import Laps
+from qwen_pipeline.checkpoint.measure import Stopwatch
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization.dead_channels import settle_dead_channels
-from qwen_pipeline.quantization.spec import QuantJob, require_device, use_workshop
+from qwen_pipeline.quantization.spec import QuantJob, require_device, use_work_dir
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
@@ -34,8 +34,8 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     if job.spec.device != "cuda":
         raise EnvironmentFault("AutoGPTQ quantizes on CUDA only.", remedy="Use a GPU, or the engine gptqmodel.")
     require_device(job.spec)
-    use_workshop(job)
-    laps = Laps()
+    use_work_dir(job)
+    laps = Stopwatch()
     library: Any = import_module("auto_gptq")
     laps.lap("import")
     model = library.AutoGPTQForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ _FILE = "delivery.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class EngineOutput:
     """A finished ``job.packed``.
 
     Attributes:
@@ -25,12 +25,12 @@ class Delivery:
     def keep(self, job: QuantJob) -> None:
         """Write this down, once all of ``job.packed`` is on the disk."""
         sync_tree(job.packed)
-        write_bytes(job.workshop / _FILE, json.dumps(asdict(self)).encode())
+        write_bytes(job.work_dir / _FILE, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def find(cls, job: QuantJob) -> "Delivery | None":
+    def find(cls, job: QuantJob) -> "EngineOutput | None":
         """Return what an earlier attempt at the same job kept."""
-        if not (job.workshop / _FILE).exists():
+        if not (job.work_dir / _FILE).exists():
             return None
-        kept = json.loads((job.workshop / _FILE).read_bytes())
+        kept = json.loads((job.work_dir / _FILE).read_bytes())
         return cls(worker=WorkerResult(**kept["worker"]), seconds=kept["seconds"])

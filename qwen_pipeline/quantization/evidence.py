@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS
-from qwen_pipeline.checkpoint.thread_pool import work_in_order
+from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.losses import ModuleLoss
 from qwen_pipeline.qwen.linears import Linear
@@ -77,7 +77,7 @@ def gather_evidence(output: Checkpoint, linears: Sequence[Linear], losses: Seque
         )
 
     known = [at for at in linears if at.module in told and f"{at.module}.qweight" in output]
-    work_in_order(known, look)
+    map_ordered(known, look)
     return [found[at.module] for at in known]
 
 
@@ -122,7 +122,7 @@ def load_evidence(root: Path) -> list[Evidence]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class EvidenceComparison:
     """How the losses of one quantized checkpoint are to those of another.
 
     Attributes:
@@ -142,12 +142,12 @@ class Comparison:
         return f"Losses of {self.modules} modules are {self.mean_ratio:.3f} times those of {before} (geometric mean)."
 
 
-def compare_evidence(before: Sequence[Evidence], now: Sequence[Evidence], *, worst: int = 10) -> Comparison:
+def compare_evidence(before: Sequence[Evidence], now: Sequence[Evidence], *, worst: int = 10) -> EvidenceComparison:
     """Compare the losses of modules that are in both."""
     earlier = {row.module: row.loss for row in before}
     ratios = {row.module: row.loss / old for row in now if row.loss and (old := earlier.get(row.module))}
     falling = sorted(ratios.items(), key=lambda item: -item[1])
-    return Comparison(
+    return EvidenceComparison(
         modules=len(ratios),
         mean_ratio=_geometric_mean(list(ratios.values())) if ratios else None,
         worst=dict(falling[:worst]),

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_pipeline.checkpoint.measure import Laps, resident_peak
+from qwen_pipeline.checkpoint.measure import Stopwatch, resident_peak
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization.dead_channels import settle_dead_channels
 from qwen_pipeline.quantization.solver import naming_nan
-from qwen_pipeline.quantization.spec import QuantJob, require_device, use_workshop
+from qwen_pipeline.quantization.spec import QuantJob, require_device, use_work_dir
 from qwen_pipeline.workers.child import report
 
 STOPS = 16
@@ -45,12 +45,12 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """
     job = QuantJob.from_json(spec)
     require_device(job.spec)
-    use_workshop(job)
-    os.chdir(job.workshop)  # the library writes ./logs
+    use_work_dir(job)
+    os.chdir(job.work_dir)  # the library writes ./logs
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # with one, its loader cannot start
     torch.set_num_threads(job.spec.threads)
 
-    laps = Laps()
+    laps = Stopwatch()
     library: Any = import_module("gptqmodel")
     settings: Any = import_module("gptqmodel.quantization.config")
     laps.lap("import")

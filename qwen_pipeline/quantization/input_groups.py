@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwen_pipeline.errors import InputRefused, listed
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.solver import Hessian
 from qwen_pipeline.qwen.linears import Linear
 
@@ -38,7 +38,7 @@ EXPERTS = "mlp.experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cohort:
+class InputGroup:
     """Linear layers of one decoder layer that share their inputs.
 
     Attributes:
@@ -65,13 +65,13 @@ def require_known(linears: Sequence[Linear]) -> None:
         )
 
 
-def cohorts(
-    passage: Passage, masks: Sequence[Tensor], module: nn.Module, linears: Sequence[Linear], *, all_experts: bool
-) -> Iterator[Cohort]:
+def input_groups(
+    stream: LayerStream, masks: Sequence[Tensor], module: nn.Module, linears: Sequence[Linear], *, all_experts: bool
+) -> Iterator[InputGroup]:
     """Yield a layer's linear layers; the weights of each cohort must be replaced before the next is asked for.
 
     Args:
-        passage: At the inputs of the layer.
+        stream: At the inputs of the layer.
         masks: Of each batch which tokens count, bool [B * T].
         module: The layer.
         linears: Those of the layer that are quantized.
@@ -81,16 +81,16 @@ def cohorts(
     for step in STEPS:
         if members := [by_kind[kind] for kind in step if kind in by_kind]:
             hessian, entered = Hessian(members[0].in_features), list[Tensor]()
-            for (inputs, *_), mask_N in zip(passage.inputs_within(layer, module, step[0]), masks, strict=True):
+            for (inputs, *_), mask_N in zip(stream.inputs_within(layer, module, step[0]), masks, strict=True):
                 hessian.add(_counted(inputs.flatten(0, -2), mask_N))
                 if step in LAST_OF_MIXERS:
-                    entered.append(passage.place.shelve(inputs, copies=len(masks)))
+                    entered.append(stream.context.shelve(inputs, copies=len(masks)))
             weights = [module.get_parameter(f"{linear.kind}.weight") for linear in members]
-            yield Cohort(linears=members, weights=weights, hessian=hessian)
+            yield InputGroup(linears=members, weights=weights, hessian=hessian)
             if step in LAST_OF_MIXERS:
-                passage.keep(layer, module, step[0], entered)
+                stream.keep(layer, module, step[0], entered)
     if experts := [linear for linear in linears if linear.is_expert]:
-        routed = Routed.of(passage, masks, layer, module, all_experts=all_experts)
+        routed = Routed.of(stream, masks, layer, module, all_experts=all_experts)
         for number, own in groupby(experts, key=_expert_number):
             yield from _expert(module.get_submodule(EXPERTS), number, list(own), routed)
 
@@ -99,18 +99,18 @@ def _expert_number(linear: Linear) -> int:
     return int(linear.kind.removeprefix(f"{EXPERTS}.").split(".")[0])
 
 
-def _expert(stack: nn.Module, number: int, linears: Sequence[Linear], routed: "Routed") -> Iterator[Cohort]:
+def _expert(stack: nn.Module, number: int, linears: Sequence[Linear], routed: "Routed") -> Iterator[InputGroup]:
     """Yield one expert's gate and up, then its down. Transformers keeps all experts in two parameters."""
     gate, up, down = linears
     gate_up_2MH, down_HM = (stack.get_parameter(name)[number] for name in ("gate_up_proj", "down_proj"))
     into, between = Hessian(gate.in_features), Hessian(down.in_features)
     for x_NH in routed.inputs(number):
         into.add(x_NH)
-    yield Cohort(linears=(gate, up), weights=gate_up_2MH.chunk(2), hessian=into)
+    yield InputGroup(linears=(gate, up), weights=gate_up_2MH.chunk(2), hessian=into)
     for x_NH in routed.inputs(number):
         gated_NM, up_NM = functional.linear(x_NH, gate_up_2MH).chunk(2, dim=-1)
         between.add(stack.get_submodule("act_fn")(gated_NM) * up_NM)
-    yield Cohort(linears=(down,), weights=(down_HM,), hessian=between)
+    yield InputGroup(linears=(down,), weights=(down_HM,), hessian=between)
 
 
 def _counted(rows_N: Tensor, mask_N: Tensor) -> Tensor:
@@ -122,24 +122,24 @@ class Routed:
     """What enters a layer's experts: of each batch the tokens [N, H], and the experts chosen for each [N, K]."""
 
     batches: Sequence[tuple[Tensor, Tensor]]
-    place: Place
+    context: ComputeContext
     all_experts: bool
 
     @classmethod
     def of(
-        cls, passage: Passage, masks: Sequence[Tensor], layer: int, module: nn.Module, *, all_experts: bool
+        cls, stream: LayerStream, masks: Sequence[Tensor], layer: int, module: nn.Module, *, all_experts: bool
     ) -> "Routed":
         """Take them from a forward pass that ends there; they wait where the hidden states of batches do."""
-        place, batches = passage.place, list[tuple[Tensor, Tensor]]()
-        for (x_NH, chosen_NK, *_), mask_N in zip(passage.inputs_within(layer, module, EXPERTS), masks, strict=True):
-            tokens_NH = place.shelve(_counted(x_NH, mask_N), copies=len(masks))
+        context, batches = stream.context, list[tuple[Tensor, Tensor]]()
+        for (x_NH, chosen_NK, *_), mask_N in zip(stream.inputs_within(layer, module, EXPERTS), masks, strict=True):
+            tokens_NH = context.shelve(_counted(x_NH, mask_N), copies=len(masks))
             batches.append((tokens_NH, _counted(chosen_NK, mask_N)))
-        return cls(batches=batches, place=place, all_experts=all_experts)
+        return cls(batches=batches, context=context, all_experts=all_experts)
 
     def inputs(self, expert: int) -> Iterator[Tensor]:
         """Yield the tokens of each batch that an expert is calibrated on, where any are."""
         for x_NH, chosen_NK in self.batches:
             if self.all_experts:
-                yield self.place.fetch(x_NH)
+                yield self.context.fetch(x_NH)
             elif (hit_N := (chosen_NK == expert).any(dim=-1)).any():
-                yield self.place.fetch(x_NH[hit_N.to(x_NH.device)])
+                yield self.context.fetch(x_NH[hit_N.to(x_NH.device)])

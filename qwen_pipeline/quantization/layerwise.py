@@ -25,16 +25,16 @@ from torch import Tensor, nn
 
 from qwen_pipeline.checkpoint.digest import block_ranges, digest_file
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.measure import Laps, resident_peak
+from qwen_pipeline.checkpoint.measure import Stopwatch, resident_peak
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.checkpoint.writer import write_bytes
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.layerwise.weights import Weights
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.layerwise.weights import ModelWeights
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.quantization.input_groups import cohorts, require_known
+from qwen_pipeline.quantization.input_groups import input_groups, require_known
 from qwen_pipeline.quantization.solver import Solved, solve
-from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, require_device, use_workshop
+from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, require_device, use_work_dir
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
@@ -93,9 +93,9 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         CheckFailed: A module's loss is NaN.
         InputRefused: A linear layer is of an unknown kind.
     """
-    laps, job = Laps(), QuantJob.from_json(spec)
+    laps, job = Stopwatch(), QuantJob.from_json(spec)
     require_device(job.spec)
-    use_workshop(job)
+    use_work_dir(job)
     torch.set_num_threads(job.spec.threads)
     import_module("gptqmodel")
     laps.lap("import")
@@ -129,7 +129,7 @@ class LayerLoop:
         out: An existing directory; layers that are in it are not quantized again.
 
     Attributes:
-        passage: The calibration tokens on their way through the quantized model.
+        stream: The calibration tokens on their way through the quantized model.
     """
 
     @torch.inference_mode()
@@ -138,9 +138,9 @@ class LayerLoop:
         self._linears = decoder_linears(source)
         require_known(self._linears)
         dtype = torch.float32 if spec.device == "cpu" else source[self._linears[0].tensor].torch_dtype
-        place = Place(device=torch.device(spec.device), dtype=dtype)
-        self.passage = Passage(source, windows_ST.to(place.device).split(spec.batch_size), place)
-        self._masks = [mask.flatten() for mask in mask_ST.to(place.device).split(spec.batch_size)]
+        context = ComputeContext(device=torch.device(spec.device), dtype=dtype)
+        self.stream = LayerStream(source, windows_ST.to(context.device).split(spec.batch_size), context)
+        self._masks = [mask.flatten() for mask in mask_ST.to(context.device).split(spec.batch_size)]
 
     @torch.inference_mode()
     def run(self, observe: Observe) -> list[LayerRecord]:
@@ -157,9 +157,9 @@ class LayerLoop:
     ) -> list[LayerRecord]:
         """Send the tokens through the layers that are finished, then quantize the others."""
         self._take_up(len(records))
-        modules = self.passage.coming(ahead_on_gpu=1.0)
+        modules = self.stream.coming(ahead_on_gpu=1.0)
         for layer in range(len(records)):
-            self.passage.run(layer, next(modules))
+            self.stream.run(layer, next(modules))
 
         def tell(row: ModuleRow) -> None:
             remark = f"layers.{row.layer}.{row.module} loss {row.loss:.10f}"
@@ -168,10 +168,10 @@ class LayerLoop:
         writing: Future[LayerRecord] | None = None
         with ThreadPoolExecutor(1) as disk:
             for layer in range(len(records), len(by_layer)):
-                clock, module = Clock(self.passage.place), next(modules)
+                clock, module = Clock(self.stream.context), next(modules)
                 clock.lap("load")
                 tensors, rows = self._quantize(module, by_layer[layer], clock, tell)
-                self.passage.run(layer, module)
+                self.stream.run(layer, module)
                 clock.lap("forward")
                 del module
                 records += [writing.result()] if writing else []
@@ -185,9 +185,9 @@ class LayerLoop:
         if done:
             quantization = self._spec.quantization_config("layerwise")
             packed = quantized_checkpoint(self._source, open_checkpoint(self._out), self._linears, quantization)
-            weights = Weights(checkpoint=packed, prefix=self.passage.weights.prefix)
-            layers = enumerate(self.passage.skeleton.layers[:done])
-            self.passage.parts[:done] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
+            weights = ModelWeights(checkpoint=packed, prefix=self.stream.weights.prefix)
+            layers = enumerate(self.stream.meta_model.layers[:done])
+            self.stream.parts[:done] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
 
     def _quantize(
         self, module: nn.Module, linears: Sequence[Linear], clock: "Clock", tell: Callable[[ModuleRow], None]
@@ -195,11 +195,11 @@ class LayerLoop:
         """Replace a layer's weights by what their codes stand for; return the codes and the log's rows."""
         tensors: dict[str, Tensor] = {}
         rows: list[ModuleRow] = []
-        for cohort in cohorts(self.passage, self._masks, module, linears, all_experts=self._spec.all_experts):
+        for group in input_groups(self.stream, self._masks, module, linears, all_experts=self._spec.all_experts):
             clock.lap("capture")
-            weights = {at.module: weight for at, weight in zip(cohort.linears, cohort.weights, strict=True)}
-            tokens, solutions = cohort.hessian.tokens, solve(weights, cohort.hessian, self._spec)
-            for linear, weight, solved in zip(cohort.linears, cohort.weights, solutions, strict=True):
+            weights = {at.module: weight for at, weight in zip(group.linears, group.weights, strict=True)}
+            tokens, solutions = group.hessian.tokens, solve(weights, group.hessian, self._spec)
+            for linear, weight, solved in zip(group.linears, group.weights, solutions, strict=True):
                 _put(weight, solved)
                 tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}
                 rows.append(
@@ -225,11 +225,11 @@ def _put(weight_OI: Tensor, solved: Solved) -> None:
         weight_OI[start:stop] = solved.packed.weight_rows(start, stop)
 
 
-class Clock(Laps):
+class Clock(Stopwatch):
     """Seconds of a layer, and the highest GPU memory since it began; a lap waits for the GPU."""
 
-    def __init__(self, place: Place) -> None:
-        self._on_gpu = place.device.type == "cuda"
+    def __init__(self, context: ComputeContext) -> None:
+        self._on_gpu = context.device.type == "cuda"
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         super().__init__()

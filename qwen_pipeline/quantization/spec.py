@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.workers.environments import EnvironmentName
 
-EngineName = Literal["layerwise", "gptqmodel", "autogptq"]
+QuantizerName = Literal["layerwise", "gptqmodel", "autogptq"]
 Device = Literal["cpu", "cuda"]
 Packing = Literal["stream", "documents"]
 OVERRIDES = ("damp_percent", "mse")
@@ -80,7 +80,7 @@ class QuantSpec:
             several; the other engines take one.
     """
 
-    engine: EngineName = "layerwise"
+    engine: QuantizerName = "layerwise"
     bits: int = 4
     group_size: int = 128
     sym: bool = True
@@ -100,7 +100,7 @@ class QuantSpec:
     gpus: int = 1
 
     def __post_init__(self) -> None:
-        _require("engine", self.engine, get_args(EngineName))
+        _require("engine", self.engine, get_args(QuantizerName))
         _require("device", self.device, get_args(Device))
         _require("bits", self.bits, (4, 8))
         _require("group_size", self.group_size, (32, 64, 128))
@@ -220,13 +220,13 @@ class QuantJob:
         source: The checkpoint to quantize.
         windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``. Beside it lies ``mask``, uint8, which is 0
             for filling.
-        workshop: A directory that the engine may fill as it likes.
+        work_dir: A directory that the engine may fill as it likes.
     """
 
     spec: QuantSpec
     source: Path
     windows: Path
-    workshop: Path
+    work_dir: Path
 
     @property
     def mask(self) -> Path:
@@ -235,7 +235,7 @@ class QuantJob:
     @property
     def packed(self) -> Path:
         """Where the engine's checkpoint is expected: ``config.json`` and safetensors files."""
-        return self.workshop / "packed"
+        return self.work_dir / "packed"
 
     @property
     def quant_log(self) -> Path:
@@ -248,24 +248,24 @@ class QuantJob:
     @property
     def resume(self) -> Path:
         """What an engine may leave for its next attempt, should it be interrupted."""
-        return self.workshop / "resume"
+        return self.work_dir / "resume"
 
     def to_json(self) -> dict[str, Any]:
-        paths = {name: str(getattr(self, name)) for name in ("source", "windows", "workshop")}
+        paths = {name: str(getattr(self, name)) for name in ("source", "windows", "work_dir")}
         return {"spec": self.spec.to_json(), **paths}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "QuantJob":
-        paths = {name: Path(value[name]) for name in ("source", "windows", "workshop")}
+        paths = {name: Path(value[name]) for name in ("source", "windows", "work_dir")}
         return cls(spec=QuantSpec(**value["spec"]), **paths)
 
 
-def use_workshop(job: QuantJob) -> None:
+def use_work_dir(job: QuantJob) -> None:
     """Have libraries put what is temporary, as weights that they offload, into the workshop; for the engine's process.
 
     Its disk has room for a model; that of the system's directory may not.
     """
-    scratch = job.workshop / "tmp"
+    scratch = job.work_dir / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
 

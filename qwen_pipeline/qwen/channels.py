@@ -11,7 +11,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.families import Config, DecoderField, SizeField, text_config
 from qwen_pipeline.qwen.layers import mlp_matrices, number_of_layers, required
-from qwen_pipeline.qwen.names import DOWN, FUSED, Place, places_in, stack_of
+from qwen_pipeline.qwen.names import DOWN, FUSED, ParsedName, parse_names, stack_of
 from qwen_pipeline.qwen.towers import towers_of
 
 
@@ -38,7 +38,7 @@ def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channel
         CheckpointRefused: A projection is missing, is there twice or has another width than the config says, or a
             tensor is unknown; the message names them.
     """
-    config, places = checkpoint.config, places_in(checkpoint)
+    config, places = checkpoint.config, parse_names(checkpoint)
     width = required(config, field)
     found = {
         name: channels
@@ -59,7 +59,7 @@ def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channel
     return found
 
 
-def channels_of(place: Place, shape: tuple[int, ...], config: Config) -> Channels | None:
+def channels_of(place: ParsedName, shape: tuple[int, ...], config: Config) -> Channels | None:
     """Return where a full-precision tensor of this shape has the channels of a size field; None if it has none.
 
     Stacks of experts are [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]: the former wherever the shape allows
@@ -83,7 +83,7 @@ def channels_of(place: Place, shape: tuple[int, ...], config: Config) -> Channel
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _tower_channels(place: Place, config: Config) -> Channels | None:
+def _tower_channels(place: ParsedName, config: Config) -> Channels | None:
     for tower in towers_of(config):
         axis = tower.axis(place.module)
         if tower.field and axis is not None and (axis == 0 or place.parameter == "weight"):
@@ -106,7 +106,7 @@ def _stacked_channels(module: str, shape: tuple[int, ...], hidden_size: int) -> 
     return Channels(field=field, axis=1 if shape[2] == hidden_size else 2, halves=2)
 
 
-def _missing(places: Collection[Place], config: Config, field: SizeField) -> list[str]:
+def _missing(places: Collection[ParsedName], config: Config, field: SizeField) -> list[str]:
     """Return the weights that a layer should have and has not, neither one by one nor in stacks."""
     if tower := next((tower for tower in towers_of(config) if tower.field == field), None):
         held = {place.module for place in places if place.parameter == "weight"}

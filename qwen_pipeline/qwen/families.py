@@ -17,13 +17,13 @@ DecoderField = Literal["intermediate_size", "moe_intermediate_size", "shared_exp
 TowerField = Literal["vision_config.intermediate_size", "audio_config.encoder_ffn_dim"]
 SizeField = Literal[DecoderField, TowerField]
 """The sizes that padding may move, those of towers on request; ``hidden_size`` never does."""
-Part = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "audio", "talker", "vocoder"]
+ModelPart = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "audio", "talker", "vocoder"]
 """What a tensor belongs to. ``mtp`` is a draft head whose layers are built from the decoder's config."""
 Mixer = Literal["attention", "next", "3.5", "4"]
 """What mixes tokens: full attention, or gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4) beside it."""
 
-_TOWERS: Mapping[str, Part] = {"visual.": "vision", "model.visual.": "vision"}
-_EARS: Mapping[str, Part] = {
+_TOWERS: Mapping[str, ModelPart] = {"visual.": "vision", "model.visual.": "vision"}
+_EARS: Mapping[str, ModelPart] = {
     f"{prefix}{tower}.": "audio" for prefix in ("", "model.") for tower in ("audio_tower", "multi_modal_projector")
 }
 _NESTED = ("model.language_model.", "model.")
@@ -50,15 +50,17 @@ class Family:
     shared: bool = False
     decoder: tuple[str, ...] = ("model.",)
     heads: tuple[str, ...] = ("lm_head",)
-    towers: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    towers: Mapping[str, ModelPart] = field(default_factory=dict[str, ModelPart])
     head_dim: int = 0
     drafts: bool = False
     ties: bool = True
 
 
-def _thinker(towers: Mapping[str, Part], **rest: Any) -> Family:
+def _thinker(towers: Mapping[str, ModelPart], **rest: Any) -> Family:
     """A thinker alone, or the whole omni model that it is part of: both spellings are met in one and the same file."""
-    spelled: dict[str, Part] = {prefix + tower: part for tower, part in towers.items() for prefix in ("thinker.", "")}
+    spelled: dict[str, ModelPart] = {
+        prefix + tower: part for tower, part in towers.items() for prefix in ("thinker.", "")
+    }
     return Family(
         decoder=("thinker.model.language_model.", "thinker.model.", *_NESTED),
         heads=("thinker.lm_head", "lm_head"),
@@ -126,7 +128,7 @@ def text_config(config: Config) -> Config:
     return _levels(config)[-1][1]
 
 
-def places_of(config: Config, field: str) -> tuple[str, ...]:
+def config_paths(config: Config, field: str) -> tuple[str, ...]:
     """Return every place of the language model's ``field``, such as ``thinker_config.text_config.intermediate_size``.
 
     A vision-language config may repeat it at the top. Fields that describe towers have a path of their own, such as
@@ -135,8 +137,8 @@ def places_of(config: Config, field: str) -> tuple[str, ...]:
     return tuple(place for place, _ in _placed(config, field))
 
 
-def place_values(config: Config, field: str) -> set[Any]:
-    """Return the values at :func:`places_of`; a sound config has one."""
+def config_values(config: Config, field: str) -> set[Any]:
+    """Return the values at :func:`config_paths`; a sound config has one."""
     return {value for _, value in _placed(config, field)}
 
 

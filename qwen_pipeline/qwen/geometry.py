@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import TypeAdapter
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import DecoderField, SizeField, TowerField, places_of
+from qwen_pipeline.qwen.families import DecoderField, SizeField, TowerField, config_paths
 from qwen_pipeline.qwen.layers import (
     head_geometry,
     is_linear_attention,
@@ -173,7 +173,7 @@ def plan_between(
 ) -> PadPlan:
     """Return the padding that leads from one config's sizes to the other's; towers are in it if they differ."""
     sizes = _sizes(live, lambda size, _: required(padded, size), group_size, layout)
-    towers = _tower_sizes(live, lambda size, width: required(padded, size) if places_of(padded, size) else width)
+    towers = _tower_sizes(live, lambda size, width: required(padded, size) if config_paths(padded, size) else width)
     return PadPlan(group_size=group_size, tensor_parallel=1, sizes=(*sizes, *(size for size in towers if size.zeros)))
 
 
@@ -232,7 +232,7 @@ def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]
 
 def _tower_sizes(config: Mapping[str, Any], padded: Callable[[SizeField, int], int]) -> Iterator[PaddedSize]:
     for tower in towers_of(config):
-        if (field := tower.field) and (places := places_of(config, field)):
+        if (field := tower.field) and (places := config_paths(config, field)):
             live = required(config, field)
             yield PaddedSize(
                 field=field, places=places, live=live, padded=padded(field, live), group_size=1, layout="append"
@@ -246,7 +246,7 @@ def _sizes(
     return tuple(
         PaddedSize(
             field=size,
-            places=places_of(config, size),
+            places=config_paths(config, size),
             live=live,
             padded=padded(size, live),
             group_size=group_size,

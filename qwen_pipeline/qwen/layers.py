@@ -12,9 +12,9 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import (
     Config,
     DecoderField,
+    config_paths,
+    config_values,
     number_of_experts,
-    place_values,
-    places_of,
     require_family,
     text_config,
 )
@@ -114,10 +114,10 @@ def required(config: Config, field: str) -> int:
     Raises:
         InputRefused: It is missing, not a positive number, or its places disagree.
     """
-    found = place_values(config, field)
+    found = config_values(config, field)
     if len(found) == 1 and isinstance(size := next(iter(found)), int) and size > 0:
         return size
-    places = ", ".join(places_of(config, field)) or "nowhere"
+    places = ", ".join(config_paths(config, field)) or "nowhere"
     raise InputRefused(
         f"{field} must be one positive number; it is in {places}: {sorted(map(str, found))}.",
         remedy="Correct config.json: the shapes of the weights are right.",

@@ -12,7 +12,7 @@ from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.channels import channels_of
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers
-from qwen_pipeline.qwen.names import DOWN, Place, decoder_prefix, places_in, stack_of
+from qwen_pipeline.qwen.names import DOWN, ParsedName, decoder_prefix, parse_names, stack_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
         CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than the config says; the
             message names them.
     """
-    places, config = places_in(checkpoint), checkpoint.config
+    places, config = parse_names(checkpoint), checkpoint.config
     prefix = decoder_prefix(checkpoint)
     linears: list[Linear] = []
     wrong: list[str] = []
@@ -79,7 +79,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
         for kind, matrix in _quantized(layer_matrices(config, layer)):
             module = f"{prefix}layers.{layer}.{kind}"
             own, stack = (
-                places.get(Place(part="decoder", layer=layer, module=path, parameter="weight"))
+                places.get(ParsedName(part="decoder", layer=layer, module=path, parameter="weight"))
                 for path in (kind, stack_of(kind) or "")
             )
             if not (tensor := own or stack):
@@ -135,7 +135,7 @@ def _quantized(matrices: Sequence[Matrix]) -> Iterator[tuple[str, Matrix]]:
 
 def _slab(kind: str, matrix: Matrix, shape: tuple[int, ...], config: Config) -> Slab:
     stack, outputs = stack_of(kind), matrix.out_features
-    channels = channels_of(Place(part="decoder", module=str(stack), parameter="weight"), shape, config)
+    channels = channels_of(ParsedName(part="decoder", module=str(stack), parameter="weight"), shape, config)
     assert channels, f"{stack} has no channels"
     rows = outputs * channels.halves
     transposed = channels.axis == (1 if stack == DOWN else 2)

@@ -1,8 +1,8 @@
 """Tensor names: what each stored name means, and which stored tensors a module in memory is made of.
 
 One tensor has several spellings: Transformers keeps a vision-language model's decoder at ``model.language_model``,
-Qwen2-VL is published (and saved) with it at ``model``. All spellings of a tensor have the same :class:`Place`. Experts
-lie one by one or in stacks.
+Qwen2-VL is published (and saved) with it at ``model``. All spellings of a tensor have the same :class:`ParsedName`.
+Experts lie one by one or in stacks.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Literal
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.families import Config, Family, Mixer, Part, require_family
+from qwen_pipeline.qwen.families import Config, Family, Mixer, ModelPart, require_family
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
@@ -44,7 +44,7 @@ _BARE = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ParsedName:
     """What a tensor is, however it is spelled.
 
     Attributes:
@@ -56,20 +56,20 @@ class Place:
         parameter: ``weight``, ``bias`` or a code such as ``qweight``. A stack of experts is a ``weight``.
     """
 
-    part: Part
+    part: ModelPart
     layer: int | None = None
     module: str
     parameter: str
 
 
-def place_of(name: str, config: Config) -> Place:
+def parse_name(name: str, config: Config) -> ParsedName:
     """Return what the stored (or in-memory) tensor ``name`` is in a model of this config.
 
     Raises:
         InputRefused: The family is unknown.
         CheckpointRefused: The family has no such tensor.
     """
-    if place := _place(name, require_family(config)):
+    if place := _parse(name, require_family(config)):
         return place
     raise CheckpointRefused(
         f"The tensor {name} is not one that models of type {config['model_type']} have.",
@@ -78,16 +78,16 @@ def place_of(name: str, config: Config) -> Place:
     )
 
 
-def places_in(checkpoint: Checkpoint) -> dict[Place, str]:
+def parse_names(checkpoint: Checkpoint) -> dict[ParsedName, str]:
     """Return the name of the tensor at each place of a checkpoint.
 
     Raises:
         InputRefused: The family is unknown.
         CheckpointRefused: The family has no such tensor, or two tensors are spellings of one; the message names them.
     """
-    places: dict[Place, str] = {}
+    places: dict[ParsedName, str] = {}
     for name in checkpoint:
-        place = place_of(name, checkpoint.config)
+        place = parse_name(name, checkpoint.config)
         if place in places:
             raise CheckpointRefused(
                 f"{places[place]} and {name} are two spellings of one tensor.",
@@ -104,14 +104,14 @@ def decoder_prefix(checkpoint: Checkpoint) -> str:
         CheckpointRefused: The decoder has no layer.
     """
     for name in checkpoint:
-        if place_of(name, checkpoint.config).part == "decoder" and "layers." in name:
+        if parse_name(name, checkpoint.config).part == "decoder" and "layers." in name:
             return name[: name.index("layers.")]
     raise CheckpointRefused(
         "The checkpoint has no tensor of a decoder layer.", remedy="Name a complete Hugging Face model directory."
     )
 
 
-def spellings(place: Place, family: Family) -> list[str]:
+def spellings(place: ParsedName, family: Family) -> list[str]:
     """Return every name that the tensor at ``place`` may have on disk or in memory, the published ones first."""
     leaf = place.module if place.module in FUSED else f"{place.module}.{place.parameter}"
     inner = leaf if place.layer is None else f"layers.{place.layer}.{leaf}"
@@ -125,16 +125,16 @@ def spellings(place: Place, family: Family) -> list[str]:
     return [prefix.removesuffix(f"{tower}.") + leaf for prefix in family.towers if _tower(prefix) == tower]
 
 
-def _place(name: str, family: Family) -> Place | None:
+def _parse(name: str, family: Family) -> ParsedName | None:
     for prefix, part in family.towers.items():
         if name.startswith(prefix):
             module, _, parameter = name.removeprefix(prefix).rpartition(".")
-            return Place(part=part, module=f"{_tower(prefix)}.{module}".rstrip("."), parameter=parameter)
+            return ParsedName(part=part, module=f"{_tower(prefix)}.{module}".rstrip("."), parameter=parameter)
     if name.startswith("mtp.") and family.drafts:
         return _in_draft(name.removeprefix("mtp."), family)
     module, _, parameter = name.rpartition(".")
     if module in family.heads and parameter in ("weight", *_CODES):
-        return Place(part="head", module="lm_head", parameter=parameter)
+        return ParsedName(part="head", module="lm_head", parameter=parameter)
     for prefix in family.decoder:
         if name.startswith(prefix) and (place := _in_decoder(name.removeprefix(prefix), family)):
             return place
@@ -145,31 +145,31 @@ def _tower(prefix: str) -> str:
     return prefix.removesuffix(".").rpartition(".")[2]
 
 
-def _in_decoder(name: str, family: Family) -> Place | None:
+def _in_decoder(name: str, family: Family) -> ParsedName | None:
     if match := _LAYER.fullmatch(name):
         return _in_layer("decoder", int(match[1]), match[2], family)
     module, _, parameter = name.rpartition(".")
     if name == "embed_tokens.weight":
-        return Place(part="embedding", module=module, parameter=parameter)
+        return ParsedName(part="embedding", module=module, parameter=parameter)
     mixer = family.mixer == "4" and module.startswith("hyper_connection_mixer.")
-    return Place(part="norm", module=module, parameter=parameter) if name == "norm.weight" or mixer else None
+    return ParsedName(part="norm", module=module, parameter=parameter) if name == "norm.weight" or mixer else None
 
 
-def _in_draft(name: str, family: Family) -> Place | None:
+def _in_draft(name: str, family: Family) -> ParsedName | None:
     if match := _LAYER.fullmatch(name):
         return _in_layer("mtp", int(match[1]), match[2], family)
     module, _, parameter = name.rpartition(".")
-    return Place(part="mtp", module=module, parameter=parameter)
+    return ParsedName(part="mtp", module=module, parameter=parameter)
 
 
-def _in_layer(part: Literal["decoder", "mtp"], layer: int, name: str, family: Family) -> Place | None:
+def _in_layer(part: Literal["decoder", "mtp"], layer: int, name: str, family: Family) -> ParsedName | None:
     module, _, parameter = name.rpartition(".")
     if name in FUSED and family.experts:
-        return Place(part=part, layer=layer, module=name, parameter="weight")
+        return ParsedName(part=part, layer=layer, module=name, parameter="weight")
     if _BARE.fullmatch(name) and family.mixer != "attention":
-        return Place(part=part, layer=layer, module=module, parameter=parameter)
+        return ParsedName(part=part, layer=layer, module=module, parameter=parameter)
     if parameter in ("weight", "bias", *_CODES) and _modules(family.mixer, family.experts, family.shared)(module):
-        return Place(part=part, layer=layer, module=module, parameter=parameter)
+        return ParsedName(part=part, layer=layer, module=module, parameter=parameter)
     return None
 
 

@@ -11,11 +11,11 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.channels import channels_of
 from qwen_pipeline.qwen.families import number_of_experts, require_family
-from qwen_pipeline.qwen.names import DOWN, FUSED, GATE_UP, Place, place_of, spellings, stack_of
+from qwen_pipeline.qwen.names import DOWN, FUSED, GATE_UP, ParsedName, parse_name, spellings, stack_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class TensorSlice:
     """Rows of one matrix in memory, and where they are stored.
 
     Attributes:
@@ -37,7 +37,7 @@ class Slot:
     transposed: bool = False
 
 
-def slots_of(parameter: str, checkpoint: Checkpoint) -> list[Slot]:
+def slices_of(parameter: str, checkpoint: Checkpoint) -> list[TensorSlice]:
     """Return where the parameter at this path in memory is stored; nothing if it is not, more than its parts if twice.
 
     Args:
@@ -45,7 +45,7 @@ def slots_of(parameter: str, checkpoint: Checkpoint) -> list[Slot]:
         checkpoint: With its tensors under any of the family's spellings.
     """
     try:
-        place = place_of(parameter, checkpoint.config)
+        place = parse_name(parameter, checkpoint.config)
     except CheckpointRefused:
         return []
     if stored := _stored(place, checkpoint):
@@ -55,20 +55,20 @@ def slots_of(parameter: str, checkpoint: Checkpoint) -> list[Slot]:
     return list(_inside(place, checkpoint))
 
 
-def _stored(place: Place, checkpoint: Checkpoint) -> list[str]:
+def _stored(place: ParsedName, checkpoint: Checkpoint) -> list[str]:
     return [name for name in spellings(place, require_family(checkpoint.config)) if name in checkpoint]
 
 
-def _whole(place: Place, name: str, checkpoint: Checkpoint) -> Iterator[Slot]:
+def _whole(place: ParsedName, name: str, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
     if place.module not in FUSED:
-        yield Slot(name=name)
+        yield TensorSlice(name=name)
         return
     transposed = _is_transposed(place, name, checkpoint)
     for expert in range(checkpoint[name].shape[0]):
-        yield Slot(name=name, expert=expert, slab=expert, transposed=transposed)
+        yield TensorSlice(name=name, expert=expert, slab=expert, transposed=transposed)
 
 
-def _cut(place: Place, checkpoint: Checkpoint) -> Iterator[Slot]:
+def _cut(place: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
     """Yield the experts that a stack in memory is stored as."""
     projections = ("down_proj",) if place.module == DOWN else ("gate_proj", "up_proj")
     for expert in range(number_of_experts(checkpoint.config)):
@@ -77,11 +77,11 @@ def _cut(place: Place, checkpoint: Checkpoint) -> Iterator[Slot]:
             part = replace(place, module=f"mlp.experts.{expert}.{projection}")
             for name in _stored(part, checkpoint):
                 rows = checkpoint[name].shape[0]
-                yield Slot(name=name, expert=expert, first=first, rows=rows)
+                yield TensorSlice(name=name, expert=expert, first=first, rows=rows)
                 first += rows
 
 
-def _inside(place: Place, checkpoint: Checkpoint) -> Iterator[Slot]:
+def _inside(place: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
     """Yield the rows of a stack that one expert in memory is stored as."""
     stack = stack_of(place.module)
     if stack is None or place.parameter != "weight":
@@ -93,7 +93,7 @@ def _inside(place: Place, checkpoint: Checkpoint) -> Iterator[Slot]:
         transposed = _is_transposed(whole, name, checkpoint)
         rows = matrix[1 if transposed else 0] // (2 if stack == GATE_UP else 1)
         if int(expert) < checkpoint[name].shape[0]:
-            yield Slot(
+            yield TensorSlice(
                 name=name,
                 slab=int(expert),
                 onto=rows if projection == "up_proj" else 0,
@@ -102,6 +102,6 @@ def _inside(place: Place, checkpoint: Checkpoint) -> Iterator[Slot]:
             )
 
 
-def _is_transposed(place: Place, name: str, checkpoint: Checkpoint) -> bool:
+def _is_transposed(place: ParsedName, name: str, checkpoint: Checkpoint) -> bool:
     channels = channels_of(place, checkpoint[name].shape, checkpoint.config)
     return channels is not None and channels.axis == (1 if place.module == DOWN else 2)

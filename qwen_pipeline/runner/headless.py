@@ -20,7 +20,7 @@ from qwen_pipeline.errors import CheckFailed, PipelineError
 from qwen_pipeline.models.inbox import require_name
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.runner.dagster_home import open_instance
-from qwen_pipeline.runner.orphaned_runs import PROCESS_TAG, end_departed_runs, this_process
+from qwen_pipeline.runner.orphaned_runs import PROCESS_TAG, end_orphaned_runs, this_process
 
 
 class StepCrashed(Exception):
@@ -81,7 +81,7 @@ def materialize(
     """Materialize all assets of one partition, or ``only`` some by name, and say what came of it."""
     job = code_location(pipeline).resolve_job_def(process_fine_tune.name)
     with open_instance(pipeline.settings) as instance:
-        end_departed_runs(instance)
+        end_orphaned_runs(instance)
         instance.add_dynamic_partitions(FINE_TUNES.name or "", [fine_tune])
         result = job.execute_in_process(
             instance=instance,

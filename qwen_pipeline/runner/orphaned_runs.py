@@ -17,7 +17,7 @@ def this_process() -> str:
     return _identity(os.getpid()) or f"{socket.gethostname()}/{os.getpid()}/0"
 
 
-def end_departed_runs(instance: dg.DagsterInstance) -> None:
+def end_orphaned_runs(instance: dg.DagsterInstance) -> None:
     """Mark each unfinished run of a process of this host that is gone as failed, and free its places in pools."""
     for run in instance.get_runs(filters=dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
         host, _, rest = run.tags.get(PROCESS_TAG, "").partition("/")

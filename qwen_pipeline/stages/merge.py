@@ -10,7 +10,7 @@ from qwen_pipeline.checkpoint.digest import known_checkpoint
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import open_source
+from qwen_pipeline.checkpoint.store.source import open_input
 from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
 from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
@@ -86,16 +86,16 @@ def prepare(
     observe: Observe = unobserved,
 ) -> Rewrite:
     """Check a merge and say what it is derived from and what it writes; see :func:`merge`."""
-    sources = {"base": open_source("base", base, read_now=read_now, observe=observe)}
+    sources = {"base": open_input("base", base, read_now=read_now, observe=observe)}
     parent = sources["base"].checkpoint
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
     spec: dict[str, Any] = {"base_names": sorted(base_names)}
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=padded))
-        spec |= {"base_revision": base_revision, **_crossing_spec(merged)}
+        spec |= {"base_revision": base_revision, **_bridge_spec(merged)}
         output, others = merged.checkpoint, {"fine_tune": child.digest()}
         summary = _adapter_summary(merged, child) | _way_back(merged, padded_model(base))
-        model = trained_on(child, padded) if merged.crossing else None
+        model = trained_on(child, padded) if merged.bridge else None
 
         def reports() -> list[CheckReport]:
             is_padded_base = model is not None and model.live_digest == sources["base"].settle()
@@ -105,7 +105,7 @@ def prepare(
             ]
     else:
         assert isinstance(fine_tune, Path)
-        sources["fine_tune"] = open_source("fine_tune", fine_tune, read_now=read_now, observe=observe)
+        sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         output, others, summary = adopt(parent, child), {}, {"kind": "full", "tensors": len(child)}
 
@@ -125,14 +125,14 @@ def prepare(
     )
 
 
-def _crossing_spec(merged: Merged) -> dict[str, Any]:
-    crossing = merged.crossing
-    return {"trained": crossing.trained, "padding": dump_plan(crossing.plan)} if crossing else {}
+def _bridge_spec(merged: Merged) -> dict[str, Any]:
+    bridge = merged.bridge
+    return {"trained": bridge.trained, "padding": dump_plan(bridge.plan)} if bridge else {}
 
 
 def _way_back(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
     """Return what unpadding needs, if what was merged is padded as its base is."""
-    if base is None or (merged.crossing is None and _changes_padded_tensors(merged, base.plan)):
+    if base is None or (merged.bridge is None and _changes_padded_tensors(merged, base.plan)):
         return {}
     config = base.live_config if merged.checkpoint.config_bytes else None
     return {"padding": dump_plan(base.plan), "live_config": config}
@@ -164,7 +164,7 @@ def _use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
     count = sum(len(adapter.weights.specs) for adapter in adapters.adapters)
     where = f"{sum(bool(recipe.uses) for recipe in merged.plan.recipes.values())} tensors of the base"
     sides = {"live": ", which was unpadded for it and padded again", "padded": ", padded as it was in training"}
-    where += sides[merged.crossing.trained] if merged.crossing else ""
+    where += sides[merged.bridge.trained] if merged.bridge else ""
     return CheckReport(
         name=CHECKS[0].name,
         passed=True,

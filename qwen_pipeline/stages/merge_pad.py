@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest import digest_files
-from qwen_pipeline.checkpoint.hashing_reader import Tap
+from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
-from qwen_pipeline.checkpoint.memory_budget import Needs, needs
+from qwen_pipeline.checkpoint.memory_budget import ResourceNeeds, estimate_needs
 from qwen_pipeline.checkpoint.store.derive import Built, derive, find
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import Source, open_source
+from qwen_pipeline.checkpoint.store.source import StageInput, open_input
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
@@ -57,7 +57,7 @@ def merge_and_pad(
     )
     before = find(merging.derivation, merged)
     passing = _Passing(merging, merged, recipe_of(base, fine_tune))
-    source = open_source("source", before.path, open_root=open_model) if before else passing.source
+    source = open_input("source", before.path, open_root=open_model) if before else passing.source
     padding = pad.prepare(
         source,
         group_size=group_size,
@@ -72,16 +72,16 @@ def merge_and_pad(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class PassEstimate:
     """One way to a merged or a padded checkpoint: bytes read, and what it needs of a machine."""
 
     name: str
     read_bytes: int
-    needs: Needs
+    needs: ResourceNeeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlay:
+class ResourceEstimate:
     """What merging into a model and padding it takes.
 
     Two stages read base and merged and store both results, one pass reads only the base and stores only the padded one.
@@ -92,7 +92,7 @@ class Outlay:
     longest_row_bytes: int
 
     @property
-    def ways(self) -> list[Way]:
+    def ways(self) -> list[PassEstimate]:
         base, padded = self.base_bytes, self.padded_bytes
         return [
             self._way("merge", base, base),
@@ -100,12 +100,14 @@ class Outlay:
             self._way("one pass", base, padded),
         ]
 
-    def _way(self, name: str, read_bytes: int, disk_bytes: int) -> Way:
-        taken = needs(disk_bytes=disk_bytes, longest_row_bytes=self.longest_row_bytes)
-        return Way(name=name, read_bytes=read_bytes, needs=taken)
+    def _way(self, name: str, read_bytes: int, disk_bytes: int) -> PassEstimate:
+        taken = estimate_needs(disk_bytes=disk_bytes, longest_row_bytes=self.longest_row_bytes)
+        return PassEstimate(name=name, read_bytes=read_bytes, needs=taken)
 
 
-def outlay(root: Path, *, group_size: int, tensor_parallel: int, towers: bool = False) -> Outlay | None:
+def estimate_resources(
+    root: Path, *, group_size: int, tensor_parallel: int, towers: bool = False
+) -> ResourceEstimate | None:
     """Return what merging into a model and padding it will take; None unless its weights are here and can be padded.
 
     The fine-tune may change every tensor: one that does not takes no more.
@@ -119,7 +121,7 @@ def outlay(root: Path, *, group_size: int, tensor_parallel: int, towers: bool = 
         padded = pad_checkpoint(base, plan)
     except InputRefused:
         return None
-    return Outlay(
+    return ResourceEstimate(
         base_bytes=base.nbytes,
         padded_bytes=padded.nbytes,
         longest_row_bytes=max(spec.row_bytes for spec in padded.values()),
@@ -131,12 +133,12 @@ class _Passing:
 
     def __init__(self, merging: Rewrite, destination: Destination, made_of: Mapping[str, str]) -> None:
         self._merging, self._destination, self._made_of = merging, destination, made_of
-        self._tap = Tap("merged", merging.output, looks=False)
-        self.source = Source(
-            checkpoint=self._tap.checkpoint,
+        self._reader = HashingReader("merged", merging.output, looks=False)
+        self.source = StageInput(
+            checkpoint=self._reader.checkpoint,
             digest=UNREAD,
             appearance=merging.attempt.key,
-            taps=(self._tap, *merging.taps),
+            readers=(self._reader, *merging.readers),
             settle=lambda: self.recipe().manifest.content_digest,
         )
 
@@ -147,6 +149,6 @@ class _Passing:
 
     def _write(self, partial: Path) -> Built:
         files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
-        tensors = {name: seen.digest for name, seen in self._tap.seen.items()}
+        tensors = {name: seen.digest for name, seen in self._reader.seen.items()}
         contents = Contents(tensors=tensors, files=files)
         return Built(contents=contents, result=self._merging.result(), recipe=self._made_of)

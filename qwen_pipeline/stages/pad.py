@@ -8,7 +8,7 @@ from typing import Any
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import Source, open_source
+from qwen_pipeline.checkpoint.store.source import StageInput, open_input
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
@@ -63,7 +63,7 @@ def pad(
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
         InputRefused: The family cannot be padded, weights and config disagree, or no padding lets the targets serve.
     """
-    live = open_source("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
+    live = open_input("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
     work = prepare(
         live, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout, towers=towers
     )
@@ -71,7 +71,7 @@ def pad(
 
 
 def prepare(
-    source: Source,
+    source: StageInput,
     *,
     group_size: int,
     tensor_parallel: int,

@@ -15,8 +15,8 @@ from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
-from qwen_pipeline.checkpoint.measure import Laps
-from qwen_pipeline.checkpoint.store.derive import WORKSHOP, Built, derive
+from qwen_pipeline.checkpoint.measure import Stopwatch
+from qwen_pipeline.checkpoint.store.derive import WORK_DIR, Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import InputRefused
@@ -28,7 +28,7 @@ from qwen_pipeline.quantization.calibration.calibration_set import (
     is_prepared,
     load_calibration,
 )
-from qwen_pipeline.quantization.engine_output import Delivery
+from qwen_pipeline.quantization.engine_output import EngineOutput
 from qwen_pipeline.quantization.evidence import EVIDENCE, PLOT, Evidence, gather_evidence, summarize, write_evidence
 from qwen_pipeline.quantization.losses import ModuleLoss, read_losses
 from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
@@ -36,11 +36,11 @@ from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
-from qwen_pipeline.workers.environments import EngineEnvironment
+from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 
 STAGE = "quantized"
-UNPADDED = "quantized_unpadded"
+UNPADDED_STAGE = "quantized_unpadded"
 """Where the merged checkpoint goes, quantized only to be compared with."""
 CODE_VERSION = "4"
 CHECKS = checks.CHECKS
@@ -52,7 +52,7 @@ def quantize(
     destination: Destination,
     calibration: str | Path,
     spec: QuantSpec,
-    engine: EngineEnvironment,
+    engine: WorkerEnvironment,
     stage: str = STAGE,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -70,7 +70,7 @@ def quantize(
             now: see :mod:`qwen_pipeline.text.sources`.
         spec: How to quantize.
         engine: Where the engine runs.
-        stage: What the output is: :data:`STAGE` or :data:`UNPADDED`.
+        stage: What the output is: :data:`STAGE` or :data:`UNPADDED_STAGE`.
         observe: Told about each module.
 
     Raises:
@@ -80,7 +80,7 @@ def quantize(
         CheckFailed: The solver met a loss that is not a number, or the calibration failed a check of its own.
     """
     assert spec.environment == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
-    laps = Laps()
+    laps = Stopwatch()
     checkpoint = open_checkpoint(source)
     require_full_precision(
         checkpoint,
@@ -119,14 +119,14 @@ def quantize(
 
         def build(partial: Path) -> Built:
             import_module("qwen_pipeline.quantization.plot")  # now, while the engine imports too
-            job, delivery = _open_workshop(partial, source.resolve(), tokens, spec)
+            job, engine_output = _open_work_dir(partial, source.resolve(), tokens, spec)
             running, log = None, partial / LOGS / "quantize.log"
             laps.lap("workshop")
-            if not delivery:
+            if not engine_output:
                 running = early or start()
                 worker = running.deliver(job.to_json(), log=log, observe=observe)
-                delivery = Delivery(worker=worker, seconds=laps.lap("worker"))
-                delivery.keep(job)
+                engine_output = EngineOutput(worker=worker, seconds=laps.lap("worker"))
+                engine_output.keep(job)
             laps.lap("keep")
             losses = read_losses(job.quant_log, linears)
             quantization = spec.quantization_config(f"{engine.package}:{versions[engine.package]}")
@@ -149,14 +149,14 @@ def quantize(
                 contents=contents,
                 result={
                     "losses": [loss.to_json() for loss in losses],
-                    "layers": delivery.worker.value.get("layers", []),
+                    "layers": engine_output.worker.value.get("layers", []),
                     "quantization": quantization,
                     "calibration": tokens.statistics(),
                     "evidence": summarize(evidence),
-                    "seconds": _seconds(laps, delivery),
+                    "seconds": _seconds(laps, engine_output),
                     "checks": dump_reports(reports),
                 },
-                worker_peak_bytes=delivery.worker.peak_memory_bytes,
+                worker_peak_bytes=engine_output.worker.peak_memory_bytes,
             )
 
         return derive(derivation, destination, build)
@@ -212,24 +212,24 @@ def _require_overrides_land(linears: Sequence[Linear], spec: QuantSpec) -> None:
             )
 
 
-def _open_workshop(
+def _open_work_dir(
     partial: Path, source: Path, tokens: CalibrationSet, spec: QuantSpec
-) -> tuple[QuantJob, Delivery | None]:
+) -> tuple[QuantJob, EngineOutput | None]:
     """Make a workshop, or open an interrupted one; of that stay what was delivered, or what the engine goes on from."""
     import numpy as np
 
-    workshop = (partial / WORKSHOP).resolve()
-    job = QuantJob(spec=spec, source=source, windows=workshop / "windows.npy", workshop=workshop)
-    delivery = Delivery.find(job)
-    if not delivery:
+    work_dir = (partial / WORK_DIR).resolve()
+    job = QuantJob(spec=spec, source=source, windows=work_dir / "windows.npy", work_dir=work_dir)
+    engine_output = EngineOutput.find(job)
+    if not engine_output:
         for left in ("tmp",) if spec.engine == "layerwise" else ("tmp", "packed"):
-            shutil.rmtree(workshop / left, ignore_errors=True)
+            shutil.rmtree(work_dir / left, ignore_errors=True)
         (partial / JOURNAL).unlink(missing_ok=True)
     (partial / LOGS).mkdir(exist_ok=True)
-    workshop.mkdir(exist_ok=True)
+    work_dir.mkdir(exist_ok=True)
     np.save(job.windows, tokens.input_ids.numpy())
     np.save(job.mask, tokens.attention_mask.numpy())
-    return job, delivery
+    return job, engine_output
 
 
 def _keep_evidence(
@@ -253,16 +253,16 @@ def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     return {**limits, "HF_HUB_OFFLINE": "1"}
 
 
-def _seconds(laps: Laps, delivery: Delivery) -> dict[str, Any]:
+def _seconds(laps: Stopwatch, engine_output: EngineOutput) -> dict[str, Any]:
     """Tell the engine's own seconds from ours: those of the worker that the engine does not account for are ours too.
 
     Its import is that of all packages it needs, as torch. What went on of it while we prepared is ``both``, counted
     among our seconds only.
     """
-    worker = delivery.worker
+    worker = engine_output.worker
     own: Mapping[str, float] = worker.value["seconds"]
     engine = {**own, "import": own["import"] + worker.import_seconds - worker.early_seconds}
-    stage = {**laps.seconds, "worker": delivery.seconds - sum(engine.values())}
+    stage = {**laps.seconds, "worker": engine_output.seconds - sum(engine.values())}
     return {
         "engine": {part: round(seconds, 3) for part, seconds in engine.items()},
         "stage": {part: round(seconds, 3) for part, seconds in stage.items()},

@@ -15,18 +15,29 @@ from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, PipelineError
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, load_figures
-from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, Findings, rounded
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED_QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
-from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement, cut_role
+from qwen_pipeline.evaluation.measurement import MEASURE, MEASURING_ENVIRONMENT, Measurement, sharding_role
 from qwen_pipeline.evaluation.origin import calibration_digest, quantized_from, require_padded, require_twin, widened
 from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, method_of, own_limits
-from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Answer, Sample
-from qwen_pipeline.evaluation.serving.findings import Served, ServingPlan
+from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS, Completion, Sample
+from qwen_pipeline.evaluation.serving.findings import ServingFindings, ServingPlan
 from qwen_pipeline.evaluation.serving.serve_all import serve_all
-from qwen_pipeline.evaluation.tasks.plan import TARGET as TASKS_TARGET
+from qwen_pipeline.evaluation.tasks.plan import RUN_TASKS as TASKS_TARGET
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan, load_results, scores
-from qwen_pipeline.evaluation.tensor_parallel.find import audible_cuts, find_targets, outlook_on, with_divergences
-from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Cut, Sliced, Target, TargetFindings
+from qwen_pipeline.evaluation.tensor_parallel.find import (
+    assess_targets,
+    find_targets,
+    shardings_with_effect,
+    with_divergences,
+)
+from qwen_pipeline.evaluation.tensor_parallel.findings import (
+    ANY_ENGINE,
+    ShardedModules,
+    Sharding,
+    Target,
+    TargetFindings,
+)
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
@@ -37,14 +48,14 @@ from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.text.records import encode_prompt, load_tokenizer
 from qwen_pipeline.text.windows import spread, token_windows
-from qwen_pipeline.workers.environments import EngineEnvironment
+from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline.workers.parent import run_worker
 
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
 CODE_VERSION = "10"
-INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED: "unpadded"}
+INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED_QUANTIZED: "unpadded"}
 """Role -> its name in the derivation."""
 ENGINE = "gptqmodel"
 """What Transformers loads GPTQ checkpoints with, whichever engine made them."""
@@ -108,7 +119,7 @@ def validate(
         CheckpointRefused: The candidate's files are not those of its manifest.
         EnvironmentFault: The engine's environment cannot load GPTQ checkpoints, or memory ran out.
     """
-    roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate, UNPADDED: unpadded}
+    roots = {BASE: base, MERGED: reference, PADDED: padded, QUANTIZED: candidate, UNPADDED_QUANTIZED: unpadded}
     models = {role: root.resolve() for role, root in roots.items() if root}
     device = device or default_device()
     checkpoints = {role: open_model(root) for role, root in models.items()}
@@ -123,7 +134,7 @@ def validate(
     require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], candidate)
     digests = {INPUTS[role]: checkpoint_digest(root, observe=observe) for role, root in models.items()}
     if unpadded:
-        twins = (checkpoints[role] for role in (UNPADDED, MERGED, QUANTIZED))
+        twins = (checkpoints[role] for role in (UNPADDED_QUANTIZED, MERGED, QUANTIZED))
         require_twin(*twins, root=unpadded, merged_digest=digests["reference"], candidate=candidate)
     heard = _quantized_on(calibration, candidate) if calibration else None
     if heard:
@@ -144,14 +155,14 @@ def validate(
             "targets": [str(target) for target in targets],
             "tensor_parallel": tensor_parallel,
             "windows": windows,
-            "versions": EngineEnvironment(name=ENGINE, python=engine).versions(),
+            "versions": WorkerEnvironment(name=ENGINE, python=engine).versions(),
         },
         code_version=CODE_VERSION,
     )
     measurement = Measurement(
         models={role: str(root) for role, root in models.items()},
         reference=MERGED,
-        compared=[PADDED, QUANTIZED, UNPADDED],
+        compared=[PADDED, QUANTIZED, UNPADDED_QUANTIZED],
         answering=[MERGED, QUANTIZED],
         windows=tokens,
         prompts=[encode_prompt(prompt, tokenizer) for prompt in prompts],
@@ -172,13 +183,13 @@ def validate(
         structure = check_structure(source, checkpoints[QUANTIZED], observe=observe)
         asked = targets or [Target(engine=ANY_ENGINE, degree=tensor_parallel)]
         served = _targets(source, checkpoints[QUANTIZED], asked, observe)
-        cuts = audible_cuts(checkpoints[QUANTIZED], served)
+        cuts = shardings_with_effect(checkpoints[QUANTIZED], served)
         worker = run_worker(
             engine,
-            TARGET,
+            MEASURE,
             replace(measurement, cuts=list(cuts.values())).to_json(),
             log=partial / LOGS / "validate.log",
-            env=ENVIRONMENT,
+            env=MEASURING_ENVIRONMENT,
             observe=observe,
         )
         figures = load_figures(worker.value)
@@ -187,7 +198,7 @@ def validate(
             models={role: figures[role] for role in models},
             nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
             samples=_samples(prompts, figures, checkpoints, tokenizer),
-            parallel=outlook_on(checkpoints[QUANTIZED].config, tensor_parallel, targets),
+            parallel=assess_targets(checkpoints[QUANTIZED].config, tensor_parallel, targets),
             targets=with_divergences(served, _divergences(cuts, figures)),
         )
         if serving:
@@ -231,9 +242,9 @@ def _targets(
 
 
 def _divergences(
-    cuts: Mapping[Cut, Sliced], figures: Mapping[str, ModelFigures]
-) -> dict[Cut, DivergenceFigures | None]:
-    heard = [figures.get(cut_role(number)) for number in range(len(cuts))]
+    cuts: Mapping[Sharding, ShardedModules], figures: Mapping[str, ModelFigures]
+) -> dict[Sharding, DivergenceFigures | None]:
+    heard = [figures.get(sharding_role(number)) for number in range(len(cuts))]
     return {cut: found.divergence if found else None for cut, found in zip(cuts, heard, strict=True)}
 
 
@@ -280,10 +291,10 @@ def _samples(
     ]
 
 
-def _answers(figures: ModelFigures, stops: Collection[int], tokenizer: Any) -> list[Answer]:
+def _answers(figures: ModelFigures, stops: Collection[int], tokenizer: Any) -> list[Completion]:
     texts = tokenizer.batch_decode([list(tokens) for tokens in figures.answers], skip_special_tokens=True)
     return [
-        Answer(text=text, tokens=tokens, ended=tokens[-1] in stops)
+        Completion(text=text, tokens=tokens, ended=tokens[-1] in stops)
         for text, tokens in zip(texts, figures.answers, strict=True)
     ]
 
@@ -297,7 +308,7 @@ def _served(
     *,
     logs: Path,
     observe: Observe,
-) -> list[Served]:
+) -> list[ServingFindings]:
     """Serve checkpoints; a padded one has to answer as the merged one, whose function it computes."""
     return serve_all(
         plan,
@@ -327,7 +338,9 @@ def _with_scores(
         "device": measured.device,
     }
     try:
-        worker = run_worker(plan.python, TASKS_TARGET, spec, log=logs / "lm-eval.log", env=ENVIRONMENT, observe=observe)
+        worker = run_worker(
+            plan.python, TASKS_TARGET, spec, log=logs / "lm-eval.log", env=MEASURING_ENVIRONMENT, observe=observe
+        )
     except PipelineError as error:
         return replace(findings, tasks_fault=str(error))
     return replace(findings, tasks=scores(load_results(worker.value)))

@@ -56,20 +56,22 @@ def open_text(source: str | Path) -> TextSource:
     """
     path = Path(source)
     if path.is_file() and path.suffix != PARQUET:
-        return Lines(path)
+        return RecordFile(path)
     if path.exists():
-        return Rows(path.name, _open_rows(path))
+        return DatasetRows(path.name, _open_rows(path))
     named = _HUB_NAME.fullmatch(str(source))
     if not named or path.suffix in SUFFIXES:
         raise InputRefused(
             f"{source} is not there.",
             remedy="Name a file of records, a directory, or a dataset of the hub: name[:config][@revision][#split].",
         )
-    return Rows(str(source), _load_rows(named["name"], split=named["split"], **_given(named, "config", "revision")))
+    return DatasetRows(
+        str(source), _load_rows(named["name"], split=named["split"], **_given(named, "config", "revision"))
+    )
 
 
 @dataclass(frozen=True)
-class Lines:
+class RecordFile:
     """A file of lines, or one text."""
 
     file: Path
@@ -96,7 +98,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Rows:
+class DatasetRows:
     """A ``datasets.Dataset``: Arrow files that are mapped into memory, of which only the rows asked for are read."""
 
     name: str

@@ -20,9 +20,9 @@ from typing import Any
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.errors import EnvironmentFault, PipelineError
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.workers.fast_exit import leaving_at_once
+from qwen_pipeline.workers.fast_exit import fast_exit
 
-Target = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
+WorkerFunction = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 
 _MESSAGES_FD = "QWEN_PIPELINE_MESSAGES_FD"
 _PR_SET_PDEATHSIG = 1
@@ -32,7 +32,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 def main(target: str, *packages: str) -> None:
     """Import ``package.module:function`` and more packages, run it with the task from standard input, then exit."""
-    with leaving_at_once():
+    with fast_exit():
         sys.exit(_call(target, packages))
 
 
@@ -80,7 +80,7 @@ def _send(kind: str, content: Mapping[str, Any]) -> None:
     os.write(int(os.environ[_MESSAGES_FD]), json.dumps([kind, content]).encode() + b"\n")
 
 
-def _function(target: str) -> Target:
+def _function(target: str) -> WorkerFunction:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 

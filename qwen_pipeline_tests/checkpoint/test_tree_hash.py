@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint import tree_hash
-from qwen_pipeline.checkpoint.thread_pool import work_in_order
+from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 
 LEAF = 16
@@ -26,7 +26,7 @@ def naive(data: bytes, leaf: int = 2**20) -> str:
 def brought(data: bytes, pieces: list[Piece]) -> TreeHash:
     """Hash pieces, ``(start, end)``, on several threads."""
     tree = TreeHash(len(data))
-    work_in_order(pieces, lambda piece: tree.add(piece[0], memoryview(data)[slice(*piece)]))
+    map_ordered(pieces, lambda piece: tree.add(piece[0], memoryview(data)[slice(*piece)]))
     return tree
 
 
@@ -87,7 +87,7 @@ def test_all_threads_may_bring_the_same_bytes_at_once() -> None:
         for start in range(0, len(data), cut):
             tree.add(start, memoryview(data)[start : start + cut])
 
-    work_in_order([300_007, 700_001, 524_287], bring)
+    map_ordered([300_007, 700_001, 524_287], bring)
     assert tree.hexdigest() == naive(data)
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from qwen_pipeline.cli.inspect import inspect
-from qwen_pipeline.cli.results import Answer
+from qwen_pipeline.cli.results import CommandResult
 from qwen_pipeline.errors import AdapterRefused
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
@@ -18,7 +18,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen2(tmp_path_factory.mktemp("base"))
 
 
-def printed(answer: Answer) -> str:
+def printed(answer: CommandResult) -> str:
     console = Console(record=True, file=StringIO(), width=120)
     for part in answer.view:
         console.print(part)

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.memory_budget import Room, needs, shortages
-from qwen_pipeline.cli.outlay import outlay_data, outlay_view
+from qwen_pipeline.checkpoint.memory_budget import AvailableResources, estimate_needs, shortages
+from qwen_pipeline.cli.outlay import resource_data, resource_view
 from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.rank_picture import CUT_END, group_line
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
-from qwen_pipeline.stages.merge_pad import outlay
+from qwen_pipeline.stages.merge_pad import estimate_resources
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.qwen.published import QWEN2_5_VL_3B, config_of
 from qwen_pipeline_tests.tiny import tiny_qwen2
@@ -97,21 +97,21 @@ def test_plan_shows_what_weights_take_and_what_the_machine_has(tmp_path: Path) -
     stored = open_checkpoint(base).nbytes
     assert merging["disk_bytes"] == one_pass["read_bytes"] == stored
     assert both["disk_bytes"] == stored + one_pass["disk_bytes"]
-    assert one_pass["memory_bytes"] == needs(disk_bytes=0).memory_bytes
+    assert one_pass["memory_bytes"] == estimate_needs(disk_bytes=0).memory_bytes
     assert shown["place"] == str(out)
     assert shown["room"]["disk_bytes"] > both["disk_bytes"]
     assert not any(way["refused"] for way in shown["ways"])
 
 
 def test_plan_refuses_what_admission_refuses_in_the_same_words(tmp_path: Path) -> None:
-    takes = outlay(tiny_qwen2(tmp_path / "base"), group_size=32, tensor_parallel=2)
+    takes = estimate_resources(tiny_qwen2(tmp_path / "base"), group_size=32, tensor_parallel=2)
     assert takes
     _, both, one_pass = takes.ways
-    room = Room(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)
+    room = AvailableResources(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)
     assert not list(shortages(one_pass.needs, room, tmp_path))
     (fault,) = shortages(both.needs, room, tmp_path)
-    assert [way["refused"] for way in outlay_data(takes, room, tmp_path)["ways"]] == [[], [fault.what], []]
-    table, *refusals = outlay_view(takes, room, tmp_path)
+    assert [way["refused"] for way in resource_data(takes, room, tmp_path)["ways"]] == [[], [fault.what], []]
+    table, *refusals = resource_view(takes, room, tmp_path)
     assert [str(refusal) for refusal in refusals] == [f"merge, then pad would be refused: {fault.what} {fault.remedy}"]
     assert table.row_count == 4
 

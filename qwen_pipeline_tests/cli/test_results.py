@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from qwen_pipeline.cli.results import CRASHED, INTERRUPTED, Answer, answering
+from qwen_pipeline.cli.results import CRASHED, INTERRUPTED, CommandResult, command
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused
 
 FAULTS: dict[str, BaseException] = {
@@ -22,14 +22,14 @@ FAULTS: dict[str, BaseException] = {
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
-@answering(app, "ends", examples=["ends with a fault"])
-def ends(fault: str, late: bool = False) -> Answer:
+@command(app, "ends", examples=["ends with a fault"])
+def ends(fault: str, late: bool = False) -> CommandResult:
     if fault == "usage":
         raise click.UsageError("nobody does that")
     if fault == "none":
-        return Answer(data={"done": True}, view=["all is well"])
+        return CommandResult(data={"done": True}, view=["all is well"])
     if late:
-        return Answer(data={"done": False}, view=["came half way"], fault=FAULTS[fault])
+        return CommandResult(data={"done": False}, view=["came half way"], fault=FAULTS[fault])
     raise FAULTS[fault]
 
 

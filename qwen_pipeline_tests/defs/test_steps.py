@@ -14,7 +14,7 @@ from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, Pi
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline.runner.headless import Outcome, materialize
-from qwen_pipeline.status import everything
+from qwen_pipeline.status import fine_tune_statuses
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 
@@ -129,6 +129,6 @@ def test_towers_are_padded_where_the_settings_ask_for_it(site: Site, monkeypatch
     states: list[str] = []
     for asked in ("true", "false"):
         monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", asked)
-        (found,) = everything(site.settings)
+        (found,) = fine_tune_statuses(site.settings)
         states.append(found.stages["padded"].state)
     assert states == ["done", "stale"]

@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
@@ -60,7 +60,7 @@ def test_perplexity_and_kl_are_those_of_plain_transformers(tmp_path: Path) -> No
         list(map(torch.tensor, windows)),
         reference="base",
         compared=["quantized"],
-        place=Place(device=torch.device("cpu"), dtype=torch.float32),
+        context=ComputeContext(device=torch.device("cpu"), dtype=torch.float32),
     )
     assert [figures.perplexity for figures in found.values()] == pytest.approx(plain["perplexity"], rel=1e-4)
     divergence = found["quantized"].divergence

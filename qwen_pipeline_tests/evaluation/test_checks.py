@@ -9,12 +9,18 @@ from qwen_pipeline.evaluation.checks import CHECKS, judge, verdict
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import Limits
-from qwen_pipeline.evaluation.samples import Answer, Sample
+from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.structure.check import Structure
 from qwen_pipeline.evaluation.structure.weights import PaddingFindings, WeightError
-from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Cut, CutFindings, Target, TargetFindings
-from qwen_pipeline.qwen.tensor_parallel.engines import Verdict
-from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
+from qwen_pipeline.evaluation.tensor_parallel.findings import (
+    ANY_ENGINE,
+    Sharding,
+    ShardingFindings,
+    Target,
+    TargetFindings,
+)
+from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict
+from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
 from qwen_pipeline.reports import CheckReport
 
 CONFIG = {
@@ -25,12 +31,12 @@ CONFIG = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
-YES = Answer(text="Yes.", tokens=(5, 6), ended=True)
+YES = Completion(text="Yes.", tokens=(5, 6), ended=True)
 
 
-def served(kernel: str, engine: str = "", *, verdict: Verdict = "ok", **errors: float) -> TargetFindings:
+def served(kernel: str, engine: str = "", *, verdict: ShardingVerdict = "ok", **errors: float) -> TargetFindings:
     """What one kernel makes of a checkpoint at two ranks; ``errors`` are layers that ranks have wrong."""
-    cut = None if verdict == "refused" else CutFindings(cut=Cut(ranks=2), compared=7, errors=errors)
+    cut = None if verdict == "refused" else ShardingFindings(cut=Sharding(ranks=2), compared=7, errors=errors)
     target = Target(engine=engine or kernel, degree=2)
     return TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=["so"], found=cut)
 
@@ -52,7 +58,7 @@ GOOD = Findings(
     },
     nbytes={},
     samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="Yes!"))],
-    parallel=outlook(CONFIG, group_size=32, degrees=[1])[0],
+    parallel=assess_degrees(CONFIG, group_size=32, degrees=[1])[0],
     targets=[served("vllm-cpu")],
 )
 
@@ -126,10 +132,10 @@ def test_a_perplexity_that_is_not_a_number_fails() -> None:
 
 
 def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
-    width = failed(replace(GOOD, parallel=outlook(CONFIG, group_size=32, degrees=[2])[0]))["tensor_parallel"]
+    width = failed(replace(GOOD, parallel=assess_degrees(CONFIG, group_size=32, degrees=[2])[0]))["tensor_parallel"]
     assert width.blocks
     assert "pad intermediate_size from 96 to 128" in width.detail
-    heads = failed(replace(GOOD, parallel=outlook(CONFIG, group_size=32, degrees=[3])[0]))["tensor_parallel"]
+    heads = failed(replace(GOOD, parallel=assess_degrees(CONFIG, group_size=32, degrees=[3])[0]))["tensor_parallel"]
     assert not heads.blocks
     assert "4 attention heads do not divide by 3" in heads.detail
     assert failed(replace(GOOD, parallel=None))["tensor_parallel"].blocks

@@ -8,15 +8,15 @@ import pytest
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
-from qwen_pipeline.evaluation.regression import Verdict, changes, compare, load_verdict
+from qwen_pipeline.evaluation.regression import ValidationVerdict, changes, compare, load_verdict
 
 FIGURES = ModelFigures(
     perplexity=10.0, divergence=DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
 )
-RELEASED = Verdict(quantized=FIGURES, text="sha256:1")
+RELEASED = ValidationVerdict(quantized=FIGURES, text="sha256:1")
 
 
-def with_perplexity(value: float) -> Verdict:
+def with_perplexity(value: float) -> ValidationVerdict:
     return replace(RELEASED, quantized=replace(FIGURES, perplexity=value))
 
 

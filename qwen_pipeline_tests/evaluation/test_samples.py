@@ -1,6 +1,6 @@
 import pytest
 
-from qwen_pipeline.evaluation.samples import Answer, Sample, degeneration
+from qwen_pipeline.evaluation.samples import Completion, Sample, degeneration
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ def test_degeneration(text: str, fault: str | None) -> None:
     assert degeneration(text) == fault
 
 
-def answer(text: str, *tokens: int, ended: bool = True) -> Answer:
-    return Answer(text=text, tokens=tokens, ended=ended)
+def answer(text: str, *tokens: int, ended: bool = True) -> Completion:
+    return Completion(text=text, tokens=tokens, ended=ended)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def answer(text: str, *tokens: int, ended: bool = True) -> Answer:
 def test_tokens_that_repeat_are_heard_where_words_are_not(
     text: str, tokens: tuple[int, ...], fault: str | None
 ) -> None:
-    assert Answer(text=text, tokens=tokens, ended=False).degeneration == fault
-    assert Answer(text=text, tokens=(*tokens, 2), ended=True).degeneration == fault
+    assert Completion(text=text, tokens=tokens, ended=False).degeneration == fault
+    assert Completion(text=text, tokens=(*tokens, 2), ended=True).degeneration == fault
 
 
 BROKEN, FINE = answer("!" * 20, *[7] * 5, ended=False), answer("Paris.", 3, 4)

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
-from qwen_pipeline.evaluation.measurement import ENVIRONMENT, TARGET, Measurement
+from qwen_pipeline.evaluation.measurement import MEASURE, MEASURING_ENVIRONMENT, Measurement
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import Chain
@@ -86,7 +86,9 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
         calibration=[list(range(8))],
     )
     python = python or chain.engine.python
-    return load_figures(run_worker(python, TARGET, measurement.to_json(), log=logs / "log", env=ENVIRONMENT).value)
+    return load_figures(
+        run_worker(python, MEASURE, measurement.to_json(), log=logs / "log", env=MEASURING_ENVIRONMENT).value
+    )
 
 
 def packed_experts(root: Path) -> Path:

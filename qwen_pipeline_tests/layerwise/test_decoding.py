@@ -11,14 +11,14 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.config import GENERATION_CONFIG, stop_tokens
 from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2
 
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 DRAW = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(3, 250, (length,), generator=DRAW).tolist() for length in (3, 20, 70)]
 LIMIT = 12

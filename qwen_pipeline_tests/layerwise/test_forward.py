@@ -9,22 +9,22 @@ import transformers
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
-from qwen_pipeline.layerwise.forward import Passage, advance, logit_blocks
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream, advance, logit_blocks
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.layerwise.memory import require_a_layer_and_a_half
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model, tiny_qwen2
 
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 BATCHES = torch.randint(0, 250, (5, 20), generator=torch.Generator().manual_seed(0)).split(2)
 
 
 def streamed_logits(checkpoint: Checkpoint) -> torch.Tensor:
-    passage = Passage(checkpoint, BATCHES, CPU)
-    assert list(advance([passage])) == list(range(len(passage.parts)))
+    stream = LayerStream(checkpoint, BATCHES, CPU)
+    assert list(advance([stream])) == list(range(len(stream.parts)))
     parts: list[list[torch.Tensor]] = [[] for _ in BATCHES]
-    for block in logit_blocks([passage], CPU):
+    for block in logit_blocks([stream], CPU):
         parts[block.batch].append(block.values[0])
     return torch.cat([torch.cat(part, dim=-1) for part in parts])
 
@@ -67,15 +67,15 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path: Path) -> None:
     whole = open_checkpoint(tiny_qwen2(tmp_path / "model"))
     tensors = {name: tensor for name, tensor in whole.tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(CheckpointRefused, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
-        Passage(replace(whole, tensors=tensors), BATCHES, CPU)
+        LayerStream(replace(whole, tensors=tensors), BATCHES, CPU)
     with pytest.raises(CheckpointRefused, match="NoSuchModel"):
-        Passage(whole.replace(config={**whole.config, "architectures": ["NoSuchModel"]}), BATCHES, CPU)
+        LayerStream(whole.replace(config={**whole.config, "architectures": ["NoSuchModel"]}), BATCHES, CPU)
 
 
 def test_models_of_different_depth_are_not_run_side_by_side(tmp_path: Path) -> None:
     roots = (tiny_qwen2(tmp_path / str(layers), num_hidden_layers=layers) for layers in (1, 2))
     with pytest.raises(InputRefused, match=r"\[1, 2\] layers"):
-        next(advance([Passage(open_checkpoint(root), BATCHES, CPU) for root in roots]))
+        next(advance([LayerStream(open_checkpoint(root), BATCHES, CPU) for root in roots]))
 
 
 PEAK = """

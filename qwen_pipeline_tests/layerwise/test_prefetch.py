@@ -14,9 +14,9 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.layerwise.prefetch import Feed
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.layerwise.prefetch import Prefetcher
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
@@ -54,7 +54,7 @@ def readers_left() -> list[threading.Thread]:
 @pytest.mark.parametrize("room", [0, 10_000, 10**9])
 def test_what_arrives_is_what_is_stored(tmp_path: Path, device: str, room: int) -> None:
     written, tensors = tensors_of(tmp_path / "model.safetensors")
-    with Feed(tensors, torch.device(device), room=room) as feed:
+    with Prefetcher(tensors, torch.device(device), room=room) as feed:
         arrived = list(feed)
     for (name, expected), tensor in zip(written.items(), arrived, strict=True):
         assert tensor.dtype == expected.dtype, name
@@ -70,7 +70,7 @@ def test_memory_is_used_again_only_when_what_was_computed_of_it_is_done() -> Non
 
     count, sums = 60, list[torch.Tensor]()
     matrix = torch.randn(4096, 4096, device="cuda")
-    with Feed([ones(number) for number in range(count)], torch.device("cuda"), room=2**25) as feed:
+    with Prefetcher([ones(number) for number in range(count)], torch.device("cuda"), room=2**25) as feed:
         for tensor in feed:
             for _ in range(5):
                 torch.mm(matrix, matrix)  # keeps the stream behind what is read
@@ -89,7 +89,7 @@ def test_no_more_is_begun_than_there_is_room_for() -> None:
 
         return LazyTensor(spec=TensorSpec(dtype="F32", shape=(rows, 100)), read=read)
 
-    with Feed([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, room=8000) as feed:
+    with Prefetcher([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, room=8000) as feed:
         _settle(begun, 2)
         for number, expected in enumerate([3, 3, 3]):
             next(feed)
@@ -118,7 +118,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, device: str) -> No
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - last)
     with (
-        Feed(tensors, torch.device(device), room=10**9) as feed,
+        Prefetcher(tensors, torch.device(device), room=10**9) as feed,
         pytest.raises(CheckpointRefused, match="ends"),
     ):
         list(feed)
@@ -127,10 +127,10 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, device: str) -> No
 
 def test_whoever_stops_asking_leaves_nothing_behind(tmp_path: Path) -> None:
     _, tensors = tensors_of(tmp_path / "model.safetensors")
-    with Feed(tensors, CPU, room=10_000) as feed:
+    with Prefetcher(tensors, CPU, room=10_000) as feed:
         next(feed)
     assert not readers_left()
-    with Feed([], CPU, room=1) as feed:
+    with Prefetcher([], CPU, room=1) as feed:
         assert list(feed) == []
 
 
@@ -158,8 +158,8 @@ def test_answers_are_the_same_however_layers_are_read(
 ) -> None:
     model, answers = open_checkpoint(tiny_model("qwen2", tmp_path / "model")), list[Sequence[tuple[int, ...]]]()
     for is_apart in (False, True):
-        monkeypatch.setattr(Place, "is_apart", is_apart)
-        decoder = Decoder(model, Place(device=torch.device(device), dtype=torch.float32), room=0)
+        monkeypatch.setattr(ComputeContext, "is_apart", is_apart)
+        decoder = Decoder(model, ComputeContext(device=torch.device(device), dtype=torch.float32), room=0)
         answers.append(decoder.answers([[5, 6, 7], [8, 9]], stops=[], limit=4))
     assert answers[0] == answers[1]
 
@@ -167,18 +167,18 @@ def test_answers_are_the_same_however_layers_are_read(
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
 def test_a_layers_weights_may_be_changed(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Place, "is_apart", True)
-    place = Place(device=torch.device(device), dtype=torch.bfloat16)
-    passage = Passage(open_checkpoint(tiny_model("qwen2", tmp_path / "model")), [torch.stack(WINDOWS)], place)
-    for layer, module in enumerate(passage.coming()):
+    monkeypatch.setattr(ComputeContext, "is_apart", True)
+    context = ComputeContext(device=torch.device(device), dtype=torch.bfloat16)
+    stream = LayerStream(open_checkpoint(tiny_model("qwen2", tmp_path / "model")), [torch.stack(WINDOWS)], context)
+    for layer, module in enumerate(stream.coming()):
         module.get_parameter("mlp.up_proj.weight")[:3] = 1
-        passage.run(layer, module)
+        stream.run(layer, module)
     assert not readers_left()
 
 
 def require_same_figures(models: dict[str, Checkpoint], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, found = Place(device=torch.device(device), dtype=torch.bfloat16), []
+    context, found = ComputeContext(device=torch.device(device), dtype=torch.bfloat16), []
     for is_apart in (False, True):
-        monkeypatch.setattr(Place, "is_apart", is_apart)
-        found.append(evaluate(models, WINDOWS, reference="p", compared=["q"], place=place))
+        monkeypatch.setattr(ComputeContext, "is_apart", is_apart)
+        found.append(evaluate(models, WINDOWS, reference="p", compared=["q"], context=context))
     assert found[0] == found[1]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.layerwise.forward import Passage, logit_blocks
+from qwen_pipeline.layerwise.forward import LayerStream, logit_blocks
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization import gptqmodel, layerwise, solver
 from qwen_pipeline.quantization.layerwise import LayerLoop
@@ -92,7 +92,7 @@ def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
         for file in resumed.glob(f"{LAST_LAYER}.*"):
             file.unlink()
         quantize_family(Path(source), resumed, spec)
-        save_file({"logits": logits(loop.passage)}, out / "own.logits")
+        save_file({"logits": logits(loop.stream)}, out / "own.logits")
     return {}
 
 
@@ -123,9 +123,9 @@ def windows() -> torch.Tensor:
 
 
 @torch.inference_mode()
-def logits(passage: Passage) -> torch.Tensor:
+def logits(stream: LayerStream) -> torch.Tensor:
     """Return float32 [tokens, V] of batches that are through all layers."""
     parts: dict[int, list[torch.Tensor]] = {}
-    for block in logit_blocks([passage], passage.place):
+    for block in logit_blocks([stream], stream.context):
         parts.setdefault(block.batch, []).append(block.values[0])
     return torch.cat([torch.cat(part, dim=-1) for part in parts.values()])

@@ -15,7 +15,7 @@ from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
 @pytest.fixture
 def job(tmp_path: Path) -> QuantJob:
     spec = QuantSpec(engine="autogptq", samples=8, seq_len=10, device="cpu")
-    return QuantJob(spec=spec, source=tmp_path, windows=tmp_path / "windows.npy", workshop=tmp_path)
+    return QuantJob(spec=spec, source=tmp_path, windows=tmp_path / "windows.npy", work_dir=tmp_path)
 
 
 def test_without_a_gpu_it_is_the_machines_fault(job: QuantJob) -> None:

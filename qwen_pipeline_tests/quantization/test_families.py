@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.layerwise.forward import Passage, advance
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream, advance
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
@@ -23,7 +23,7 @@ from qwen_pipeline_tests.rounding import dequantized
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=16, seq_len=64, batch_size=8, threads=1, device="cpu")
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 Case = tuple[str, Layout, tuple[int, ...]]
 """A family, a layout on disk, and which layers of a mixture are dense."""
 QUICK: Sequence[Case] = (("qwen3_next", "fused", ()), ("qwen3_moe", "saved", (0,)))
@@ -92,9 +92,9 @@ def require_agreement(root: Path, name: str, scratch: Path) -> None:
     last, resumed = (root / "out" / at / f"{LAST_LAYER}.safetensors" for at in (name, f"{name}-resumed"))
     assert resumed.read_bytes() == last.read_bytes()
 
-    passage = Passage(codes, windows().split(8), CPU)
-    list(advance([passage]))
-    torch.testing.assert_close(logits(passage), own, rtol=1e-5, atol=1e-5)
+    stream = LayerStream(codes, windows().split(8), CPU)
+    list(advance([stream]))
+    torch.testing.assert_close(logits(stream), own, rtol=1e-5, atol=1e-5)
 
     copy = Path(shutil.copytree(root / "sources" / name, scratch / "dequantized"))
     save_file(dequantized(source, codes, linears), copy / "model.safetensors", {"format": "pt"})

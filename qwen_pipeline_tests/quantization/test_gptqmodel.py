@@ -26,7 +26,7 @@ def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: P
 def job(tmp_path: Path) -> QuantJob:
     """A mixture of a family that GPTQModel can resume."""
     source = tiny_model("qwen3_moe", tmp_path / "source", hidden_size=64, moe_intermediate_size=64, num_hidden_layers=4)
-    job = QuantJob(spec=SPEC, source=source, windows=tmp_path / "windows.npy", workshop=tmp_path / "shop")
+    job = QuantJob(spec=SPEC, source=source, windows=tmp_path / "windows.npy", work_dir=tmp_path / "shop")
     np.save(job.windows, np.random.default_rng(0).integers(3, 256, (8, 64), dtype=np.int32))
     np.save(job.mask, np.ones((8, 64), dtype=np.uint8))
     job.resume.mkdir(parents=True)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
-from qwen_pipeline.quantization.input_groups import cohorts, require_known
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.quantization.input_groups import input_groups, require_known
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline_tests.tiny import load_tiny, tiny_model
 
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 WINDOWS = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(16) < torch.tensor([[16], [5], [9], [1]])
 EXPERTS = "mlp.experts"
@@ -29,15 +29,15 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.inference_mode()
 def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
     """Return kind -> tokens and Hessian of the first layer's linear layers."""
-    passage = Passage(checkpoint, WINDOWS.split(2), CPU)
-    module = next(passage.coming())
+    stream = LayerStream(checkpoint, WINDOWS.split(2), CPU)
+    module = next(stream.coming())
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}
-    for cohort in cohorts(passage, masks, module, linears, all_experts=all_experts):
-        tokens, hessian = cohort.hessian.tokens, cohort.hessian.take()
-        found |= {linear.kind: (tokens, hessian) for linear in cohort.linears}
-        for linear, weight in zip(cohort.linears, cohort.weights, strict=True):
+    for group in input_groups(stream, masks, module, linears, all_experts=all_experts):
+        tokens, hessian = group.hessian.tokens, group.hessian.take()
+        found |= {linear.kind: (tokens, hessian) for linear in group.linears}
+        for linear, weight in zip(group.linears, group.weights, strict=True):
             assert weight.shape == (linear.out_features, linear.in_features)
     assert found.keys() == {linear.kind for linear in linears}
     return found
@@ -75,16 +75,16 @@ def test_attention_is_computed_once_and_kept(tmp_path: Path, family: str, first:
     """Once for each batch, and once more to see what it returns; what the layer makes of that is the same."""
     checkpoint = open_checkpoint(tiny_model(family, tmp_path / "model"))
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
-    passages = [Passage(checkpoint, WINDOWS.split(2), CPU) for _ in ("kept", "computed")]
-    kept, computed = (next(passage.coming()) for passage in passages)
+    streams = [LayerStream(checkpoint, WINDOWS.split(2), CPU) for _ in ("kept", "computed")]
+    kept, computed = (next(stream.coming()) for stream in streams)
     calls = list[str]()
     kept.get_submodule(first).register_forward_hook(lambda *_: calls.append(first))
-    for _ in cohorts(passages[0], [torch.ones(32, dtype=torch.bool)] * 2, kept, linears, all_experts=False):
+    for _ in input_groups(streams[0], [torch.ones(32, dtype=torch.bool)] * 2, kept, linears, all_experts=False):
         pass
     assert len(calls) == 2 + 1
-    for passage, module in zip(passages, (kept, computed), strict=True):
-        passage.run(0, module)
-    assert all(torch.equal(one, other) for one, other in zip(*(passage.hidden for passage in passages), strict=True))
+    for stream, module in zip(streams, (kept, computed), strict=True):
+        stream.run(0, module)
+    assert all(torch.equal(one, other) for one, other in zip(*(stream.hidden for stream in streams), strict=True))
 
 
 def test_all_experts_get_every_token(mixture: Path) -> None:

@@ -97,8 +97,8 @@ def test_equal_runs_write_equal_bytes(chain: Chain, calibration: Path, tmp_path:
 
 
 def save_job(spec: QuantSpec, chain: Chain, drawn: CalibrationSet, root: Path) -> QuantJob:
-    job = QuantJob(spec=spec, source=chain.padded, windows=root / "windows.npy", workshop=root / "shop")
-    job.workshop.mkdir()
+    job = QuantJob(spec=spec, source=chain.padded, windows=root / "windows.npy", work_dir=root / "shop")
+    job.work_dir.mkdir()
     np.save(job.windows, drawn.input_ids.numpy())
     np.save(job.mask, drawn.attention_mask.numpy())
     return job

@@ -33,7 +33,7 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
 
 def test_a_job_survives_json() -> None:
     spec = QuantSpec(bits=8, desc_act=True, threads=3, device="cuda")
-    job = QuantJob(spec=spec, source=Path("/a"), windows=Path("/b.npy"), workshop=Path("/c"))
+    job = QuantJob(spec=spec, source=Path("/a"), windows=Path("/b.npy"), work_dir=Path("/c"))
     assert QuantJob.from_json(json.loads(json.dumps(job.to_json()))) == job
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from qwen_pipeline.qwen.geometry import head_obstacles, tower_sizes
-from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, serving
+from qwen_pipeline.qwen.tensor_parallel.engines import SERVING_ENGINES, ShardingVerdict, predict_serving
 from qwen_pipeline.qwen.tensor_parallel.plan import options
-from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, tower_serving
+from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, predict_tower_serving
 from qwen_pipeline.qwen.towers import towers_of
 from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.qwen.published import PUBLISHED, TOWERS, Published, PublishedTower, as_config
@@ -13,15 +13,21 @@ from qwen_pipeline_tests.qwen.published import PUBLISHED, TOWERS, Published, Pub
 DOCUMENT = REPOSITORY / "docs" / "geometry.md"
 MARK = "<!-- {}: {} -->\n"
 DEGREES = (1, 2, 4, 8)
-LETTERS: dict[Verdict, str] = {"ok": "o", "padded at load": "p", "unknown": "?", "refused": "R", "silently wrong": "W"}
+LETTERS: dict[ShardingVerdict, str] = {
+    "ok": "o",
+    "padded at load": "p",
+    "unknown": "?",
+    "refused": "R",
+    "silently wrong": "W",
+}
 
 
 def table() -> str:
     """Return the rows for every published size, engine and degree, and the rules' sources."""
-    head = ["model", *(f"`{engine}`" for engine in ENGINES), "cure for `vllm-marlin`"]
+    head = ["model", *(f"`{engine}`" for engine in SERVING_ENGINES), "cure for `vllm-marlin`"]
     rows = [_row(model) for model in PUBLISHED]
     lines = [head, ["---"] * len(head), *rows]
-    rules = [f"- `{name}`: {engine.source}." for name, engine in ENGINES.items()]
+    rules = [f"- `{name}`: {engine.source}." for name, engine in SERVING_ENGINES.items()]
     return "\n".join(
         [
             *("| " + " | ".join(line) + " |" for line in lines),
@@ -53,7 +59,7 @@ def _tower_row(published: PublishedTower) -> list[str]:
     live = tower.width(config)
     (padded, *_) = [size.padded for size in tower_sizes(config, ranks=highest)] or [live]
     cells = [
-        "".join(LETTERS[tower_serving(config, tower, engine, degree=degree).verdict] for degree in DEGREES)
+        "".join(LETTERS[predict_tower_serving(config, tower, engine, degree=degree).verdict] for degree in DEGREES)
         for engine in TOWER_RULES
     ]
     cure = f"{padded} (+{(padded - live) / live:.2%})" if padded != live else "as it is"
@@ -64,8 +70,8 @@ def _tower_row(published: PublishedTower) -> list[str]:
 def _row(model: Published) -> list[str]:
     config = as_config(model)
     cells = [
-        "".join(LETTERS[serving(config, engine, group_size=128, degree=degree).verdict] for degree in DEGREES)
-        for engine in ENGINES
+        "".join(LETTERS[predict_serving(config, engine, group_size=128, degree=degree).verdict] for degree in DEGREES)
+        for engine in SERVING_ENGINES
     ]
     name = model.name if model.source else f"{model.name} *"
     return [name, *(f"`{cell}`" for cell in cells), _cure(model)]

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import FAMILIES, number_of_experts, places_of, require_family, text_config
+from qwen_pipeline.qwen.families import FAMILIES, config_paths, number_of_experts, require_family, text_config
 from qwen_pipeline.qwen.layers import head_geometry, layer_matrices, number_of_layers, size_fields
 from qwen_pipeline_tests.tiny_sizes import LANGUAGE_FAMILIES, tiny_sizes
 
@@ -47,7 +47,7 @@ def test_sizes_are_where_transformers_reads_them(family: str) -> None:
     assert number_of_experts(ours) == getattr(theirs, "num_experts", 0)
     assert head_geometry(ours)[:2] == (theirs.num_attention_heads, theirs.num_key_value_heads)
     for field in size_fields(ours):
-        (place,) = places_of(ours, field)
+        (place,) = config_paths(ours, field)
         part: object = config
         for name in place.split("."):
             part = getattr(part, name)

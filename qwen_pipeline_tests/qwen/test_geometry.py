@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import dump_plan, load_plan, plan_padding
 from qwen_pipeline.qwen.padding_spec import Layout
-from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
+from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
 
 QWEN2_72B: dict[str, Any] = {
     "model_type": "qwen2",
@@ -94,7 +94,7 @@ def test_numbers_that_are_not_positive_are_refused(group_size: int, tensor_paral
 
 
 def test_the_outlook_of_the_72b() -> None:
-    rows = outlook(QWEN2_72B, group_size=128, degrees=[1, 2, 4, 8, 3])
+    rows = assess_degrees(QWEN2_72B, group_size=128, degrees=[1, 2, 4, 8, 3])
     assert [row.sizes[0].target for row in rows] == [29568, 29696, 29696, 29696, 29568]
     assert [row.whole for row in rows] == [True, False, False, False, True]
     assert [row.sizes[0].groups_per_rank for row in rows[:4]] == [(231, 231), (115.5, 116), (57.75, 58), (28.875, 29)]
@@ -108,7 +108,7 @@ def test_the_outlook_of_the_72b() -> None:
 def test_the_outlook_of_a_mixture_has_every_size() -> None:
     mixture = QWEN2_72B | {"model_type": "qwen2_moe", "intermediate_size": 5632, "num_experts": 60}
     mixture |= {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
-    (row,) = outlook(mixture, group_size=128, degrees=[2])
+    (row,) = assess_degrees(mixture, group_size=128, degrees=[2])
     assert {size.field: (size.live, size.target) for size in row.sizes} == {
         "moe_intermediate_size": (1408, 1536),
         "shared_expert_intermediate_size": (5632, 5632),
@@ -119,6 +119,6 @@ def test_the_outlook_of_a_mixture_has_every_size() -> None:
 def test_an_output_projection_that_straddles_groups_is_said_to_be_beyond_padding() -> None:
     small = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
              "num_key_value_heads": 2, "num_hidden_layers": 24}  # fmt: skip
-    (row,) = outlook(small, group_size=128, degrees=[2])
+    (row,) = assess_degrees(small, group_size=128, degrees=[2])
     assert not row.legal
     assert "o_proj has 448 inputs per rank" in row.sentence

@@ -8,7 +8,7 @@ import torch
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.families import FAMILIES
-from qwen_pipeline.qwen.names import Place, decoder_prefix, place_of, places_in, spellings
+from qwen_pipeline.qwen.names import ParsedName, decoder_prefix, parse_name, parse_names, spellings
 from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
@@ -26,7 +26,7 @@ def test_every_stored_tensor_is_placed_and_is_one_of_its_spellings(
     family: str, layout: Layout, roots: dict[tuple[str, Layout], Path]
 ) -> None:
     stored = open_checkpoint(roots[family, layout])
-    places = places_in(stored)
+    places = parse_names(stored)
     assert len(places) == len(stored)
     for place, name in places.items():
         if place.part not in ("talker", "vocoder"):
@@ -47,14 +47,14 @@ def test_transformers_reads_the_same_model_from_every_layout(
 
 def test_places_say_what_a_tensor_is() -> None:
     config = {"model_type": "qwen3_next"}
-    place = place_of("model.layers.3.mlp.experts.7.gate_proj.weight", config)
-    assert place == Place(part="decoder", layer=3, module="mlp.experts.7.gate_proj", parameter="weight")
-    assert place_of("mtp.layers.0.mlp.down_proj.weight", config).part == "mtp"
-    assert place_of("model.layers.0.linear_attn.A_log", config).parameter == "A_log"
-    assert place_of("model.layers.0.linear_attn.in_proj_qkvz.qweight", config).parameter == "qweight"
+    place = parse_name("model.layers.3.mlp.experts.7.gate_proj.weight", config)
+    assert place == ParsedName(part="decoder", layer=3, module="mlp.experts.7.gate_proj", parameter="weight")
+    assert parse_name("mtp.layers.0.mlp.down_proj.weight", config).part == "mtp"
+    assert parse_name("model.layers.0.linear_attn.A_log", config).parameter == "A_log"
+    assert parse_name("model.layers.0.linear_attn.in_proj_qkvz.qweight", config).parameter == "qweight"
     omni = {"model_type": "qwen3_omni_moe"}
-    assert place_of("thinker.visual.merger.ln_q.weight", omni).module == "visual.merger.ln_q"
-    assert place_of("talker.model.layers.0.mlp.gate.weight", omni).part == "talker"
+    assert parse_name("thinker.visual.merger.ln_q.weight", omni).module == "visual.merger.ln_q"
+    assert parse_name("talker.model.layers.0.mlp.gate.weight", omni).part == "talker"
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_places_say_what_a_tensor_is() -> None:
 )
 def test_a_tensor_that_the_family_does_not_have_is_refused_by_name(family: str, name: str) -> None:
     with pytest.raises(CheckpointRefused, match=name):
-        place_of(name, {"model_type": family})
+        parse_name(name, {"model_type": family})
 
 
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(InputRefused, match="llama"):
-        place_of("model.layers.0.mlp.gate_proj.weight", {"model_type": "llama"})
+        parse_name("model.layers.0.mlp.gate_proj.weight", {"model_type": "llama"})
 
 
 def test_two_spellings_of_one_tensor_are_refused(roots: dict[tuple[str, Layout], Path]) -> None:
@@ -84,7 +84,7 @@ def test_two_spellings_of_one_tensor_are_refused(roots: dict[tuple[str, Layout],
     name = "model.layers.0.mlp.gate_proj.weight"
     twice = {**stored.tensors, name.replace("model.", "model.language_model."): stored.tensors[name]}
     with pytest.raises(CheckpointRefused, match="two spellings"):
-        places_in(Checkpoint(config=stored.config, tensors=twice, shards=dict.fromkeys(twice, "model.safetensors")))
+        parse_names(Checkpoint(config=stored.config, tensors=twice, shards=dict.fromkeys(twice, "model.safetensors")))
 
 
 def test_prefixes_are_those_on_disk(roots: dict[tuple[str, Layout], Path]) -> None:

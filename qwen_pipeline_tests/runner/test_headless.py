@@ -19,7 +19,7 @@ from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline.runner.headless import Outcome, publish_fine_tune, run_fine_tune
-from qwen_pipeline.status import STAGES, standing
+from qwen_pipeline.status import STAGES, status_of
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.defs.test_schedules import requested
 from qwen_pipeline_tests.site import FINE_TUNE, Site, make_site
@@ -48,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 
 
 def states(site: Site) -> dict[str, str]:
-    found = standing(site.settings, FINE_TUNE, site.inbox.require(FINE_TUNE))
+    found = status_of(site.settings, FINE_TUNE, site.inbox.require(FINE_TUNE))
     return {stage: stands.state for stage, stands in found.stages.items()}
 
 

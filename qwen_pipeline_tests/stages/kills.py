@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store.derive import WORKSHOP
+from qwen_pipeline.checkpoint.store.derive import WORK_DIR
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.workers.environments import EngineEnvironment
+from qwen_pipeline.workers.environments import WorkerEnvironment
 
 PATIENCE_SECONDS = 60
 """How long the last of a killed family may take to end: a GPU's memory is given back first."""
@@ -34,7 +34,7 @@ class Work:
     source: Path
     calibration: Path
     spec: QuantSpec
-    engine: EngineEnvironment
+    engine: WorkerEnvironment
 
     def do(self, out: Path, writing: int) -> None:
         """Quantize into ``out``; write a line for each event."""
@@ -97,7 +97,7 @@ def attempt(work: Work, out: Path, kill: Kill | None = None) -> Attempt:
     Raises:
         AssertionError: Something of it survives, or it left half a checkpoint.
     """
-    began, finished = time.monotonic(), len(list(out.parent.glob(f"{out.name}.partial/{WORKSHOP}/packed/layer-*.json")))
+    began, finished = time.monotonic(), len(list(out.parent.glob(f"{out.name}.partial/{WORK_DIR}/packed/layer-*.json")))
     reading, writing = os.pipe()
     if (stage := os.fork()) == 0:
         os.close(reading)
@@ -190,7 +190,7 @@ def survive(
         assert not found.layers or min(found.layers) >= found.finished, "a finished layer was quantized again"
         if found.digest:
             assert found.digest == undisturbed.digest
-            assert not (out / WORKSHOP).exists()
+            assert not (out / WORK_DIR).exists()
             if not more:
                 return
             out = root / f"run-{number + 1}"

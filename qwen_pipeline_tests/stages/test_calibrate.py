@@ -13,7 +13,7 @@ from qwen_pipeline.quantization.spec import CalibrationSpec, QuantSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.workers.environments import EngineEnvironment
+from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_tokenizer
 
@@ -91,7 +91,7 @@ def test_quantizing_with_the_directory_or_with_its_text_is_one_derivation(
     prepared: Artifact, dense: Path, text: Path, tmp_path: Path
 ) -> None:
     """The spec of the directory wins over the default; without the engine nothing else is decided differently."""
-    nothing = EngineEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
+    nothing = WorkerEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
     spec = QuantSpec(group_size=32, samples=4, seq_len=32, seed=3)
     for calibration, asked in ((prepared.path, QuantSpec(group_size=32)), (text, spec)):
         with pytest.raises(EnvironmentFault, match="nowhere"):

@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.open import materialize, open_model
 from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import merge_and_pad, outlay
+from qwen_pipeline.stages.merge_pad import estimate_resources, merge_and_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.lora.adapter_set import weighted
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
@@ -149,7 +149,7 @@ def test_transformers_loads_a_recipe_without_storing_it(inputs: Inputs, tmp_path
 
 
 def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
-    takes = outlay(inputs.base, **GEOMETRY)
+    takes = estimate_resources(inputs.base, **GEOMETRY)
     assert takes
     assert takes.base_bytes == open_model(inputs.merged.path).nbytes
     assert takes.padded_bytes == open_model(inputs.padded.path).nbytes
@@ -165,7 +165,7 @@ def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
 
 
 def test_what_has_no_weights_here_has_no_outlay(tmp_path: Path) -> None:
-    assert outlay(tmp_path, **GEOMETRY) is None
+    assert estimate_resources(tmp_path, **GEOMETRY) is None
 
 
 def test_work_within_measured_work_keeps_its_peak() -> None:

@@ -26,12 +26,12 @@ from qwen_pipeline.errors import CheckFailed, InputRefused, QuantizedInputRefuse
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.checks import CHECKS, check_output
 from qwen_pipeline.quantization.losses import ModuleLoss
-from qwen_pipeline.quantization.spec import Device, EngineName, QuantSpec
+from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.transforms.codes.gptq import gptq_format
-from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
+from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import DENSE_LINEARS, tiny_model, tiny_qwen2, tiny_qwen3
@@ -54,7 +54,7 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def engine() -> EngineEnvironment:
+def engine() -> WorkerEnvironment:
     return find_environment("gptqmodel")
 
 
@@ -71,7 +71,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, calibration: Path, engine: EngineEnvironment) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, calibration: Path, engine: WorkerEnvironment) -> Run:
     root = tmp_path_factory.mktemp("quantize")
     source = tiny_qwen2(root / "source", intermediate_size=128, shards=2)
     progress: list[Progress] = []
@@ -151,7 +151,7 @@ def test_codes_stand_for_the_weights(run: Run) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gptqmodel", "autogptq"])
-def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineName) -> None:
+def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: QuantizerName) -> None:
     artifact = quantize(
         source=run.source,
         destination=Directory(tmp_path / "out"),
@@ -170,7 +170,7 @@ def test_each_engine_quantizes_on_cuda(run: Run, tmp_path: Path, name: EngineNam
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
 def test_gptqmodel_shares_work_among_two_gpus(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment, family: str
+    tmp_path: Path, calibration: Path, engine: WorkerEnvironment, family: str
 ) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -193,7 +193,7 @@ def test_gptqmodel_shares_work_among_two_gpus(
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["saved", "fused"])
 @pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
-def test_each_loop_quantizes_experts_on_cuda(run: Run, tmp_path: Path, name: EngineName, layout: Layout) -> None:
+def test_each_loop_quantizes_experts_on_cuda(run: Run, tmp_path: Path, name: QuantizerName, layout: Layout) -> None:
     artifact = quantize(
         source=tiny_model("qwen3_moe", tmp_path / "source", moe_intermediate_size=64, layout=layout),
         destination=Directory(tmp_path / "out"),
@@ -223,13 +223,13 @@ def dequantized(output: Checkpoint, module: str) -> torch.Tensor:
     return (scales_GO[g_idx_I] * (codes_IO - zeros_GO[g_idx_I])).T
 
 
-def test_transformers_loads_it_and_predicts_nearly_the_same(run: Run, engine: EngineEnvironment) -> None:
+def test_transformers_loads_it_and_predicts_nearly_the_same(run: Run, engine: WorkerEnvironment) -> None:
     found = compared(engine, LOAD_AND_COMPARE, run.source, run.artifact.path)
     assert found["missing"] == found["unexpected"] == found["mismatched"] == []
     assert found["kl"] < 0.1
 
 
-def compared(engine: EngineEnvironment, loader: str, source: Path, quantized: Path, **variables: str) -> dict[str, Any]:
+def compared(engine: WorkerEnvironment, loader: str, source: Path, quantized: Path, **variables: str) -> dict[str, Any]:
     printed = subprocess.run(
         [engine.python, "-c", loader, source, quantized],
         capture_output=True, text=True, check=True, env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"} | variables,
@@ -267,7 +267,7 @@ print(); print(json.dumps({"kl": (exact.exp() * (exact - close)).sum(-1).mean().
 
 
 def test_a_hessian_that_cannot_be_solved_fails_the_check(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment
+    tmp_path: Path, calibration: Path, engine: WorkerEnvironment
 ) -> None:
     source = broken(tiny_qwen2(tmp_path / "source", intermediate_size=128), "model.layers.1.input_layernorm.weight")
 
@@ -294,7 +294,7 @@ ASKED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", ASKED)
 def test_a_qwen3_is_quantized_as_asked(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment, asked: str
+    tmp_path: Path, calibration: Path, engine: WorkerEnvironment, asked: str
 ) -> None:
     source = tiny_qwen3(tmp_path / "source", intermediate_size=128, hidden_size=128)
     spec = replace(SPEC, **ASKED[asked])
@@ -320,7 +320,7 @@ def test_a_qwen3_is_quantized_as_asked(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
 def test_modules_take_settings_of_their_own(
-    run: Run, tmp_path: Path, engine: EngineEnvironment, name: EngineName
+    run: Run, tmp_path: Path, engine: WorkerEnvironment, name: QuantizerName
 ) -> None:
     """Also one of those that share their inputs, and with them a Hessian."""
     own = {"model.layers.1.mlp.down_proj": 0.3, "model.layers.0.self_attn.k_proj": 0.2}
@@ -337,7 +337,7 @@ def test_modules_take_settings_of_their_own(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptqmodel", "layerwise"])
 def test_every_expert_may_get_every_token(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment, name: EngineName
+    tmp_path: Path, calibration: Path, engine: WorkerEnvironment, name: QuantizerName
 ) -> None:
     source = tiny_model("qwen3_moe", tmp_path / "source", moe_intermediate_size=64, hidden_size=64)
     artifact = quantize(
@@ -351,7 +351,7 @@ def test_every_expert_may_get_every_token(
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_a_number_stops_the_run(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment
+    tmp_path: Path, calibration: Path, engine: WorkerEnvironment
 ) -> None:
     source = broken(tiny_qwen2(tmp_path / "source", intermediate_size=128), DOWN)
     with pytest.raises(CheckFailed, match=r"mlp\.down_proj"):
@@ -375,7 +375,7 @@ def broken(source: Path, name: str) -> Path:
     [("qwen2", "intermediate_size", False), ("qwen3_moe", "moe_intermediate_size", True)],
 )
 def test_killed_and_run_again_it_ends_in_the_same_bytes(
-    tmp_path: Path, calibration: Path, engine: EngineEnvironment, family: str, width: str, resumes: bool, device: Device
+    tmp_path: Path, calibration: Path, engine: WorkerEnvironment, family: str, width: str, resumes: bool, device: Device
 ) -> None:
     """GPTQModel's own loop goes on after the layers it finished, where it can; its every loss is known then too."""
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, width: 64}
@@ -416,7 +416,7 @@ def told(loss: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_an_engine_that_has_delivered_is_not_started_again(run: Run, tmp_path: Path, engine: EngineEnvironment) -> None:
+def test_an_engine_that_has_delivered_is_not_started_again(run: Run, tmp_path: Path, engine: WorkerEnvironment) -> None:
     """What was written of its codes is not written again either."""
     out, seen = tmp_path / "out", list[Progress]()
     wanted = partial(
@@ -468,7 +468,7 @@ class TestRefusals:
         return tiny_qwen2(tmp_path / "source", intermediate_size=128)
 
     def refused(self, source: Path, calibration: Path, tmp_path: Path, spec: QuantSpec = SPEC) -> InputRefused:
-        nothing = EngineEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
+        nothing = WorkerEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
         with pytest.raises(InputRefused) as caught:
             quantize(
                 source=source, destination=Directory(tmp_path / "out"), calibration=calibration, spec=spec,

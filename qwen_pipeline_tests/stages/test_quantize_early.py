@@ -13,7 +13,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages import quantize as stage
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.workers.environments import EngineEnvironment
+from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
 from qwen_pipeline_tests.workers.test_parent import is_running
@@ -37,7 +37,7 @@ def test_too_little_text_ends_the_engine_that_was_started(
             destination=Directory(tmp_path / "out"),
             calibration=write_text(tmp_path / "text.jsonl", documents=2, stride=3),
             spec=QuantSpec(engine="gptqmodel", group_size=GROUP_SIZE, samples=1000, seq_len=64, device="cpu"),
-            engine=EngineEnvironment(name="gptqmodel", python=Path(sys.executable)),
+            engine=WorkerEnvironment(name="gptqmodel", python=Path(sys.executable)),
         )
     assert not list(tmp_path.glob("out*"))
     (worker,) = started
@@ -64,6 +64,6 @@ def test_an_engine_sees_as_many_gpus_as_its_spec_says(
             destination=Directory(tmp_path / "out"),
             calibration=chain.text,
             spec=QuantSpec(engine="gptqmodel", group_size=GROUP_SIZE, samples=1, seq_len=64, device="cuda", gpus=2),
-            engine=EngineEnvironment(name="gptqmodel", python=Path(sys.executable)),
+            engine=WorkerEnvironment(name="gptqmodel", python=Path(sys.executable)),
         )
     assert str(started.value) == seen

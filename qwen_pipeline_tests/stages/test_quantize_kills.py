@@ -31,7 +31,7 @@ import torch
 from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device
 from qwen_pipeline.workers import child, parent
-from qwen_pipeline.workers.environments import EngineEnvironment, find_environment
+from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, survive
 
@@ -176,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork would lose the others
     chosen = {name: getattr(asked, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
     spec = QuantSpec(engine="layerwise", threads=1, **chosen)
-    here = EngineEnvironment(name="gptqmodel", python=Path(sys.executable))
+    here = WorkerEnvironment(name="gptqmodel", python=Path(sys.executable))
     work = Work(source=asked.source, calibration=asked.text, spec=spec, engine=here)
     with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="kills-") as scratch:
         root = Path(scratch)

@@ -11,7 +11,7 @@ from qwen_pipeline.progress import Progress
 from qwen_pipeline.workers import environments
 from qwen_pipeline.workers.environments import (
     SEAL,
-    EngineEnvironment,
+    WorkerEnvironment,
     check_environment,
     find_environment,
     install_environment,
@@ -51,7 +51,7 @@ def test_an_environment_of_the_users_own_needs_no_seal() -> None:
 
 def test_an_environment_without_the_engine_is_named() -> None:
     with pytest.raises(EnvironmentFault, match="lacks gptqmodel"):
-        EngineEnvironment(name="gptqmodel", python=Path(sys.executable)).versions()
+        WorkerEnvironment(name="gptqmodel", python=Path(sys.executable)).versions()
 
 
 def test_a_failed_installation_quotes_pip_and_leaves_no_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

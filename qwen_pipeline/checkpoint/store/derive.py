@@ -31,7 +31,7 @@ from qwen_pipeline.checkpoint.measure import measured
 from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
-WORKSHOP = ".workshop"
+WORK_DIR = ".workshop"
 """Where a build keeps what it resumes from, within the partial directory; gone before that gets its name."""
 _DERIVATION = ".derivation"
 
@@ -182,8 +182,8 @@ def _reveal(partial: Path, destination: Destination) -> Artifact:
         shutil.rmtree(partial)
         return found
     (partial / JOURNAL).unlink(missing_ok=True)
-    if (partial / WORKSHOP).exists():
-        shutil.rmtree(partial / WORKSHOP)
+    if (partial / WORK_DIR).exists():
+        shutil.rmtree(partial / WORK_DIR)
     partial.rename(out)
     (out / _DERIVATION).unlink(missing_ok=True)
     sync_directory(out.parent)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.hashing_reader import Tap
+from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
-from qwen_pipeline.checkpoint.store.source import Source
+from qwen_pipeline.checkpoint.store.source import StageInput
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.progress import Observe, unobserved
 
@@ -30,7 +30,7 @@ class Rewrite:
     stage: str
     code_version: str
     spec: Mapping[str, Any]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, StageInput]
     others: Mapping[str, str] = field(default_factory=dict[str, str])
     output: Checkpoint
     result: Callable[[], Mapping[str, Any]]
@@ -50,8 +50,8 @@ class Rewrite:
         return self._derivation(self.appearance)
 
     @property
-    def taps(self) -> list[Tap]:
-        return [tap for source in self.sources.values() for tap in source.taps]
+    def readers(self) -> list[HashingReader]:
+        return [reader for source in self.sources.values() for reader in source.readers]
 
     def settle(self) -> dict[str, str]:
         """Return the digest of each source, once the taps are settled."""
@@ -67,7 +67,7 @@ class Rewrite:
                 self.output,
                 partial,
                 task=task,
-                taps=self.taps,
+                readers=self.readers,
                 if_not_finite=self.if_not_finite,
                 hard_links=hard_links,
                 observe=observe,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest import appearance, checkpoint_digest, known_checkpoint, remember
-from qwen_pipeline.checkpoint.hashing_reader import Tap
+from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD
 from qwen_pipeline.checkpoint.page_cache import read_ahead
@@ -14,32 +14,32 @@ from qwen_pipeline.progress import Observe, unobserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class StageInput:
     """One input of a stage.
 
     Attributes:
         checkpoint: To be read from.
         digest: Its content digest, or :data:`UNREAD`.
         appearance: What it looks like from outside.
-        taps: See it being read, and what it is made of, if the digest has to be found.
+        readers: See it being read, and what it is made of, if the digest has to be found.
         settle: Returns the content digest once the taps are settled.
     """
 
     checkpoint: Checkpoint
     digest: str
     appearance: str
-    taps: Sequence[Tap]
+    readers: Sequence[HashingReader]
     settle: Callable[[], str]
 
 
-def open_source(
+def open_input(
     role: str,
     root: Path,
     *,
     open_root: Callable[[Path], Checkpoint] = open_checkpoint,
     read_now: bool = False,
     observe: Observe = unobserved,
-) -> Source:
+) -> StageInput:
     """Open a model directory as an input.
 
     Args:
@@ -55,14 +55,14 @@ def open_source(
         read_ahead(dict.fromkeys(root / shard for shard in checkpoint.shards.values()))
     if read_now or is_known:
         digest = checkpoint_digest(root, observe=observe)
-        return Source(checkpoint=checkpoint, digest=digest, appearance=looks, taps=(), settle=lambda: digest)
-    tap = Tap(role, checkpoint)
+        return StageInput(checkpoint=checkpoint, digest=digest, appearance=looks, readers=(), settle=lambda: digest)
+    reader = HashingReader(role, checkpoint)
 
     def settle() -> str:
         if appearance(root) != looks:
             raise CheckpointRefused(
                 f"{root} was changed while it was read.", remedy="Run again once it stays as it is."
             )
-        return remember(root, checkpoint, tap.seen).digest
+        return remember(root, checkpoint, reader.seen).digest
 
-    return Source(checkpoint=tap.checkpoint, digest=UNREAD, appearance=looks, taps=(tap,), settle=settle)
+    return StageInput(checkpoint=reader.checkpoint, digest=UNREAD, appearance=looks, readers=(reader,), settle=settle)

@@ -13,18 +13,20 @@ from torch.overrides import TorchFunctionMode
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.figures import Peak
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
 
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 UNNAMED = "a product of two activations"
 
 
-class WatchedPassage(Passage):
-    """A passage that remembers the largest activation of each layer that was run, as ``peaks``."""
+class WatchedStream(LayerStream):
+    """A layer stream that remembers the largest activation of each layer that was run, as ``peaks``."""
 
-    def __init__(self, checkpoint: Checkpoint, batches: Sequence[Tensor], place: Place, *, beside: int = 0) -> None:
-        super().__init__(checkpoint, batches, place, beside=beside)
+    def __init__(
+        self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, beside: int = 0
+    ) -> None:
+        super().__init__(checkpoint, batches, context, beside=beside)
         self.peaks: list[Peak] = []
 
     def run(self, layer: int, module: nn.Module) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.logits.divergence import Softmax
-from qwen_pipeline.layerwise.forward import Passage, advance, product
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream, advance, product
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 PASSAGE_TOKENS = 65_536
 """Tokens whose hidden states wait for the next layer at a time: 2.1 GB at a hidden size of 8192."""
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+LIKELIHOOD_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a layer at a time, by device; at least one sequence."""
 
 
@@ -57,14 +57,14 @@ class _Batch:
 
 
 def log_likelihoods(
-    model: Checkpoint, asked: Sequence[Continuation], place: Place, *, observe: Observe = unobserved
+    model: Checkpoint, asked: Sequence[Continuation], context: ComputeContext, *, observe: Observe = unobserved
 ) -> list[Likelihood]:
     """Score continuations; each prediction is a float64 softmax over logits computed in ``place.dtype``.
 
     Args:
         model: Full precision or GPTQ codes, of any Qwen family.
         asked: In any order; the results are in the same.
-        place: Where to compute, and in what.
+        context: Where to compute, and in what.
         observe: Told about each layer.
 
     Raises:
@@ -72,24 +72,26 @@ def log_likelihoods(
         InputRefused: A token is not in the vocabulary.
     """
     found: dict[int, Likelihood] = {}
-    passages = list(_passages(_batches(asked, place)))
-    for turn, batches in enumerate(passages):
-        passage = Passage(model, [torch.tensor(batch.sequences, device=place.device) for batch in batches], place)
-        depth = len(passage.parts)
-        for layer in advance([passage]):
+    streams = list(_passages(_batches(asked, context)))
+    for turn, batches in enumerate(streams):
+        stream = LayerStream(
+            model, [torch.tensor(batch.sequences, device=context.device) for batch in batches], context
+        )
+        depth = len(stream.parts)
+        for layer in advance([stream]):
             done = turn * depth + layer + 1
-            observe(Progress(task="score", done=done, total=len(passages) * depth, unit="layers"))
-        found |= _scored(asked, batches, passage)
+            observe(Progress(task="score", done=done, total=len(streams) * depth, unit="layers"))
+        found |= _scored(asked, batches, stream)
     return [found[number] for number in range(len(asked))]
 
 
-def _batches(asked: Sequence[Continuation], place: Place) -> Iterator[_Batch]:
+def _batches(asked: Sequence[Continuation], context: ComputeContext) -> Iterator[_Batch]:
     """Yield what enters, the longest sequences first, so that memory runs out at once or not at all."""
     numbers: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(asked):
         numbers.setdefault(continuation.entering, []).append(number)
     for length, alike in groupby(sorted(numbers, key=len, reverse=True), key=len):
-        sequences, size = list(alike), max(1, BATCH_TOKENS[place.device.type] // length)
+        sequences, size = list(alike), max(1, LIKELIHOOD_BATCH_TOKENS[context.device.type] // length)
         for start in range(0, len(sequences), size):
             part = sequences[start : start + size]
             yield _Batch(sequences=part, numbers=[numbers[sequence] for sequence in part])
@@ -109,15 +111,15 @@ def _passages(batches: Iterator[_Batch]) -> Iterator[list[_Batch]]:
 
 
 @torch.inference_mode()
-def _scored(asked: Sequence[Continuation], batches: Sequence[_Batch], passage: Passage) -> dict[int, Likelihood]:
+def _scored(asked: Sequence[Continuation], batches: Sequence[_Batch], stream: LayerStream) -> dict[int, Likelihood]:
     """Multiply by the output head, a block of its rows after the other, only the states that predict scored tokens."""
-    place, order = passage.place, [number for batch in batches for numbers in batch.numbers for number in numbers]
-    states = [_predicting(asked, *pair) for pair in zip(batches, passage.leave(), strict=True)]
-    targets_N = torch.tensor([token for number in order for token in asked[number].targets], device=place.device)
+    context, order = stream.context, [number for batch in batches for numbers in batch.numbers for number in numbers]
+    states = [_predicting(asked, *pair) for pair in zip(batches, stream.leave(), strict=True)]
+    targets_N = torch.tensor([token for number in order for token in asked[number].targets], device=context.device)
     sums = [Softmax(targets) for targets in targets_N.split(list(map(len, states)))]
-    for start, rows_VH in passage.head_blocks():
+    for start, rows_VH in stream.head_blocks():
         for softmax, hidden_NH in zip(sums, states, strict=True):
-            softmax.see(start, product(place.fetch(hidden_NH), rows_VH).double())
+            softmax.see(start, product(context.fetch(hidden_NH), rows_VH).double())
     logs_N = torch.cat([softmax.target - softmax.log_total for softmax in sums])
     greedy_N = torch.cat([softmax.top for softmax in sums]) == targets_N
     counts = [asked[number].scored for number in order]

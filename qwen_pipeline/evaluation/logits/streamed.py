@@ -8,13 +8,13 @@ from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak, Stretch
-from qwen_pipeline.evaluation.logits.activation_range import WatchedPassage
+from qwen_pipeline.evaluation.logits.activation_range import WatchedStream
 from qwen_pipeline.evaluation.logits.divergence import Predictions
-from qwen_pipeline.layerwise.forward import Passage, advance, logit_blocks
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream, advance, logit_blocks
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
-BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
+EVALUATION_BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
 """Tokens that go through a layer at a time, by device; at least one window."""
 STRETCHES = 32
 """Parts of the context that KL is described in."""
@@ -26,7 +26,7 @@ def evaluate(
     *,
     reference: str,
     compared: Collection[str],
-    place: Place,
+    context: ComputeContext,
     observe: Observe = unobserved,
 ) -> dict[str, ModelFigures]:
     """Score every token but the first of each window, and compare each prediction with the reference's.
@@ -36,21 +36,21 @@ def evaluate(
         windows: Token ids [T], all of one length.
         reference: The role that others are compared with.
         compared: Roles to compare with it.
-        place: Where to compute, and in what.
+        context: Where to compute, and in what.
         observe: Told about each layer.
     """
-    batches = _batches(windows, place)
-    passages = {role: WatchedPassage(model, batches, place, beside=len(models) - 1) for role, model in models.items()}
+    batches = _batches(windows, context)
+    streams = {role: WatchedStream(model, batches, context, beside=len(models) - 1) for role, model in models.items()}
     drift: dict[str, list[float]] = {role: [] for role in models}
-    for layer in advance(list(passages.values())):
+    for layer in advance(list(streams.values())):
         for role in compared:
-            drift[role].append(_distance(passages[role], passages[reference], place))
-        observe(Progress(task="evaluate", done=layer + 1, total=len(passages[reference].parts), unit="layers"))
+            drift[role].append(_distance(streams[role], streams[reference], context))
+        observe(Progress(task="evaluate", done=layer + 1, total=len(streams[reference].parts), unit="layers"))
 
     predictions = [
         Predictions(batch[:, 1:].flatten(), roles=models, reference=reference, compared=compared) for batch in batches
     ]
-    for block in logit_blocks(list(passages.values()), place):
+    for block in logit_blocks(list(streams.values()), context):
         predictions[block.batch].see(block.first, dict(zip(models, block.values, strict=True)))
     return {
         role: ModelFigures(
@@ -58,25 +58,25 @@ def evaluate(
             tokens=sum(batch[:, 1:].numel() for batch in batches),
             divergence=_divergence(predictions, role, len(windows[0]) - 1) if role in compared else None,
             drift=tuple(drift[role]),
-            peaks=tuple(passages[role].peaks),
+            peaks=tuple(streams[role].peaks),
         )
         for role in models
     }
 
 
 def activation_peaks(
-    model: Checkpoint, windows: Sequence[Tensor], place: Place, *, observe: Observe = unobserved
+    model: Checkpoint, windows: Sequence[Tensor], context: ComputeContext, *, observe: Observe = unobserved
 ) -> tuple[Peak, ...]:
     """Return the largest activation of each layer; windows [T] are all of one length."""
-    passage = WatchedPassage(model, _batches(windows, place), place)
-    for layer in advance([passage]):
-        observe(Progress(task="watch activations", done=layer + 1, total=len(passage.parts), unit="layers"))
-    return tuple(passage.peaks)
+    stream = WatchedStream(model, _batches(windows, context), context)
+    for layer in advance([stream]):
+        observe(Progress(task="watch activations", done=layer + 1, total=len(stream.parts), unit="layers"))
+    return tuple(stream.peaks)
 
 
-def _batches(windows: Sequence[Tensor], place: Place) -> Sequence[Tensor]:
-    size = max(1, BATCH_TOKENS[place.device.type] // len(windows[0]))
-    return torch.stack(list(windows)).to(place.device).split(size)
+def _batches(windows: Sequence[Tensor], context: ComputeContext) -> Sequence[Tensor]:
+    size = max(1, EVALUATION_BATCH_TOKENS[context.device.type] // len(windows[0]))
+    return torch.stack(list(windows)).to(context.device).split(size)
 
 
 def _divergence(predictions: Sequence[Predictions], role: str, positions: int) -> DivergenceFigures:
@@ -107,11 +107,11 @@ def _stretches(kl_WT: Tensor) -> tuple[Stretch, ...]:
     )
 
 
-def _distance(passage: Passage, reference: Passage, place: Place) -> float:
+def _distance(stream: LayerStream, reference: LayerStream, context: ComputeContext) -> float:
     """Return ``||h - h'|| / ||h'||`` over all tokens; sums are float32 in a batch, float64 over batches."""
-    squares = torch.zeros(2, dtype=torch.float64, device=place.device)
-    for own, other in zip(passage.hidden, reference.hidden, strict=True):
-        h, h_reference = place.fetch(own).float(), place.fetch(other).float()
+    squares = torch.zeros(2, dtype=torch.float64, device=context.device)
+    for own, other in zip(stream.hidden, reference.hidden, strict=True):
+        h, h_reference = context.fetch(own).float(), context.fetch(other).float()
         squares += torch.stack([(h - h_reference).square().sum(), h_reference.square().sum()])
     difference, norm = squares.sqrt().tolist()
     return difference / norm if norm else 0.0

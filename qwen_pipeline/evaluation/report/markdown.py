@@ -12,7 +12,7 @@ from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import QUANTIZED, Findings, origin_of
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
-from qwen_pipeline.evaluation.samples import Answer, Sample
+from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.tensor_parallel.findings import COLUMNS
 from qwen_pipeline.reports import CheckReport, shown
 
@@ -225,5 +225,5 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Seque
     )
 
 
-def _cell(answer: Answer | None) -> str:
+def _cell(answer: Completion | None) -> str:
     return "*no answer*" if answer is None else answer.text.strip().replace("\n", "<br>")

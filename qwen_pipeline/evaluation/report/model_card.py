@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.qwen.families import SizeField, TowerField
-from qwen_pipeline.qwen.tensor_parallel.feasibility import outlook
+from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -192,5 +192,5 @@ def _widened(at: Widened) -> str:
 def serving_degrees(config: Mapping[str, Any]) -> list[int]:
     """Return those of :data:`DEGREES` at which ranks hold whole groups and whole heads."""
     group_size = max(1, config["quantization_config"]["group_size"])
-    rows = outlook(config, group_size=group_size, degrees=DEGREES)
+    rows = assess_degrees(config, group_size=group_size, degrees=DEGREES)
     return [row.degree for row in rows if row.legal and row.whole]

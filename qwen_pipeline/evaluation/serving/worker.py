@@ -19,10 +19,10 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from qwen_pipeline.evaluation.serving.findings import ServedAnswer, Serving, ServingJob, dump_serving
+from qwen_pipeline.evaluation.serving.findings import ServedCompletion, ServerJob, ServerRun, dump_server_run
 from qwen_pipeline.progress import Observe, Progress
 
-ENVIRONMENT = {
+SERVER_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
@@ -45,10 +45,10 @@ class ServerFault(Exception):
 
 
 def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Run a :class:`ServingJob`; return a :class:`Serving`, both as JSON values. A fault of the server is a finding."""
-    job = ServingJob.from_json(spec)
+    """Run a :class:`ServerJob` and return a :class:`ServerRun`, both as JSON. A fault of the server is a finding."""
+    job = ServerJob.from_json(spec)
     log = Path(job.log)
-    ready, answers = False, list[ServedAnswer]()
+    ready, answers = False, list[ServedCompletion]()
     try:
         with _server(job, log) as (server, url):
             _await_ready(job, server, url, log, observe)
@@ -57,17 +57,17 @@ def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
                 answers.append(_ask(url, prompt, job.max_new_tokens))
                 observe(Progress(task=job.title, done=number + 1, total=len(job.prompts), unit="answers"))
     except (ServerFault, OSError) as error:
-        return dump_serving(Serving(ready=ready, fault=_cause(log) or f"{error} ({_last_line(log)})"))
-    return dump_serving(Serving(ready=True, answers=tuple(answers)))
+        return dump_server_run(ServerRun(ready=ready, fault=_cause(log) or f"{error} ({_last_line(log)})"))
+    return dump_server_run(ServerRun(ready=True, answers=tuple(answers)))
 
 
 @contextmanager
-def _server(job: ServingJob, log: Path) -> Generator[tuple[subprocess.Popen[bytes], str], None, None]:
+def _server(job: ServerJob, log: Path) -> Generator[tuple[subprocess.Popen[bytes], str], None, None]:
     port = _free_port()
     with log.open("ab") as output:
         server = subprocess.Popen(
             _command(job, port),
-            env={**ENVIRONMENT, "OMP_NUM_THREADS": str(_threads(job.degree)), **os.environ},
+            env={**SERVER_ENVIRONMENT, "OMP_NUM_THREADS": str(_threads(job.degree)), **os.environ},
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ def _threads(degree: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // degree)
 
 
-def _command(job: ServingJob, port: int) -> list[str]:
+def _command(job: ServerJob, port: int) -> list[str]:
     """Return vLLM's command line. Penalties of the checkpoint's generation config would make greedy answers others."""
     room = max(map(len, job.prompts)) + job.max_new_tokens
     options = {
@@ -108,7 +108,7 @@ def _free_port() -> int:
         return taken.getsockname()[1]
 
 
-def _await_ready(job: ServingJob, server: subprocess.Popen[bytes], url: str, log: Path, observe: Observe) -> None:
+def _await_ready(job: ServerJob, server: subprocess.Popen[bytes], url: str, log: Path, observe: Observe) -> None:
     started = time.monotonic()
     while (waited := time.monotonic() - started) < job.ready_seconds:
         if (code := server.poll()) is not None:
@@ -123,7 +123,7 @@ def _await_ready(job: ServingJob, server: subprocess.Popen[bytes], url: str, log
     raise ServerFault(f"the server was not ready after {job.ready_seconds} seconds")
 
 
-def _ask(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedAnswer:
+def _ask(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedCompletion:
     body = {
         "model": "checkpoint",
         "prompt": list(prompt),
@@ -140,7 +140,7 @@ def _ask(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedAnswer:
     except HTTPError as error:
         raise ServerFault(f"the server answered {error.code} {error.reason}") from error
     likeliest = choice["logprobs"]["top_logprobs"]
-    return ServedAnswer(
+    return ServedCompletion(
         tokens=tuple(choice["token_ids"]),
         ended=choice["finish_reason"] == "stop",
         likeliest=tuple({_token_id(name): value for name, value in position.items()} for position in likeliest),

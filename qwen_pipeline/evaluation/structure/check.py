@@ -18,8 +18,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.structure.weights import (
-    Comparison,
     PaddingFindings,
+    WeightComparison,
     WeightError,
     check_padding,
     compare_weight,
@@ -75,7 +75,7 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
         *_header_problems(expected, candidate),
     ]
 
-    comparisons: dict[tuple[int, str], Comparison] = {}
+    comparisons: dict[tuple[int, str], WeightComparison] = {}
     for done, linear in enumerate(linears, start=1):
         if _agree(candidate, expected, (f"{linear.module}.{code}" for code in CODES)):
             packed = form.load(candidate, linear.module)
@@ -176,7 +176,7 @@ def _off_middle(linear: Linear, packed: PackedLinear) -> int:
     return int((packed.zeros(0, linear.out_features) != 2 ** (packed.format.bits - 1)).sum())
 
 
-def _weight_problems(comparison: Comparison) -> Iterator[str]:
+def _weight_problems(comparison: WeightComparison) -> Iterator[str]:
     module, relative, groups = comparison.error.module, comparison.error.relative, comparison.groups
     if comparison.after.zero_rows.all() and not comparison.before.zero_rows.all():
         yield f"{module} is zero throughout."

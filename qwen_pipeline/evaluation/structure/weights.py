@@ -26,7 +26,7 @@ class WeightError:
 
 
 @dataclass(slots=True)
-class Lines:
+class RowsAndColumns:
     """What stands out among the rows [O] and columns [I] of a weight, bool: zeros throughout, or the same as the last.
 
     Attributes:
@@ -41,7 +41,7 @@ class Lines:
     _last_row: torch.Tensor | None = None
 
     @classmethod
-    def of_shape(cls, out_features: int, in_features: int) -> "Lines":
+    def of_shape(cls, out_features: int, in_features: int) -> "RowsAndColumns":
         twin_columns = torch.ones(in_features, dtype=torch.bool)
         twin_columns[:1] = False
         return cls(
@@ -64,7 +64,7 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class WeightComparison:
     """A weight before (full precision) and after (its codes).
 
     Attributes:
@@ -75,17 +75,17 @@ class Comparison:
     error: WeightError
     groups: GroupFaults
     saturated: float
-    before: Lines
-    after: Lines
+    before: RowsAndColumns
+    after: RowsAndColumns
 
 
-def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> Comparison:
+def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> WeightComparison:
     """Compare a weight of ``source`` with what its codes stand for.
 
     Norms are float32 within a block of rows and float64 over blocks.
     """
     spec = TensorSpec(dtype=source[linear.tensor].dtype, shape=(linear.out_features, linear.in_features))
-    before, after = (Lines.of_shape(linear.out_features, linear.in_features) for _ in range(2))
+    before, after = (RowsAndColumns.of_shape(linear.out_features, linear.in_features) for _ in range(2))
     groups, ends, bits = GroupFaults(), 0, packed.format.bits
     squared_error = squared_norm = 0.0
     for start, stop in block_ranges(spec):
@@ -100,7 +100,7 @@ def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> 
     relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
     error = WeightError(module=linear.module, layer=linear.layer, kind=linear.kind, relative=relative)
     saturated = ends / (linear.out_features * linear.in_features)
-    return Comparison(error=error, groups=groups, saturated=saturated, before=before, after=after)
+    return WeightComparison(error=error, groups=groups, saturated=saturated, before=before, after=after)
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ class PaddingFindings:
     audible: list[str] = field(default_factory=list[str])
 
 
-def check_padding(comparisons: Mapping[tuple[int, str], Comparison]) -> PaddingFindings:
+def check_padding(comparisons: Mapping[tuple[int, str], WeightComparison]) -> PaddingFindings:
     """Check that what padding added is after quantization what it was before.
 
     Channels of zeros are recognized by a zero row in gate and up and a zero column in down: they have to stay exactly

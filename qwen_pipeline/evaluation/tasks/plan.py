@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from qwen_pipeline.errors import listed
 from qwen_pipeline.reports import CheckReport, CheckSpec, Severity, shown
 
-TARGET = "qwen_pipeline.evaluation.tasks.worker:run_tasks"
+RUN_TASKS = "qwen_pipeline.evaluation.tasks.worker:run_tasks"
 
 TASKS = CheckSpec(
     name="benchmark_tasks",

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from qwen_pipeline.evaluation.logits.likelihood import Continuation, Likelihood, log_likelihoods
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.config import stop_tokens
@@ -44,7 +44,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     Args:
         root: Its directory, with its tokenizer.
-        place: Where to compute, and in what.
+        context: Where to compute, and in what.
         observe: Told about each layer, and each token of answers.
 
     Raises:
@@ -52,7 +52,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         CheckpointRefused: It cannot be read.
     """
 
-    def __init__(self, root: Path, place: Place, *, observe: Observe = unobserved) -> None:
+    def __init__(self, root: Path, context: ComputeContext, *, observe: Observe = unobserved) -> None:
         from transformers import AutoConfig
 
         super().__init__()
@@ -60,7 +60,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         self.max_length: int = resolve_max_length(
             AutoConfig.from_pretrained(root, local_files_only=True), self.tokenizer
         )
-        self._model, self._place, self._observe = open_model(root), place, observe
+        self._model, self._context, self._observe = open_model(root), context, observe
 
     @property
     def eot_token_id(self) -> int:
@@ -92,7 +92,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
-        decoder, found = Decoder(self._model, self._place), dict[int, str]()
+        decoder, found = Decoder(self._model, self._context), dict[int, str]()
         for arguments, numbers in alike.items():
             for start in range(0, len(numbers), ANSWERS):
                 together = numbers[start : start + ANSWERS]
@@ -112,7 +112,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
             Continuation(tokens=tuple([*context, *continuation][-self.max_length - 1 :]), scored=len(continuation))
             for context, continuation in pairs
         ]
-        return log_likelihoods(self._model, asked, self._place, observe=self._observe)
+        return log_likelihoods(self._model, asked, self._context, observe=self._observe)
 
     def _windows(self, text: str) -> list[Pair]:
         windows = get_rolling_token_windows(

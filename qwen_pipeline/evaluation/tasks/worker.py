@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe
 
 BOOTSTRAPS = 1000
@@ -36,9 +36,11 @@ def _evaluate(role: str, root: str, spec: Mapping[str, Any], manager: Any, obser
 
     from qwen_pipeline.evaluation.tasks.streamed_lm import StreamedLM
 
-    place = Place(device=torch.device(spec["device"]), dtype=torch.float32)
+    context = ComputeContext(device=torch.device(spec["device"]), dtype=torch.float32)
     model = StreamedLM(
-        Path(root), place, observe=lambda progress: observe(replace(progress, task=f"lm-eval {role}: {progress.task}"))
+        Path(root),
+        context,
+        observe=lambda progress: observe(replace(progress, task=f"lm-eval {role}: {progress.task}")),
     )
     try:
         return simple_evaluate(

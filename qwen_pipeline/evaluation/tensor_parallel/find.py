@@ -7,13 +7,25 @@ from math import isfinite
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.evaluation.figures import DivergenceFigures
-from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Cut, Sliced, Target, TargetFindings
-from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_cuts
+from qwen_pipeline.evaluation.tensor_parallel.findings import (
+    ANY_ENGINE,
+    ShardedModules,
+    Sharding,
+    Target,
+    TargetFindings,
+)
+from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_shardings
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import head_obstacles
-from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, Verdict, kernels_of, serving, worst_of
-from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeOutlook, outlook
+from qwen_pipeline.qwen.tensor_parallel.engines import (
+    SERVING_ENGINES,
+    ShardingVerdict,
+    kernels_of,
+    predict_serving,
+    worst_of,
+)
+from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeFeasibility, assess_degrees
 from qwen_pipeline.qwen.tensor_parallel.plan import obstacle_of
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format
@@ -35,18 +47,18 @@ def find_targets(
         InputRefused: A target's engine is unknown.
     """
     form = gptq_format(candidate.config)
-    rows: list[tuple[TargetFindings, Cut | None]] = []
+    rows: list[tuple[TargetFindings, Sharding | None]] = []
     for target in targets:
         for kernel in _kernels(target.engine):
             verdict, reasons = _rules(candidate.config, form, kernel, target.degree)
             row = TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=reasons, found=None)
-            rows.append((row, None if row.refuses else _cut_of(kernel, target.degree)))
+            rows.append((row, None if row.refuses else _sharding_of(kernel, target.degree)))
     cuts = list(dict.fromkeys(cut for _, cut in rows if cut))
-    found = dict(zip(cuts, compare_cuts(source, candidate, form, cuts, observe=observe), strict=True))
+    found = dict(zip(cuts, compare_shardings(source, candidate, form, cuts, observe=observe), strict=True))
     return [replace(row, found=found[cut] if cut else None) for row, cut in rows]
 
 
-def audible_cuts(candidate: Checkpoint, found: Sequence[TargetFindings]) -> dict[Cut, Sliced]:
+def shardings_with_effect(candidate: Checkpoint, found: Sequence[TargetFindings]) -> dict[Sharding, ShardedModules]:
     """Return what to run to hear each cut that changes weights, unless its ranks lack inputs or scales."""
     size = gptq_format(candidate.config).group_size if found else 0
     cuts = {row.found.cut: row.found.errors for row in found if row.found and row.found.errors}
@@ -59,7 +71,7 @@ def audible_cuts(candidate: Checkpoint, found: Sequence[TargetFindings]) -> dict
 
 
 def with_divergences(
-    found: Sequence[TargetFindings], divergences: Mapping[Cut, DivergenceFigures | None]
+    found: Sequence[TargetFindings], divergences: Mapping[Sharding, DivergenceFigures | None]
 ) -> list[TargetFindings]:
     """Return the findings with what was heard of each cut."""
     return [
@@ -68,14 +80,16 @@ def with_divergences(
     ]
 
 
-def outlook_on(config: Config, degree: int, targets: Sequence[Target]) -> DegreeOutlook | None:
+def assess_targets(config: Config, degree: int, targets: Sequence[Target]) -> DegreeFeasibility | None:
     """Return what most ranks of the targets mean, or else ``degree``; None if the config describes no codes.
 
     Some engines can do with groups that others cannot share, so where targets are known they decide.
     """
     try:
         group_size = max(gptq_format(config).group_size, 1)
-        (found,) = outlook(config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])])
+        (found,) = assess_degrees(
+            config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])]
+        )
         obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
         of_towers = [said for at in targets for said in tower_obstacles(config, {at.engine: [at.degree]})]
     except PipelineError:
@@ -93,21 +107,21 @@ def _kernels(engine: str) -> list[str]:
     return [engine] if engine == ANY_ENGINE else kernels_of(engine)
 
 
-def _rules(config: Config, form: GptqFormat, kernel: str, degree: int) -> tuple[Verdict, tuple[str, ...]]:
+def _rules(config: Config, form: GptqFormat, kernel: str, degree: int) -> tuple[ShardingVerdict, tuple[str, ...]]:
     if kernel == ANY_ENGINE:
         obstacles = tuple(head_obstacles(config, degree))
         return ("refused", obstacles) if obstacles else ("ok", ())
-    read = serving(config, kernel, group_size=form.group_size, degree=degree)
+    read = predict_serving(config, kernel, group_size=form.group_size, degree=degree)
     if form.bits == 4 and form.sym and not form.desc_act:
         return read.verdict, read.reasons
     unread = "its rules were read for 4 bits, symmetric, without act-order"
     return worst_of([read.verdict, "unknown"]), (*read.reasons, unread)
 
 
-def _cut_of(kernel: str, degree: int) -> Cut | None:
-    rules = ENGINES.get(kernel)
+def _sharding_of(kernel: str, degree: int) -> Sharding | None:
+    rules = SERVING_ENGINES.get(kernel)
     if rules is None:
-        return Cut(ranks=degree)
+        return Sharding(ranks=degree)
     if degree == 1 and not rules.parallel:
         return None
-    return Cut(ranks=degree, pads_mlps=rules.pads_mlps and degree > 1, halves_groups=rules.halves_groups)
+    return Sharding(ranks=degree, pads_mlps=rules.pads_mlps and degree > 1, halves_groups=rules.halves_groups)

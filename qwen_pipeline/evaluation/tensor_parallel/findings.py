@@ -6,14 +6,14 @@ from math import isfinite
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.figures import DivergenceFigures
-from qwen_pipeline.qwen.tensor_parallel.engines import Verdict, kernels_of
+from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict, kernels_of
 
 ANY_ENGINE = "any engine"
 """Stands for a loader that cuts evenly and does nothing else, where no engine is declared."""
 
 COLUMNS = ("engine", "ranks", "its rules say", "weights on ranks", "KL(whole ‖ ranks)")
 
-Sliced = tuple[int, Sequence[str]]
+ShardedModules = tuple[int, Sequence[str]]
 """Ranks, and the modules whose inputs meet other scales when so many share them."""
 
 
@@ -42,7 +42,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Sharding:
     """How a loader shares a checkpoint's packed layers among ranks.
 
     Attributes:
@@ -61,7 +61,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CutFindings:
+class ShardingFindings:
     """What ranks compute with.
 
     Attributes:
@@ -73,7 +73,7 @@ class CutFindings:
             where all weights are the same bits, or where ranks hold less than the whole.
     """
 
-    cut: Cut
+    cut: Sharding
     compared: int
     errors: Mapping[str, float]
     divergence: DivergenceFigures | None = None
@@ -96,9 +96,9 @@ class TargetFindings:
 
     target: Target
     kernel: str
-    verdict: Verdict
+    verdict: ShardingVerdict
     reasons: Sequence[str]
-    found: CutFindings | None
+    found: ShardingFindings | None
 
     @property
     def refuses(self) -> bool:

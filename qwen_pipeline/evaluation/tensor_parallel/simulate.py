@@ -19,9 +19,9 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.evaluation.tensor_parallel.findings import Cut, CutFindings, Sliced
+from qwen_pipeline.evaluation.tensor_parallel.findings import ShardedModules, Sharding, ShardingFindings
 from qwen_pipeline.evaluation.tensor_parallel.ranks import groups_met, rank_part
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize
@@ -36,9 +36,14 @@ MIN_GROUP = 32
 """vLLM's MoE WNA16 halves groups no further."""
 
 
-def compare_cuts(
-    source: Checkpoint, candidate: Checkpoint, form: GptqFormat, cuts: Sequence[Cut], *, observe: Observe = unobserved
-) -> list[CutFindings]:
+def compare_shardings(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    form: GptqFormat,
+    cuts: Sequence[Sharding],
+    *,
+    observe: Observe = unobserved,
+) -> list[ShardingFindings]:
     """Compare what ranks compute with, for each way of cutting, with the whole; every layer is read once."""
     layers = list(_shared_layers(source)) if cuts else []
     errors: list[dict[str, float]] = [{} for _ in cuts]
@@ -52,7 +57,9 @@ def compare_cuts(
             if error := _error(packed, candidate.config, matrix, cut) if packed else inf:
                 found[linear.module] = error
         observe(Progress(task="simulate ranks", done=done, total=len(layers), unit="modules"))
-    return [CutFindings(cut=cut, compared=len(layers), errors=found) for cut, found in zip(cuts, errors, strict=True)]
+    return [
+        ShardingFindings(cut=cut, compared=len(layers), errors=found) for cut, found in zip(cuts, errors, strict=True)
+    ]
 
 
 def over_ranks(candidate: Checkpoint, modules: Sequence[str], ranks: int) -> Checkpoint:
@@ -75,7 +82,7 @@ def over_ranks(candidate: Checkpoint, modules: Sequence[str], ranks: int) -> Che
 
 
 def diverge(
-    candidate: Checkpoint, cuts: Sequence[Sliced], windows: Sequence[Tensor], place: Place
+    candidate: Checkpoint, cuts: Sequence[ShardedModules], windows: Sequence[Tensor], context: ComputeContext
 ) -> list[ModelFigures]:
     """Return, for each cut, how far the model that its ranks are together is from the whole."""
     return [
@@ -84,7 +91,7 @@ def diverge(
             windows,
             reference="whole",
             compared=["cut"],
-            place=place,
+            context=context,
         )["cut"]
         for ranks, modules in cuts
     ]
@@ -102,7 +109,7 @@ def _shared_layers(source: Checkpoint) -> Iterator[tuple[Linear, Matrix]]:
             yield linear, matrix
 
 
-def _error(packed: PackedLinear, config: Config, matrix: Matrix, cut: Cut) -> float:
+def _error(packed: PackedLinear, config: Config, matrix: Matrix, cut: Sharding) -> float:
     """Return the relative error of the weight that ranks compute with, over slices; 0 means the same bits."""
     if matrix.split == "rows":
         pairs = _row_parallel(packed, _loaded(packed, matrix, cut), cut.ranks)
@@ -137,7 +144,7 @@ def _column_parallel(whole: PackedLinear, shares: int) -> Iterator[tuple[Tensor,
             yield part.weight_rows(start, start + edge), whole.weight_rows(first + start, first + start + edge)
 
 
-def _loaded(packed: PackedLinear, matrix: Matrix, cut: Cut) -> PackedLinear:
+def _loaded(packed: PackedLinear, matrix: Matrix, cut: Sharding) -> PackedLinear:
     """Return a layer as the loader has it before ranks take their shares."""
     inputs, size = len(packed.g_idx), packed.format.group_size
     if cut.pads_mlps and matrix.size and inputs % (cut.ranks * size) and not inputs % size:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import EngineFault
-from qwen_pipeline.layerwise.forward import Passage
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import decoder_linears
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+COVERAGE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens that go through a layer at a time, by device; at least one window."""
 
 
@@ -33,12 +33,12 @@ def measure_coverage(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, 
     Returns:
         ``layers``: number of a layer with experts, as a string -> tokens of each expert.
     """
-    place = Place(
+    context = ComputeContext(
         device=torch.device(spec["device"]), dtype=torch.float32 if spec["device"] == "cpu" else torch.bfloat16
     )
     file = open_safetensors(Path(spec["windows"]))
     counts = count_expert_tokens(
-        open_checkpoint(Path(spec["source"])), file.load("input_ids"), file.load("attention_mask"), place, observe
+        open_checkpoint(Path(spec["source"])), file.load("input_ids"), file.load("attention_mask"), context, observe
     )
     return {"layers": {str(layer): tokens.tolist() for layer, tokens in counts.items()}}
 
@@ -50,20 +50,24 @@ def has_experts(checkpoint: Checkpoint) -> bool:
 
 @torch.inference_mode()
 def count_expert_tokens(
-    checkpoint: Checkpoint, input_ids_ST: Tensor, mask_ST: Tensor, place: Place, observe: Observe = unobserved
+    checkpoint: Checkpoint,
+    input_ids_ST: Tensor,
+    mask_ST: Tensor,
+    context: ComputeContext,
+    observe: Observe = unobserved,
 ) -> dict[int, Tensor]:
     """Return layer -> how many of the tokens each expert is chosen for, int64 [E]; dense layers are left out."""
-    size = max(1, BATCH_TOKENS[place.device.type] // input_ids_ST.shape[1])
-    batches = [batch.long().to(place.device) for batch in input_ids_ST.split(size)]
-    masks = [mask.bool().flatten().to(place.device) for mask in mask_ST.split(size)]
-    passage = Passage(checkpoint, batches, place)
+    size = max(1, COVERAGE_BATCH_TOKENS[context.device.type] // input_ids_ST.shape[1])
+    batches = [batch.long().to(context.device) for batch in input_ids_ST.split(size)]
+    masks = [mask.bool().flatten().to(context.device) for mask in mask_ST.split(size)]
+    stream = LayerStream(checkpoint, batches, context)
     counts: dict[int, Tensor] = {}
-    for layer, module in enumerate(passage.coming()):
+    for layer, module in enumerate(stream.coming()):
         chosen = _Chosen(module)
-        passage.run(layer, module)
+        stream.run(layer, module)
         if chosen.batches:
             counts[layer] = chosen.count(masks)
-        observe(Progress(task="route calibration tokens", done=layer + 1, total=len(passage.parts), unit="layers"))
+        observe(Progress(task="route calibration tokens", done=layer + 1, total=len(stream.parts), unit="layers"))
     return counts
 
 

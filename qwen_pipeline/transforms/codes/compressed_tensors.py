@@ -19,9 +19,9 @@ from qwen_pipeline.transforms.codes.parts import (
     UNPACKED,
     WORD_BITS,
     Axis,
+    CodeTensor,
     Elements,
     GroupNumbers,
-    Part,
     StatedShape,
     word_of,
 )
@@ -45,7 +45,7 @@ class CompressedFormat:
         return ("weight_packed", "weight_scale", "weight_shape", *zeros)
 
     @property
-    def parts(self) -> Mapping[str, Part]:
+    def parts(self) -> Mapping[str, CodeTensor]:
         """How each tensor of a layer counts channels; new ones have the middle code, which is their zero point too."""
         per_word, middle = WORD_BITS // self.bits, word_of(2 ** (self.bits - 1), self.bits)
         return MappingProxyType(

@@ -8,7 +8,7 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.awq import awq_format
 from qwen_pipeline.transforms.codes.compressed_tensors import compressed_format
 from qwen_pipeline.transforms.codes.gptq import PackedLinear, gptq_format
-from qwen_pipeline.transforms.codes.parts import Part
+from qwen_pipeline.transforms.codes.parts import CodeTensor
 
 
 class CodeFormat(Protocol):
@@ -29,7 +29,7 @@ class CodeFormat(Protocol):
     @property
     def codes(self) -> tuple[str, ...]: ...
     @property
-    def parts(self) -> Mapping[str, Part]: ...
+    def parts(self) -> Mapping[str, CodeTensor]: ...
     def load(self, checkpoint: Checkpoint, module: str, /) -> PackedLinear:
         """Read one layer into the one form that weights are computed from."""
         ...

@@ -29,9 +29,9 @@ from qwen_pipeline.transforms.codes.parts import (
     UNPACKED,
     WORD_BITS,
     Axis,
+    CodeTensor,
     Elements,
     GroupNumbers,
-    Part,
     word_of,
 )
 
@@ -67,7 +67,7 @@ class GptqFormat:
         return CODES if self.desc_act else CODES[:3]
 
     @property
-    def parts(self) -> Mapping[str, Part]:
+    def parts(self) -> Mapping[str, CodeTensor]:
         """How each tensor of a layer counts channels; new ones have the middle code, which is their zero point too."""
         middle, per_word = 2 ** (self.bits - 1), self.codes_per_word
         codes = {

@@ -33,7 +33,7 @@ class Widening:
     size: PaddedSize
 
 
-class Part(Protocol):
+class CodeTensor(Protocol):
     """One tensor of a packed layer."""
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:
@@ -60,7 +60,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Elements(Part):
+class Elements(CodeTensor):
     """A tensor of codes, scales or weights; new elements are ``fill``."""
 
     axes: tuple[Axis, ...]
@@ -80,7 +80,7 @@ class Elements(Part):
         return tensor
 
 
-class GroupNumbers(Part):
+class GroupNumbers(CodeTensor):
     """The group of each input, ``g_idx``: live inputs keep theirs under its new number, new inputs get new groups."""
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:
@@ -103,7 +103,7 @@ class GroupNumbers(Part):
         return LazyTensor(spec=spec, read=read)
 
 
-class StatedShape(Part):
+class StatedShape(CodeTensor):
     """The shape [out, in] of the weight, stated as a tensor."""
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:  # noqa: ARG002
@@ -118,7 +118,7 @@ class StatedShape(Part):
         return LazyTensor(spec=tensor.spec, read=read)
 
 
-UNPACKED: Mapping[str, Part] = MappingProxyType(
+UNPACKED: Mapping[str, CodeTensor] = MappingProxyType(
     {"weight": Elements((Axis("out"), Axis("in"))), "bias": Elements((Axis("out"),))}
 )
 """The parts of a layer that was not quantized, and the bias of any."""

@@ -20,7 +20,7 @@ from qwen_pipeline.qwen.geometry import (
     resized_config,
     with_towers,
 )
-from qwen_pipeline.qwen.names import FUSED, place_of
+from qwen_pipeline.qwen.names import FUSED, parse_name
 from qwen_pipeline.transforms.codes.formats import CodeFormat
 from qwen_pipeline.transforms.codes.parts import Widening
 
@@ -81,7 +81,7 @@ def widenings(checkpoint: Checkpoint, size: PaddedSize) -> dict[str, Widening]:
         )
     found: dict[str, Widening] = {}
     for name in checkpoint:
-        module, place = name.rpartition(".")[0], place_of(name, checkpoint.config)
+        module, place = name.rpartition(".")[0], parse_name(name, checkpoint.config)
         channels = channels_of(replace(place, parameter="weight"), checkpoint[name].shape, checkpoint.config)
         if channels and channels.field == size.field:
             dimension = "in" if channels.axis else "out"

@@ -15,7 +15,7 @@ from qwen_pipeline.errors import AdapterRefused, CheckpointRefused, listed
 from qwen_pipeline.qwen.channels import Channels, channels_of, sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan
 from qwen_pipeline.qwen.layers import required
-from qwen_pipeline.qwen.names import place_of
+from qwen_pipeline.qwen.names import parse_name
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.lazy_ops import rounded
@@ -41,7 +41,7 @@ class Paddings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
+class PaddingBridge:
     """A merge at another width than the base's.
 
     Attributes:
@@ -85,7 +85,7 @@ class Crossing:
             )
 
 
-def crossing_of(base: Checkpoint, adapters: AdapterSet, paddings: Paddings) -> Crossing | None:
+def padding_bridge(base: Checkpoint, adapters: AdapterSet, paddings: Paddings) -> PaddingBridge | None:
     """Return the padding that lies between the base and what the adapters were trained on; None if they fit."""
     widths = {width for adapter in adapters.adapters for width in _widths(adapter, base)}
     sides: Mapping[Literal["live", "padded"], PadPlan | None] = {"live": paddings.base, "padded": paddings.training}
@@ -94,7 +94,7 @@ def crossing_of(base: Checkpoint, adapters: AdapterSet, paddings: Paddings) -> C
             ours, theirs = (size.padded, size.live) if trained == "live" else (size.live, size.padded)
             if ours != theirs and required(base.config, size.field) == ours and (size.field, theirs) in widths:
                 assert plan
-                return Crossing(plan=plan, trained=trained)
+                return PaddingBridge(plan=plan, trained=trained)
     return None
 
 
@@ -102,7 +102,7 @@ def _widths(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, int]]:
     """Yield the size fields that an adapter's tensors have channels of, with how many."""
     for parameter, shape in _shapes(adapter):
         try:
-            at = channels_of(place_of(parameter, base.config), shape, base.config)
+            at = channels_of(parse_name(parameter, base.config), shape, base.config)
         except CheckpointRefused:
             continue
         if at and at.axis < len(shape):

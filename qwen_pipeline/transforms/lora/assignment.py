@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.lazy import LazyTensor
-from qwen_pipeline.qwen.tensor_slices import Slot, slots_of
+from qwen_pipeline.qwen.tensor_slices import TensorSlice, slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.lazy_ops import stored
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def land(plan: MergePlan, adapters: AdapterSet) -> None:
+def assign(plan: MergePlan, adapters: AdapterSet) -> None:
     """Enter everything that the adapters bring into the plan, whole weights first: updates are added to them."""
     for adapter in adapters.adapters:
         for parameter, name in adapter.tensors.saved.items():
             _land_saved(plan, adapter, parameter, name)
-    groups: dict[tuple[Slot, ...], list[Update]] = {}
+    groups: dict[tuple[TensorSlice, ...], list[Update]] = {}
     for update in updates_of(adapters):
-        slots = tuple(slots_of(update.factors.parameter, plan.base))
+        slots = tuple(slices_of(update.factors.parameter, plan.base))
         if obstacle := _obstacle(plan, update, slots):
             plan.obstacles.append(f"{update.factors.parameter.removesuffix('.weight')} ({obstacle})")
         else:
@@ -39,7 +39,7 @@ def land(plan: MergePlan, adapters: AdapterSet) -> None:
 
 
 def _land_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) -> None:
-    brought, slots = stored(adapter.weights, name), slots_of(parameter, plan.base)
+    brought, slots = stored(adapter.weights, name), slices_of(parameter, plan.base)
     pieces = {slot.name: _piece(brought, slot) for slot in slots}
     cut = [slot.rows for slot in slots if slot.rows is not None and slot.expert == 0]
     if cut and brought.spec.shape[:2] != (len(slots) // len(cut), sum(cut)):
@@ -61,9 +61,9 @@ def _land_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) ->
             plan.recipe(target).uses.append((adapter, name))
 
 
-def _piece(brought: LazyTensor, slot: Slot) -> LazyTensor:
+def _piece(brought: LazyTensor, slot: TensorSlice) -> LazyTensor:
     """Return the part of a whole weight that belongs into a slot."""
-    if len(brought.spec.shape) != 3 or slot == Slot(name=slot.name):
+    if len(brought.spec.shape) != 3 or slot == TensorSlice(name=slot.name):
         return brought
     if slot.slab is not None:
         return transposed(brought) if slot.transposed else brought
@@ -75,7 +75,7 @@ def _piece(brought: LazyTensor, slot: Slot) -> LazyTensor:
     return LazyTensor(spec=replace(brought.spec, shape=rows), read=read)
 
 
-def _land_update(plan: MergePlan, update: Update, slots: Sequence[Slot]) -> None:
+def _land_update(plan: MergePlan, update: Update, slots: Sequence[TensorSlice]) -> None:
     for slot in slots:
         recipe = plan.recipe(slot.name)
         recipe.is_transposed = slot.transposed
@@ -89,7 +89,7 @@ def _land_update(plan: MergePlan, update: Update, slots: Sequence[Slot]) -> None
         _land_bias(plan, update, update.factors.bias)
 
 
-def _term(update: Update, slot: Slot) -> Term:
+def _term(update: Update, slot: TensorSlice) -> Term:
     return Term(
         update=update.low_rank,
         scaling=update.scaling,
@@ -116,8 +116,8 @@ class _Vector(LowRank):
 
 def _land_bias(plan: MergePlan, update: Update, name: str) -> None:
     parameter = f"{update.factors.parameter.removesuffix('.weight')}.bias"
-    slots = slots_of(parameter, plan.base)
-    if len(slots) != 1 or slots[0] != Slot(name=slots[0].name):
+    slots = slices_of(parameter, plan.base)
+    if len(slots) != 1 or slots[0] != TensorSlice(name=slots[0].name):
         plan.obstacles.append(f"{name} (the base has {len(slots)} tensors {parameter} to add it to)")
         return
     recipe, values = plan.recipe(slots[0].name), stored(update.adapter.weights, name)
@@ -126,7 +126,7 @@ def _land_bias(plan: MergePlan, update: Update, name: str) -> None:
 
 
 def _land_tokens(plan: MergePlan, adapter: Adapter, module: str, name: str) -> None:
-    slots, indices = slots_of(f"{module}.weight", plan.base), adapter.settings.tokens_of(module)
+    slots, indices = slices_of(f"{module}.weight", plan.base), adapter.settings.tokens_of(module)
     if len(slots) != 1:
         plan.obstacles.append(f"{name} (the base has {len(slots)} tensors of that name)")
         return
@@ -139,7 +139,7 @@ def _land_tokens(plan: MergePlan, adapter: Adapter, module: str, name: str) -> N
     recipe.uses.append((adapter, name))
 
 
-def _obstacle(plan: MergePlan, update: Update, slots: Sequence[Slot]) -> str | None:
+def _obstacle(plan: MergePlan, update: Update, slots: Sequence[TensorSlice]) -> str | None:
     """Return why an update does not fill its slots exactly: all rows of each of its matrices, once."""
     if not slots or _alone(slots) > 1:
         return f"the base has {len(slots)} tensors of that name"
@@ -158,18 +158,18 @@ def _obstacle(plan: MergePlan, update: Update, slots: Sequence[Slot]) -> str | N
     return None
 
 
-def _alone(slots: Sequence[Slot]) -> int:
+def _alone(slots: Sequence[TensorSlice]) -> int:
     """Return how many stored tensors are the parameter, each by itself."""
     return sum(slot.slab is None and slot.rows is None for slot in slots)
 
 
-def _matrix(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _matrix(slot: TensorSlice, shape: tuple[int, ...]) -> tuple[int, ...]:
     if slot.slab is None:
         return shape
     outputs, inputs = reversed(shape[1:]) if slot.transposed else shape[1:]
     return (outputs if slot.rows is None else slot.rows, inputs)
 
 
-def _mismatch(plan: MergePlan, update: Update, slot: Slot) -> str:
+def _mismatch(plan: MergePlan, update: Update, slot: TensorSlice) -> str:
     experts = f" for each of {update.experts} experts" if update.experts > 1 else ""
     return f"an update of {list(update.shape)}{experts} where {slot.name} is {list(plan.shape(slot.name))}"

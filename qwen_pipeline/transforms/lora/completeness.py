@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 
-from qwen_pipeline.qwen.names import place_of
-from qwen_pipeline.qwen.tensor_slices import slots_of
+from qwen_pipeline.qwen.names import parse_name
+from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.lazy_ops import are_equal, stored
 from qwen_pipeline.transforms.lora.plan import MergePlan
@@ -31,12 +31,12 @@ def _lost_weights(plan: MergePlan, adapter: Adapter) -> Iterator[str]:
     if not settings.modules_to_save and settings.bias != "all":
         return
     brought = _stored_names(plan, adapter.tensors.saved)
-    parts = {place_of(name, config).part for name, recipe in plan.recipes.items() if recipe.uses} | {*_ALWAYS}
+    parts = {parse_name(name, config).part for name, recipe in plan.recipes.items() if recipe.uses} | {*_ALWAYS}
     for name in plan.base:
         module, _, parameter = name.rpartition(".")
         module = module.partition(".experts")[0]
         is_asked = settings.saves(module) or (settings.bias == "all" and parameter == "bias")
-        if is_asked and name not in brought and place_of(name, config).part in parts:
+        if is_asked and name not in brought and parse_name(name, config).part in parts:
             yield f"{name} (the settings save it, it is not there)"
 
 
@@ -69,4 +69,4 @@ def _lost_half(plan: MergePlan, adapter: Adapter, vocabulary: Vocabulary) -> Ite
 
 
 def _stored_names(plan: MergePlan, parameters: Iterable[str]) -> set[str]:
-    return {slot.name for parameter in parameters for slot in slots_of(parameter, plan.base)}
+    return {slot.name for parameter in parameters for slot in slices_of(parameter, plan.base)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
-from qwen_pipeline.qwen.families import is_tied, place_values
+from qwen_pipeline.qwen.families import config_values, is_tied
 from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
 
 _TOKENIZER = (
@@ -59,7 +59,7 @@ def _resized_vocabulary(base: Checkpoint, fine_tune: Checkpoint) -> Sequence[str
     """Return the embedding and the head, if only their rows differ from the base's and the config counts as many."""
     names = [name for name in vocabulary_of(fine_tune).names if name in fine_tune]
     shapes = [fine_tune[name].shape for name in names]
-    counted = {rows for rows, *_ in shapes} == place_values(fine_tune.config, "vocab_size")
+    counted = {rows for rows, *_ in shapes} == config_values(fine_tune.config, "vocab_size")
     wide = {shape[1:] for shape in shapes} == {base[name].shape[1:] for name in names if name in base}
     return names if counted and wide else ()
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
-from qwen_pipeline.transforms.lora.across_padding import Crossing, Paddings, crossing_of
+from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings, padding_bridge
 from qwen_pipeline.transforms.lora.adapter import require_finite
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-from qwen_pipeline.transforms.lora.assignment import land
+from qwen_pipeline.transforms.lora.assignment import assign
 from qwen_pipeline.transforms.lora.completeness import unfulfilled
 from qwen_pipeline.transforms.lora.plan import MergePlan
 from qwen_pipeline.transforms.lora.vocabulary import finish, separated, start_from_copies, vocabulary_of
 
-UNPADDED = Paddings()
+NO_PADDING = Paddings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,15 +23,15 @@ class Merged:
     Attributes:
         checkpoint: Of the base's width.
         plan: Of the width that the adapters were trained at.
-        crossing: The padding between the two, if there is any.
+        bridge: The padding between the two, if there is any.
     """
 
     checkpoint: Checkpoint
     plan: MergePlan
-    crossing: Crossing | None = None
+    bridge: PaddingBridge | None = None
 
 
-def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = UNPADDED) -> Merged:
+def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING) -> Merged:
     """Return the base with everything that the adapters bring; all other tensors, shards and the config stay.
 
     The config changes where a vocabulary was resized, or embedding and head are no longer one tensor.
@@ -52,15 +52,15 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = U
         because=f"A LoRA is merged into the full-precision weights it belongs to{_named(adapters)}.",
         remedy="Name the full-precision base; quantize after merging (merge, then pad, then quantize).",
     )
-    crossing = crossing_of(base, adapters, paddings)
-    trained = crossing.enter(base) if crossing else base
+    bridge = padding_bridge(base, adapters, paddings)
+    trained = bridge.enter(base) if bridge else base
     merged = _planned(trained, adapters)
     for adapter in adapters.adapters:
         require_finite(adapter)
-    if crossing is None:
+    if bridge is None:
         return merged
-    crossing.require_silent(merged.plan)
-    return replace(merged, checkpoint=crossing.leave(base, trained, merged.checkpoint), crossing=crossing)
+    bridge.require_silent(merged.plan)
+    return replace(merged, checkpoint=bridge.leave(base, trained, merged.checkpoint), bridge=bridge)
 
 
 def _planned(base: Checkpoint, adapters: AdapterSet) -> Merged:
@@ -68,7 +68,7 @@ def _planned(base: Checkpoint, adapters: AdapterSet) -> Merged:
     plan = MergePlan(base=separated(base, vocabulary), resizable=vocabulary.names)
     for adapter in adapters.adapters:
         start_from_copies(plan, vocabulary, adapter)
-    land(plan, adapters)
+    assign(plan, adapters)
     for adapter in adapters.adapters:
         plan.obstacles.extend(unfulfilled(plan, adapter, vocabulary))
     must_tie = any(adapter.settings.ensure_weight_tying for adapter in adapters.adapters)

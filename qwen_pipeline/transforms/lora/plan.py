@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
-from qwen_pipeline.qwen.tensor_slices import Slot
+from qwen_pipeline.qwen.tensor_slices import TensorSlice
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.dora import renormed_columns, renormed_rows
 from qwen_pipeline.transforms.lora.lazy_ops import rounded, with_rows
@@ -19,7 +19,7 @@ class TokenRows:
 
 
 @dataclass(slots=True, kw_only=True)
-class Recipe:
+class TensorMerge:
     """What adapters do to one tensor.
 
     Attributes:
@@ -71,14 +71,14 @@ class MergePlan:
 
     base: Checkpoint
     resizable: Sequence[str]
-    recipes: dict[str, Recipe] = field(default_factory=dict[str, Recipe])
+    recipes: dict[str, TensorMerge] = field(default_factory=dict[str, TensorMerge])
     obstacles: list[str] = field(default_factory=list[str])
     taken: set[tuple[Adapter, str, int | None, int]] = field(default_factory=set[tuple[Adapter, str, int | None, int]])
 
-    def recipe(self, name: str) -> Recipe:
+    def recipe(self, name: str) -> TensorMerge:
         """Return the recipe of a tensor of the base; at first that tensor itself."""
         if name not in self.recipes:
-            self.recipes[name] = Recipe(source=self.base.tensors[name], dtype=self.base[name].dtype)
+            self.recipes[name] = TensorMerge(source=self.base.tensors[name], dtype=self.base[name].dtype)
         return self.recipes[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class MergePlan:
         """Whether a tensor may take this shape: another vocabulary."""
         return name in self.resizable and shape[1:] == self.base[name].shape[1:]
 
-    def take(self, adapter: Adapter, slot: Slot) -> bool:
+    def take(self, adapter: Adapter, slot: TensorSlice) -> bool:
         """Return whether a slot was still free for an adapter's update, and take it."""
         key = (adapter, slot.name, slot.slab, slot.onto)
         free = key not in self.taken

@@ -10,13 +10,13 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.families import is_tied, places_of, require_family
-from qwen_pipeline.qwen.names import Place, spellings
-from qwen_pipeline.qwen.tensor_slices import slots_of
+from qwen_pipeline.qwen.families import config_paths, is_tied, require_family
+from qwen_pipeline.qwen.names import ParsedName, spellings
+from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.lazy_ops import are_equal, equal_rows, stored
 from qwen_pipeline.transforms.lora.low_rank import Term
-from qwen_pipeline.transforms.lora.plan import MergePlan, Recipe, TokenRows
+from qwen_pipeline.transforms.lora.plan import MergePlan, TensorMerge, TokenRows
 
 TIED = "tie_word_embeddings"
 
@@ -41,7 +41,7 @@ def vocabulary_of(base: Checkpoint) -> Vocabulary:
         CheckpointRefused: There is no embedding.
     """
     family = require_family(base.config)
-    embeddings = spellings(Place(part="embedding", module="embed_tokens", parameter="weight"), family)
+    embeddings = spellings(ParsedName(part="embedding", module="embed_tokens", parameter="weight"), family)
     embedding = next((name for name in embeddings if name in base), None)
     if embedding is None:
         raise CheckpointRefused(
@@ -74,7 +74,7 @@ def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter)
 
 
 def _start_from_copy(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter, module: str, name: str) -> None:
-    target = next((slot.name for slot in slots_of(f"{module}.weight", plan.base)), "")
+    target = next((slot.name for slot in slices_of(f"{module}.weight", plan.base)), "")
     if target not in vocabulary.names:
         plan.obstacles.append(f"{name} (no embedding of the base)")
         return
@@ -115,14 +115,14 @@ def finish(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, must_ti
     changed = plan.changed()
     config: dict[str, Any] = {}
     if rows != base[vocabulary.embedding].rows:
-        config |= dict.fromkeys(places_of(base.config, "vocab_size"), rows)
+        config |= dict.fromkeys(config_paths(base.config, "vocab_size"), rows)
     if stay_tied:
         same = changed.pop(vocabulary.head, None)
         if same and vocabulary.head in base:
             changed[vocabulary.head] = same
         return _replaced(base, changed, config)
     if vocabulary.tied:
-        config |= dict.fromkeys((TIED, *places_of(base.config, TIED)), False)
+        config |= dict.fromkeys((TIED, *config_paths(base.config, TIED)), False)
     return _replaced(plan.base, changed, config)
 
 
@@ -139,7 +139,7 @@ def _with(config: Mapping[str, Any], path: Sequence[str], value: object) -> dict
     return {**config, field: _with(config[field], rest, value) if rest else value}
 
 
-def _are_alike(a: Recipe, b: Recipe) -> bool:
+def _are_alike(a: TensorMerge, b: TensorMerge) -> bool:
     """Return whether two recipes that started from one tensor end in one."""
     if a.norms or b.norms or len(a.terms) != len(b.terms):
         return False

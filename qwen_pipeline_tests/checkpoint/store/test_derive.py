@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.checkpoint.lazy import MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import derive as module
-from qwen_pipeline.checkpoint.store.derive import WORKSHOP, Built, derive
+from qwen_pipeline.checkpoint.store.derive import WORK_DIR, Built, derive
 from qwen_pipeline.checkpoint.store.destinations import CheckpointStore, Directory
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
@@ -47,7 +47,7 @@ def test_the_store_finds_what_a_stage_produced_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "call", "on"),
-    [(module, "write_bytes", MANIFEST), (shutil, "rmtree", WORKSHOP), (Path, "rename", "out.partial")],
+    [(module, "write_bytes", MANIFEST), (shutil, "rmtree", WORK_DIR), (Path, "rename", "out.partial")],
 )
 def test_a_build_that_has_ended_is_not_repeated_wherever_the_attempt_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, call: str, on: str
@@ -56,7 +56,7 @@ def test_a_build_that_has_ended_is_not_repeated_wherever_the_attempt_dies(
     found: list[bool] = []
 
     def build(partial: Path) -> Built:
-        layer = partial / WORKSHOP / "layer"
+        layer = partial / WORK_DIR / "layer"
         found.append(layer.exists())
         layer.parent.mkdir(exist_ok=True)
         layer.touch()

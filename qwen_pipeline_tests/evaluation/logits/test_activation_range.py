@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.figures import Peak
 from qwen_pipeline.evaluation.logits.streamed import activation_peaks, evaluate
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
 WINDOWS = list(torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0)))
@@ -21,8 +21,8 @@ GATE, UP = (f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up"))
 
 
 def peaks(root: Path) -> Sequence[Peak]:
-    place = Place(device=torch.device("cpu"), dtype=torch.float32)
-    return evaluate({"p": open_checkpoint(root)}, WINDOWS, reference="p", compared=[], place=place)["p"].peaks
+    context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
+    return evaluate({"p": open_checkpoint(root)}, WINDOWS, reference="p", compared=[], context=context)["p"].peaks
 
 
 def scaled(root: Path, **factors: float) -> Path:
@@ -56,8 +56,8 @@ def test_the_product_inside_an_mlp_is_found_where_it_is(tmp_path: Path) -> None:
 
 def test_activations_are_the_same_without_predictions(tmp_path: Path) -> None:
     root = tiny_model("qwen2", tmp_path / "p", dtype=torch.float32)
-    place = Place(device=torch.device("cpu"), dtype=torch.float32)
-    assert activation_peaks(open_checkpoint(root), WINDOWS, place) == peaks(root)
+    context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
+    assert activation_peaks(open_checkpoint(root), WINDOWS, context) == peaks(root)
 
 
 def test_experts_are_watched_too(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import torch
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.logits import likelihood
 from qwen_pipeline.evaluation.logits.likelihood import Continuation, log_likelihoods
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Progress
 from qwen_pipeline_tests.chain import Chain
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model, tiny_qwen2
 
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 
 
 def asked_of(lengths: Sequence[tuple[int, int]]) -> list[Continuation]:

@@ -9,17 +9,17 @@ from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, VOCABULARY, load_tiny, tiny_model, tiny_qwen2, tiny_qwen3
 
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 WINDOWS = list(torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0)))
 
 
 def test_figures_are_those_of_plain_transformers(tmp_path: Path) -> None:
     roots = {"p": tiny_qwen2(tmp_path / "p", tie=True), "q": tiny_qwen3(tmp_path / "q", seed=3)}
     models = {role: open_checkpoint(root) for role, root in roots.items()}
-    found = evaluate(models, WINDOWS, reference="p", compared=["q"], place=CPU)
+    found = evaluate(models, WINDOWS, reference="p", compared=["q"], context=CPU)
 
     with torch.no_grad():
         plain = {role: AutoModelForCausalLM.from_pretrained(root, dtype=torch.float64) for role, root in roots.items()}
@@ -58,7 +58,7 @@ def test_figures_are_those_of_plain_transformers(tmp_path: Path) -> None:
 def test_perplexity_and_kl_of_every_family_are_those_of_plain_transformers(family: str, tmp_path: Path) -> None:
     roots = {"p": tiny_model(family, tmp_path / "p"), "q": tiny_model(family, tmp_path / "q", seed=3)}
     models = {role: open_checkpoint(root) for role, root in roots.items()}
-    found = evaluate(models, WINDOWS, reference="p", compared=["q"], place=CPU)
+    found = evaluate(models, WINDOWS, reference="p", compared=["q"], context=CPU)
     with torch.no_grad():
         logits = {
             role: load_tiny(root)(input_ids=torch.stack(WINDOWS)).logits[:, :-1].flatten(0, 1).double()
@@ -76,7 +76,7 @@ def test_perplexity_and_kl_of_every_family_are_those_of_plain_transformers(famil
 
 def test_a_model_is_not_far_from_itself(tmp_path: Path) -> None:
     model = open_checkpoint(tiny_qwen2(tmp_path / "p"))
-    found = evaluate({"p": model, "q": model}, WINDOWS, reference="p", compared=["q"], place=CPU)["q"]
+    found = evaluate({"p": model, "q": model}, WINDOWS, reference="p", compared=["q"], context=CPU)["q"]
     assert found.divergence
     assert found.divergence.max == 0
     assert found.drift == (0, 0)
@@ -86,6 +86,6 @@ def test_a_base_with_a_smaller_vocabulary_is_measured_too(tmp_path: Path) -> Non
     model = open_checkpoint(tiny_qwen2(tmp_path / "p"))
     small = open_checkpoint(tiny_qwen2(tmp_path / "base", vocab_size=VOCABULARY - 7))
     windows = [window.clamp(max=300) for window in WINDOWS]
-    beside = evaluate({"p": model, "base": small}, windows, reference="p", compared=[], place=CPU)
-    alone = evaluate({"base": small}, windows, reference="base", compared=[], place=CPU)
+    beside = evaluate({"p": model, "base": small}, windows, reference="p", compared=[], context=CPU)
+    alone = evaluate({"base": small}, windows, reference="base", compared=[], context=CPU)
     assert beside["base"] == alone["base"]

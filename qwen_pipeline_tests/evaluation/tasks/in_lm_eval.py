@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImport
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
 from qwen_pipeline.evaluation.tasks.streamed_lm import StreamedLM
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline_tests.tiny import load_tiny
@@ -25,7 +25,7 @@ def ask_both(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
     """Ask ``spec["streamed"]`` of our class and ``spec["plain"]``, the same model, of lm-eval's own."""
     root = Path(spec["plain"])
     plain = HFLM(pretrained=load_tiny(root), tokenizer=load_tokenizer(root), batch_size=1)
-    streamed = StreamedLM(Path(spec["streamed"]), Place(device=torch.device("cpu"), dtype=torch.float32))
+    streamed = StreamedLM(Path(spec["streamed"]), ComputeContext(device=torch.device("cpu"), dtype=torch.float32))
     contexts = TEXTS[1:]
     whole = plain.generate_until(_requests("generate_until", [(text, _greedy([])) for text in contexts]))
     cut = [(text, _greedy([answer[5:7]])) for text, answer in zip(contexts, whole, strict=True)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.measurement import ENVIRONMENT
-from qwen_pipeline.evaluation.tasks.plan import TARGET, Score, TaskPlan, load_results, scores, tasks_report
+from qwen_pipeline.evaluation.measurement import MEASURING_ENVIRONMENT
+from qwen_pipeline.evaluation.tasks.plan import RUN_TASKS, Score, TaskPlan, load_results, scores, tasks_report
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.rounding import round_to_codes, spelled_out
@@ -72,7 +72,7 @@ def test_lm_eval_scores_a_task_of_ones_own(tmp_path: Path) -> None:
         "device": "cpu",
     }
     python = find_environment("lm-eval").python
-    worker = run_worker(python, TARGET, spec, log=tmp_path / "log", env=ENVIRONMENT)
+    worker = run_worker(python, RUN_TASKS, spec, log=tmp_path / "log", env=MEASURING_ENVIRONMENT)
     (score,) = scores(load_results(worker.value))
     assert (score.name, score.more_is_better) == ("parity/acc", True)
     assert score.quantized == score.merged == 0.5, "of two equal choices the first is always taken"
@@ -81,7 +81,7 @@ def test_lm_eval_scores_a_task_of_ones_own(tmp_path: Path) -> None:
     said = {"output_type": "generate_until", "generation_kwargs": {"do_sample": True, "temperature": 0.7}}
     (tmp_path / "parity.yaml").write_text(json.dumps(task | said))
     with pytest.raises(InputRefused, match="a task asks for answers with do_sample, and answers here are greedy"):
-        run_worker(python, TARGET, spec, log=tmp_path / "log", env=ENVIRONMENT)
+        run_worker(python, RUN_TASKS, spec, log=tmp_path / "log", env=MEASURING_ENVIRONMENT)
 
 
 @pytest.mark.serve
@@ -94,7 +94,7 @@ def test_a_streamed_model_answers_lm_eval_as_its_own_does(family: str, tmp_path:
     spec = {"streamed": str(codes), "plain": str(plain)}
     python = find_environment("lm-eval").python
     target = "qwen_pipeline_tests.evaluation.tasks.in_lm_eval:ask_both"
-    found = run_worker(python, target, spec, log=tmp_path / "log", env=ENVIRONMENT).value
+    found = run_worker(python, target, spec, log=tmp_path / "log", env=MEASURING_ENVIRONMENT).value
     streamed, expected = found["streamed"], found["plain"]
     for kind in ("whole", "cut"):
         assert streamed[kind] == expected[kind]

@@ -10,17 +10,17 @@ from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.tensor_parallel.find import audible_cuts, find_targets
+from qwen_pipeline.evaluation.tensor_parallel.find import find_targets, shardings_with_effect
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.evaluation.tensor_parallel.ranks import groups_met, rank_part, weight_over_ranks
 from qwen_pipeline.evaluation.tensor_parallel.simulate import diverge
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.codes.gptq import PackedLinear, gptq_format
 from qwen_pipeline_tests.rounding import round_to_codes, rounded
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
-CPU = Place(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
 }  # fmt: skip
@@ -115,7 +115,7 @@ def test_a_rank_without_a_scale_is_wrong_and_not_run(tmp_path: Path) -> None:
     found = findings(models, ANY_ENGINE, 2)
     assert found.found
     assert found.found.errors.keys() == {"model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"}
-    assert audible_cuts(models[1], [found]) == {}
+    assert shardings_with_effect(models[1], [found]) == {}
 
 
 def test_a_slice_tells_what_the_whole_weight_tells(nine_groups: tuple[Checkpoint, Checkpoint]) -> None:
@@ -162,7 +162,7 @@ def test_divergence_is_that_of_a_forward_rank_by_rank(
 ) -> None:
     source, candidate = nine_groups
     windows = list(torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1)))
-    cuts = audible_cuts(candidate, [findings(nine_groups, ANY_ENGINE, 2)])
+    cuts = shardings_with_effect(candidate, [findings(nine_groups, ANY_ENGINE, 2)])
     (found,) = diverge(candidate, list(cuts.values()), windows, CPU)
 
     root = tiny_model("qwen2", tmp_path / "again", intermediate_size=9 * 128, **SMALL)

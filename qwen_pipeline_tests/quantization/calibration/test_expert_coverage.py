@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.calibration.expert_coverage import count_expert_tokens, has_experts
 from qwen_pipeline_tests.tiny import load_tiny, tiny_model
 
-PLACE = Place(device=torch.device("cpu"), dtype=torch.float32)
+PLACE = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])

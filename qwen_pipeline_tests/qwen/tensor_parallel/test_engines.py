@@ -3,7 +3,7 @@
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.tensor_parallel.engines import ENGINES, VERDICTS, kernels_of, serving
+from qwen_pipeline.qwen.tensor_parallel.engines import SERVING_ENGINES, VERDICTS, kernels_of, predict_serving
 from qwen_pipeline_tests.qwen.published import config_of
 from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
 
@@ -24,57 +24,58 @@ SMALL = config_of("Qwen2.5-0.5B")
     ],
 )
 def test_29568_at_two_ranks(engine: str, verdict: str) -> None:
-    found = serving(QWEN2_72B, engine, group_size=128, degree=2)
+    found = predict_serving(QWEN2_72B, engine, group_size=128, degree=2)
     assert found.verdict == verdict
     assert any("mlp.down_proj: 14784 inputs per rank are 115.5 groups of 128" in reason for reason in found.reasons)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SERVING_ENGINES)
 def test_29568_at_one_rank_and_29696_at_eight(engine: str) -> None:
-    assert serving(QWEN2_72B, engine, group_size=128, degree=1).verdict == "ok"
-    wide = serving(QWEN2_72B | {"intermediate_size": 29696}, engine, group_size=128, degree=8)
+    assert predict_serving(QWEN2_72B, engine, group_size=128, degree=1).verdict == "ok"
+    wide = predict_serving(QWEN2_72B | {"intermediate_size": 29696}, engine, group_size=128, degree=8)
     assert wide.verdict == ("unknown" if engine == "transformers-gptqmodel" else "ok")
 
 
 def test_half_a_billion_at_two_ranks_is_wrong_in_sglang_and_right_in_groups_of_32() -> None:
     """Reported with AutoRound's checkpoints, as garbage with groups of 128."""
-    wrong = serving(SMALL, "sglang-gptq-marlin", group_size=128, degree=2)
+    wrong = predict_serving(SMALL, "sglang-gptq-marlin", group_size=128, degree=2)
     assert wrong.verdict == "silently wrong"
     assert any("self_attn.o_proj: 448 inputs per rank are 3.5 groups" in reason for reason in wrong.reasons)
-    assert "silently wrong" not in serving(SMALL, "sglang-gptq-marlin", group_size=32, degree=2).verdict
+    assert "silently wrong" not in predict_serving(SMALL, "sglang-gptq-marlin", group_size=32, degree=2).verdict
 
 
 def test_partial_groups_on_one_rank() -> None:
     odd = QWEN2_72B | {"intermediate_size": 29568 + 64}
-    assert serving(odd, "vllm-cpu", group_size=128, degree=1).verdict == "silently wrong"
-    assert serving(odd, "vllm-exllama", group_size=128, degree=1).verdict == "refused"
+    assert predict_serving(odd, "vllm-cpu", group_size=128, degree=1).verdict == "silently wrong"
+    assert predict_serving(odd, "vllm-exllama", group_size=128, degree=1).verdict == "refused"
 
 
 def test_heads_are_refused_and_key_value_heads_replicated() -> None:
     assert (
-        "64 attention heads do not divide by 3" in serving(QWEN2_72B, "vllm-cpu", group_size=128, degree=3).reasons[0]
+        "64 attention heads do not divide by 3"
+        in predict_serving(QWEN2_72B, "vllm-cpu", group_size=128, degree=3).reasons[0]
     )
     wide = QWEN2_72B | {"intermediate_size": 16 * 128 * 15}
-    assert serving(wide, "vllm-marlin", group_size=128, degree=16).verdict == "ok"
+    assert predict_serving(wide, "vllm-marlin", group_size=128, degree=16).verdict == "ok"
 
 
 def test_experts() -> None:
     config = config_of("Qwen3-30B-A3B")
-    assert serving(config, "vllm-marlin", group_size=128, degree=4).verdict == "refused"
-    halved = serving(config, "vllm-moe-wna16", group_size=128, degree=4)
+    assert predict_serving(config, "vllm-marlin", group_size=128, degree=4).verdict == "refused"
+    halved = predict_serving(config, "vllm-moe-wna16", group_size=128, degree=4)
     assert halved.verdict == "ok"
     assert "it uses groups of 64" in halved.reasons[0]
-    assert "no quantized mixtures" in serving(config, "sglang-gptq", group_size=128, degree=1).reasons[0]
+    assert "no quantized mixtures" in predict_serving(config, "sglang-gptq", group_size=128, degree=1).reasons[0]
 
 
 def test_an_engine_of_several_kernels_is_as_bad_as_the_worst_that_does_not_refuse() -> None:
-    small = serving(SMALL, "vllm", group_size=64, degree=2)
-    assert serving(SMALL, "vllm-machete", group_size=64, degree=2).verdict == "refused"
+    small = predict_serving(SMALL, "vllm", group_size=64, degree=2)
+    assert predict_serving(SMALL, "vllm-machete", group_size=64, degree=2).verdict == "refused"
     assert small.verdict == "ok"
-    wrong = serving(QWEN2_72B, "vllm", group_size=128, degree=2)
+    wrong = predict_serving(QWEN2_72B, "vllm", group_size=128, degree=2)
     assert (wrong.engine, wrong.verdict) == ("vllm", "silently wrong")
     assert wrong.reasons[0].startswith("vllm-machete, silently wrong: mlp.down_proj")
-    assert serving(QWEN2_72B, "vllm", group_size=128, degree=3).verdict == "refused"
+    assert predict_serving(QWEN2_72B, "vllm", group_size=128, degree=3).verdict == "refused"
 
 
 def test_names_of_engines() -> None:

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.tensor_parallel.find import outlook_on
+from qwen_pipeline.evaluation.tensor_parallel.find import assess_targets
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.qwen.families import FAMILIES
-from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, tower_obstacles, tower_outlooks, tower_serving
+from qwen_pipeline.qwen.tensor_parallel.towers import TOWER_RULES, assess_towers, predict_tower_serving, tower_obstacles
 from qwen_pipeline.qwen.towers import TOWERS, towers_of
 from qwen_pipeline_tests.qwen.published import DEFAULTS, QWEN2_5_VL_3B, PublishedTower
 from qwen_pipeline_tests.qwen.published import TOWERS as PUBLISHED_TOWERS
@@ -29,7 +29,7 @@ def config_of(family: str, **sizes: int) -> dict[str, Any]:
 
 def verdicts(config: dict[str, Any], engine: str = "vllm") -> dict[str, list[str]]:
     return {
-        tower.part: [tower_serving(config, tower, engine, degree=degree).verdict for degree in (1, 2, 4, 8, 16)]
+        tower.part: [predict_tower_serving(config, tower, engine, degree=degree).verdict for degree in (1, 2, 4, 8, 16)]
         for tower in towers_of(config)
     }
 
@@ -88,7 +88,7 @@ def test_after_padding_no_width_is_refused(family: str, width: int, degrees: lis
     for level in (config, config.get("thinker_config", {})):
         for section, field in (("vision_config", "intermediate_size"), ("audio_config", "encoder_ffn_dim")):
             level.get(section, {})[field] = width
-    for at in tower_outlooks(config, {engine: degrees}):
+    for at in assess_towers(config, {engine: degrees}):
         assert {serving.verdict for serving in at.padded_servings} <= {"ok", "unknown"}
         assert at.extra == (at.padded - width) / width
         assert all(serving.is_narrow for serving in at.servings if serving.verdict == "refused")
@@ -104,7 +104,7 @@ def test_a_target_that_refuses_a_tower_is_said_to_by_validation() -> None:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     narrow = QWEN2_5_VL_3B | {"intermediate_size": 11264, "quantization_config": settings}
     wide = narrow | {"vision_config": QWEN2_5_VL_3B["vision_config"] | {"intermediate_size": 3424}}
-    refused, served = (outlook_on(config, 8, [Target(engine="vllm", degree=8)]) for config in (narrow, wide))
+    refused, served = (assess_targets(config, 8, [Target(engine="vllm", degree=8)]) for config in (narrow, wide))
     assert refused
     assert served
     assert (served.legal, refused.legal, refused.whole) == (True, False, True)  # a warning: there is an option
@@ -118,4 +118,4 @@ def test_published_towers_are_the_defaults_of_transformers(published: PublishedT
 
 def test_no_engine_or_degree_is_no_plan() -> None:
     with pytest.raises(InputRefused, match="No degree or no engine"):
-        tower_outlooks(QWEN2_5_VL_3B, {})
+        assess_towers(QWEN2_5_VL_3B, {})
