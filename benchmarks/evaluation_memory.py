@@ -39,15 +39,15 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.model import ComputeContext
 
 base, codes, count, seq_len, vocabulary = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 windows = list(torch.randint(0, vocabulary, (count, seq_len), generator=torch.Generator().manual_seed(0)))
 
 def ours():
     models = {"full precision": open_checkpoint(base), "codes": open_checkpoint(codes)}
-    place = Place(device=torch.device("cpu"), dtype=torch.float32)
-    found = evaluate(models, windows, reference="full precision", compared=["codes"], place=place)
+    context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
+    found = evaluate(models, windows, reference="full precision", compared=["codes"], context=context)
     return found["full precision"].perplexity
 
 @torch.inference_mode()

@@ -243,7 +243,7 @@ def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
     with _watching_gpus(job.spec) as highest:
         worker = run_worker(
             python,
-            f"qwen_pipeline.engines.{job.spec.engine}:quantize_directory",
+            f"qwen_pipeline.quantization.{job.spec.engine}:quantize_directory",
             job.to_json(),
             log=job.work_dir / "log",
             observe=observe,

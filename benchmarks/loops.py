@@ -34,6 +34,7 @@ from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec, default_device, usable_cores
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.text.records import load_tokenizer
@@ -175,7 +176,9 @@ def _models(names: Sequence[str], dense: Path, scratch: Path) -> Iterator[tuple[
     """Yield each model's name, itself, and what is quantized of it."""
     if "dense" in names:
         out = Directory(scratch / f"{dense.name}-padded")
-        padded = pad(source=dense, destination=out, group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL)
+        padded = pad(
+            source=dense, destination=out, spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL)
+        )
         yield "dense", dense, padded.path
     if "experts" in names:
         experts = scratch / f"{dense.name}-experts"

@@ -30,6 +30,7 @@ from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.quantization.calibration.calibration_set import draw_calibration
 from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.workers.environments import find_environment
 
@@ -108,7 +109,9 @@ def main() -> None:
     base = asked.base or build_base(asked.scratch / "base").path
     base = first_layers(base, asked.layers, asked.scratch / f"base-{asked.layers}") if asked.layers else base
     place = Directory(asked.scratch / f"{base.name}-padded")
-    padded = pad(source=base, destination=place, group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL).path
+    padded = pad(
+        source=base, destination=place, spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL)
+    ).path
     python = find_environment("gptqmodel", asked.engine_python).python
     spec = QuantSpec(
         engine="gptqmodel",

@@ -30,7 +30,7 @@ from qwen_pipeline.demo.texts import Texts, write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.spec import QuantizerName, QuantSpec
-from qwen_pipeline.qwen.padding_spec import Layout
+from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.stages import pad, quantize
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
@@ -154,7 +154,9 @@ def padded_model(scratch: Path, name: str, model: Path, layout: Layout) -> Path:
     """Return a model of :data:`RANKS` padded for its ranks, below ``scratch``; free when it is there."""
     out = Directory(scratch / f"{name.replace(' ', '-')}-{layout}")
     return pad.pad(
-        source=model, destination=out, group_size=GROUP_SIZE, tensor_parallel=RANKS[name], layout=layout
+        source=model,
+        destination=out,
+        spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=RANKS[name], layout=layout),
     ).path
 
 

@@ -15,21 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec
 
 ROOM = "qwen_pipeline"
 STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
     "read": [("checkpoint.safetensors_file", "_read_into")],
-    "add updates": [("transforms.low_rank", "_add")],
-    "pad": [("transforms.padding", "placed")],
-    "map of channels": [("transforms.padding", "source_map")],
+    "add updates": [("transforms.lora.low_rank", "_add")],
+    "pad": [("transforms.padding.pad", "placed")],
+    "map of channels": [("transforms.padding.pad", "source_map")],
     "look for NaN": [("checkpoint.digest", "is_finite")],
     "hash": [("checkpoint.tree_hash", "blake3")],
     "write": [("checkpoint.shard_file", "ShardFile._write")],
     "begin writeback": [("checkpoint.shard_file", "begin_writeback")],
     "finish a shard": [("checkpoint.shard_file", "ShardFile._finish")],
     "all else in a job": [("checkpoint.writer", "_Writing._pass_on")],
-    "take the next job": [("checkpoint.crew", "_Crew.begin")],
+    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.begin")],
 }
 
 
@@ -89,7 +89,7 @@ def main() -> None:
         fine_tune=asked.adapter,
         merged=Directory(asked.out / "merged"),
         padded=Directory(asked.out / "padded"),
-        layout=asked.layout,
+        spec=PaddingSpec(layout=asked.layout),
     )
     seconds, now = time.perf_counter() - began, os.times()
     print(f"{seconds:.1f} s, user {now.user - used.user:.1f} s, system {now.system - used.system:.1f} s")

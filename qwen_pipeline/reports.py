@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qwen_pipeline.errors import listed
 
 Severity = Literal["ERROR", "WARN"]
+Outcome = Literal["passed", "failed", "warning", "skipped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +18,38 @@ class CheckSpec:
     description: str
     blocking: bool = True
 
+    def report(
+        self,
+        *,
+        passed: bool,
+        detail: str,
+        measured: float | str | None = None,
+        limit: float | str | None = None,
+        severity: Severity = "ERROR",
+    ) -> "CheckReport":
+        """Return the outcome of this check; a check that does not block only ever warns."""
+        return CheckReport(
+            name=self.name,
+            passed=passed,
+            detail=detail,
+            severity=severity if self.blocking else "WARN",
+            measured=measured,
+            limit=limit,
+        )
+
+    def skipped(self, detail: str) -> "CheckReport":
+        """Return that this check did not run, and why: it neither blocks nor counts as passed."""
+        severity: Severity = "ERROR" if self.blocking else "WARN"
+        return CheckReport(name=self.name, passed=False, skipped=True, detail=detail, severity=severity)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
     """The outcome of one check.
 
     Attributes:
+        passed: Whether it ran and found nothing wrong.
+        skipped: Whether it did not run. A skipped check proves nothing, and stops nothing.
         severity: What a failure means; a failed WARN never blocks.
         measured: The value found, in the unit that ``detail`` names.
         limit: The value that decides, if there is one.
@@ -35,10 +62,18 @@ class CheckReport:
     severity: Severity = "ERROR"
     measured: float | str | None = None
     limit: float | str | None = None
+    skipped: bool = False
 
     @property
     def blocks(self) -> bool:
-        return not self.passed and self.severity == "ERROR"
+        """Whether it failed in a way that stops everything downstream."""
+        return not self.passed and not self.skipped and self.severity == "ERROR"
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.skipped:
+            return "skipped"
+        return "passed" if self.passed else "failed" if self.severity == "ERROR" else "warning"
 
     @property
     def figures(self) -> tuple[str, str]:

@@ -106,7 +106,7 @@ def import_statuses(settings: Settings) -> list[FineTuneStatus]:
     for name in sorted(arrivals.keys() | kept):
         digest, remark = _look_at_import(arrivals.get(name))
         inputs = {} if name not in arrivals else {"source": digest}
-        spec = {"tensor_parallel": settings.padding.ranks}
+        spec = {"tensor_parallel": settings.padding_spec.ranks}
         stages = {repair.STAGE: _stage_status(settings, name, repair, inputs, spec)}
         found.append(FineTuneStatus(name=name, stages=stages, remark=remark))
     return found
@@ -138,16 +138,9 @@ def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
 
 def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
     """The part of each stage's spec that the settings decide for a fine-tune."""
-    quantization, padding = settings.quantization, settings.padding
+    quantization = settings.quantization
     return {
-        pad.STAGE: pad.spec_of(
-            group_size=quantization.group_size,
-            tensor_parallel=padding.tensor_parallel,
-            targets=padding.targets,
-            layout=padding.layout,
-            towers=padding.towers,
-        )
-        | {"towers": padding.towers},
+        pad.STAGE: settings.padding_spec.to_json() | {"towers": settings.padding.towers},
         calibrate.STAGE: {
             **asdict(quantization.calibration),
             "all_experts": quantization.all_experts,

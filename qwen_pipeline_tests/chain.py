@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.stages.validate import validate
@@ -35,9 +36,7 @@ def make_chain(root: Path) -> Chain:
     padded = pad(
         source=merged,
         destination=Directory(root / "padded"),
-        group_size=GROUP_SIZE,
-        tensor_parallel=2,
-        layout="interleave",
+        spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=2, layout="interleave"),
     ).path
     calibration = write_text(root / "calibration.jsonl", documents=24, stride=7)
     quantized = quantize(

@@ -68,7 +68,7 @@ def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPat
 
 def test_targets_say_how_many_ranks_share_a_model(settings_file: Path) -> None:
     settings_file.write_text("[padding.targets]\nvllm = [2, 8]\nlmdeploy-turbomind = [3]\n")
-    padding = load_settings().padding
+    padding = load_settings().padding_spec
     assert padding.targets == {"vllm": (2, 8), "lmdeploy-turbomind": (3,)}
     assert padding.ranks == 24
     assert not padding.towers

@@ -16,12 +16,13 @@ from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import merge_and_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
-GEOMETRY: dict[str, Any] = {"group_size": 32, "tensor_parallel": 2}
+GEOMETRY = PaddingSpec(group_size=32, tensor_parallel=2)
 KILLS = 100
 SEED = 20
 CALLS = ("pwrite", "pwritev", "fsync", "rename", "replace")
@@ -42,7 +43,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
     adapter = tiny_adapter(base, root / "adapter")
     return [
         Work("merge", lambda out: merge(base=base, fine_tune=adapter, destination=Directory(out / "merged"))),
-        Work("pad", lambda out: pad(source=base, destination=Directory(out / "padded"), **GEOMETRY)),
+        Work("pad", lambda out: pad(source=base, destination=Directory(out / "padded"), spec=GEOMETRY)),
         Work(
             "one pass",
             lambda out: merge_and_pad(
@@ -50,7 +51,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
                 fine_tune=adapter,
                 merged=Directory(out / "merged"),
                 padded=Directory(out / "padded"),
-                **GEOMETRY,
+                spec=GEOMETRY,
             ),
         ),
     ]

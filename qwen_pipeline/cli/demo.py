@@ -95,8 +95,7 @@ def _wrong_order(settings: Settings, artifacts: Sequence[Artifact]) -> Quantized
             pad.pad(
                 source=quantized.path,
                 destination=Directory(Path(scratch) / "padded"),
-                group_size=settings.quantization.group_size,
-                tensor_parallel=settings.padding.tensor_parallel,
+                spec=settings.padding_spec,
             )
         except QuantizedInputRefused as refusal:
             return refusal

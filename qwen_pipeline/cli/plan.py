@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_pipeline.cli.results import CommandResult, command
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,7 +103,9 @@ def plan(
         _engine_table(verdicts, sorted(set(tp))),
         feasibility_table(rows, group_size),
     ]
-    if takes := estimate_resources(Path(model), group_size=group_size, tensor_parallel=max(tp), towers=towers):
+    if takes := estimate_resources(
+        Path(model), PaddingSpec(group_size=group_size, tensor_parallel=max(tp), towers=towers)
+    ):
         place = out or load_settings().store_root
         room = available_at(place)
         data["outlay"] = resource_data(takes, room, place)

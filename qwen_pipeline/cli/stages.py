@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwen_pipeline.cli.results import CommandResult, command
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec
 
 if TYPE_CHECKING:
     from qwen_pipeline.checkpoint.store.destinations import Artifact
@@ -136,10 +136,7 @@ def merge_pad(
             padded=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
-            group_size=group_size,
-            tensor_parallel=tp,
-            layout=layout,
-            towers=towers,
+            spec=PaddingSpec(group_size=group_size, tensor_parallel=tp, layout=layout, towers=towers),
             observe=observe,
         )[1]
     )
@@ -177,10 +174,7 @@ def pad(
         lambda observe: stage.pad(
             source=source,
             destination=Directory(out),
-            group_size=group_size,
-            tensor_parallel=tp,
-            layout=layout,
-            towers=towers,
+            spec=PaddingSpec(group_size=group_size, tensor_parallel=tp, layout=layout, towers=towers),
             observe=observe,
         )
     )

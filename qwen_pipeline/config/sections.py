@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from math import lcm
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +15,8 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.serving.findings import ServedRole, ServerEngine
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets
 from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
-from qwen_pipeline.qwen.tensor_parallel.plan import Targets, served_degrees
 from qwen_pipeline.text.records import SUFFIXES
 
 
@@ -71,15 +69,9 @@ class Padding(Section):
         """The targets, one for each number of ranks."""
         return _declared(self.targets)
 
-    @property
-    def degrees(self) -> tuple[int, ...]:
-        """Every degree that is asked for, rising."""
-        return tuple(served_degrees(self.targets)) if self.targets else (self.tensor_parallel,)
-
-    @property
-    def ranks(self) -> int:
-        """As many ranks as every degree that is asked for divides."""
-        return lcm(*self.degrees)
+    def spec(self, group_size: int) -> PaddingSpec:
+        """Return what is asked of padding, for a quantization in groups of ``group_size``."""
+        return PaddingSpec(group_size=group_size, **dict(self))
 
 
 def _text_source(source: str) -> str:

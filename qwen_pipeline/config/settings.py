@@ -16,6 +16,7 @@ from qwen_pipeline.config.sections import Calibration, ConfiguredPath, Engine, P
 from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.workers.environments import find_environment
 
 
@@ -69,6 +70,10 @@ class Settings(BaseSettings):
         return self.workspace / "store"
 
     @property
+    def padding_spec(self) -> PaddingSpec:
+        return self.padding.spec(self.quantization.group_size)
+
+    @property
     def dagster_home(self) -> Path:
         return self.workspace / "dagster_home"
 
@@ -90,7 +95,7 @@ class Settings(BaseSettings):
             engine=name,
             python=found.python,
             versions=found.versions(),
-            degrees=degrees or serve.tensor_parallel or self.padding.degrees,
+            degrees=degrees or serve.tensor_parallel or tuple(self.padding_spec.degrees),
             models=serve.models,
             ready_seconds=serve.ready_seconds,
             arguments=serve.arguments,

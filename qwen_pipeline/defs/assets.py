@@ -138,11 +138,7 @@ def padded_checkpoint(context: dg.AssetExecutionContext, pipeline: dg.ResourcePa
         artifact = pad.pad(
             source=pipeline.latest(context, merge.STAGE).path,
             destination=pipeline.slot(context),
-            group_size=settings.quantization.group_size,
-            tensor_parallel=settings.padding.tensor_parallel,
-            targets=settings.padding.targets,
-            layout=settings.padding.layout,
-            towers=settings.padding.towers,
+            spec=settings.padding_spec,
             hard_links=settings.store.hard_links,
             observe=observe,
         )
@@ -307,7 +303,7 @@ def repaired_checkpoint(
         artifact = repair.repair(
             source=pipeline.imports.require(context.partition_key).path,
             destination=pipeline.slot(context),
-            tensor_parallel=pipeline.settings.padding.ranks,
+            tensor_parallel=pipeline.settings.padding_spec.ranks,
             observe=observe,
         )
     return _materialized(artifact, context.partition_key)

@@ -81,7 +81,7 @@ class Pipeline:
             if padding.targets:
                 padding_for(config, padding.targets, group_size=self.settings.quantization.group_size)
             if padding.towers:
-                require_towers(config, ranks=padding.ranks)
+                require_towers(config, ranks=self.settings.padding_spec.ranks)
         self.settings.task_plan()
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:
@@ -114,11 +114,7 @@ class Pipeline:
             padded=slot,
             base_names=base_names,
             base_revision=settings.base_revision,
-            group_size=settings.quantization.group_size,
-            tensor_parallel=settings.padding.tensor_parallel,
-            targets=settings.padding.targets,
-            layout=settings.padding.layout,
-            towers=settings.padding.towers,
+            spec=settings.padding_spec,
             hard_links=hard_links,
             observe=observe,
         )

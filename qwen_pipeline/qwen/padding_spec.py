@@ -1,7 +1,69 @@
-"""Where padding puts new channels, by name. It imports nothing: the command line's help names them too."""
+"""What is asked of padding. It imports little: the command line's help and the settings show its defaults."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import lcm
+from typing import Any, Literal
+
+from qwen_pipeline.errors import InputRefused
 
 Layout = Literal["interleave", "append", "split"]
 DEFAULT_LAYOUT: Layout = "split"
-"""With which padded models quantize best (``docs/numerics.md``)."""
+"""The layout with which padded models quantize best (``docs/numerics.md``)."""
+
+Targets = Mapping[str, Sequence[int]]
+"""Serving engine -> the tensor-parallel degrees at which it is to serve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddingSpec:
+    """How wide MLPs become, and where their new channels go.
+
+    Attributes:
+        group_size: Consecutive input channels that will share one scale.
+        tensor_parallel: Ranks, each of which gets whole quantization groups of every MLP.
+        targets: Instead of ``tensor_parallel``, the engines and degrees to serve: no wider than they need.
+        layout: Where the new channels go: halves of live ones, or zeros between the live ones or after them.
+        towers: Whether the MLPs of vision and audio towers become widths that all ranks can share, too.
+    """
+
+    group_size: int = 128
+    tensor_parallel: int = 8
+    targets: Targets = field(default_factory=dict[str, Sequence[int]])
+    layout: Layout = DEFAULT_LAYOUT
+    towers: bool = False
+
+    @property
+    def degrees(self) -> list[int]:
+        """Every degree that is asked for, ascending.
+
+        Raises:
+            InputRefused: A target has no degree.
+        """
+        return served_degrees(self.targets) if self.targets else [self.tensor_parallel]
+
+    @property
+    def ranks(self) -> int:
+        """The least number of ranks that every degree divides."""
+        return lcm(*self.degrees)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides a padding beside its source, as manifests keep it; what was not asked for is left out."""
+        targets = {engine: list(degrees) for engine, degrees in self.targets.items()}
+        served: dict[str, Any] = {"targets": targets} if targets else {"tensor_parallel": self.tensor_parallel}
+        towers = {"towers": True} if self.towers else {}
+        return {"group_size": self.group_size, "layout": self.layout, **served, **towers}
+
+
+def served_degrees(targets: Targets) -> list[int]:
+    """Return every degree at which an engine is to serve, ascending.
+
+    Raises:
+        InputRefused: There is no engine, or one without a degree.
+    """
+    degrees = sorted({degree for asked in targets.values() for degree in asked})
+    if not degrees or not all(targets.values()):
+        raise InputRefused(
+            "No engine and no degree is named.", remedy="Name an engine and its degrees, such as vllm at 8."
+        )
+    return degrees

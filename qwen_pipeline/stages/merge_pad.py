@@ -17,9 +17,8 @@ from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.geometry import plan_padding, with_towers
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.tensor_parallel.plan import NO_TARGETS, Targets
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
+from qwen_pipeline.qwen.tensor_parallel.plan import plan_for
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
@@ -33,11 +32,7 @@ def merge_and_pad(
     padded: Destination,
     base_names: Collection[str] = (),
     base_revision: str | None = None,
-    group_size: int = 128,
-    tensor_parallel: int = 8,
-    targets: Targets = NO_TARGETS,
-    layout: Layout = DEFAULT_LAYOUT,
-    towers: bool = False,
+    spec: PaddingSpec = pad.DEFAULT_SPEC,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:
@@ -58,15 +53,7 @@ def merge_and_pad(
     before = find(merging.derivation, merged)
     passing = _Passing(merging, merged, recipe_of(base, fine_tune))
     source = open_input("source", before.path, open_root=open_model) if before else passing.source
-    padding = pad.prepare(
-        source,
-        group_size=group_size,
-        tensor_parallel=tensor_parallel,
-        targets=targets,
-        layout=layout,
-        towers=towers,
-    )
-    work = replace(padding, if_not_finite=merging.if_not_finite)
+    work = replace(pad.prepare(source, spec), if_not_finite=merging.if_not_finite)
     after = work.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
     return before or passing.recipe(), after
 
@@ -105,9 +92,7 @@ class ResourceEstimate:
         return PassEstimate(name=name, read_bytes=read_bytes, needs=taken)
 
 
-def estimate_resources(
-    root: Path, *, group_size: int, tensor_parallel: int, towers: bool = False
-) -> ResourceEstimate | None:
+def estimate_resources(root: Path, spec: PaddingSpec) -> ResourceEstimate | None:
     """Return what merging into a model and padding it will take; None unless its weights are here and can be padded.
 
     The fine-tune may change every tensor: one that does not takes no more.
@@ -116,9 +101,7 @@ def estimate_resources(
         return None
     base = open_checkpoint(root)
     try:
-        plan = plan_padding(base.config, group_size=group_size, tensor_parallel=tensor_parallel)
-        plan = with_towers(plan, base.config, ranks=tensor_parallel) if towers else plan
-        padded = pad_checkpoint(base, plan)
+        padded = pad_checkpoint(base, plan_for(base.config, replace(spec, layout="append")))
     except InputRefused:
         return None
     return ResourceEstimate(

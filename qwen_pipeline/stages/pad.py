@@ -1,7 +1,6 @@
 """merged -> padded: MLPs as wide as whole quantization groups on every tensor-parallel rank need them to be."""
 
-from collections.abc import Mapping, Sequence
-from math import lcm
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.config import require_full_precision
-from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan, plan_padding, with_towers
+from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan
 from qwen_pipeline.qwen.layers import required
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
-from qwen_pipeline.qwen.tensor_parallel.plan import NO_TARGETS, USUAL_ENGINE, Targets, padding_for, served_degrees
+from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
+from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, plan_for
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
@@ -39,46 +38,31 @@ CHECKS = (
     ),
 )
 
+DEFAULT_SPEC = PaddingSpec()
+
 
 def pad(
     *,
     source: Path,
     destination: Destination,
-    group_size: int = 128,
-    tensor_parallel: int = 8,
-    targets: Targets = NO_TARGETS,
-    layout: Layout = DEFAULT_LAYOUT,
-    towers: bool = False,
+    spec: PaddingSpec = DEFAULT_SPEC,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
-    """Pad a full-precision checkpoint so that it can be quantized in groups and served by ``tensor_parallel`` ranks.
+    """Pad a full-precision checkpoint so that it can be quantized in groups and served by several ranks.
 
-    With ``targets`` it is padded as little as these engines and degrees need instead. With ``towers`` the MLPs of
-    vision and audio towers become widths that the ranks can share; else towers stay as they are. A width that divides
-    already is a valid outcome: the weights are then carried unchanged, as second names of the source's own files if
-    ``hard_links`` allows that. The manifest says how to undo it.
+    A width that divides already is a valid outcome: the weights are then carried unchanged, as hard links to the
+    source's own files if ``hard_links`` allows that. The manifest says how to undo it.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
         InputRefused: The family cannot be padded, weights and config disagree, or no padding lets the targets serve.
     """
     live = open_input("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
-    work = prepare(
-        live, group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout, towers=towers
-    )
-    return work.write(destination, task="pad", hard_links=hard_links, observe=observe)
+    return prepare(live, spec).write(destination, task="pad", hard_links=hard_links, observe=observe)
 
 
-def prepare(
-    source: StageInput,
-    *,
-    group_size: int,
-    tensor_parallel: int,
-    layout: Layout,
-    targets: Targets = NO_TARGETS,
-    towers: bool = False,
-) -> Rewrite:
+def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
     """Check a padding and say what it is derived from and what it writes; see :func:`pad`."""
     live = source.checkpoint
     require_full_precision(
@@ -87,37 +71,22 @@ def prepare(
         " that padding adds to full-precision tensors.",
         remedy="Pad the merged full-precision checkpoint, then quantize again.",
     )
-    degrees = served_degrees(targets) if targets else [tensor_parallel]
-    plan = (
-        padding_for(live.config, targets, group_size=group_size, layout=layout)
-        if targets
-        else plan_padding(live.config, group_size=group_size, tensor_parallel=tensor_parallel, layout=layout)
-    )
-    plan = choose_splits(live, with_towers(plan, live.config, ranks=lcm(*degrees)) if towers else plan)
+    plan = choose_splits(live, plan_for(live.config, spec))
     padded = pad_checkpoint(live, plan)
     reports = [
-        _width_report(plan, degrees),
-        _silence_report(live, plan, layout),
+        _width_report(plan, spec.ranks),
+        _silence_report(live, plan, spec.layout),
         _config_report(live, padded, plan),
-        _attention_report(padded.config, group_size, degrees, targets or {USUAL_ENGINE: degrees}),
+        _attention_report(padded.config, spec),
     ]
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec=spec_of(
-            group_size=group_size, tensor_parallel=tensor_parallel, targets=targets, layout=layout, towers=towers
-        ),
+        spec=spec.to_json(),
         sources={"source": source},
         output=padded,
         result=lambda: {**_way_back(live, plan), "checks": dump_reports(reports)},
     )
-
-
-def spec_of(*, group_size: int, tensor_parallel: int, targets: Targets, layout: Layout, towers: bool) -> dict[str, Any]:
-    """Return what decides a padding beside its source: what was asked for, targets or a degree, and towers if asked."""
-    asked = {name: list(degrees) for name, degrees in targets.items()}
-    served: dict[str, Any] = {"targets": asked} if asked else {"tensor_parallel": tensor_parallel}
-    return {"group_size": group_size, "layout": layout, **served, **({"towers": True} if towers else {})}
 
 
 def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
@@ -126,8 +95,8 @@ def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
     return {"padding": dump_plan(plan), "live_config": config}
 
 
-def _width_report(plan: PadPlan, degrees: Sequence[int]) -> CheckReport:
-    unit, ranks = plan.group_size * plan.tensor_parallel, lcm(*degrees)
+def _width_report(plan: PadPlan, ranks: int) -> CheckReport:
+    unit = plan.group_size * plan.tensor_parallel
     units = {size.field: ranks if size.of_tower else unit for size in plan.sizes}
     has_towers = any(size.of_tower for size in plan.sizes)
     return CheckReport(
@@ -173,15 +142,14 @@ def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> Check
     )
 
 
-def _attention_report(
-    config: Mapping[str, Any], group_size: int, degrees: Sequence[int], targets: Targets
-) -> CheckReport:
+def _attention_report(config: Mapping[str, Any], spec: PaddingSpec) -> CheckReport:
+    group_size, degrees = spec.group_size, spec.degrees
     obstacles = [
         f"at degree {degree} {obstacle}"
         for degree in degrees
         for obstacle in attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
     ]
-    of_towers = tower_obstacles(config, targets)
+    of_towers = tower_obstacles(config, spec.targets or {USUAL_ENGINE: degrees})
     asked = ", ".join(map(str, degrees))
     choose = f"Choose another degree or group size than {asked} and {group_size} for serving."
     return CheckReport(

@@ -98,7 +98,7 @@ def quantize(
     with ExitStack() as ending:
 
         def start() -> Worker:
-            target = f"qwen_pipeline.engines.{spec.engine}:quantize_directory"
+            target = f"qwen_pipeline.quantization.{spec.engine}:quantize_directory"
             environment = worker_environment(spec)
             return ending.enter_context(
                 started_worker(engine.python, target, packages=[engine.module], env=environment)

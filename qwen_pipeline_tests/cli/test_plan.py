@@ -14,6 +14,7 @@ from qwen_pipeline.cli.outlay import resource_data, resource_view
 from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.rank_picture import CUT_END, group_line
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.stages.merge_pad import estimate_resources
@@ -104,7 +105,7 @@ def test_plan_shows_what_weights_take_and_what_the_machine_has(tmp_path: Path) -
 
 
 def test_plan_refuses_what_admission_refuses_in_the_same_words(tmp_path: Path) -> None:
-    takes = estimate_resources(tiny_qwen2(tmp_path / "base"), group_size=32, tensor_parallel=2)
+    takes = estimate_resources(tiny_qwen2(tmp_path / "base"), PaddingSpec(group_size=32, tensor_parallel=2))
     assert takes
     _, both, one_pass = takes.ways
     room = AvailableResources(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)

@@ -13,6 +13,7 @@ from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.text.records import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
@@ -47,7 +48,9 @@ def test_perplexity_and_kl_are_those_of_plain_transformers(tmp_path: Path) -> No
     """
     base = build_base(tmp_path / "base").path
     padded = pad(
-        source=base, destination=Directory(tmp_path / "padded"), group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL
+        source=base,
+        destination=Directory(tmp_path / "padded"),
+        spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL),
     ).path
     quantized = round_to_codes(padded, tmp_path / "quantized", group_size=GROUP_SIZE)
     text = write_texts(tmp_path).held_out

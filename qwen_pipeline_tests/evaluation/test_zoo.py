@@ -11,6 +11,7 @@ from qwen_pipeline.evaluation.structure.check import check_structure
 from qwen_pipeline.evaluation.tensor_parallel.find import find_targets
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target
 from qwen_pipeline.qwen.geometry import plan_padding
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.codes.formats import code_format
 from qwen_pipeline.transforms.codes.repair import plan_repair, repair
@@ -78,9 +79,7 @@ def test_sound_padded_checkpoints_raise_no_alarm(healthy: Healthy, tmp_path: Pat
     source = pad(
         source=healthy.merged,
         destination=Directory(tmp_path / "padded"),
-        group_size=GROUP_SIZE,
-        tensor_parallel=2,
-        layout=layout,  # pyright: ignore[reportArgumentType]
+        spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=2, layout=layout),  # pyright: ignore[reportArgumentType]
     ).path
     candidate = round_to_codes(source, tmp_path / "candidate", group_size=GROUP_SIZE)
     assert findings(open_checkpoint(source), open_checkpoint(candidate), ranks=2) == {}

@@ -155,9 +155,9 @@ import torch
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.model import Place
-place = Place(device=torch.device("cpu"), dtype=torch.float32)
-decoder = Decoder(open_checkpoint(Path(sys.argv[1])), place, room=0)
+from qwen_pipeline.layerwise.model import ComputeContext
+context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
+decoder = Decoder(open_checkpoint(Path(sys.argv[1])), context, room=0)
 Path("/proc/self/clear_refs").write_text("5")
 before = resident_peak()
 decoder.answers([[5, 6, 7], [8] * 30], stops=(), limit=3)

@@ -84,13 +84,14 @@ from pathlib import Path
 import torch
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.measure import resident_peak
-from qwen_pipeline.layerwise.forward import Passage, advance
-from qwen_pipeline.layerwise.model import Place
+from qwen_pipeline.layerwise.forward import LayerStream, advance
+from qwen_pipeline.layerwise.model import ComputeContext
 batches = list(torch.randint(0, 300, (1, 1, 16)))
-passage = Passage(open_checkpoint(Path(sys.argv[1])), batches, Place(device=torch.device("cpu"), dtype=torch.float32))
+context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
+stream = LayerStream(open_checkpoint(Path(sys.argv[1])), batches, context)
 Path("/proc/self/clear_refs").write_text("5")
 before = resident_peak()
-list(advance([passage, passage]))
+list(advance([stream, stream]))
 print(resident_peak() - before)
 """
 

@@ -142,7 +142,7 @@ def test_a_weight_that_overflows_fails_the_stage_by_name(tmp_path: Path) -> None
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qwen_pipeline.checkpoint.store.derive import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.stages.merge import merge
 
 def kill_after_a_shard(progress):

@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStor
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.open import materialize, open_model
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import estimate_resources, merge_and_pad
 from qwen_pipeline.stages.pad import pad
@@ -20,7 +21,7 @@ from qwen_pipeline.transforms.lora.adapter_set import weighted
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 from qwen_pipeline_tests.whole import load_model
 
-GEOMETRY: dict[str, Any] = {"group_size": 32, "tensor_parallel": 2}
+GEOMETRY = PaddingSpec(group_size=32, tensor_parallel=2)
 
 
 class Inputs:
@@ -31,7 +32,7 @@ class Inputs:
         self.base = tiny_qwen2(root / "base", shards=3)
         self.adapter = tiny_adapter(self.base, root / "adapter")
         self.merged = merge(base=self.base, fine_tune=self.adapter, destination=Directory(root / "merged"))
-        self.padded = pad(source=self.merged.path, destination=Directory(root / "padded"), **GEOMETRY)
+        self.padded = pad(source=self.merged.path, destination=Directory(root / "padded"), spec=GEOMETRY)
 
     def one_pass(self, out: Path) -> tuple[Artifact, Artifact]:
         return merge_and_pad(
@@ -39,7 +40,7 @@ class Inputs:
             fine_tune=self.adapter,
             merged=Directory(out / "recipe"),
             padded=Directory(out / "padded"),
-            **GEOMETRY,
+            spec=GEOMETRY,
         )
 
 
@@ -98,11 +99,11 @@ def test_a_recipe_whose_fine_tune_was_changed_is_refused(tmp_path: Path) -> None
 
 def test_a_store_keeps_one_directory_for_both_ways(inputs: Inputs, tmp_path: Path) -> None:
     slot = CheckpointStore(tmp_path).slot("poet")
-    recipe, padded = merge_and_pad(base=inputs.base, fine_tune=inputs.adapter, merged=slot, padded=slot, **GEOMETRY)
-    assert pad(source=recipe.path, destination=slot, **GEOMETRY).path == padded.path
+    recipe, padded = merge_and_pad(base=inputs.base, fine_tune=inputs.adapter, merged=slot, padded=slot, spec=GEOMETRY)
+    assert pad(source=recipe.path, destination=slot, spec=GEOMETRY).path == padded.path
     assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=slot).path == recipe.path
     assert open_manifest(recipe.path).recipe is None
-    assert pad(source=recipe.path, destination=slot, **GEOMETRY).reused
+    assert pad(source=recipe.path, destination=slot, spec=GEOMETRY).reused
 
 
 def test_a_recipe_of_several_weighted_adapters_reads_like_what_is_stored(inputs: Inputs, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_recipe_of_several_weighted_adapters_reads_like_what_is_stored(inputs:
         fine_tune=both,
         merged=Directory(tmp_path / "recipe"),
         padded=Directory(tmp_path / "padded"),
-        **GEOMETRY,
+        spec=GEOMETRY,
     )
 
     assert recipe.manifest.content_digest == stored.manifest.content_digest
@@ -130,7 +131,7 @@ def test_a_recipe_one_of_whose_adapters_is_gone_is_refused(inputs: Inputs, tmp_p
         fine_tune=weighted([inputs.adapter, other], [], combination="cat"),
         merged=Directory(tmp_path / "recipe"),
         padded=Directory(tmp_path / "padded"),
-        **GEOMETRY,
+        spec=GEOMETRY,
     )
     shutil.rmtree(other)
 
@@ -149,7 +150,7 @@ def test_transformers_loads_a_recipe_without_storing_it(inputs: Inputs, tmp_path
 
 
 def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
-    takes = estimate_resources(inputs.base, **GEOMETRY)
+    takes = estimate_resources(inputs.base, GEOMETRY)
     assert takes
     assert takes.base_bytes == open_model(inputs.merged.path).nbytes
     assert takes.padded_bytes == open_model(inputs.padded.path).nbytes
@@ -165,7 +166,7 @@ def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
 
 
 def test_what_has_no_weights_here_has_no_outlay(tmp_path: Path) -> None:
-    assert estimate_resources(tmp_path, **GEOMETRY) is None
+    assert estimate_resources(tmp_path, GEOMETRY) is None
 
 
 def test_work_within_measured_work_keeps_its_peak() -> None:

@@ -15,6 +15,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.tensor_parallel.plan import Targets
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.pad import CHECKS, pad
@@ -31,7 +32,9 @@ def reports_of(artifact: Artifact) -> dict[str, CheckReport]:
 
 def test_a_padded_checkpoint_loads_and_answers_as_the_live_one(tmp_path: Path) -> None:
     live = tiny_qwen3(tmp_path / "live", shards=3)
-    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2)
+    padded = pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    )
 
     config = json.loads((padded.path / "config.json").read_text())
     assert config == json.loads((live / "config.json").read_text()) | {"intermediate_size": 128}
@@ -43,12 +46,16 @@ def test_a_padded_checkpoint_loads_and_answers_as_the_live_one(tmp_path: Path) -
     before, after = (_load(root, up) for root in (live, padded.path))
     assert torch.equal(after, before[source_map(size, up)])
     require_intact(padded.path)
-    assert pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2).reused
+    assert pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    ).reused
 
 
 def test_nothing_to_pad_is_a_valid_outcome(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live", intermediate_size=128)
-    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2)
+    padded = pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    )
     assert not load_plan(padded.manifest.result["padding"]).changes
     assert (padded.path / "config.json").read_bytes() == (live / "config.json").read_bytes()
     assert (padded.path / "model.safetensors").stat().st_size == (live / "model.safetensors").stat().st_size
@@ -57,7 +64,9 @@ def test_nothing_to_pad_is_a_valid_outcome(tmp_path: Path) -> None:
 
 def test_attention_that_cannot_be_shared_is_a_warning(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live")
-    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=3)
+    padded = pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=3)
+    )
     report = reports_of(padded)["attention_divides"]
     assert not report.passed
     assert not report.blocks
@@ -68,7 +77,9 @@ def test_targets_decide_how_wide_a_checkpoint_becomes(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live")
 
     def width(name: str, targets: Targets) -> int:
-        padded = pad(source=live, destination=Directory(tmp_path / name), group_size=32, targets=targets)
+        padded = pad(
+            source=live, destination=Directory(tmp_path / name), spec=PaddingSpec(group_size=32, targets=targets)
+        )
         assert padded.manifest.derivation.spec["targets"] == {name: list(at) for name, at in targets.items()}
         assert all(report.passed for report in reports_of(padded).values())
         return load_plan(padded.manifest.result["padding"]).sizes[0].padded
@@ -106,15 +117,16 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qwen_pipeline.checkpoint.store.derive import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 
 def kill_after_a_shard(progress):
     if (Path(sys.argv[2] + ".partial") / ".journal.jsonl").exists():
         os.kill(os.getpid(), signal.SIGKILL)
 
-pad(source=Path(sys.argv[1]), destination=Directory(Path(sys.argv[2])), group_size=32, tensor_parallel=2,
-    observe=kill_after_a_shard)
+spec = PaddingSpec(group_size=32, tensor_parallel=2)
+pad(source=Path(sys.argv[1]), destination=Directory(Path(sys.argv[2])), spec=spec, observe=kill_after_a_shard)
 """
 
 
@@ -124,8 +136,10 @@ def test_a_killed_padding_resumes_to_the_same_content(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
 
-    resumed = pad(source=live, destination=Directory(out), group_size=32, tensor_parallel=2)
-    again = pad(source=live, destination=Directory(tmp_path / "again"), group_size=32, tensor_parallel=2)
+    resumed = pad(source=live, destination=Directory(out), spec=PaddingSpec(group_size=32, tensor_parallel=2))
+    again = pad(
+        source=live, destination=Directory(tmp_path / "again"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    )
     assert resumed.manifest.content_digest == again.manifest.content_digest
     assert require_intact(out).contents.files == again.manifest.contents.files
 

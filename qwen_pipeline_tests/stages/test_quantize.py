@@ -444,7 +444,7 @@ def test_an_engine_that_has_delivered_is_not_started_again(run: Run, tmp_path: P
 QUANTIZE = """
 import json, sys
 from pathlib import Path
-from qwen_pipeline.checkpoint.store.derive import Directory
+from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize

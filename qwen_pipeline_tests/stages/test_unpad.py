@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.geometry import load_plan
-from qwen_pipeline.qwen.padding_spec import Layout
+from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import CHECKS, unpad
@@ -25,10 +25,14 @@ def test_what_was_padded_comes_back_byte_for_byte(tmp_path: Path, family: str, l
     live = tiny_model(family, tmp_path / "live", shards=2)
     odd = json.dumps(json.loads((live / "config.json").read_text()), indent=7).replace("\n", "\r\n")
     (live / "config.json").write_bytes(odd.encode())  # as no writer of ours would write it
-    ours = pad(source=live, destination=Directory(tmp_path / "same"), group_size=1, tensor_parallel=1).path
+    ours = pad(
+        source=live, destination=Directory(tmp_path / "same"), spec=PaddingSpec(group_size=1, tensor_parallel=1)
+    ).path
 
     padded = pad(
-        source=ours, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=4, layout=layout
+        source=ours,
+        destination=Directory(tmp_path / "padded"),
+        spec=PaddingSpec(group_size=32, tensor_parallel=4, layout=layout),
     )
     assert load_plan(padded.manifest.result["padding"]).changes
     back = unpad(source=padded.path, destination=Directory(tmp_path / "back"))
@@ -44,14 +48,18 @@ def test_what_was_padded_comes_back_byte_for_byte(tmp_path: Path, family: str, l
 
 def test_nothing_to_unpad_is_a_valid_outcome(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live", intermediate_size=128)
-    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2)
+    padded = pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    )
     back = unpad(source=padded.path, destination=Directory(tmp_path / "back"))
     assert back.manifest.contents == padded.manifest.contents
 
 
 def test_a_checkpoint_that_was_changed_after_padding_is_refused(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live")
-    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2).path
+    padded = pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    ).path
     tensors = load_file(padded / "model.safetensors")
     tensors["lm_head.weight"] += torch.ones_like(tensors["lm_head.weight"])
     save_file(tensors, padded / "model.safetensors", {"format": "pt"})
@@ -64,7 +72,9 @@ def test_only_what_the_pad_stage_wrote_can_be_unpadded(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live")
     with pytest.raises(CheckpointRefused, match=r"has no manifest\.json"):
         unpad(source=live, destination=Directory(tmp_path / "back"))
-    padded = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2).path
+    padded = pad(
+        source=live, destination=Directory(tmp_path / "padded"), spec=PaddingSpec(group_size=32, tensor_parallel=2)
+    ).path
     back = unpad(source=padded, destination=Directory(tmp_path / "back")).path
     with pytest.raises(InputRefused, match="does not say how to undo padding"):
         unpad(source=back, destination=Directory(tmp_path / "again"))

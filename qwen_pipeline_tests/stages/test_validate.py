@@ -20,6 +20,7 @@ from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.spec import CalibrationSpec
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.calibrate import calibrate
 from qwen_pipeline.stages.pad import pad
@@ -70,9 +71,7 @@ def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain:
     woven = pad(
         source=chain.merged,
         destination=Directory(tmp_path / "woven"),
-        group_size=GROUP_SIZE,
-        tensor_parallel=2,
-        layout="interleave",
+        spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=2, layout="interleave"),
     )
     codes = round_to_codes(woven.path, tmp_path / "codes", group_size=GROUP_SIZE)
     found = reports(validate_chain(chain, tmp_path / "out", candidate=codes, padded=None, base=None))

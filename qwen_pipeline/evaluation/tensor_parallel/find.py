@@ -14,7 +14,6 @@ from qwen_pipeline.evaluation.tensor_parallel.findings import (
     Target,
     TargetFindings,
 )
-from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_shardings
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import head_obstacles
@@ -46,6 +45,8 @@ def find_targets(
         CheckpointRefused: The candidate is not GPTQ with 4 or 8 bits.
         InputRefused: A target's engine is unknown.
     """
+    from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_shardings  # computes, so it needs torch
+
     form = gptq_format(candidate.config)
     rows: list[tuple[TargetFindings, Sharding | None]] = []
     for target in targets:

@@ -127,7 +127,7 @@ class _Found(NamedTuple):
 
 
 def kernels_of(name: str) -> list[str]:
-    """Return the entries of :data:`SERVING_ENGINES` that a name stands for: itself, or all kernels of ``vllm``, ``sglang``.
+    """Return the entries of :data:`SERVING_ENGINES` that a name means: itself, or all kernels of ``vllm``, ``sglang``.
 
     Raises:
         InputRefused: It stands for none.

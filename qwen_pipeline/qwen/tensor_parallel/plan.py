@@ -1,14 +1,14 @@
 """Choosing a padding and a group size by what they cost, for the engines and degrees that will serve a model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config, declares_tied, text_config
-from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config
+from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config, with_towers
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets, served_degrees
 from qwen_pipeline.qwen.tensor_parallel.engines import (
     VERDICTS,
     ServingPrediction,
@@ -23,9 +23,6 @@ SCALE_BITS = 16 + BITS
 GROUP_SIZES = (128, 64, 32)
 SERVES: tuple[ShardingVerdict, ...] = ("ok", "padded at load")
 
-Targets = Mapping[str, Sequence[int]]
-"""Engine -> the tensor-parallel degrees at which it is to serve."""
-NO_TARGETS: Targets = {}
 USUAL_ENGINE = "vllm"
 
 
@@ -70,18 +67,6 @@ class Option:
         return _first_obstacle(self.servings)
 
 
-def served_degrees(targets: Targets) -> list[int]:
-    """Return every degree at which something is to serve, rising.
-
-    Raises:
-        InputRefused: There is no engine, or one without a degree.
-    """
-    degrees = sorted({degree for asked in targets.values() for degree in asked})
-    if not degrees or not all(targets.values()):
-        raise InputRefused("No degree or no engine is named.", remedy="Name at least one of each.")
-    return degrees
-
-
 def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
     """Return the ways to serve a model on these engines at all of their degrees, the best first.
 
@@ -112,6 +97,21 @@ def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] 
         if unpadded:
             return found if unpadded[0] in found else [*found, unpadded[0]]
     return found
+
+
+def plan_for(config: Config, spec: PaddingSpec) -> PadPlan:
+    """Return the padding that a spec asks for.
+
+    Raises:
+        InputRefused: The family cannot be padded, or no padding lets the targets serve.
+    """
+    if spec.targets:
+        plan = padding_for(config, spec.targets, group_size=spec.group_size, layout=spec.layout)
+    else:
+        plan = plan_padding(
+            config, group_size=spec.group_size, tensor_parallel=spec.tensor_parallel, layout=spec.layout
+        )
+    return with_towers(plan, config, ranks=spec.ranks) if spec.towers else plan
 
 
 def padding_for(config: Config, targets: Targets, *, group_size: int, layout: Layout = DEFAULT_LAYOUT) -> PadPlan:

@@ -13,8 +13,8 @@ from typing import Literal
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize, resized_config, tower_sizes
+from qwen_pipeline.qwen.padding_spec import Targets, served_degrees
 from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict
-from qwen_pipeline.qwen.tensor_parallel.plan import Targets, served_degrees
 from qwen_pipeline.qwen.towers import Tower, towers_of
 
 Sharing = Literal["shared", "shared if heads divide", "whole"]

@@ -66,7 +66,7 @@ def test_they_do_not_depend_on_what_is_on_its_way_together(tmp_path: Path, monke
     model = open_checkpoint(tiny_qwen2(tmp_path / "model"))
     together = log_likelihoods(model, ASKED, CPU)
     monkeypatch.setattr(likelihood, "PASSAGE_TOKENS", 12)
-    monkeypatch.setattr(likelihood, "BATCH_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(likelihood, "LIKELIHOOD_BATCH_TOKENS", {"cpu": 1})
     told: list[Progress] = []
     apart = log_likelihoods(model, ASKED, CPU, observe=told.append)
     assert [each.log for each in apart] == pytest.approx([each.log for each in together], abs=1e-5)

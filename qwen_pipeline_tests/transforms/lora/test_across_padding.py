@@ -17,7 +17,7 @@ from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.errors import AdapterRefused, InputRefused
 from qwen_pipeline.models.open import materialize
 from qwen_pipeline.qwen.geometry import load_plan
-from qwen_pipeline.qwen.padding_spec import Layout
+from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import merge_and_pad
@@ -60,7 +60,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         if key not in made:
             live = tiny_model(family, root / key / "live", tie=tie, dtype=dtype)
             place = Directory(root / key / "padded")
-            made[key] = live, pad(source=live, destination=place, group_size=32, tensor_parallel=4, layout=layout).path
+            made[key] = (
+                live,
+                pad(
+                    source=live, destination=place, spec=PaddingSpec(group_size=32, tensor_parallel=4, layout=layout)
+                ).path,
+            )
         return made[key]
 
     return make

@@ -20,6 +20,7 @@ from qwen_pipeline.evaluation.origin import quantized_from, widened
 from qwen_pipeline.evaluation.structure.check import check_structure
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, dump_plan, load_plan, plan_between, plan_padding, with_towers
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.towers import TOWERS, towers_of
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
@@ -75,7 +76,7 @@ def case(request: pytest.FixtureRequest, cases: dict[str, Case], tmp_path_factor
         root = tmp_path_factory.mktemp(family)
         live = tiny_model(family, root / "live", dtype=torch.float64, shards=2)
         out = Directory(root / "padded")
-        padded = pad(source=live, destination=out, group_size=32, tensor_parallel=RANKS, towers=True)
+        padded = pad(source=live, destination=out, spec=PaddingSpec(group_size=32, tensor_parallel=RANKS, towers=True))
         cases[family] = Case(family, live, padded)
     return cases[family]
 
@@ -122,15 +123,23 @@ def test_a_new_channel_that_is_no_longer_zero_is_heard(case: Case, tmp_path: Pat
 @pytest.mark.parametrize("case", FEW, indirect=True)
 def test_unpadding_gives_back_what_was_padded(case: Case, tmp_path: Path) -> None:
     back = unpad(source=case.padded.path, destination=Directory(tmp_path / "back"))
-    same = pad(source=case.live, destination=Directory(tmp_path / "same"), group_size=1, tensor_parallel=1)
+    same = pad(
+        source=case.live, destination=Directory(tmp_path / "same"), spec=PaddingSpec(group_size=1, tensor_parallel=1)
+    )
     assert back.manifest.contents == same.manifest.contents
 
 
 @pytest.mark.parametrize("case", FEW, indirect=True)
 def test_without_the_request_no_tensor_of_a_tower_changes(case: Case, tmp_path: Path) -> None:
-    asked = pad(source=case.live, destination=Directory(tmp_path / "out"), group_size=32, tensor_parallel=RANKS)
+    asked = pad(
+        source=case.live,
+        destination=Directory(tmp_path / "out"),
+        spec=PaddingSpec(group_size=32, tensor_parallel=RANKS),
+    )
     assert "towers" not in asked.manifest.derivation.spec
-    same = pad(source=case.live, destination=Directory(tmp_path / "same"), group_size=1, tensor_parallel=1)
+    same = pad(
+        source=case.live, destination=Directory(tmp_path / "same"), spec=PaddingSpec(group_size=1, tensor_parallel=1)
+    )
     live, padded, with_them = (made.manifest.contents.tensors for made in (same, asked, case.padded))
     channels = {name for size in case.sizes for name in sized_tensors(open_checkpoint(case.live), size.field)}
     assert channels
@@ -208,10 +217,7 @@ def test_new_channels_of_a_tower_that_are_not_zero_fail_the_structure(codes: Pat
     padded = pad(
         source=codes.parent / "live",
         destination=out,
-        group_size=16,
-        tensor_parallel=RANKS,
-        layout="append",
-        towers=True,
+        spec=PaddingSpec(group_size=16, tensor_parallel=RANKS, layout="append", towers=True),
     )
     root = round_to_codes(padded.path, tmp_path / "gptq", group_size=16)
     for before in (open_checkpoint(padded.path), None):
@@ -235,16 +241,28 @@ def test_new_channels_of_a_tower_that_are_not_zero_fail_the_structure(codes: Pat
 
 def test_widths_that_follow_from_others_cannot_be_padded(tmp_path: Path) -> None:
     live = tiny_model("qwen2_vl", tmp_path / "live")
-    shared = pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2, towers=True)
+    shared = pad(
+        source=live,
+        destination=Directory(tmp_path / "padded"),
+        spec=PaddingSpec(group_size=32, tensor_parallel=2, towers=True),
+    )
     assert [size.field for size in load_plan(shared.manifest.result["padding"]).sizes] == ["intermediate_size"]
     with pytest.raises(InputRefused, match="96 channels, embed_dim times mlp_ratio, which 5 ranks cannot share"):
-        pad(source=live, destination=Directory(tmp_path / "no"), group_size=32, tensor_parallel=5, towers=True)
+        pad(
+            source=live,
+            destination=Directory(tmp_path / "no"),
+            spec=PaddingSpec(group_size=32, tensor_parallel=5, towers=True),
+        )
 
 
 def test_a_model_without_towers_has_none_to_pad(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live")
     with pytest.raises(InputRefused, match="qwen2 has no vision or audio tower"):
-        pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=2, towers=True)
+        pad(
+            source=live,
+            destination=Directory(tmp_path / "padded"),
+            spec=PaddingSpec(group_size=32, tensor_parallel=2, towers=True),
+        )
 
 
 def test_a_tower_that_does_not_fit_its_config_is_named(tmp_path: Path) -> None:
@@ -254,7 +272,11 @@ def test_a_tower_that_does_not_fit_its_config_is_named(tmp_path: Path) -> None:
     del tensors[name]
     save_file(tensors, live / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointRefused, match=r"audio_tower\.layers\.0\.fc2\.weight is missing"):
-        pad(source=live, destination=Directory(tmp_path / "padded"), group_size=32, tensor_parallel=5, towers=True)
+        pad(
+            source=live,
+            destination=Directory(tmp_path / "padded"),
+            spec=PaddingSpec(group_size=32, tensor_parallel=5, towers=True),
+        )
 
 
 @given(width=st.integers(1, 10_000), ranks=st.integers(1, 16))
