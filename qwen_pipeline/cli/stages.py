@@ -219,7 +219,7 @@ def calibrate(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.quantization.spec import CalibrationSpec
+    from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
     from qwen_pipeline.stages import calibrate as stage
 
     least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens

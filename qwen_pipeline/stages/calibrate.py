@@ -15,7 +15,8 @@ from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration import calibration_set
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration
-from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS, CalibrationSpec, Device, default_device
+from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
+from qwen_pipeline.quantization.spec import Device, default_device
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.workers.parent import run_worker

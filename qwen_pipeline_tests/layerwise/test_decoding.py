@@ -38,8 +38,8 @@ def plain_answers(root: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> lis
     return answers
 
 
-def streamed_answers(checkpoint: Checkpoint, *, room: int | None = None, **asked: Any) -> list[tuple[int, ...]]:
-    decoder = Decoder(checkpoint, CPU, room=room)
+def streamed_answers(checkpoint: Checkpoint, *, budget: int | None = None, **asked: Any) -> list[tuple[int, ...]]:
+    decoder = Decoder(checkpoint, CPU, budget=budget)
     return decoder.answers(PROMPTS, stops=stop_tokens(checkpoint), limit=LIMIT, **asked)
 
 
@@ -62,7 +62,7 @@ def test_experts_stored_one_by_one_and_packed_answer(tmp_path: Path) -> None:
     packed = open_checkpoint(round_to_codes(root, tmp_path / "packed", group_size=32))
     whole = Decoder(packed, CPU)
     model: Any = load_tiny(root)
-    layers = [dict(module.named_parameters()) for module in whole.coming()]
+    layers = [dict(module.named_parameters()) for module in whole.iter_layers()]
     state = model.state_dict()
     for number, layer in enumerate(layers):
         for name, weight in layer.items():
@@ -135,9 +135,9 @@ def test_layers_are_read_once_where_there_is_room_and_once_a_step_where_there_is
     first, second, head = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
     layer = 4 * Decoder(checkpoint, CPU).parts[0].numel
     expected = streamed_answers(checkpoint)
-    for room, times in ((None, (1, 1, 1)), (layer, (1, LIMIT, LIMIT)), (0, (LIMIT, LIMIT, LIMIT))):
+    for budget, times in ((None, (1, 1, 1)), (layer, (1, LIMIT, LIMIT)), (0, (LIMIT, LIMIT, LIMIT))):
         reads.clear()
-        assert streamed_answers(watched, room=room) == expected
+        assert streamed_answers(watched, budget=budget) == expected
         assert tuple(map(reads.count, (first, second, head))) == times
 
 
@@ -157,7 +157,7 @@ from qwen_pipeline.checkpoint.measure import resident_peak
 from qwen_pipeline.layerwise.decoding import Decoder
 from qwen_pipeline.layerwise.model import ComputeContext
 context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
-decoder = Decoder(open_checkpoint(Path(sys.argv[1])), context, room=0)
+decoder = Decoder(open_checkpoint(Path(sys.argv[1])), context, budget=0)
 Path("/proc/self/clear_refs").write_text("5")
 before = resident_peak()
 decoder.answers([[5, 6, 7], [8] * 30], stops=(), limit=3)

@@ -1,4 +1,4 @@
-"""Tensors come as they are stored, in their order, within the room given; faults arrive, and no thread stays behind."""
+"""Prefetched tensors: equal to the stored ones, in order, within the budget; errors are raised, all threads end."""
 
 import threading
 import time
@@ -47,14 +47,14 @@ def one_file(path: Path) -> Checkpoint:
 
 
 def readers_left() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if "_serve" in thread.name]
+    return [thread for thread in threading.enumerate() if "_run_reader" in thread.name]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("room", [0, 10_000, 10**9])
-def test_what_arrives_is_what_is_stored(tmp_path: Path, device: str, room: int) -> None:
+@pytest.mark.parametrize("budget", [0, 10_000, 10**9])
+def test_what_arrives_is_what_is_stored(tmp_path: Path, device: str, budget: int) -> None:
     written, tensors = tensors_of(tmp_path / "model.safetensors")
-    with Prefetcher(tensors, torch.device(device), room=room) as feed:
+    with Prefetcher(tensors, torch.device(device), budget=budget) as feed:
         arrived = list(feed)
     for (name, expected), tensor in zip(written.items(), arrived, strict=True):
         assert tensor.dtype == expected.dtype, name
@@ -70,7 +70,7 @@ def test_memory_is_used_again_only_when_what_was_computed_of_it_is_done() -> Non
 
     count, sums = 60, list[torch.Tensor]()
     matrix = torch.randn(4096, 4096, device="cuda")
-    with Prefetcher([ones(number) for number in range(count)], torch.device("cuda"), room=2**25) as feed:
+    with Prefetcher([ones(number) for number in range(count)], torch.device("cuda"), budget=2**25) as feed:
         for tensor in feed:
             for _ in range(5):
                 torch.mm(matrix, matrix)  # keeps the stream behind what is read
@@ -89,13 +89,13 @@ def test_no_more_is_begun_than_there_is_room_for() -> None:
 
         return LazyTensor(spec=TensorSpec(dtype="F32", shape=(rows, 100)), read=read)
 
-    with Prefetcher([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, room=8000) as feed:
+    with Prefetcher([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, budget=8000) as feed:
         _settle(begun, 2)
         for number, expected in enumerate([3, 3, 3]):
             next(feed)
             _settle(begun, expected)
             assert sorted(begun) == list(range(expected)), number
-        next(feed)  # larger than the room: it is begun because it is asked for
+        next(feed)  # larger than the budget: it is begun because it is asked for
         _settle(begun, 5)
         assert len(next(feed)) == 10
     assert not readers_left()
@@ -118,7 +118,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, device: str) -> No
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - last)
     with (
-        Prefetcher(tensors, torch.device(device), room=10**9) as feed,
+        Prefetcher(tensors, torch.device(device), budget=10**9) as feed,
         pytest.raises(CheckpointRefused, match="ends"),
     ):
         list(feed)
@@ -127,10 +127,10 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, device: str) -> No
 
 def test_whoever_stops_asking_leaves_nothing_behind(tmp_path: Path) -> None:
     _, tensors = tensors_of(tmp_path / "model.safetensors")
-    with Prefetcher(tensors, CPU, room=10_000) as feed:
+    with Prefetcher(tensors, CPU, budget=10_000) as feed:
         next(feed)
     assert not readers_left()
-    with Prefetcher([], CPU, room=1) as feed:
+    with Prefetcher([], CPU, budget=1) as feed:
         assert list(feed) == []
 
 
@@ -157,9 +157,9 @@ def test_answers_are_the_same_however_layers_are_read(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, answers = open_checkpoint(tiny_model("qwen2", tmp_path / "model")), list[Sequence[tuple[int, ...]]]()
-    for is_apart in (False, True):
-        monkeypatch.setattr(ComputeContext, "is_apart", is_apart)
-        decoder = Decoder(model, ComputeContext(device=torch.device(device), dtype=torch.float32), room=0)
+    for has_own_memory in (False, True):
+        monkeypatch.setattr(ComputeContext, "has_own_memory", has_own_memory)
+        decoder = Decoder(model, ComputeContext(device=torch.device(device), dtype=torch.float32), budget=0)
         answers.append(decoder.answers([[5, 6, 7], [8, 9]], stops=[], limit=4))
     assert answers[0] == answers[1]
 
@@ -167,10 +167,10 @@ def test_answers_are_the_same_however_layers_are_read(
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
 def test_a_layers_weights_may_be_changed(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ComputeContext, "is_apart", True)
+    monkeypatch.setattr(ComputeContext, "has_own_memory", True)
     context = ComputeContext(device=torch.device(device), dtype=torch.bfloat16)
     stream = LayerStream(open_checkpoint(tiny_model("qwen2", tmp_path / "model")), [torch.stack(WINDOWS)], context)
-    for layer, module in enumerate(stream.coming()):
+    for layer, module in enumerate(stream.iter_layers()):
         module.get_parameter("mlp.up_proj.weight")[:3] = 1
         stream.run(layer, module)
     assert not readers_left()
@@ -178,7 +178,7 @@ def test_a_layers_weights_may_be_changed(device: str, tmp_path: Path, monkeypatc
 
 def require_same_figures(models: dict[str, Checkpoint], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     context, found = ComputeContext(device=torch.device(device), dtype=torch.bfloat16), []
-    for is_apart in (False, True):
-        monkeypatch.setattr(ComputeContext, "is_apart", is_apart)
+    for has_own_memory in (False, True):
+        monkeypatch.setattr(ComputeContext, "has_own_memory", has_own_memory)
         found.append(evaluate(models, WINDOWS, reference="p", compared=["q"], context=context))
     assert found[0] == found[1]

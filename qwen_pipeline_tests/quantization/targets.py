@@ -72,7 +72,7 @@ def alone(solver: Any, weight: torch.Tensor, x: torch.Tensor, form: GptqFormat) 
 
 def lose_a_thread(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
     """Have one of GPTQModel's threads run out of memory, whose result nobody waits for."""
-    gptqmodel.report_before_aborting()
+    gptqmodel.patch_thread_pool()
     threads: Any = import_module("gptqmodel").DEVICE_THREAD_POOL
     threads.submit("cpu", bytearray, 2**62)
     time.sleep(600)
@@ -114,7 +114,7 @@ def hand_on_unrounded(spec: Mapping[str, Any], observe: Observe) -> Mapping[str,
     def put(weight_OI: torch.Tensor, _: object) -> None:
         weight_OI.copy_(weights.pop())
 
-    with patch.object(solver, "pack", keep), patch.object(layerwise, "_put", put):
+    with patch.object(solver, "pack", keep), patch.object(layerwise, "_write_dequantized", put):
         return layerwise.quantize_directory(spec, observe)
 
 

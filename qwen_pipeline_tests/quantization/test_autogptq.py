@@ -9,7 +9,8 @@ import pytest
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.quantization.autogptq import LossReader, quantize_directory
-from qwen_pipeline.quantization.spec import QuantJob, QuantSpec
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import QuantSpec
 
 
 @pytest.fixture

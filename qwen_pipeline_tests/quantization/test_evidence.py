@@ -10,20 +10,19 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.evidence import (
     EVIDENCE,
-    Evidence,
+    ModuleEvidence,
     compare_evidence,
     gather_evidence,
     load_evidence,
     summarize,
     write_evidence,
 )
-from qwen_pipeline.quantization.losses import ModuleLoss
 from qwen_pipeline.quantization.plot import draw_evidence
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.codes.parts import word_of
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain
 
-ROW = Evidence(
+ROW = ModuleEvidence(
     module="model.layers.0.mlp.up_proj", layer=0, kind="mlp.up_proj", loss=0.5, damp=0.05, tokens=64, rounded=False,
     seconds=0.25, gpu_peak_bytes=None, host_peak_bytes=2**20, groups=128, zero_groups=2, saturated_groups=3,
 )  # fmt: skip
@@ -43,7 +42,12 @@ def test_odd_groups_are_counted_as_codes_say(chain: Chain) -> None:
     words[:4, :3], words[4:8, 3:8] = -1, word_of(8, 4)
     tensor = replace(output.tensors[spoilt], read=lambda start, stop: words[start:stop], stored=None)
     output = output.replace(tensors={spoilt: tensor})
-    losses = [ModuleLoss(module=at.module, loss=1.0, samples=1, damp=0.05, rounded=False) for at in linears[1:]]
+    losses = [
+        ModuleEvidence(
+            module=each.module, layer=each.layer, kind=each.kind, loss=1.0, tokens=1, damp=0.05, rounded=False
+        )
+        for each in linears[1:]
+    ]
     found = gather_evidence(output, linears, losses)
     assert [row.module for row in found] == [at.module for at in linears[1:]]
     for row in found:
@@ -96,7 +100,7 @@ def test_losses_are_compared_module_by_module() -> None:
     assert list(found.worst) == [ROW.module, "n"]
     assert found.worst[ROW.module] == 2.0
     assert found.sentence("v1") == "Losses of 2 modules are 1.000 times those of v1 (geometric mean)."
-    assert compare_evidence([], ROWS).sentence("v1") == "No module has a loss here and in v1."
+    assert compare_evidence([], ROWS).sentence("v1") == "No module has a loss both here and in v1."
 
 
 def test_the_plot_is_the_same_for_the_same_rows(tmp_path: Path) -> None:

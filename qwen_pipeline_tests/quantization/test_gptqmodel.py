@@ -7,10 +7,10 @@ import pytest
 
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.quantization.spec import QuantJob
+from qwen_pipeline.quantization.job import QuantJob
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker, started_worker
-from qwen_pipeline_tests.stages.test_quantize import SPEC
+from qwen_pipeline_tests.stages.quantize.quantizing import SPEC
 from qwen_pipeline_tests.tiny import tiny_model
 
 QUANTIZE = "qwen_pipeline.quantization.gptqmodel:quantize_directory"

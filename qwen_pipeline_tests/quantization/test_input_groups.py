@@ -30,12 +30,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
     """Return kind -> tokens and Hessian of the first layer's linear layers."""
     stream = LayerStream(checkpoint, WINDOWS.split(2), CPU)
-    module = next(stream.coming())
+    module = next(stream.iter_layers())
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}
     for group in input_groups(stream, masks, module, linears, all_experts=all_experts):
-        tokens, hessian = group.hessian.tokens, group.hessian.take()
+        tokens, hessian = group.hessian.tokens, group.hessian.pop_mean()
         found |= {linear.kind: (tokens, hessian) for linear in group.linears}
         for linear, weight in zip(group.linears, group.weights, strict=True):
             assert weight.shape == (linear.out_features, linear.in_features)
@@ -76,7 +76,7 @@ def test_attention_is_computed_once_and_kept(tmp_path: Path, family: str, first:
     checkpoint = open_checkpoint(tiny_model(family, tmp_path / "model"))
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     streams = [LayerStream(checkpoint, WINDOWS.split(2), CPU) for _ in ("kept", "computed")]
-    kept, computed = (next(stream.coming()) for stream in streams)
+    kept, computed = (next(stream.iter_layers()) for stream in streams)
     calls = list[str]()
     kept.get_submodule(first).register_forward_hook(lambda *_: calls.append(first))
     for _ in input_groups(streams[0], [torch.ones(32, dtype=torch.bool)] * 2, kept, linears, all_experts=False):

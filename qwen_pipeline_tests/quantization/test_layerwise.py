@@ -12,10 +12,13 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, draw_calibration
-from qwen_pipeline.quantization.spec import CalibrationSpec, QuantJob, QuantSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
+from qwen_pipeline_tests.stages.quantize.quantizing import require_passed
 
 DRAWN = CalibrationSpec(samples=16, seq_len=64, seed=1)
 SPEC = QuantSpec(
@@ -38,7 +41,7 @@ def test_codes_are_gptqmodels_where_the_inputs_are(chain: Chain, calibration: Pa
         spec=replace(SPEC, engine="layerwise"), engine=chain.engine,
     )  # fmt: skip
     assert artifact.manifest.derivation.spec["engine"] == "layerwise"
-    assert all(check["passed"] for check in artifact.manifest.result["checks"])
+    require_passed(artifact)
     ours, theirs = open_checkpoint(artifact.path), open_checkpoint(chain.quantized)
     assert dict(ours) == dict(theirs)
     for name in ours:

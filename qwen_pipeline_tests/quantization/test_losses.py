@@ -1,10 +1,12 @@
 """GPTQModel's table of losses, as it writes it and as it goes wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qwen_pipeline.quantization.losses import ModuleLoss, read_losses
+from qwen_pipeline.quantization.evidence import ModuleEvidence
+from qwen_pipeline.quantization.losses import read_losses
 from qwen_pipeline.qwen.linears import Linear
 
 HEADER = "layer,module,loss,samples,damp,time\n"
@@ -21,16 +23,17 @@ GATE, DOWN = (
 )
 
 
-def read(tmp_path: Path, *rows: str) -> list[ModuleLoss]:
+def read(tmp_path: Path, *rows: str) -> list[ModuleEvidence]:
     (tmp_path / "quant_log.csv").write_text(HEADER + "".join(f"{row}\n" for row in rows))
     return read_losses(tmp_path / "quant_log.csv", [GATE, DOWN])
 
 
 def test_rows_come_in_the_order_of_the_modules(tmp_path: Path) -> None:
     down, gate = "1,mlp.down_proj,0.0001242781,512,0.05000,0.014", "1,mlp.gate_proj,0.0006914565,512,0.07000,0.014"
+    shared: dict[str, Any] = {"layer": 1, "tokens": 512, "rounded": False, "seconds": 0.014}
     assert read(tmp_path, down, gate) == [
-        ModuleLoss(module=GATE.module, loss=0.0006914565, samples=512, damp=0.07, rounded=False, seconds=0.014),
-        ModuleLoss(module=DOWN.module, loss=0.0001242781, samples=512, damp=0.05, rounded=False, seconds=0.014),
+        ModuleEvidence(module=GATE.module, kind=GATE.kind, loss=0.0006914565, damp=0.07, **shared),
+        ModuleEvidence(module=DOWN.module, kind=DOWN.kind, loss=0.0001242781, damp=0.05, **shared),
     ]
 
 

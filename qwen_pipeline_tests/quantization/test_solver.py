@@ -22,12 +22,12 @@ def test_a_hessian_does_not_depend_on_how_inputs_are_cut(block: int, monkeypatch
     for part in x.split(1):
         parts.add(part)
     exact = 2 / 28 * x.double().flatten(0, 1).T @ x.double().flatten(0, 1)
-    torch.testing.assert_close(whole.take(), exact.float())
-    torch.testing.assert_close(parts.take(), exact.float())
+    torch.testing.assert_close(whole.pop_mean(), exact.float())
+    torch.testing.assert_close(parts.pop_mean(), exact.float())
 
 
 def test_without_tokens_a_hessian_is_the_identity() -> None:
-    assert torch.equal(Hessian(3).take(), torch.eye(3))
+    assert torch.equal(Hessian(3).pop_mean(), torch.eye(3))
 
 
 def test_groups_of_zeros_and_groups_at_the_ends_of_the_grid_are_counted() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, parse_overrides
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import QuantSpec, parse_overrides
 
 
 @pytest.mark.parametrize(

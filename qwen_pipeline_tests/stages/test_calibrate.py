@@ -9,7 +9,8 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, EnvironmentFault
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration, is_prepared, load_calibration
-from qwen_pipeline.quantization.spec import CalibrationSpec, QuantSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
 from qwen_pipeline.stages.quantize import quantize

@@ -20,7 +20,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
-from qwen_pipeline.quantization.spec import CalibrationSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.text.records import encode_record, load_tokenizer
 from qwen_pipeline.text.sources import open_text

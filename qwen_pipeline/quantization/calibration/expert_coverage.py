@@ -62,7 +62,7 @@ def count_expert_tokens(
     masks = [mask.bool().flatten().to(context.device) for mask in mask_ST.split(size)]
     stream = LayerStream(checkpoint, batches, context)
     counts: dict[int, Tensor] = {}
-    for layer, module in enumerate(stream.coming()):
+    for layer, module in enumerate(stream.iter_layers()):
         chosen = _Chosen(module)
         stream.run(layer, module)
         if chosen.batches:

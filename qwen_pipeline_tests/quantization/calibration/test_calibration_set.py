@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, draw_calibration, shuffled
-from qwen_pipeline.quantization.spec import CalibrationSpec, Packing
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec, Packing
 from qwen_pipeline.text.records import load_records
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
