@@ -1,4 +1,4 @@
-"""The table of each module: counted from codes, kept as a file, summed up and compared."""
+"""Evidence per module: counted from codes, saved as a table, summarized, compared and plotted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,15 +33,15 @@ ROWS = [
 ]
 
 
-def test_odd_groups_are_counted_as_codes_say(chain: Chain) -> None:
-    """The oracle unpacks a nibble at a time; some groups were made odd."""
+def test_odd_groups_are_counted_from_the_codes(chain: Chain) -> None:
+    """The oracle unpacks a nibble at a time; some groups are made zero or saturated."""
     output = open_checkpoint(chain.quantized)
     linears = decoder_linears(open_checkpoint(chain.padded))
-    spoilt = f"{linears[1].module}.qweight"
-    words = output.load(spoilt)
+    changed = f"{linears[1].module}.qweight"
+    words = output.load(changed)
     words[:4, :3], words[4:8, 3:8] = -1, word_of(8, 4)
-    tensor = replace(output.tensors[spoilt], read=lambda start, stop: words[start:stop], stored=None)
-    output = output.replace(tensors={spoilt: tensor})
+    tensor = replace(output.tensors[changed], read=lambda start, stop: words[start:stop], stored=None)
+    output = output.replace(tensors={changed: tensor})
     losses = [
         ModuleEvidence(
             module=each.module, layer=each.layer, kind=each.kind, loss=1.0, tokens=1, damp=0.05, rounded=False
@@ -49,7 +49,7 @@ def test_odd_groups_are_counted_as_codes_say(chain: Chain) -> None:
         for each in linears[1:]
     ]
     found = gather_evidence(output, linears, losses)
-    assert [row.module for row in found] == [at.module for at in linears[1:]]
+    assert [row.module for row in found] == [each.module for each in linears[1:]]
     for row in found:
         qweight, qzeros = output.load(f"{row.module}.qweight"), output.load(f"{row.module}.qzeros")
         codes_IO = torch.stack([(qweight >> 4 * k) & 15 for k in range(8)], dim=1).flatten(0, 1)
@@ -65,7 +65,7 @@ def test_odd_groups_are_counted_as_codes_say(chain: Chain) -> None:
     assert found[0].zero_groups >= 5
 
 
-def test_quantizing_leaves_the_table_and_its_sums(chain: Chain) -> None:
+def test_quantizing_writes_the_table_and_its_summary(chain: Chain) -> None:
     from qwen_pipeline.checkpoint.manifest import open_manifest
 
     rows, manifest = load_evidence(chain.quantized), open_manifest(chain.quantized)
@@ -76,7 +76,7 @@ def test_quantizing_leaves_the_table_and_its_sums(chain: Chain) -> None:
     assert EVIDENCE in manifest.contents.files
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_a_written_table_is_read_back(tmp_path: Path) -> None:
     (tmp_path / EVIDENCE).parent.mkdir()
     write_evidence(ROWS, tmp_path / EVIDENCE)
     assert load_evidence(tmp_path) == ROWS
@@ -84,7 +84,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         load_evidence(tmp_path / "other")
 
 
-def test_sums() -> None:
+def test_the_summary_adds_up() -> None:
     found = summarize(ROWS)
     assert (found["modules"], found["fallbacks"], found["most_damp"]) == (3, 1, 0.05)
     assert (found["groups"], found["zero_groups"], found["saturated_groups"]) == (384, 6, 9)

@@ -1,4 +1,4 @@
-"""GPTQModel's table of losses, as it writes it and as it goes wrong."""
+"""The solver's log: order of the rows, optional columns, and losses that are not finite."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def test_rows_come_in_the_order_of_the_modules(tmp_path: Path) -> None:
     ]
 
 
-def test_an_engine_may_say_more(tmp_path: Path) -> None:
+def test_optional_columns_are_read(tmp_path: Path) -> None:
     (tmp_path / "quant_log.csv").write_text(
         "layer,module,loss,samples,damp,time,gpu_peak_bytes,host_peak_bytes,zero_groups,saturated_groups\n"
         "1,mlp.down_proj,0.25,512,0.05,0.5,0,1073741824,3,7\n"
@@ -48,7 +48,7 @@ def test_an_engine_may_say_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["999999999.0000000000", "rtn fallback", "fallback(rtn): 0.0012345"])
-def test_a_fallback_is_no_loss(tmp_path: Path, loss: str) -> None:
+def test_a_fallback_has_no_loss(tmp_path: Path, loss: str) -> None:
     (found,) = read(tmp_path, f"1,mlp.down_proj,{loss},0,1.00000,0.014")
     assert found.rounded
     assert found.loss is None
@@ -64,7 +64,7 @@ def test_a_module_without_a_row_is_left_out(tmp_path: Path) -> None:
     assert read(tmp_path, "0,mlp.down_proj,0.1,512,0.05000,0.014") == []
 
 
-def test_memory_is_read_where_the_engine_tells_it(tmp_path: Path) -> None:
+def test_memory_is_read_without_the_column_of_times(tmp_path: Path) -> None:
     (tmp_path / "quant_log.csv").write_text(
         "layer,module,loss,samples,damp,gpu_peak_bytes,host_peak_bytes\n1,mlp.down_proj,0.1,512,0.05,7,9\n"
     )

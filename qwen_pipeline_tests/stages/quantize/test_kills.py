@@ -1,10 +1,10 @@
 """SIGKILL while the layer loop quantizes: no incomplete checkpoint is visible, no process survives, digests are equal.
 
-The environment variable ``KILLS`` sets the number of kills. ``python -m qwen_pipeline_tests.stages.quantize.test_kills SOURCE
-TEXT``, run by the python of the quantizer's environment, does the same with any model on a CPU or a GPU, and writes a
-summary after each attempt. Its workers are forked instead of started, unless ``--spawn`` is given: they do not import
-the quantizer again, which takes most of the time with a small model, and are otherwise unchanged. Several such programs
-can run at the same time.
+The environment variable ``KILLS`` sets the number of kills.
+``python -m qwen_pipeline_tests.stages.quantize.test_kills SOURCE TEXT``, run by the python of the quantizer's
+environment, does the same with any model on a CPU or a GPU, and writes a summary after each attempt. Its workers are
+forked instead of started, unless ``--spawn`` is given: they do not import the quantizer again, which takes most of the
+time with a small model, and are otherwise unchanged. Several such programs can run at the same time.
 """
 
 import argparse
@@ -154,13 +154,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument(
-        "--minutes", type=float, default=inf, help="no kills after this time; the current run completes"
-    )
+    parser.add_argument("--minutes", type=float, default=inf, help="time after which no run is killed")
     parser.add_argument("--seed", type=int, default=20, help="seed of the kills")
-    parser.add_argument(
-        "--within", type=float, default=1.0, help="share of a run's events after which it is killed at the latest"
-    )
+    parser.add_argument("--within", type=float, default=1.0, help="latest kill, as a share of a run's events")
     parser.add_argument("--spawn", action="store_true", help="start workers instead of forking them")
     parser.add_argument("--device", choices=get_args(Device), default=default_device())
     parser.add_argument("--group-size", type=int, default=64)
@@ -168,7 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=64, help="tokens in each")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="parent of the temporary directory"
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="parent of a scratch directory"
     )
     parser.add_argument("--out", type=Path, default=Path("quantize-kills.json"), help="file of the summary")
     return parser.parse_args()
@@ -178,9 +174,7 @@ def main() -> None:
     options = arguments()
     until = time.monotonic() + 60 * options.minutes
     options.scratch.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
-        "1"  # looking for a GPU must not initialise CUDA, since children are forked
-    )
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not initialise CUDA before a fork
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.scratch / "compiled-kernels"))
     torch.set_num_threads(1)  # other threads would not survive a fork
     chosen = {name: getattr(options, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
