@@ -25,6 +25,7 @@ from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.calibrate import calibrate
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.validate import CHECKS
+from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, validate_chain
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_model
@@ -198,10 +199,11 @@ def test_a_measurement_that_dies_is_a_fault_of_the_machine_and_no_verdict(chain:
             for pid in Path("/proc/thread-self/children").read_text().split():
                 os.kill(int(pid), signal.SIGKILL)
 
-    with pytest.raises(EnvironmentFault, match=r"language:measure was killed by SIGKILL.*memory ran out"):
+    with pytest.raises(EnvironmentFault, match=r"worker:measure was killed by SIGKILL.*memory ran out"):
         validate_chain(chain, tmp_path / "out", observe=kill)
+    bare = WorkerEnvironment(name="gptqmodel", python=Path(sys.executable))
     with pytest.raises(EnvironmentFault, match=r"lacks gptqmodel"):
-        validate_chain(chain, tmp_path / "out", engine=Path(sys.executable))
+        validate_chain(chain, tmp_path / "out", engine=bare)
     assert not (tmp_path / "out").exists()
     assert not validate_chain(chain, tmp_path / "out").reused
 
