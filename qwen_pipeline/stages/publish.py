@@ -136,6 +136,7 @@ def _other_file(path: Path) -> CheckpointRefused:
 
 def _card(release: Path, checkpoint: Manifest, validation: Manifest, *, base_model: str, fine_tune: str) -> ModelCard:
     findings, config = validation.result["findings"], open_checkpoint(release).config
+    reports = load_reports(validation.result)
     return ModelCard(
         name=fine_tune,
         base_model=base_model,
@@ -143,7 +144,8 @@ def _card(release: Path, checkpoint: Manifest, validation: Manifest, *, base_mod
         padding=[Widened(**size) for size in validation.result["padding"]],
         split=findings["structure"]["padding"]["twins"] > 0,
         quality=quality_table(load_figures(findings["models"]), findings["nbytes"]),
-        verdict=verdict(load_reports(validation.result)),
+        verdict=verdict(reports),
+        skipped=[f"`{report.name}`: {report.detail}" for report in reports if report.skipped],
         steps=[*map(load_step, validation.result["lineage"]), step_of(checkpoint), step_of(validation)],
     )
 

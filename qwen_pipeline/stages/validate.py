@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 STAGE = "validated"
-CODE_VERSION = "10"
+CODE_VERSION = "11"
 ENGINE = "gptqmodel"
 """The library that Transformers loads GPTQ checkpoints with, whichever engine made them."""
 
