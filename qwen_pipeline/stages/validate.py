@@ -54,7 +54,7 @@ from qwen_pipeline.workers.parent import run_worker
 __all__ = ["CHECKS", "CODE_VERSION", "DEFAULT_PROMPTS", "STAGE", "Limits", "validate"]
 
 STAGE = "validated"
-CODE_VERSION = "10"
+CODE_VERSION = "11"
 INPUTS = {BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED_QUANTIZED: "unpadded"}
 """Role -> its name in the derivation."""
 ENGINE = "gptqmodel"
@@ -213,6 +213,7 @@ def validate(
             "findings": findings.to_json(),
             "lineage": lineage,
             "padding": widened(checkpoints[MERGED].config, checkpoints[QUANTIZED].config),
+            "candidate": derivation.inputs["candidate"],
             "text": derivation.inputs["text"],
         }
         losses = draw_losses(candidate, earlier, partial / LOSS_PLOT)
