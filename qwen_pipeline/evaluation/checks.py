@@ -284,10 +284,14 @@ def _report(
 
 
 def verdict(reports: Sequence[CheckReport]) -> str:
-    """Say in one line how the checks went."""
-    failed = [report.name for report in reports if report.blocks]
-    warned = [report.name for report in reports if not report.passed and not report.blocks]
-    words = (
-        f"failed: {', '.join(failed)}" if failed else f"passed: {len(reports) - len(warned)} of {len(reports)} checks"
+    """Return the outcomes in one line; a skipped check is named and never counted as passed."""
+    failed, warned, skipped = (
+        ", ".join(report.name for report in reports if report.outcome == outcome)
+        for outcome in ("failed", "warning", "skipped")
     )
-    return words + (f", with warnings: {', '.join(warned)}" if warned else "")
+    passed = sum(report.passed for report in reports)
+    return (
+        (f"failed: {failed}" if failed else f"passed: {passed} of {len(reports)} checks")
+        + (f", with warnings: {warned}" if warned else "")
+        + (f", skipped: {skipped}" if skipped else "")
+    )

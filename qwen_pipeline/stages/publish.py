@@ -24,7 +24,8 @@ CODE_VERSION = "1"
 README, PROVENANCE, VALIDATION = "README.md", "provenance.json", "validation"
 
 PASSED = CheckSpec(
-    name="validation_passed", description="A validation of exactly these bytes passed every blocking check."
+    name="validation_passed",
+    description="A validation of exactly these bytes passed every blocking check; only optional ones were skipped.",
 )
 INTACT = CheckSpec(name="release_intact", description="Every file of the release has the SHA-256 that was validated.")
 CHECKS = (PASSED, INTACT)
