@@ -169,6 +169,7 @@ def _write(
         "findings": findings.to_json(),
         "lineage": lineage,
         "padding": widened(models.checkpoints[MERGED].config, models.checkpoints[QUANTIZED].config),
+        "candidate": prepared.digests["candidate"],
         "text": prepared.digests["text"],
     }
     losses = draw_losses(candidate, prepared.evidence_before, root / LOSS_PLOT)

@@ -78,6 +78,18 @@ def test_a_good_model_passes_everything() -> None:
     assert verdict(judge(GOOD, Limits())) == "passed: 11 of 11 checks that ran; skipped: serves, benchmark_tasks"
 
 
+def test_a_verdict_names_what_was_skipped_and_does_not_count_it_as_passed() -> None:
+    kept = [check.report(passed=True, detail="") for check in CHECKS[:-3]]
+    left = [CHECKS[-3].report(passed=False, detail=""), *(check.skipped("") for check in CHECKS[-2:])]
+    assert verdict([*kept, *left]) == (
+        "passed: 10 of 13 checks, with warnings: sample_texts, skipped: serves, benchmark_tasks"
+    )
+    failed = CHECKS[0].report(passed=False, detail="")
+    assert verdict([failed, *kept[1:], *left]) == (
+        "failed: structure, with warnings: sample_texts, skipped: serves, benchmark_tasks"
+    )
+
+
 @pytest.mark.parametrize(
     ("limits", "name"),
     [
