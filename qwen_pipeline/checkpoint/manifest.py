@@ -97,7 +97,7 @@ class Derivation:
     code_version: str
 
     @property
-    def is_settled(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the digest of every input is known."""
         return UNREAD not in self.inputs.values()
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, cast
 
-from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest, is_finite
+from qwen_pipeline.checkpoint.digest import block_ranges, is_finite
+from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
