@@ -29,7 +29,7 @@ STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
     "begin writeback": [("checkpoint.shard_file", "begin_writeback")],
     "finish a shard": [("checkpoint.shard_file", "ShardFile._finish")],
     "all else in a job": [("checkpoint.writer", "_CheckpointWriter._write_block")],
-    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.begin")],
+    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.next_job")],
 }
 
 

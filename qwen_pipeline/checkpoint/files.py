@@ -1,18 +1,40 @@
-"""Atomic writes, syncs, locks, and copies that share blocks where the file system can."""
+"""JSON objects, atomic writes, syncs, locks, and copies that share blocks where the file system can."""
 
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
+
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 
 _FICLONE = 0x40049409
 _SYNC_FILE_RANGE_WRITE = 2
 """``linux/fs.h``"""
+
+
+def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointRefused: The file cannot be read, or is not a JSON object; or another class, if ``refused`` says so.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise refused(f"{path} is missing.", remedy="Pass a directory that has it, or fetch it again.") from error
+    except OSError as error:
+        raise refused(f"{path} cannot be read: {error}.", remedy="Make it readable, or fetch it again.") from error
+    except ValueError as error:
+        raise refused(f"{path} is not valid JSON: {error}.", remedy="Fetch or save the file again.") from error
+    if not isinstance(value, dict):
+        raise refused(f"{path} is not a JSON object.", remedy="Fetch or save the file again.")
+    return cast("dict[str, Any]", value)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

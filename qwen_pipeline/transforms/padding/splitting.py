@@ -63,7 +63,7 @@ class Choices(Mapping[str, str]):
             with self._lock:
                 making = self._making.setdefault(owner, SharedWork(_gains(self._checkpoint, name, at, self._size)))
             with hashing_paused():
-                self._made[owner] = self._choice(making.all_done(), is_stack=_is_stack(self._checkpoint, name))
+                self._made[owner] = self._choice(making.results(), is_stack=_is_stack(self._checkpoint, name))
             self._making.pop(owner, None)
         return self._made[owner]
 
