@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
 from qwen_pipeline.defs.metadata import (

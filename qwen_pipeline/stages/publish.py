@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_files, digest_shard
+from qwen_pipeline.checkpoint.digest import digest_file, digest_files, digest_shard, hash_checkpoint
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation, FileDigest, Manifest, open_manifest
@@ -124,7 +124,7 @@ def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> 
         observe(Progress(task=f"publish {manifest.derivation.stage}", done=done, total=total, unit="bytes"))
     if manifest.contents.tensors:
         copied = open_checkpoint(out)
-        tensors = contents_of(copied, out, observe=observe).tensors
+        tensors = hash_checkpoint(copied, out, observe=observe).tensors
         for name in tensors:
             if tensors[name] != manifest.contents.tensors.get(name):
                 raise _other_file(root / copied.shards[name])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, find_manifest
 from qwen_pipeline.checkpoint.store.derive import Built, derive
