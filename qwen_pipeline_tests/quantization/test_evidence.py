@@ -1,6 +1,6 @@
 """Evidence per module: counted from codes, saved as a table, summarized, compared and plotted."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from qwen_pipeline.quantization.evidence import (
     EVIDENCE,
     ModuleEvidence,
     compare_evidence,
+    evidence_frame,
     gather_evidence,
     load_evidence,
     summarize,
@@ -82,6 +83,21 @@ def test_a_written_table_is_read_back(tmp_path: Path) -> None:
     assert load_evidence(tmp_path) == ROWS
     with pytest.raises(InputRefused, match=r"no logs/evidence\.csv"):
         load_evidence(tmp_path / "other")
+
+
+def test_the_data_frame_has_typed_columns_and_missing_values(tmp_path: Path) -> None:
+    (tmp_path / EVIDENCE).parent.mkdir()
+    write_evidence(ROWS, tmp_path / EVIDENCE)
+    frame = evidence_frame(tmp_path)
+    assert frame.index.tolist() == [row.module for row in ROWS]
+    assert frame.index.name == "module"
+    assert frame.columns.tolist() == [field.name for field in fields(ModuleEvidence)][1:]
+    assert {str(frame[name].dtype) for name in ("loss", "damp", "seconds")} == {"float64"}
+    assert {str(frame[name].dtype) for name in ("gpu_peak_bytes", "groups", "zero_groups")} == {"Int64"}
+    assert frame["rounded"].tolist() == [False, True, False]
+    assert frame["loss"].isna().tolist() == [False, True, False]
+    assert frame["gpu_peak_bytes"].isna().all()
+    assert frame["groups"].sum() == 384
 
 
 def test_the_summary_adds_up() -> None:
