@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.measure import Stopwatch
 from qwen_pipeline.checkpoint.store.derive import WORK_DIR, Built, derive
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.progress import Observe, unobserved
@@ -49,7 +49,7 @@ CHECKS = checks.CHECKS
 def quantize(
     *,
     source: Path,
-    destination: Destination,
+    destination: Destination | Path,
     calibration: str | Path,
     spec: QuantSpec,
     engine: WorkerEnvironment,
@@ -104,7 +104,7 @@ def quantize(
                 started_worker(engine.python, target, packages=[engine.module], env=environment)
             )
 
-        early = start() if engine.python.exists() and not destination.may_hold(stage) else None
+        early = start() if engine.python.exists() and not as_destination(destination).may_hold(stage) else None
         laps.lap("check")
         tokens = prepared or draw_calibration(calibration, source, spec.calibration)
         laps.lap("tokens")

@@ -66,7 +66,7 @@ def validate(
     reference: Path,
     candidate: Path,
     text: Path,
-    destination: Destination,
+    destination: Destination | Path,
     engine: Path,
     base: Path | None = None,
     padded: Path | None = None,

@@ -28,7 +28,7 @@ from qwen_pipeline.checkpoint.manifest import (
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination, as_destination
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
 WORK_DIR = ".workshop"
@@ -54,7 +54,7 @@ class Built:
 
 def derive(
     derivation: Derivation,
-    destination: Destination,
+    destination: Destination | Path,
     build: Callable[[Path], Built],
     *,
     appearance: Mapping[str, str] | None = None,
@@ -66,7 +66,7 @@ def derive(
 
     Args:
         derivation: What is wanted. An input may be :data:`UNREAD`; the build then says what it was.
-        destination: Where it goes.
+        destination: Where it goes; a path names one directory.
         build: Makes it.
         appearance: Role -> what an input looks like from outside. Attempts are told apart by it, so that an interrupted
             one is continued whether or not the digest of the input has become known meanwhile.
@@ -76,6 +76,7 @@ def derive(
         DestinationLocked: Another process is building it.
         EnvironmentFault: The disk is full.
     """
+    destination = as_destination(destination)
     artifact = find(derivation, destination)
     if not artifact:
         attempt = replace(derivation, inputs={**derivation.inputs, **(appearance or {})})

@@ -58,7 +58,7 @@ class Rewrite:
         return {role: source.settle() for role, source in self.sources.items()}
 
     def write(
-        self, destination: Destination, *, task: str, hard_links: bool = False, observe: Observe = unobserved
+        self, destination: Destination | Path, *, task: str, hard_links: bool = False, observe: Observe = unobserved
     ) -> Artifact:
         """Do the work, unless its result is there."""
 
