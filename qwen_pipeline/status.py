@@ -35,7 +35,8 @@ class StageStatus:
     Attributes:
         state: ``missing``: the store has no output. ``damaged``: its manifest or report cannot be trusted; the
             directory has to be deleted. ``stale``: made from other inputs or settings than the present ones, or by
-            another code version. ``failed``: up to date, but a blocking check failed. ``done``: up to date and good.
+            another code version. ``failed``: up to date, but a blocking check failed or a required one was
+            skipped. ``done``: up to date and good.
         artifact: The output in the store, unless it is missing or damaged.
         fault: Why it is damaged.
     """
@@ -211,16 +212,17 @@ def _stage_status(
         artifact = CheckpointStore(settings.store_root).latest(stage.STAGE, name)
         if artifact is None:
             return StageStatus(state="missing")
-        made, reports = artifact.manifest.derivation, load_reports(artifact.manifest.result)
+        made = artifact.manifest.derivation
+        failed = any(report.blocks for report in load_reports(artifact.manifest.result))
         if made.code_version != stage.CODE_VERSION:
             return StageStatus(state="stale", artifact=artifact)
         if stage is validate:
-            reports = load_validation(artifact.path, artifact.manifest).checks
+            failed = bool(load_validation(artifact.path, artifact.manifest).obstacles)
     except CheckpointRefused as refusal:
         return StageStatus(state="damaged", fault=refusal.what)
     if not (inputs.items() <= made.inputs.items() and spec.items() <= {**_SPEC_DEFAULTS, **made.spec}.items()):
         return StageStatus(state="stale", artifact=artifact)
-    return StageStatus(state="failed" if any(report.blocks for report in reports) else "done", artifact=artifact)
+    return StageStatus(state="failed" if failed else "done", artifact=artifact)
 
 
 def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:

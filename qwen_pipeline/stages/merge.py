@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.digest import known_checkpoint
+from qwen_pipeline.checkpoint.digest_cache import DigestCache
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import StageInput, open_input
+from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
 from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
@@ -147,7 +147,7 @@ def _merge_adapters(base: KnownBase, source: StageInput, adapters: AdapterSet, p
     model = trained_on(adapters, padded) if merged.bridge else None
 
     def reports() -> list[CheckReport]:
-        is_padded_base = model is not None and model.live_digest == source.settle()
+        is_padded_base = model is not None and model.live_digest == source.final_digest()
         return [_adapter_use_report(adapters, merged), base_report(base, adapters, is_padded_base=is_padded_base)]
 
     return _Merge(
@@ -277,7 +277,7 @@ def _names_padding_source(adapter: Adapter, base: Path) -> bool:
     padded, named = padded_model(base), Path(adapter.base_name or "")
     if padded is None or not adapter.base_name or not (named / CONFIG).is_file():
         return False
-    live = known_checkpoint(named)
+    live = DigestCache().find(named)
     return live is not None and live.digest == padded.live_digest
 
 

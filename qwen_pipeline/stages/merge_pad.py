@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.memory_budget import ResourceNeeds, estimate_needs
 from qwen_pipeline.checkpoint.store.derive import Built, derive, find
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import StageInput, open_input
+from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
@@ -128,22 +128,22 @@ class _UnstoredMerge:
 
     def __init__(self, merging: Rewrite, destination: Destination, recipe: Mapping[str, str]) -> None:
         self._merging, self._destination, self._recipe = merging, destination, recipe
-        self._reader = HashingReader("merged", merging.output, looks=False)
+        self._reader = HashingReader("merged", merging.output, check_finite=False)
         self.source = StageInput(
             checkpoint=self._reader.checkpoint,
             digest=UNREAD,
-            appearance=merging.attempt.key,
+            fingerprint=merging.fingerprint,
             readers=(self._reader, *merging.readers),
-            settle=lambda: self.recipe().manifest.content_digest,
+            final_digest=lambda: self.recipe().manifest.content_digest,
         )
 
     def recipe(self) -> Artifact:
         """Return the finished directory without weights; if it is new, the readers must have read every tensor."""
-        derivation = replace(self._merging.derivation, inputs={**self._merging.settle(), **self._merging.others})
+        derivation = replace(self._merging.derivation, inputs={**self._merging.final_digests(), **self._merging.others})
         return derive(derivation, self._destination, self._write)
 
     def _write(self, partial: Path) -> Built:
         files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
-        tensors = {name: seen.digest for name, seen in self._reader.seen.items()}
+        tensors = {name: tensor.digest for name, tensor in self._reader.results.items()}
         contents = Contents(tensors=tensors, files=files)
         return Built(contents=contents, result=self._merging.result(), recipe=self._recipe)

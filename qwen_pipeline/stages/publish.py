@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_files, digest_shard
+from qwen_pipeline.checkpoint.digest import digest_file, digest_files, digest_shard, hash_checkpoint
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation, FileDigest, Manifest, open_manifest
@@ -42,8 +42,7 @@ def publish(
 ) -> Artifact:
     """Make a release of a quantized checkpoint: its files, a model card, the validation report, and the provenance.
 
-    A check that was skipped proves nothing, and the card names it; only checks that configuration may leave out can be
-    skipped.
+    A check that was skipped proves nothing: the card names it, and it must be one that configuration may leave out.
 
     Args:
         quantized: The finished quantized checkpoint.
@@ -54,7 +53,7 @@ def publish(
         observe: Called with the bytes copied.
 
     Raises:
-        CheckFailed: The validation is of other bytes, or a blocking check failed.
+        CheckFailed: The validation is of other bytes, a blocking check failed, or a required check was skipped.
         CheckpointRefused: The validation is damaged, or a file is not the one that was validated.
     """
     checkpoint, validation = open_manifest(quantized), open_manifest(validated)
@@ -101,9 +100,9 @@ def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path)
         raise CheckFailed(
             f"{validated} is a validation of {report.candidate}, not of {checkpoint.content_digest}.", remedy=remedy
         )
-    if failed := [f"{check.name}: {check.detail}" for check in report.checks if check.blocks]:
+    if obstacles := report.obstacles:
         raise CheckFailed(
-            f"Validation failed, so {checkpoint.content_digest} is not published: {listed(failed)}",
+            f"Validation failed, so {checkpoint.content_digest} is not published: {listed(obstacles)}",
             remedy=f"Read {validated / REPORT}, correct the cause and run the stages again.",
         )
     return report
@@ -127,7 +126,7 @@ def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> 
         observe(Progress(task=f"publish {manifest.derivation.stage}", done=done, total=total, unit="bytes"))
     if manifest.contents.tensors:
         copied = open_checkpoint(out)
-        tensors = contents_of(copied, out, observe=observe).tensors
+        tensors = hash_checkpoint(copied, out, observe=observe).tensors
         for name in tensors:
             if tensors[name] != manifest.contents.tensors.get(name):
                 raise _other_file(root / copied.shards[name])
@@ -153,6 +152,7 @@ def _card(
         split=report.findings.structure.padding.twins > 0,
         quality=quality_table(report.findings.models, report.findings.nbytes),
         verdict=verdict(report.checks),
+        skipped=[f"`{check.name}`: {check.detail}" for check in report.checks if check.skipped],
         steps=[*report.lineage, *steps],
     )
 
