@@ -37,7 +37,7 @@ def calibrate(
     *,
     source: Path,
     text: str | Path,
-    destination: Destination,
+    destination: Destination | Path,
     spec: CalibrationSpec,
     all_experts: bool = False,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,

@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.measure import Stopwatch
 from qwen_pipeline.checkpoint.store.derive import WORK_DIR, Built, derive
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization import checks
@@ -57,7 +57,7 @@ CHECKS = checks.CHECKS
 def quantize(
     *,
     source: Path,
-    destination: Destination,
+    destination: Destination | Path,
     calibration: str | Path,
     spec: QuantSpec,
     engine: WorkerEnvironment,
@@ -98,7 +98,7 @@ def quantize(
         def start() -> Worker:
             return workers.enter_context(_worker(spec, engine))
 
-        early = start() if engine.python.exists() and not destination.may_hold(stage) else None
+        early = start() if engine.python.exists() and not as_destination(destination).may_hold(stage) else None
         laps.lap("check")
         tokens = prepared or draw_calibration(calibration, source, spec.calibration)
         laps.lap("tokens")

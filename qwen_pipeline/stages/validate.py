@@ -70,7 +70,7 @@ def validate(
     inputs: ValidationInputs,
     *,
     plan: ValidationPlan = DEFAULT_PLAN,
-    destination: Destination,
+    destination: Destination | Path,
     engine: WorkerEnvironment,
     observe: Observe = unobserved,
 ) -> Artifact:
