@@ -22,7 +22,7 @@ TENSORS = st.dictionaries(st.text("abz.é", min_size=1, max_size=6), st.tuples(D
 
 
 def computed(tensor: torch.Tensor) -> LazyTensor:
-    """A tensor whose rows are made as they are asked for, in fresh memory."""
+    """Return a tensor whose rows are computed on request, in new memory."""
     spec = spec_of(tensor)
     return LazyTensor(spec=spec, read=lambda start, stop: (tensor[start:stop] if tensor.dim() else tensor).clone())
 
