@@ -54,7 +54,7 @@ class QuantizedInputRefused(InputRefused):
 
 
 class DestinationRefused(InputRefused):
-    """The output directory already holds other files."""
+    """The output directory already has other contents."""
 
 
 class EnvironmentFault(PipelineError):

@@ -66,7 +66,7 @@ class CheckReport:
 
     @property
     def blocks(self) -> bool:
-        """Whether it failed with severity ERROR, which stops everything downstream."""
+        """True if it failed with severity ERROR, which stops everything downstream."""
         return not self.passed and not self.skipped and self.severity == "ERROR"
 
     @property

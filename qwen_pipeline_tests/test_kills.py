@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the next run ends with the undisturbed digest, and nobody ever sees half a checkpoint."""
+"""After SIGKILL at any moment, the next run gives the same digest, and no reader ever sees an incomplete checkpoint."""
 
 import os
 import random
@@ -30,7 +30,7 @@ CALLS = ("pwrite", "pwritev", "fsync", "rename", "replace")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Something that fills directories below the one it is given."""
+    """Work that writes directories below a given one."""
 
     name: str
     do: Callable[[Path], object]
@@ -62,7 +62,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def require_complete(out: Path) -> None:
-    """Look at the directory as a reader would: whatever has its final name is whole."""
+    """Check that every directory with its final name is complete, as a reader would see it."""
     for root in (out / "merged", out / "padded"):
         if root.exists():
             manifest = open_manifest(root)
@@ -70,7 +70,7 @@ def require_complete(out: Path) -> None:
 
 
 def killed(work: Work, out: Path, moment: random.Random, *, calls: int, seconds: float) -> int:
-    """Do the work in a forked process that dies at its n-th write or after some time; return its exit code."""
+    """Do the work in a forked process that is killed at its n-th write or after some time; return its exit code."""
     at_call = moment.randrange(1, calls) if moment.random() < 0.5 else None
     if (child := os.fork()) == 0:
         if at_call:
@@ -90,7 +90,7 @@ def killed(work: Work, out: Path, moment: random.Random, *, calls: int, seconds:
 
 
 def die_at(number: int) -> None:
-    """Have this process kill itself before its n-th call that changes the disk."""
+    """Make this process kill itself before its n-th call that changes the disk."""
     left = iter(range(1, number))
 
     def dying(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def die_at(number: int) -> None:
 
 
 def calls_of(work: Work, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, float]:
-    """Do the work undisturbed; return how often it changed the disk, and the seconds it took."""
+    """Do the work without a kill; return its number of calls that change the disk, and its seconds."""
     count = 0
 
     def counting(call: Callable[..., Any]) -> Callable[..., Any]:

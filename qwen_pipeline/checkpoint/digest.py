@@ -1,4 +1,4 @@
-"""How tensors, files and shards are hashed: block by block, over a few threads."""
+"""Hashing of tensors, files and shards: block by block, on a few threads."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping

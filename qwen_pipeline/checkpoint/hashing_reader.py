@@ -23,7 +23,7 @@ class HashingReader:
         check_finite: Whether to look for NaN and infinities too.
 
     Attributes:
-        checkpoint: The same checkpoint; to be read in place of ``source``.
+        checkpoint: The same checkpoint, to be read in place of ``source``.
     """
 
     def __init__(self, name: str, source: Checkpoint, *, check_finite: bool = True) -> None:
@@ -58,7 +58,7 @@ class HashingReader:
         """Complete the results: take those of unchanged tensors from the output, and read what was not read yet.
 
         Args:
-            output: What was made of the checkpoint.
+            output: The checkpoint that was computed from this one.
             written: The hash result of every tensor of the output.
             task: Name of the progress.
             observe: Called with the progress.

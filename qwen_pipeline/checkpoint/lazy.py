@@ -214,9 +214,9 @@ def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
         raise CheckpointRefused(f"{index_path} has no weight_map.", remedy="Save the checkpoint again.")
     owners = {str(name): str(file) for name, file in cast("dict[Any, Any]", weight_map).items()}
     shards = [open_safetensors(_shard_path(root, file)) for file in sorted(set(owners.values()))]
-    held = {name: shard.path.name for shard in shards for name in shard.specs}
-    if wrong := sorted(name for name in owners.keys() | held.keys() if owners.get(name) != held.get(name)):
-        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {held.get(n)}" for n in wrong[:5])
+    found = {name: shard.path.name for shard in shards for name in shard.specs}
+    if wrong := sorted(name for name in owners.keys() | found.keys() if owners.get(name) != found.get(name)):
+        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {found.get(n)}" for n in wrong[:5])
         raise CheckpointRefused(
             f"{INDEX} of {root} does not agree with its shards for {len(wrong)} tensors: {shown}.",
             remedy="The upload or download is incomplete, or mixes the files of two saves: fetch it again.",

@@ -99,7 +99,7 @@ class Derivation:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the digest of every input is known, so that the key is final."""
+        """True if the digest of every input is known, so that the key is final."""
         return UNREAD not in self.inputs.values()
 
     @cached_property

@@ -14,7 +14,7 @@ FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
 
 @pytest.fixture
 def clones(sharded: Path, tmp_path: Path) -> bool:
-    """Whether this disk supports copy-on-write clones, so that hard links are not needed."""
+    """Return whether this disk supports copy-on-write clones, so that hard links are not needed."""
     return clone_file(sharded / FIRST, tmp_path / "probe")
 
 
