@@ -92,7 +92,7 @@ def checkpoint_digest(root: Path, *, checkpoint: Checkpoint | None = None, obser
     if known := cache.find(root, checkpoint):
         return known.digest
     checkpoint = open_checkpoint(root) if checkpoint is None else checkpoint
-    tensors = hash_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    tensors = hash_tensors(checkpoint.tensors, task=f"digest {root.name}", observe=observe)
     return cache.add(root, checkpoint, tensors).digest
 
 

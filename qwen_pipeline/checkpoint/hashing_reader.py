@@ -67,8 +67,9 @@ class HashingReader:
         self._results |= {
             name: written[name] for name, tensor in output.tensors.items() if self._is_unchanged(name, tensor)
         }
-        if missing := [name for name in self._source if name not in self._results]:
-            self._results |= hash_tensors(self._source, missing, task=task, observe=observe)
+        missing = {name: tensor for name, tensor in self._source.tensors.items() if name not in self._results}
+        if missing:
+            self._results |= hash_tensors(missing, task=task, observe=observe)
 
     def _is_unchanged(self, name: str, tensor: LazyTensor) -> bool:
         own = self.checkpoint.tensors.get(name)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
@@ -97,7 +97,7 @@ class CalibrationSet:
 def digests(tensors: Mapping[str, "Tensor"]) -> dict[str, TensorDigest]:
     """Return what identifies each tensor."""
     held = {name: _held(tensor) for name, tensor in tensors.items()}
-    read = hash_tensors(Checkpoint(config={}, tensors=held, shards={}), held, task="digest calibration")
+    read = hash_tensors(held, task="digest calibration")
     return {name: seen.digest for name, seen in read.items()}
 
 
