@@ -14,6 +14,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.config import diff_configs, flat_config
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.formats import CodeFormat, code_format
@@ -211,8 +212,7 @@ def _silent_report(proof: "RepairFindings") -> CheckReport:
 
 def _config_report(before: Mapping[str, Any], after: Mapping[str, Any], plan: PadPlan) -> CheckReport:
     wanted = {place: size.padded for size in plan.sizes for place in size.places}
-    was, became = _leaves(before), _leaves(after)
-    moved = {path for path in was.keys() | became.keys() if was.get(path) != became.get(path)}
+    became, moved = flat_config(after), diff_configs(before, after).keys()
     return CheckReport(
         name=CONFIG_FOLLOWS.name,
         passed=moved <= wanted.keys() and all(became[place] == width for place, width in wanted.items()),
@@ -233,11 +233,3 @@ def _order_report(proof: "RepairFindings", ranks: int) -> CheckReport:
         if proof.reordered
         else "Groups are consecutive inputs, as every engine expects.",
     )
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the config flat: path, such as ``text_config.intermediate_size`` -> value."""
-    flat: dict[str, Any] = {}
-    for field, value in config.items():
-        flat |= _leaves(value, f"{prefix}{field}.") if isinstance(value, dict) else {prefix + field: value}
-    return flat
