@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.tree_hash import LEAF_BYTES
 from qwen_pipeline.errors import EnvironmentFault
 
 BLOCKS_PER_THREAD = 6
-"""The source's rows, the update and the sum in float32 (two blocks each), the result, and the padded result."""
+"""The source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
 LEAVES_PER_THREAD = 8
 """Partial leaves of tree hashes: two for each of the hashes of what is read, merged and padded, and two spare."""
 FILES_PER_THREAD = 2

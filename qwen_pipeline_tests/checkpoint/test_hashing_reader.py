@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint import digest
 from qwen_pipeline.checkpoint.digest import HashedTensor, hash_tensors
 from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
@@ -19,6 +18,7 @@ from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline_tests.blocks import block_bytes
 from qwen_pipeline_tests.checkpoint.copies import tree_digest
 
 NOTHING = Checkpoint(config={}, tensors={}, shards={})
@@ -99,15 +99,13 @@ def test_without_a_check_for_finite_values_the_result_is_unknown(base: Path, tmp
     assert reader.results["changed.weight"].finite is None
 
 
-@pytest.mark.parametrize("block_bytes", [2**20, 3 * 2**20, 2**23])
-def test_the_digest_does_not_depend_on_the_size_of_blocks(
-    base: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("size", [2**20, 3 * 2**20, 2**23])
+def test_the_digest_does_not_depend_on_the_size_of_blocks(base: Path, size: int) -> None:
     source = open_checkpoint(base)
     expected = hash_tensors(source.tensors, task="")
-    monkeypatch.setattr(digest, "BLOCK_BYTES", block_bytes)
     reader = HashingReader("base", source)
-    hash_tensors({"changed.weight": doubled(reader.checkpoint).tensors["changed.weight"]}, task="")
+    with block_bytes(size):
+        hash_tensors({"changed.weight": doubled(reader.checkpoint).tensors["changed.weight"]}, task="")
     assert reader.result("changed.weight") == expected["changed.weight"]
     assert reader.result("replaced.weight") is None
 

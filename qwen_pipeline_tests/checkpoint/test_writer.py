@@ -10,21 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_pipeline.checkpoint import digest, writer
+from qwen_pipeline.checkpoint import writer
+from qwen_pipeline.checkpoint.digest import hash_checkpoint
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import EnvironmentFault
+from qwen_pipeline_tests.blocks import block_bytes
 from qwen_pipeline_tests.checkpoint.copies import copy, flip_bit
 
 
-def test_a_copy_has_the_same_tensors_files_and_digest(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(digest, "BLOCK_BYTES", 64)
+def test_a_copy_has_the_same_tensors_files_and_digest(sharded: Path, tmp_path: Path) -> None:
     source = open_checkpoint(sharded)
 
-    made = copy(sharded, tmp_path / "out")
+    with block_bytes(64):
+        made = copy(sharded, tmp_path / "out")
 
     for shard in set(source.shards.values()):
         expected, found = load_file(sharded / shard), load_file(made.path / shard)
@@ -33,7 +33,7 @@ def test_a_copy_has_the_same_tensors_files_and_digest(
     assert (made.path / "config.json").read_bytes() == (sharded / "config.json").read_bytes()
     assert not (made.path / "README.md").exists()
     assert source.left_behind == ("README.md",)
-    assert made.manifest.content_digest == digest.hash_checkpoint(source, sharded).digest
+    assert made.manifest.content_digest == hash_checkpoint(source, sharded).digest
     assert require_intact(made.path) == made.manifest
 
 
@@ -72,7 +72,7 @@ def test_the_digest_does_not_depend_on_the_shard_layout(sharded: Path, tmp_path:
     (tmp_path / "one").mkdir()
 
     written = writer.write_checkpoint(single, tmp_path / "one", task="")
-    assert written.digest == digest.hash_checkpoint(source, sharded).digest
+    assert written.digest == hash_checkpoint(source, sharded).digest
     assert open_checkpoint(tmp_path / "one").keys() == source.keys()
 
 
