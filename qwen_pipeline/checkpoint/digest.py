@@ -34,11 +34,6 @@ class HashedTensor:
 HashedTensors = Mapping[str, HashedTensor]
 
 
-def hashed_tensors(digests: Mapping[str, TensorDigest]) -> dict[str, HashedTensor]:
-    """Return hash results for tensors of which only the digests are known."""
-    return {name: HashedTensor(digest=digest) for name, digest in digests.items()}
-
-
 class TensorHasher:
     """Hashes a tensor from its blocks, which any thread may add in any order.
 

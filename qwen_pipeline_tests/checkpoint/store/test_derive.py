@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import derive as module
@@ -127,19 +126,6 @@ def test_a_truncated_or_missing_file_is_found_without_reading_bytes(sharded: Pat
 
     with pytest.raises(CheckpointRefused, match=r"model-00001-of-00002\.safetensors is missing or has another size"):
         copy(sharded, tmp_path / "out")
-
-
-def test_digests_of_foreign_directories_are_cached_until_a_file_changes(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = checkpoint_digest(sharded)
-    assert first == copy(sharded, tmp_path / "out").manifest.content_digest
-    assert checkpoint_digest(sharded) == first
-    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 1
-
-    (sharded / "config.json").write_text('{"model_type": "qwen3"}')
-    assert checkpoint_digest(sharded) != first
 
 
 def test_the_key_depends_on_every_field() -> None:
