@@ -19,7 +19,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def key_of(*files: Path) -> str:
-    stats = [[str(file.resolve()), file.stat()] for file in sorted(files)]
+    stats = [(str(file.resolve()), file.stat()) for file in sorted(files)]
     values = [[path, stat.st_size, stat.st_ino, stat.st_mtime_ns] for path, stat in stats]
     return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
 
