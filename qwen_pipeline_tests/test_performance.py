@@ -1,4 +1,4 @@
-"""The projected table is what the formula gives."""
+"""The projected table of the performance page is computed by its formula."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def test_the_projected_table_is_what_the_formula_gives() -> None:
 
 
 def test_sizes_are_those_of_the_models_that_transformers_builds() -> None:
-    """Without memory for weights; every layer has the same size, so two say how large all are."""
+    """Models are built without memory for weights. All layers have the same size, so that two of them suffice."""
     common: dict[str, Any] = {"tie_word_embeddings": False, "num_attention_heads": 64}
     dense: dict[str, Any] = {
         "hidden_size": 8192,

@@ -16,6 +16,7 @@ from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor, open
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import EnvironmentFault
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.blocks import block_bytes
 from qwen_pipeline_tests.checkpoint.copies import copy, flip_bit
 
@@ -150,8 +151,8 @@ def test_a_disk_that_fills_up_is_named_and_finished_tensors_are_kept(
 
 def test_memory_is_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
     """Writing a tensor of half a GiB adds less than 60 MB of resident memory."""
-    script = "qwen_pipeline_tests.checkpoint.write_large"
-    run = subprocess.run([sys.executable, "-m", script, str(tmp_path)], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "qwen_pipeline_tests.checkpoint.write_large", str(tmp_path)]
+    run = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert int(run.stdout) < 60e6
 
 
