@@ -42,6 +42,7 @@ def inspect(
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.errors import InputRefused
     from qwen_pipeline.models.open import open_fine_tune, paddings_of
+    from qwen_pipeline.qwen.config import diff_configs
     from qwen_pipeline.stages.merge import KnownBase, base_report
     from qwen_pipeline.transforms.lora.fine_tune import adopt
     from qwen_pipeline.transforms.lora.merge import merge_lora
@@ -62,7 +63,7 @@ def inspect(
             parent = open_checkpoint(base)
             merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
             data["trained"] = merged.bridge.trained if merged.bridge else None
-            data["config"] = _changes(parent.config, merged.checkpoint.config)
+            data["config"] = diff_configs(parent.config, merged.checkpoint.config)
             data["lands"] = {name: _landing(recipe) for name, recipe in merged.plan.recipes.items() if recipe.uses}
             view += [_landing_table(data["lands"]), *_remarks(data)]
     except InputRefused as refusal:
@@ -79,17 +80,6 @@ def _declared(root: Path) -> dict[str, Any]:
         return {"declared": {name: settings.get(name) for name in ("peft_type", "base_model_name_or_path", "revision")}}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config that a merge sets, by their paths."""
-    changed: dict[str, Any] = {}
-    for field, value in after.items():
-        if isinstance(value, Mapping):
-            changed |= {f"{field}.{path}": new for path, new in _changes(before.get(field, {}), value).items()}
-        elif field not in before or before[field] != value:
-            changed[field] = value
-    return changed
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:

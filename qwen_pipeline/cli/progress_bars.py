@@ -33,7 +33,7 @@ def progress_bars() -> Generator[Observe, None, None]:
 
 def _drawing(bars: Progress) -> Observe:
     tasks = {}
-    pace = progress.Pace()
+    rates = progress.TransferRate()
 
     def observe(event: progress.Progress) -> None:
         if event.task not in tasks:
@@ -42,8 +42,8 @@ def _drawing(bars: Progress) -> Observe:
             tasks[event.task],
             completed=event.done,
             total=event.total,
-            figures=progress.figures(event),
-            remark=event.remark or pace.of(event),
+            figures=progress.format_amount(event),
+            remark=event.remark or rates.describe(event),
         )
 
     return observe

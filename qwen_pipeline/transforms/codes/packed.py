@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.errors import EngineFault
+from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 
@@ -26,7 +26,7 @@ def quantized_checkpoint(
     A stack of experts is kept whole if one of them has no codes.
 
     Raises:
-        EngineFault: The codes have another dtype or shape than the source's weight gives.
+        WorkerFailed: The codes have another dtype or shape than the source's weight gives.
     """
     form = gptq_format({"quantization_config": quantization_config})
     unsolved = {linear.tensor for linear in linears if f"{linear.module}.qweight" not in packed}
@@ -58,7 +58,7 @@ def _code(packed: Checkpoint, name: str, spec: TensorSpec) -> LazyTensor:
     found = packed.get(name)
     if found != spec:
         shown = f"{found.dtype} {list(found.shape)}" if found else "missing"
-        raise EngineFault(
+        raise WorkerFailed(
             f"The engine's {name} is {shown}, expected {spec.dtype} {list(spec.shape)}.",
             remedy="Report this as a defect: the engine writes another format than this pipeline knows.",
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.errors import EngineFault
+from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES, gptq_format
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
@@ -75,7 +75,7 @@ def test_a_module_without_codes_keeps_its_weight(source: Checkpoint) -> None:
 def test_codes_of_another_shape_are_named(source: Checkpoint) -> None:
     packed = codes(decoder_linears(source), 4)
     name = "model.layers.1.mlp.up_proj.scales"
-    with pytest.raises(EngineFault, match=r"up_proj\.scales is F16 \[1, 96\], expected F16 \[2, 96\]"):
+    with pytest.raises(WorkerFailed, match=r"up_proj\.scales is F16 \[1, 96\], expected F16 \[2, 96\]"):
         quantized(source, packed | {name: packed[name][:1]})
-    with pytest.raises(EngineFault, match=r"up_proj\.scales is missing"):
+    with pytest.raises(WorkerFailed, match=r"up_proj\.scales is missing"):
         quantized(source, {key: tensor for key, tensor in packed.items() if key != name})
