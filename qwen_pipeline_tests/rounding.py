@@ -57,9 +57,9 @@ def dequantized(source: Checkpoint, codes: Checkpoint, linears: Sequence[Linear]
     tensors |= {linear.tensor: tensors[linear.tensor].float() for linear in linears}
     for linear in linears:
         weight_OI = form.load(codes, linear.module).weight_rows(0, linear.out_features)
-        if slab := linear.slab:
-            expert = tensors[linear.tensor][slab.expert]
-            (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features] = weight_OI
+        if part := linear.expert_slice:
+            expert = tensors[linear.tensor][part.expert]
+            (expert.T if part.transposed else expert)[part.start : part.start + linear.out_features] = weight_OI
         else:
             tensors[linear.tensor] = weight_OI.contiguous()
     return tensors
