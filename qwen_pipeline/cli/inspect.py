@@ -63,7 +63,8 @@ def inspect(
             merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
             data["trained"] = merged.bridge.trained if merged.bridge else None
             data["config"] = _changes(parent.config, merged.checkpoint.config)
-            data["lands"] = {name: _landing(recipe) for name, recipe in merged.plan.recipes.items() if recipe.uses}
+            changes = merged.plan.merges.items()
+            data["lands"] = {name: _landing(change) for name, change in changes if change.adapter_tensors}
             view += [_landing_table(data["lands"]), *_remarks(data)]
     except InputRefused as refusal:
         return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
@@ -120,18 +121,18 @@ def _described(adapters: "AdapterSet") -> list[dict[str, Any]]:
     ]
 
 
-def _landing(recipe: "TensorMerge") -> dict[str, Any]:
+def _landing(change: "TensorMerge") -> dict[str, Any]:
     """Say what becomes of one tensor of the base, and of which tensors of the adapters."""
     happens = {
-        "replaced": recipe.is_replaced,
-        "updated": bool(recipe.terms),
-        "renormed": recipe.norms is not None,
-        "rows replaced": recipe.tokens is not None,
+        "replaced": change.is_replaced,
+        "updated": bool(change.terms),
+        "renormed": change.norms is not None,
+        "rows replaced": change.token_rows is not None,
     }
     return {
         "what": [what for what, it_is in happens.items() if it_is] or ["kept"],
-        "scalings": sorted({term.scaling for term in recipe.terms}),
-        "from": [name for _, name in recipe.uses],
+        "scalings": sorted({term.scaling for term in change.terms}),
+        "from": [name for _, name in change.adapter_tensors],
     }
 
 
