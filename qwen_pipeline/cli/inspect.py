@@ -63,7 +63,8 @@ def inspect(
             merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
             data["trained"] = merged.bridge.trained if merged.bridge else None
             data["config"] = diff_configs(parent.config, merged.checkpoint.config)
-            data["lands"] = {name: _merge_data(merge) for name, merge in merged.plan.recipes.items() if merge.uses}
+            merges = merged.plan.merges.items()
+            data["lands"] = {name: _merge_data(merge) for name, merge in merges if merge.adapter_tensors}
             view += [_merge_table(data["lands"]), *_remarks(data)]
     except InputRefused as refusal:
         return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
@@ -116,12 +117,12 @@ def _merge_data(merge: "TensorMerge") -> dict[str, Any]:
         "replaced": merge.is_replaced,
         "updated": bool(merge.terms),
         "renormed": merge.norms is not None,
-        "rows replaced": merge.tokens is not None,
+        "rows replaced": merge.token_rows is not None,
     }
     return {
         "what": [change for change, applies in changes.items() if applies] or ["kept"],
         "scalings": sorted({term.scaling for term in merge.terms}),
-        "from": [name for _, name in merge.uses],
+        "from": [name for _, name in merge.adapter_tensors],
     }
 
 

@@ -36,7 +36,7 @@ def run(
     if store_merged is not None:
         settings = settings.model_copy(update={"store": settings.store.model_copy(update={"merged": store_merged})})
     is_path = "/" in fine_tune or fine_tune in (".", "..")
-    arrival = Inbox(settings.inbox).admit(Path(fine_tune)) if is_path else Inbox(settings.inbox).require(fine_tune)
+    arrival = Inbox(settings.inbox).link(Path(fine_tune)) if is_path else Inbox(settings.inbox).require(fine_tune)
     with progress_bars() as observe:
         outcome = run_fine_tune(settings, arrival.name, watch=observe)
     return _outcome(outcome)
