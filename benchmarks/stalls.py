@@ -28,8 +28,8 @@ STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
     "write": [("checkpoint.shard_file", "ShardFile._write")],
     "begin writeback": [("checkpoint.shard_file", "begin_writeback")],
     "finish a shard": [("checkpoint.shard_file", "ShardFile._finish")],
-    "all else in a job": [("checkpoint.writer", "_Writing._pass_on")],
-    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.begin")],
+    "all else in a job": [("checkpoint.writer", "_CheckpointWriter._write_block")],
+    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.next_job")],
 }
 
 

@@ -42,7 +42,7 @@ class Meter:
         with self._lock:
             self._done += count
 
-    def tell(self) -> None:
+    def report(self) -> None:
         self._observe(Progress(task=self._task, done=self._done, total=self._total, unit="bytes"))
 
 

@@ -1,10 +1,13 @@
 """What a stage checked about its own output, in one form for manifests, Dagster and people."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from qwen_pipeline.errors import listed
+from pydantic import TypeAdapter, ValidationError
+
+from qwen_pipeline.errors import CheckpointRefused, listed
 
 Severity = Literal["ERROR", "WARN"]
 Outcome = Literal["passed", "failed", "warning", "skipped"]
@@ -107,6 +110,22 @@ def dump_reports(reports: Sequence[CheckReport]) -> list[dict[str, Any]]:
     return [asdict(report) for report in reports]
 
 
-def load_reports(result: Mapping[str, Any]) -> list[CheckReport]:
-    """Return the reports of a manifest's ``result``."""
-    return [CheckReport(**report) for report in result.get("checks", ())]
+_REPORTS = TypeAdapter(list[CheckReport])
+
+
+def load_reports(result: Mapping[str, Any], *, source: str = "A manifest") -> list[CheckReport]:
+    """Return the reports of a manifest's ``result``; ``source`` is its name in an error message.
+
+    Raises:
+        CheckpointRefused: A report lacks a field, has one too many, or has a value of another type.
+    """
+    checks = result.get("checks", [])
+    try:
+        _REPORTS.validate_json(json.dumps(checks), strict=True)
+        return [CheckReport(**check) for check in checks]
+    except (TypeError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        raise CheckpointRefused(
+            f"{source} has damaged check reports: {'.'.join(map(str, ('checks', *first['loc'])))}: {first['msg']}.",
+            remedy="Delete the directory and run its stage again; the result is the same.",
+        ) from error

@@ -1,6 +1,7 @@
 """Where each fine-tune and import stands: what the store holds, whether it still follows from its inputs, the verdicts.
 
-This reads manifests only. It is what ``qwen-pipeline status`` shows and what the nightly schedule decides by.
+This reads manifests and validation reports only. It is what ``qwen-pipeline status`` shows and what the nightly
+schedule decides by.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStor
 from qwen_pipeline.config import Settings
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.regression import compare, load_verdict
+from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.models.inbox import Arrival, Inbox
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.reports import CheckReport, load_reports
@@ -168,16 +170,18 @@ def _stage_status(
 ) -> StageStatus:
     try:
         artifact = CheckpointStore(settings.store_root).latest(stage.STAGE, name)
+        if artifact is None:
+            return StageStatus(state="missing")
+        made, reports = artifact.manifest.derivation, load_reports(artifact.manifest.result)
+        if made.code_version != stage.CODE_VERSION:
+            return StageStatus(state="stale", artifact=artifact)
+        if stage is validate:
+            reports = load_validation(artifact.path, artifact.manifest).checks
     except CheckpointRefused:
         return StageStatus(state="damaged")
-    if artifact is None:
-        return StageStatus(state="missing")
-    made = artifact.manifest.derivation
-    follows = inputs.items() <= made.inputs.items() and spec.items() <= {**_UNSAID, **made.spec}.items()
-    if not follows or made.code_version != stage.CODE_VERSION:
+    if not (inputs.items() <= made.inputs.items() and spec.items() <= {**_UNSAID, **made.spec}.items()):
         return StageStatus(state="stale", artifact=artifact)
-    failed = any(report.blocks for report in load_reports(artifact.manifest.result))
-    return StageStatus(state="failed" if failed else "done", artifact=artifact)
+    return StageStatus(state="failed" if any(report.blocks for report in reports) else "done", artifact=artifact)
 
 
 def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:

@@ -1,7 +1,7 @@
 """A tiny model that went through the real stages: merged, padded, quantized. Made once, read by many tests."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.stages.validate import validate
+from qwen_pipeline.stages.validate import ValidationInputs, ValidationPlan, validate
 from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
@@ -53,21 +53,20 @@ def make_chain(root: Path) -> Chain:
 
 
 def validate_chain(chain: Chain, out: Path, **changes: Any) -> Artifact:
-    """Validate a chain into ``out``; ``changes`` replace arguments of the stage."""
-    arguments: dict[str, Any] = {
+    """Validate a chain into ``out``; ``changes`` replace inputs, parts of the plan or arguments of the stage."""
+    inputs: dict[str, Any] = {
         "reference": chain.merged,
         "candidate": chain.quantized,
         "padded": chain.padded,
         "base": chain.merged,
         "text": chain.text,
-        "engine": chain.engine.python,
-        "destination": Directory(out),
-        "tensor_parallel": 2,
-        "windows": 2,
-        "seq_len": 64,
-        "prompts": ["Hi", "Yo"],
     }
-    return validate(**(arguments | changes))
+    plan: dict[str, Any] = {"tensor_parallel": 2, "windows": 2, "seq_len": 64, "prompts": ["Hi", "Yo"]}
+    arguments: dict[str, Any] = {"engine": chain.engine, "destination": Directory(out)}
+    of_inputs, of_plan = ({field.name for field in fields(kind)} for kind in (ValidationInputs, ValidationPlan))
+    for name, value in changes.items():
+        (inputs if name in of_inputs else plan if name in of_plan else arguments)[name] = value
+    return validate(ValidationInputs(**inputs), plan=ValidationPlan(**plan), **arguments)
 
 
 def write_text(file: Path, *, documents: int, stride: int) -> Path:

@@ -101,14 +101,18 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> 
 
 def _outcome(outcome: "Outcome") -> CommandResult:
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, check_table
+    from qwen_pipeline.reports import load_reports
 
     artifacts = outcome.artifacts
-    release = next((a.path for a in artifacts if a.manifest.derivation.stage == "published"), None)
+    release = next((artifact for artifact in artifacts if artifact.manifest.derivation.stage == "published"), None)
     data = {
         "fine_tune": outcome.fine_tune,
         "run_id": outcome.run_id,
         "stages": [artifact_data(artifact) for artifact in artifacts],
-        "release": str(release) if release else None,
+        "release": str(release.path) if release else None,
     }
     view = [artifact_table(artifacts), check_table(artifacts)] if artifacts else []
-    return CommandResult(data=data, view=[*view, f"Released: {release}"] if release else view, fault=outcome.fault)
+    if release:
+        (validation, *_) = load_reports(release.manifest.result)
+        view += [validation.detail, f"Released: {release.path}"]
+    return CommandResult(data=data, view=view, fault=outcome.fault)

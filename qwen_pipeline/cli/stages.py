@@ -376,26 +376,31 @@ def validate(
     configured = load_settings()
     settings = configured.validation
     serving = configured.serving_plan(serve, tuple(serve_tp or ()) or settings.serve.tensor_parallel or (tp,))
+    inputs = stage.ValidationInputs(
+        reference=reference,
+        candidate=candidate,
+        text=text,
+        base=base,
+        padded=padded,
+        unpadded=unpadded,
+        calibration=calibration,
+        before=before,
+    )
     return made_by(
         lambda observe: stage.validate(
-            reference=reference,
-            candidate=candidate,
-            text=text,
+            inputs,
+            plan=stage.ValidationPlan(
+                tensor_parallel=tp,
+                targets=[Target.parse(text) for text in target or ()] or settings.declared,
+                limits=settings.limits_of(fine_tune),
+                prompts=settings.prompts,
+                windows=settings.windows,
+                seq_len=settings.seq_len,
+                serving=serving,
+                tasks=configured.task_plan(),
+            ),
             destination=Directory(out or candidate.resolve().with_name(f"{candidate.resolve().name}-validation")),
-            engine=find_environment(QuantSpec(engine=engine.value).environment, engine_python).python,
-            base=base,
-            padded=padded,
-            unpadded=unpadded,
-            calibration=calibration,
-            before=before,
-            tensor_parallel=tp,
-            targets=[Target.parse(text) for text in target or ()] or settings.declared,
-            limits=settings.limits_of(fine_tune),
-            prompts=settings.prompts,
-            windows=settings.windows,
-            seq_len=settings.seq_len,
-            serving=serving,
-            tasks=configured.task_plan(),
+            engine=find_environment(QuantSpec(engine=engine.value).environment, engine_python),
             observe=observe,
         )
     )

@@ -67,6 +67,8 @@ def check_table(artifacts: Sequence[Artifact]) -> Group:
 
 
 def verdict(report: CheckReport) -> Text:
+    if report.skipped:
+        return Text("skipped", style="dim")
     if report.passed:
         return Text("passed", style="green")
     return Text("FAILED", style="bold red") if report.blocks else Text("warning", style="yellow")

@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
 from qwen_pipeline.defs.metadata import (
@@ -216,17 +216,17 @@ def validated_checkpoint(
     with pipeline.step(context) as observe:
         quantized = pipeline.latest(context, quantize.STAGE)
         earlier = version_before(pipeline.store, context.partition_key, quantized)
-        artifact = validate.validate(
+        inputs = validate.ValidationInputs(
             reference=pipeline.latest(context, merge.STAGE).path,
             candidate=quantized.path,
             text=pipeline.text,
-            destination=pipeline.slot(context),
-            engine=pipeline.engine.python,
             base=pipeline.base,
             padded=pipeline.latest(context, pad.STAGE).path,
             unpadded=pipeline.latest(context, quantize.UNPADDED_STAGE).path if settings.unpadded else None,
             calibration=calibration_of(pipeline.store, context.partition_key, quantized),
             before=earlier.path if earlier else None,
+        )
+        plan = validate.ValidationPlan(
             tensor_parallel=pipeline.settings.padding.tensor_parallel,
             targets=settings.declared or pipeline.settings.padding.declared,
             limits=settings.limits_of(context.partition_key),
@@ -235,7 +235,9 @@ def validated_checkpoint(
             seq_len=settings.seq_len,
             serving=pipeline.settings.serving_plan(),
             tasks=pipeline.settings.task_plan(),
-            observe=observe,
+        )
+        artifact = validate.validate(
+            inputs, plan=plan, destination=pipeline.slot(context), engine=pipeline.engine, observe=observe
         )
     return _materialized(
         artifact,

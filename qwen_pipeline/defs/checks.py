@@ -31,11 +31,12 @@ def asset_check_specs(
 
 
 def asset_check_result(report: CheckReport, partition: str) -> dg.AssetCheckResult:
+    """Return the result for Dagster, which has no skipped checks: they warn, so that nothing is stopped."""
     figures = {"measured": report.measured, "limit": report.limit, "partition": partition}
     return dg.AssetCheckResult(
         passed=report.passed,
         check_name=report.name,
-        severity=dg.AssetCheckSeverity(report.severity),
-        description=report.detail,
+        severity=dg.AssetCheckSeverity("WARN" if report.skipped else report.severity),
+        description=f"Skipped: {report.detail}" if report.skipped else report.detail,
         metadata={key: value for key, value in figures.items() if value is not None},
     )

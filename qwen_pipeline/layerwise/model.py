@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, give_blocks_back_when_freed
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, return_freed_blocks
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.layerwise.meta_model import MetaModel
@@ -68,7 +68,7 @@ class LayeredModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, context: ComputeContext) -> None:
-        give_blocks_back_when_freed()
+        return_freed_blocks()
         self.context, self.weights = context, ModelWeights.of(checkpoint)
         self.meta_model = MetaModel(self.weights, device=context.device, dtype=context.dtype)
         self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.meta_model.layers)]

@@ -1,11 +1,11 @@
 """Where the bytes of a base model are: a directory as it is, or a snapshot of a hub's repository."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused
 
@@ -52,10 +52,7 @@ def load_config(name: str, *, revision: str | None = None, beside: Path = Path()
         _require_hub_id(name, path)
         path = _snapshot(name, revision, (CONFIG,))
     file = path if path.is_file() else path / CONFIG
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointRefused(f"{file} cannot be read: {error}.", remedy="Name a model directory.") from error
+    return load_json(file)
 
 
 def _require_hub_id(name: str, directory: Path) -> None:

@@ -7,7 +7,7 @@ every tensor; the content digest is that of the stored checkpoint.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import (
     CONFIG,
     INDEX,
@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.lazy import (
     open_sidecars,
 )
 from qwen_pipeline.checkpoint.manifest import Contents, Manifest, find_manifest, open_manifest
-from qwen_pipeline.checkpoint.store.derive import fill_in
+from qwen_pipeline.checkpoint.store.derive import store_recipe
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
@@ -101,7 +101,7 @@ def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
 
     if (manifest := open_manifest(root)).recipe is None:
         return Artifact(path=root, manifest=manifest, reused=True)
-    return fill_in(root, write)
+    return store_recipe(root, write)
 
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:

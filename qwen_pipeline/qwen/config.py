@@ -1,9 +1,9 @@
 """Facts of a model's configs: whether its weights are full precision, and which tokens end an answer."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import QuantizedInputRefused
 from qwen_pipeline.qwen.families import text_config
@@ -47,7 +47,7 @@ def stop_tokens(checkpoint: Checkpoint) -> frozenset[int]:
     A generation config that names none stops nowhere, whatever ``config.json`` says.
     """
     if file := checkpoint.sidecars.get(GENERATION_CONFIG):
-        ids = json.loads(file.read_text()).get("eos_token_id")
+        ids = load_json(file).get("eos_token_id")
     else:
         ids = checkpoint.config.get("eos_token_id", text_config(checkpoint.config).get("eos_token_id"))
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

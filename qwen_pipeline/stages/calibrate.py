@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
+from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive

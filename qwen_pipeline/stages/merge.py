@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.digest import known_checkpoint
+from qwen_pipeline.checkpoint.digest_cache import DigestCache
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import open_input
+from qwen_pipeline.checkpoint.store.stage_input import open_input
 from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
 from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
@@ -98,7 +98,7 @@ def prepare(
         model = trained_on(child, padded) if merged.bridge else None
 
         def reports() -> list[CheckReport]:
-            is_padded_base = model is not None and model.live_digest == sources["base"].settle()
+            is_padded_base = model is not None and model.live_digest == sources["base"].final_digest()
             return [
                 _use_report(child, merged),
                 base_report(base, child, base_names, base_revision, is_padded_base=is_padded_base),
@@ -236,7 +236,7 @@ def _names_what_was_padded(adapter: Adapter, base: Path) -> bool:
     ours, named = padded_model(base), Path(adapter.base_name or "")
     if ours is None or not adapter.base_name or not (named / CONFIG).is_file():
         return False
-    live = known_checkpoint(named)
+    live = DigestCache().find(named)
     return live is not None and live.digest == ours.live_digest
 
 

@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.memory_budget import ResourceNeeds, estimate_needs
 from qwen_pipeline.checkpoint.store.derive import Built, derive, find
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import StageInput, open_input
+from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
@@ -116,22 +116,22 @@ class _Passing:
 
     def __init__(self, merging: Rewrite, destination: Destination, made_of: Mapping[str, str]) -> None:
         self._merging, self._destination, self._made_of = merging, destination, made_of
-        self._reader = HashingReader("merged", merging.output, looks=False)
+        self._reader = HashingReader("merged", merging.output, check_finite=False)
         self.source = StageInput(
             checkpoint=self._reader.checkpoint,
             digest=UNREAD,
-            appearance=merging.attempt.key,
+            fingerprint=merging.fingerprint,
             readers=(self._reader, *merging.readers),
-            settle=lambda: self.recipe().manifest.content_digest,
+            final_digest=lambda: self.recipe().manifest.content_digest,
         )
 
     def recipe(self) -> Artifact:
-        """Return the finished directory without weights; the taps must be settled if it is new."""
-        derivation = replace(self._merging.derivation, inputs={**self._merging.settle(), **self._merging.others})
+        """Return the finished directory without weights; the readers must have finished if it is new."""
+        derivation = replace(self._merging.derivation, inputs={**self._merging.final_digests(), **self._merging.others})
         return derive(derivation, self._destination, self._write)
 
     def _write(self, partial: Path) -> Built:
         files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
-        tensors = {name: seen.digest for name, seen in self._reader.seen.items()}
+        tensors = {name: tensor.digest for name, tensor in self._reader.results.items()}
         contents = Contents(tensors=tensors, files=files)
         return Built(contents=contents, result=self._merging.result(), recipe=self._made_of)

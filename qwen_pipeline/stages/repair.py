@@ -1,18 +1,18 @@
 """imported -> repaired: a checkpoint that was quantized too early serves more ranks, without quantizing it again."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from qwen_pipeline.checkpoint.digest import foreign_digest, remembered_digest
+from qwen_pipeline.checkpoint.digest_cache import DigestCache, checkpoint_digest
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, STEM, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -81,7 +81,7 @@ def open_quantized(root: Path) -> Quantized:
 
 def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of a checkpoint as quantizers leave it; it is read once, and remembered."""
-    return foreign_digest(open_quantized(root).checkpoint, root, observe=observe)
+    return checkpoint_digest(root, checkpoint=open_quantized(root).checkpoint, observe=observe)
 
 
 def remembered_quantized_digest(root: Path) -> str | None:
@@ -90,7 +90,8 @@ def remembered_quantized_digest(root: Path) -> str | None:
     Raises:
         CheckpointRefused: It is not quantized, or in a format that cannot be read.
     """
-    return remembered_digest(open_quantized(root).checkpoint, root)
+    known = DigestCache().find(root, open_quantized(root).checkpoint)
+    return known.digest if known else None
 
 
 def plan(source: Path, *, tensor_parallel: int, towers: bool = False) -> PadPlan:
@@ -142,7 +143,7 @@ def repair(
 
     derivation = Derivation(
         stage=STAGE,
-        inputs={"source": foreign_digest(before, source, observe=observe)},
+        inputs={"source": checkpoint_digest(source, checkpoint=before, observe=observe)},
         spec={"tensor_parallel": tensor_parallel, **({"towers": True} if towers else {})},
         code_version=CODE_VERSION,
     )
@@ -164,10 +165,7 @@ def _stem(root: Path) -> str:
 
 def _stated_beside(files: Mapping[str, Path]) -> Mapping[str, Any]:
     for file in files.values():
-        try:
-            stated = cast("dict[str, Any]", json.loads(file.read_bytes()))
-        except ValueError as error:
-            raise CheckpointRefused(f"{file} is not valid JSON: {error}.", remedy="Fetch it again.") from error
+        stated = load_json(file)
         method = "awq" if "w_bit" in stated else "gptq"
         return {"quant_method": method, **stated}
     return {}

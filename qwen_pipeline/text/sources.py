@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from qwen_pipeline.checkpoint.digest import directory_digest
+from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.text.records import PARQUET, SUFFIXES, is_record, load_records
 

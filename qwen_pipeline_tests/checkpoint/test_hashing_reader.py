@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint import digest
-from qwen_pipeline.checkpoint.digest import SeenTensor, checkpoint_digest, read_tensors
+from qwen_pipeline.checkpoint.digest import HashedTensor, hash_tensors
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD, Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.measure import bytes_moved
 from qwen_pipeline.checkpoint.safetensors_file import as_bytes
-from qwen_pipeline.checkpoint.store.source import open_input
+from qwen_pipeline.checkpoint.store.stage_input import open_input
 from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
@@ -68,17 +69,17 @@ def test_what_passed_has_the_digest_of_the_format_and_nothing_is_read_twice(base
     read = bytes_moved()[0] - before
 
     stored = load_file(base / SINGLE_SHARD)
-    assert {name: seen.digest.tree_blake3 for name, seen in reader.seen.items()} == {
+    assert {name: hashed.digest.tree_blake3 for name, hashed in reader.results.items()} == {
         name: by_the_format(tensor) for name, tensor in stored.items()
     }
-    assert written.tensors["kept.weight"] == reader.seen["kept.weight"].digest
-    assert written.tensors["changed.weight"] != reader.seen["changed.weight"].digest
+    assert written.tensors["kept.weight"] == reader.results["kept.weight"].digest
+    assert written.tensors["changed.weight"] != reader.results["changed.weight"].digest
     assert source.nbytes <= read < source.nbytes + 2**20
 
 
 def test_what_passes_as_it_is_is_hashed_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = doubled(open_checkpoint(base))
-    reader = HashingReader("middle", source, looks=False)
+    reader = HashingReader("middle", source, check_finite=False)
     hashed: list[int] = []
     add = TreeHash.add
 
@@ -89,13 +90,13 @@ def test_what_passes_as_it_is_is_hashed_once(base: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(TreeHash, "add", counting)
     written = write_checkpoint(reader.checkpoint, tmp_path, task="", readers=[reader])
     assert sum(hashed) == source.nbytes
-    assert {name: seen.digest for name, seen in reader.seen.items()} == written.tensors
+    assert {name: hashed.digest for name, hashed in reader.results.items()} == written.tensors
 
 
 def test_a_tap_that_does_not_look_says_so(base: Path, tmp_path: Path) -> None:
-    reader = HashingReader("middle", open_checkpoint(base), looks=False)
+    reader = HashingReader("middle", open_checkpoint(base), check_finite=False)
     write_checkpoint(doubled(reader.checkpoint), tmp_path, task="", readers=[reader])
-    assert reader.seen["changed.weight"].finite is None
+    assert reader.results["changed.weight"].finite is None
 
 
 @pytest.mark.parametrize("block_bytes", [2**20, 3 * 2**20, 2**23])
@@ -103,35 +104,35 @@ def test_whatever_rows_are_asked_for_together_the_digest_is_the_same(
     base: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(base)
-    expected = read_tensors(source, source, task="")
+    expected = hash_tensors(source, source, task="")
     monkeypatch.setattr(digest, "BLOCK_BYTES", block_bytes)
     reader = HashingReader("base", source)
-    read_tensors(doubled(reader.checkpoint), ["changed.weight"], task="")
-    assert reader.note("changed.weight") == expected["changed.weight"]
-    assert reader.note("replaced.weight") is None
+    hash_tensors(doubled(reader.checkpoint), ["changed.weight"], task="")
+    assert reader.result("changed.weight") == expected["changed.weight"]
+    assert reader.result("replaced.weight") is None
 
 
 def test_rows_that_overlap_count_once_and_rows_that_never_came_are_read_at_the_end(base: Path) -> None:
     source = open_checkpoint(base)
-    expected = read_tensors(source, source, task="")
+    expected = hash_tensors(source, source, task="")
     whole, holed = HashingReader("base", source), HashingReader("base", source)
     for reader, rows in ((whole, [(0, 900), (800, 2000), (1500, 2304)]), (holed, [(0, 900), (901, 2304)])):
         pass_rows(reader, rows)
-    assert whole.note("changed.weight") == expected["changed.weight"]
-    assert holed.note("changed.weight") is None
-    holed.settle(NOTHING, {}, task="")
-    assert holed.seen == expected
+    assert whole.result("changed.weight") == expected["changed.weight"]
+    assert holed.result("changed.weight") is None
+    holed.finish(NOTHING, {}, task="")
+    assert holed.results == expected
 
 
 def test_what_an_earlier_attempt_saw_is_not_read_again(base: Path) -> None:
     source = open_checkpoint(base)
-    expected = read_tensors(source, source, task="")
+    expected = hash_tensors(source, source, task="")
     reader = HashingReader("base", source)
-    for name, seen in expected.items():
-        reader.recall(name, seen)
+    for name, hashed in expected.items():
+        reader.restore(name, hashed)
     (base / SINGLE_SHARD).unlink()
-    reader.settle(NOTHING, {}, task="")
-    assert reader.seen == expected
+    reader.finish(NOTHING, {}, task="")
+    assert reader.results == expected
 
 
 def test_a_value_that_is_not_finite_is_noticed_on_its_way_in(base: Path) -> None:
@@ -140,9 +141,9 @@ def test_a_value_that_is_not_finite_is_noticed_on_its_way_in(base: Path) -> None
     save_file(tensors, base / SINGLE_SHARD)
     reader = HashingReader("base", open_checkpoint(base))
     pass_rows(reader, [(0, 1000), (1000, 2304)])
-    seen = reader.note("changed.weight")
-    assert isinstance(seen, SeenTensor)
-    assert not seen.finite
+    hashed = reader.result("changed.weight")
+    assert isinstance(hashed, HashedTensor)
+    assert not hashed.finite
 
 
 def test_a_base_that_was_read_for_something_else_is_known_from_then_on(base: Path, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_base_that_was_read_for_something_else_is_known_from_then_on(base: Pat
     source = open_input("base", base)
     (reader,) = source.readers
     write_checkpoint(doubled(source.checkpoint), tmp_path / "out", task="", readers=[reader])
-    found = source.settle()
+    found = source.final_digest()
     assert open_input("base", base).digest == found
 
     (tmp_path / "copy").mkdir()
@@ -164,4 +165,4 @@ def test_a_base_that_changes_while_it_is_read_has_no_digest(base: Path, tmp_path
     write_checkpoint(doubled(source.checkpoint), tmp_path, task="", readers=source.readers)
     (base / "config.json").write_text(json.dumps({"model_type": "another"}))
     with pytest.raises(CheckpointRefused, match="was changed while it was read"):
-        source.settle()
+        source.final_digest()

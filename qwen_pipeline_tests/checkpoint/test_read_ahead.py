@@ -11,8 +11,8 @@ import pytest
 from qwen_pipeline.checkpoint import page_cache as module
 from qwen_pipeline.checkpoint.measure import bytes_moved
 from qwen_pipeline.checkpoint.page_cache import read_ahead
-from qwen_pipeline.checkpoint.store import source
-from qwen_pipeline.checkpoint.store.source import open_input
+from qwen_pipeline.checkpoint.store import stage_input
+from qwen_pipeline.checkpoint.store.stage_input import open_input
 from qwen_pipeline_tests.checkpoint.cached import cached_pages
 
 NBYTES = 2**20
@@ -63,7 +63,7 @@ def test_a_file_that_is_gone_is_no_fault_of_whoever_looks_ahead(files: list[Path
 
 def test_an_input_is_read_ahead_unless_the_work_may_be_done(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(source, "read_ahead", asked.extend)
+    monkeypatch.setattr(stage_input, "read_ahead", asked.extend)
     for read_now in (False, True):
         open_input("base", sharded, read_now=read_now)
         assert asked == sorted(sharded.glob("*.safetensors"))

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest, contents_of
+from qwen_pipeline.checkpoint.digest import hash_checkpoint
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
@@ -79,8 +80,8 @@ def test_a_full_fine_tune_passes_through(tmp_path: Path) -> None:
     (tuned / "generation_config.json").unlink()
     merged = merge(base=base, fine_tune=tuned, destination=Directory(tmp_path / "merged"))
 
-    ours = contents_of(open_checkpoint(merged.path), merged.path)
-    assert ours.tensors == contents_of(open_checkpoint(tuned), tuned).tensors
+    ours = hash_checkpoint(open_checkpoint(merged.path), merged.path)
+    assert ours.tensors == hash_checkpoint(open_checkpoint(tuned), tuned).tensors
     assert (merged.path / "chat_template.jinja").read_text() == "ours"
     assert (merged.path / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert merged.manifest.result["kind"] == "full"

@@ -17,7 +17,7 @@ from qwen_pipeline.evaluation.tensor_parallel.ranks import weight_over_ranks
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.repair import CHECKS, open_quantized, plan, repair
-from qwen_pipeline.stages.validate import validate
+from qwen_pipeline.stages.validate import ValidationInputs, ValidationPlan, validate
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.codes import METHODS, Method, Packing, write_checkpoint_of_codes
@@ -64,16 +64,12 @@ def test_a_repaired_checkpoint_is_validated_against_what_was_quantized(
 ) -> None:
     """Nothing but its manifest says where the repair put its groups; GPTQModel rewrites the tokenizer's files."""
     repaired = repair(source=imported, destination=Directory(tmp_path / "repaired"), tensor_parallel=4).path
+    text = write_text(tmp_path / "text.jsonl", documents=12, stride=5)
     artifact = validate(
-        reference=live,
-        candidate=repaired,
-        text=write_text(tmp_path / "text.jsonl", documents=12, stride=5),
+        ValidationInputs(reference=live, candidate=repaired, text=text),
+        plan=ValidationPlan(tensor_parallel=4, windows=2, seq_len=64, prompts=["Hi"]),
         destination=Directory(tmp_path / "validated"),
-        engine=find_environment("gptqmodel").python,
-        tensor_parallel=4,
-        windows=2,
-        seq_len=64,
-        prompts=["Hi"],
+        engine=find_environment("gptqmodel"),
     )
     found = {report.name: report for report in load_reports(artifact.manifest.result)}
     assert found["tensor_parallel"].passed

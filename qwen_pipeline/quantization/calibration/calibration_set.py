@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qwen_pipeline.checkpoint.digest import digest_files, read_tensors
+from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
@@ -97,7 +97,7 @@ class CalibrationSet:
 def digests(tensors: Mapping[str, "Tensor"]) -> dict[str, TensorDigest]:
     """Return what identifies each tensor."""
     held = {name: _held(tensor) for name, tensor in tensors.items()}
-    read = read_tensors(Checkpoint(config={}, tensors=held, shards={}), held, task="digest calibration")
+    read = hash_tensors(Checkpoint(config={}, tensors=held, shards={}), held, task="digest calibration")
     return {name: seen.digest for name, seen in read.items()}
 
 

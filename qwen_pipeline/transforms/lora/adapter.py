@@ -4,15 +4,16 @@ What cannot be merged exactly is refused by name, also settings that nobody has 
 completely or not at all.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from shlex import quote
-from typing import Any, cast
+from typing import Any
 
-from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest, is_finite
+from qwen_pipeline.checkpoint.digest import block_ranges, is_finite
+from qwen_pipeline.checkpoint.digest_cache import directory_digest
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
@@ -126,7 +127,7 @@ def open_adapter(root: Path) -> Adapter:
         AdapterRefused: Its weights are pickled or missing, a setting is not supported or not known, a tensor has no
             meaning under these settings, or another shape than they say.
     """
-    config = _load_config(root)
+    config = load_json(root / ADAPTER_CONFIG, refused=AdapterRefused)
     settings = lora_settings(config, source=root / ADAPTER_CONFIG)
     if not (root / ADAPTER_WEIGHTS).is_file():
         raise _no_weights(root)
@@ -169,18 +170,6 @@ def require_finite(adapter: Adapter) -> None:
             f"{adapter.root} has values that are not finite in {listed(broken)}.",
             remedy="The training diverged: use an earlier checkpoint of the adapter.",
         )
-
-
-def _load_config(root: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((root / ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterRefused(
-            f"{root / ADAPTER_CONFIG} cannot be read: {error}.", remedy="Save or fetch the adapter again."
-        ) from error
-    if not isinstance(config, dict):
-        raise AdapterRefused(f"{root / ADAPTER_CONFIG} is not a JSON object.", remedy="Save the adapter again.")
-    return cast("dict[str, Any]", config)
 
 
 def _no_weights(root: Path) -> AdapterRefused:

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import block_ranges
-from qwen_pipeline.checkpoint.hashing_reader import looking_aside
+from qwen_pipeline.checkpoint.hashing_reader import hashing_paused
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.thread_pool import SharedWork
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
@@ -62,8 +62,8 @@ class Choices(Mapping[str, str]):
             name, at = self._down[owner]
             with self._lock:
                 making = self._making.setdefault(owner, SharedWork(_gains(self._checkpoint, name, at, self._size)))
-            with looking_aside():
-                self._made[owner] = self._choice(making.all_done(), is_stack=_is_stack(self._checkpoint, name))
+            with hashing_paused():
+                self._made[owner] = self._choice(making.results(), is_stack=_is_stack(self._checkpoint, name))
             self._making.pop(owner, None)
         return self._made[owner]
 

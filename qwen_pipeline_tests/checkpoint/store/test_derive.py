@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.checkpoint.lazy import MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
@@ -84,7 +84,7 @@ def test_a_directory_that_holds_something_else_is_refused(sharded: Path, tmp_pat
     with pytest.raises(DestinationRefused, match="was not made by this pipeline"):
         copy(sharded, sharded)
     made = derive(note("one"), Directory(tmp_path / "out"), write_note)
-    with pytest.raises(DestinationRefused, match=r'another spec: \{"text": "one"\}, wanted \{"text": "two"\}'):
+    with pytest.raises(DestinationRefused, match=r'another spec: \{"text": "one"\}, expected \{"text": "two"\}'):
         derive(note("two"), Directory(made.path), write_note)
 
 

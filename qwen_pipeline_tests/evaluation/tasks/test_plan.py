@@ -41,8 +41,10 @@ def test_a_minimum_is_demanded_and_a_misspelt_one_is_named() -> None:
     assert unknown.detail == "There is a minimum for arc/accc, but the scores are arc/acc."
 
 
-def test_what_was_not_asked_passes_and_what_was_not_run_does_not() -> None:
-    assert "validation.lm_eval.tasks" in tasks_report(None, []).detail
+def test_tasks_that_are_not_configured_are_skipped_and_tasks_without_scores_fail() -> None:
+    report = tasks_report(None, [])
+    assert (report.outcome, report.blocks) == ("skipped", False)
+    assert "validation.lm_eval.tasks" in report.detail
     assert tasks_report(PLAN, []).blocks
     assert tasks_report(PLAN, [], fault="lm-eval died.").detail == "No scores: lm-eval died."
 
