@@ -1,5 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up what they need first.
-.PHONY: demo test test-slow test-serve check bench ui clean
+.PHONY: demo test test-fast test-slow test-serve check bench ui clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,11 @@ demo: $(ENGINE)
 
 test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Needs no engine's environment: what a change to most modules can break, in a minute and a half on two cores.
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+		-m 'not (slow or gpu or serve or engine or lengthy)'
 
 test-slow: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile

@@ -161,6 +161,7 @@ def test_a_disk_that_fills_up_is_named_and_the_work_done_is_kept(
     assert not copy(sharded, tmp_path / "out").reused
 
 
+@pytest.mark.lengthy
 def test_memory_stays_at_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
     """Half a GiB in one tensor is written with less than 60 MB more than what was resident before."""
     script = """

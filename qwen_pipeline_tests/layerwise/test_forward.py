@@ -96,5 +96,6 @@ print(resident_peak() - before)
 """
 
 
+@pytest.mark.lengthy
 def test_memory_is_a_layer_and_a_half_whatever_the_depth(tmp_path: Path) -> None:
     require_a_layer_and_a_half(tmp_path, PEAK)
