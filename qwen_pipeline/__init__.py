@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qwen_pipeline.errors import PipelineError as PipelineError
     from qwen_pipeline.errors import QuantizedInputRefused as QuantizedInputRefused
     from qwen_pipeline.evaluation.limits import Limits as Limits
+    from qwen_pipeline.evaluation.plan import ValidationInputs as ValidationInputs
+    from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.spec import CalibrationSpec as CalibrationSpec
@@ -71,6 +73,8 @@ _API = {
     "QuantizedInputRefused": "errors:QuantizedInputRefused",
     "Settings": "config:Settings",
     "Target": "evaluation.tensor_parallel.findings:Target",
+    "ValidationInputs": "evaluation.plan:ValidationInputs",
+    "ValidationPlan": "evaluation.plan:ValidationPlan",
     "calibrate": "stages.calibrate:calibrate",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",
