@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both set up what they need first.
+# Start with `make demo` and `make test`. Every target installs what it needs first.
 .PHONY: demo test test-fast test-slow test-serve check bench ui clean
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ demo: $(ENGINE)
 test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Needs no engine's environment: what a change to most modules can break, in a minute and a half on two cores.
+# The tests that need no quantizer's environment and take no more than seconds: under 90 seconds on two cores.
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		-m 'not (slow or gpu or serve or engine or lengthy)'
@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The quantizer's pins collide with Dagster's, so it has an environment of its own that borrows torch from this one.
+# GPTQModel's pins conflict with Dagster's, so it has its own environment, which shares torch with this one.
 $(ENGINE): $(INSTALLED) qwen_pipeline/workers/requirements/gptqmodel.txt
 	$(BIN)/qwen-pipeline engine install gptqmodel
 	@touch $@
