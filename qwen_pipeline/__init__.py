@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qwen_pipeline.errors import QuantizedInputRefused as QuantizedInputRefused
     from qwen_pipeline.errors import WorkerFailed as WorkerFailed
     from qwen_pipeline.evaluation.limits import Limits as Limits
+    from qwen_pipeline.evaluation.plan import ValidationInputs as ValidationInputs
+    from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.calibrate import calibrate as calibrate
     from qwen_pipeline.stages.export import export as export
     from qwen_pipeline.stages.merge import merge as merge
-    from qwen_pipeline.stages.merge_pad import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_pad as merge_pad
     from qwen_pipeline.stages.pad import pad as pad
     from qwen_pipeline.stages.publish import publish as publish
     from qwen_pipeline.stages.quantize import quantize as quantize
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.validate import validate as validate
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
-    merge_pad = merge_and_pad
     open_checkpoint = open_model
 
 __version__ = "0.1.0"
@@ -70,13 +71,15 @@ _API = {
     "QuantizedInputRefused": "errors:QuantizedInputRefused",
     "Settings": "config:Settings",
     "Target": "evaluation.tensor_parallel.findings:Target",
+    "ValidationInputs": "evaluation.plan:ValidationInputs",
+    "ValidationPlan": "evaluation.plan:ValidationPlan",
     "WorkerFailed": "errors:WorkerFailed",
     "calibrate": "stages.calibrate:calibrate",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",
     "load_settings": "config:load_settings",
     "merge": "stages.merge:merge",
-    "merge_pad": "stages.merge_pad:merge_and_pad",
+    "merge_pad": "stages.merge_pad:merge_pad",
     "open_checkpoint": "models.open:open_model",
     "pad": "stages.pad:pad",
     "plan": "api:plan",

@@ -149,6 +149,7 @@ def test_a_disk_that_fills_up_is_named_and_finished_tensors_are_kept(
     assert not copy(sharded, tmp_path / "out").reused
 
 
+@pytest.mark.lengthy
 def test_memory_is_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
     """Writing a tensor of half a GiB adds less than 60 MB of resident memory."""
     command = [sys.executable, "-m", "qwen_pipeline_tests.checkpoint.write_large", str(tmp_path)]

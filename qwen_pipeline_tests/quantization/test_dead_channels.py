@@ -123,6 +123,7 @@ def found() -> dict[str, Any]:
     return json.loads(printed.stdout.splitlines()[-1])
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("act_group_aware", [False, True])
 def test_codes_of_live_channels_are_those_without_padding(found: dict[str, Any], act_group_aware: bool) -> None:
     settled = found[f"settled, {act_group_aware}"]
@@ -130,6 +131,7 @@ def test_codes_of_live_channels_are_those_without_padding(found: dict[str, Any],
     assert settled["silent"]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("act_group_aware", [False, True])
 def test_without_the_remedy_padding_costs_a_third_of_the_accuracy(found: dict[str, Any], act_group_aware: bool) -> None:
     """If this fails, GPTQModel has changed how it treats dead channels: look whether the remedy is still needed."""
