@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.calibrate import calibrate as calibrate
     from qwen_pipeline.stages.export import export as export
     from qwen_pipeline.stages.merge import merge as merge
-    from qwen_pipeline.stages.merge_pad import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_pad as merge_pad
     from qwen_pipeline.stages.pad import pad as pad
     from qwen_pipeline.stages.publish import publish as publish
     from qwen_pipeline.stages.quantize import quantize as quantize
     from qwen_pipeline.stages.repair import repair as repair
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
+    from qwen_pipeline.status import status_frame as status_frame
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
-    merge_pad = merge_and_pad
     open_checkpoint = open_model
 
 __version__ = "0.1.0"
@@ -76,13 +76,14 @@ _API = {
     "find_environment": "workers.environments:find_environment",
     "load_settings": "config:load_settings",
     "merge": "stages.merge:merge",
-    "merge_pad": "stages.merge_pad:merge_and_pad",
+    "merge_pad": "stages.merge_pad:merge_pad",
     "open_checkpoint": "models.open:open_model",
     "pad": "stages.pad:pad",
     "plan": "api:plan",
     "publish": "stages.publish:publish",
     "quantize": "stages.quantize:quantize",
     "repair": "stages.repair:repair",
+    "status_frame": "status:status_frame",
     "unpad": "stages.unpad:unpad",
     "validate": "stages.validate:validate",
 }
