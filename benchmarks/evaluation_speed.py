@@ -51,8 +51,8 @@ COMPUTING: Mapping[str, tuple[type, str]] = {
 """What the thread that computes does, each step without the steps within it."""
 READING: Mapping[str, tuple[type, str]] = {
     "read": (Prefetcher, "_read"),
-    "wait for the bus": (Prefetcher, "_wait_for_bus"),
-    "wait for room": (Prefetcher, "_finds_room"),
+    "wait for the bus": (Prefetcher, "_wait_for_copies"),
+    "wait for memory": (Prefetcher, "_reserve"),
 }
 """What the threads do that read, added up; one alone waits for room, and while it does, none reads."""
 
@@ -71,7 +71,10 @@ def main() -> None:
     toy_size = tiny(wide)
     size = toy_size if asked.tiny else wide.changed(num_hidden_layers=asked.layers)
     context = ComputeContext(device=device, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch, patch.object(ComputeContext, "is_apart", new=True):
+    with (
+        tempfile.TemporaryDirectory(dir=asked.scratch) as scratch,
+        patch.object(ComputeContext, "has_own_memory", new=True),
+    ):
         toy = make_pair(toy_size, Path(scratch) / "toy", device)
         evaluate_pair(toy, toy_size, context)  # imports, contexts and kernels are not what is measured
         models = make_pair(size, Path(scratch) / "models", device)

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from qwen_pipeline.errors import CheckpointRefused as CheckpointRefused
     from qwen_pipeline.errors import DestinationLocked as DestinationLocked
     from qwen_pipeline.errors import DestinationRefused as DestinationRefused
-    from qwen_pipeline.errors import EngineFault as EngineFault
     from qwen_pipeline.errors import EnvironmentFault as EnvironmentFault
     from qwen_pipeline.errors import InputRefused as InputRefused
     from qwen_pipeline.errors import PipelineError as PipelineError
     from qwen_pipeline.errors import QuantizedInputRefused as QuantizedInputRefused
+    from qwen_pipeline.errors import WorkerFailed as WorkerFailed
     from qwen_pipeline.evaluation.limits import Limits as Limits
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
     from qwen_pipeline.models.open import open_model
-    from qwen_pipeline.quantization.spec import CalibrationSpec as CalibrationSpec
+    from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
     from qwen_pipeline.quantization.spec import QuantSpec as QuantSpec
     from qwen_pipeline.qwen.padding_spec import PaddingSpec as PaddingSpec
     from qwen_pipeline.reports import CheckReport as CheckReport
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 _API = {
     "AdapterRefused": "errors:AdapterRefused",
     "Artifact": "checkpoint.store.destinations:Artifact",
-    "CalibrationSpec": "quantization.spec:CalibrationSpec",
+    "CalibrationSpec": "quantization.calibration.spec:CalibrationSpec",
     "CheckFailed": "errors:CheckFailed",
     "CheckReport": "reports:CheckReport",
     "CheckpointRefused": "errors:CheckpointRefused",
@@ -60,7 +60,6 @@ _API = {
     "DestinationLocked": "errors:DestinationLocked",
     "DestinationRefused": "errors:DestinationRefused",
     "Directory": "checkpoint.store.destinations:Directory",
-    "EngineFault": "errors:EngineFault",
     "EnvironmentFault": "errors:EnvironmentFault",
     "InputRefused": "errors:InputRefused",
     "Limits": "evaluation.limits:Limits",
@@ -71,6 +70,7 @@ _API = {
     "QuantizedInputRefused": "errors:QuantizedInputRefused",
     "Settings": "config:Settings",
     "Target": "evaluation.tensor_parallel.findings:Target",
+    "WorkerFailed": "errors:WorkerFailed",
     "calibrate": "stages.calibrate:calibrate",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",
