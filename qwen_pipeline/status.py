@@ -64,7 +64,7 @@ class FineTuneStatus:
 
     @property
     def needs_work(self) -> bool:
-        """Whether a run would make progress: its first stage that is not done is missing or stale.
+        """True if a run would make progress: the first stage that is not done is missing or stale.
 
         A stage that failed or is damaged would end the same way again.
         """
