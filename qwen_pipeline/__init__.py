@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.repair import repair as repair
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
+    from qwen_pipeline.status import status_frame as status_frame
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
     open_checkpoint = open_model
@@ -86,6 +87,7 @@ _API = {
     "publish": "stages.publish:publish",
     "quantize": "stages.quantize:quantize",
     "repair": "stages.repair:repair",
+    "status_frame": "status:status_frame",
     "unpad": "stages.unpad:unpad",
     "validate": "stages.validate:validate",
 }

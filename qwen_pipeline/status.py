@@ -64,7 +64,7 @@ class FineTuneStatus:
 
     @property
     def needs_work(self) -> bool:
-        """Whether a run would make progress: its first stage that is not done is missing or stale.
+        """True if a run would make progress: the first stage that is not done is missing or stale.
 
         A stage that failed or is damaged would end the same way again.
         """
@@ -132,9 +132,9 @@ def import_statuses(settings: Settings) -> list[FineTuneStatus]:
 def status_frame(settings: Settings) -> "pd.DataFrame":
     """Return the status of every fine-tune and import as a table, one row for each stage.
 
-    The columns are ``name``, ``stage``, ``state``, ``digest`` (of the content) and ``path`` of the output (None without
-    one), ``failed_checks`` (names of failed blocking checks, separated by commas) and ``remark`` (what is wrong with
-    the output, or with the upload).
+    The columns are ``name``, ``stage``, ``state``, ``digest`` and ``path`` of the output (empty cells without one),
+    ``failed_checks`` (names of failed blocking checks, separated by commas) and ``remark`` (what is wrong with the
+    output, or with the upload).
     """
     import pandas as pd
 

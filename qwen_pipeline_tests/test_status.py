@@ -59,5 +59,5 @@ def test_the_frame_has_a_row_for_each_stage(chain: Chain, validated: Artifact, t
     assert frame.loc[("bot", "padded"), "remark"] == "no longer in the inbox"
     assert frame.loc[("bot", "validated"), "failed_checks"] == "kl_divergence"
     assert frame.loc[("edited", "validated"), "state"] == "damaged"
-    assert frame.loc[("edited", "validated"), "path"] is None
+    assert frame["path"].isna().loc[("edited", "validated")]
     assert "report.json has the SHA-256" in str(frame.loc[("edited", "validated"), "remark"])

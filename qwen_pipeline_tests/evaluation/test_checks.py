@@ -82,11 +82,11 @@ def test_a_verdict_names_what_was_skipped_and_does_not_count_it_as_passed() -> N
     kept = [check.report(passed=True, detail="") for check in CHECKS[:-3]]
     left = [CHECKS[-3].report(passed=False, detail=""), *(check.skipped("") for check in CHECKS[-2:])]
     assert verdict([*kept, *left]) == (
-        "passed: 10 of 13 checks, with warnings: sample_texts, skipped: serves, benchmark_tasks"
+        "passed: 10 of 11 checks that ran, with warnings: sample_texts; skipped: serves, benchmark_tasks"
     )
     failed = CHECKS[0].report(passed=False, detail="")
     assert verdict([failed, *kept[1:], *left]) == (
-        "failed: structure, with warnings: sample_texts, skipped: serves, benchmark_tasks"
+        "failed: structure, with warnings: sample_texts; skipped: serves, benchmark_tasks"
     )
 
 
