@@ -32,7 +32,7 @@ _ONE_PASS = (
     "merge-pad --base base --adapter adapter --recipe out/merged --out out/padded --tp {degree} --layout {layout}"
 )
 _PAD = "pad --in base --out out --tp {degree} --layout {layout}"
-_START = "import os, torch, qwen_pipeline.cli; from qwen_pipeline.stages.merge_pad import merge_and_pad; os._exit(0)"
+_START = "import os, torch, qwen_pipeline.cli; from qwen_pipeline.stages.merge_pad import merge_pad; os._exit(0)"
 _PEFT_START = "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
 _PEFT = (
     _PEFT_START + "model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16);"

@@ -72,7 +72,7 @@ def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     windows = [torch.tensor([window]) for window in (*job["calibration"], *job["held_out"])]
     stream = LayerStream(base, windows, ComputeContext(device=torch.device("cpu"), dtype=torch.float32))
     rows: list[dict[str, Any]] = []
-    for layer, module in enumerate(stream.coming()):
+    for layer, module in enumerate(stream.iter_layers()):
         if layer % job["every"] == job["every"] - 1:
             inputs = [x[0] for x in stream.inputs_within(layer, module, "mlp.down_proj")]
             cut = len(job["calibration"])

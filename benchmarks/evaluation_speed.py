@@ -51,10 +51,10 @@ COMPUTING: Mapping[str, tuple[type, str]] = {
 """Steps of the computing thread, each without the steps within it."""
 READING: Mapping[str, tuple[type, str]] = {
     "read": (Prefetcher, "_read"),
-    "wait for the bus": (Prefetcher, "_wait_for_bus"),
-    "wait for room": (Prefetcher, "_finds_room"),
+    "wait for the bus": (Prefetcher, "_wait_for_copies"),
+    "wait for memory": (Prefetcher, "_reserve"),
 }
-"""Steps of the reading threads, added up; while one waits for room, none reads."""
+"""Steps of the reading threads, added up; while one waits for memory, none reads."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     context = ComputeContext(device=device, dtype=torch.bfloat16)
     with (
         tempfile.TemporaryDirectory(dir=options.scratch) as scratch,
-        patch.object(ComputeContext, "is_apart", new=True),
+        patch.object(ComputeContext, "has_own_memory", new=True),
     ):
         toy = make_pair(toy_size, Path(scratch) / "toy", device)
         evaluate_pair(toy, toy_size, context)  # imports, contexts and kernels are not measured

@@ -36,7 +36,8 @@ from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import markdown, table
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantJob, QuantSpec
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.stages.quantize import worker_environment
 from qwen_pipeline.workers.parent import run_worker

@@ -73,7 +73,7 @@ def main() -> None:
 
     from qwen_pipeline.checkpoint import thread_pool
     from qwen_pipeline.checkpoint.store.destinations import Directory
-    from qwen_pipeline.stages.merge_pad import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_pad
 
     ledger = Ledger()
     if options.threads:
@@ -84,7 +84,7 @@ def main() -> None:
             owner = functools.reduce(getattr, owners, importlib.import_module(f"{PACKAGE}.{module}"))
             setattr(owner, name, ledger.timed(step, getattr(owner, name)))
     began, used = time.perf_counter(), os.times()
-    merge_and_pad(
+    merge_pad(
         base=options.base,
         fine_tune=options.adapter,
         merged=Directory(options.out / "merged"),

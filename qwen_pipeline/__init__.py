@@ -30,23 +30,26 @@ if TYPE_CHECKING:
     from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
     from qwen_pipeline.models.open import open_model
-    from qwen_pipeline.quantization.spec import CalibrationSpec as CalibrationSpec
+    from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
+    from qwen_pipeline.quantization.evidence import evidence_frame
     from qwen_pipeline.quantization.spec import QuantSpec as QuantSpec
     from qwen_pipeline.qwen.padding_spec import PaddingSpec as PaddingSpec
     from qwen_pipeline.reports import CheckReport as CheckReport
     from qwen_pipeline.stages.calibrate import calibrate as calibrate
     from qwen_pipeline.stages.export import export as export
     from qwen_pipeline.stages.merge import merge as merge
-    from qwen_pipeline.stages.merge_pad import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_pad as merge_pad
     from qwen_pipeline.stages.pad import pad as pad
     from qwen_pipeline.stages.publish import publish as publish
     from qwen_pipeline.stages.quantize import quantize as quantize
     from qwen_pipeline.stages.repair import repair as repair
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
+    from qwen_pipeline.status import status_frame
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
-    merge_pad = merge_and_pad
+    evidence = evidence_frame
+    fine_tune_status = status_frame
     open_checkpoint = open_model
 
 __version__ = "0.1.0"
@@ -54,7 +57,7 @@ __version__ = "0.1.0"
 _API = {
     "AdapterRefused": "errors:AdapterRefused",
     "Artifact": "checkpoint.store.destinations:Artifact",
-    "CalibrationSpec": "quantization.spec:CalibrationSpec",
+    "CalibrationSpec": "quantization.calibration.spec:CalibrationSpec",
     "CheckFailed": "errors:CheckFailed",
     "CheckReport": "reports:CheckReport",
     "CheckpointRefused": "errors:CheckpointRefused",
@@ -76,11 +79,13 @@ _API = {
     "ValidationInputs": "evaluation.plan:ValidationInputs",
     "ValidationPlan": "evaluation.plan:ValidationPlan",
     "calibrate": "stages.calibrate:calibrate",
+    "evidence": "quantization.evidence:evidence_frame",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",
+    "fine_tune_status": "status:status_frame",
     "load_settings": "config:load_settings",
     "merge": "stages.merge:merge",
-    "merge_pad": "stages.merge_pad:merge_and_pad",
+    "merge_pad": "stages.merge_pad:merge_pad",
     "open_checkpoint": "models.open:open_model",
     "pad": "stages.pad:pad",
     "plan": "api:plan",

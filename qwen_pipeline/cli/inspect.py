@@ -41,8 +41,8 @@ def inspect(
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.errors import InputRefused
-    from qwen_pipeline.models.open import paddings_of
-    from qwen_pipeline.stages.merge import base_report, open_fine_tune
+    from qwen_pipeline.models.open import open_fine_tune, paddings_of
+    from qwen_pipeline.stages.merge import KnownBase, base_report
     from qwen_pipeline.transforms.lora.fine_tune import adopt
     from qwen_pipeline.transforms.lora.merge import merge_lora
 
@@ -58,7 +58,7 @@ def inspect(
         data |= {"kind": "adapter", "combination": child.combination, "adapters": _described(child)}
         view.append(_settings_table(data["adapters"]))
         if base:
-            data["names_base"] = asdict(base_report(base, child, (), None))
+            data["names_base"] = asdict(base_report(KnownBase(root=base), child))
             parent = open_checkpoint(base)
             merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
             data["trained"] = merged.bridge.trained if merged.bridge else None

@@ -126,10 +126,10 @@ def merge_pad(
     The recipe has the merged checkpoint's digests; `materialize` stores its weights later.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
-    from qwen_pipeline.stages.merge_pad import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_pad
 
     return made_by(
-        lambda observe: merge_and_pad(
+        lambda observe: merge_pad(
             base=base,
             fine_tune=_fine_tune(adapter, weight, combine),
             merged=Directory(recipe),
@@ -219,7 +219,7 @@ def calibrate(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.quantization.spec import CalibrationSpec
+    from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
     from qwen_pipeline.stages import calibrate as stage
 
     least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens

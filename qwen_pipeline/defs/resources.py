@@ -17,7 +17,7 @@ from qwen_pipeline.qwen.geometry import require_towers
 from qwen_pipeline.qwen.tensor_parallel.plan import padding_for
 from qwen_pipeline.stages import calibrate, quantize
 from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import merge_and_pad
+from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 
 
@@ -107,7 +107,7 @@ class Pipeline:
                 hard_links=hard_links,
                 observe=observe,
             )
-        recipe, _ = merge_and_pad(
+        recipe, _ = merge_pad(
             base=self.base,
             fine_tune=fine_tune,
             merged=slot,

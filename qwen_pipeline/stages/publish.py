@@ -1,4 +1,4 @@
-"""``validated -> published``: the directory that a person would upload, made only from what passed."""
+"""``quantized + validated -> published``: a directory ready to upload, made only of files that passed validation."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.store.lineage import Step, dump_step, step_of
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, listed
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.report.load import REPORT_JSON, ValidationReport, load_validation
-from qwen_pipeline.evaluation.report.markdown import quality_table
+from qwen_pipeline.evaluation.report.markdown import REPORT, quality_table
 from qwen_pipeline.evaluation.report.model_card import ModelCard
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.reports import CheckSpec, dump_reports
@@ -35,12 +35,14 @@ def publish(
     *,
     quantized: Path,
     validated: Path,
-    destination: Destination,
+    destination: Destination | Path,
     base_model: str,
     fine_tune: str,
     observe: Observe = unobserved,
 ) -> Artifact:
-    """Make a release of a quantized checkpoint: its files, a model card, the validation report, its provenance.
+    """Make a release of a quantized checkpoint: its files, a model card, the validation report, and the provenance.
+
+    A check that was skipped proves nothing: the card names it, and it must be one that configuration may leave out.
 
     Args:
         quantized: The finished quantized checkpoint.
@@ -48,10 +50,10 @@ def publish(
         destination: Where the release goes.
         base_model: Hub id of the base, or its directory, for the card.
         fine_tune: The name of the release.
-        observe: Told about bytes copied.
+        observe: Called with the bytes copied.
 
     Raises:
-        CheckFailed: The validation is of other bytes, or a blocking check failed.
+        CheckFailed: The validation is of other bytes, a blocking check failed, or a required check was skipped.
         CheckpointRefused: The validation is damaged, or a file is not the one that was validated.
     """
     checkpoint, validation = open_manifest(quantized), open_manifest(validated)
@@ -98,18 +100,18 @@ def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path)
         raise CheckFailed(
             f"{validated} is a validation of {report.candidate}, not of {checkpoint.content_digest}.", remedy=remedy
         )
-    if failed := [f"{check.name}: {check.detail}" for check in report.checks if check.blocks]:
+    if obstacles := report.obstacles:
         raise CheckFailed(
-            f"Validation failed, so {checkpoint.content_digest} is not published: {listed(failed)}",
-            remedy="Correct what the report says and run its stages again.",
+            f"Validation failed, so {checkpoint.content_digest} is not published: {listed(obstacles)}",
+            remedy=f"Read {validated / REPORT}, correct the cause and run the stages again.",
         )
     return report
 
 
 def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> dict[str, FileDigest]:
-    """Copy the files of a finished directory, logs left out; read each copy back and compare it with the manifest.
+    """Copy the files of a finished directory without its logs; read each copy back and compare it with the manifest.
 
-    Every file of a release has a SHA-256 of its own, shards too, for whoever checks it with other tools.
+    Every file of a release has a SHA-256, shards too, so that other tools can verify it.
     """
     files = {path: file for path, file in manifest.contents.files.items() if not path.startswith(LOGS)}
     released: dict[str, FileDigest] = {}

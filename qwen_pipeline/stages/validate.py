@@ -25,7 +25,7 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
-from qwen_pipeline.quantization.evidence import Evidence, load_evidence
+from qwen_pipeline.quantization.evidence import ModuleEvidence, load_evidence
 from qwen_pipeline.quantization.spec import default_device
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import text_config
@@ -63,14 +63,14 @@ class _Prepared:
     inputs: ValidationInputs
     models: OpenedModels
     digests: Mapping[str, str]
-    evidence_before: Sequence[Evidence]
+    evidence_before: Sequence[ModuleEvidence]
 
 
 def validate(
     inputs: ValidationInputs,
     *,
     plan: ValidationPlan = DEFAULT_PLAN,
-    destination: Destination,
+    destination: Destination | Path,
     engine: WorkerEnvironment,
     observe: Observe = unobserved,
 ) -> Artifact:

@@ -32,7 +32,7 @@ def test_where_none_or_all_are_dead_nothing_changes(value: float) -> None:
 LIVE_AND_PADDED_BY_AUTOGPTQ = """
 import json, torch
 from auto_gptq.quantization.gptq import GPTQ
-from qwen_pipeline.quantization.autogptq import settle_before_solving
+from qwen_pipeline.quantization.autogptq import patch_solver
 
 LIVE, PADDED, OUT, GROUP = 384, 512, 64, 128
 torch.manual_seed(0)
@@ -56,7 +56,7 @@ def changed():
     return (~torch.isclose(both[:, :LIVE], live, rtol=1e-3)).double().mean().item()
 
 before = changed()
-settle_before_solving()
+patch_solver()
 print(); print(json.dumps([before, changed()]))
 """
 
@@ -74,7 +74,7 @@ QUANTIZE_LIVE_AND_PADDED = """
 import json, sys, torch
 from gptqmodel import GPTQConfig
 from gptqmodel.quantization import GPTQ
-from qwen_pipeline.quantization.gptqmodel import settle_before_solving
+from qwen_pipeline.quantization.gptqmodel import patch_solver
 
 LIVE, PADDED, OUT, GROUP = 384, 512, 64, 128
 torch.manual_seed(0)
@@ -99,7 +99,7 @@ def padded(t):
 found = {}
 for name in ("as the library does", "settled"):
     if name == "settled":
-        settle_before_solving()
+        patch_solver()
     for aware in (False, True):
         live = quantized(tokens, weight, aware)
         both = quantized(padded(tokens), padded(weight), aware)

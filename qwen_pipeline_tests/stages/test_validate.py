@@ -19,7 +19,7 @@ from qwen_pipeline.evaluation.report.markdown import report_markdown
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.quantization.spec import CalibrationSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.calibrate import calibrate

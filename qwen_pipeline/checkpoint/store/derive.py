@@ -27,7 +27,7 @@ from qwen_pipeline.checkpoint.manifest import (
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination, as_destination
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
 WORK_DIR = ".workshop"
@@ -56,7 +56,7 @@ class Built:
 
 def derive(
     derivation: Derivation,
-    destination: Destination,
+    destination: Destination | Path,
     build: Callable[[Path], Built],
     *,
     fingerprints: Mapping[str, str] | None = None,
@@ -71,7 +71,7 @@ def derive(
     Args:
         derivation: The stage, its inputs by digest, its settings and its code version. An input may be
             :data:`UNREAD`: the build then computes its digest and returns it in :attr:`Built.inputs`.
-        destination: Where the directory goes.
+        destination: Where the directory goes; a path names that one directory.
         build: Writes the files.
         fingerprints: Role -> :func:`fingerprint` of each input that may be unread. They identify an interrupted build,
             so that it is continued whether or not the input's digest has become known in the meantime.
@@ -85,6 +85,7 @@ def derive(
         CheckpointRefused: A file of the finished directory is missing or has another size than its manifest says.
         EnvironmentFault: The disk is full.
     """
+    destination = as_destination(destination)
     artifact = find(derivation, destination)
     if not artifact:
         attempt = replace(derivation, inputs={**derivation.inputs, **(fingerprints or {})})

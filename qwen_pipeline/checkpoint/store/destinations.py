@@ -75,6 +75,11 @@ class Slot(Destination):
         scratch.replace(path.parent / "latest")
 
 
+def as_destination(destination: Destination | Path) -> Destination:
+    """Return a destination as it is, and a path as the :class:`Directory` that it names."""
+    return Directory(destination) if isinstance(destination, Path) else destination
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """A finished directory: the output of one stage.

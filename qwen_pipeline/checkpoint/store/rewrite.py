@@ -59,7 +59,7 @@ class Rewrite:
         return {role: source.final_digest() for role, source in self.sources.items()}
 
     def write(
-        self, destination: Destination, *, task: str, hard_links: bool = False, observe: Observe = unobserved
+        self, destination: Destination | Path, *, task: str, hard_links: bool = False, observe: Observe = unobserved
     ) -> Artifact:
         """Write the output, unless it exists."""
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from qwen_pipeline.checkpoint.manifest import FileDigest, Manifest
 from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.errors import CheckpointRefused, listed
-from qwen_pipeline.evaluation.checks import AGREEMENT, CHECKS, MERGED_NOT_WORSE
+from qwen_pipeline.evaluation.checks import AGREEMENT, CHECKS, MERGED_NOT_WORSE, PADDING, SAMPLES
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.report.model_card import Widened
 from qwen_pipeline.evaluation.serving.findings import SERVED
@@ -25,8 +25,8 @@ from qwen_pipeline.evaluation.tasks.plan import TASKS
 from qwen_pipeline.reports import CheckReport, load_reports
 
 REPORT_JSON = "report.json"
-OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE))
-"""Checks that a configuration may leave out. No other check may be skipped."""
+OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE, SAMPLES))
+"""Checks that a configuration may leave out; :data:`PADDING` is left out of a model that is not padded."""
 MINIMUM = frozenset({AGREEMENT.name})
 """Checks whose limit is a minimum. Every other limit is a maximum."""
 
@@ -66,6 +66,16 @@ class ValidationReport:
     findings: ReportedFindings
     padding: list[Widened]
     lineage: list[Step]
+
+    @property
+    def obstacles(self) -> list[str]:
+        """The reasons not to publish: blocking checks that failed, and required checks that were skipped."""
+        optional = OPTIONAL if self.padding else OPTIONAL | {PADDING.name}
+        return [
+            f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}"
+            for check in self.checks
+            if check.blocks or (check.skipped and check.name not in optional)
+        ]
 
 
 _REPORT = TypeAdapter(ValidationReport)
@@ -123,8 +133,6 @@ def _faults(reports: Sequence[CheckReport]) -> list[str]:
 def _contradiction(report: CheckReport) -> str | None:
     if report.skipped and report.passed:
         return f"{report.name} is skipped and passed at once"
-    if report.skipped and report.name not in OPTIONAL:
-        return f"{report.name} is skipped, but is not optional"
     if not report.passed or report.measured is None or report.limit is None:
         return None
     measured, limit = _number(report.measured), _number(report.limit)

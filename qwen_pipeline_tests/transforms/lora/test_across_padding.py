@@ -20,7 +20,7 @@ from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import merge_and_pad
+from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -156,7 +156,7 @@ def test_a_recipe_of_it_is_stored_later(tmp_path: Path, model: Model) -> None:
     live, padded = model("qwen2", "interleave")
     trained(Kind(lora=DOWN), padded, tmp_path / "adapter")
     stored = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "stored"))
-    recipe, _ = merge_and_pad(
+    recipe, _ = merge_pad(
         base=live,
         fine_tune=tmp_path / "adapter",
         merged=Directory(tmp_path / "recipe"),
