@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from qwen_pipeline.errors import CheckpointRefused as CheckpointRefused
     from qwen_pipeline.errors import DestinationLocked as DestinationLocked
     from qwen_pipeline.errors import DestinationRefused as DestinationRefused
-    from qwen_pipeline.errors import EngineFault as EngineFault
     from qwen_pipeline.errors import EnvironmentFault as EnvironmentFault
     from qwen_pipeline.errors import InputRefused as InputRefused
     from qwen_pipeline.errors import PipelineError as PipelineError
     from qwen_pipeline.errors import QuantizedInputRefused as QuantizedInputRefused
+    from qwen_pipeline.errors import WorkerFailed as WorkerFailed
     from qwen_pipeline.evaluation.limits import Limits as Limits
     from qwen_pipeline.evaluation.plan import ValidationInputs as ValidationInputs
     from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
@@ -65,7 +65,6 @@ _API = {
     "DestinationLocked": "errors:DestinationLocked",
     "DestinationRefused": "errors:DestinationRefused",
     "Directory": "checkpoint.store.destinations:Directory",
-    "EngineFault": "errors:EngineFault",
     "EnvironmentFault": "errors:EnvironmentFault",
     "InputRefused": "errors:InputRefused",
     "Limits": "evaluation.limits:Limits",
@@ -78,6 +77,7 @@ _API = {
     "Target": "evaluation.tensor_parallel.findings:Target",
     "ValidationInputs": "evaluation.plan:ValidationInputs",
     "ValidationPlan": "evaluation.plan:ValidationPlan",
+    "WorkerFailed": "errors:WorkerFailed",
     "calibrate": "stages.calibrate:calibrate",
     "evidence": "quantization.evidence:evidence_frame",
     "export": "stages.export:export",

@@ -1,7 +1,7 @@
-"""How tensors, files and shards are hashed: block by block, over a few threads."""
+"""Hashing of tensors, files and shards: block by block, on a few threads."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -32,11 +32,6 @@ class HashedTensor:
 
 
 HashedTensors = Mapping[str, HashedTensor]
-
-
-def hashed_tensors(digests: Mapping[str, TensorDigest]) -> dict[str, HashedTensor]:
-    """Return hash results for tensors of which only the digests are known."""
-    return {name: HashedTensor(digest=digest) for name, digest in digests.items()}
 
 
 class TensorHasher:
@@ -70,7 +65,7 @@ class TensorHasher:
 
 def hash_checkpoint(checkpoint: Checkpoint, root: Path, *, observe: Observe = unobserved) -> Contents:
     """Read and hash every tensor and sidecar of a stored checkpoint; shards are not hashed as files."""
-    tensors = hash_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    tensors = hash_tensors(checkpoint.tensors, task=f"digest {root.name}", observe=observe)
     return Contents(
         tensors={name: tensor.digest for name, tensor in tensors.items()},
         files=digest_files({CONFIG: root / CONFIG, **checkpoint.sidecars}),
@@ -78,12 +73,12 @@ def hash_checkpoint(checkpoint: Checkpoint, root: Path, *, observe: Observe = un
 
 
 def hash_tensors(
-    checkpoint: Checkpoint, names: Collection[str], *, task: str, observe: Observe = unobserved
+    tensors: Mapping[str, LazyTensor], *, task: str, observe: Observe = unobserved
 ) -> dict[str, HashedTensor]:
-    """Read and hash tensors of a checkpoint, as fast as the disk and all cores allow."""
-    hashers = {name: TensorHasher(checkpoint[name]) for name in names}
-    meter = Meter(task, sum(checkpoint[name].nbytes for name in names), observe)
-    blocks = ((name, block) for name in names for block in blocks_of(checkpoint.tensors[name]))
+    """Read and hash tensors, as fast as the disk and all cores allow."""
+    hashers = {name: TensorHasher(tensor.spec) for name, tensor in tensors.items()}
+    meter = Meter(task, sum(tensor.spec.nbytes for tensor in tensors.values()), observe)
+    blocks = ((name, block) for name, tensor in tensors.items() for block in blocks_of(tensor))
 
     def read(job: tuple[str, Block]) -> None:
         name, block = job

@@ -1,4 +1,4 @@
-"""Digests of directories that were not made here, remembered between runs: bases from a hub, adapters from a trainer.
+"""A cache of the digests of directories without a manifest: bases from a hub, adapters from a trainer.
 
 Hashing a base costs one read of it, so its digests are cached, keyed by the path, size, inode and modification time of
 every file. Rewriting a file and restoring its time on purpose defeats the cache, but not the verification before a
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from qwen_pipeline.checkpoint.digest import HashedTensors, digest_file, digest_files, hash_tensors, hashed_tensors
+from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, digest_file, digest_files, hash_tensors
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, canonical_sha256, find_manifest
 from qwen_pipeline.progress import Observe, unobserved
@@ -57,8 +57,11 @@ class DigestCache:
             checkpoint: The directory as it was opened, if not by :func:`open_checkpoint`.
         """
         if manifest := find_manifest(root):
-            files = {path: file for path, file in manifest.contents.files.items() if isinstance(file, FileDigest)}
-            return HashedCheckpoint(tensors=hashed_tensors(manifest.contents.tensors), files=files)
+            contents = manifest.contents
+            return HashedCheckpoint(
+                tensors={name: HashedTensor(digest=digest) for name, digest in contents.tensors.items()},
+                files={path: file for path, file in contents.files.items() if isinstance(file, FileDigest)},
+            )
         entry = self._entry(_files_of(root, open_checkpoint(root) if checkpoint is None else checkpoint))
         return _HASHED.validate_json(entry.read_bytes()) if entry.is_file() else None
 
@@ -92,7 +95,7 @@ def checkpoint_digest(root: Path, *, checkpoint: Checkpoint | None = None, obser
     if known := cache.find(root, checkpoint):
         return known.digest
     checkpoint = open_checkpoint(root) if checkpoint is None else checkpoint
-    tensors = hash_tensors(checkpoint, checkpoint, task=f"digest {root.name}", observe=observe)
+    tensors = hash_tensors(checkpoint.tensors, task=f"digest {root.name}", observe=observe)
     return cache.add(root, checkpoint, tensors).digest
 
 

@@ -45,7 +45,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def open_locked(path: Path, *, wait: bool = False) -> BinaryIO:
-    """Return a lock file, created if absent, that this process holds an exclusive ``flock`` on until it is closed.
+    """Open a lock file, created if absent, and take an exclusive ``flock`` on it, which ends when it is closed.
 
     Raises:
         BlockingIOError: Another process holds the lock, and ``wait`` is False.

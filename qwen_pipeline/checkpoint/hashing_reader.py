@@ -23,7 +23,7 @@ class HashingReader:
         check_finite: Whether to look for NaN and infinities too.
 
     Attributes:
-        checkpoint: The same checkpoint; to be read in place of ``source``.
+        checkpoint: The same checkpoint, to be read in place of ``source``.
     """
 
     def __init__(self, name: str, source: Checkpoint, *, check_finite: bool = True) -> None:
@@ -58,7 +58,7 @@ class HashingReader:
         """Complete the results: take those of unchanged tensors from the output, and read what was not read yet.
 
         Args:
-            output: What was made of the checkpoint.
+            output: The checkpoint that was computed from this one.
             written: The hash result of every tensor of the output.
             task: Name of the progress.
             observe: Called with the progress.
@@ -67,8 +67,9 @@ class HashingReader:
         self._results |= {
             name: written[name] for name, tensor in output.tensors.items() if self._is_unchanged(name, tensor)
         }
-        if missing := [name for name in self._source if name not in self._results]:
-            self._results |= hash_tensors(self._source, missing, task=task, observe=observe)
+        missing = {name: tensor for name, tensor in self._source.tensors.items() if name not in self._results}
+        if missing:
+            self._results |= hash_tensors(missing, task=task, observe=observe)
 
     def _is_unchanged(self, name: str, tensor: LazyTensor) -> bool:
         own = self.checkpoint.tensors.get(name)

@@ -11,9 +11,9 @@ from threading import Lock
 
 from pydantic import TypeAdapter
 
-from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, hash_tensors
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, StoredTensor
-from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
+from qwen_pipeline.checkpoint.digest import HashedTensor, hash_tensors
+from qwen_pipeline.checkpoint.lazy import LazyTensor, stored_tensor
+from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe
 
@@ -66,19 +66,6 @@ def verify_finished(files: Mapping[Path, Sequence[FinishedTensor]], *, task: str
         except (CheckpointRefused, OSError):
             continue
         expected |= {tensor.name: tensor for tensor in finished if tensor.name in file.specs}
-        tensors |= {name: _open_tensor(file, name) for name in file.specs if name in expected}
-    found = _hash(tensors, task=task, observe=observe)
+        tensors |= {name: stored_tensor(file, name) for name in file.specs if name in expected}
+    found = hash_tensors(tensors, task=task, observe=observe) if tensors else {}
     return {name for name, hashed in found.items() if hashed.digest == expected[name].written.digest}
-
-
-def _open_tensor(file: SafetensorsFile, name: str) -> LazyTensor:
-    return LazyTensor(
-        spec=file.specs[name],
-        read=lambda start, stop: file.load(name, start, stop),
-        stored=StoredTensor(file, name),
-    )
-
-
-def _hash(tensors: Mapping[str, LazyTensor], *, task: str, observe: Observe) -> HashedTensors:
-    checkpoint = Checkpoint(config={}, tensors=tensors, shards={})
-    return hash_tensors(checkpoint, checkpoint, task=task, observe=observe) if tensors else {}

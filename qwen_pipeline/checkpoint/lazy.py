@@ -74,6 +74,15 @@ class LazyTensor:
         return LazyTensor(spec=spec, read=lambda first, last: self.read(start + first, start + last))
 
 
+def stored_tensor(file: SafetensorsFile, name: str) -> LazyTensor:
+    """Return a tensor of a file, to be read on request."""
+    return LazyTensor(
+        spec=file.specs[name],
+        read=lambda start, stop: file.load(name, start, stop),
+        stored=StoredTensor(file, name),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint(Mapping[str, TensorSpec]):
     """A mapping of tensor names to specs, with the config, the shard of each tensor, and the files beside the weights.
@@ -173,14 +182,14 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
     tensors: dict[str, LazyTensor] = {}
     owners: dict[str, str] = {}
     for shard in shards:
-        for name, spec in shard.specs.items():
+        for name in shard.specs:
             if name in owners:
                 raise CheckpointRefused(
                     f"Tensor {name!r} is in both {owners[name]} and {shard.path.name} of {root}.",
                     remedy="Save the checkpoint again so that each tensor is in one shard.",
                 )
             owners[name] = shard.path.name
-            tensors[name] = LazyTensor(spec=spec, read=_rows_reader(shard, name), stored=StoredTensor(shard, name))
+            tensors[name] = stored_tensor(shard, name)
     sidecars = open_sidecars(root)
     known = {CONFIG, INDEX, MANIFEST, *owners.values(), *sidecars}
     return Checkpoint(
@@ -214,9 +223,9 @@ def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
         raise CheckpointRefused(f"{index_path} has no weight_map.", remedy="Save the checkpoint again.")
     owners = {str(name): str(file) for name, file in cast("dict[Any, Any]", weight_map).items()}
     shards = [open_safetensors(_shard_path(root, file)) for file in sorted(set(owners.values()))]
-    held = {name: shard.path.name for shard in shards for name in shard.specs}
-    if wrong := sorted(name for name in owners.keys() | held.keys() if owners.get(name) != held.get(name)):
-        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {held.get(n)}" for n in wrong[:5])
+    found = {name: shard.path.name for shard in shards for name in shard.specs}
+    if wrong := sorted(name for name in owners.keys() | found.keys() if owners.get(name) != found.get(name)):
+        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {found.get(n)}" for n in wrong[:5])
         raise CheckpointRefused(
             f"{INDEX} of {root} does not agree with its shards for {len(wrong)} tensors: {shown}.",
             remedy="The upload or download is incomplete, or mixes the files of two saves: fetch it again.",
@@ -234,10 +243,6 @@ def _shard_path(root: Path, file: str) -> Path:
     if not path.is_file():
         raise CheckpointRefused(f"Shard {path} is missing.", remedy="Fetch the missing shard, then run again.")
     return path
-
-
-def _rows_reader(shard: SafetensorsFile, name: str) -> ReadRows:
-    return lambda start, stop: shard.load(name, start, stop)
 
 
 def _no_weights(root: Path) -> CheckpointRefused:

@@ -83,7 +83,7 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Derivation:
-    """Everything that decides the bytes of a stage's output. Equal derivations have equal outputs on every machine.
+    """Everything that decides the bytes of a stage's output. Its key names the output in a store.
 
     Attributes:
         stage: Name of the output, such as ``merged``.
@@ -99,12 +99,12 @@ class Derivation:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the digest of every input is known, so that the key is final."""
+        """True if the digest of every input is known, so that the key is final."""
         return UNREAD not in self.inputs.values()
 
     @cached_property
     def key(self) -> str:
-        """Hex SHA-256 of the four fields as canonical JSON: what a store finds the output by."""
+        """Hex SHA-256 of the four fields as canonical JSON."""
         return canonical_sha256([self.stage, dict(self.inputs), dict(self.spec), self.code_version])
 
 
@@ -143,7 +143,7 @@ class Manifest:
     Attributes:
         derivation: What the directory was made from. Its key decides whether a later run can reuse the directory.
         contents: Digests of every tensor and file.
-        content_digest: ``contents.digest``: what later stages name this output by.
+        content_digest: ``contents.digest``. Later stages name this output by it.
         result: The stage's findings as JSON values: the padding map, per-module losses, check reports.
         recipe: Role -> path of what the weights are computed from, if they are not stored here; ``contents.tensors``
             has the digests of the computed weights.

@@ -14,7 +14,7 @@ from qwen_pipeline.checkpoint.tree_hash import LEAF_BYTES
 from qwen_pipeline.errors import EnvironmentFault
 
 BLOCKS_PER_THREAD = 6
-"""The source's rows, the update and the sum in float32 (two blocks each), the result, and the padded result."""
+"""The source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
 LEAVES_PER_THREAD = 8
 """Partial leaves of tree hashes: two for each of the hashes of what is read, merged and padded, and two spare."""
 FILES_PER_THREAD = 2
@@ -25,7 +25,7 @@ FILES_BESIDE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceNeeds:
-    """What a stage takes beyond what the process holds: bytes of disk and of memory, and open files.
+    """The needs of a stage beyond what the process already has: bytes of disk and of memory, and open files.
 
     Memory is ``threads x (6 x max(8 MiB, the longest row) + 8 MiB)``. It does not depend on the model's depth.
     """
@@ -56,7 +56,7 @@ def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> Resour
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AvailableResources:
-    """What is available to a stage: free bytes of a disk and of memory, and open files; None if no limit is known."""
+    """The resources available to a stage: free bytes of disk and of memory, and open files; None if unlimited."""
 
     disk_bytes: int
     memory_bytes: int | None

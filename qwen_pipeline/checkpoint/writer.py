@@ -70,7 +70,7 @@ def write_checkpoint(
 
 @dataclass(slots=True)
 class _UnfinishedTensor:
-    """A tensor of which blocks are missing. Without a shard it is only hashed, since its file is there.
+    """A tensor with missing blocks. Without a shard it is only hashed, since its file exists already.
 
     Attributes:
         missing: Bytes that are still to be written and hashed.

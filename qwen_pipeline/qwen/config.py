@@ -12,6 +12,23 @@ _PACKED = ("qweight", "qzeros", "g_idx", "weight_packed", "weight_scale", "weigh
 _FULL = ("BF16", "F16", "F32", "F64")
 
 
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config's values by path, such as ``text_config.intermediate_size``."""
+    flat: dict[str, Any] = {}
+    for field, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flat_config(cast("Mapping[str, Any]", value), f"{prefix}{field}.")
+        else:
+            flat[prefix + field] = value
+    return flat
+
+
+def diff_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that differ between two configs: path -> value in ``after``, None if it is absent there."""
+    old, new = flat_config(before), flat_config(after)
+    return {path: new.get(path) for path in new | old if old.get(path) != new.get(path)}
+
+
 def require_full_precision(checkpoint: Checkpoint, *, because: str, remedy: str) -> None:
     """Refuse quantized weights, whether the config or only the tensors tell.
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slab:
-    """Which part of a stack of experts one weight is.
+class ExpertSlice:
+    """The part of a stack of experts that holds one weight.
 
     Attributes:
-        expert: Its number.
-        start: The first of its outputs among those of the stack: ``up`` follows ``gate``.
-        transposed: Whether the stack has inputs before outputs.
+        expert: Index of the expert.
+        start: Its first output in the expert's matrix; ``up`` follows ``gate``.
+        transposed: Whether inputs come before outputs in the stack.
         stack: Shape of the whole stack.
     """
 
@@ -44,7 +44,7 @@ class Linear:
         layer: Number of the decoder layer.
         kind: Path inside the layer, such as ``mlp.experts.7.gate_proj``.
         tensor: Name of the stored tensor that holds the weight.
-        slab: Which part of that tensor the weight is; None if it is all of it.
+        expert_slice: The part of that tensor that is the weight; None if it is all of it.
     """
 
     module: str
@@ -53,7 +53,7 @@ class Linear:
     out_features: int
     in_features: int
     tensor: str
-    slab: Slab | None = None
+    expert_slice: ExpertSlice | None = None
 
     @property
     def is_expert(self) -> bool:
@@ -86,8 +86,8 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
                 wrong.append(f"{module} is missing")
                 continue
             shape = checkpoint[tensor].shape
-            slab = None if own else _slab(kind, matrix, shape, config)
-            if shape != (slab.stack if slab else (matrix.out_features, matrix.in_features)):
+            expert_slice = None if own else _expert_slice(kind, matrix, shape, config)
+            if shape != (expert_slice.stack if expert_slice else (matrix.out_features, matrix.in_features)):
                 wrong.append(
                     f"{tensor} is {list(shape)}, where {module} is {matrix.out_features} x {matrix.in_features}"
                 )
@@ -99,7 +99,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
                     out_features=matrix.out_features,
                     in_features=matrix.in_features,
                     tensor=tensor,
-                    slab=slab,
+                    expert_slice=expert_slice,
                 )
             )
     if wrong:
@@ -115,10 +115,10 @@ def load_weight(checkpoint: Checkpoint, linear: Linear, rows: slice | None = Non
 
     A part of a stack is read with the whole of its expert, because the rows of a stack are experts.
     """
-    if (slab := linear.slab) is None:
+    if (part := linear.expert_slice) is None:
         return checkpoint.load(linear.tensor, rows)
-    expert = checkpoint.load(linear.tensor, slice(slab.expert, slab.expert + 1))[0]
-    w_OI = (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features]
+    expert = checkpoint.load(linear.tensor, slice(part.expert, part.expert + 1))[0]
+    w_OI = (expert.T if part.transposed else expert)[part.start : part.start + linear.out_features]
     return w_OI if rows is None else w_OI[rows]
 
 
@@ -133,14 +133,14 @@ def _quantized(matrices: Sequence[Matrix]) -> Iterator[tuple[str, Matrix]]:
             yield matrix.kind, matrix
 
 
-def _slab(kind: str, matrix: Matrix, shape: tuple[int, ...], config: Config) -> Slab:
+def _expert_slice(kind: str, matrix: Matrix, shape: tuple[int, ...], config: Config) -> ExpertSlice:
     stack, outputs = stack_of(kind), matrix.out_features
     channels = channels_of(ParsedName(part="decoder", module=str(stack), parameter="weight"), shape, config)
     assert channels, f"{stack} has no channels"
     rows = outputs * channels.halves
     transposed = channels.axis == (1 if stack == DOWN else 2)
     sides = (matrix.in_features, rows) if transposed else (rows, matrix.in_features)
-    return Slab(
+    return ExpertSlice(
         expert=int(kind.split(".")[2]),
         start=outputs if kind.endswith(".up_proj") else 0,
         transposed=transposed,

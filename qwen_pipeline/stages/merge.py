@@ -182,7 +182,7 @@ def _way_back(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
 
 def _changes_padded_tensors(merged: Merged, plan: PadPlan) -> bool:
     padded = {name for size in plan.sizes for name in sized_tensors(merged.checkpoint, size.field)}
-    return any(recipe.uses for name, recipe in merged.plan.recipes.items() if name in padded)
+    return any(change.adapter_tensors for name, change in merged.plan.merges.items() if name in padded)
 
 
 def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
@@ -197,14 +197,14 @@ def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
         }
         for member in adapters.members
     ]
-    recipes = merged.plan.recipes.items()
-    scalings = {name: sorted({term.scaling for term in recipe.terms}) for name, recipe in recipes if recipe.terms}
+    changes = merged.plan.merges.items()
+    scalings = {name: sorted({term.scaling for term in change.terms}) for name, change in changes if change.terms}
     return {"kind": "adapter", "adapters": described, "combination": adapters.combination, "scalings": scalings}
 
 
 def _adapter_use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
     count = sum(len(adapter.weights.specs) for adapter in adapters.adapters)
-    changed = sum(bool(recipe.uses) for recipe in merged.plan.recipes.values())
+    changed = sum(bool(merge.adapter_tensors) for merge in merged.plan.merges.values())
     sides = {"live": ", which was unpadded for it and padded again", "padded": ", padded as it was in training"}
     padding = sides[merged.bridge.trained] if merged.bridge else ""
     return TENSORS_USED.report(

@@ -11,7 +11,7 @@ from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
-from qwen_pipeline.qwen.config import require_full_precision
+from qwen_pipeline.qwen.config import diff_configs, require_full_precision
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
@@ -136,7 +136,7 @@ def _silent_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckRepo
 def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> CheckReport:
     for size in plan.sizes:
         sized_tensors(padded, size.field)
-    changed = _changed_fields(live.config, padded.config)
+    changed = diff_configs(live.config, padded.config).keys()
     places = [place for size in plan.sizes for place in size.places]
     widths = ", ".join(f"{size.field} {size.padded}" for size in plan.sizes)
     return CONFIG_FOLLOWS.report(
@@ -163,15 +163,3 @@ def _attention_report(config: Mapping[str, Any], spec: PaddingSpec) -> CheckRepo
         measured="; ".join([*obstacles, *["towers are refused"] * bool(tower_faults)]) or None,
         detail=" ".join([remedy] * bool(obstacles) + tower_faults) or f"Heads and o_proj divide by {listed_degrees}.",
     )
-
-
-def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """Return the paths of the fields that differ, nested ones included."""
-    changed: set[str] = set()
-    for field in before.keys() | after.keys():
-        old, new = before.get(field), after.get(field)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed |= {f"{field}.{path}" for path in _changed_fields(old, new)}
-        elif old != new:
-            changed.add(field)
-    return changed

@@ -14,6 +14,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.config import diff_configs, flat_config
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.formats import CodeFormat, code_format
@@ -215,8 +216,7 @@ def _silent_report(proof: "RepairFindings") -> CheckReport:
 
 def _config_report(before: Mapping[str, Any], after: Mapping[str, Any], plan: PadPlan) -> CheckReport:
     expected = {place: size.padded for size in plan.sizes for place in size.places}
-    old, new = _leaves(before), _leaves(after)
-    changed = {path for path in old.keys() | new.keys() if old.get(path) != new.get(path)}
+    new, changed = flat_config(after), diff_configs(before, after).keys()
     return CONFIG_FOLLOWS.report(
         passed=changed <= expected.keys() and all(new[place] == width for place, width in expected.items()),
         measured=", ".join(sorted(changed)) or "unchanged",
@@ -234,11 +234,3 @@ def _order_report(proof: "RepairFindings", ranks: int) -> CheckReport:
         if proof.reordered
         else "Groups are consecutive inputs, as every engine expects.",
     )
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a config: path, such as ``text_config.intermediate_size`` -> value."""
-    flat: dict[str, Any] = {}
-    for field, value in config.items():
-        flat |= _leaves(value, f"{prefix}{field}.") if isinstance(value, dict) else {prefix + field: value}
-    return flat

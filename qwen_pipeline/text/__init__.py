@@ -1,1 +1,1 @@
-"""Text for calibration and evaluation: where it comes from, its records, and windows of tokens."""
+"""Text for calibration and evaluation: its sources, its records, and windows of tokens."""

@@ -229,7 +229,7 @@ def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_p
     assert report.measured == 2
     assert "vllm-exllama at 2 answers wrongly without an error: 2 of 14 weights differ" in report.detail
     assert "same next token" in report.detail
-    assert "lmdeploy-turbomind at 2 refuses it: refused: groups of 32: it takes 128" in report.detail
+    assert "lmdeploy-turbomind at 2 refuses it: refused: groups of 32: supported are 128" in report.detail
     page = (out.path / "report.html").read_text()
     assert "On the ranks of each engine" in page
     assert "12 of 14 as the whole" in page

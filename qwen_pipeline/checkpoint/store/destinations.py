@@ -19,11 +19,10 @@ PARTIAL = ".partial"
 
 
 class Destination(Protocol):
-    """Where :func:`derive` puts the finished directory of a derivation.
+    """The place for a stage's output: maps a derivation to the path of its finished directory, for :func:`derive`.
 
-    :class:`Directory` is one directory for one output; :class:`Slot` has a directory of its own for each derivation of
-    one fine-tune, so that earlier outputs stay. The directory, ``<path>.partial`` and ``<path>.lock`` are beside each
-    other, so that a finished output can be renamed.
+    A :class:`Directory` is one path, for one output. A :class:`Slot` has a path for each derivation of one fine-tune,
+    so that earlier outputs stay. While an output is built, ``<path>.partial`` and ``<path>.lock`` are beside its path.
     """
 
     def path_for(self, derivation: Derivation, /) -> Path:

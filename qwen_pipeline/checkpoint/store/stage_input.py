@@ -21,7 +21,7 @@ class StageInput:
         checkpoint: The checkpoint to read from.
         digest: Its content digest, or :data:`UNREAD`.
         fingerprint: See :func:`fingerprint`.
-        readers: What hashes the checkpoint, and what it is made of, while it is read; empty if the digest is known.
+        readers: Hash the checkpoint, and what it is computed from, while it is read; empty if the digest is known.
         final_digest: Returns the content digest, once the readers have finished.
     """
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
@@ -97,8 +97,8 @@ class CalibrationSet:
 def digests(tensors: Mapping[str, "Tensor"]) -> dict[str, TensorDigest]:
     """Return the digest of each tensor."""
     in_memory = {name: _in_memory(tensor) for name, tensor in tensors.items()}
-    read = hash_tensors(Checkpoint(config={}, tensors=in_memory, shards={}), in_memory, task="digest calibration")
-    return {name: tensor.digest for name, tensor in read.items()}
+    hashed = hash_tensors(in_memory, task="digest calibration")
+    return {name: tensor.digest for name, tensor in hashed.items()}
 
 
 def _in_memory(tensor: "Tensor") -> LazyTensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
-from qwen_pipeline.errors import EngineFault
+from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
@@ -89,7 +89,7 @@ class _RoutingRecorder:
     def _record(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         chosen = named.get("top_k_index", arguments[1] if len(arguments) > 1 else None)
         if not torch.is_tensor(chosen) or chosen.is_floating_point():
-            raise EngineFault(
+            raise WorkerFailed(
                 f"This version of Transformers does not pass the chosen experts to {type(module).__name__}.",
                 remedy="Install the pinned versions, or report this as a bug.",
             )

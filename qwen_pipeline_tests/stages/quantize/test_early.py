@@ -16,7 +16,7 @@ from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
-from qwen_pipeline_tests.stages.quantize.kills import is_running
+from qwen_pipeline_tests.workers.processes import is_running
 
 
 def test_a_refusal_ends_the_quantizer_that_was_started(
