@@ -54,7 +54,7 @@ READING: Mapping[str, tuple[type, str]] = {
     "wait for the bus": (Prefetcher, "_wait_for_copies"),
     "wait for memory": (Prefetcher, "_reserve"),
 }
-"""Steps of the reading threads, added up; while one waits for room, none reads."""
+"""Steps of the reading threads, added up; while one waits for memory, none reads."""
 
 
 def main() -> None:

@@ -14,6 +14,11 @@ all_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @all_pages
+def test_a_page_begins_with_its_title(page: Path) -> None:
+    assert page.read_text().startswith("# ")
+
+
+@all_pages
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
