@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from qwen_pipeline.errors import QuantizedInputRefused as QuantizedInputRefused
     from qwen_pipeline.errors import WorkerFailed as WorkerFailed
     from qwen_pipeline.evaluation.limits import Limits as Limits
+    from qwen_pipeline.evaluation.plan import ValidationInputs as ValidationInputs
+    from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
+    from qwen_pipeline.quantization.evidence import evidence_frame
     from qwen_pipeline.quantization.spec import QuantSpec as QuantSpec
     from qwen_pipeline.qwen.padding_spec import PaddingSpec as PaddingSpec
     from qwen_pipeline.reports import CheckReport as CheckReport
@@ -42,9 +45,11 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.repair import repair as repair
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
-    from qwen_pipeline.status import status_frame as status_frame
+    from qwen_pipeline.status import status_frame
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
+    evidence = evidence_frame
+    fine_tune_status = status_frame
     open_checkpoint = open_model
 
 __version__ = "0.1.0"
@@ -70,10 +75,14 @@ _API = {
     "QuantizedInputRefused": "errors:QuantizedInputRefused",
     "Settings": "config:Settings",
     "Target": "evaluation.tensor_parallel.findings:Target",
+    "ValidationInputs": "evaluation.plan:ValidationInputs",
+    "ValidationPlan": "evaluation.plan:ValidationPlan",
     "WorkerFailed": "errors:WorkerFailed",
     "calibrate": "stages.calibrate:calibrate",
+    "evidence": "quantization.evidence:evidence_frame",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",
+    "fine_tune_status": "status:status_frame",
     "load_settings": "config:load_settings",
     "merge": "stages.merge:merge",
     "merge_pad": "stages.merge_pad:merge_pad",
@@ -83,7 +92,6 @@ _API = {
     "publish": "stages.publish:publish",
     "quantize": "stages.quantize:quantize",
     "repair": "stages.repair:repair",
-    "status_frame": "status:status_frame",
     "unpad": "stages.unpad:unpad",
     "validate": "stages.validate:validate",
 }

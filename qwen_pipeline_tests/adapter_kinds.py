@@ -65,7 +65,7 @@ class Kind:
 
     @property
     def is_computed_exactly(self) -> bool:
-        """Whether every intermediate result is exact in bfloat16; those of DoRA, which takes roots, are not."""
+        """True if every intermediate result is exact in bfloat16; those of DoRA, which takes roots, are not."""
         return not self.lora.get("use_dora")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import qwen_pipeline
+from qwen_pipeline_tests import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "architecture.md").read_text()
 ROW = re.compile(r"^\| ((?:`\w+` ?)+)\|", re.MULTILINE)
 

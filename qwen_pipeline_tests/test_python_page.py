@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
-README = Path(__file__).parents[1] / "README.md"
-PAGE = README.parent / "docs" / "python.md"
+README, PAGE = REPOSITORY / "README.md", REPOSITORY / "docs" / "python.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,7 +38,7 @@ def test_every_block_of_the_page_is_an_example_or_plain_text() -> None:
 
 
 def test_the_page_shows_every_stage() -> None:
-    stages = {file.stem for file in (README.parent / "qwen_pipeline" / "stages").glob("[a-z]*.py")}
+    stages = {file.stem for file in (REPOSITORY / "qwen_pipeline" / "stages").glob("[a-z]*.py")}
     assert not {stage for stage in stages if f"qp.{stage}(" not in "".join(examples())}
 
 

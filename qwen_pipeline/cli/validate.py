@@ -45,16 +45,14 @@ def validate(
     before: Annotated[Path | None, typer.Option(help="Previous quantized version, to compare losses with.")] = None,
     engine: Annotated[QuantizerName, typer.Option(help=ENGINE_HELP)] = _DEFAULTS.engine,
     engine_python: EnginePython = None,
-    fine_tune: Annotated[
-        str | None, typer.Option(help="Fine-tune whose limits in [validation.overrides] apply.")
-    ] = None,
+    fine_tune: Annotated[str | None, typer.Option(help="Fine-tune whose limits in validation.overrides apply.")] = None,
     serve: Annotated[ServingChoice | None, typer.Option(help="Also serve with this engine, and query it.")] = None,
     serve_tp: Annotated[list[int] | None, typer.Option(help="Degree to serve at; repeatable. Default: --tp.")] = None,
 ) -> CommandResult:
     """Compare a quantized checkpoint with the one it was made from, and write a report.
 
-    Limits, prompts, the amount of text, what is served and, unless given here, targets come from the section
-    [validation] of qwen_pipeline.toml.
+    Limits, prompts, the amount of text, serving and, unless given here, targets come from the validation section of
+    qwen_pipeline.toml.
     """
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target

@@ -42,7 +42,7 @@ class ComputeContext:
 
     @property
     def has_own_memory(self) -> bool:
-        """Whether the device has memory of its own, which can be filled while it computes."""
+        """True if the device has memory of its own, which can be filled while it computes."""
         return self.device.type == "cuda"
 
     def load_each(self, tensors: Sequence[LazyTensor]) -> Iterator[Tensor]:

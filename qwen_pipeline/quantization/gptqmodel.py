@@ -27,7 +27,7 @@ from qwen_pipeline.quantization.solver import nan_as_check_failed
 from qwen_pipeline.workers.child import report
 
 CHECKPOINTS = 16
-"""How often in a run the finished layers are saved to resume from, if GPTQModel supports it."""
+"""Number of times in a run that the finished layers are saved to resume from, if GPTQModel supports it."""
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:

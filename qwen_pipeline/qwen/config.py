@@ -1,4 +1,4 @@
-"""Facts of a model's configs: whether its weights are full precision, and which tokens end an answer."""
+"""Checks of a model's configs: full-precision weights, and the tokens that end generation."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -30,10 +30,10 @@ def diff_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
 
 
 def require_full_precision(checkpoint: Checkpoint, *, because: str, remedy: str) -> None:
-    """Refuse quantized weights, whether the config or only the tensors tell.
+    """Refuse quantized weights, recognized by the config or by the tensors.
 
     Raises:
-        QuantizedInputRefused: With what was found, then ``because`` and ``remedy``.
+        QuantizedInputRefused: The weights are quantized. The message has the evidence, ``because`` and ``remedy``.
     """
     if found := _quantization(checkpoint):
         raise QuantizedInputRefused(f"The weights are quantized ({found}). {because}", remedy=remedy)
@@ -61,7 +61,7 @@ GENERATION_CONFIG = "generation_config.json"
 def stop_tokens(checkpoint: Checkpoint) -> frozenset[int]:
     """Return the ``eos_token_id`` of ``generation_config.json``, one or several; without the file, of ``config.json``.
 
-    A generation config that names none stops nowhere, whatever ``config.json`` says.
+    A generation config without the field has no stop tokens, even if ``config.json`` has some.
     """
     if file := checkpoint.sidecars.get(GENERATION_CONFIG):
         ids = load_json(file).get("eos_token_id")

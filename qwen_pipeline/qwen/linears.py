@@ -1,4 +1,4 @@
-"""The linear layers of a Qwen decoder that are quantized, found in a checkpoint, and their weights.
+"""The linear layers of a Qwen decoder that are quantized, as stored in a checkpoint, and their weights.
 
 Experts that are stored in stacks are linear layers like all others here: each is a view of its stack.
 """
@@ -40,7 +40,7 @@ class Linear:
     """One linear layer.
 
     Attributes:
-        module: Its name without ``.weight``; codes of it are named after this.
+        module: Its name without ``.weight``; the prefix of its codes' names.
         layer: Number of the decoder layer.
         kind: Path inside the layer, such as ``mlp.experts.7.gate_proj``.
         tensor: Name of the stored tensor that holds the weight.
@@ -57,21 +57,21 @@ class Linear:
 
     @property
     def is_expert(self) -> bool:
-        """Whether it is one that a router chooses, not a shared one."""
+        """Whether it belongs to a routed expert (not a shared one)."""
         return stack_of(self.kind) is not None
 
 
 def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
-    """Return the linear layers that quantization turns into codes, by layer and in the order in which data meets them.
+    """Return the linear layers that quantization turns into codes, in the order of the forward pass.
 
-    Routers, gates, embeddings, towers and draft heads are not among them.
+    Routers, gates, embeddings, towers and draft heads are not included.
 
     Raises:
         InputRefused: The family is unknown.
-        CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than the config says; the
+        CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than in the config; the
             message names them.
     """
-    places, config = parse_names(checkpoint), checkpoint.config
+    names, config = parse_names(checkpoint), checkpoint.config
     prefix = decoder_prefix(checkpoint)
     linears: list[Linear] = []
     wrong: list[str] = []
@@ -79,7 +79,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
         for kind, matrix in _quantized(layer_matrices(config, layer)):
             module = f"{prefix}layers.{layer}.{kind}"
             own, stack = (
-                places.get(ParsedName(part="decoder", layer=layer, module=path, parameter="weight"))
+                names.get(ParsedName(part="decoder", layer=layer, module=path, parameter="weight"))
                 for path in (kind, stack_of(kind) or "")
             )
             if not (tensor := own or stack):
@@ -89,7 +89,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
             expert_slice = None if own else _expert_slice(kind, matrix, shape, config)
             if shape != (expert_slice.stack if expert_slice else (matrix.out_features, matrix.in_features)):
                 wrong.append(
-                    f"{tensor} is {list(shape)}, where {module} is {matrix.out_features} x {matrix.in_features}"
+                    f"{tensor} is {list(shape)}, expected {matrix.out_features} x {matrix.in_features} for {module}"
                 )
             linears.append(
                 Linear(
@@ -104,8 +104,8 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
             )
     if wrong:
         raise CheckpointRefused(
-            f"The weights of the decoder do not fit its config: {listed(wrong)}.",
-            remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
+            f"The decoder's weights do not match its config: {listed(wrong)}.",
+            remedy="Fetch the checkpoint again, or correct its config: weights and config must belong to one model.",
         )
     return linears
 
@@ -113,7 +113,7 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
 def load_weight(checkpoint: Checkpoint, linear: Linear, rows: slice | None = None) -> "torch.Tensor":
     """Return the weight of a linear layer [O, I], or only ``rows`` of its outputs.
 
-    A part of a stack is read with the whole of its expert, because the rows of a stack are experts.
+    For a view of a stack, the whole expert is read, because the rows of a stack are experts.
     """
     if (part := linear.expert_slice) is None:
         return checkpoint.load(linear.tensor, rows)
@@ -123,7 +123,7 @@ def load_weight(checkpoint: Checkpoint, linear: Linear, rows: slice | None = Non
 
 
 def _quantized(matrices: Sequence[Matrix]) -> Iterator[tuple[str, Matrix]]:
-    """Yield every matrix that is quantized with a kind of its own, one expert after the other."""
+    """Yield (kind, matrix) for all quantized matrices, one expert after the other."""
     experts = [matrix for matrix in matrices if matrix.count > 1 or "*" in matrix.kind]
     for matrix in matrices:
         if matrix in experts:

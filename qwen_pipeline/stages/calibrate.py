@@ -66,17 +66,9 @@ def calibrate(
 
     is_mixture = has_experts(open_checkpoint(source))
     opened = open_text(text)
-    derivation = Derivation(
-        stage=STAGE,
-        inputs={"source": checkpoint_digest(source, observe=observe), "text": opened.digest()},
-        spec={
-            **asdict(spec),
-            "text": opened.name,
-            "all_experts": all_experts,
-            "min_expert_tokens": min_expert_tokens,
-        },
-        code_version=CODE_VERSION,
-    )
+    inputs = {"source": checkpoint_digest(source, observe=observe), "text": opened.digest()}
+    settings = {"text": opened.name, "all_experts": all_experts, "min_expert_tokens": min_expert_tokens}
+    derivation = Derivation(stage=STAGE, inputs=inputs, spec={**asdict(spec), **settings}, code_version=CODE_VERSION)
 
     def build(partial: Path) -> Built:
         drawn = draw_calibration(text, source, spec)

@@ -1,10 +1,11 @@
 """``padded -> quantized``: a quantizer computes codes in its own process; this stage checks and writes them."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -90,25 +91,16 @@ def quantize(
     assert spec.environment == engine.name, f"a spec for {spec.engine} and an environment of {engine.name}"
     laps = Stopwatch()
     checkpoint, linears = _open_source(source)
-    prepared = load_calibration(Path(calibration)) if is_prepared(calibration) else None
-    spec = replace(spec, **asdict(prepared.spec)) if prepared else spec
+    prepared, spec = _prepared_tokens(calibration, spec)
     require_quantizable(checkpoint, linears, spec)
     with ExitStack() as workers:
-
-        def start() -> Worker:
-            return workers.enter_context(_worker(spec, engine))
-
+        start = functools.partial(_enter_worker, workers, spec, engine)
         early = start() if engine.python.exists() and not as_destination(destination).may_hold(stage) else None
         laps.lap("check")
         tokens = prepared or draw_calibration(calibration, source, spec.calibration)
         laps.lap("tokens")
         versions = engine.versions(engine.package, "torch")
-        derivation = Derivation(
-            stage=stage,
-            inputs={"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest},
-            spec={**spec.to_json(), "versions": versions},
-            code_version=CODE_VERSION,
-        )
+        inputs = {"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest}
         laps.lap("derive")
         quantization = _Quantization(
             source=source.resolve(),
@@ -121,6 +113,8 @@ def quantize(
             laps=laps,
             observe=observe,
         )
+        derived_from = {**spec.to_json(), "versions": versions}
+        derivation = Derivation(stage=stage, inputs=inputs, spec=derived_from, code_version=CODE_VERSION)
         return derive(derivation, destination, quantization.build)
 
 
@@ -134,9 +128,19 @@ def _open_source(source: Path) -> tuple[Checkpoint, list[Linear]]:
     return checkpoint, decoder_linears(checkpoint)
 
 
-def _worker(spec: QuantSpec, engine: WorkerEnvironment) -> AbstractContextManager[Worker]:
+def _prepared_tokens(calibration: str | Path, spec: QuantSpec) -> tuple[CalibrationSet | None, QuantSpec]:
+    """Load the tokens if they were drawn by a stage; return them, and the spec with their calibration settings."""
+    if not is_prepared(calibration):
+        return None, spec
+    tokens = load_calibration(Path(calibration))
+    return tokens, replace(spec, **asdict(tokens.spec))
+
+
+def _enter_worker(workers: ExitStack, spec: QuantSpec, engine: WorkerEnvironment) -> Worker:
+    """Start the quantizer's process, which ends with ``workers``."""
     target = f"qwen_pipeline.quantization.{spec.engine}:quantize_directory"
-    return started_worker(engine.python, target, packages=[engine.module], env=worker_environment(spec))
+    environment = worker_environment(spec)
+    return workers.enter_context(started_worker(engine.python, target, packages=[engine.module], env=environment))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

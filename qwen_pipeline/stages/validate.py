@@ -26,7 +26,7 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
-from qwen_pipeline.quantization.evidence import Evidence, load_evidence
+from qwen_pipeline.quantization.evidence import ModuleEvidence, load_evidence
 from qwen_pipeline.quantization.spec import default_device
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import text_config
@@ -64,7 +64,7 @@ class _Prepared:
     inputs: ValidationInputs
     models: OpenedModels
     digests: Mapping[str, str]
-    evidence_before: Sequence[Evidence]
+    evidence_before: Sequence[ModuleEvidence]
 
 
 def validate(

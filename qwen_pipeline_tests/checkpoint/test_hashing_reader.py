@@ -18,8 +18,8 @@ from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline_tests.blocks import block_bytes
 from qwen_pipeline_tests.checkpoint.copies import tree_digest
+from qwen_pipeline_tests.in_memory import blocks_of
 
 NOTHING = Checkpoint(config={}, tensors={}, shards={})
 
@@ -104,7 +104,7 @@ def test_the_digest_does_not_depend_on_the_size_of_blocks(base: Path, size: int)
     source = open_checkpoint(base)
     expected = hash_tensors(source.tensors, task="")
     reader = HashingReader("base", source)
-    with block_bytes(size):
+    with blocks_of(size):
         hash_tensors({"changed.weight": doubled(reader.checkpoint).tensors["changed.weight"]}, task="")
     assert reader.result("changed.weight") == expected["changed.weight"]
     assert reader.result("replaced.weight") is None

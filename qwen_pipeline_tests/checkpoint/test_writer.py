@@ -17,14 +17,14 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline_tests import REPOSITORY
-from qwen_pipeline_tests.blocks import block_bytes
 from qwen_pipeline_tests.checkpoint.copies import copy, flip_bit
+from qwen_pipeline_tests.in_memory import blocks_of
 
 
 def test_a_copy_has_the_same_tensors_files_and_digest(sharded: Path, tmp_path: Path) -> None:
     source = open_checkpoint(sharded)
 
-    with block_bytes(64):
+    with blocks_of(64):
         made = copy(sharded, tmp_path / "out")
 
     for shard in set(source.shards.values()):
@@ -149,6 +149,7 @@ def test_a_disk_that_fills_up_is_named_and_finished_tensors_are_kept(
     assert not copy(sharded, tmp_path / "out").reused
 
 
+@pytest.mark.lengthy
 def test_memory_is_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
     """Writing a tensor of half a GiB adds less than 60 MB of resident memory."""
     command = [sys.executable, "-m", "qwen_pipeline_tests.checkpoint.write_large", str(tmp_path)]

@@ -78,5 +78,6 @@ def test_models_of_different_depth_are_refused(tmp_path: Path) -> None:
         next(advance([LayerStream(open_checkpoint(root), BATCHES, CPU) for root in roots]))
 
 
+@pytest.mark.lengthy
 def test_memory_is_at_most_a_layer_and_a_half(tmp_path: Path) -> None:
     require_a_layer_and_a_half(tmp_path, "qwen_pipeline_tests.layerwise.peak_of_forward")

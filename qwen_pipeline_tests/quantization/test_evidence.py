@@ -62,8 +62,8 @@ def test_odd_groups_are_counted_from_the_codes(chain: Chain) -> None:
             saturated += int((ends >= GROUP_SIZE / 4).sum())
         assert (row.zero_groups, row.saturated_groups) == (zero, saturated)
         assert row.groups == zeros_GO.numel()
-    assert found[0].saturated_groups >= 3
-    assert found[0].zero_groups >= 5
+    assert (found[0].saturated_groups or 0) >= 3
+    assert (found[0].zero_groups or 0) >= 5
 
 
 def test_quantizing_writes_the_table_and_its_summary(chain: Chain) -> None:

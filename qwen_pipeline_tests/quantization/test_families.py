@@ -67,6 +67,7 @@ def source(case: Case, root: Path) -> Path:
     return tiny_model(family, root, layout=layout, **sizes)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", QUICK, ids=name_of)
 def test_codes_on_disk_compute_the_logits_in_memory(quick: Path, tmp_path: Path, case: Case) -> None:
     require_agreement(quick, name_of(case), tmp_path)

@@ -102,7 +102,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     root = tiny_qwen2(tmp_path / "live")
     config = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(InputRefused, match="'llama' are not known here"):
+    with pytest.raises(InputRefused, match="'llama' is not supported"):
         pad(source=root, destination=tmp_path / "padded")
 
 

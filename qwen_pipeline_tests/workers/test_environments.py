@@ -18,6 +18,7 @@ from qwen_pipeline.workers.environments import (
 )
 
 
+@pytest.mark.engine
 def test_the_installed_engine_imports_and_has_its_pinned_versions() -> None:
     versions = check_environment("gptqmodel")
     assert versions["gptqmodel"] == "7.6.0"

@@ -43,14 +43,14 @@ def assign(plan: MergePlan, adapters: AdapterSet) -> None:
 
 def _assign_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) -> None:
     saved, slices = lazy_tensor(adapter.weights, name), slices_of(parameter, plan.base)
-    parts = {at.name: _part(saved, at) for at in slices}
-    rows_of_expert = [at.rows for at in slices if at.rows is not None and at.expert == 0]
+    parts = {slice_.name: _part(saved, slice_) for slice_ in slices}
+    rows_of_expert = [slice_.rows for slice_ in slices if slice_.rows is not None and slice_.expert == 0]
     if rows_of_expert and saved.spec.shape[:2] != (len(slices) // len(rows_of_expert), sum(rows_of_expert)):
         plan.obstacles.append(
             f"{name} (shape {list(saved.spec.shape)}, but the base has {len(slices)} matrices of experts)"
         )
         return
-    if not slices or _whole_tensors(slices) > 1 or any(at.rows and at.slab is not None for at in slices):
+    if not slices or _whole_tensors(slices) > 1 or any(slice_.rows and slice_.slab is not None for slice_ in slices):
         plan.obstacles.append(f"{name} (the base has {len(parts)} tensors of that name)")
         return
     for target, part in parts.items():
@@ -65,25 +65,25 @@ def _assign_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) 
             merge.adapter_tensors.append((adapter, name))
 
 
-def _part(saved: LazyTensor, at: TensorSlice) -> LazyTensor:
+def _part(saved: LazyTensor, slice_: TensorSlice) -> LazyTensor:
     """Return the part of a whole weight that is stored at a slice."""
-    if len(saved.spec.shape) != 3 or at == TensorSlice(name=at.name):
+    if len(saved.spec.shape) != 3 or slice_ == TensorSlice(name=slice_.name):
         return saved
-    if at.slab is not None:
-        return transposed(saved) if at.transposed else saved
-    shape = (saved.spec.shape[1] if at.rows is None else at.rows, saved.spec.shape[2])
+    if slice_.slab is not None:
+        return transposed(saved) if slice_.transposed else saved
+    shape = (saved.spec.shape[1] if slice_.rows is None else slice_.rows, saved.spec.shape[2])
 
     def read(start: int, stop: int) -> "torch.Tensor":
-        return saved.read(at.expert, at.expert + 1)[0, at.first + start : at.first + stop]
+        return saved.read(slice_.expert, slice_.expert + 1)[0, slice_.first + start : slice_.first + stop]
 
     return LazyTensor(spec=replace(saved.spec, shape=shape), read=read)
 
 
 def _assign_update(plan: MergePlan, update: Update, slices: Sequence[TensorSlice]) -> None:
-    for at in slices:
-        merge = plan.merge_of(at.name)
-        merge.is_transposed = at.transposed
-        merge.terms.append(_term(update, at))
+    for slice_ in slices:
+        merge = plan.merge_of(slice_.name)
+        merge.is_transposed = slice_.transposed
+        merge.terms.append(_term(update, slice_))
         merge.adapter_tensors.extend(used for used in update.adapter_tensors if used not in merge.adapter_tensors)
     if norms := update.factors.magnitude:
         merge = plan.merge_of(slices[0].name)
@@ -93,15 +93,15 @@ def _assign_update(plan: MergePlan, update: Update, slices: Sequence[TensorSlice
         _assign_bias(plan, update, update.factors.bias)
 
 
-def _term(update: Update, at: TensorSlice) -> Term:
+def _term(update: Update, slice_: TensorSlice) -> Term:
     return Term(
         update=update.low_rank,
         scaling=update.scaling,
-        expert=at.expert,
-        source_row=at.first,
-        target_row=at.onto,
-        rows=update.shape[0] if at.rows is None else at.rows,
-        slab=at.slab,
+        expert=slice_.expert,
+        source_row=slice_.first,
+        target_row=slice_.onto,
+        rows=update.shape[0] if slice_.rows is None else slice_.rows,
+        slab=slice_.slab,
     )
 
 
@@ -152,30 +152,30 @@ def _obstacle(plan: MergePlan, update: Update, slices: Sequence[TensorSlice]) ->
     if update.factors.magnitude and slices[0].slab is not None:
         return "DoRA of a single expert, but the base stores experts in a stack"
     rows: Counter[int] = Counter()
-    for at in slices:
-        outputs, *inputs = _matrix_shape(at, plan.shape(at.name))
-        rows[at.expert] += outputs
-        if tuple(inputs) != update.shape[1:] or rows[at.expert] > update.shape[0]:
-            return _mismatch(plan, update, at)
+    for slice_ in slices:
+        outputs, *inputs = _matrix_shape(slice_, plan.shape(slice_.name))
+        rows[slice_.expert] += outputs
+        if tuple(inputs) != update.shape[1:] or rows[slice_.expert] > update.shape[0]:
+            return _mismatch(plan, update, slice_)
     if rows != dict.fromkeys(range(update.experts), update.shape[0]):
         return _mismatch(plan, update, slices[0])
-    if claimed := [at.name for at in slices if not plan.claim(update.adapter, at)]:
+    if claimed := [slice_.name for slice_ in slices if not plan.claim(update.adapter, slice_)]:
         return f"another update of this adapter already changes {claimed[0]}"
     return None
 
 
 def _whole_tensors(slices: Sequence[TensorSlice]) -> int:
     """Return the number of slices that are whole stored tensors."""
-    return sum(at.slab is None and at.rows is None for at in slices)
+    return sum(slice_.slab is None and slice_.rows is None for slice_ in slices)
 
 
-def _matrix_shape(at: TensorSlice, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if at.slab is None:
+def _matrix_shape(slice_: TensorSlice, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if slice_.slab is None:
         return shape
-    outputs, inputs = reversed(shape[1:]) if at.transposed else shape[1:]
-    return (outputs if at.rows is None else at.rows, inputs)
+    outputs, inputs = reversed(shape[1:]) if slice_.transposed else shape[1:]
+    return (outputs if slice_.rows is None else slice_.rows, inputs)
 
 
-def _mismatch(plan: MergePlan, update: Update, at: TensorSlice) -> str:
+def _mismatch(plan: MergePlan, update: Update, slice_: TensorSlice) -> str:
     experts = f" for each of {update.experts} experts" if update.experts > 1 else ""
-    return f"the update is {list(update.shape)}{experts}, but {at.name} is {list(plan.shape(at.name))}"
+    return f"the update is {list(update.shape)}{experts}, but {slice_.name} is {list(plan.shape(slice_.name))}"

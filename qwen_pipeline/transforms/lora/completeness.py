@@ -69,4 +69,4 @@ def _missing_vocabulary(plan: MergePlan, adapter: Adapter, vocabulary: Vocabular
 
 
 def _stored_names(plan: MergePlan, parameters: Iterable[str]) -> set[str]:
-    return {at.name for parameter in parameters for at in slices_of(parameter, plan.base)}
+    return {slice_.name for parameter in parameters for slice_ in slices_of(parameter, plan.base)}

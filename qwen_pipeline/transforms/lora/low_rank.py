@@ -125,16 +125,16 @@ def cell_sums(
     cell = empty((CELL_ROWS, w_NI.shape[1]), wide)
     tops = range(low, high, CELL_ROWS)
     requested = [slice(max(top - start, 0), min(top + CELL_ROWS - start, rows)) for top in tops]
-    parts = w_NI.split([at.stop - at.start for at in requested])
-    for top, at, part in zip(tops, requested, parts, strict=True):
+    parts = w_NI.split([span.stop - span.start for span in requested])
+    for top, span, part in zip(tops, requested, parts, strict=True):
         sum_NI = _rows(cell, 0, min(CELL_ROWS, high - top))
-        inside = _rows(sum_NI, start + at.start - top, start + at.stop - top)
+        inside = _rows(sum_NI, start + span.start - top, start + span.stop - top)
         if inside is not sum_NI:
             sum_NI.zero_()
         inside.copy_(part)
         for term in loaded:
             term.add_to(sum_NI, top)
-        yield at, inside
+        yield span, inside
 
 
 def updated(weight: LazyTensor, terms: Sequence[Term], dtype: str) -> LazyTensor:

@@ -57,7 +57,7 @@ _OTHER_METHODS: Mapping[str, str] = {
 """PEFT types whose effect cannot be expressed as a change of the base's weights, each with the reason."""
 
 INPUT_EMBEDDING = "embed_tokens"
-"""The module whose rows ``trainable_token_indices`` lists if it is a list rather than a mapping."""
+"""The module that ``trainable_token_indices`` refers to if it is a list."""
 OUTPUT_HEAD = "lm_head"
 
 _UNSET: tuple[object, ...] = (None, False, "none", [], {})
@@ -140,10 +140,10 @@ def lora_settings(config: Mapping[str, Any], *, source: Path) -> LoraSettings:
     _require_lora(config.get("peft_type"), source)
     if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
         raise AdapterRefused(
-            f"{source} has init_lora_weights={init!r}, which changed the base's weights before training; expected one"
-            f" of {', '.join(map(repr, _PLAIN_INITS))}.",
+            f"{source} has init_lora_weights={init!r}, which can change the base's weights before training; expected"
+            f" one of {', '.join(map(repr, _PLAIN_INITS))}.",
             remedy="Convert it to a plain LoRA where it was trained: save_pretrained(...,"
-            " path_initial_model_for_weight_conversion=...) with the adapter as it was before training.",
+            " path_initial_model_for_weight_conversion=PATH), where PATH is the adapter saved before training.",
         )
     for name, value in config.items():
         if name not in _MERGED and name not in _TRAINING_ONLY and value not in _UNSET:

@@ -23,7 +23,7 @@ TIED = "tie_word_embeddings"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """The names of a base's embedding and head; ``tied`` whether or not the head is stored as well."""
+    """The names of a base's embedding and head, and whether they are tied; a tied head may be stored as well."""
 
     embedding: str
     head: str
@@ -75,7 +75,7 @@ def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter)
 
 
 def _start_from_copy(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter, module: str, name: str) -> None:
-    target = next((at.name for at in slices_of(f"{module}.weight", plan.base)), "")
+    target = next((slice_.name for slice_ in slices_of(f"{module}.weight", plan.base)), "")
     if target not in vocabulary.names:
         plan.obstacles.append(f"{name} (it is neither the embedding nor the head of the base)")
         return

@@ -52,7 +52,9 @@ class SplitChoices(Mapping[str, str]):
         sized = sized_tensors(checkpoint, size.field)
         self._checkpoint = checkpoint
         self._size = size
-        self._down = {mlp_module(name): (name, at) for name, at in sized.items() if is_down_projection(name)}
+        self._down = {
+            mlp_module(name): (name, channels) for name, channels in sized.items() if is_down_projection(name)
+        }
         self._running: dict[str, SharedWork[torch.Tensor]] = {}
         self._chosen: dict[str, str] = {}
         self._lock = Lock()

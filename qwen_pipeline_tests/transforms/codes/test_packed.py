@@ -24,9 +24,9 @@ def source(tmp_path: Path) -> Checkpoint:
 def codes(linears: list[Linear], bits: int) -> dict[str, torch.Tensor]:
     form = gptq_format({"quantization_config": settings(bits)})
     return {
-        f"{at.module}.{code}": torch.ones(spec.shape, dtype=spec.torch_dtype)
-        for at in linears
-        for code, spec in form.code_specs(at.out_features, at.in_features).items()
+        f"{linear.module}.{code}": torch.ones(spec.shape, dtype=spec.torch_dtype)
+        for linear in linears
+        for code, spec in form.code_specs(linear.out_features, linear.in_features).items()
     }
 
 

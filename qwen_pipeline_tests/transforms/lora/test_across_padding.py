@@ -77,7 +77,9 @@ def test_merging_a_live_adapter_into_a_padded_base_equals_padding_after_merging(
     assert into_padded.manifest.result["padding"]["sizes"][0]["layout"] == layout
     unpadded = unpad(source=into_padded.path, destination=Directory(tmp_path / "unpadded"))
     assert unpadded.manifest.content_digest == into_live.manifest.content_digest
-    (report,) = (at for at in load_reports(into_padded.manifest.result) if at.name == "base_is_the_one_trained_on")
+    (report,) = (
+        report for report in load_reports(into_padded.manifest.result) if report.name == "base_is_the_one_trained_on"
+    )
     assert report.passed
     assert "padded from" in report.detail
 
@@ -86,7 +88,9 @@ def test_an_adapter_of_another_model_does_not_pass_as_one_of_the_live_base(tmp_p
     _, padded = model("qwen2", "interleave")
     train(Kind(lora=DOWN), tiny_model("qwen2", tmp_path / "other", seed=1), tmp_path / "adapter")
     merged = merge(base=padded, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "merged"))
-    (report,) = (at for at in load_reports(merged.manifest.result) if at.name == "base_is_the_one_trained_on")
+    (report,) = (
+        report for report in load_reports(merged.manifest.result) if report.name == "base_is_the_one_trained_on"
+    )
     assert not report.passed
 
 

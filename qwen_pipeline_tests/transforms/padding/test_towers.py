@@ -60,8 +60,8 @@ class Case:
         """Yield the live and the padded tensors that have channels of a tower, with the axis of the channels."""
         live, padded = open_checkpoint(self.live), open_checkpoint(self.padded.path)
         for size in self.sizes:
-            for name, at in sized_tensors(padded, size.field).items():
-                yield live.load(name), padded.load(name), at.axis
+            for name, channels in sized_tensors(padded, size.field).items():
+                yield live.load(name), padded.load(name), channels.axis
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +192,9 @@ def test_repair_pads_towers_on_request(codes: Path, tmp_path: Path) -> None:
     without, padded = open_checkpoint(plain.path), open_checkpoint(requested.path)
     of_tower = sized_tensors(padded, "vision_config.intermediate_size")
     assert len(of_tower) == 3  # fc1 with its bias, fc2
-    for name, at in of_tower.items():
-        assert torch.equal(padded.load(name).narrow(at.axis, 0, 96), without.load(name))
-        assert not padded.load(name).narrow(at.axis, 96, 4).any()
+    for name, channels in of_tower.items():
+        assert torch.equal(padded.load(name).narrow(channels.axis, 0, 96), without.load(name))
+        assert not padded.load(name).narrow(channels.axis, 96, 4).any()
     same, other = (made.manifest.contents.tensors for made in (plain, requested))
     assert {name for name in same if same[name] != other[name]} == of_tower.keys()
     table = repair_table(load_plan(requested.manifest.result["padding"]))
