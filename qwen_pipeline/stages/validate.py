@@ -20,6 +20,7 @@ from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_twin, widened
 from qwen_pipeline.evaluation.plan import DEFAULT_PLAN, INPUT_OF_ROLE, ValidationInputs, ValidationPlan
+from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, method_of, own_limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
@@ -87,7 +88,7 @@ def validate(
 
     Raises:
         InputRefused: A checkpoint cannot be read, the reference is quantized, or the text is too short.
-        CheckpointRefused: The candidate's files differ from its manifest.
+        CheckpointRefused: The candidate's files differ from its manifest, or a finished validation was edited.
         EnvironmentFault: The engine's environment cannot load GPTQ checkpoints, or memory ran out.
     """
     plan = replace(plan, device=plan.device or default_device())
@@ -111,7 +112,10 @@ def validate(
         result = _write(partial, prepared, plan, findings, reports)
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=peak_bytes)
 
-    return derive(derivation, destination, build)
+    artifact = derive(derivation, destination, build)
+    if artifact.reused:
+        load_validation(artifact.path, artifact.manifest)
+    return artifact
 
 
 def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -> _Prepared:

@@ -23,7 +23,7 @@ from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.publish import CHECKS, publish
 from qwen_pipeline.status import status_of
-from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline_tests.chain import Chain, validate_chain
 from qwen_pipeline_tests.edited_validations import Change, rewritten, seal
 
 
@@ -175,6 +175,21 @@ def test_a_failed_check_that_was_edited_to_passed_is_not_published(
         run(chain, edited, tmp_path / "out")
     assert refusal.value.remedy == f"Delete {edited} and validate again."
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_edited_validation_is_not_reused_and_its_remedy_works(
+    chain: Chain, validated: Artifact, tmp_path: Path
+) -> None:
+    failed = {"checks": {"kl_divergence": {"passed": False}}}
+    edited = rewritten(validated.path, tmp_path / "edited", failed, files=["manifest.json"])
+    with pytest.raises(CheckpointRefused, match="edited is damaged: ") as refusal:
+        validate_chain(chain, edited)
+    assert refusal.value.remedy == f"Delete {edited} and validate again."
+
+    shutil.rmtree(edited)
+    again = validate_chain(chain, edited)
+    assert again.manifest.content_digest == validated.manifest.content_digest
+    assert run(chain, edited, tmp_path / "out").path.is_dir()
 
 
 def test_an_edited_candidate_in_the_manifest_is_not_published(
