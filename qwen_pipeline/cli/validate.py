@@ -45,9 +45,7 @@ def validate(
     before: Annotated[Path | None, typer.Option(help="Previous quantized version, to compare losses with.")] = None,
     engine: Annotated[QuantizerName, typer.Option(help=ENGINE_HELP)] = _DEFAULTS.engine,
     engine_python: EnginePython = None,
-    fine_tune: Annotated[
-        str | None, typer.Option(help="Fine-tune whose limits in validation.overrides apply.")
-    ] = None,
+    fine_tune: Annotated[str | None, typer.Option(help="Fine-tune whose limits in validation.overrides apply.")] = None,
     serve: Annotated[ServingChoice | None, typer.Option(help="Also serve with this engine, and query it.")] = None,
     serve_tp: Annotated[list[int] | None, typer.Option(help="Degree to serve at; repeatable. Default: --tp.")] = None,
 ) -> CommandResult:
