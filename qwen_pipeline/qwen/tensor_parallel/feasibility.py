@@ -67,7 +67,7 @@ def _assess_degree(config: Mapping[str, Any], group_size: int, degree: int) -> D
     elif not padded:
         sentence = "Serves without padding."
     else:
-        sentence = f"Groups straddle ranks; pad {' and '.join(padded)} before quantizing."
+        sentence = f"Ranks do not hold whole groups; pad {' and '.join(padded)} before quantizing."
     return DegreeFeasibility(
         degree=degree,
         sizes=tuple(
