@@ -77,7 +77,7 @@ class SpecOptions:
 
 
 def spec_options(parameter: inspect.Parameter) -> SpecOptions | None:
-    """Return the options that stand for a command's parameter; None if it is an ordinary one."""
+    """Return the options of a command's spec parameter; None for an ordinary parameter."""
     notes = get_args(parameter.annotation)[1:] if get_origin(parameter.annotation) is Annotated else ()
     return next((note for note in notes if isinstance(note, SpecOptions)), None)
 

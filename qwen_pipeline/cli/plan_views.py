@@ -107,9 +107,9 @@ def _recommendation(plan: PlanResult) -> str:
     steps = [pad] if sizes or plan.request.towers else []
     steps.append(f"quantize --group-size {chosen.group_size}")
     return (
-        f"For {targets}: quantize in groups of {chosen.group_size}, "
-        + (f"with {sizes} (+{chosen.weights:.2%} weights)" if sizes else "without padding")
-        + f"; {chosen.rank_bytes / 1e9:.2f} GB per rank.\n"
+        f"For {targets}: groups of {chosen.group_size}, "
+        + (f"{sizes} (+{chosen.weights:.2%} weights)" if sizes else "no padding")
+        + f"; {chosen.rank_bytes / 1e9:.2f} GB/rank.\n"
         + f"Run: qwen-pipeline {', then qwen-pipeline '.join(steps)}."
     )
 
@@ -136,7 +136,7 @@ def _option_table(plan: PlanResult) -> Table:
         "TP",
         Column("widths", no_wrap=True),
         Column("serves", no_wrap=True),
-        *("extra weights", "extra FLOPs", "GB per rank", "remark"),
+        *("weights", "FLOPs", "GB/rank", "remark"),
     )
     for option in (*plan.options, *plan.fewer_ranks):
         widths = "\n".join(f"{size.live:,} -> {size.padded:,}" for size in option.plan.sizes if size.zeros)
@@ -146,8 +146,8 @@ def _option_table(plan: PlanResult) -> Table:
             ", ".join(map(str, option.degrees)),
             widths or "unchanged",
             _verdict(option.verdict),
-            f"{option.weights:.2%}",
-            f"{option.flops:.2%}",
+            f"{option.weights:+.2%}",
+            f"{option.flops:+.2%}",
             f"{option.rank_bytes / 1e9:.2f}",
             Text("chosen", style="bold green") if option is plan.chosen else remark,
         )

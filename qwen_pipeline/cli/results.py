@@ -1,4 +1,4 @@
-"""How every command ends: one result for people or for programs, an exit code, and a traceback only on request."""
+"""Results of commands: tables or JSON, error messages, and exit codes."""
 
 import inspect
 import json

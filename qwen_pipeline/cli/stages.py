@@ -136,7 +136,7 @@ def materialize(recipe: Path) -> CommandResult:
 def pad(source: Source, out: Out, spec: Annotated[PaddingSpec, PADDING_OPTIONS]) -> CommandResult:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. Run this before quantize.
 
-    The model computes the same as before; one that needs no padding stays as wide as it is. A quantized checkpoint is
+    The model computes the same as before; one that needs no padding keeps its width. A quantized checkpoint is
     refused: its codes and scales can no longer be widened.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory

@@ -63,7 +63,7 @@ class PaddedSize:
 
     @property
     def of_tower(self) -> bool:
-        """Whether the field is that of a vision or audio tower."""
+        """Return whether the field is that of a vision or audio tower."""
         return self.field in get_args(TowerField)
 
     def positions(self) -> "torch.Tensor":
@@ -96,7 +96,7 @@ class PadPlan:
 
     @property
     def changes(self) -> bool:
-        """Whether any size grows; a plan without changes is valid."""
+        """Return whether any size grows; a plan without changes is valid."""
         return any(size.zeros for size in self.sizes)
 
 

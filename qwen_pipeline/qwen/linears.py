@@ -57,7 +57,7 @@ class Linear:
 
     @property
     def is_expert(self) -> bool:
-        """Whether it belongs to a routed expert (not a shared one)."""
+        """Return whether it belongs to a routed expert (not a shared one)."""
         return stack_of(self.kind) is not None
 
 

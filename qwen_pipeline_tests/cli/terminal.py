@@ -1,4 +1,4 @@
-"""The command line as a user or a script meets it: a process with an exit code and two streams."""
+"""The command line as a process with an exit code and two streams."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Help teaches, and answers at once."""
+"""Help has examples, and is fast."""
 
 import os
 
@@ -26,7 +26,7 @@ COMMANDS = (
 
 
 def test_help_answers_within_half_a_second() -> None:
-    """Processor time, so that a busy machine does not count."""
+    """Processor time is measured, so that a busy machine does not matter."""
     seconds: list[float] = []
     for _ in range(3):
         before = os.times()
@@ -43,7 +43,7 @@ def test_help_names_every_command_and_exit_code() -> None:
 
 
 @pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("engine", "install"), ("engine", "check")])
-def test_every_command_has_an_example_and_an_answer_for_machines(command: tuple[str, ...]) -> None:
+def test_every_command_has_an_example_and_json_output(command: tuple[str, ...]) -> None:
     text = qwen_pipeline(*command, "--help").out
     assert f"qwen-pipeline {' '.join(command)}" in text
     assert "--json" in text

@@ -1,4 +1,4 @@
-"""inspect says what a fine-tune is, where it lands and what is in its way."""
+"""``inspect`` describes a fine-tune, the tensors that it changes, and why it would be refused."""
 
 from io import StringIO
 from pathlib import Path
@@ -18,26 +18,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen2(tmp_path_factory.mktemp("base"))
 
 
-def printed(answer: CommandResult) -> str:
+def printed(result: CommandResult) -> str:
     console = Console(record=True, file=StringIO(), width=120)
-    for part in answer.view:
+    for part in result.view:
         console.print(part)
     return console.export_text()
 
 
-def test_every_tensor_and_its_place(base: Path, tmp_path: Path) -> None:
+def test_every_changed_tensor_is_listed(base: Path, tmp_path: Path) -> None:
     adapter = tiny_adapter(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj"])
     ended = qwen_pipeline("inspect", adapter, "--base", base, "--json")
     assert (ended.code, ended.data["kind"]) == (0, "adapter")
     assert ended.data["adapters"][0]["base"] == str(base)
-    landing = ended.data["lands"]["model.layers.1.self_attn.q_proj.weight"]
-    assert landing["what"] == ["updated", "renormed"]
-    assert landing["scalings"] == [2.0]
-    assert len(landing["from"]) == 3
+    merge = ended.data["lands"]["model.layers.1.self_attn.q_proj.weight"]
+    assert merge["what"] == ["updated", "renormed"]
+    assert merge["scalings"] == [2.0]
+    assert len(merge["from"]) == 3
     assert "model.layers.*.self_attn.q_proj.weight" in printed(inspect(adapter, base=base))
 
 
-def test_what_would_be_refused_is_named_as_merge_names_it(base: Path, tmp_path: Path) -> None:
+def test_a_refusal_is_that_of_merge(base: Path, tmp_path: Path) -> None:
     deep = tiny_qwen2(tmp_path / "deep", num_hidden_layers=3)
     adapter = tiny_adapter(deep, tmp_path / "adapter", target_modules=["q_proj"])
     ended = inspect(adapter, base=base)
@@ -48,7 +48,7 @@ def test_what_would_be_refused_is_named_as_merge_names_it(base: Path, tmp_path: 
     assert not inspect(adapter).fault
 
 
-def test_what_a_merge_does_beside_the_weights(base: Path, tmp_path: Path) -> None:
+def test_changes_of_the_config_and_the_named_base_are_shown(base: Path, tmp_path: Path) -> None:
     tied = tiny_qwen2(tmp_path / "tied", tie=True)
     adapter = tiny_adapter(tied, tmp_path / "adapter", target_modules=["lm_head"])
     seen = inspect(adapter, base=tied)
@@ -61,5 +61,5 @@ def test_what_a_merge_does_beside_the_weights(base: Path, tmp_path: Path) -> Non
     assert refused.data["declared"]["base_model_name_or_path"] == str(base)
 
 
-def test_a_whole_model(base: Path) -> None:
+def test_a_full_model(base: Path) -> None:
     assert inspect(base, base=base).data["kind"] == "full"

@@ -1,4 +1,4 @@
-"""status and run before anything was run."""
+"""``status`` and ``run`` before any run."""
 
 import shutil
 from pathlib import Path
@@ -10,14 +10,14 @@ from qwen_pipeline_tests.codes import Packing, write_checkpoint_of_codes
 from qwen_pipeline_tests.site import Site
 
 
-def test_status_of_nothing_says_where_to_begin(site: Site) -> None:
+def test_an_empty_status_names_the_inbox(site: Site) -> None:
     ended = qwen_pipeline("status")
     assert ended.code == 0
     assert str(site.inbox.root) in ended.out.replace("\n", "")
     assert qwen_pipeline("status", "--json").data == {"fine_tunes": [], "imports": []}
 
 
-def test_status_shows_arrivals_and_what_is_odd_about_them(site: Site) -> None:
+def test_status_shows_uploads_and_their_faults(site: Site) -> None:
     site.drop("whole")
     (site.drop("broken") / "adapter_config.json").unlink()
     found = {row["name"]: row for row in qwen_pipeline("status", "--json").data["fine_tunes"]}
@@ -26,7 +26,7 @@ def test_status_shows_arrivals_and_what_is_odd_about_them(site: Site) -> None:
     assert {stage["state"] for stage in found["whole"]["stages"].values()} == {"missing"}
 
 
-def test_status_shows_imports_and_whether_they_are_repaired(site: Site) -> None:
+def test_status_shows_the_repair_of_imports(site: Site) -> None:
     early = site.settings.imports / "early"
     write_checkpoint_of_codes(early, Packing(method="gptq", group_size=16), width=48)
     (site.settings.imports / "whole").mkdir()
@@ -63,7 +63,7 @@ def _configure_targets(site: Site, targets: str) -> None:
 
 
 def test_run_refuses_before_anything_is_written(site: Site) -> None:
-    unknown = qwen_pipeline("run", "nobody", "--json")
+    unknown = qwen_pipeline("run", "unknown", "--json")
     assert (unknown.code, unknown.data["error"]["kind"]) == (2, "InputRefused")
     site.drop()
     (site.root / "calibration.jsonl").unlink()

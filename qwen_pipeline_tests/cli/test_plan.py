@@ -1,4 +1,4 @@
-"""plan: tables, JSON and a picture from a config alone."""
+"""``plan``: tables, JSON and a picture from a config alone."""
 
 import json
 from fractions import Fraction
@@ -29,43 +29,43 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_plan_says_what_each_degree_does(model: Path) -> None:
+def test_plan_shows_every_degree(model: Path) -> None:
     for named in (model, model / "config.json"):
         rows = qwen_pipeline("plan", named, "--tp", 1, "--tp", 8, "--group-size", 128, "--json").data["degrees"]
         widths = [(row["degree"], row["sizes"][0]["live"], row["sizes"][0]["target"]) for row in rows]
         assert widths == [(1, 29568, 29568), (8, 29568, 29696)]
-    said = qwen_pipeline("plan", model, "--tp", 8).out
-    assert "intermediate_size from 29,568 to 29,696" in said
-    assert "qwen-pipeline pad --group-size 128 --tp 8" in said
+    text = qwen_pipeline("plan", model, "--tp", 8).out
+    assert "intermediate_size from 29,568 to 29,696" in text
+    assert "qwen-pipeline pad --group-size 128 --tp 8" in text
 
 
 def test_plan_chooses_for_an_engine_within_a_budget(model: Path) -> None:
     data = qwen_pipeline("plan", model, "--engine", "vllm-machete", "--tp", 2, "--json").data
-    assert [at["verdict"] for at in data["engines"]] == ["silently wrong"]
+    assert [engine["verdict"] for engine in data["engines"]] == ["silently wrong"]
     best = data["options"][0]
     assert best["sizes"] == {"intermediate_size": [29568, 29696]}
     assert (best["group_size"], best["fits"], data["chosen"]) == (128, True, best["name"])
-    assert [(at["name"], at["degrees"]) for at in data["fewer_ranks"]] == [("groups of 128, unpadded", [1])]
+    assert [(option["name"], option["degrees"]) for option in data["fewer_ranks"]] == [("groups of 128, unpadded", [1])]
     tight = qwen_pipeline("plan", model, "--engine", "vllm-machete", "--tp", 2, "--max-extra", 0.1, "--json").data
-    assert [at["name"] for at in tight["options"] if at["fits"]] == ["groups of 64, unpadded"]
+    assert [option["name"] for option in tight["options"] if option["fits"]] == ["groups of 64, unpadded"]
     assert tight["chosen"] == "groups of 64, unpadded"
     assert "adds more than 0.1 %" in tight["options"][0]["remark"]
     assert "chosen" in qwen_pipeline("plan", model, "--engine", "vllm", "--tp", 2).out
 
 
-def test_plan_says_what_serves_where_nothing_does(tmp_path: Path) -> None:
+def test_plan_offers_fewer_ranks_if_no_option_serves(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("Qwen2.5-0.5B")))
-    said = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 4).out.split())
-    assert "14 attention heads do not divide by 4" in said
-    assert "With fewer ranks: TP 2, groups of 64, unpadded." in said
+    text = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 4).out.split())
+    assert "14 attention heads do not divide by 4" in text
+    assert "With fewer ranks: TP 2, groups of 64, unpadded." in text
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_plan_draws_groups_over_ranks_as_chosen(model: Path, tmp_path: Path, suffix: str) -> None:
+def test_plan_draws_groups_over_ranks_before_and_after(model: Path, tmp_path: Path, suffix: str) -> None:
     picture = tmp_path / f"ranks.{suffix}"
     tight = ("plan", model, "--tp", 2, "--max-extra", 0.1, "--engine", "vllm-machete", "--picture", picture)
     divisions = qwen_pipeline(*tight, "--json").data["divisions"]
-    drawn = [(at["when"], at["inputs"], at["group_size"], at["straddling"]) for at in divisions]
+    drawn = [(row["when"], row["inputs"], row["group_size"], row["straddling"]) for row in divisions]
     assert drawn == [("unpadded", 29568, 128, [115]), ("chosen", 29568, 64, [])]
     assert picture.stat().st_size > 1000
 
@@ -79,9 +79,11 @@ def test_the_terminal_picture_marks_the_ends_that_cut_groups(model: Path) -> Non
 
 
 @given(inputs=st.integers(1, 5000), group_size=st.sampled_from([32, 64, 128]), ranks=st.integers(1, 16))
-def test_groups_straddle_where_a_rank_ends_inside_them(inputs: int, group_size: int, ranks: int) -> None:
+def test_a_group_straddles_if_a_rank_ends_inside_it(inputs: int, group_size: int, ranks: int) -> None:
     division = Division(kind="mlp.down_proj", inputs=inputs, group_size=group_size, ranks=ranks)
-    owners = [{Fraction(place) * ranks // inputs for place in (start, start + n - 1)} for start, n in division.groups()]
+    owners = [
+        {Fraction(channel) * ranks // inputs for channel in (start, start + n - 1)} for start, n in division.groups()
+    ]
     whole = inputs % ranks == 0
     assert not whole or division.straddling == {number for number, on in enumerate(owners) if len(on) > 1}
     assert any(division.is_cut) == bool(division.straddling)
@@ -90,7 +92,7 @@ def test_groups_straddle_where_a_rank_ends_inside_them(inputs: int, group_size: 
         assert len(group_line(division, columns)) == columns + 2
 
 
-def test_plan_shows_what_weights_take_and_what_the_machine_has(tmp_path: Path) -> None:
+def test_plan_compares_needed_and_available_resources(tmp_path: Path) -> None:
     base, out = tiny_qwen2(tmp_path / "base"), tmp_path / "not" / "there"
     shown = plan(model=str(base), tp=[2], group_size=32, out=out).data["outlay"]
     merging, both, one_pass = shown["ways"]
@@ -103,40 +105,40 @@ def test_plan_shows_what_weights_take_and_what_the_machine_has(tmp_path: Path) -
     assert not any(way["refused"] for way in shown["ways"])
 
 
-def test_plan_refuses_what_admission_refuses_in_the_same_words(tmp_path: Path) -> None:
-    takes = estimate_resources(tiny_qwen2(tmp_path / "base"), PaddingSpec(group_size=32, tensor_parallel=2))
-    assert takes
-    _, both, one_pass = takes.ways
-    room = AvailableResources(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)
-    assert not list(shortages(one_pass.needs, room, tmp_path))
-    (fault,) = shortages(both.needs, room, tmp_path)
-    assert [way["refused"] for way in resource_data(takes, room, tmp_path)["ways"]] == [[], [fault.what], []]
-    table, *refusals = resource_view(takes, room, tmp_path)
+def test_shortages_are_those_that_the_stages_would_report(tmp_path: Path) -> None:
+    estimate = estimate_resources(tiny_qwen2(tmp_path / "base"), PaddingSpec(group_size=32, tensor_parallel=2))
+    assert estimate
+    _, both, one_pass = estimate.ways
+    available = AvailableResources(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)
+    assert not list(shortages(one_pass.needs, available, tmp_path))
+    (fault,) = shortages(both.needs, available, tmp_path)
+    assert [way["refused"] for way in resource_data(estimate, available, tmp_path)["ways"]] == [[], [fault.what], []]
+    table, *refusals = resource_view(estimate, available, tmp_path)
     assert [str(refusal) for refusal in refusals] == [f"merge, then pad would be refused: {fault.what} {fault.remedy}"]
     assert table.row_count == 4
 
 
-def test_plan_says_that_a_tower_is_refused_and_what_helps(tmp_path: Path) -> None:
+def test_plan_shows_a_refused_tower_and_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_VL_3B))
-    said = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 8).out.split())
-    assert tower_obstacles(QWEN2_5_VL_3B, {"vllm": [8]})[0] in said
-    assert "--tp 8, then" in said
-    (as_it_is,) = plan(model=str(tmp_path), tp=[2, 8]).data["towers"]
-    assert [at["verdict"] for at in as_it_is["servings"]] == ["ok", "refused"]
-    assert as_it_is["refusals"]
-    asked = plan(model=str(tmp_path), tp=[2, 8], towers=True)
-    (padded,) = asked.data["towers"]
+    text = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 8).out.split())
+    assert tower_obstacles(QWEN2_5_VL_3B, {"vllm": [8]})[0] in text
+    assert "--tp 8, then" in text
+    (unpadded,) = plan(model=str(tmp_path), tp=[2, 8]).data["towers"]
+    assert [prediction["verdict"] for prediction in unpadded["servings"]] == ["ok", "refused"]
+    assert unpadded["refusals"]
+    with_towers = plan(model=str(tmp_path), tp=[2, 8], towers=True)
+    (padded,) = with_towers.data["towers"]
     assert (padded["live"], padded["padded"], padded["refusals"]) == (3420, 3424, [])
-    assert "pad --group-size 128 --tp 8 --towers" in str(asked.view[0])
+    assert "pad --group-size 128 --tp 8 --towers" in str(with_towers.view[0])
 
 
-def test_plan_has_no_towers_to_pad_where_there_are_none(model: Path) -> None:
+def test_plan_refuses_to_pad_towers_of_a_model_without_any(model: Path) -> None:
     assert plan(model=str(model), tp=[2]).data["towers"] == []
     with pytest.raises(InputRefused, match="no vision or audio tower"):
         plan(model=str(model), tp=[2], towers=True)
 
 
-def test_plan_refuses_what_is_not_a_model_or_an_engine(tmp_path: Path, model: Path) -> None:
+def test_plan_refuses_unknown_models_and_engines(tmp_path: Path, model: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert qwen_pipeline("plan", tmp_path / "empty").code == 2
     assert qwen_pipeline("plan", model, "--engine", "vlm").code == 2

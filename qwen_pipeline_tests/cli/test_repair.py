@@ -1,4 +1,4 @@
-"""``repair`` for people and for scripts."""
+"""``repair``: its plan, its output and its refusals."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def imported(tmp_path: Path) -> Path:
     return tmp_path / "imported"
 
 
-def test_without_a_destination_it_only_says_what_it_takes(imported: Path, tmp_path: Path) -> None:
+def test_without_a_destination_only_the_plan_is_shown(imported: Path, tmp_path: Path) -> None:
     ended = qwen_pipeline("repair", imported, "--tp", 2)
     assert ended.code == 0
     assert "3 -> 4" in ended.out
@@ -24,7 +24,7 @@ def test_without_a_destination_it_only_says_what_it_takes(imported: Path, tmp_pa
     assert list(tmp_path.iterdir()) == [imported]
 
 
-def test_with_one_it_repairs_and_says_how_it_was_proven(imported: Path, tmp_path: Path) -> None:
+def test_with_a_destination_the_repair_is_written_and_checked(imported: Path, tmp_path: Path) -> None:
     ended = qwen_pipeline("repair", imported, "--tp", 2, "--out", tmp_path / "repaired", "--json")
     assert (ended.code, ended.data["stage"]) == (0, "repaired")
     assert {check["name"]: check["passed"] for check in ended.data["checks"]} == {
@@ -37,14 +37,14 @@ def test_with_one_it_repairs_and_says_how_it_was_proven(imported: Path, tmp_path
     assert (tmp_path / "repaired" / "model.safetensors").is_file()
 
 
-def test_what_serves_already_is_left_alone(imported: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_already_serves_is_not_written(imported: Path, tmp_path: Path) -> None:
     ended = qwen_pipeline("repair", imported, "--tp", 1, "--out", tmp_path / "repaired")
     assert ended.code == 0
     assert "already serves on 1 ranks" in ended.out
     assert not (tmp_path / "repaired").exists()
 
 
-def test_what_groups_cannot_cure_is_refused_with_what_does(tmp_path: Path) -> None:
+def test_a_checkpoint_that_groups_cannot_repair_is_refused_with_the_alternative(tmp_path: Path) -> None:
     packing, torn = Packing(method="gptq", group_size=16), {"intermediate_size": 40}
     write_checkpoint_of_codes(tmp_path / "imported", packing, width=48, config=torn)
     ended = qwen_pipeline("repair", tmp_path / "imported", "--tp", 2, "--out", tmp_path / "repaired")

@@ -1,4 +1,4 @@
-"""Whatever happens in a command has a message, an exit code and, asked for, one JSON object."""
+"""Every end of a command has a message, an exit code and, on request, one JSON object."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @command(app, "ends", examples=["ends with a fault"])
 def ends(fault: str, late: bool = False) -> CommandResult:
     if fault == "usage":
-        raise click.UsageError("nobody does that")
+        raise click.UsageError("no such use")
     if fault == "none":
         return CommandResult(data={"done": True}, view=["all is well"])
     if late:
@@ -54,7 +54,7 @@ def test_exit_codes(fault: str, code: int) -> None:
     assert run(fault)[0] == code
 
 
-def test_the_answer_is_on_standard_output_and_the_fault_on_standard_error() -> None:
+def test_results_go_to_standard_output_and_errors_to_standard_error() -> None:
     code, out, err = run("check", "--late")
     assert code == 1
     assert out == "came half way\n"
@@ -68,7 +68,7 @@ def test_markup_in_a_message_is_text() -> None:
 
 
 @pytest.mark.parametrize("fault", ["check", "input", "machine", "interrupt", "crash"])
-def test_one_object_whatever_happens(fault: str) -> None:
+def test_json_is_one_object_for_every_outcome(fault: str) -> None:
     code, out, _ = run(fault, "--json", "--late")
     answer = json.loads(out)
     assert answer["done"] is False
@@ -77,11 +77,11 @@ def test_one_object_whatever_happens(fault: str) -> None:
     assert json.loads(run("none", "--json")[1]) == {"done": True}
 
 
-def test_an_unforeseen_error_is_one_line_and_a_place_to_read_on() -> None:
+def test_an_unexpected_error_is_one_line_and_the_path_of_its_traceback() -> None:
     _, _, err = run("crash")
     first, second = err.splitlines()
     assert first == "ZeroDivisionError: division by zero"
-    story = Path(second.removeprefix("Full traceback: "))
-    assert "Traceback" in story.read_text()
-    story.unlink()
+    log = Path(second.removeprefix("Full traceback: "))
+    assert "Traceback" in log.read_text()
+    log.unlink()
     assert "Traceback" in run("crash", "--debug")[2]

@@ -1,4 +1,4 @@
-"""Stage commands on a tiny model: what scripts rely on."""
+"""Stage commands on a tiny model: output, exit codes and refusals."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from qwen_pipeline_tests.tiny import tiny_qwen2
 
 @pytest.fixture
 def merged(site: Site, tmp_path: Path) -> Path:
-    answer = stages.merge(base=site.root / "base", adapter=[site.drop()], out=tmp_path / "merged")
-    return Path(answer.data["path"])
+    result = stages.merge(base=site.root / "base", adapter=[site.drop()], out=tmp_path / "merged")
+    return Path(result.data["path"])
 
 
-def test_merge_then_pad_for_machines(site: Site, tmp_path: Path) -> None:
+def test_merge_then_pad_with_json(site: Site, tmp_path: Path) -> None:
     merged, padded = tmp_path / "merged", tmp_path / "padded"
     ended = qwen_pipeline("merge", "--base", site.root / "base", "--adapter", site.drop(), "--out", merged, "--json")
     assert (ended.code, ended.data["stage"], ended.data["path"]) == (0, "merged", str(merged))
@@ -32,7 +32,7 @@ def test_merge_then_pad_for_machines(site: Site, tmp_path: Path) -> None:
     assert second.data["content_digest"] == first.data["content_digest"]
 
 
-def test_a_table_for_people_and_progress_on_standard_error(merged: Path, tmp_path: Path) -> None:
+def test_tables_go_to_standard_output_and_progress_to_standard_error(merged: Path, tmp_path: Path) -> None:
     ended = qwen_pipeline("pad", "--in", merged, "--out", tmp_path / "padded", "--tp", 2, "--group-size", 32)
     assert ended.code == 0
     assert "width_divides" in ended.out
@@ -41,7 +41,7 @@ def test_a_table_for_people_and_progress_on_standard_error(merged: Path, tmp_pat
     assert "pad: " not in ended.out
 
 
-def test_a_quantized_checkpoint_is_not_padded_and_the_order_is_named(tmp_path: Path) -> None:
+def test_padding_a_quantized_checkpoint_is_refused_with_the_right_order(tmp_path: Path) -> None:
     quantized = tiny_qwen2(tmp_path / "quantized")
     config = quantized / "config.json"
     declared = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
@@ -64,14 +64,14 @@ def test_wrong_usage_ends_with_2(arguments: tuple[str, ...]) -> None:
     assert "Usage" in ended.err
 
 
-def test_what_is_not_a_checkpoint_is_refused_for_machines_too(tmp_path: Path) -> None:
+def test_json_has_the_refusal_of_a_missing_checkpoint(tmp_path: Path) -> None:
     ended = qwen_pipeline("pad", "--in", tmp_path / "none", "--out", tmp_path / "out", "--json")
     assert ended.code == ended.data["error"]["exit_code"] == 2
     assert ended.data["error"]["remedy"]
     assert not (tmp_path / "out").exists()
 
 
-def test_an_engine_that_is_not_installed_is_the_machines_fault(merged: Path, site: Site, tmp_path: Path) -> None:
+def test_a_missing_engine_is_an_environment_error(merged: Path, site: Site, tmp_path: Path) -> None:
     ended = qwen_pipeline(
         *("quantize", "--in", merged, "--out", tmp_path / "out", "--calibration", site.root / "calibration.jsonl"),
         *("--engine-python", tmp_path / "no-python", "--json"),
@@ -79,7 +79,7 @@ def test_an_engine_that_is_not_installed_is_the_machines_fault(merged: Path, sit
     assert ended.code == ended.data["error"]["exit_code"] == 3
 
 
-def test_merge_pad_and_materialize_give_what_merge_and_pad_give(site: Site, merged: Path, tmp_path: Path) -> None:
+def test_merge_pad_and_materialize_equal_merge_and_pad(site: Site, merged: Path, tmp_path: Path) -> None:
     recipe, padded = tmp_path / "recipe", tmp_path / "one-pass"
     options = ("--base", site.root / "base", "--adapter", site.drop(), "--group-size", 32, "--tp", 2, "--json")
     two_passes = qwen_pipeline(

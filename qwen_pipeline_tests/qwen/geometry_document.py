@@ -1,4 +1,4 @@
-"""The tables of docs/geometry.md. ``python -m qwen_pipeline_tests.qwen.geometry_document`` writes it anew."""
+"""The tables of docs/geometry.md. ``python -m qwen_pipeline_tests.qwen.geometry_document`` updates them."""
 
 from collections.abc import Sequence
 
@@ -23,8 +23,8 @@ LETTERS: dict[ShardingVerdict, str] = {
 
 
 def table() -> str:
-    """Return the rows for every published size, engine and degree, and the rules' sources."""
-    head = ["model", *(f"`{engine}`" for engine in SERVING_ENGINES), "cure for `vllm-marlin`"]
+    """Return the table of published sizes, engines and degrees, and the sources of the rules and sizes."""
+    head = ["model", *(f"`{engine}`" for engine in SERVING_ENGINES), "remedy for `vllm-marlin`"]
     rows = [_row(model) for model in PUBLISHED]
     lines = [head, ["---"] * len(head), *rows]
     rules = [f"- `{name}`: {engine.source}." for name, engine in SERVING_ENGINES.items()]
@@ -38,14 +38,14 @@ def table() -> str:
 
 
 def tower_table() -> str:
-    """Return the rows for every published tower, and where its sizes were read."""
+    """Return the table of published towers, and the sources of their sizes."""
     head = ["model", "tower", "MLP channels", "heads", *(f"`{engine}`" for engine in TOWER_RULES), "`--towers` at TP 8"]
     lines = [head, ["---"] * len(head), *map(_tower_row, TOWERS)]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *_sources(TOWERS), ""])
 
 
-def written(text: str) -> str:
-    """Return the document with the tables between their marks replaced."""
+def with_tables(text: str) -> str:
+    """Return the document with its tables replaced."""
     for name, rows in (("towers", tower_table()), ("table", table())):
         begin, end = MARK.format(name, "begin"), MARK.format(name, "end")
         before, rest = text.split(begin)
@@ -62,9 +62,9 @@ def _tower_row(published: PublishedTower) -> list[str]:
         "".join(LETTERS[predict_tower_serving(config, tower, engine, degree=degree).verdict] for degree in DEGREES)
         for engine in TOWER_RULES
     ]
-    cure = f"{padded} (+{(padded - live) / live:.2%})" if padded != live else "unpadded"
+    remedy = f"{padded} (+{(padded - live) / live:.2%})" if padded != live else "unpadded"
     heads = str(tower.size(config, tower.heads))
-    return [published.name, tower.part, str(live), heads, *(f"`{cell}`" for cell in cells), cure]
+    return [published.name, tower.part, str(live), heads, *(f"`{cell}`" for cell in cells), remedy]
 
 
 def _row(model: Published) -> list[str]:
@@ -74,7 +74,7 @@ def _row(model: Published) -> list[str]:
         for engine in SERVING_ENGINES
     ]
     name = model.name if model.source else f"{model.name} *"
-    return [name, *(f"`{cell}`" for cell in cells), _cure(model)]
+    return [name, *(f"`{cell}`" for cell in cells), _remedy(model)]
 
 
 def _sources(published: Sequence[Published] | Sequence[PublishedTower]) -> list[str]:
@@ -84,7 +84,7 @@ def _sources(published: Sequence[Published] | Sequence[PublishedTower]) -> list[
     return [f"- {', '.join(names)}: {source or 'from memory (*)'}." for source, names in models.items()]
 
 
-def _cure(model: Published) -> str:
+def _remedy(model: Published) -> str:
     config = as_config(model)
     highest = max(degree for degree in DEGREES if not head_obstacles(config, degree))
     best = options(config, {"vllm-marlin": [highest]})[0]
@@ -94,4 +94,4 @@ def _cure(model: Published) -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text()))

@@ -1,4 +1,4 @@
-"""Sizes of published models, and where each was read: nothing here needs a hub."""
+"""Sizes of published models, with the source of each. No network is needed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A model's sizes; ``source`` is empty where they were written from memory: read its config.json."""
+    """A model's sizes; ``source`` is empty if they are from memory and unchecked."""
 
     name: str
     family: str
@@ -90,17 +90,25 @@ PUBLISHED = (
         vocab=248320, source=DEFAULTS,
     ),
 )  # fmt: skip
+QWEN2_72B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
 QWEN2_5_VL_3B: dict[str, Any] = {
     "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
     "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
     "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
 }  # fmt: skip
-"""Its decoder is Qwen2.5-3B's, its tower's width that of the configuration class."""
+"""The decoder is that of Qwen2.5-3B, the tower's width the default of the configuration class."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTower:
-    """What decides how ranks share a tower; ``sizes`` are fields of its section in the config."""
+    """A tower's sizes that matter to ranks; ``sizes`` are fields of its section in the config."""
 
     name: str
     family: str
@@ -146,7 +154,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def as_config(model: Published) -> dict[str, Any]:
-    """Return the fields of a config that decide its geometry."""
+    """Return the config fields that determine the geometry."""
     sizes = {
         "model_type": model.family, "hidden_size": model.hidden, "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,

@@ -1,4 +1,4 @@
-"""Every Qwen family of the installed Transformers is known, and every tensor of it in every layout is placed."""
+"""The family tables cover all Qwen families of the installed Transformers, with their sizes and matrices."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,22 +17,22 @@ from qwen_pipeline_tests.tiny_sizes import LANGUAGE_FAMILIES, tiny_sizes
 OTHERS = sorted(name for name in CONFIG_MAPPING_NAMES if "qwen" in name and name not in LANGUAGE_FAMILIES)
 
 
-def test_the_table_is_the_list_of_transformers() -> None:
+def test_the_table_lists_the_families_of_transformers() -> None:
     assert sorted(FAMILIES) == sorted(LANGUAGE_FAMILIES)
 
 
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
-def test_a_head_can_be_tied_where_transformers_ties_it(family: str) -> None:
+def test_tied_heads_are_those_of_transformers(family: str) -> None:
     from qwen_pipeline_tests.tiny import model_class
 
     config = AutoConfig.for_model(family)
-    speaks = config.thinker_config if "thinker_config" in config.sub_configs else config
-    kind: Any = model_class(speaks.model_type)
+    language = config.thinker_config if "thinker_config" in config.sub_configs else config
+    kind: Any = model_class(language.model_type)
     assert FAMILIES[family].ties == bool(kind._tied_weights_keys)
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_parts_and_other_models_are_refused_by_name(family: str) -> None:
+def test_parts_of_models_and_other_models_are_refused_by_name(family: str) -> None:
     with pytest.raises(InputRefused, match=family):
         require_family({"model_type": family})
 
@@ -47,17 +47,17 @@ def test_sizes_are_where_transformers_reads_them(family: str) -> None:
     assert number_of_experts(ours) == getattr(theirs, "num_experts", 0)
     assert head_geometry(ours)[:2] == (theirs.num_attention_heads, theirs.num_key_value_heads)
     for field in size_fields(ours):
-        (place,) = config_paths(ours, field)
+        (path,) = config_paths(ours, field)
         part: object = config
-        for name in place.split("."):
+        for name in path.split("."):
             part = getattr(part, name)
         assert part is getattr(theirs, field)
         assert part == {"moe_intermediate_size": 80, "intermediate_size": 112}.get(field, 160)
 
 
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
-def test_the_matrices_of_a_config_are_those_of_the_model(family: str) -> None:
-    """Built on the meta device, from sizes of which no two are equal."""
+def test_the_matrices_of_a_config_match_the_model(family: str) -> None:
+    """The model is built on the meta device, from sizes of which no two are equal."""
     from qwen_pipeline_tests.tiny import model_class
 
     default = AutoConfig.for_model(family)
@@ -81,7 +81,7 @@ def test_the_matrices_of_a_config_are_those_of_the_model(family: str) -> None:
 
 
 def _shapes(name: str, parameter: torch.Tensor) -> list[str]:
-    """Return the matrices that a parameter is made of; norms, biases, convolutions and embeddings are none."""
+    """Return the matrices of a parameter; none for norms, biases, convolutions and embeddings."""
     shape = list(parameter.shape)
     if name.endswith("experts.gate_up_proj"):
         owner = name.removesuffix("gate_up_proj")
@@ -93,7 +93,7 @@ def _shapes(name: str, parameter: torch.Tensor) -> list[str]:
     return [f"{name.removesuffix('.weight')} {shape[0]} x {shape[1]}"] if is_matrix else []
 
 
-def test_a_config_that_leaves_out_defaults_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+def test_defaults_that_a_config_omits_are_those_of_transformers(tmp_path: Path) -> None:
     for family in ("qwen2", "qwen3", "qwen3_next", "qwen3_5_text", "qwen3_moe"):
         default = AutoConfig.for_model(family)
         shown = {"model_type": family} | {

@@ -1,4 +1,4 @@
-"""Plans are minimal, legal, and say what each degree would do."""
+"""Padding plans are minimal and valid, and degrees are assessed correctly."""
 
 from typing import Any
 
@@ -10,15 +10,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.geometry import dump_plan, load_plan, plan_padding
 from qwen_pipeline.qwen.padding_spec import Layout
 from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
-
-QWEN2_72B: dict[str, Any] = {
-    "model_type": "qwen2",
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}
+from qwen_pipeline_tests.qwen.published import QWEN2_72B
 
 
 @given(
@@ -27,7 +19,7 @@ QWEN2_72B: dict[str, Any] = {
     tensor_parallel=st.integers(1, 16),
     layout=st.sampled_from(["interleave", "append"]),
 )
-def test_a_plan_is_legal_minimal_and_keeps_the_order(
+def test_a_plan_is_valid_and_minimal_and_keeps_the_order(
     live: int, group_size: int, tensor_parallel: int, layout: Layout
 ) -> None:
     config = QWEN2_72B | {"intermediate_size": live}
@@ -54,7 +46,7 @@ def test_a_plan_is_legal_minimal_and_keeps_the_order(
 def test_interleaving_gives_every_group_half_of_its_share_of_live_channels(
     live: int, group_size: int, tensor_parallel: int
 ) -> None:
-    """A group's share is what it would hold if live channels could be spread without rounding."""
+    """A group's share is its number of live channels if they could be spread without rounding."""
     config = QWEN2_72B | {"intermediate_size": live}
     (size,) = plan_padding(config, group_size=group_size, tensor_parallel=tensor_parallel).sizes
     held = (size.positions() // group_size).bincount(minlength=size.padded // group_size)
@@ -64,13 +56,13 @@ def test_interleaving_gives_every_group_half_of_its_share_of_live_channels(
         assert held.max() - held.min() <= 1
 
 
-def test_the_width_follows_in_a_nested_text_config_too() -> None:
+def test_all_paths_of_a_width_are_found_in_nested_configs() -> None:
     text = {name: value for name, value in QWEN2_72B.items() if name != "model_type"}
     nested = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": {"intermediate_size": 3420}}
     assert plan_padding(nested, group_size=128, tensor_parallel=8).sizes[0].places == ("text_config.intermediate_size",)
     both = nested | {"intermediate_size": 29568}
-    places = plan_padding(both, group_size=128, tensor_parallel=8).sizes[0].places
-    assert places == ("intermediate_size", "text_config.intermediate_size")
+    (size,) = plan_padding(both, group_size=128, tensor_parallel=8).sizes
+    assert size.places == ("intermediate_size", "text_config.intermediate_size")
 
 
 @pytest.mark.parametrize(
@@ -80,9 +72,9 @@ def test_the_width_follows_in_a_nested_text_config_too() -> None:
         QWEN2_72B | {"intermediate_size": None},
         {name: value for name, value in QWEN2_72B.items() if name != "intermediate_size"},
     ],
-    ids=["places disagree", "not a number", "nowhere"],
+    ids=["conflicting", "not a number", "missing"],
 )
-def test_a_config_without_one_width_is_refused(config: dict[str, Any]) -> None:
+def test_a_config_without_a_unique_width_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputRefused, match="intermediate_size"):
         plan_padding(config, group_size=128, tensor_parallel=8)
 
@@ -93,7 +85,7 @@ def test_numbers_that_are_not_positive_are_refused(group_size: int, tensor_paral
         plan_padding(QWEN2_72B, group_size=group_size, tensor_parallel=tensor_parallel)
 
 
-def test_the_outlook_of_the_72b() -> None:
+def test_degrees_of_the_72b() -> None:
     rows = assess_degrees(QWEN2_72B, group_size=128, degrees=[1, 2, 4, 8, 3])
     assert [row.sizes[0].target for row in rows] == [29568, 29696, 29696, 29696, 29568]
     assert [row.whole for row in rows] == [True, False, False, False, True]
@@ -105,7 +97,7 @@ def test_the_outlook_of_the_72b() -> None:
     assert rows[3].sizes[0].extra_percent == pytest.approx(100 * 128 / 29568)
 
 
-def test_the_outlook_of_a_mixture_has_every_size() -> None:
+def test_degrees_of_a_mixture_have_every_size() -> None:
     mixture = QWEN2_72B | {"model_type": "qwen2_moe", "intermediate_size": 5632, "num_experts": 60}
     mixture |= {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
     (row,) = assess_degrees(mixture, group_size=128, degrees=[2])
@@ -116,7 +108,7 @@ def test_the_outlook_of_a_mixture_has_every_size() -> None:
     assert not row.whole
 
 
-def test_an_output_projection_that_straddles_groups_is_said_to_be_beyond_padding() -> None:
+def test_padding_does_not_help_an_output_projection_that_straddles_groups() -> None:
     small = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
              "num_key_value_heads": 2, "num_hidden_layers": 24}  # fmt: skip
     (row,) = assess_degrees(small, group_size=128, degrees=[2])

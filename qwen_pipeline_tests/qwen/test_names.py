@@ -1,4 +1,4 @@
-"""Each tensor of each family in each layout has one place, and each module in memory finds its tensors."""
+"""Every tensor of every family in every layout has one parsed name, and its name is one of its spellings."""
 
 from pathlib import Path
 
@@ -18,21 +18,24 @@ ALL: list[tuple[str, Layout]] = [(family, layout) for family in LANGUAGE_FAMILIE
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], Path]:
     root = tmp_path_factory.mktemp("families")
-    return {at: tiny_model(at[0], root / "-".join(at), layout=at[1], dtype=torch.float32) for at in ALL}
+    return {
+        (family, layout): tiny_model(family, root / f"{family}-{layout}", layout=layout, dtype=torch.float32)
+        for family, layout in ALL
+    }
 
 
 @pytest.mark.parametrize(("family", "layout"), ALL)
-def test_every_stored_tensor_is_placed_and_is_one_of_its_spellings(
+def test_every_stored_name_is_parsed_and_is_one_of_its_spellings(
     family: str, layout: Layout, roots: dict[tuple[str, Layout], Path]
 ) -> None:
     stored = open_checkpoint(roots[family, layout])
-    places = parse_names(stored)
-    assert len(places) == len(stored)
-    for place, name in places.items():
-        if place.part not in ("talker", "vocoder"):
-            assert name in spellings(place, FAMILIES[family])
-    assert {place.layer for place in places if place.part == "decoder"} == {0, 1}
-    assert ({place.layer for place in places if place.part == "mtp"} >= {0}) == (layout == "mtp")
+    names = parse_names(stored)
+    assert len(names) == len(stored)
+    for parsed, name in names.items():
+        if parsed.part not in ("talker", "vocoder"):
+            assert name in spellings(parsed, FAMILIES[family])
+    assert {parsed.layer for parsed in names if parsed.part == "decoder"} == {0, 1}
+    assert ({parsed.layer for parsed in names if parsed.part == "mtp"} >= {0}) == (layout == "mtp")
 
 
 @pytest.mark.parametrize(("family", "layout"), ALL)
@@ -45,10 +48,10 @@ def test_transformers_reads_the_same_model_from_every_layout(
     assert all(torch.equal(model[name], theirs[name]) for name in theirs)
 
 
-def test_places_say_what_a_tensor_is() -> None:
+def test_parsed_names() -> None:
     config = {"model_type": "qwen3_next"}
-    place = parse_name("model.layers.3.mlp.experts.7.gate_proj.weight", config)
-    assert place == ParsedName(part="decoder", layer=3, module="mlp.experts.7.gate_proj", parameter="weight")
+    parsed = parse_name("model.layers.3.mlp.experts.7.gate_proj.weight", config)
+    assert parsed == ParsedName(part="decoder", layer=3, module="mlp.experts.7.gate_proj", parameter="weight")
     assert parse_name("mtp.layers.0.mlp.down_proj.weight", config).part == "mtp"
     assert parse_name("model.layers.0.linear_attn.A_log", config).parameter == "A_log"
     assert parse_name("model.layers.0.linear_attn.in_proj_qkvz.qweight", config).parameter == "qweight"
@@ -69,7 +72,7 @@ def test_places_say_what_a_tensor_is() -> None:
         ("qwen2_vl", "model.layers.0.mlp.gate_proj.lora_A"),
     ],
 )
-def test_a_tensor_that_the_family_does_not_have_is_refused_by_name(family: str, name: str) -> None:
+def test_a_tensor_that_the_family_lacks_is_refused_by_name(family: str, name: str) -> None:
     with pytest.raises(CheckpointRefused, match=name):
         parse_name(name, {"model_type": family})
 
@@ -87,7 +90,7 @@ def test_two_spellings_of_one_tensor_are_refused(roots: dict[tuple[str, Layout],
         parse_names(Checkpoint(config=stored.config, tensors=twice, shards=dict.fromkeys(twice, "model.safetensors")))
 
 
-def test_prefixes_are_those_on_disk(roots: dict[tuple[str, Layout], Path]) -> None:
+def test_decoder_prefixes_are_those_on_disk(roots: dict[tuple[str, Layout], Path]) -> None:
     expected = {
         ("qwen2", "saved"): "model.",
         ("qwen2_vl", "saved"): "model.",
@@ -96,5 +99,5 @@ def test_prefixes_are_those_on_disk(roots: dict[tuple[str, Layout], Path]) -> No
         ("qwen3_5", "saved"): "model.language_model.",
         ("qwen3_omni_moe", "saved"): "thinker.model.",
     }
-    for at, prefix in expected.items():
-        assert decoder_prefix(open_checkpoint(roots[at])) == prefix  # pyright: ignore[reportArgumentType]
+    for key, prefix in expected.items():
+        assert decoder_prefix(open_checkpoint(roots[key])) == prefix  # pyright: ignore[reportArgumentType]

@@ -49,7 +49,7 @@ class DegreeFeasibility:
 
     @property
     def whole(self) -> bool:
-        """Whether ranks hold whole groups of every MLP without padding."""
+        """Return whether ranks hold whole groups of every MLP without padding."""
         return all(size.target == size.live for size in self.sizes)
 
 
@@ -67,7 +67,7 @@ def _assess_degree(config: Mapping[str, Any], group_size: int, degree: int) -> D
     elif not padded:
         sentence = "Serves without padding."
     else:
-        sentence = f"Groups straddle ranks; pad {' and '.join(padded)} before quantizing."
+        sentence = f"Ranks do not hold whole groups; pad {' and '.join(padded)} before quantizing."
     return DegreeFeasibility(
         degree=degree,
         sizes=tuple(
@@ -100,7 +100,7 @@ class Division:
 
     @property
     def is_cut(self) -> list[bool]:
-        """Whether the end of each rank but the last lies inside a group."""
+        """Return whether the end of each rank but the last lies inside a group."""
         return [self.inputs * rank % (self.group_size * self.ranks) != 0 for rank in range(1, self.ranks)]
 
     @property

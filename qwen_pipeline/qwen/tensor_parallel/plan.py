@@ -60,7 +60,7 @@ class Option:
 
     @property
     def serves(self) -> bool:
-        """Whether every engine serves correctly at every degree."""
+        """Return whether every engine serves correctly at every degree."""
         return self.verdict in SERVES
 
     @property

@@ -1,11 +1,10 @@
-"""Verdicts of engines, against cases that were run or reported."""
+"""Verdicts of engines in cases that were run or reported."""
 
 import pytest
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.tensor_parallel.engines import SERVING_ENGINES, VERDICTS, kernels_of, predict_serving
-from qwen_pipeline_tests.qwen.published import config_of
-from qwen_pipeline_tests.qwen.test_geometry import QWEN2_72B
+from qwen_pipeline_tests.qwen.published import QWEN2_72B, config_of
 
 SMALL = config_of("Qwen2.5-0.5B")
 """14 heads of 64: at 2 ranks ``o_proj`` has 448 inputs, 3.5 groups of 128."""
@@ -36,8 +35,8 @@ def test_29568_at_one_rank_and_29696_at_eight(engine: str) -> None:
     assert wide.verdict == ("unknown" if engine == "transformers-gptqmodel" else "ok")
 
 
-def test_half_a_billion_at_two_ranks_is_wrong_in_sglang_and_right_in_groups_of_32() -> None:
-    """Reported with AutoRound's checkpoints, as garbage with groups of 128."""
+def test_the_half_billion_model_at_two_ranks_is_wrong_in_sglang_except_in_groups_of_32() -> None:
+    """Garbage was reported for AutoRound's checkpoints in groups of 128."""
     wrong = predict_serving(SMALL, "sglang-gptq-marlin", group_size=128, degree=2)
     assert wrong.verdict == "silently wrong"
     assert any("self_attn.o_proj: 448 inputs per rank are 3.5 groups" in reason for reason in wrong.reasons)
@@ -50,7 +49,7 @@ def test_partial_groups_on_one_rank() -> None:
     assert predict_serving(odd, "vllm-exllama", group_size=128, degree=1).verdict == "refused"
 
 
-def test_heads_are_refused_and_key_value_heads_replicated() -> None:
+def test_indivisible_heads_are_refused_and_key_value_heads_replicated() -> None:
     assert (
         "64 attention heads do not divide by 3"
         in predict_serving(QWEN2_72B, "vllm-cpu", group_size=128, degree=3).reasons[0]
@@ -59,7 +58,7 @@ def test_heads_are_refused_and_key_value_heads_replicated() -> None:
     assert predict_serving(wide, "vllm-marlin", group_size=128, degree=16).verdict == "ok"
 
 
-def test_experts() -> None:
+def test_mixtures_of_experts() -> None:
     config = config_of("Qwen3-30B-A3B")
     assert predict_serving(config, "vllm-marlin", group_size=128, degree=4).verdict == "refused"
     halved = predict_serving(config, "vllm-moe-wna16", group_size=128, degree=4)
@@ -71,7 +70,7 @@ def test_experts() -> None:
     )
 
 
-def test_an_engine_of_several_kernels_is_as_bad_as_the_worst_that_does_not_refuse() -> None:
+def test_an_engine_with_several_kernels_has_the_worst_verdict_of_those_that_do_not_refuse() -> None:
     small = predict_serving(SMALL, "vllm", group_size=64, degree=2)
     assert predict_serving(SMALL, "vllm-machete", group_size=64, degree=2).verdict == "refused"
     assert small.verdict == "ok"
@@ -81,7 +80,7 @@ def test_an_engine_of_several_kernels_is_as_bad_as_the_worst_that_does_not_refus
     assert predict_serving(QWEN2_72B, "vllm", group_size=128, degree=3).verdict == "refused"
 
 
-def test_names_of_engines() -> None:
+def test_kernels_of_an_engine_name() -> None:
     assert all(name.startswith("vllm-") for name in kernels_of("vllm"))
     assert kernels_of("sglang-gptq") == ["sglang-gptq"]  # although another name begins with it
     assert kernels_of("tensorrt-llm") == ["tensorrt-llm"]

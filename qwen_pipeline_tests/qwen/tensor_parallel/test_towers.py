@@ -1,4 +1,4 @@
-"""What engines do with towers, against the widths and heads that decide it, and what is said of refusals."""
+"""Verdicts of engines on towers, by widths and heads, and the sentences on refusals."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def verdicts(config: dict[str, Any], engine: str = "vllm") -> dict[str, list[str
     }
 
 
-def test_every_family_with_towers_is_known_by_its_parts() -> None:
+def test_towers_are_listed_for_every_family_that_has_them() -> None:
     for name, towers in TOWERS.items():
         assert {tower.part for tower in towers} == {"vision", "audio"} & set(FAMILIES[name].towers.values())
         assert towers_of(config_of(name)) == list(towers)
@@ -43,7 +43,7 @@ def test_every_family_with_towers_is_known_by_its_parts() -> None:
     }  # fmt: skip
 
 
-def test_vllm_refuses_what_its_ranks_do_not_divide() -> None:
+def test_vllm_refuses_heads_and_widths_that_ranks_do_not_divide() -> None:
     fine = ["ok"] * 5
     assert verdicts(config_of("qwen2_vl")) == {"vision": fine}  # 5120 channels, 16 heads
     assert verdicts(config_of("qwen2_5_vl")) == {"vision": ["ok", "ok", "ok", "refused", "refused"]}  # 3420
@@ -57,22 +57,22 @@ def test_vllm_refuses_what_its_ranks_do_not_divide() -> None:
     assert verdicts(config_of("qwen2_5_vl"), "vllm-marlin") == verdicts(config_of("qwen2_5_vl"))
 
 
-def test_a_refusal_names_all_that_helps() -> None:
-    (said,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [2, 4, 8]})
-    assert said == (
+def test_a_refusal_names_every_remedy() -> None:
+    (sentence,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [2, 4, 8]})
+    assert sentence == (
         "vllm at TP 8 refuses the vision tower: its MLPs of 3,420 channels do not divide by 8 ranks. Remedy: pad"
         " its MLPs with --towers, from 3,420 to 3,424 (+0.12% of their weights, 1.0 MB), or start vllm with"
         " --mm-encoder-tp-mode data, which replicates it on every rank."
     )
-    (said,) = tower_obstacles(QWEN2_5_VL_3B, {"sglang": [8]})
-    assert "--towers" in said
-    assert "--mm-enable-dp-encoder" in said
-    (said,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [3]})  # 16 heads: no padding of MLPs helps
-    assert said.endswith("Remedy: start vllm with --mm-encoder-tp-mode data, which replicates it on every rank.")
-    (said,) = tower_obstacles(config_of("qwen3_omni_moe", num_heads=15), {"vllm": [2]})
-    assert said.endswith("its 15 heads do not divide by 2 ranks. Remedy: use fewer ranks.")
-    (said,) = tower_obstacles(QWEN2_5_VL_3B | {"vision_config": {"num_heads": 16}}, {"vllm": [8]})
-    assert said.startswith("vision_config.intermediate_size must be one positive number")
+    (sentence,) = tower_obstacles(QWEN2_5_VL_3B, {"sglang": [8]})
+    assert "--towers" in sentence
+    assert "--mm-enable-dp-encoder" in sentence
+    (sentence,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [3]})  # 16 heads: no padding of MLPs helps
+    assert sentence.endswith("Remedy: start vllm with --mm-encoder-tp-mode data, which replicates it on every rank.")
+    (sentence,) = tower_obstacles(config_of("qwen3_omni_moe", num_heads=15), {"vllm": [2]})
+    assert sentence.endswith("its 15 heads do not divide by 2 ranks. Remedy: use fewer ranks.")
+    (sentence,) = tower_obstacles(QWEN2_5_VL_3B | {"vision_config": {"num_heads": 16}}, {"vllm": [8]})
+    assert sentence.startswith("vision_config.intermediate_size must be one positive number")
     assert not tower_obstacles({"model_type": "qwen2"}, {"vllm": [8]})
 
 
@@ -88,34 +88,36 @@ def test_after_padding_no_width_is_refused(family: str, width: int, degrees: lis
     for level in (config, config.get("thinker_config", {})):
         for section, field in (("vision_config", "intermediate_size"), ("audio_config", "encoder_ffn_dim")):
             level.get(section, {})[field] = width
-    for at in assess_towers(config, {engine: degrees}):
-        assert {prediction.verdict for prediction in at.padded_predictions} <= {"ok", "unknown"}
-        assert at.extra == (at.padded - width) / width
-        assert all(prediction.is_narrow for prediction in at.predictions if prediction.verdict == "refused")
-        hidden = at.tower.size(config, at.tower.hidden)
-        rows = len(at.tower.outputs) * (hidden + 1) + hidden
-        assert at.extra_bytes == 2 * (at.padded - width) * rows * at.tower.size(config, at.tower.depth)
+    for tower in assess_towers(config, {engine: degrees}):
+        assert {prediction.verdict for prediction in tower.padded_predictions} <= {"ok", "unknown"}
+        assert tower.extra == (tower.padded - width) / width
+        assert all(prediction.is_narrow for prediction in tower.predictions if prediction.verdict == "refused")
+        hidden = tower.tower.size(config, tower.tower.hidden)
+        rows = len(tower.tower.outputs) * (hidden + 1) + hidden
+        assert tower.extra_bytes == 2 * (tower.padded - width) * rows * tower.tower.size(config, tower.tower.depth)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {}
 
 
-def test_a_target_that_refuses_a_tower_is_said_to_by_validation() -> None:
+def test_validation_reports_a_target_that_refuses_a_tower() -> None:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     narrow = QWEN2_5_VL_3B | {"intermediate_size": 11264, "quantization_config": settings}
     wide = narrow | {"vision_config": QWEN2_5_VL_3B["vision_config"] | {"intermediate_size": 3424}}
     refused, served = (assess_targets(config, 8, [Target(engine="vllm", degree=8)]) for config in (narrow, wide))
     assert refused
     assert served
-    assert (served.legal, refused.legal, refused.whole) == (True, False, True)  # a warning: there is an option
+    assert (served.legal, refused.legal, refused.whole) == (True, False, True)  # a warning: an option helps
     assert refused.sentence == tower_obstacles(narrow, {"vllm": [8]})[0]
 
 
-@pytest.mark.parametrize("published", [at for at in PUBLISHED_TOWERS if at.source == DEFAULTS], ids=lambda at: at.name)
+@pytest.mark.parametrize(
+    "published", [tower for tower in PUBLISHED_TOWERS if tower.source == DEFAULTS], ids=lambda tower: tower.name
+)
 def test_published_towers_are_the_defaults_of_transformers(published: PublishedTower) -> None:
     assert config_of(published.family)[f"{published.part}_config"].items() >= published.sizes.items()
 
 
-def test_no_engine_or_degree_is_no_plan() -> None:
+def test_targets_without_a_degree_are_refused() -> None:
     with pytest.raises(InputRefused, match="at least one degree"):
         assess_towers(QWEN2_5_VL_3B, {})
