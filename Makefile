@@ -13,7 +13,7 @@ demo: $(ENGINE)
 test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# The tests that need no quantizer's environment and take no more than seconds: under 90 seconds on two cores.
+# The tests that need no quantizer's environment, without those that take many seconds each.
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		-m 'not (slow or gpu or serve or engine or lengthy)'
