@@ -1,4 +1,4 @@
-"""Scripts in the environment where Transformers can load packed codes."""
+"""Run scripts in the environment in which Transformers can load packed codes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from qwen_pipeline.workers.environments import find_environment
 
 
 def in_transformers(script: str, *arguments: str) -> Mapping[str, Any]:
-    """Run a script; return the object that it prints last."""
+    """Run a script; return the JSON object in its last line of output."""
     command = [find_environment("gptqmodel").python, "-c", script, *arguments]
     env = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
     said = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
