@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint, by the tools that do it where one does, and by hand where none is known."""
+"""Functions that break a checkpoint, by the tools that cause the damage if there are any, else by hand."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ UP, DOWN, KEY = f"{L0}.mlp.up_proj", f"{L1}.mlp.down_proj", f"{L0}.self_attn.k_p
 EXPERT = "model.layers.0.mlp.experts.1"
 SHARD = "model.safetensors"
 EXPONENT = 1 << 10
-"""The lowest bit of a float16's exponent: cleared, a scale is half what it was; the next, set, makes it fourfold."""
+"""The lowest exponent bit of a float16: clearing it halves a scale; setting the next one quadruples it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Healthy:
-    """Sound checkpoints to damage, each with what it was made from.
+    """Valid checkpoints to damage, each with its source.
 
     Attributes:
         merged: Full precision, 96 MLP channels.
@@ -44,7 +44,7 @@ class Healthy:
 
 
 Make = Callable[[Healthy, Path], object]
-"""Makes the broken checkpoint in an empty place."""
+"""Writes the broken checkpoint to a path that does not exist."""
 
 
 def edited(edit: Callable[[Tensors, Config], None], of: str = "quantized") -> Make:
@@ -61,12 +61,12 @@ def edited(edit: Callable[[Tensors, Config], None], of: str = "quantized") -> Ma
 
 
 def stale(**fields: Any) -> Make:
-    """Give the config of a copy other values."""
+    """Change values in the config of a copy."""
     return edited(lambda _, config: config.update(fields))
 
 
 def settings(**fields: Any) -> Make:
-    """Give the ``quantization_config`` of a copy other values."""
+    """Change values in the ``quantization_config`` of a copy."""
     return edited(lambda _, config: config["quantization_config"].update(fields))
 
 
@@ -191,7 +191,7 @@ def pad_rows_of_codes(healthy: Healthy, out: Path) -> None:
 
 
 def load_and_save(healthy: Healthy, out: Path) -> None:
-    """Have Transformers load codes into a model that does not know them, make up its weights, and save that."""
+    """Load codes with Transformers into a model that does not support them, and save its random weights."""
     scratch = copied(healthy.packed_mixture, out.with_name(f"{out.name}-scratch"))
     config = json.loads((scratch / "config.json").read_text())
     (scratch / "config.json").write_text(json.dumps(without("quantization_config")(config)))
@@ -202,7 +202,7 @@ def load_and_save(healthy: Healthy, out: Path) -> None:
 
 
 def flush(healthy: Healthy, out: Path) -> None:
-    """Quantize a layer after a detour through float16, which has no room for its weights."""
+    """Quantize a layer after a conversion to float16 in which its weights underflow."""
     copied(healthy.quantized, out)
     tensors = load_file(out / SHARD)
     tiny = load_file(healthy.padded / SHARD)[f"{UP}.weight"].float() * 1e-8
@@ -242,7 +242,7 @@ def drop(*names: str) -> Callable[[Tensors, Config], None]:
 
 
 def transpose_an_expert(tensors: Tensors, _: Config) -> None:
-    """Pack an expert's weight as its transpose, in the shape that is expected."""
+    """Pack the transpose of an expert's weight in the expected shape."""
     name = f"{EXPERT}.down_proj.qweight"
     codes = unpack_rows(tensors[name], 4)
     tensors[name] = pack_rows(codes.reshape(codes.shape[1], codes.shape[0]).T.reshape(codes.shape), 4)

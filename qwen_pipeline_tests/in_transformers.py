@@ -1,4 +1,4 @@
-"""Run modules in the environment where Transformers can load packed codes."""
+"""Run modules in the environment in which Transformers can load packed codes."""
 
 import json
 import os

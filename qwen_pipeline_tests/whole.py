@@ -1,4 +1,4 @@
-"""Models that Transformers loads whole, with an account of every tensor: what streamed figures are held against."""
+"""Models that plain Transformers loads completely, with which streamed figures are compared."""
 
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from qwen_pipeline.models.open import open_model
 
 
 class NotLoaded(Exception):
-    """Transformers cannot load a checkpoint, or not all of it."""
+    """A checkpoint that Transformers cannot load completely."""
 
 
 def load_model(root: str) -> nn.Module:
-    """Load a checkpoint as a user of Transformers does, on the CPU in float32, and account for every tensor.
+    """Load a checkpoint with Transformers, on the CPU in float32, and check that every tensor was loaded.
 
-    Weights that are a recipe are computed and handed over: nothing is stored.
+    The weights of a recipe are computed and passed in memory.
 
     Raises:
-        NotLoaded: Transformers raised, or loaded something else than the checkpoint: it gives missing weights random
-            values and drops unexpected ones, and only logs that.
+        NotLoaded: Transformers raised an error, initialized missing weights randomly, or dropped unexpected ones, which
+            it only logs.
     """
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Broken checkpoints: what is wrong with each, what made it so, and which check has to catch it."""
+"""Broken checkpoints: the damage, its cause, and the check that must catch it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,13 +55,13 @@ class Specimen:
     """One broken checkpoint.
 
     Attributes:
-        damage: What is wrong.
-        by: What made it so.
-        caught_by: The check, or ``opening`` where it cannot even be opened.
-        says: What the finding has to say.
-        make: Makes it.
-        source: Which checkpoint of :class:`Healthy` it is held against.
-        ranks: Ranks that are to serve it.
+        damage: The fault.
+        by: Its cause.
+        caught_by: The name of the check, or ``opening`` if the checkpoint cannot be opened.
+        says: Text that the finding must contain.
+        make: Writes the checkpoint.
+        source: The field of :class:`Healthy` with which it is compared.
+        ranks: Number of ranks that are to serve it.
     """
 
     damage: str
@@ -94,9 +94,9 @@ SPECIMENS: Mapping[str, Specimen] = {
     "made-up-experts": specimen("experts are random", "Transformers: load and save_pretrained",
         "experts.0.gate_proj.qweight is missing", load_and_save, source="mixture", ranks=1),
     "transposed-expert": specimen("an expert's weight transposed", BY_HAND,
-        f"{EXPERT}.down_proj stands for another weight", edited(transpose_an_expert, "packed_mixture"),
+        f"{EXPERT}.down_proj decodes to another weight", edited(transpose_an_expert, "packed_mixture"),
         source="mixture", ranks=1),
-    "swapped-experts": specimen("two experts exchanged", BY_HAND, f"{EXPERT}.down_proj stands for another weight",
+    "swapped-experts": specimen("two experts exchanged", BY_HAND, f"{EXPERT}.down_proj decodes to another weight",
         edited(swap_experts, "packed_mixture"), source="mixture", ranks=1),
     "fourfold-scale": specimen("one scale four times itself", BITS, "as if its scale were", edited(fourfold_scale)),
     "halved-scale": specimen("one scale halved", BITS, "as if its scale were", edited(halved_scale)),
@@ -108,11 +108,12 @@ SPECIMENS: Mapping[str, Specimen] = {
         edited(scale(UP, lambda s: -s))),
     "zero-scale": specimen("a scale is zero", "float16 rounding", "1 values that are not positive",
         edited(scale(UP, lambda s: s * 0))),
-    "nan-norm": specimen("a norm holds NaN", BY_HAND, "model.norm.weight is not what it was",
+    "nan-norm": specimen("a norm holds NaN", BY_HAND, "model.norm.weight differs from its value before",
         edited(set_to("model.norm.weight", poisoned(torch.nan)))),
-    "inf-embedding": specimen("an embedding holds infinity", BY_HAND, "model.embed_tokens.weight is not what it was",
+    "inf-embedding": specimen("an embedding holds infinity", BY_HAND,
+        "model.embed_tokens.weight differs from its value before",
         edited(set_to("model.embed_tokens.weight", poisoned(torch.inf)))),
-    "flushed": specimen("a layer's weights flushed to zero", "a detour through float16", f"{UP} is zero throughout",
+    "flushed": specimen("a layer's weights flushed to zero", "a detour through float16", f"{UP} is all zeros",
         flush),
     "saturated": specimen("every code at an end of its range", BY_HAND, "at an end of their range", edited(saturate)),
     "truncated": specimen("the last 8 inputs of a layer dropped",
@@ -121,17 +122,17 @@ SPECIMENS: Mapping[str, Specimen] = {
         edited(unzero), caught_by="padding_is_silent"),
     "wrong-g_idx": specimen("g_idx in another order", BY_HAND, "g_idx is not in order",
         edited(set_to(f"{DOWN}.g_idx", lambda g: g.flip(0)))),
-    "g_idx-beyond": specimen("g_idx names a group too many", BY_HAND, "g_idx names groups that are not there",
+    "g_idx-beyond": specimen("g_idx names a group too many", BY_HAND, "g_idx has indices of groups that do not exist",
         edited(set_to(f"{DOWN}.g_idx", lambda g: g + 1))),
-    "v1-as-v2": specimen("zero points of gptq read as gptq_v2", CONFIGS, "zero points off the middle code",
+    "v1-as-v2": specimen("zero points of gptq read as gptq_v2", CONFIGS, "zero points that are not the middle code",
         settings(checkpoint_format="gptq_v2")),
-    "zero-qzeros": specimen("zero points are zero", BY_HAND, "zero points off the middle code",
+    "zero-qzeros": specimen("zero points are zero", BY_HAND, "zero points that are not the middle code",
         edited(set_to(f"{UP}.qzeros", torch.zeros_like))),
-    "swapped-kv": specimen("keys and values exchanged", BY_HAND, f"{KEY} stands for another weight",
+    "swapped-kv": specimen("keys and values exchanged", BY_HAND, f"{KEY} decodes to another weight",
         edited(swapped(KEY, KEY.replace("k_", "v_"), *CODES))),
-    "swapped-gate-up": specimen("gate and up exchanged", BY_HAND, f"{UP} stands for another weight",
+    "swapped-gate-up": specimen("gate and up exchanged", BY_HAND, f"{UP} decodes to another weight",
         edited(swapped(UP, UP.replace("up", "gate"), *CODES))),
-    "swapped-layers": specimen("a layer's codes in another layer", BY_HAND, f"{UP} stands for another weight",
+    "swapped-layers": specimen("a layer's codes in another layer", BY_HAND, f"{UP} decodes to another weight",
         edited(swapped(UP, UP.replace("layers.0", "layers.1"), *CODES))),
     "swapped-groups": specimen("scales of two groups exchanged", BY_HAND, f"{DOWN}: ",
         edited(set_to(f"{DOWN}.scales", lambda s: s.flip(0)))),
@@ -142,12 +143,13 @@ SPECIMENS: Mapping[str, Specimen] = {
         edited(leave_in_full_precision)),
     "lost-bias": specimen("a bias is missing", "a loader that drops biases", f"{KEY}.bias is missing",
         edited(drop(f"{KEY}.bias"))),
-    "zero-bias": specimen("a bias is zero", "a packer that writes zero biases", f"{KEY}.bias is not what it was",
+    "zero-bias": specimen("a bias is zero", "a packer that writes zero biases",
+        f"{KEY}.bias differs from its value before",
         edited(set_to(f"{KEY}.bias", torch.zeros_like))),
     "retied": specimen("lm_head dropped and tied to the embedding", BY_HAND, "lm_head.weight is missing",
         edited(retie)),
     "retied-by-value": specimen("lm_head overwritten with the embedding", BY_HAND,
-        "lm_head.weight is not what it was", edited(retie_by_value)),
+        "lm_head.weight differs from its value before", edited(retie_by_value)),
     "stale-width": specimen("intermediate_size of before padding", CONFIGS, "intermediate_size 96, expected 128",
         stale(intermediate_size=96)),
     "stale-vocabulary": specimen("vocab_size of another model", CONFIGS, "vocab_size 7, expected 320",
@@ -168,16 +170,16 @@ SPECIMENS: Mapping[str, Specimen] = {
         "sym is false, but every zero point is the middle code", settings(sym=False)),
     "no-settings": specimen("no quantization_config", CONFIGS, "quant_method None",
         edited(lambda _, config: config.pop("quantization_config"))),
-    "chat-template": specimen("another chat template", COPY, "chat_template.jinja is not the fine-tune's",
+    "chat-template": specimen("another chat template", COPY, "chat_template.jinja differs from the fine-tune's",
         file("chat_template.jinja", lambda _: "{{ messages }}")),
     "no-chat-template": specimen("no chat template", "a tool that does not copy it", "chat_template.jinja is missing",
         file("chat_template.jinja", None)),
-    "tokenizer": specimen("a tokenizer of another model", COPY, "tokenizer.json is not the fine-tune's",
+    "tokenizer": specimen("a tokenizer of another model", COPY, "tokenizer.json differs from the fine-tune's",
         file("tokenizer.json", lambda t: t | {"added_tokens": []})),
-    "special-tokens": specimen("another end-of-text token", COPY, "tokenizer_config.json is not the fine-tune's",
+    "special-tokens": specimen("another end-of-text token", COPY, "tokenizer_config.json differs from the fine-tune's",
         file("tokenizer_config.json", lambda t: t | {"eos_token": "<|endoftext|>"})),
     "stop-tokens": specimen("a generation config without stop tokens", COPY,
-        "generation_config.json is not the fine-tune's", file("generation_config.json", without("eos_token_id"))),
+        "generation_config.json differs from the fine-tune's", file("generation_config.json", without("eos_token_id"))),
 }
 # fmt: on
 

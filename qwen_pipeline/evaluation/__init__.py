@@ -1,0 +1,1 @@
+"""Validation of a quantized checkpoint: measurements, findings, checks and reports."""

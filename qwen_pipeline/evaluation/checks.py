@@ -1,4 +1,4 @@
-"""What a validation promises to check, and the verdict on what it found."""
+"""The checks of a validation, and the verdict on its findings."""
 
 from collections.abc import Sequence
 
@@ -13,43 +13,50 @@ from qwen_pipeline.reports import CheckReport, CheckSpec
 
 STRUCTURE = CheckSpec(
     name="structure",
-    description="Every expected tensor is there with the right shape and dtype, nothing else is; scales are finite and"
-    " positive; every group of codes stands for the weights that it was made from; config, tokenizer, chat template and"
-    " generation config agree; what was not quantized is unchanged.",
+    description="Every expected tensor is present with the right shape and dtype, and there are no others; scales are"
+    " finite and positive; every group of codes decodes to the weights that it was made from; config, tokenizer, chat"
+    " template and generation config agree; tensors that were not quantized are unchanged.",
 )
 LOADS = CheckSpec(
     name="loads_in_transformers",
-    description="Transformers loads every model with no tensor missing, unexpected, of another shape or made up.",
+    description="Transformers loads every model with no tensor missing, unexpected, of another shape or randomly"
+    " initialized.",
 )
 PADDING = CheckSpec(
     name="padding_is_silent",
     description="Padding changes no prediction; after quantization the zeros that it added are still exactly zero, and"
-    " the parts of split channels still read alike.",
+    " the gate and up rows of split channels are still equal.",
 )
 PERPLEXITY = CheckSpec(
-    name="perplexity_ratio", description="Perplexity on held-out text: quantized over merged stays below the limit."
+    name="perplexity_ratio",
+    description="The perplexity ratio on held-out text, quantized over merged, does not exceed the limit.",
 )
-KL = CheckSpec(name="kl_divergence", description="Mean KL(merged || quantized) on held-out text stays below the limit.")
+KL = CheckSpec(
+    name="kl_divergence", description="Mean KL(merged || quantized) on held-out text does not exceed the limit."
+)
 AGREEMENT = CheckSpec(
-    name="top1_agreement", description="Merged and quantized model rate the same next token highest often enough."
+    name="top1_agreement",
+    description="The merged and the quantized model agree on the most likely next token often enough.",
 )
 PARALLEL = CheckSpec(
-    name="tensor_parallel", description="Every rank of the wanted tensor-parallel degree holds whole groups and heads."
+    name="tensor_parallel",
+    description="Every rank at the requested tensor-parallel degree holds whole groups and heads.",
 )
 RANKS = CheckSpec(
     name="ranks_agree",
-    description="No engine that the checkpoint is declared for refuses it, and its ranks, simulated one by one, compute"
-    " with the weights of the whole.",
+    description="No engine among the targets refuses the checkpoint, and its ranks, simulated one by one, compute with"
+    " the weights of the unsharded model.",
 )
 MERGED_NOT_WORSE = CheckSpec(
     name="merged_not_worse",
-    description="The fine-tune did not cost the base its language: merged over base perplexity stays below the limit.",
+    description="Fine-tuning did not degrade the base: the perplexity ratio, merged over base, does not exceed the"
+    " limit.",
     blocking=False,
 )
 SAMPLES = CheckSpec(
     name="sample_texts",
-    description="Merged and quantized model answer; no answer of the latter is empty, repeats itself or runs on where"
-    " the merged model's does not.",
+    description="The merged and the quantized model answer; no answer of the latter is empty, repetitive or overlong"
+    " where the merged model's is not.",
     blocking=False,
 )
 CHECKS = (
@@ -59,7 +66,7 @@ CHECKS = (
 
 
 def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> list[CheckReport]:
-    """Return a report for each of :data:`CHECKS`, in their order; ``tasks`` says what is asked of scores."""
+    """Return a report for each of :data:`CHECKS`, in order; ``tasks`` has the limits of the scores."""
     return [
         _structure(findings),
         _loading(findings),
@@ -83,14 +90,17 @@ def _structure(findings: Findings) -> CheckReport:
         passed=not problems,
         measured=len(problems),
         limit=0,
-        detail=listed(problems) if problems else f"All {len(findings.structure.errors)} quantized weights are sound.",
+        detail=listed(problems) if problems else f"All {len(findings.structure.errors)} quantized weights are valid.",
     )
 
 
 def _loading(findings: Findings) -> CheckReport:
     faults = [f"{role}: {model.fault}" for role, model in findings.models.items() if model.fault]
     unplaced = [f"{role}: {model.unplaced}" for role, model in findings.models.items() if model.unplaced]
-    unknown = "Transformers itself has no packed experts and would make them up: serve it with an engine that has."
+    unknown = (
+        "Transformers does not support packed experts and would initialize them randomly: serve the checkpoint with an"
+        " engine that supports them."
+    )
     return LOADS.report(
         passed=not (faults or unplaced),
         measured=len(faults) + len(unplaced),
@@ -99,7 +109,7 @@ def _loading(findings: Findings) -> CheckReport:
         if faults
         else f"{unknown} {listed(unplaced)}"
         if unplaced
-        else f"{', '.join(findings.models)}: every tensor found its place.",
+        else f"{', '.join(findings.models)}: every tensor was loaded.",
         severity="ERROR" if faults else "WARN",
     )
 
@@ -115,15 +125,15 @@ def _padding(findings: Findings, limits: Limits) -> CheckReport:
         if not kl <= limits.max_padding_kl:
             problems.append("padding alone changes predictions")
     elif not (problems or padding.channels or padding.twins):
-        return PADDING.skipped("No padded checkpoint was given, and no channels that padding added were found.")
+        return PADDING.skipped("No padded checkpoint was given, and the model has no padded channels.")
     return PADDING.report(
         passed=not problems,
         measured=kl,
         limit=None if kl is None else limits.max_padding_kl,
         detail=f"{listed(problems)}. Pad and quantize again."
         if problems
-        else f"All {padding.channels} added channels are still zero, all {padding.twins} split ones still read alike."
-        + ("" if kl is None else " Measured is the mean KL(merged || padded) in nats a token."),
+        else f"All {padding.channels} added channels are still zero; all {padding.twins} split ones have equal rows."
+        + ("" if kl is None else " The measured value is the mean KL(merged || padded) in nats per token."),
     )
 
 
@@ -135,8 +145,7 @@ def _perplexity(findings: Findings, limits: Limits) -> CheckReport:
         passed=ratio <= limits.max_perplexity_ratio,
         measured=ratio,
         limit=limits.max_perplexity_ratio,
-        detail=f"{findings.perplexity(QUANTIZED):.4g} quantized, {findings.perplexity(MERGED):.4g} merged."
-        + _advice(ratio <= limits.max_perplexity_ratio),
+        detail=_perplexities(findings, QUANTIZED, MERGED) + _advice(ratio <= limits.max_perplexity_ratio),
     )
 
 
@@ -149,7 +158,7 @@ def _kl(findings: Findings, limits: Limits) -> CheckReport:
         passed=passed,
         measured=divergence.mean,
         limit=limits.max_mean_kl,
-        detail=f"Nats a token; 95 % of tokens are below {divergence.p95:.3g}, the worst is at {divergence.max:.3g}."
+        detail=f"In nats per token; the 95th percentile is {divergence.p95:.3g}, the maximum {divergence.max:.3g}."
         + _advice(passed),
     )
 
@@ -163,25 +172,25 @@ def _agreement(findings: Findings, limits: Limits) -> CheckReport:
         passed=passed,
         measured=divergence.top1_agreement,
         limit=limits.min_top1_agreement,
-        detail="Share of tokens for which both models rate the same one highest." + _advice(passed),
+        detail="Share of tokens for which both models predict the same most likely token." + _advice(passed),
     )
 
 
 def _parallel(findings: Findings) -> CheckReport:
-    outlook = findings.parallel
-    if outlook is None:
-        return PARALLEL.report(passed=False, detail="Not known: the config does not say how the codes are grouped.")
+    feasibility = findings.parallel
+    if feasibility is None:
+        return PARALLEL.report(passed=False, detail="Unknown: the config does not define the group size of the codes.")
     return PARALLEL.report(
-        passed=outlook.whole and outlook.legal,
-        measured=outlook.degree,
-        detail=f"At degree {outlook.degree}: {outlook.sentence}",
-        severity="WARN" if outlook.whole else "ERROR",
+        passed=feasibility.whole and feasibility.legal,
+        measured=feasibility.degree,
+        detail=f"At degree {feasibility.degree}: {feasibility.sentence}",
+        severity="WARN" if feasibility.whole else "ERROR",
     )
 
 
 def _ranks(findings: Findings) -> CheckReport:
     if not findings.targets:
-        return RANKS.report(passed=False, detail="Not known: the config does not say how the codes are grouped.")
+        return RANKS.report(passed=False, detail="Unknown: the config does not define the group size of the codes.")
     kernels: dict[Target, list[TargetFindings]] = {}
     for row in findings.targets:
         kernels.setdefault(row.target, []).append(row)
@@ -193,15 +202,15 @@ def _ranks(findings: Findings) -> CheckReport:
         measured=len(wrong),
         limit=0,
         detail=f"{listed([fault for faults in wrong.values() for fault in faults])}. Pad for these ranks before"
-        " quantizing, use smaller groups, or repair the checkpoint."
+        " quantization, use smaller groups, or repair the checkpoint."
         if wrong
-        else f"{', '.join(map(str, kernels))}: every rank computes with the weights of the whole, bit for bit.",
+        else f"{', '.join(map(str, kernels))}: every rank computes with the unsharded weights, bit for bit.",
         severity="WARN" if heads_only else "ERROR",
     )
 
 
 def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:
-    """Say what is wrong with a target: no kernel of it may answer wrongly, and one at least has to serve."""
+    """Return the faults of a target: none of its kernels may compute wrong answers, and at least one must serve."""
     if wrong := [row.sentence for row in rows if row.answers_wrongly]:
         return wrong
     return [row.sentence for row in rows] if all(row.refuses for row in rows) else []
@@ -225,15 +234,15 @@ def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:
         passed=passed,
         measured=ratio,
         limit=limits.max_merged_ratio,
-        detail=f"{findings.perplexity(MERGED):.4g} merged, {findings.perplexity(BASE):.4g} base."
+        detail=_perplexities(findings, MERGED, BASE)
         + ("" if passed else " Train for fewer steps or with a smaller learning rate, or use text of the domain."),
     )
 
 
 def _samples(findings: Findings) -> CheckReport:
-    silent = [f"{role}: {model.unanswered}" for role, model in findings.models.items() if model.unanswered]
+    unanswered = [f"{role}: {model.unanswered}" for role, model in findings.models.items() if model.unanswered]
     broken = [f"the answer to {sample.prompt!r} {sample.fault}" for sample in findings.samples if sample.fault]
-    faults = [*(f"no answers of {fault}" for fault in silent), *broken]
+    faults = [*(f"no answers from {fault}" for fault in unanswered), *broken]
     if not faults and not any(sample.candidate for sample in findings.samples):
         return SAMPLES.skipped("The quantized model has no answers: no prompts are configured, or it did not load.")
     agreed = ", ".join(f"{sample.agreed_tokens} of {sample.tokens}" for sample in findings.samples)
@@ -241,10 +250,15 @@ def _samples(findings: Findings) -> CheckReport:
         passed=not faults,
         measured=len(faults),
         limit=0,
-        detail=f"{listed(faults)}. Read the answers in the report."
+        detail=f"{listed(faults)}. See the answers in the report."
         if faults
-        else f"Merged and quantized begin with the same tokens: {agreed or 'none'}. Read them in the report.",
+        else f"Equal tokens at the start of both answers: {agreed or 'none'}. See the answers in the report.",
     )
+
+
+def _perplexities(findings: Findings, first: str, second: str) -> str:
+    values = (f"{findings.perplexity(role):.4g} ({role})" for role in (first, second))
+    return f"The perplexity is {' and '.join(values)}."
 
 
 def _advice(passed: bool) -> str:
@@ -253,7 +267,11 @@ def _advice(passed: bool) -> str:
 
 def _unmeasured(check: CheckSpec, limit: float, findings: Findings, *roles: str) -> CheckReport:
     absent = [role for role in roles if findings.models[role].fault]
-    return check.report(passed=False, limit=limit, detail=f"Not measured: not loaded: {', '.join(absent or [MERGED])}.")
+    return check.report(
+        passed=False,
+        limit=limit,
+        detail=f"Not measured, because these models did not load: {', '.join(absent or [MERGED])}.",
+    )
 
 
 def verdict(reports: Sequence[CheckReport]) -> str:

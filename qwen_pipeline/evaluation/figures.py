@@ -1,4 +1,4 @@
-"""What the worker measures of each model, in the form that crosses the process boundary and enters reports."""
+"""The figures that the worker measures for each model, as they cross the process boundary and enter reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceFigures:
-    """KL(reference || candidate) over all predicted tokens in nats, and how often both rate the same token highest.
+    """KL(reference || candidate) over all predicted tokens in nats, and the share of equal most likely tokens.
 
-    ``by_position`` is the mean over windows at each position, and ``stretches`` the spread over neighbouring ones:
-    whether distance grows along the context.
+    ``by_position`` is the mean over windows at each position, and ``stretches`` the distribution over ranges of
+    positions: they show whether the divergence grows along the context.
     """
 
     mean: float
@@ -36,7 +36,7 @@ class DivergenceFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The activation of a layer that is farthest from zero, what it enters or leaves, such as ``mlp.down_proj``."""
+    """The activation of largest magnitude in a layer, and the module that it enters or leaves (``mlp.down_proj``)."""
 
     layer: int
     place: str
@@ -45,20 +45,20 @@ class Peak:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFigures:
-    """One model.
+    """The figures of one model.
 
     Attributes:
-        fault: Why Transformers did not load it, or not all of it; then nothing else is known.
-        unplaced: Why Transformers makes up the packed experts of a checkpoint that is sound; it is measured without it.
-        perplexity: ``exp`` of the mean surprise over every token but the first of each window.
-        tokens: How many tokens were predicted.
-        linears: Class name of the linear layers that Transformers loaded -> how many.
-        divergence: From the reference model, where asked for.
+        fault: Why Transformers did not load it completely; then there are no other figures.
+        unplaced: Why Transformers cannot load the packed experts of a valid checkpoint; the streamed figures exist.
+        perplexity: ``exp`` of the mean negative log-likelihood of every token but the first of each window.
+        tokens: Number of predicted tokens.
+        linears: Class name of the linear layers that Transformers loaded -> their number.
+        divergence: Divergence from the reference model, if requested.
         drift: Distance of the hidden state from the reference's after each layer, relative to the latter's norm.
         peaks: The largest activation of each layer on the windows.
-        calibration_peaks: The same on tokens that it was quantized on, where asked for.
-        answers: Token ids of the greedy answer to each prompt, where asked for.
-        unanswered: Why there is no answer although it was asked for.
+        calibration_peaks: The largest activation of each layer on the calibration tokens, if requested.
+        answers: Token ids of the greedy answer to each prompt, if requested.
+        unanswered: Why a requested answer is missing.
     """
 
     fault: str | None = None
@@ -83,5 +83,5 @@ def dump_figures(figures: Mapping[str, ModelFigures]) -> dict[str, Any]:
 
 
 def load_figures(value: Mapping[str, Any]) -> dict[str, ModelFigures]:
-    """Return what :func:`dump_figures` was given."""
+    """Read the figures that :func:`dump_figures` returned."""
     return _FIGURES.validate_python(value)

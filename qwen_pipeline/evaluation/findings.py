@@ -1,4 +1,4 @@
-"""Everything that one validation found, in the form that is judged, drawn and written down."""
+"""The findings of one validation, from which checks, plots and reports are made."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,32 +17,31 @@ if TYPE_CHECKING:
 
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
 UNPADDED_QUANTIZED = "quantized unpadded"
-"""The merged model quantized without padding, to tell what padding cost."""
+"""The merged model quantized without padding, to measure the cost of padding."""
 _ORIGINS = {
     MERGED: (BASE,),
     PADDED: (MERGED, BASE),
     QUANTIZED: (PADDED, MERGED, BASE),
     UNPADDED_QUANTIZED: (MERGED, BASE),
 }
-"""Role -> what it came from, the last step first."""
+"""Role -> the roles it was made from, the latest first."""
 SIGNIFICANT_DIGITS = 6
-"""What is written down: beyond them floating-point sums depend on the number of threads."""
+"""Precision of stored floats: further digits of a sum depend on the number of threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """One validation.
+    """The findings of one validation.
 
     Attributes:
-        structure: The quantized checkpoint against the one it was made from.
-        models: Role -> figures, in the order in which the models come to be; base, padded and unpadded may be
-            absent.
-        nbytes: Role -> bytes of its tensors.
-        samples: What the merged and the quantized model answer.
-        parallel: What the asked-for tensor-parallel degree means; None where the group size is not known.
-        targets: What each engine that the checkpoint is declared for makes of it; empty where that is not known.
-        served: What a real serving engine made of the checkpoints; empty where none is configured.
-        tasks: Scores in benchmark tasks; empty where none are configured.
+        structure: The quantized checkpoint compared with the one it was made from.
+        models: Role -> figures, in the order in which the models are made; base, padded and unpadded may be absent.
+        nbytes: Role -> size of its tensors in bytes.
+        samples: Answers of the merged and the quantized model.
+        parallel: Feasibility of the requested tensor-parallel degree; None if the group size is unknown.
+        targets: Findings for each target engine; empty if the group size is unknown.
+        served: Findings of a real serving engine; empty if none is configured.
+        tasks: Scores in benchmark tasks; empty if none are configured.
         tasks_fault: Why configured tasks have no scores.
     """
 
@@ -61,13 +60,13 @@ class Findings:
         return self.models[role].perplexity if role in self.models else None
 
     def perplexity_ratio(self, role: str, to: str) -> float | None:
-        """Return one model's perplexity over another's, or None if one of them is not known."""
+        """Return the ratio of two models' perplexities, or None if one of them is unknown."""
         above, below = self.perplexity(role), self.perplexity(to)
         return above / below if above and below else None
 
     @property
     def padding_cost(self) -> float | None:
-        """KL(merged || quantized) over that of the model quantized without padding; None if one is not known."""
+        """KL(merged || quantized) divided by that of the model quantized without padding; None if one is unknown."""
         both = [
             self.models[role].divergence if role in self.models else None for role in (QUANTIZED, UNPADDED_QUANTIZED)
         ]
@@ -80,12 +79,12 @@ class Findings:
 
 
 def origin_of(role: str, models: Mapping[str, ModelFigures]) -> str | None:
-    """Return the role of the model that another was made from, among those whose perplexity is known."""
+    """Return the latest role, among those with a known perplexity, that a model was made from."""
     return next((each for each in _ORIGINS.get(role, ()) if each in models and models[each].perplexity), None)
 
 
 def rounded(value: Any) -> Any:
-    """Round every float in a JSON value to :data:`SIGNIFICANT_DIGITS`; what is not finite becomes its name."""
+    """Round every float in a JSON value to :data:`SIGNIFICANT_DIGITS`; replace those that are not finite by text."""
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isfinite(value) else str(value)
     if isinstance(value, Mapping):

@@ -80,7 +80,7 @@ def gather_findings(
     targets = plan.targets or [Target(engine=ANY_ENGINE, degree=plan.tensor_parallel)]
     found = _targets(source, quantized, targets, observe)
     shardings = shardings_with_effect(quantized, found)
-    measurement = replace(models.measurement, cuts=list(shardings.values()))
+    measurement = replace(models.measurement, shardings=list(shardings.values()))
     log = logs / "validate.log"
     worker = run_worker(
         engine.python, MEASURE, measurement.to_json(), log=log, env=MEASURING_ENVIRONMENT, observe=observe

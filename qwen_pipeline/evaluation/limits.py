@@ -1,22 +1,23 @@
-"""How far a quantized model may be from the model it was made from."""
+"""The limits on how far a quantized model may be from the model it was made from."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Thresholds of the checks. The defaults let a 135M model at 4 bits pass; larger models stay far below them.
+    """Thresholds of the checks. A 135M model at 4 bits passes the defaults; larger models stay far below them.
 
     Attributes:
         max_perplexity_ratio: Perplexity of the quantized model over that of the merged one.
-        max_mean_kl: Mean KL(merged || quantized), in nats a token.
-        min_top1_agreement: Share of tokens for which both rate the same token highest.
-        max_padding_kl: Mean KL(merged || padded), in nats a token: padding may only show as rounding.
-        max_activation: Magnitude of any activation of the quantized model; a warning beyond it. Float16 ends at 65504,
-            and neither held-out text nor calibration holds the loudest token there is.
+        max_mean_kl: Mean KL(merged || quantized), in nats per token.
+        min_top1_agreement: Share of tokens for which both predict the same most likely token.
+        max_padding_kl: Mean KL(merged || padded), in nats per token: padding may differ by rounding only.
+        max_activation: Magnitude of any activation of the quantized model; a warning beyond it. The float16 maximum is
+            65504, and neither held-out text nor calibration contains the token with the largest activations.
         max_merged_ratio: Perplexity of the merged model over that of the base; a warning beyond it.
-        max_served_gap: How much likelier a serving engine may find its own token than the one that Transformers chose,
-            where their answers part, in nats. Sixteen-bit kernels part at ties; broken ones by several nats.
+        max_served_gap: Log-probability in nats by which a serving engine may prefer its own token to that of
+            Transformers where their answers first differ. Correct 16-bit kernels differ at ties, broken ones by several
+            nats.
     """
 
     max_perplexity_ratio: float = 1.2

@@ -1,8 +1,8 @@
-"""Whether Transformers finds a place for every tensor of a checkpoint, asked without its bytes.
+"""Check from headers alone that Transformers loads every tensor of a checkpoint.
 
-Transformers' own loader decides: renamed prefixes, experts that are stacked, quantized layers. It is given tensors that
-have a dtype, a shape and one element, for a model that has no memory, so that the answer takes no more than headers.
-(Qwen4's tables of n-grams are the exception: Transformers keeps them on the CPU, in its own memory.)
+Transformers' own loader decides: it renames prefixes, stacks experts and replaces quantized layers. It receives a model
+on the meta device and expanded tensors, which have the dtype and shape but one element of memory, so that only headers
+are read. (Qwen4's n-gram tables are the exception: Transformers keeps them in CPU memory.)
 """
 
 import re
@@ -19,7 +19,7 @@ from qwen_pipeline.models.open import open_model
 
 _OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx)|gate_up_proj|down_proj)")
 KERNEL = "gptq_torch"
-"""GPTQModel's kernel that multiplies, in the model's dtype, by the weights that the codes stand for.
+"""GPTQModel's kernel that dequantizes the codes and multiplies in the model's dtype.
 
 For 4 bits on a CPU, Transformers would choose ``gptq_torch_aten``, which rounds activations and scales to bfloat16.
 """
@@ -27,13 +27,13 @@ For 4 bits on a CPU, Transformers would choose ``gptq_torch_aten``, which rounds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """What became of a checkpoint's tensors.
+    """The outcome of loading a checkpoint's tensors.
 
     Attributes:
-        fault: Why Transformers does not load it, or not all of it.
-        unplaced: Instead of a fault, why it cannot load a sound checkpoint: it has no packed experts, makes theirs up,
-            and only logs that. Engines that know them serve it.
-        linears: Class name of the linear layers -> how many.
+        fault: Why Transformers does not load it completely.
+        unplaced: Instead of a fault, why Transformers cannot load a valid checkpoint: it does not support packed
+            experts, initializes them randomly, and only logs that. Engines that support them serve it.
+        linears: Class name of the linear layers -> their number.
     """
 
     fault: str | None = None
@@ -42,23 +42,23 @@ class Placement:
 
 
 def loading_options(config: Any, *, device: str) -> dict[str, Any]:
-    """Return how ``from_pretrained`` is asked for a model in float32 and for an account of its tensors."""
+    """Return the arguments with which ``from_pretrained`` loads in float32 and returns its loading info."""
     return {
         "dtype": torch.float32,
         "device_map": device,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # to be told which they are
+        "ignore_mismatched_sizes": True,  # so that the loading info names them
         **kernel_of(config),
     }
 
 
 def fault_of(error: Exception) -> str:
-    """Return what Transformers said when it did not load a checkpoint."""
+    """Return the type and message of an error from Transformers, shortened."""
     return f"{type(error).__name__}: {str(error).strip()[:600]}"
 
 
 def place_tensors(root: Path) -> Placement:
-    """Have Transformers place every tensor of a checkpoint, or of a recipe, of any family."""
+    """Let Transformers assign every tensor of a checkpoint, stored or a recipe, of any family."""
     import transformers
     from transformers import AutoConfig
 
@@ -71,7 +71,7 @@ def place_tensors(root: Path) -> Placement:
         shapes = {
             tensor: torch.zeros((), dtype=spec.torch_dtype).expand(spec.shape) for tensor, spec in checkpoint.items()
         }
-        with _kernels_of_the_cpu():
+        with _cpu_kernels():
             options = loading_options(config, device="meta")
             model, info = load_with(architecture, None, config=config, state_dict=shapes, **options)
     except MemoryError:
@@ -86,9 +86,9 @@ def place_tensors(root: Path) -> Placement:
 
 
 def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Call ``from_pretrained`` as every architecture inherits it.
+    """Call the ``from_pretrained`` of the base class.
 
-    Qwen2.5-Omni's own looks for voices beside the weights afterwards, and takes no account of tensors.
+    Qwen2.5-Omni overrides it: its own loads speaker files beside the weights and returns no loading info.
     """
     from transformers import PreTrainedModel
 
@@ -97,7 +97,7 @@ def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any,
 
 
 def kernel_of(config: Any) -> dict[str, Any]:
-    """Return the argument that has Transformers load codes with :data:`KERNEL`; nothing for full precision."""
+    """Return the argument with which Transformers loads codes with :data:`KERNEL`; none for full precision."""
     from transformers import GPTQConfig
 
     quantization = getattr(config, "quantization_config", None)
@@ -105,37 +105,36 @@ def kernel_of(config: Any) -> dict[str, Any]:
 
 
 def complaints_of(info: dict[str, Collection[object]]) -> str:
-    """Say which tensors did not find their place; nothing if all did."""
+    """Return a sentence that names the tensors that were not loaded; empty if all were."""
     found = [f"{kind}: {_first(keys)}" for kind, keys in sorted(info.items()) if keys]
-    return f"Not every tensor found its place; {'; '.join(found)}." if found else ""
+    return f"Not every tensor was loaded; {'; '.join(found)}." if found else ""
 
 
 def linears_of(model: nn.Module) -> dict[str, int]:
-    """Count a model's linear layers by class, which tells the kernels that run."""
+    """Count a model's linear layers by class, which shows the kernels that run."""
     names = [name for module in model.modules() if (name := type(module).__name__).endswith("Linear")]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
 @contextmanager
-def _kernels_of_the_cpu() -> Generator[None]:
-    """Have Optimum choose kernels as for a CPU, and not prepare them: there is no kernel for no memory."""
+def _cpu_kernels() -> Generator[None]:
+    """Make Optimum select CPU kernels and skip their initialization: no kernel supports the meta device."""
     try:
         from optimum.gptq import GPTQQuantizer  # pyright: ignore[reportMissingImports]
     except ImportError:
         yield
         return
-    library: Any = GPTQQuantizer
-    select = library.select_quant_linear
+    quantizer: Any = GPTQQuantizer
+    select, initialize = quantizer.select_quant_linear, quantizer.post_init_model
 
-    def on_cpu(self: Any, device_map: object, pack: bool = False) -> None:  # noqa: ARG001
+    def select_for_cpu(self: Any, device_map: object, pack: bool = False) -> None:  # noqa: ARG001
         select(self, device_map={"": "cpu"}, pack=pack)
 
-    prepare = library.post_init_model
-    library.select_quant_linear, library.post_init_model = on_cpu, lambda _, model: model
+    quantizer.select_quant_linear, quantizer.post_init_model = select_for_cpu, lambda _, model: model
     try:
         yield
     finally:
-        library.select_quant_linear, library.post_init_model = select, prepare
+        quantizer.select_quant_linear, quantizer.post_init_model = select, initialize
 
 
 def _first(found: Collection[object], limit: int = 5) -> str:

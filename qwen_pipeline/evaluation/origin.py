@@ -1,4 +1,4 @@
-"""What a quantized checkpoint was quantized from, as wide as it is: padding and repairs are told by manifests."""
+"""The checkpoint from which a quantized one was made, with the padding and repairs that manifests record."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resize
 from qwen_pipeline.transforms.padding.pad import pad
 
 QUANTIZED_STAGE, REPAIRED = "quantized", "repaired"
-"""The stage that makes codes, and the one whose manifests tell what was added to them."""
+"""The stage that makes codes, and the one that adds groups to them."""
 
 
 def quantized_from(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> Checkpoint:
-    """Return what became the codes of ``quantized`` at ``root``.
+    """Return the weights that became the codes of ``quantized`` at ``root``.
 
-    That is the padded checkpoint or, unless it is given, the merged one with zeros woven in as Qwen's documentation
-    does it; with the groups that a repair added to the codes.
+    They are those of the padded checkpoint or, if it is not given, those of the merged one with interleaved zeros as in
+    Qwen's documentation; plus the groups that a repair added to the codes.
     """
     before, repaired = padded or merged, _repair_of(root)
     config = quantized.config
@@ -30,51 +30,51 @@ def quantized_from(merged: Checkpoint, padded: Checkpoint | None, quantized: Che
 
 
 def widened(merged: Mapping[str, Any], quantized: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return each size field that is not what it was before padding, as JSON values."""
+    """Return each size field that padding changed, as JSON values."""
     sizes = plan_between(merged, quantized, group_size=1).sizes
     return [{"field": size.field, "live": size.live, "padded": size.padded} for size in sizes if size.zeros]
 
 
 def require_padded(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> None:
-    """Demand the padded checkpoint of what was quantized from one here: only its manifest says where channels lie.
+    """Require the padded checkpoint if the pipeline made one: only its manifest has the positions of new channels.
 
     Raises:
-        InputRefused: It is not named.
+        InputRefused: The candidate was quantized from a padded checkpoint that is not given.
     """
     manifest = find_manifest(root)
     ours = manifest is not None and manifest.derivation.stage == QUANTIZED_STAGE
     if ours and not padded and widened(merged.config, quantized.config):
         raise InputRefused(
-            f"{root} was quantized from a padded checkpoint, and without it nobody knows where its new channels lie.",
-            remedy="Name it: --padded DIR",
+            f"{root} was quantized from a padded checkpoint, which has the positions of the new channels.",
+            remedy="Pass the padded checkpoint: --padded DIR",
         )
 
 
 def require_twin(
     unpadded: Checkpoint, merged: Checkpoint, quantized: Checkpoint, *, root: Path, merged_digest: str, candidate: Path
 ) -> None:
-    """Demand that ``unpadded`` at ``root`` is what ``quantized`` would be without padding: else they don't compare.
+    """Require that ``unpadded`` at ``root`` differs from ``quantized`` by padding only.
 
     Raises:
-        InputRefused: It has other sizes than the merged model, was quantized from another one or on other tokens, or
-            has other codes.
+        InputRefused: The checkpoint has other sizes than the merged model, was quantized from another model or on other
+            tokens, or has another code format.
     """
     own, other = (find_manifest(each) for each in (root, candidate))
     faults = {
         "is padded": widened(merged.config, unpadded.config),
-        "has other codes than the candidate": _codes(unpadded) != _codes(quantized),
+        "has another code format than the candidate": _codes(unpadded) != _codes(quantized),
         "was quantized from another model": own and own.derivation.inputs.get("source") != merged_digest,
         "was quantized on other tokens": own and other and calibration_digest(own) != calibration_digest(other),
     }
     if found := [fault for fault, holds in faults.items() if holds]:
         raise InputRefused(
-            f"{root} {', '.join(found)}, so it does not tell what padding cost.",
-            remedy="Quantize the merged checkpoint as the padded one was, with the same calibration.",
+            f"{root} {', '.join(found)}, so it cannot show the cost of padding.",
+            remedy="Quantize the merged checkpoint with the same settings and calibration as the padded one.",
         )
 
 
 def calibration_digest(quantized: Manifest) -> str | None:
-    """Return the digest of the tokens that a checkpoint was quantized on, if its manifest names them."""
+    """Return the digest of the calibration tokens in a quantized checkpoint's manifest, if it has one."""
     return quantized.derivation.inputs.get("calibration")
 
 

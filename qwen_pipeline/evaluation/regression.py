@@ -1,4 +1,4 @@
-"""A validation held against the one that the last release of the same fine-tune went out with."""
+"""Compare a validation with that of the last release of the same fine-tune."""
 
 import json
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from qwen_pipeline.reports import CheckReport, CheckSpec, shown
 
 NOT_WORSE = CheckSpec(
     name="not_worse_than_release",
-    description="On the same text, the quantized model is about as good as in the last release of this fine-tune.",
+    description="On the same text, the quantized model is not worse than in the last release of this fine-tune.",
     blocking=False,
 )
 MAX_GROWTH = 1.02
-"""Perplexity of the new quantized model over the released one's; beyond it somebody should look."""
+"""Maximum ratio of the new quantized model's perplexity to that of the released one; beyond it the check warns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationVerdict:
-    """What a validation found of the quantized model, and the digest of the text that it read."""
+    """The quantized model's figures in a validation, and the digest of the text that they were measured on."""
 
     quantized: ModelFigures
     text: str
@@ -30,7 +30,7 @@ class ValidationVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One figure before and now."""
+    """One figure, before and now."""
 
     figure: str
     before: float
@@ -38,15 +38,15 @@ class Change:
 
 
 def load_verdict(root: Path) -> ValidationVerdict:
-    """Read the verdict of a validation, or of a release, which holds its validation.
+    """Read the verdict of a validation, or of a release, which contains its validation.
 
     Raises:
-        InputRefused: The directory has neither.
+        InputRefused: The directory has no validation report.
     """
     folder = next((folder for folder in (root, root / "validation") if (folder / "report.json").is_file()), None)
     if folder is None:
         raise InputRefused(
-            f"{root} holds no validation report.", remedy="Name a directory that `validate` or `publish` made."
+            f"{root} has no validation report.", remedy="Pass a directory that `validate` or `publish` wrote."
         )
     result: Mapping[str, Any] = json.loads((folder / "report.json").read_bytes())
     return ValidationVerdict(quantized=load_figures(result["findings"]["models"])[QUANTIZED], text=result["text"])
@@ -59,7 +59,7 @@ def changes(before: ValidationVerdict, now: ValidationVerdict) -> list[Change]:
 
 
 def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> CheckReport:
-    """Report whether the quantized model became worse since the last release."""
+    """Report on :data:`NOT_WORSE`: the growth of perplexity since the last release."""
     if released is None:
         return NOT_WORSE.skipped("There is no earlier release to compare with.")
     if released.text != now.text:
@@ -67,13 +67,13 @@ def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> Check
     found = changes(released, now)
     growth = next((change.now / change.before for change in found if change.figure == "perplexity"), None)
     if growth is None:
-        return NOT_WORSE.report(passed=False, detail="Not compared: one of the two did not load.")
+        return NOT_WORSE.report(passed=False, detail="Not compared: one of the two models did not load.")
     moved = ", ".join(f"{change.figure} {shown(change.before)} -> {shown(change.now)}" for change in found)
     return NOT_WORSE.report(
         passed=growth <= MAX_GROWTH,
         measured=growth,
         limit=MAX_GROWTH,
-        detail=f"{f'Regressed by {growth - 1:.1%}' if growth > MAX_GROWTH else 'Held'}: {moved}.",
+        detail=f"{f'Regressed by {growth - 1:.1%}' if growth > MAX_GROWTH else 'Not worse'}: {moved}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers to a few prompts, and whether they are broken in the ways that broken quantized models break."""
+"""Answers to sample prompts, and the detection of degenerate ones, as broken quantized models give them."""
 
 import re
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ DEFAULT_PROMPTS = (
     " neighbour brings three of the runaways back, while two lambs are born in the barn. Count step by step how many"
     " animals the farmer has at noon, and end with the number.",
 )
-"""Three of fewer than 50 tokens and one of more: some kernels change with that number, and some err on one side."""
+"""Three of fewer than 50 tokens and one of more: some engines switch kernels there, and a fault may be in one only."""
 MAX_NEW_TOKENS = 48
 MAX_PHRASE_WORDS = 12
 MIN_REPEATS = 4
 MIN_RUN = 8
 RULERS = tuple(".-=_*#")
-"""Rulers, headings and ellipses are made of them: in a row they are no fault."""
+"""Characters of rulers, headings and ellipses: repeating them is not a fault."""
 _RUN = re.compile(rf"([^\s{re.escape(''.join(RULERS))}])\1{{{MIN_RUN - 1},}}")
 
 
@@ -33,13 +33,13 @@ class Completion:
 
     @property
     def degeneration(self) -> str | None:
-        """How the answer is degenerate, if it is."""
+        """The way in which the answer is degenerate, or None."""
         return degeneration(self.text) or _repetition(self.tokens[:-1] if self.ended else self.tokens, self.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt and two models' greedy answers to it; None where a model did not load or answer."""
+    """A prompt and two models' greedy answers to it; None if a model did not load or answer."""
 
     prompt: str
     reference: Completion | None
@@ -47,42 +47,42 @@ class Sample:
 
     @property
     def agreed_tokens(self) -> int:
-        """How many tokens both answers start with; from there on they have different histories."""
+        """The number of equal tokens at the start of both answers."""
         return agreed_length(self.reference.tokens, self.candidate.tokens) if self.reference and self.candidate else 0
 
     @property
     def tokens(self) -> int:
-        """How many tokens the longer answer has."""
+        """The number of tokens in the longer answer."""
         return max(len(answer.tokens) if answer else 0 for answer in (self.reference, self.candidate))
 
     @property
     def agreed_characters(self) -> int:
-        """How many characters both answers start with."""
+        """The number of equal characters at the start of both answers."""
         return agreed_length(self.reference.text, self.candidate.text) if self.reference and self.candidate else 0
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with the candidate's answer but not with the reference's."""
+        """The fault of the candidate's answer that the reference's does not have, or None."""
         reference, candidate = self.reference, self.candidate
         if candidate is None or (reference is not None and reference.degeneration):
             return None
         if reference and reference.ended and not candidate.ended:
             ended, running = len(reference.tokens), len(candidate.tokens)
             if 2 * ended <= running:
-                return f"runs on at {running} tokens, where the merged model's ended after {ended}"
+                return f"has not ended after {running} tokens, while the merged model's ended after {ended}"
         return candidate.degeneration
 
 
 def degeneration(text: str) -> str | None:
-    """Say how a text is degenerate, or return None.
+    """Return the way in which a text is degenerate, or None.
 
-    It is when it is empty, holds a run of one character (the ``!!!!`` of kernels that overflow), or ends in one phrase
-    of up to :data:`MAX_PHRASE_WORDS` words said :data:`MIN_REPEATS` times or more.
+    A degenerate text is empty, contains a run of one character (the ``!!!!`` of kernels that overflow), or ends with a
+    phrase of up to :data:`MAX_PHRASE_WORDS` words that is repeated :data:`MIN_REPEATS` times or more.
     """
     if not text.strip():
         return "is empty"
     if run := _RUN.search(text):
-        return f"has a run of {len(run[0])} times {run[1]!r}"
+        return f"contains {run[1]!r} {len(run[0])} times in a row"
     words = text.split()
     for length in range(1, MAX_PHRASE_WORDS + 1):
         phrase = words[-length:]
@@ -90,12 +90,12 @@ def degeneration(text: str) -> str | None:
         while words[-length * (repeats + 1) : -length * repeats] == phrase:
             repeats += 1
         if repeats >= MIN_REPEATS:
-            return f"ends in {' '.join(phrase)!r} said {repeats} times"
+            return f"ends with {' '.join(phrase)!r} repeated {repeats} times"
     return None
 
 
 def _repetition(tokens: Sequence[int], text: str) -> str | None:
-    """Say how tokens repeat themselves at the end, as texts without spaces and special tokens do; rulers may."""
+    """Return how the last tokens repeat (in texts without spaces, or as special tokens), or None; rulers may repeat."""
     for length in range(1, MAX_PHRASE_WORDS + 1):
         period = tokens[-length:]
         repeats = 1
@@ -103,10 +103,12 @@ def _repetition(tokens: Sequence[int], text: str) -> str | None:
             repeats += 1
         ruler = len(set(period)) == 1 and text.rstrip()[-1:] in RULERS
         if repeats >= MIN_REPEATS and repeats * length >= MIN_RUN and not ruler:
-            return f"ends in {'the same token' if length == 1 else f'the same {length} tokens'}, {repeats} times over"
+            return (
+                f"ends with {'the same token' if length == 1 else f'the same {length} tokens'} repeated {repeats} times"
+            )
     return None
 
 
 def agreed_length(first: Sequence[object], second: Sequence[object]) -> int:
-    """Return how long the beginning is that two sequences share."""
+    """Return the length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

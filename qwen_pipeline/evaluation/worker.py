@@ -1,7 +1,7 @@
-"""The worker that measures what checkpoints say. Runs under an engine's python.
+"""The worker that measures checkpoints. It runs under the Python of an engine's environment.
 
-Whether a checkpoint is whole is asked of plain Transformers, from headers alone. Everything else, answers among it,
-comes from the streamed forward, which needs no more memory than a layer.
+Plain Transformers decides from headers alone whether a checkpoint is complete. All other figures, including answers,
+come from the streamed forward, which needs the memory of one layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,19 +30,19 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """Run a :class:`Measurement`; return role -> :class:`ModelFigures`, both as JSON values.
 
     Raises:
-        EnvironmentFault: This environment lacks what Transformers needs to load GPTQ.
+        EnvironmentFault: This environment lacks the packages that Transformers needs to load GPTQ.
     """
     _require_loaders()
-    asked = Measurement.from_json(spec)
-    figures = {role: _placed(role, root, observe) for role, root in asked.models.items()}
-    whole = {role: open_model(Path(asked.models[role])) for role, found in figures.items() if not found.fault}
-    context = ComputeContext(device=torch.device(asked.device), dtype=torch.float32)
-    if asked.reference in whole:
+    measurement = Measurement.from_json(spec)
+    figures = {role: _placed(role, root, observe) for role, root in measurement.models.items()}
+    whole = {role: open_model(Path(measurement.models[role])) for role, found in figures.items() if not found.fault}
+    context = ComputeContext(device=torch.device(measurement.device), dtype=torch.float32)
+    if measurement.reference in whole:
         measured = evaluate(
             whole,
-            [torch.tensor(window) for window in asked.windows],
-            reference=asked.reference,
-            compared=[role for role in asked.compared if role in whole],
+            [torch.tensor(window) for window in measurement.windows],
+            reference=measurement.reference,
+            compared=[role for role in measurement.compared if role in whole],
             context=context,
             observe=observe,
         )
@@ -50,26 +50,26 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             role: replace(found, unplaced=figures[role].unplaced, linears=figures[role].linears)
             for role, found in measured.items()
         }
-    if asked.calibration and QUANTIZED in whole:
-        heard = list(map(torch.tensor, asked.calibration))
-        peaks = activation_peaks(whole[QUANTIZED], heard, context, observe=observe)
+    if measurement.calibration and QUANTIZED in whole:
+        windows = list(map(torch.tensor, measurement.calibration))
+        peaks = activation_peaks(whole[QUANTIZED], windows, context, observe=observe)
         figures[QUANTIZED] = replace(figures[QUANTIZED], calibration_peaks=peaks)
-    answering = {role: whole[role] for role in asked.answering if role in whole}
-    for role, answer in _answered(answering, asked, context, observe).items():
+    answering = {role: whole[role] for role in measurement.answering if role in whole}
+    for role, answer in _answered(answering, measurement, context, observe).items():
         figures[role] = replace(figures[role], **answer)
-    if asked.cuts and not figures[QUANTIZED].fault:
-        figures |= _on_ranks(asked, context)
+    if measurement.shardings and not figures[QUANTIZED].fault:
+        figures |= _sharded(measurement, context)
     return dump_figures(figures)
 
 
-def _on_ranks(asked: Measurement, context: ComputeContext) -> dict[str, ModelFigures]:
-    window = torch.tensor(asked.windows[0])
-    figures = diverge(open_checkpoint(Path(asked.models[QUANTIZED])), asked.cuts, [window], context)
+def _sharded(measurement: Measurement, context: ComputeContext) -> dict[str, ModelFigures]:
+    window = torch.tensor(measurement.windows[0])
+    figures = diverge(open_checkpoint(Path(measurement.models[QUANTIZED])), measurement.shardings, [window], context)
     return {sharding_role(number): found for number, found in enumerate(figures)}
 
 
 def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
-    """Have Transformers place a model's tensors."""
+    """Let Transformers assign the tensors of a model."""
     observe(Progress(task=f"load {role}", done=0, total=1))
     placement = place_tensors(Path(root))
     observe(Progress(task=f"load {role}", done=1, total=1))
@@ -77,20 +77,20 @@ def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
 
 
 def _answered(
-    models: Mapping[str, Checkpoint], asked: Measurement, context: ComputeContext, observe: Observe
+    models: Mapping[str, Checkpoint], measurement: Measurement, context: ComputeContext, observe: Observe
 ) -> dict[str, dict[str, Any]]:
-    """Have models answer, the reference last: it tries what another answered before it looks for words of its own.
+    """Generate answers, the reference's last: it uses the other model's answers as drafts.
 
-    Whatever goes wrong is a finding: the other figures stand without answers.
+    Any error is a finding: the other figures are valid without answers.
     """
     found: dict[str, dict[str, Any]] = {}
     drafts: Sequence[Sequence[int]] = ()
-    for role in sorted(models, key=lambda role: role == asked.reference):
+    for role in sorted(models, key=lambda role: role == measurement.reference):
         try:
             drafts = Decoder(models[role], context).answers(
-                asked.prompts,
+                measurement.prompts,
                 stops=stop_tokens(models[role]),
-                limit=asked.max_new_tokens,
+                limit=measurement.max_new_tokens,
                 drafts=drafts,
                 observe=lambda progress, role=role: observe(replace(progress, task=f"{role} answers")),
             )

@@ -20,7 +20,7 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.reports import CheckSpec, dump_reports
 
 STAGE = "published"
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 README, PROVENANCE, VALIDATION = "README.md", "provenance.json", "validation"
 
 PASSED = CheckSpec(

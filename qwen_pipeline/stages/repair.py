@@ -206,10 +206,10 @@ def _identical_report(proof: "RepairFindings", ranks: int) -> CheckReport:
 
 def _silent_report(proof: "RepairFindings") -> CheckReport:
     return NEW_SILENT.report(
-        passed=not proof.audible,
+        passed=not proof.nonzero,
         measured=f"{proof.new_weights:,} weights",
-        detail=f"{listed(proof.audible)}. Report this as a defect."
-        if proof.audible
+        detail=f"{listed(proof.nonzero)}. Report this as a defect."
+        if proof.nonzero
         else "Their codes are their groups' zero points.",
     )
 

@@ -21,7 +21,7 @@ from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_twin, widened
 from qwen_pipeline.evaluation.plan import DEFAULT_PLAN, INPUT_OF_ROLE, ValidationInputs, ValidationPlan
 from qwen_pipeline.evaluation.report.load import load_validation
-from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, method_of, own_limits
+from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
@@ -58,7 +58,7 @@ class _Prepared:
 
     Attributes:
         digests: Name of an input in the derivation -> digest.
-        evidence_before: Losses of the previous version; none if it is not given.
+        evidence_before: Losses of the previous version; empty if it is not given.
     """
 
     inputs: ValidationInputs
@@ -183,7 +183,7 @@ def _write(
         reports,
         result,
         lineage=[*lineage, *(dump_step(step) for step in steps_of(candidate))],
-        method=method_of(len(models.measurement.windows), plan.seq_len) + own_limits(plan.limits),
+        method=method_of(len(models.measurement.windows), plan.seq_len) + changed_limits(plan.limits),
         more_plots={losses: LOSS_PLOT} if losses else {},
     )
     return result

@@ -1,4 +1,4 @@
-"""The verdict: each threshold decides its own check, and what was not measured never passes."""
+"""The checks: each threshold decides its own check, and a check without a measurement never passes."""
 
 from dataclasses import replace
 from math import inf, nan
@@ -6,61 +6,17 @@ from math import inf, nan
 import pytest
 
 from qwen_pipeline.evaluation.checks import CHECKS, judge, verdict
-from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak
-from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
+from qwen_pipeline.evaluation.findings import MERGED, QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.limits import Limits
-from qwen_pipeline.evaluation.samples import Completion, Sample
-from qwen_pipeline.evaluation.structure.check import Structure
-from qwen_pipeline.evaluation.structure.weights import PaddingFindings, WeightError
+from qwen_pipeline.evaluation.samples import Sample
+from qwen_pipeline.evaluation.structure.weights import PaddingFindings
 from qwen_pipeline.evaluation.tensor_parallel.findings import (
     ANY_ENGINE,
-    Sharding,
-    ShardingFindings,
-    Target,
-    TargetFindings,
 )
-from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict
 from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
 from qwen_pipeline.reports import CheckReport
-
-CONFIG = {
-    "model_type": "qwen2",
-    "intermediate_size": 96,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-}
-YES = Completion(text="Yes.", tokens=(5, 6), ended=True)
-
-
-def served(kernel: str, engine: str = "", *, verdict: ShardingVerdict = "ok", **errors: float) -> TargetFindings:
-    """What one kernel makes of a checkpoint at two ranks; ``errors`` are layers that ranks have wrong."""
-    cut = None if verdict == "refused" else ShardingFindings(cut=Sharding(ranks=2), compared=7, errors=errors)
-    target = Target(engine=engine or kernel, degree=2)
-    return TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=["so"], found=cut)
-
-
-SILENT = DivergenceFigures(mean=1e-9, p95=0, p99_9=0, max=0, top1_agreement=1)
-QUIET = Peak(layer=1, place="mlp.down_proj", magnitude=30.0)
-CLOSE = DivergenceFigures(mean=0.1, p95=0.2, p99_9=0.3, max=0.4, top1_agreement=0.9)
-GOOD = Findings(
-    structure=Structure(
-        problems=[],
-        padding=PaddingFindings(channels=64),
-        errors=[WeightError(module="layers.0.mlp.up_proj", layer=0, kind="mlp.up_proj", relative=0.1)],
-    ),
-    models={
-        BASE: ModelFigures(perplexity=20.0),
-        MERGED: ModelFigures(perplexity=10.0),
-        PADDED: ModelFigures(perplexity=10.0, divergence=SILENT),
-        QUANTIZED: ModelFigures(perplexity=11.0, divergence=CLOSE, peaks=(QUIET,)),
-    },
-    nbytes={},
-    samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="Yes!"))],
-    parallel=assess_degrees(CONFIG, group_size=32, degrees=[1])[0],
-    targets=[served("vllm-cpu")],
-)
+from qwen_pipeline_tests.evaluation.example_findings import CONFIG, GOOD, SMALL_PEAK, YES, target_findings
 
 
 def failed(findings: Findings, limits: Limits | None = None) -> dict[str, CheckReport]:
@@ -104,20 +60,20 @@ def test_each_limit_decides_one_check(limits: Limits, name: str) -> None:
     assert failed(GOOD, limits).keys() == {name}
 
 
-def test_structure_padding_and_answers_are_heard() -> None:
+def test_structure_padding_and_answers_are_reported() -> None:
     problems = replace(GOOD, structure=replace(GOOD.structure, problems=["x.scales is missing."]))
     assert failed(problems)["structure"].detail == "x.scales is missing."
     audible = replace(GOOD, structure=replace(GOOD.structure, padding=PaddingFindings(audible=["down_proj: loud"])))
     assert "down_proj: loud" in failed(audible)["padding_is_silent"].detail
     (agreed,) = (report for report in judge(GOOD, Limits()) if report.name == "sample_texts")
-    assert "begin with the same tokens: 2 of 2." in agreed.detail
+    assert "at the start of both answers: 2 of 2." in agreed.detail
     broken = replace(GOOD, samples=[Sample(prompt="?", reference=YES, candidate=replace(YES, text="!" * 9))])
     (report,) = failed(broken).values()
     assert not report.blocks
     mute = with_model(QUANTIZED, replace(GOOD.models[QUANTIZED], unanswered="IndexError: out of range"))
     (report,) = failed(mute).values()
     assert report.name == "sample_texts"
-    assert "no answers of quantized: IndexError: out of range." in report.detail
+    assert "no answers from quantized: IndexError: out of range." in report.detail
 
 
 def test_a_candidate_that_does_not_load_fails_what_needs_it() -> None:
@@ -125,10 +81,10 @@ def test_a_candidate_that_does_not_load_fails_what_needs_it() -> None:
     unmeasured = {"perplexity_ratio", "kl_divergence", "top1_agreement", "float16_range"}
     assert found.keys() == {"loads_in_transformers"} | unmeasured
     assert found["loads_in_transformers"].detail == "quantized: ValueError: no"
-    assert found["kl_divergence"].detail == "Not measured: not loaded: quantized."
+    assert found["kl_divergence"].detail == "Not measured, because these models did not load: quantized."
 
 
-def test_experts_that_transformers_makes_up_warn() -> None:
+def test_experts_that_transformers_initializes_randomly_warn() -> None:
     quantized = replace(GOOD.models[QUANTIZED], unplaced="missing_keys: experts.down_proj")
     (report,) = failed(with_model(QUANTIZED, quantized)).values()
     assert report.name == "loads_in_transformers"
@@ -138,7 +94,7 @@ def test_experts_that_transformers_makes_up_warn() -> None:
 
 def test_a_perplexity_that_is_not_a_number_fails() -> None:
     nans = DivergenceFigures(mean=nan, p95=nan, p99_9=nan, max=nan, top1_agreement=0)
-    found = failed(with_model(QUANTIZED, ModelFigures(perplexity=nan, divergence=nans, peaks=(QUIET,))))
+    found = failed(with_model(QUANTIZED, ModelFigures(perplexity=nan, divergence=nans, peaks=(SMALL_PEAK,))))
     assert found.keys() == {"perplexity_ratio", "kl_divergence", "top1_agreement"}
     assert rounded(found["kl_divergence"].measured) == "nan"
 
@@ -154,46 +110,51 @@ def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
 
 
 @pytest.mark.parametrize("magnitude", [40_000.0, inf, nan])
-def test_an_activation_near_the_end_of_float16_warns_and_names_its_layer(magnitude: float) -> None:
-    quantized = replace(GOOD.models[QUANTIZED], peaks=(QUIET, replace(QUIET, layer=7, magnitude=magnitude)))
+def test_an_activation_near_the_float16_maximum_warns_and_names_its_layer(magnitude: float) -> None:
+    quantized = replace(GOOD.models[QUANTIZED], peaks=(SMALL_PEAK, replace(SMALL_PEAK, layer=7, magnitude=magnitude)))
     (report,) = failed(with_model(QUANTIZED, quantized)).values()
     assert report.name == "float16_range"
     assert not report.blocks
     assert "at mlp.down_proj of layer 7 on held-out text" in report.detail
 
 
-def test_the_louder_of_two_texts_is_named() -> None:
-    loud = replace(GOOD.models[QUANTIZED], calibration_peaks=(replace(QUIET, layer=7, magnitude=40_000.0),))
+def test_the_text_with_the_largest_activation_is_named() -> None:
+    loud = replace(GOOD.models[QUANTIZED], calibration_peaks=(replace(SMALL_PEAK, layer=7, magnitude=40_000.0),))
     (report,) = failed(with_model(QUANTIZED, loud)).values()
     assert report.detail == (
         "The largest activation is at mlp.down_proj of layer 7 on its calibration tokens; float16 ends at 65504."
-        " On held-out text it is 30. Serve it in bfloat16, with an engine that computes in it."
+        " On held-out text it is 30. Serve the model in bfloat16, with an engine that computes in it."
     )
 
 
-def test_no_declared_engine_may_refuse_or_answer_wrongly() -> None:
-    wrong = failed(replace(GOOD, targets=[served("vllm-cpu"), served("vllm-machete", down_proj=0.5)]))["ranks_agree"]
+def test_no_declared_engine_may_refuse_or_give_wrong_answers() -> None:
+    wrong = failed(
+        replace(GOOD, targets=[target_findings("vllm-cpu"), target_findings("vllm-machete", down_proj=0.5)])
+    )["ranks_agree"]
     assert wrong.blocks
     assert wrong.measured == 1
-    assert "vllm-machete at 2 answers wrongly without an error: 1 of 7 weights differ, down_proj by 50%" in wrong.detail
-    silent = failed(replace(GOOD, targets=[served("vllm-machete", verdict="silently wrong")]))["ranks_agree"]
-    assert "vllm-machete at 2 answers wrongly without an error: so" in silent.detail
-    refused = failed(replace(GOOD, targets=[served("vllm-marlin", verdict="refused")]))["ranks_agree"]
+    assert (
+        "vllm-machete at 2 gives wrong answers without an error: 1 of 7 weights differ, down_proj by 50%"
+        in wrong.detail
+    )
+    silent = failed(replace(GOOD, targets=[target_findings("vllm-machete", verdict="silently wrong")]))["ranks_agree"]
+    assert "vllm-machete at 2 gives wrong answers without an error: so" in silent.detail
+    refused = failed(replace(GOOD, targets=[target_findings("vllm-marlin", verdict="refused")]))["ranks_agree"]
     assert refused.blocks
     assert "vllm-marlin at 2 refuses it: so" in refused.detail
     assert failed(replace(GOOD, targets=[]))["ranks_agree"].blocks
 
 
 def test_a_family_of_kernels_needs_one_that_serves_and_none_that_errs() -> None:
-    refused, serves = served("vllm-marlin", "vllm", verdict="refused"), served("vllm-cpu", "vllm")
+    refused, serves = target_findings("vllm-marlin", "vllm", verdict="refused"), target_findings("vllm-cpu", "vllm")
     assert failed(replace(GOOD, targets=[refused, serves])) == {}
     assert failed(replace(GOOD, targets=[refused]))
-    assert failed(replace(GOOD, targets=[refused, serves, served("vllm-machete", "vllm", down_proj=0.5)]))
+    assert failed(replace(GOOD, targets=[refused, serves, target_findings("vllm-machete", "vllm", down_proj=0.5)]))
 
 
 def test_heads_that_no_declared_engine_has_to_share_warn() -> None:
-    assert not failed(replace(GOOD, targets=[served(ANY_ENGINE, verdict="refused")]))["ranks_agree"].blocks
-    assert failed(replace(GOOD, targets=[served(ANY_ENGINE, down_proj=0.5)]))["ranks_agree"].blocks
+    assert not failed(replace(GOOD, targets=[target_findings(ANY_ENGINE, verdict="refused")]))["ranks_agree"].blocks
+    assert failed(replace(GOOD, targets=[target_findings(ANY_ENGINE, down_proj=0.5)]))["ranks_agree"].blocks
 
 
 def test_checks_without_what_they_compare_with_are_skipped_and_never_counted() -> None:

@@ -1,4 +1,4 @@
-"""Where Transformers puts the tensors of a checkpoint, without their bytes, against what it says when it loads them."""
+"""Loading from headers alone, compared with loading the bytes."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,14 @@ from qwen_pipeline_tests.whole import NotLoaded, load_model
         *("qwen2_5_omni", "qwen3_omni_moe"),
     ],
 )
-def test_a_whole_checkpoint_of_any_family_finds_its_place(tmp_path: Path, family: str) -> None:
+def test_every_tensor_of_any_family_is_loaded(tmp_path: Path, family: str) -> None:
     placement = place_tensors(tiny_model(family, tmp_path / "model"))
     assert placement.fault is None
     assert placement.unplaced is None
     assert placement.linears["Linear"] > 1
 
 
-def test_the_loader_says_the_same_without_bytes_as_with_them(tmp_path: Path) -> None:
+def test_loading_without_bytes_reports_the_same_as_with_them(tmp_path: Path) -> None:
     root = tiny_model("qwen3_moe", tmp_path / "model")
     file = root / "model.safetensors"
     tensors = load_file(file)
@@ -39,7 +39,7 @@ def test_the_loader_says_the_same_without_bytes_as_with_them(tmp_path: Path) -> 
     assert "mismatched_keys" in str(fault.value)
 
 
-def test_an_architecture_that_transformers_lacks_is_a_fault(tmp_path: Path) -> None:
+def test_an_architecture_unknown_to_transformers_is_a_fault(tmp_path: Path) -> None:
     root = tiny_model("qwen2", tmp_path / "model")
     config = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen99ForCausalLM"]}))

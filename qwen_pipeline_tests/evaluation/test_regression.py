@@ -1,4 +1,4 @@
-"""A release is compared with the one before it, on the same text or not at all."""
+"""A release is compared with the previous one only on the same text."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_worse_model_is_reported_by_how_much(perplexity: float, passed: bool) 
     assert ("Regressed by 3.0%" in report.detail) != passed
 
 
-def test_what_cannot_be_compared_is_said() -> None:
+def test_what_cannot_be_compared_is_skipped_or_warns() -> None:
     first, other_text = compare(None, RELEASED), compare(RELEASED, replace(RELEASED, text="sha256:2"))
     assert "no earlier release" in first.detail
     assert "another text" in other_text.detail
@@ -44,5 +44,5 @@ def test_verdicts_are_read_from_validations(validated: Artifact, tmp_path: Path)
     verdict = load_verdict(validated.path)
     assert verdict.text == validated.manifest.derivation.inputs["text"]
     assert verdict.quantized.perplexity
-    with pytest.raises(InputRefused, match="holds no validation report"):
+    with pytest.raises(InputRefused, match="has no validation report"):
         load_verdict(tmp_path)

@@ -11,9 +11,9 @@ from qwen_pipeline.evaluation.samples import Completion, Sample, degeneration
         ("no no no", None),
         ("", "is empty"),
         (" \n", "is empty"),
-        ("Sure!!!!!!!!!!!!", "has a run of 12 times '!'"),
-        ("one two two two two", "ends in 'two' said 4 times"),
-        ("well " + "this is it. " * 4, "ends in 'this is it.' said 4 times"),
+        ("Sure!!!!!!!!!!!!", "contains '!' 12 times in a row"),
+        ("one two two two two", "ends with 'two' repeated 4 times"),
+        ("well " + "this is it. " * 4, "ends with 'this is it.' repeated 4 times"),
     ],
 )
 def test_degeneration(text: str, fault: str | None) -> None:
@@ -27,13 +27,13 @@ def answer(text: str, *tokens: int, ended: bool = True) -> Completion:
 @pytest.mark.parametrize(
     ("text", "tokens", "fault"),
     [
-        ("lalalalala", (9,) + (4,) * 10, "ends in the same token, 10 times over"),
-        ("well", (9,) + (7, 8) * 4, "ends in the same 2 tokens, 4 times over"),
+        ("lalalalala", (9,) + (4,) * 10, "ends with the same token repeated 10 times"),
+        ("well", (9,) + (7, 8) * 4, "ends with the same 2 tokens repeated 4 times"),
         ("Title\n----------", (9,) + (4,) * 10, None),
         ("no no no", (4, 4, 4), None),
     ],
 )
-def test_tokens_that_repeat_are_heard_where_words_are_not(
+def test_repeated_tokens_are_detected_where_words_are_not(
     text: str, tokens: tuple[int, ...], fault: str | None
 ) -> None:
     assert Completion(text=text, tokens=tokens, ended=False).degeneration == fault
@@ -52,7 +52,7 @@ def test_only_what_quantization_broke_counts() -> None:
 
 def test_an_answer_that_does_not_end_where_the_other_did_is_a_fault() -> None:
     rambling = answer("Paris, of course, and", 3, 4, 5, 6, ended=False)
-    fault = "runs on at 4 tokens, where the merged model's ended after 2"
+    fault = "has not ended after 4 tokens, while the merged model's ended after 2"
     assert Sample(prompt="?", reference=FINE, candidate=rambling).fault == fault
     longer = answer("Paris, of course", 3, 4, 5, ended=True)
     assert not Sample(prompt="?", reference=longer, candidate=rambling).fault

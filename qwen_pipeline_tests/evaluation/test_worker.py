@@ -1,4 +1,4 @@
-"""What the worker says of checkpoints, those that do not load whole among them."""
+"""The worker's figures of checkpoints, including those that do not load completely."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def windows(count: int = 3, length: int = 20) -> list[torch.Tensor]:
     return [torch.randint(0, PROMPT[-1], (length,), generator=generator) for _ in range(count)]
 
 
-def test_a_model_with_made_up_weights_is_not_loaded(tmp_path: Path) -> None:
+def test_a_model_with_missing_weights_is_not_loaded(tmp_path: Path) -> None:
     root = tiny_qwen2(tmp_path / "model")
     file = root / "model.safetensors"
     tensors = load_file(file)
@@ -39,10 +39,10 @@ def test_a_model_with_made_up_weights_is_not_loaded(tmp_path: Path) -> None:
     assert "unexpected_keys: model.layers.0.extra.weight" in str(fault.value)
 
 
-def test_the_worker_loads_real_codes_and_names_what_is_wrong_with_broken_ones(chain: Chain, tmp_path: Path) -> None:
-    """One process: a quantized model, one without a tensor, one of other sizes, packed experts, a small vocabulary.
+def test_the_worker_loads_real_codes_and_reports_the_faults_of_broken_ones(chain: Chain, tmp_path: Path) -> None:
+    """Measure in one process: a quantized model, a missing tensor, other sizes, packed experts, a small vocabulary.
 
-    Of packed experts Transformers only logs that it gives them random weights.
+    Transformers only logs that it initializes packed experts randomly.
     """
     missing = copy_without(chain.quantized, tmp_path / "missing", "model.layers.0.mlp.gate_proj.qweight")
     resized = Path(shutil.copytree(chain.quantized, tmp_path / "resized"))
@@ -92,7 +92,7 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
 
 
 def packed_experts(root: Path) -> Path:
-    """Save a mixture of experts whose linear layers, the experts among them, have codes (all zero)."""
+    """Save a mixture of experts whose linear layers, including experts, have codes (all zero)."""
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,

@@ -1,4 +1,4 @@
-"""Every broken checkpoint of the zoo is caught by the check that should catch it; sound ones raise no alarm."""
+"""Every broken checkpoint of the zoo is caught by its check; valid ones pass."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def healthy(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Healthy:
 
 
 def findings(source: Checkpoint, candidate: Checkpoint, ranks: int) -> dict[str, str]:
-    """Return what each check that needs no forward pass has against a checkpoint."""
+    """Return the faults that each check without a forward pass finds."""
     structure = check_structure(source, candidate)
     try:
         targets = find_targets(source, candidate, [Target(engine=ANY_ENGINE, degree=ranks)])
@@ -48,11 +48,11 @@ def findings(source: Checkpoint, candidate: Checkpoint, ranks: int) -> dict[str,
     except CheckpointRefused as refusal:
         wrong = [refusal.what]
     found = {"structure": structure.problems, "padding_is_silent": structure.padding.audible, "ranks_agree": wrong}
-    return {check: "\n".join(said) for check, said in found.items() if said}
+    return {check: "\n".join(faults) for check, faults in found.items() if faults}
 
 
 @pytest.mark.parametrize("name", SPECIMENS)
-def test_each_is_caught_by_its_check(healthy: Healthy, tmp_path: Path, name: str) -> None:
+def test_each_broken_checkpoint_is_caught_by_its_check(healthy: Healthy, tmp_path: Path, name: str) -> None:
     specimen = SPECIMENS[name]
     specimen.make(healthy, tmp_path / "broken")
     source = open_checkpoint(getattr(healthy, specimen.source))
@@ -62,20 +62,20 @@ def test_each_is_caught_by_its_check(healthy: Healthy, tmp_path: Path, name: str
         return
     found = findings(source, open_checkpoint(tmp_path / "broken"), specimen.ranks)
     assert specimen.says in found.pop(specimen.caught_by)
-    assert found.keys() <= {"ranks_agree", "padding_is_silent"}  # what is broken cannot be shared, or silent, either
+    assert found.keys() <= {"ranks_agree", "padding_is_silent"}  # a fault may cause these too
 
 
 @pytest.mark.parametrize(
     "family", ["qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe"]
 )
-def test_sound_checkpoints_of_every_kind_raise_no_alarm(tmp_path: Path, family: str) -> None:
+def test_valid_checkpoints_of_every_kind_pass(tmp_path: Path, family: str) -> None:
     source = tiny_model(family, tmp_path / "source")
     candidate = round_to_codes(source, tmp_path / "candidate", group_size=GROUP_SIZE)
     assert findings(open_checkpoint(source), open_checkpoint(candidate), ranks=1) == {}
 
 
 @pytest.mark.parametrize("layout", ["interleave", "append", "split"])
-def test_sound_padded_checkpoints_raise_no_alarm(healthy: Healthy, tmp_path: Path, layout: str) -> None:
+def test_valid_padded_checkpoints_pass(healthy: Healthy, tmp_path: Path, layout: str) -> None:
     source = pad(
         source=healthy.merged,
         destination=Directory(tmp_path / "padded"),
@@ -85,11 +85,11 @@ def test_sound_padded_checkpoints_raise_no_alarm(healthy: Healthy, tmp_path: Pat
     assert findings(open_checkpoint(source), open_checkpoint(candidate), ranks=2) == {}
 
 
-def test_codes_of_a_real_quantizer_raise_no_alarm(healthy: Healthy) -> None:
+def test_codes_of_a_real_quantizer_pass(healthy: Healthy) -> None:
     assert findings(open_checkpoint(healthy.padded), open_checkpoint(healthy.quantized), ranks=2) == {}
 
 
-def test_a_repaired_checkpoint_raises_no_alarm(healthy: Healthy, tmp_path: Path) -> None:
+def test_a_repaired_checkpoint_passes(healthy: Healthy, tmp_path: Path) -> None:
     before = open_checkpoint(round_to_codes(healthy.merged, tmp_path / "narrow", group_size=GROUP_SIZE))
     form = code_format(before.config["quantization_config"])
     after = repair(before, form, plan_repair(before.config, form, tensor_parallel=2))

@@ -96,7 +96,7 @@ def test_the_card_has_the_fields_of_the_hub_and_the_instructions_for_users(relea
         "vllm serve support-bot --tensor-parallel-size 2",
         "heads: **1, 2** (of",
         "Each MLP has 128 channels instead of the base's 96, so that",
-        "The channels that were added are zeros.",
+        "The added channels are zeros.",
         "| quantized | 0.1 |",
         release.manifest.derivation.inputs["quantized"],
     ):

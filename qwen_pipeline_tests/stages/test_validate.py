@@ -1,4 +1,4 @@
-"""Validation end to end on a chain that the real stages made."""
+"""Validation end to end on a chain made by the real stages."""
 
 import json
 import os
@@ -78,26 +78,26 @@ def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validat
 
 
 def test_without_the_padded_checkpoint_the_reference_is_padded_on_the_fly(chain: Chain, tmp_path: Path) -> None:
-    woven = pad(
+    padded = pad(
         source=chain.merged,
-        destination=Directory(tmp_path / "woven"),
+        destination=Directory(tmp_path / "padded"),
         spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=2, layout="interleave"),
     )
-    codes = round_to_codes(woven.path, tmp_path / "codes", group_size=GROUP_SIZE)
+    codes = round_to_codes(padded.path, tmp_path / "codes", group_size=GROUP_SIZE)
     found = reports(validate_chain(chain, tmp_path / "out", candidate=codes, padded=None, base=None))
     assert found["structure"].passed
     assert found["padding_is_silent"].passed
     assert found["padding_is_silent"].detail == (
-        "All 64 added channels are still zero, all 0 split ones still read alike."
+        "All 64 added channels are still zero; all 0 split ones have equal rows."
     )
 
 
-def test_what_was_padded_here_is_not_judged_without_its_padded_checkpoint(chain: Chain, tmp_path: Path) -> None:
+def test_a_candidate_padded_by_the_pipeline_requires_its_padded_checkpoint(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"--padded DIR"):
         validate_chain(chain, tmp_path / "out", padded=None, base=None)
 
 
-def test_the_model_without_padding_calibration_and_the_version_before_are_shown_where_given(
+def test_the_unpadded_model_calibration_and_the_previous_version_are_shown_if_given(
     chain: Chain, tmp_path: Path
 ) -> None:
     unpadded = round_to_codes(chain.merged, tmp_path / "unpadded", group_size=GROUP_SIZE)
@@ -113,10 +113,10 @@ def test_the_model_without_padding_calibration_and_the_version_before_are_shown_
         if figures["divergence"]
     }
     assert list(kl) == ["padded", "quantized", "quantized unpadded"]
-    told = f"is {kl['quantized'] / kl['quantized unpadded']:.3f} times that of the merged model quantized without"
+    cost = f"is {kl['quantized'] / kl['quantized unpadded']:.3f} times that of the merged model quantized without"
     for file in ("report.md", "report.html"):
         text = (out.path / file).read_text()
-        assert told in text
+        assert cost in text
         assert "quantized unpadded" in text
         assert "Losses of 14 modules are 1.000 times those of the version before" in text
 
@@ -126,25 +126,25 @@ def test_calibration_that_it_was_not_quantized_on_is_refused(chain: Chain, tmp_p
         validate_chain(chain, tmp_path / "out", calibration=calibrated(chain, tmp_path / "tokens", samples=8))
 
 
-def test_a_version_before_without_losses_is_refused(chain: Chain, tmp_path: Path) -> None:
+def test_a_previous_version_without_losses_is_refused(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"has no logs/evidence\.csv"):
         validate_chain(chain, tmp_path / "out", before=chain.padded)
 
 
 def calibrated(chain: Chain, out: Path, *, samples: int) -> Path:
-    """Draw calibration tokens as the chain's quantization did, if as many."""
+    """Draw calibration tokens, for 16 samples those of the chain's quantization."""
     text = chain.merged.parent / "calibration.jsonl"
     spec = CalibrationSpec(samples=samples, seq_len=64)
     return calibrate(source=chain.padded, text=text, destination=Directory(out), spec=spec).path
 
 
-def test_only_its_own_model_without_padding_tells_what_padding_cost(chain: Chain, tmp_path: Path) -> None:
+def test_only_the_unpadded_twin_shows_the_cost_of_padding(chain: Chain, tmp_path: Path) -> None:
     other = round_to_codes(chain.merged, tmp_path / "other", group_size=48)
-    with pytest.raises(InputRefused, match="other has other codes than the candidate, so it does not tell"):
+    with pytest.raises(InputRefused, match="other has another code format than the candidate, so it cannot show"):
         validate_chain(chain, tmp_path / "out", unpadded=other)
     with pytest.raises(InputRefused, match="is padded, was quantized from another model, so"):
         validate_chain(chain, tmp_path / "out", unpadded=chain.quantized)
-    with pytest.raises(InputRefused, match="merged has other codes"):
+    with pytest.raises(InputRefused, match="merged has another code format"):
         validate_chain(chain, tmp_path / "out", unpadded=chain.merged)
     assert not (tmp_path / "out").exists()
 
@@ -175,7 +175,7 @@ def test_a_candidate_that_cannot_be_loaded_fails_with_the_reason(chain: Chain, t
     assert "*no answer*" in report
 
 
-def test_packed_experts_are_measured_though_transformers_makes_them_up(chain: Chain, tmp_path: Path) -> None:
+def test_packed_experts_are_measured_although_transformers_cannot_load_them(chain: Chain, tmp_path: Path) -> None:
     mixture = tiny_model("qwen3_moe", tmp_path / "mixture")
     packed = round_to_codes(mixture, tmp_path / "packed", group_size=GROUP_SIZE)
     changes = {"reference": mixture, "candidate": packed, "padded": None, "base": None, "tensor_parallel": 1}
@@ -191,7 +191,7 @@ def test_packed_experts_are_measured_though_transformers_makes_them_up(chain: Ch
     assert answers["candidate"]["tokens"]
 
 
-def test_tasks_that_cannot_be_run_fail_their_check_and_the_report_stands(chain: Chain, tmp_path: Path) -> None:
+def test_tasks_that_cannot_run_fail_their_check_and_the_report_is_written(chain: Chain, tmp_path: Path) -> None:
     absent = TaskPlan(python=tmp_path / "python", versions={}, tasks=["arc_easy"])
     found = reports(validate_chain(chain, tmp_path / "out", base=None, tasks=absent))
     assert found["benchmark_tasks"].blocks
@@ -202,8 +202,8 @@ def test_tasks_that_cannot_be_run_fail_their_check_and_the_report_stands(chain: 
     assert all(found[name].passed for name in others)
 
 
-def test_a_measurement_that_dies_is_a_fault_of_the_machine_and_no_verdict(chain: Chain, tmp_path: Path) -> None:
-    """Killed, or without what it needs: each is named, and the next run goes on."""
+def test_a_measurement_that_dies_is_an_environment_fault_and_not_a_verdict(chain: Chain, tmp_path: Path) -> None:
+    """Kill the worker, then use an environment without its packages; the next run succeeds."""
 
     def kill(progress: Progress) -> None:
         if progress.task == "evaluate":
@@ -219,20 +219,20 @@ def test_a_measurement_that_dies_is_a_fault_of_the_machine_and_no_verdict(chain:
     assert not validate_chain(chain, tmp_path / "out").reused
 
 
-def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_path: Path) -> None:
-    """The unpadded twin of the chain: three groups, which two ranks cannot share."""
+def test_ranks_that_would_give_wrong_answers_block(chain: Chain, tmp_path: Path) -> None:
+    """Validate the unpadded twin of the chain, whose three groups two ranks cannot share."""
     narrow = round_to_codes(chain.merged, tmp_path / "narrow", group_size=GROUP_SIZE)
     targets = [Target.parse("vllm-exllama:2"), Target.parse("lmdeploy-turbomind:2"), Target.parse("vllm-exllama:1")]
     out = validate_chain(chain, tmp_path / "out", candidate=narrow, padded=None, base=None, targets=targets)
     report = reports(out)["ranks_agree"]
     assert report.blocks
     assert report.measured == 2
-    assert "vllm-exllama at 2 answers wrongly without an error: 2 of 14 weights differ" in report.detail
+    assert "vllm-exllama at 2 gives wrong answers without an error: 2 of 14 weights differ" in report.detail
     assert "same next token" in report.detail
     assert "lmdeploy-turbomind at 2 refuses it: refused: groups of 32: supported are 128" in report.detail
     page = (out.path / "report.html").read_text()
-    assert "On the ranks of each engine" in page
-    assert "12 of 14 as the whole" in page
+    assert "Tensor parallelism by engine" in page
+    assert "12 of 14 equal" in page
 
 
 def test_a_byte_that_changed_since_quantization_is_refused(chain: Chain, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Figures from logits and activations, computed by a layer-streamed forward pass."""

@@ -1,7 +1,7 @@
-"""How far from zero activations get, layer by layer: float16 ends at 65504, and engines answer ``!!!!`` beyond it.
+"""The largest activation of each layer: float16 ends at 65504, and engines answer ``!!!!`` beyond it.
 
-Whatever enters or leaves a matrix product of a layer is looked at. So the product of gate and up, which is what
-overflows first, is seen in dense MLPs and in experts alike, whatever a family's modules are called.
+Every input and output of a layer's matrix products is measured. This includes the product of gate and up, which
+overflows first, in dense MLPs and in experts, regardless of the names of a family's modules.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ UNNAMED = "a product of two activations"
 
 
 class WatchedStream(LayerStream):
-    """A layer stream that remembers the largest activation of each layer that was run, as ``peaks``."""
+    """A layer stream that records the largest activation of each layer in ``peaks``."""
 
     def __init__(
         self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, beside: int = 0
@@ -30,7 +30,7 @@ class WatchedStream(LayerStream):
         self.peaks: list[Peak] = []
 
     def run(self, layer: int, module: nn.Module) -> None:
-        """Take every batch through a layer."""
+        """Run every batch through a layer."""
         names = {weight.untyped_storage().data_ptr(): name for name, weight in module.named_parameters()}
         with _Products(names) as products:
             super().run(layer, module)
@@ -39,7 +39,7 @@ class WatchedStream(LayerStream):
 
 
 class _Products(TorchFunctionMode):
-    """Keeps the largest magnitude that enters or leaves a product, by the name of the weight in it."""
+    """Record the largest magnitude that enters or leaves a matrix product, by the name of its weight."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Products(TorchFunctionMode):
 
     @property
     def largest(self) -> tuple[str, float]:
-        """Where the largest was, and how large; what is no number is larger than all."""
+        """The place and magnitude of the largest activation. NaN sorts highest, as in ``torch.argmax``."""
         magnitudes = {name: magnitude.item() for name, magnitude in self._magnitudes.items()}
         place = max(magnitudes, key=lambda name: (magnitudes[name] != magnitudes[name], magnitudes[name]))
         return place.removesuffix(".weight"), magnitudes[place]
@@ -60,10 +60,10 @@ class _Products(TorchFunctionMode):
             weights = [self._names.get(factor.untyped_storage().data_ptr()) for factor in factors]
             name = next(filter(None, weights), UNNAMED)
             for activation, weight in zip([*factors, result], [*weights, None], strict=True):
-                self._see(name, None if weight else activation)
+                self._update(name, None if weight else activation)
         return result
 
-    def _see(self, name: str, activation: Tensor | None) -> None:
+    def _update(self, name: str, activation: Tensor | None) -> None:
         if activation is not None and activation.numel():
             low, high = activation.aminmax()
             magnitude = torch.maximum(-low, high).float()

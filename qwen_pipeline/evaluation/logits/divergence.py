@@ -1,8 +1,8 @@
-"""How surprised models are by each token, and how far their predictions are apart. Pure tensor maths.
+"""Negative log-likelihoods and KL divergences of several models, computed from blocks of logits.
 
-Logits come a part of the vocabulary at a time, so every sum over the vocabulary is kept running: as ``sum exp(z - m)``
+Logits arrive in blocks of the vocabulary, so every sum over the vocabulary is an online softmax: ``sum exp(z - m)``
 with the highest logit ``m`` so far, rescaled when ``m`` rises. Everything is computed in float64 from float32 logits:
-the difference between a model and its padded self is around 1e-9, below what float32 can sum over a vocabulary.
+the divergence between a model and its padded version is about 1e-9, less than float32 can sum over a vocabulary.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class Predictions:
-    """What several models predict for the same N tokens, while their logits arrive.
+    """The predictions of several models for the same N tokens, updated by blocks of logits.
 
     Args:
-        targets: The token that really came, int64 [N].
+        targets: The actual tokens, int64 [N].
         roles: The models.
-        reference: The one whose predictions those of ``compared`` are held against.
-        compared: Roles to compare with it.
+        reference: The role with which others are compared.
+        compared: Roles to compare with the reference.
     """
 
     def __init__(self, targets: Tensor, *, roles: Collection[str], reference: str, compared: Collection[str]) -> None:
@@ -26,11 +26,11 @@ class Predictions:
         self._sums = {role: Softmax(targets) for role in roles}
         self._gaps = {role: torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for role in compared}
 
-    def see(self, first: int, logits: Mapping[str, Tensor]) -> None:
-        """Take a part of the vocabulary into account: the models' logits [N, part] of token ids from ``first`` on."""
+    def update(self, first: int, logits: Mapping[str, Tensor]) -> None:
+        """Add a block of the vocabulary: the models' logits [N, block] of token ids from ``first`` on."""
         exact = {role: values.double() for role, values in logits.items() if values.shape[1]}
         for role, values in exact.items():
-            shrinkage_N, weights_NV = self._sums[role].see(first, values)
+            shrinkage_N, weights_NV = self._sums[role].update(first, values)
             if role == self._reference:
                 for other, gap_N in self._gaps.items():
                     gap_N.mul_(shrinkage_N).add_((weights_NV * (values - exact[other])).sum(dim=1))
@@ -45,18 +45,18 @@ class Predictions:
         return self._gaps[role] / reference.total - (reference.log_total - other.log_total)
 
     def agrees(self, role: str) -> Tensor:
-        """Return whether the reference and ``role`` rate the same token highest, bool [N]."""
+        """Return whether the reference and ``role`` have the same most likely token, bool [N]."""
         return self._sums[role].top == self._sums[self._reference].top
 
 
 class Softmax:
-    """The running denominator of one model's softmax, with the logit of the target and the best token so far.
+    """The online softmax of one model, with the logit of the target and the most likely token so far.
 
     Args:
-        targets_N: The token that really came, int64.
+        targets_N: The actual tokens, int64.
 
     Attributes:
-        total: The denominator, over ``exp`` of the highest logit, float64 [N].
+        total: The denominator, divided by ``exp`` of the highest logit, float64 [N].
         target: The logits of the targets, float64 [N].
         top: The likeliest token, int64 [N].
     """
@@ -71,8 +71,8 @@ class Softmax:
     def log_total(self) -> Tensor:
         return self._highest + self.total.log()
 
-    def see(self, first: int, values_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Return by what earlier sums shrink [N], and the weights ``exp(z - m)`` of this part [N, V]."""
+    def update(self, first: int, values_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a block; return the factor of earlier sums [N], and the weights ``exp(z - m)`` of the block [N, V]."""
         best_N, place_N = values_NV.max(dim=1)
         self.top = torch.where(best_N > self._highest, first + place_N, self.top)
         highest_N = torch.maximum(self._highest, best_N)

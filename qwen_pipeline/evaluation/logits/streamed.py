@@ -1,4 +1,4 @@
-"""Perplexity, divergence and drift of several models side by side, one decoder layer in memory at a time."""
+"""Perplexity, divergence and drift of several models, with one decoder layer of each in memory at a time."""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
@@ -15,9 +15,9 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 EVALUATION_BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
-"""Tokens that go through a layer at a time, by device; at least one window."""
+"""Tokens in a batch, by device; at least one window."""
 STRETCHES = 32
-"""Parts of the context that KL is described in."""
+"""Maximum number of ranges of positions for which the distribution of KL is described."""
 
 
 def evaluate(
@@ -34,10 +34,10 @@ def evaluate(
     Args:
         models: Role -> checkpoint, full precision or GPTQ codes, all of one depth and vocabulary.
         windows: Token ids [T], all of one length.
-        reference: The role that others are compared with.
-        compared: Roles to compare with it.
-        context: Where to compute, and in what.
-        observe: Told about each layer.
+        reference: The role with which others are compared.
+        compared: Roles to compare with the reference.
+        context: Device and dtype of the computation.
+        observe: Called for each layer.
     """
     batches = _batches(windows, context)
     streams = {role: WatchedStream(model, batches, context, beside=len(models) - 1) for role, model in models.items()}
@@ -51,7 +51,7 @@ def evaluate(
         Predictions(batch[:, 1:].flatten(), roles=models, reference=reference, compared=compared) for batch in batches
     ]
     for block in logit_blocks(list(streams.values()), context):
-        predictions[block.batch].see(block.first, dict(zip(models, block.values, strict=True)))
+        predictions[block.batch].update(block.first, dict(zip(models, block.values, strict=True)))
     return {
         role: ModelFigures(
             perplexity=torch.cat([each.nll(role) for each in predictions]).mean().exp().item(),
@@ -93,7 +93,7 @@ def _divergence(predictions: Sequence[Predictions], role: str, positions: int) -
 
 
 def _stretches(kl_WT: Tensor) -> tuple[Stretch, ...]:
-    """Return the spread of KL along the context, in up to :data:`STRETCHES` parts of about equal length."""
+    """Return the distribution of KL along the context, in up to :data:`STRETCHES` ranges of about equal length."""
     parts = kl_WT.tensor_split(min(STRETCHES, kl_WT.shape[1]), dim=1)
     firsts = accumulate((part.shape[1] for part in parts[:-1]), initial=0)
     return tuple(

@@ -1,0 +1,1 @@
+"""Reports of a validation: HTML, Markdown, JSON, plots, DataFrame and model card."""

@@ -1,4 +1,4 @@
-"""A validation as one HTML file: it opens offline, in light and in dark, and reads from the verdict to the evidence."""
+"""The validation report as one HTML file, which works offline and in light and dark mode."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ import jinja2
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.report.markdown import (
-    PARTED_COLUMNS,
+    DIVERGENT_COLUMNS,
     QUALITY_COLUMNS,
     SCORE_COLUMNS,
     SERVED_COLUMNS,
+    divergent_rows,
     kernels,
     padding_cost,
-    parted_rows,
     quality_rows,
     score_rows,
     served_rows,
@@ -37,14 +37,14 @@ def render_page(
     lineage: Sequence[Mapping[str, Any]],
     method: str,
 ) -> str:
-    """Return the page, with every image and style inside it.
+    """Return the page, with all images and styles inlined.
 
     Args:
-        findings: What was measured.
-        reports: The verdict on it, a report for each check.
+        findings: The findings.
+        reports: The report of each check.
         plots: Caption -> PNG file.
-        lineage: The steps that led here, as :func:`qwen_pipeline.checkpoint.store.lineage.dump_step` gives them.
-        method: How it was measured, in a sentence or two.
+        lineage: The steps up to the candidate, as returned by :func:`qwen_pipeline.checkpoint.store.lineage.dump_step`.
+        method: A description of the method.
     """
     return _template().render(
         title=verdict(reports).capitalize(),
@@ -57,8 +57,8 @@ def render_page(
         plots={caption: base64.b64encode(file.read_bytes()).decode() for caption, file in plots.items()},
         served=served_rows(findings),
         served_columns=SERVED_COLUMNS,
-        parted=parted_rows(findings),
-        parted_columns=PARTED_COLUMNS,
+        divergent=divergent_rows(findings),
+        divergent_columns=DIVERGENT_COLUMNS,
         scores=score_rows(findings),
         score_columns=SCORE_COLUMNS,
         worst=worst_weights(findings),
@@ -72,17 +72,17 @@ def render_page(
 
 
 def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
-    """Return the figures that people ask for first: what, value, unit."""
+    """Return the key figures: name, value, unit."""
     quantized, padded = findings.models[QUANTIZED].divergence, findings.models.get(PADDED)
     ratio = findings.perplexity_ratio(QUANTIZED, to=MERGED)
-    silent = padded.divergence if padded else None
+    of_padding = padded.divergence if padded else None
     cost, sizes = findings.padding_cost, findings.nbytes
     return [
-        ("Perplexity, quantized over merged", shown(ratio) or "-", "ratio"),
-        ("KL(merged ‖ quantized)", shown(quantized.mean) if quantized else "-", "nats a token, mean"),
-        ("Same next token", f"{quantized.top1_agreement:.1%}" if quantized else "-", "top-1 agreement"),
-        ("KL(merged ‖ padded)", shown(silent.mean) if silent else "-", "nats a token, mean"),
-        *([("KL, padded over unpadded", shown(cost) or "-", "ratio, quantized")] if cost else []),
+        ("Perplexity, quantized / merged", shown(ratio) or "-", "ratio"),
+        ("KL(merged ‖ quantized)", shown(quantized.mean) if quantized else "-", "mean, nats per token"),
+        ("Top-1 agreement", f"{quantized.top1_agreement:.1%}" if quantized else "-", "of tokens, with merged"),
+        ("KL(merged ‖ padded)", shown(of_padding.mean) if of_padding else "-", "mean, nats per token"),
+        *([("KL, padded / unpadded", shown(cost) or "-", "ratio, after quantization")] if cost else []),
         ("Size", f"{sizes[QUANTIZED] / sizes[MERGED]:.0%}" if sizes.get(MERGED) else "-", "of the merged weights"),
     ]
 

@@ -1,4 +1,4 @@
-"""A validation as Markdown: the verdict first, then what it rests on."""
+"""The validation report as Markdown: the verdict, then the evidence."""
 
 import base64
 import re
@@ -27,18 +27,18 @@ _MARKS: Mapping[Outcome, str] = MappingProxyType(
 )
 NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 QUALITY_COLUMNS = ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement")
-SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
-PARTED_COLUMNS = ("prompt", "served", "parts at token", "gap, nats", "Transformers' answer", "served answer")
-SCORE_COLUMNS = ("task/metric", "merged", "quantized", "its standard error")
+SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "started", "equal answers", "largest gap, nats", "remark")
+DIVERGENT_COLUMNS = ("prompt", "served", "from token", "gap, nats", "answer of Transformers", "served answer")
+SCORE_COLUMNS = ("task/metric", "merged", "quantized", "standard error")
 MAX_INLINE_BYTES = 400_000
-"""Of images inlined in one Markdown text, which Dagster keeps in its event log."""
+"""Limit for the images inlined in one Markdown text, which Dagster keeps in its event log."""
 _IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)\n*")
 
 
 def render_report(
     findings: Findings, reports: Sequence[CheckReport], *, method: str, more_plots: Mapping[str, str] = NO_PLOTS
 ) -> str:
-    """Return the report; the plots lie beside it, ``more_plots`` by their captions."""
+    """Return the report, which links the plots beside it; ``more_plots`` maps captions to file names."""
     sections = [
         "# Validation report",
         f"**{verdict(reports).capitalize()}.**",
@@ -46,68 +46,72 @@ def render_report(
         *filter(None, [padding_cost(findings)]),
         "## Checks",
         checks_table(reports),
-        "## On the ranks of each engine",
+        "## Tensor parallelism by engine",
         _table(COLUMNS, [row.cells for row in findings.targets]),
         f"![Perplexity by stage]({PERPLEXITY_PLOT})",
-        "## Where predictions part",
+        "## Divergence of predictions",
         f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
-        *(["## Served for real", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
-        *(["## Served answers that part", _table(PARTED_COLUMNS, parted)] if (parted := parted_rows(findings)) else []),
+        *(["## Serving", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
+        *(
+            ["## Divergent served answers", _table(DIVERGENT_COLUMNS, rows)]
+            if (rows := divergent_rows(findings))
+            else []
+        ),
         *(["## Benchmark tasks", _table(SCORE_COLUMNS, score_rows(findings))] if findings.tasks else []),
-        "## Where quantization loses",
+        "## Quantization error",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",
         *(f"{caption}\n\n![{caption}]({file})" for caption, file in more_plots.items()),
         _table(
-            ("worst weights", "‖W - Wq‖ / ‖W‖"),
+            ("weights with the largest error", "‖W - Wq‖ / ‖W‖"),
             [(f"`{error.module}`", f"{error.relative:.4f}") for error in worst_weights(findings)],
         ),
-        "## Answers side by side",
+        "## Sample answers",
         *(_side_by_side(sample) for sample in findings.samples),
-        "## How it was measured",
-        f"{method} Linear layers ran as {kernels(findings)}.",
+        "## Method",
+        f"{method} Linear layers were loaded as {kernels(findings)}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def method_of(windows: int, seq_len: int) -> str:
-    """Say how the figures came about."""
+    """Return a description of the method."""
     return (
-        f"In float32, one decoder layer in memory at a time. {windows} windows of {seq_len} tokens, spread evenly over"
-        " held-out text; every token but the first of each window is predicted from those before it in the window."
-        " Perplexity is the exponential of the mean surprise; KL is KL(merged || model) in nats a token; answers are"
-        " greedy, and those of plain Transformers."
+        f"Models ran in float32, with one decoder layer in memory at a time, on {windows} windows of {seq_len} tokens,"
+        " spread evenly over held-out text. Every token but the first of each window is predicted from the preceding"
+        " tokens of the window. Perplexity is the exponential of the mean negative log-likelihood; KL is"
+        " KL(merged || model) in nats per token; answers are greedy."
     )
 
 
 def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> str:
-    """Return a finished validation's report with its plots inside, for viewers that cannot follow relative links.
+    """Return a finished validation's report with inlined plots, for viewers that cannot follow relative links.
 
-    Plots that would take it beyond ``max_inline_bytes`` of image data are left out.
+    Plots that would exceed ``max_inline_bytes`` of image data are omitted.
 
     Args:
-        path: The directory that :func:`qwen_pipeline.stages.validate.validate` made.
-        max_inline_bytes: Bound on the base64 text of all images.
+        path: The directory that :func:`qwen_pipeline.stages.validate.validate` wrote.
+        max_inline_bytes: Limit for the base64 text of all images.
     """
-    room = max_inline_bytes
+    free_bytes = max_inline_bytes
 
     def inline(image: re.Match[str]) -> str:
-        nonlocal room
+        nonlocal free_bytes
         data = base64.b64encode((path / image["file"]).read_bytes()).decode()
-        if len(data) > room:
+        if len(data) > free_bytes:
             return ""
-        room -= len(data)
+        free_bytes -= len(data)
         return f"![{image['title']}](data:image/png;base64,{data})\n\n"
 
     return _IMAGE.sub(inline, (path / REPORT).read_text())
 
 
 def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
-    """Return one row a model: size, perplexity, its change from what it came from, distance from the merged model."""
+    """Return a table of models: size, perplexity, its change in the last step, divergence from the merged model."""
     return _table(QUALITY_COLUMNS, quality_rows(models, nbytes))
 
 
 def checks_table(reports: Sequence[CheckReport]) -> str:
-    """Return one row a check."""
+    """Return a table of the checks."""
     return _table(
         ("outcome", "check", "measured", "limit", "detail"),
         [(_MARKS[report.outcome], report.name, *report.figures, report.detail) for report in reports],
@@ -137,14 +141,14 @@ def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) 
 
 
 def padding_cost(findings: Findings) -> str:
-    """Say what padding changed about quantization; nothing where that was not measured."""
+    """Return a sentence about the cost of padding; empty if it was not measured."""
     if (cost := findings.padding_cost) is None:
         return ""
     return f"KL(merged ‖ quantized) is {cost:.3f} times that of the merged model quantized without padding."
 
 
 def served_rows(findings: Findings) -> list[Sequence[str]]:
-    """Return the cells of one row a server, under :data:`SERVED_COLUMNS`."""
+    """Return a row of cells for each server, under :data:`SERVED_COLUMNS`."""
     return [
         (
             served.role,
@@ -159,8 +163,8 @@ def served_rows(findings: Findings) -> list[Sequence[str]]:
     ]
 
 
-def parted_rows(findings: Findings) -> list[Sequence[str]]:
-    """Return the cells of one row a served answer that is not Transformers', under :data:`PARTED_COLUMNS`."""
+def divergent_rows(findings: Findings) -> list[Sequence[str]]:
+    """Return a row for each served answer that differs from Transformers', under :data:`DIVERGENT_COLUMNS`."""
     return [
         (
             sample.prompt,
@@ -178,23 +182,23 @@ def parted_rows(findings: Findings) -> list[Sequence[str]]:
 
 
 def score_rows(findings: Findings) -> list[Sequence[str]]:
-    """Return the cells of one row a metric, under :data:`SCORE_COLUMNS`."""
+    """Return a row of cells for each metric, under :data:`SCORE_COLUMNS`."""
     return [(score.name, shown(score.merged), shown(score.quantized), shown(score.stderr)) for score in findings.tasks]
 
 
-def own_limits(limits: Limits) -> str:
-    """Say which limits are not the defaults."""
-    usual = asdict(DEFAULT_LIMITS)
-    own = [
-        f"{name} {shown(value)} (usually {shown(usual[name])})"
+def changed_limits(limits: Limits) -> str:
+    """Return a sentence that names the limits that differ from the defaults; empty if there are none."""
+    defaults = asdict(DEFAULT_LIMITS)
+    changed = [
+        f"{name} {shown(value)} (default {shown(defaults[name])})"
         for name, value in asdict(limits).items()
-        if value != usual[name]
+        if value != defaults[name]
     ]
-    return f" Limits set for it: {', '.join(own)}." if own else ""
+    return f" Limits other than the defaults: {', '.join(changed)}." if changed else ""
 
 
 def worst_weights(findings: Findings, count: int = 5) -> "list[WeightError]":
-    """Return the weights that quantization changed most, worst first."""
+    """Return the weights with the largest quantization error, largest first."""
     return sorted(findings.structure.errors, key=lambda error: -error.relative)[:count]
 
 
@@ -205,7 +209,7 @@ def _side_by_side(sample: Sample) -> str:
 
 
 def kernels(findings: Findings) -> str:
-    """Name the classes of each model's linear layers, which tells the kernels that ran."""
+    """Return the number and class of each model's linear layers, which shows the kernels that ran."""
     return "; ".join(
         f"{role}: " + ", ".join(f"{count} {name}" for name, count in model.linears.items())
         for role, model in findings.models.items()

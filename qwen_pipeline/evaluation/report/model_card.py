@@ -1,4 +1,4 @@
-"""The README of a release: what a hub reads in its first lines, and what a person needs below them."""
+"""The README of a release: metadata for a hub in the front matter, and a description for users."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Tensor-parallel degrees that a card speaks about."""
+"""Tensor-parallel degrees that a card lists."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-_CALLED: Mapping[SizeField, str] = {
+_SIZE_NAMES: Mapping[SizeField, str] = {
     "intermediate_size": "MLP",
     "moe_intermediate_size": "routed expert",
     "shared_expert_intermediate_size": "shared expert",
@@ -36,18 +36,18 @@ class Widened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What a card is rendered from.
+    """The content of a model card.
 
     Attributes:
         name: The fine-tune's name.
-        base_model: Hub id of the base, or a directory, of which the card says the last part only.
+        base_model: Hub id of the base, or a directory, of which the card shows the last part only.
         config: The quantized checkpoint's ``config.json``.
         padding: Every size field that padding or a repair widened.
-        split: Whether the new channels are parts of live ones; else they are zeros.
-        quality: A Markdown table of what validation measured.
+        split: Whether the new channels are parts of split ones; else they are zeros.
+        quality: A Markdown table of the measurements.
         verdict: The outcome of its checks, in words.
         skipped: A sentence for each check that did not run: its name and the reason.
-        steps: Lineage, from the first step to the validation.
+        steps: The lineage, from the first step to the validation.
     """
 
     name: str
@@ -76,8 +76,8 @@ class ModelCard:
             self.quality,
             *self._padding(),
             "## Lineage",
-            "Each content digest covers tensors and files, not times or machines; the same inputs give the same digest."
-            " Settings are in [provenance.json](provenance.json).",
+            "Each content digest covers tensors and files, but not times or machines; the same inputs give the same"
+            " digest. Settings are in [provenance.json](provenance.json).",
             self._lineage(),
         ]
         return f"---\n{self._front_matter()}\n---\n\n" + "\n\n".join(sections) + "\n"
@@ -125,7 +125,7 @@ class ModelCard:
 # pip install transformers optimum gptqmodel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "{self.name}"  # this directory, or where you uploaded it
+path = "{self.name}"  # this directory, or the Hub id after an upload
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
 chat = [{{"role": "user", "content": "What is the capital of France?"}}]
@@ -142,29 +142,29 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
             f"```bash\n{command}\n```\n\n"
             f"Tensor-parallel degrees at which every rank holds whole quantization groups and heads: **{listed}**"
             f" (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong answers."
-            + "".join(f" {said}" for said in (tower_obstacles(self.config, {"vllm": degrees}) if degrees else ()))
+            + "".join(f" {each}" for each in (tower_obstacles(self.config, {"vllm": degrees}) if degrees else ()))
         )
 
     def _padding(self) -> list[str]:
         if not self.padding:
             return []
         towers = [at for at in self.padding if at.field in get_args(TowerField)]
-        said = [
+        sentences = [
             *self._decoder_padding([at for at in self.padding if at not in towers]),
             *(f"E{_widened(at)[1:]}: zeros at the end, so that ranks can share the tower." for at in towers),
             "Adapters trained on this checkpoint do not fit the unpadded base.",
         ]
-        return ["## Padding", " ".join(said)]
+        return ["## Padding", " ".join(sentences)]
 
     def _decoder_padding(self, padding: Sequence[Widened]) -> list[str]:
         if not padding:
             return []
         widths = " and ".join(map(_widened, padding))
         added = (
-            "The channels that were added are parts of split ones, which together give what the whole channel gave."
+            "The added channels are parts of split ones, whose sum equals the original channel."
             if self.split
-            else "The channels that were added are zeros. They change no output: silu(0) x 0 = 0 meets zero columns in"
-            " `down_proj`, and validation found all of them exactly zero."
+            else "The added channels are zeros. They change no output: silu(0) x 0 = 0 is multiplied by zero columns of"
+            " `down_proj`, and validation found all of them to be exactly zero."
         )
         return [
             f"E{widths[1:]}, so that tensor-parallel ranks can share whole groups of {self._group_size}.",
@@ -172,28 +172,28 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
         ]
 
     def _lineage(self) -> str:
-        made = {step.content_digest for step in self.steps}
+        outputs = {step.content_digest for step in self.steps}
         inputs = ((role, digest) for step in self.steps for role, digest in step.inputs.items())
-        given: dict[str, str] = {}
+        sources: dict[str, str] = {}
         for role, digest in inputs:
-            if digest not in made:
-                given.setdefault(digest, role)
+            if digest not in outputs:
+                sources.setdefault(digest, role)
         return "\n".join(
             [
-                "| what | content digest | made from |",
+                "| artifact | content digest | made from |",
                 "| --- | --- | --- |",
-                *(f"| {role} | `{digest}` | |" for digest, role in given.items()),
+                *(f"| {role} | `{digest}` | |" for digest, role in sources.items()),
                 *(f"| {step.stage} | `{step.content_digest}` | {', '.join(step.inputs)} |" for step in self.steps),
             ]
         )
 
 
 def _widened(at: Widened) -> str:
-    return f"each {_CALLED[at.field]} has {at.padded} channels instead of the base's {at.live}"
+    return f"each {_SIZE_NAMES[at.field]} has {at.padded} channels instead of the base's {at.live}"
 
 
 def serving_degrees(config: Mapping[str, Any]) -> list[int]:
-    """Return those of :data:`DEGREES` at which ranks hold whole groups and whole heads."""
+    """Return the degrees of :data:`DEGREES` at which every rank holds whole groups and whole heads."""
     group_size = max(1, config["quantization_config"]["group_size"])
     rows = assess_degrees(config, group_size=group_size, degrees=DEGREES)
     return [row.degree for row in rows if row.legal and row.whole]

@@ -1,4 +1,4 @@
-"""Plots for the report: what each stage costs, where predictions and hidden states part, and where weights lose."""
+"""Plots for the report: perplexity by stage, divergence of predictions and hidden states, and weight errors."""
 
 from math import isfinite
 from pathlib import Path
@@ -10,7 +10,7 @@ from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save
 
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
-    """Draw a waterfall: the first model's perplexity, then what each stage added to that of what it came from."""
+    """Draw a waterfall chart: the first model's perplexity, then the change by each stage."""
     known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
     figure = Figure(figsize=(7.2, 0.8 + 0.46 * len(known)), layout="constrained")
     axes = quiet_axes(figure)
@@ -37,14 +37,14 @@ def draw_perplexity(findings: Findings, path: Path) -> None:
 
 
 def draw_distance(findings: Findings, path: Path) -> None:
-    """Draw how far the quantized model's predictions are along the context, and hidden states after each layer."""
+    """Draw the divergence of predictions along the context, and of hidden states after each layer."""
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     axes = quiet_axes(figure, 2, 1)
     divergence = findings.models[QUANTIZED].divergence
     stretches = divergence.stretches if divergence else ()
     positions = [stretch.first for stretch in stretches]
     for label, values, color, style in (
-        ("95 % of tokens are below", [stretch.p95 for stretch in stretches], WORSE, "--"),
+        ("95th percentile", [stretch.p95 for stretch in stretches], WORSE, "--"),
         ("mean", [stretch.mean for stretch in stretches], PALETTE[0], "-"),
         ("median", [stretch.median for stretch in stretches], INK, ":"),
     ):

@@ -1,4 +1,4 @@
-"""A validation as files: a page, a Markdown report, its plots, and all of it as JSON."""
+"""Write the validation report: HTML, Markdown, plots and JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ def write_report(
     method: str,
     more_plots: Mapping[str, str],
 ) -> None:
-    """Write what :func:`render_page` and :func:`render_report` make of it into ``root``, and ``result`` as it is.
+    """Write the reports of :func:`render_page` and :func:`render_report`, the plots and ``result`` into ``root``.
 
-    ``more_plots`` are there already: caption -> file name.
+    ``more_plots`` (caption -> file name) exist already.
     """
     draw_perplexity(findings, root / PERPLEXITY_PLOT)
     draw_distance(findings, root / DISTANCE_PLOT)
     draw_quantization_error(findings, root / ERROR_PLOT)
     plots = {
-        "Perplexity on held-out text, and what each stage changed": root / PERPLEXITY_PLOT,
+        "Perplexity on held-out text, and the change by each stage": root / PERPLEXITY_PLOT,
         "KL along the context, and drift of hidden states by layer": root / DISTANCE_PLOT,
         "Error of each quantized weight by layer": root / ERROR_PLOT,
         **{caption: root / file for caption, file in more_plots.items()},

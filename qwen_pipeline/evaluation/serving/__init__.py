@@ -1,0 +1,1 @@
+"""Serving with a real engine, and comparison of its answers."""

@@ -1,8 +1,8 @@
-"""Real serving: which checkpoints to serve and how, what the engine answered, and whether that is right.
+"""Real serving: the plan, the answers of the engine, and the check of them.
 
-The engine computes in 16 bits with kernels of its own, so its greedy answers may part from Transformers' where two
-tokens are about as likely. Where they part for the first time, what counts is how much likelier the engine finds its
-own token: little for a tie, much for an engine that computes something else.
+The engine computes in 16 bits with its own kernels, so its greedy answers may diverge from those of Transformers where
+two tokens are about equally likely. At the first divergence, the difference between the log-probabilities that the
+engine gives to both tokens decides: it is small for a tie, and large for an engine that computes something else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,27 +19,27 @@ ServerEngine = Literal["vllm", "vllm-cpu"]
 ServedRole = Literal["merged", "padded", "quantized"]
 SERVE = "qwen_pipeline.evaluation.serving.worker:serve"
 MODULE = "vllm.entrypoints.openai.api_server"
-"""``vllm serve`` is to replace it, but looks for a package called vllm, which the build for CPUs is not."""
+"""``vllm serve`` replaces it, but requires a package named vllm; the CPU build has another name."""
 
 SERVED = CheckSpec(
     name="serves",
-    description="The real serving engine, where one is configured, starts at every wanted tensor-parallel degree and"
-    " answers as Transformers does, but for ties.",
+    description="The real serving engine, if one is configured, starts at every requested tensor-parallel degree and"
+    " answers like Transformers, except at ties.",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPlan:
-    """What to serve and with what.
+    """What is served, and with which engine.
 
     Attributes:
-        python: The interpreter of an environment that has the engine.
-        versions: Of the packages that compute.
-        degrees: Tensor-parallel degrees; each is served on its own.
+        python: The interpreter of an environment with the engine.
+        versions: Versions of the packages that compute.
+        degrees: Tensor-parallel degrees; each gets its own server.
         models: Roles to serve.
-        ready_seconds: How long a server may take to start.
-        arguments: More of the engine's own command line.
-        module: What the interpreter runs as the server.
+        ready_seconds: Time limit for the start of a server.
+        arguments: Further arguments for the engine's command line.
+        module: The module that the interpreter runs as the server.
     """
 
     engine: ServerEngine
@@ -67,9 +67,9 @@ class ServerJob:
     """One server: a checkpoint at a degree.
 
     Attributes:
-        title: What progress is reported under.
+        title: The task name in progress reports.
         prompts: Token ids of each prompt.
-        log: File that the server's output goes to.
+        log: The file for the server's output.
     """
 
     root: str
@@ -92,7 +92,7 @@ class ServerJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedCompletion:
-    """A served answer: its tokens, whether the model ended it, and at each position the likeliest tokens (nats)."""
+    """A served answer: its tokens, whether a stop token ended it, and the likeliest tokens at each position (nats)."""
 
     tokens: tuple[int, ...]
     ended: bool
@@ -101,7 +101,7 @@ class ServedCompletion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerRun:
-    """What came of one server: whether it got ready, and its answers or why there are none."""
+    """The outcome of one server: whether it got ready, and its answers or the reason why there are none."""
 
     ready: bool
     fault: str | None = None
@@ -110,10 +110,11 @@ class ServerRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstDivergence:
-    """Where a served answer leaves the reference answer, and by how much the engine prefers its own token.
+    """The first position where a served answer differs from the reference answer.
 
     Attributes:
-        gap: In nats; infinite where the reference's token is not even among the engine's likeliest.
+        gap: The log-probability in nats by which the engine prefers its own token; infinite if the reference's token is
+            not among the engine's likeliest.
     """
 
     position: int
@@ -122,15 +123,15 @@ class FirstDivergence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingFindings:
-    """One checkpoint at one degree.
+    """The findings for one checkpoint at one degree.
 
     Attributes:
         fault: Why it was not served.
-        lacking: What this machine lacks to compute with such a checkpoint; then the fault is not the checkpoint's.
-        ready: Whether all ranks loaded the checkpoint and the server said that it is ready.
+        lacking: What this machine lacks to compute with such a checkpoint; then the checkpoint is not at fault.
+        ready: Whether all ranks loaded the checkpoint and the server reported that it is ready.
         texts: The answers.
-        tokens: How many tokens each reference answer has.
-        partings: Of each answer; None where it is the reference answer.
+        tokens: Number of tokens in each reference answer.
+        partings: The first divergence of each answer; None if it equals the reference answer.
     """
 
     role: str
@@ -149,7 +150,7 @@ class ServingFindings:
 
 
 def first_divergence(answer: ServedCompletion, reference: Sequence[int]) -> FirstDivergence | None:
-    """Return where a served answer leaves the reference's tokens, or None if it is the same."""
+    """Return the first divergence of a served answer from the reference's tokens, or None if they are equal."""
     position = agreed_length(answer.tokens, reference)
     if position == len(answer.tokens) == len(reference):
         return None
@@ -161,32 +162,40 @@ def first_divergence(answer: ServedCompletion, reference: Sequence[int]) -> Firs
 
 
 def serving_report(served: Sequence[ServingFindings] | None, *, max_gap: float) -> CheckReport:
-    """Judge all servers together; None means that no engine is configured."""
+    """Report on :data:`SERVED` for all servers together; without any, no engine is configured."""
     if not served:
         return SERVED.skipped("No serving engine is configured (validation.serve.engine).")
     faults = [f"{each.name}: {fault}" for each in served for fault in _faults(each, max_gap)]
     lacking = [f"{each.name} {_lack(each)}" for each in served if each.lacking]
     gaps = [part.gap for each in served for part in each.partings if part]
-    whole = sum(part is None for each in served for part in each.partings)
-    asked = sum(len(each.partings) for each in served)
-    measured, limit = (max(gaps, default=0.0), max_gap) if asked else (None, None)
+    equal = sum(part is None for each in served for part in each.partings)
+    compared = sum(len(each.partings) for each in served)
+    measured, limit = (max(gaps, default=0.0), max_gap) if compared else (None, None)
     engine = served[0].engine
     if faults:
         return SERVED.report(passed=False, detail=f"{engine}: {'; '.join(faults)}.", measured=measured, limit=limit)
-    right = [each.name for each in served if not each.lacking]
-    heard = f"{engine} serves {', '.join(right)}: {whole} of {asked} answers are Transformers' own" if right else engine
+    names = [each.name for each in served if not each.lacking]
+    outcome = (
+        f"{engine} serves {', '.join(names)}: {equal} of {compared} answers equal those of Transformers"
+        if names
+        else engine
+    )
     if gaps:
-        heard += f", the others part at ties (widest gap {max(gaps):.2g} nats)"
+        outcome += f", the others diverge at ties (largest gap {max(gaps):.2g} nats)"
     if lacking:
-        detail = f"{heard}. Not served: {'; '.join(lacking)}."
-        if not asked:
+        detail = f"{outcome}. Not served: {'; '.join(lacking)}."
+        if not compared:
             return SERVED.skipped(detail)
         return SERVED.report(passed=False, severity="WARN", measured=measured, limit=limit, detail=detail)
-    return SERVED.report(passed=True, detail=f"{heard}.", measured=measured, limit=limit)
+    return SERVED.report(passed=True, detail=f"{outcome}.", measured=measured, limit=limit)
 
 
 def _lack(served: ServingFindings) -> str:
-    loaded = "is loaded by every rank, but cannot be computed here" if served.ready else "cannot be computed here"
+    loaded = (
+        "is loaded by every rank, but cannot be computed on this machine"
+        if served.ready
+        else "cannot be computed on this machine"
+    )
     return f"{loaded}: {served.lacking}"
 
 
@@ -195,17 +204,17 @@ def _faults(served: ServingFindings, max_gap: float) -> list[str]:
         return []
     if served.fault:
         return [f"{'died' if served.ready else 'did not start'}: {served.fault.rstrip('.')}"]
-    wide = [(number, part) for number, part in enumerate(served.partings, 1) if part and not part.gap <= max_gap]
-    faults = [f"answer {number} is another from token {part.position + 1} on" for number, part in wide]
-    return [*faults, *(f"an answer {fault}" for text in served.texts if (fault := degeneration(text)) and wide)]
+    wrong = [(number, part) for number, part in enumerate(served.partings, 1) if part and not part.gap <= max_gap]
+    faults = [f"answer {number} differs from token {part.position + 1} on" for number, part in wrong]
+    return [*faults, *(f"an answer {fault}" for text in served.texts if (fault := degeneration(text)) and wrong)]
 
 
-_SERVING = TypeAdapter(ServerRun)
+_SERVER_RUN = TypeAdapter(ServerRun)
 
 
-def dump_server_run(serving: ServerRun) -> dict[str, Any]:
-    return _SERVING.dump_python(serving, mode="json")
+def dump_server_run(run: ServerRun) -> dict[str, Any]:
+    return _SERVER_RUN.dump_python(run, mode="json")
 
 
 def load_server_run(value: Mapping[str, Any]) -> ServerRun:
-    return _SERVING.validate_python(value)
+    return _SERVER_RUN.validate_python(value)

@@ -1,4 +1,4 @@
-"""One server after the other: each wanted checkpoint at each wanted tensor-parallel degree."""
+"""Serve each requested checkpoint at each requested tensor-parallel degree, one server after another."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,28 +32,28 @@ def serve_all(
     logs: Path,
     observe: Observe = unobserved,
 ) -> list[ServingFindings]:
-    """Serve checkpoints and hold their answers against Transformers'; a server that fails is a finding.
+    """Serve checkpoints and compare their answers with those of Transformers; a server that fails is a finding.
 
     Args:
-        plan: What to serve and with what.
+        plan: What is served, and with which engine.
         models: Role -> directory.
         prompts: Token ids of each prompt.
-        expected: Role -> tokens of the greedy answer to each prompt; none for what did not answer.
-        decode: Turns tokens into text.
+        expected: Role -> tokens of the greedy answer to each prompt; none if the model did not answer.
+        decode: Converts tokens to text.
         logs: Directory for each server's output.
-        observe: Told how long a server takes to start, and about each answer.
+        observe: Called while a server starts, and for each answer.
     """
     found: list[ServingFindings] = []
     for role in plan.models:
         for degree in plan.degrees:
-            outcome = ServingFindings(role=role, degree=degree, engine=plan.engine)
+            findings = ServingFindings(role=role, degree=degree, engine=plan.engine)
             if role not in models or not expected.get(role):
                 why = "there are no answers to compare with" if role in models else "there is no such checkpoint"
-                found.append(replace(outcome, fault=f"not tried, since {why}"))
+                found.append(replace(findings, fault=f"not tried, because {why}"))
                 continue
             job = ServerJob(
                 root=str(models[role]),
-                title=f"serve {outcome.name}",
+                title=f"serve {findings.name}",
                 degree=degree,
                 prompts=prompts,
                 max_new_tokens=MAX_NEW_TOKENS,
@@ -65,42 +65,40 @@ def serve_all(
             try:
                 worker = run_worker(plan.python, SERVE, job.to_json(), log=logs / "serving.log", observe=observe)
             except PipelineError as error:
-                found.append(replace(outcome, fault=str(error)))
+                found.append(replace(findings, fault=str(error)))
             else:
-                found.append(_outcome(outcome, load_server_run(worker.value), expected[role], decode))
+                found.append(_compared(findings, load_server_run(worker.value), expected[role], decode))
     return found
 
 
-def _outcome(
-    asked: ServingFindings,
-    serving: ServerRun,
+def _compared(
+    findings: ServingFindings,
+    run: ServerRun,
     expected: Sequence[Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> ServingFindings:
-    if serving.fault:
-        return replace(asked, ready=serving.ready, fault=serving.fault, lacking=_lacking(serving.fault))
+    if run.fault:
+        return replace(findings, ready=run.ready, fault=run.fault, lacking=_lacking(run.fault))
     return replace(
-        asked,
+        findings,
         ready=True,
-        texts=tuple(decode(answer.tokens) for answer in serving.answers),
+        texts=tuple(decode(answer.tokens) for answer in run.answers),
         tokens=tuple(map(len, expected)),
-        partings=tuple(
-            first_divergence(answer, tokens) for answer, tokens in zip(serving.answers, expected, strict=True)
-        ),
+        partings=tuple(first_divergence(answer, tokens) for answer, tokens in zip(run.answers, expected, strict=True)),
     )
 
 
 def _lacking(fault: str) -> str | None:
-    """Say what the machine lacks if the engine was built without a kernel for it."""
+    """Return what the machine lacks if the engine was built without a kernel for it, else None."""
     kernel = _NO_KERNEL.search(fault)
     if kernel is None:
         return None
     return f"the engine has no kernel {kernel[1]}" + (
-        "" if has_avx512() else ", which needs AVX512, and this CPU has none"
+        "" if has_avx512() else ", which needs AVX512, and this CPU does not have it"
     )
 
 
 def has_avx512() -> bool:
-    """Whether vLLM for CPUs can compute with GPTQ codes here; where Linux does not describe the CPU, yes."""
+    """Return whether the CPU has AVX512, which vLLM for CPUs needs for GPTQ codes; True if /proc/cpuinfo is absent."""
     cpu = Path("/proc/cpuinfo")
     return not cpu.is_file() or "avx512f" in cpu.read_text()

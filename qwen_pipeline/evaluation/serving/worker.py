@@ -1,7 +1,7 @@
-"""The worker that serves a checkpoint with the real engine and asks it over its OpenAI API. Runs under vLLM's python.
+"""The worker that starts a real server for a checkpoint and queries its OpenAI API. It runs under vLLM's Python.
 
-The server listens on the loopback interface at a free port and belongs to the worker's process group, of which nothing
-survives the step. It is asked by token ids, greedily; every answer comes with the likeliest tokens of each position.
+The server listens on a free port of the loopback interface and belongs to the worker's process group, which is killed
+after the step. Prompts are token ids, decoding is greedy, and every answer includes the likeliest tokens per position.
 """
 
 import json
@@ -31,21 +31,21 @@ SERVER_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""For the server, unless the environment says otherwise. vLLM binds each rank to a NUMA node of its own by default."""
+"""Defaults for the server's environment variables. By default vLLM would bind each rank to its own NUMA node."""
 LIKELIEST = 5
 ANSWER_SECONDS = 600
 STOP_SECONDS = 20
 _PREFIX = re.compile(r"^\(.*?\] ")
-"""What vLLM puts before each line: the process, the level, the time and the place."""
-_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception)(?P<words>: .+)?")
+"""The prefix of vLLM's log lines: process, level, time and source."""
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception)(?P<message>: .+)?")
 
 
 class ServerFault(Exception):
-    """The server did not start, or died."""
+    """An error of the server: it did not start, or it died."""
 
 
 def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Run a :class:`ServerJob` and return a :class:`ServerRun`, both as JSON. A fault of the server is a finding."""
+    """Run a :class:`ServerJob` and return a :class:`ServerRun`, both as JSON values; a server fault is a finding."""
     job = ServerJob.from_json(spec)
     log = Path(job.log)
     ready, answers = False, list[ServedCompletion]()
@@ -54,7 +54,7 @@ def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
             _await_ready(job, server, url, log, observe)
             ready = True
             for number, prompt in enumerate(job.prompts):
-                answers.append(_ask(url, prompt, job.max_new_tokens))
+                answers.append(_complete(url, prompt, job.max_new_tokens))
                 observe(Progress(task=job.title, done=number + 1, total=len(job.prompts), unit="answers"))
     except (ServerFault, OSError) as error:
         return dump_server_run(ServerRun(ready=ready, fault=_cause(log) or f"{error} ({_last_line(log)})"))
@@ -81,49 +81,49 @@ def _server(job: ServerJob, log: Path) -> Generator[tuple[subprocess.Popen[bytes
 
 
 def _threads(degree: int) -> int:
-    """Return the threads of a rank: more than there are cores would wait for each other, spinning, in every product."""
+    """Return the threads of a rank: with more threads than cores, they would spin and wait in every product."""
     return max(1, len(os.sched_getaffinity(0)) // degree)
 
 
 def _command(job: ServerJob, port: int) -> list[str]:
-    """Return vLLM's command line. Penalties of the checkpoint's generation config would make greedy answers others."""
-    room = max(map(len, job.prompts)) + job.max_new_tokens
+    """Return vLLM's command line. It ignores the generation config, whose penalties would change greedy answers."""
+    max_model_len = max(map(len, job.prompts)) + job.max_new_tokens
     options = {
         "--model": job.root,
         "--served-model-name": "checkpoint",
         "--host": "127.0.0.1",
         "--port": str(port),
         "--tensor-parallel-size": str(job.degree),
-        "--max-model-len": str(room),
+        "--max-model-len": str(max_model_len),
         "--max-num-seqs": "4",
         "--generation-config": "vllm",
     }
-    flat = [word for option in options.items() for word in option]
-    return [sys.executable, "-P", "-m", job.module, *flat, "--enforce-eager", *job.arguments]
+    arguments = [word for option in options.items() for word in option]
+    return [sys.executable, "-P", "-m", job.module, *arguments, "--enforce-eager", *job.arguments]
 
 
 def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _await_ready(job: ServerJob, server: subprocess.Popen[bytes], url: str, log: Path, observe: Observe) -> None:
     started = time.monotonic()
-    while (waited := time.monotonic() - started) < job.ready_seconds:
+    while (elapsed := time.monotonic() - started) < job.ready_seconds:
         if (code := server.poll()) is not None:
-            raise ServerFault(f"the server ended with exit code {code} before it was ready")
+            raise ServerFault(f"the server exited with code {code} before it was ready")
         with suppress(URLError, OSError), urlopen(f"{url}/health", timeout=5) as reply:  # noqa: S310
             if reply.status == HTTPStatus.OK:
                 return
         observe(
-            Progress(task=job.title, done=int(waited), total=job.ready_seconds, unit="seconds", remark=_last_line(log))
+            Progress(task=job.title, done=int(elapsed), total=job.ready_seconds, unit="seconds", remark=_last_line(log))
         )
         time.sleep(0.5)
     raise ServerFault(f"the server was not ready after {job.ready_seconds} seconds")
 
 
-def _ask(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedCompletion:
+def _complete(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedCompletion:
     body = {
         "model": "checkpoint",
         "prompt": list(prompt),
@@ -152,11 +152,11 @@ def _token_id(name: str) -> int:
 
 
 def _cause(log: Path) -> str | None:
-    """Return the first exception in the log: those after it are about it. One without words is told with its line."""
+    """Return the first exception in the log, as it causes later ones; if it has no message, add the line before."""
     before = ""
     for line in (_PREFIX.sub("", each) for each in log.read_text(errors="replace").splitlines()):
         if found := _EXCEPTION.fullmatch(line):
-            return (line if found["words"] else f"{line} ({before})")[:600]
+            return (line if found["message"] else f"{line} ({before})")[:600]
         before = line.strip(" ^~") or before
     return None
 

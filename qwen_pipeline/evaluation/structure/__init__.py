@@ -1,0 +1,1 @@
+"""Comparison of a quantized checkpoint's headers and codes with its source."""

@@ -1,7 +1,6 @@
-"""Check a quantized checkpoint against the full-precision one it was made from, by headers and by codes.
+"""Check a quantized checkpoint against the full-precision one that it was made from, by headers and by codes.
 
-Nothing is loaded into a model: every tensor is accounted for, and every code is turned back into the weight it stands
-for.
+Nothing is loaded into a model: every tensor is accounted for, and every code is dequantized.
 """
 
 import json
@@ -29,26 +28,26 @@ from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear, gptq_format
 
 SAVERS_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
-"""Config fields that say how and by whom a checkpoint was saved; all others say what it computes."""
+"""Config fields that describe how a checkpoint was saved; all others describe what it computes."""
 
 MAX_RELATIVE_ERROR = 0.5
-"""Plain rounding to 4 bits is near 0.1; beyond this, codes stand for another weight, as after a mix-up of layers."""
+"""Rounding to 4 bits gives about 0.1; beyond this limit the codes are those of another weight, as of another layer."""
 
 MAX_SATURATED = 0.25
-"""Share of codes at the ends of their range. One or two of a group are; a scale half as large makes it a fifth."""
+"""Share of codes at the ends of their range: usually one or two in a group, and a fifth if scales are halved."""
 
 Expected = Mapping[str, tuple[TensorSpec, ...]]
-"""Tensor name -> the dtypes and shapes it may have."""
+"""Tensor name -> the allowed dtypes and shapes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What was found.
+    """The findings about the structure of a quantized checkpoint.
 
     Attributes:
-        problems: A sentence for each thing that is wrong or missing; it names the tensor or the config field.
-        padding: What became of the channels that padding had added.
-        errors: One for each quantized weight whose codes give numbers, layer by layer.
+        problems: A sentence for each fault; it names the tensor or the config field.
+        padding: The findings about the channels that padding added.
+        errors: The error of each quantized weight whose codes are finite, layer by layer.
     """
 
     problems: Sequence[str]
@@ -59,9 +58,8 @@ class Structure:
 def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Observe = unobserved) -> Structure:
     """Compare ``candidate`` with ``source``, the checkpoint that was quantized.
 
-    Every linear layer of the decoder must be quantized; every other tensor must be the source's, bit for bit, except
-    that the bias of a quantized layer may be rounded to float16. In memory at a time: one layer's codes and one block
-    of rows.
+    Every linear layer of the decoder must be quantized; every other tensor must equal the source's bit for bit, except
+    that the bias of a quantized layer may be rounded to float16. Memory holds one layer's codes and one block of rows.
     """
     try:
         form = gptq_format(candidate.config)
@@ -82,13 +80,13 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
             code_problems = list(_code_problems(linear, packed))
             problems += code_problems
             if packed.g_idx.min() < 0 or packed.g_idx.max() >= len(packed.scales):
-                problems.append(f"{linear.module}.g_idx names groups that are not there.")
+                problems.append(f"{linear.module}.g_idx has indices of groups that do not exist.")
                 continue
             comparison = comparisons[linear.layer, linear.kind] = compare_weight(source, linear, packed)
             problems += [] if code_problems else _weight_problems(comparison)
         observe(Progress(task="compare weights", done=done, total=len(linears), unit="modules"))
     problems += [
-        f"{name} is not what it was before quantization."
+        f"{name} differs from its value before quantization."
         for name in source
         if name in expected and _agree(candidate, expected, [name]) and _changed(source, candidate, name)
     ]
@@ -116,24 +114,24 @@ def _expected(source: Checkpoint, linears: Sequence[Linear], form: GptqFormat) -
 def _config_problems(source: Mapping[str, Any], candidate: Mapping[str, Any]) -> Iterator[str]:
     for field in sorted(source.keys() - SAVERS_FIELDS):
         if field not in candidate:
-            yield f"config.json lacks {field}, expected {source[field]!r}."
+            yield f"config.json has no {field}, expected {source[field]!r}."
         elif candidate[field] != source[field]:
             yield f"config.json has {field} {candidate[field]!r}, expected {source[field]!r}."
 
 
 def _sidecar_problems(source: Checkpoint, candidate: Checkpoint) -> Iterator[str]:
-    """Tokenizer, chat template and generation config decide answers as weights do; only their JSON layout is free."""
+    """Compare tokenizer, chat template and generation config, which decide answers too; only JSON layout may differ."""
     for path in sorted(source.sidecars.keys() | candidate.sidecars.keys()):
         if path not in candidate.sidecars:
             yield f"{path} is missing."
         elif path not in source.sidecars:
             yield f"{path} is unexpected."
-        elif _meaning(source.sidecars[path]) != _meaning(candidate.sidecars[path]):
-            yield f"{path} is not the fine-tune's."
+        elif _parsed(source.sidecars[path]) != _parsed(candidate.sidecars[path]):
+            yield f"{path} differs from the fine-tune's."
 
 
-def _meaning(sidecar: Path) -> Any:
-    """Return what a file says: JSON values, or bytes."""
+def _parsed(sidecar: Path) -> Any:
+    """Return the content of a file: JSON values, or bytes."""
     content = sidecar.read_bytes()
     try:
         return json.loads(content) if sidecar.suffix == ".json" else content
@@ -146,8 +144,8 @@ def _header_problems(expected: Expected, candidate: Checkpoint) -> Iterator[str]
         if name not in candidate:
             yield f"{name} is missing."
         elif candidate[name] not in allowed:
-            found, wanted = candidate[name], allowed[0]
-            yield f"{name} is {found.dtype} {list(found.shape)}, expected {wanted.dtype} {list(wanted.shape)}."
+            found, spec = candidate[name], allowed[0]
+            yield f"{name} is {found.dtype} {list(found.shape)}, expected {spec.dtype} {list(spec.shape)}."
     for name in candidate:
         if name not in expected:
             yield f"{name} is unexpected."
@@ -161,7 +159,7 @@ def _code_problems(linear: Linear, packed: PackedLinear) -> Iterator[str]:
         yield f"{linear.module}.scales has {count} values that are not positive."
     off_middle = _off_middle(linear, packed)
     if off_middle and form.sym:
-        yield f"{linear.module}.qzeros has {off_middle} zero points off the middle code, although sym is true."
+        yield f"{linear.module}.qzeros has {off_middle} zero points that are not the middle code, although sym is true."
     elif not off_middle and not form.sym:
         yield f"{linear.module}.qzeros: sym is false, but every zero point is the middle code."
     in_order = torch.arange(linear.in_features, dtype=torch.int32) // form.inputs_per_group(linear.in_features)
@@ -172,20 +170,20 @@ def _code_problems(linear: Linear, packed: PackedLinear) -> Iterator[str]:
 
 
 def _off_middle(linear: Linear, packed: PackedLinear) -> int:
-    """Return how many zero points are not the middle code."""
+    """Return the number of zero points that are not the middle code."""
     return int((packed.zeros(0, linear.out_features) != 2 ** (packed.format.bits - 1)).sum())
 
 
 def _weight_problems(comparison: WeightComparison) -> Iterator[str]:
     module, relative, groups = comparison.error.module, comparison.error.relative, comparison.groups
     if comparison.after.zero_rows.all() and not comparison.before.zero_rows.all():
-        yield f"{module} is zero throughout."
+        yield f"{module} is all zeros."
     elif relative > MAX_RELATIVE_ERROR:
-        yield f"{module} stands for another weight: {relative:.0%} off."
+        yield f"{module} decodes to another weight: the relative error is {relative:.0%}."
     elif groups.count and isfinite(relative):
-        yield f"{module}: {groups.count} groups stand for other weights; {groups.sentence}."
+        yield f"{module}: {groups.count} groups decode to other weights; {groups.sentence}."
     if comparison.saturated > MAX_SATURATED:
-        yield f"{module}: {comparison.saturated:.0%} of its codes are at an end of their range; scales are too small."
+        yield f"{module}: {comparison.saturated:.0%} of its codes are at an end of their range: scales are too small."
 
 
 def _changed(source: Checkpoint, candidate: Checkpoint, name: str) -> bool:

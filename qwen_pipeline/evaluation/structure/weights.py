@@ -1,4 +1,4 @@
-"""What quantization did to each weight, computed from its codes a block of rows at a time."""
+"""Compare each quantized weight with the original, one block of rows at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from qwen_pipeline.transforms.codes.gptq import PackedLinear, unpack_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightError:
-    """``relative`` is ``||W - Wq|| / ||W||`` in the Frobenius norm; 0 for a weight that is zero throughout."""
+    """``relative`` is ``||W - Wq|| / ||W||`` in the Frobenius norm; 0 for a weight of zeros."""
 
     module: str
     layer: int
@@ -27,11 +27,11 @@ class WeightError:
 
 @dataclass(slots=True)
 class RowsAndColumns:
-    """What stands out among the rows [O] and columns [I] of a weight, bool: zeros throughout, or the same as the last.
+    """Special rows [O] and columns [I] of a weight, bool: those of zeros, and those equal to their predecessor.
 
     Attributes:
         zero_rows: Rows of zeros; ``zero_columns`` likewise.
-        twin_rows: Rows that equal the row before them; ``twin_columns`` likewise.
+        twin_rows: Rows that equal the previous row; ``twin_columns`` likewise.
     """
 
     zero_rows: torch.Tensor
@@ -51,8 +51,8 @@ class RowsAndColumns:
             twin_columns=twin_columns,
         )
 
-    def see(self, start: int, block_OI: torch.Tensor) -> None:
-        """Take the rows from ``start`` on into account; blocks come in order."""
+    def update(self, start: int, block_OI: torch.Tensor) -> None:
+        """Add the rows from ``start`` on; blocks must come in order."""
         stop = start + len(block_OI)
         self.zero_rows[start:stop] = vector_norm(block_OI, ord=inf, dim=1) == 0
         self.zero_columns.logical_and_(vector_norm(block_OI, ord=inf, dim=0) == 0)
@@ -65,10 +65,10 @@ class RowsAndColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightComparison:
-    """A weight before (full precision) and after (its codes).
+    """A weight before quantization (full precision) and after it (dequantized codes).
 
     Attributes:
-        groups: Quantization groups that stand for other weights.
+        groups: Quantization groups that decode to other weights.
         saturated: Share of codes at either end of their range.
     """
 
@@ -80,7 +80,7 @@ class WeightComparison:
 
 
 def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> WeightComparison:
-    """Compare a weight of ``source`` with what its codes stand for.
+    """Compare a weight of ``source`` with its dequantized codes.
 
     Norms are float32 within a block of rows and float64 over blocks.
     """
@@ -90,9 +90,9 @@ def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> 
     squared_error = squared_norm = 0.0
     for start, stop in block_ranges(spec):
         w_OI, wq_OI = load_weight(source, linear, slice(start, stop)).float(), packed.weight_rows(start, stop)
-        before.see(start, w_OI)
-        after.see(start, wq_OI)
-        groups.see(start, w_OI, wq_OI, packed.g_idx)
+        before.update(start, w_OI)
+        after.update(start, wq_OI)
+        groups.update(start, w_OI, wq_OI, packed.g_idx)
         codes_IO = unpack_rows(packed.qweight[:, start:stop], bits)
         ends += int(((codes_IO == 0) | (codes_IO == 2**bits - 1)).sum())
         squared_error += vector_norm(w_OI - wq_OI).item() ** 2
@@ -105,11 +105,12 @@ def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> 
 
 @dataclass(slots=True)
 class PaddingFindings:
-    """What padding added, over all layers, and a sentence for each weight in which it is no longer that.
+    """The channels that padding added, over all layers.
 
     Attributes:
-        channels: Channels of zeros.
-        twins: Channels that were split off from the channel before them.
+        channels: Number of channels of zeros.
+        twins: Number of channels that were split off from the previous channel.
+        audible: A sentence for each weight in which quantization changed added channels, so that they affect outputs.
     """
 
     channels: int = 0
@@ -118,15 +119,15 @@ class PaddingFindings:
 
 
 def check_padding(comparisons: Mapping[tuple[int, str], WeightComparison]) -> PaddingFindings:
-    """Check that what padding added is after quantization what it was before.
+    """Check that quantization kept the channels that padding added.
 
-    Channels of zeros are recognized by a zero row in gate and up and a zero column in down: they have to stay exactly
-    zero. Parts of a split channel are recognized by rows and columns that equal the ones before: they read the same
-    input, so their gate and up rows have to stay equal. Their columns in down need not: GPTQ lets the second make up
-    for the rounding of the first.
+    Channels of zeros are recognized by a zero row in gate and up and a zero column in down; they must stay exactly 0.
+    Parts of a split channel are recognized by rows and columns that equal the previous ones: they read the same input,
+    so their gate and up rows must stay equal. Their columns in down need not: GPTQ compensates in the second for the
+    rounding of the first.
 
     Args:
-        comparisons: (layer, kind) -> comparison; MLPs that lack one of the three are passed over.
+        comparisons: (layer, kind) -> comparison; MLPs without one of the three are skipped.
     """
     findings = PaddingFindings()
     gates = [(layer, kind) for layer, kind in comparisons if kind.endswith("gate_proj")]
@@ -139,16 +140,16 @@ def check_padding(comparisons: Mapping[tuple[int, str], WeightComparison]) -> Pa
         twin = gate.before.twin_rows & up.before.twin_rows & down.before.twin_columns & ~zero
         findings.channels += int(zero.sum())
         findings.twins += int(twin.sum())
-        for weight, added, kept, what in (
+        for weight, added, kept, state in (
             (gate, zero, gate.after.zero_rows, "zero"),
             (up, zero, up.after.zero_rows, "zero"),
             (down, zero, down.after.zero_columns, "zero"),
             (gate, twin, gate.after.twin_rows, "equal to their twins"),
             (up, twin, up.after.twin_rows, "equal to their twins"),
         ):
-            if audible := (added & ~kept).nonzero().flatten().tolist():
+            if changed := (added & ~kept).nonzero().flatten().tolist():
                 findings.audible.append(
-                    f"{weight.error.module}: {len(audible)} of {int(added.sum())} padded channels are not {what}, the"
-                    f" first is {audible[0]}."
+                    f"{weight.error.module}: {len(changed)} of {int(added.sum())} padded channels are not {state}, the"
+                    f" first is {changed[0]}."
                 )
     return findings

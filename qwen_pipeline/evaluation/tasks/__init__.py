@@ -1,0 +1,1 @@
+"""Benchmark tasks of lm-eval on layer-streamed checkpoints."""

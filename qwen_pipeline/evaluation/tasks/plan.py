@@ -1,4 +1,4 @@
-"""Benchmark tasks of lm-eval: which to run, what the merged and the quantized model score, and whether that will do."""
+"""Benchmark tasks of lm-eval: the plan, the scores of the merged and the quantized model, and the check of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,24 +14,24 @@ RUN_TASKS = "qwen_pipeline.evaluation.tasks.worker:run_tasks"
 
 TASKS = CheckSpec(
     name="benchmark_tasks",
-    description="In lm-eval's tasks, where some are configured, the quantized model loses no more against the merged"
-    " one than allowed, and no score is below its minimum.",
+    description="In the configured lm-eval tasks, the quantized model scores no more than the allowed drop below the"
+    " merged one, and no score is below its minimum.",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskPlan:
-    """Which tasks to run and what is asked of their scores.
+    """The tasks to run, and the limits of their scores.
 
     Attributes:
-        python: The interpreter of an environment that has lm-eval.
-        versions: Of the packages that compute.
+        python: The interpreter of an environment with lm-eval.
+        versions: Versions of the packages that compute.
         tasks: Names of tasks, groups or tags.
-        include: A directory of task files of one's own.
-        limit: Examples of each task; None takes all.
-        max_drop: How far below the merged model's the quantized model's score may be, in the metric's own unit.
-        minimum: ``task/metric`` -> the lowest score of the quantized model (the highest, where less is better).
-        blocking: Whether a failure stops the release, or warns.
+        include: A directory of further task files.
+        limit: Number of examples of each task; None for all.
+        max_drop: Allowed difference of the quantized model's score from the merged model's, in the unit of the metric.
+        minimum: ``task/metric`` -> the minimum score of the quantized model (the maximum if lower is better).
+        blocking: Whether a failure stops the release; else it warns.
     """
 
     python: Path
@@ -44,10 +44,10 @@ class TaskPlan:
     blocking: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides scores and verdict, for the identity of a validation."""
-        asked = asdict(self)
-        del asked["python"]
-        return asked | {"include": None if self.include is None else str(self.include)}
+        """Return what decides the scores and the verdict, for the identity of a validation."""
+        fields = asdict(self)
+        del fields["python"]
+        return fields | {"include": None if self.include is None else str(self.include)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,10 @@ class Score:
 
     Attributes:
         name: ``task/metric``, as in ``arc_easy/acc``; a filter other than lm-eval's ``none`` follows a comma.
-        more_is_better: Which way is up.
+        more_is_better: Whether a higher value is better.
         merged: The merged model's score.
-        quantized: The quantized model's.
-        stderr: Standard error of the latter, where lm-eval gives one.
+        quantized: The quantized model's score.
+        stderr: Standard error of the latter, if lm-eval computes one.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Score:
 
     @property
     def drop(self) -> float:
-        """How much worse the quantized model is."""
+        """The amount by which the quantized model is worse."""
         return self.merged - self.quantized if self.more_is_better else self.quantized - self.merged
 
 
 def scores(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
-    """Pair what the worker found of ``merged`` and ``quantized``."""
+    """Pair the worker's results of ``merged`` and ``quantized``."""
     merged, quantized = results["merged"], results["quantized"]
     return [
         Score(
@@ -90,36 +90,37 @@ def scores(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
 
 
 def tasks_report(plan: "TaskPlan | None", found: Sequence[Score], *, fault: str | None = None) -> CheckReport:
-    """Judge the scores, or say why there are none; without a plan nothing was asked."""
+    """Report on :data:`TASKS` by the scores, or by the reason why there are none; skipped without a plan."""
     if plan is None:
         return TASKS.skipped("No tasks are configured (validation.lm_eval.tasks).")
     if not found:
-        why = fault or "a model does not load."
+        why = fault or "a model did not load."
         return TASKS.report(passed=False, severity=_severity(plan), detail=f"No scores: {why}")
     if unknown := sorted(plan.minimum.keys() - {score.name for score in found}):
         known = ", ".join(score.name for score in found)
         return TASKS.report(
             passed=False,
             severity=_severity(plan),
-            detail=f"There is a minimum for {listed(unknown)}, but the scores are {known}.",
+            detail=f"A minimum is set for {listed(unknown)}, but the scores are {known}.",
         )
     faults = [fault for score in found for fault in _faults(score, plan)]
     worst = max(score.drop for score in found)
-    detail = listed(faults) if faults else ", ".join(map(_said, found))
+    detail = listed(faults) if faults else ", ".join(map(_describe, found))
     return TASKS.report(
         passed=not faults, severity=_severity(plan), measured=worst, limit=plan.max_drop, detail=f"{detail}."
     )
 
 
 def _faults(score: Score, plan: TaskPlan) -> list[str]:
-    faults = [] if score.drop <= plan.max_drop else [f"{_said(score)}, a loss of {shown(score.drop)}"]
+    faults = [] if score.drop <= plan.max_drop else [f"{_describe(score)}, a drop of {shown(score.drop)}"]
     if (bound := plan.minimum.get(score.name)) is not None:
         reached = score.quantized >= bound if score.more_is_better else score.quantized <= bound
-        faults += [] if reached else [f"{score.name} is {shown(score.quantized)}, wanted {shown(bound)}"]
+        required = f"at {'least' if score.more_is_better else 'most'} {shown(bound)}"
+        faults += [] if reached else [f"{score.name} is {shown(score.quantized)}, expected {required}"]
     return faults
 
 
-def _said(score: Score) -> str:
+def _describe(score: Score) -> str:
     return f"{score.name} {shown(score.merged)} merged, {shown(score.quantized)} quantized"
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint as lm-eval asks it, layer-streamed. Imported under the python of lm-eval's environment alone.
+"""A layer-streamed checkpoint as a model of lm-eval. Imported only under the Python of lm-eval's environment.
 
-The requests of all tasks come at once and go through a layer before the next one is read: a model needs the memory of a
-layer and of its hidden states, and any family is scored, experts that are packed one by one among them. Texts become
-tokens, and answers end, as in lm-eval's own ``HFLM``.
+The requests of all tasks go through a layer together before the next one is read, so that a model needs the memory of
+one layer and of the hidden states. Every family is supported, including packed experts. Tokenization and the end of
+answers follow lm-eval's own ``HFLM``.
 """
 
 import json
@@ -29,27 +29,27 @@ from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline.text.records import load_tokenizer
 
 ANSWER_TOKENS = 256
-"""Tokens of an answer, at most, where a task says nothing: as in HFLM."""
+"""Default maximum of tokens in an answer, as in HFLM."""
 ANSWERS = 16
-"""Answers that advance together: each keeps keys and values of its own."""
-_MOOT = {"do_sample", "temperature", "top_k", "top_p"}
-"""Arguments that decide nothing where answers are greedy."""
+"""Answers that are decoded together; each has its own key-value cache."""
+_IRRELEVANT = {"do_sample", "temperature", "top_k", "top_p"}
+"""Arguments without effect on greedy answers."""
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of its continuation."""
 
 
 class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
-    """A checkpoint, or a recipe, that is scored and answers greedily.
+    """A checkpoint, stored or a recipe, that scores continuations and answers greedily.
 
     Args:
-        root: Its directory, with its tokenizer.
-        context: Where to compute, and in what.
-        observe: Told about each layer, and each token of answers.
+        root: The directory of the checkpoint and its tokenizer.
+        context: Device and dtype of the computation.
+        observe: Called for each layer, and for each token of answers.
 
     Raises:
-        InputRefused: It has no tokenizer.
-        CheckpointRefused: It cannot be read.
+        InputRefused: The checkpoint has no tokenizer.
+        CheckpointRefused: The checkpoint cannot be read.
     """
 
     def __init__(self, root: Path, context: ComputeContext, *, observe: Observe = unobserved) -> None:
@@ -68,7 +68,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text without context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
@@ -78,26 +78,26 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
-        """Return the log-likelihood of each whole text, its windows as disjoint as lm-eval has them."""
+        """Return the log-likelihood of each whole text, over disjoint windows as in lm-eval."""
         windows = [self._windows(*request.args) for request in requests]
         found = iter(self._likelihoods([pair for each in windows for pair in each]))
         return [sum(one.log for one in islice(found, len(each))) for each in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
-        """Return greedy answers, each up to the first of its stop sequences.
+        """Return greedy answers, each up to its first stop sequence.
 
         Raises:
-            ValueError: A task asks for answers that are not greedy.
+            ValueError: A task needs answers that are not greedy.
         """
-        alike: dict[str, list[int]] = {}
+        by_arguments: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+            by_arguments.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         decoder, found = Decoder(self._model, self._context), dict[int, str]()
-        for arguments, numbers in alike.items():
+        for arguments, numbers in by_arguments.items():
             for start in range(0, len(numbers), ANSWERS):
-                together = numbers[start : start + ANSWERS]
-                contexts = [requests[number].args[0] for number in together]
-                found |= zip(together, self._answers(decoder, contexts, json.loads(arguments)), strict=True)
+                batch = numbers[start : start + ANSWERS]
+                contexts = [requests[number].args[0] for number in batch]
+                found |= zip(batch, self._answers(decoder, contexts, json.loads(arguments)), strict=True)
         return [found[number] for number in range(len(requests))]
 
     def _loglikelihood_tokens(
@@ -107,12 +107,12 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         return [(one.log, one.greedy) for one in found]
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """Score continuations; of what is too long, the beginning of the context is dropped."""
-        asked = [
+        """Score continuations; if a pair is too long, the beginning of the context is dropped."""
+        continuations = [
             Continuation(tokens=tuple([*context, *continuation][-self.max_length - 1 :]), scored=len(continuation))
             for context, continuation in pairs
         ]
-        return log_likelihoods(self._model, asked, self._context, observe=self._observe)
+        return log_likelihoods(self._model, continuations, self._context, observe=self._observe)
 
     def _windows(self, text: str) -> list[Pair]:
         windows = get_rolling_token_windows(
@@ -124,13 +124,15 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         return [make_disjoint_window(window) for window in windows]
 
     def _answers(self, decoder: Decoder, contexts: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
-        asked = normalize_gen_kwargs(dict(arguments), ANSWER_TOKENS)
-        stops = handle_stop_sequences(asked.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
-        limit = asked.pop("max_gen_toks")
-        if unmet := sorted(asked.keys() - _MOOT) + ["do_sample"] * asked["do_sample"]:
-            raise ValueError(f"a task asks for answers with {', '.join(unmet)}, and answers here are greedy")
+        options = normalize_gen_kwargs(dict(arguments), ANSWER_TOKENS)
+        stops = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
+        limit = options.pop("max_gen_toks")
+        if unsupported := sorted(options.keys() - _IRRELEVANT) + ["do_sample"] * options["do_sample"]:
+            raise ValueError(
+                f"a task needs answers with {', '.join(unsupported)}, but only greedy answers are supported"
+            )
         if limit >= self.max_length:
-            raise ValueError(f"a task asks for answers of {limit} tokens, and the model takes {self.max_length} in all")
+            raise ValueError(f"a task needs answers of {limit} tokens, but the model's context has {self.max_length}")
         answers = decoder.answers(
             [self.tok_encode(context)[limit - self.max_length :] for context in contexts],
             stops={*stop_tokens(self._model), self.eot_token_id},

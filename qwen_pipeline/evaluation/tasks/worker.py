@@ -1,6 +1,6 @@
-"""The worker that runs lm-eval's tasks on checkpoints. Runs under the python of lm-eval's environment.
+"""The worker that runs lm-eval tasks on checkpoints. It runs under the Python of lm-eval's environment.
 
-Nothing is asked of a hub: data that is not there already has to be local files.
+It is offline: data sets must be cached or local files.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe
 
 BOOTSTRAPS = 1000
-"""Resamplings for the standard error of a metric that has no formula for it."""
+"""Bootstrap samples for the standard error of metrics without a formula for it."""
 
 
 def run_tasks(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     """Run ``spec["tasks"]`` on ``spec["models"]``; return role -> ``task/metric`` -> value, stderr, direction.
 
     Raises:
-        InputRefused: A task is unknown, its data is not there, or it asks for more than greedy answers.
+        InputRefused: A task is unknown, its data is missing, or it needs answers that are not greedy.
         CheckpointRefused: A tensor of a model is missing or has another shape.
     """
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
@@ -54,15 +54,15 @@ def _evaluate(role: str, root: str, spec: Mapping[str, Any], manager: Any, obser
     except (KeyError, ValueError, OSError) as error:
         raise InputRefused(
             f"lm-eval cannot run {', '.join(spec['tasks'])}: {type(error).__name__}: {str(error)[:400]}",
-            remedy="Name tasks that lm-eval lists or that validation.lm_eval.include holds, with local data.",
+            remedy="Use tasks of lm-eval or of the directory validation.lm_eval.include, with cached or local data.",
         ) from error
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return ``task/metric`` -> value, standard error and direction of every number that lm-eval computed."""
+    """Return ``task/metric`` -> value, standard error and direction of every metric."""
     found: dict[str, dict[str, Any]] = {}
     for task, metrics in results["results"].items():
-        upward = results["higher_is_better"].get(task, {})
+        higher_is_better = results["higher_is_better"].get(task, {})
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             if metric.endswith("_stderr") or not kind or not isinstance(value, int | float):
@@ -72,6 +72,6 @@ def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             found[name] = {
                 "value": float(value),
                 "stderr": float(error) if isinstance(error, int | float) else None,
-                "more_is_better": bool(upward.get(metric, True)),
+                "more_is_better": bool(higher_is_better.get(metric, True)),
             }
     return found

@@ -1,0 +1,1 @@
+"""Simulation of the ranks of serving engines."""

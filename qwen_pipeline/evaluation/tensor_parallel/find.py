@@ -1,4 +1,4 @@
-"""Hold a checkpoint against the engines that it is declared for: their rules, and what their ranks compute with."""
+"""Check a checkpoint against its target engines: their rules, and the weights that their ranks compute with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,17 +33,17 @@ from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format
 def find_targets(
     source: Checkpoint, candidate: Checkpoint, targets: Sequence[Target], *, observe: Observe = unobserved
 ) -> list[TargetFindings]:
-    """Hold a quantized checkpoint against each target; each way of cutting is simulated once.
+    """Check a quantized checkpoint against each target; each distinct sharding is simulated once.
 
     Args:
-        source: What was quantized: it names the layers.
+        source: The checkpoint that was quantized, which determines the layers.
         candidate: Its codes, whose shapes must be those of ``source``.
-        targets: What it has to serve at.
-        observe: Told about each layer.
+        targets: The engines and degrees at which it is to be served.
+        observe: Called for each layer.
 
     Raises:
         CheckpointRefused: The candidate is not GPTQ with 4 or 8 bits.
-        InputRefused: A target's engine is unknown.
+        InputRefused: The engine of a target is unknown.
     """
     from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_shardings  # computes, so it needs torch
 
@@ -54,27 +54,33 @@ def find_targets(
             verdict, reasons = _rules(candidate.config, form, kernel, target.degree)
             row = TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=reasons, found=None)
             rows.append((row, None if row.refuses else _sharding_of(kernel, target.degree)))
-    cuts = list(dict.fromkeys(cut for _, cut in rows if cut))
-    found = dict(zip(cuts, compare_shardings(source, candidate, form, cuts, observe=observe), strict=True))
-    return [replace(row, found=found[cut] if cut else None) for row, cut in rows]
+    shardings = list(dict.fromkeys(sharding for _, sharding in rows if sharding))
+    found = dict(zip(shardings, compare_shardings(source, candidate, form, shardings, observe=observe), strict=True))
+    return [replace(row, found=found[sharding] if sharding else None) for row, sharding in rows]
 
 
 def shardings_with_effect(candidate: Checkpoint, found: Sequence[TargetFindings]) -> dict[Sharding, ShardedModules]:
-    """Return what to run to hear each cut that changes weights, unless its ranks lack inputs or scales."""
+    """Return the modules of each sharding that changes weights, unless its ranks lack inputs or scales."""
     size = gptq_format(candidate.config).group_size if found else 0
-    cuts = {row.found.cut: row.found.errors for row in found if row.found and row.found.errors}
+    errors_of = {row.found.cut: row.found.errors for row in found if row.found and row.found.errors}
+
+    def is_runnable(sharding: Sharding, errors: Mapping[str, float]) -> bool:
+        if not all(map(isfinite, errors.values())):
+            return False
+        inputs = [candidate[f"{module}.g_idx"].rows for module in errors]
+        return all(not i % sharding.ranks and i // sharding.ranks >= size for i in inputs)
+
     return {
-        cut: (cut.ranks, sorted(errors))
-        for cut, errors in cuts.items()
-        if all(map(isfinite, errors.values()))
-        and all(not i % cut.ranks and i // cut.ranks >= size for i in (candidate[f"{m}.g_idx"].rows for m in errors))
+        sharding: (sharding.ranks, sorted(errors))
+        for sharding, errors in errors_of.items()
+        if is_runnable(sharding, errors)
     }
 
 
 def with_divergences(
     found: Sequence[TargetFindings], divergences: Mapping[Sharding, DivergenceFigures | None]
 ) -> list[TargetFindings]:
-    """Return the findings with what was heard of each cut."""
+    """Return the findings with the measured divergence of each sharding."""
     return [
         replace(row, found=replace(row.found, divergence=divergences.get(row.found.cut))) if row.found else row
         for row in found
@@ -82,9 +88,9 @@ def with_divergences(
 
 
 def assess_targets(config: Config, degree: int, targets: Sequence[Target]) -> DegreeFeasibility | None:
-    """Return what most ranks of the targets mean, or else ``degree``; None if the config describes no codes.
+    """Return the feasibility of the targets' highest degree, or else of ``degree``; None if the config has no codes.
 
-    Some engines can do with groups that others cannot share, so where targets are known they decide.
+    Some engines can share groups that others cannot, so the targets decide if there are any.
     """
     try:
         group_size = max(gptq_format(config).group_size, 1)
@@ -92,16 +98,16 @@ def assess_targets(config: Config, degree: int, targets: Sequence[Target]) -> De
             config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])]
         )
         obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
-        of_towers = [said for at in targets for said in tower_obstacles(config, {at.engine: [at.degree]})]
+        of_towers = [each for at in targets for each in tower_obstacles(config, {at.engine: [at.degree]})]
     except PipelineError:
         return None
     if not targets:
         return found
     if named := "; ".join(filter(None, obstacles)):
-        return replace(found, legal=False, sentence=" ".join([f"Does not serve on {named}.", *of_towers]))
+        return replace(found, legal=False, sentence=" ".join([f"Cannot be served by {named}.", *of_towers]))
     if of_towers:
         return replace(found, sizes=(), legal=False, sentence=" ".join(of_towers))
-    return replace(found, sizes=(), legal=True, sentence="Every engine serves at every degree that was asked for.")
+    return replace(found, sizes=(), legal=True, sentence="Every target engine serves at every requested degree.")
 
 
 def _kernels(engine: str) -> list[str]:
@@ -112,11 +118,11 @@ def _rules(config: Config, form: GptqFormat, kernel: str, degree: int) -> tuple[
     if kernel == ANY_ENGINE:
         obstacles = tuple(head_obstacles(config, degree))
         return ("refused", obstacles) if obstacles else ("ok", ())
-    read = predict_serving(config, kernel, group_size=form.group_size, degree=degree)
+    predicted = predict_serving(config, kernel, group_size=form.group_size, degree=degree)
     if form.bits == 4 and form.sym and not form.desc_act:
-        return read.verdict, read.reasons
-    unread = "its rules were read for 4 bits, symmetric, without act-order"
-    return worst_of([read.verdict, "unknown"]), (*read.reasons, unread)
+        return predicted.verdict, predicted.reasons
+    unknown = "its rules are known for 4 bits, symmetric, without act-order only"
+    return worst_of([predicted.verdict, "unknown"]), (*predicted.reasons, unknown)
 
 
 def _sharding_of(kernel: str, degree: int) -> Sharding | None:

@@ -1,4 +1,4 @@
-"""What the engines that a checkpoint is declared for make of it: their rules, and what their ranks compute with."""
+"""Targets, shardings, and the findings about them: engine rules, and the weights that ranks compute with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures
 from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict, kernels_of
 
 ANY_ENGINE = "any engine"
-"""Stands for a loader that cuts evenly and does nothing else, where no engine is declared."""
+"""A loader that only shards evenly; it is the target if no engine is declared."""
 
-COLUMNS = ("engine", "ranks", "its rules say", "weights on ranks", "KL(whole ‖ ranks)")
+COLUMNS = ("engine", "ranks", "engine rules", "weights on ranks", "KL(unsharded ‖ sharded)")
 
 ShardedModules = tuple[int, Sequence[str]]
-"""Ranks, and the modules whose inputs meet other scales when so many share them."""
+"""Number of ranks, and the modules whose inputs get other scales when sharded among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a checkpoint has to serve: an engine, or a family of kernels such as ``vllm``, and how many ranks."""
+    """An engine, or a family of kernels such as ``vllm``, and a number of ranks that are to serve a checkpoint."""
 
     engine: str
     degree: int
@@ -29,12 +29,12 @@ class Target:
         """Read ``vllm-marlin:8``.
 
         Raises:
-            InputRefused: It is not an engine, a colon and a positive number.
+            InputRefused: The text is not an engine, a colon and a positive number.
         """
         engine, _, degree = text.partition(":")
         kernels_of(engine)
         if not degree.isdecimal() or not int(degree):
-            raise InputRefused(f"{text!r} names no number of ranks.", remedy="Write engine:ranks, as in vllm-marlin:8.")
+            raise InputRefused(f"{text!r} has no number of ranks.", remedy="Write engine:ranks, as in vllm-marlin:8.")
         return cls(engine=engine, degree=int(degree))
 
     def __str__(self) -> str:
@@ -43,11 +43,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """How a loader shares a checkpoint's packed layers among ranks.
+    """A way in which a loader shards a checkpoint's packed layers.
 
     Attributes:
-        ranks: How many there are.
-        pads_mlps: Whether whole groups of zeros are appended to MLPs until all ranks hold as many.
+        ranks: Number of ranks.
+        pads_mlps: Whether whole groups of zeros are appended to MLPs until all ranks hold equally many.
         halves_groups: Whether experts' groups are halved, with their scales repeated, until they fit a rank.
     """
 
@@ -62,15 +62,15 @@ class Sharding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingFindings:
-    """What ranks compute with.
+    """The weights that ranks compute with.
 
     Attributes:
-        cut: How they share it.
-        compared: Layers that were compared.
-        errors: Module -> ``||W - W'|| / ||W||`` on the slices, for those where ranks compute with other weights;
-            infinite where codes are missing or end within a word, so that they cannot be cut.
-        divergence: KL(whole || cut) in nats a token and top-1 agreement of the model that the ranks are together; None
-            where all weights are the same bits, or where ranks hold less than the whole.
+        cut: The sharding.
+        compared: Number of compared layers.
+        errors: Module -> ``||W - W'|| / ||W||`` on the slices, for modules whose weights differ on the ranks; infinite
+            if codes are missing or a shard would end within a word.
+        divergence: KL(unsharded || sharded) in nats per token and top-1 agreement of the sharded model; None if all
+            weights are equal bit for bit, or if the ranks do not hold all weights.
     """
 
     cut: Sharding
@@ -85,13 +85,14 @@ class ShardingFindings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetFindings:
-    """One kernel at one degree.
+    """The findings for one kernel at one degree.
 
     Attributes:
-        target: What was declared; its engine may be a family that the kernel is of.
-        kernel: The engine whose rules were read.
-        verdict: What the rules say, and ``reasons`` why.
-        found: What its ranks compute with; None where it refuses the checkpoint or shares no layers.
+        target: The declared target; its engine may be the family of the kernel.
+        kernel: The engine whose rules apply.
+        verdict: The verdict of the rules.
+        reasons: The reasons for the verdict.
+        found: The weights on its ranks; None if it refuses the checkpoint or shards no layers.
     """
 
     target: Target
@@ -110,9 +111,9 @@ class TargetFindings:
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
-        """The row of a table under :data:`COLUMNS`."""
+        """The table row under :data:`COLUMNS`."""
         found = self.found
-        weights = f"{found.compared - len(found.errors)} of {found.compared} as the whole" if found else ""
+        weights = f"{found.compared - len(found.errors)} of {found.compared} equal" if found else ""
         kl = found.divergence if found else None
         return (
             self.kernel,
@@ -124,17 +125,17 @@ class TargetFindings:
 
     @property
     def sentence(self) -> str:
-        """What would happen, for a reader."""
+        """A description of the outcome."""
         if self.refuses:
             return f"{self.kernel} at {self.target.degree} refuses it: {'; '.join(self.reasons)}"
         if not self.answers_wrongly:
             return f"{self.kernel} at {self.target.degree} serves it"
-        words = f"{self.kernel} at {self.target.degree} answers wrongly without an error"
+        sentence = f"{self.kernel} at {self.target.degree} gives wrong answers without an error"
         if not (self.found and self.found.errors):
-            return f"{words}: {'; '.join(self.reasons)}"
+            return f"{sentence}: {'; '.join(self.reasons)}"
         module, error = self.found.worst
-        distance = f"by {error:.0%}" if isfinite(error) else "and cannot be cut"
-        words += f": {len(self.found.errors)} of {self.found.compared} weights differ, {module} {distance}"
+        distance = f"by {error:.0%}" if isfinite(error) else "and cannot be sharded"
+        sentence += f": {len(self.found.errors)} of {self.found.compared} weights differ, {module} {distance}"
         if kl := self.found.divergence:
-            words += f" (KL {kl.mean:.3g} nats a token, {kl.top1_agreement:.0%} same next token)"
-        return words
+            sentence += f" (KL {kl.mean:.3g} nats per token, {kl.top1_agreement:.0%} same next token)"
+        return sentence

@@ -1,4 +1,4 @@
-"""A picture of quantization groups over ranks, before and after padding, as a file."""
+"""A plot of quantization groups over ranks, before and after padding."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 
 
 def draw_ranks(rows: Sequence[tuple[str, Division]], path: Path) -> None:
-    """Draw each captioned division: a box for each group, a line where a rank ends.
+    """Draw each captioned division: a box for each group, a line at the end of each rank.
 
-    Groups that straddle two ranks are orange. The suffix of ``path`` decides between PNG and SVG.
+    Groups that straddle two ranks are orange. The suffix of ``path`` selects PNG or SVG.
     """
     figure = Figure(figsize=(9, 0.9 + 0.72 * len(rows)), layout="constrained")
     figure.patch.set_alpha(0)

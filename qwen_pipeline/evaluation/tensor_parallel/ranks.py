@@ -1,10 +1,9 @@
-"""What each rank of a tensor-parallel engine takes of a packed layer, and the weight that all ranks compute with.
+"""The shard of a packed layer on each rank of a tensor-parallel engine, and the weight that all ranks compute with.
 
-Loaders cut by rows or columns: of L elements and for n ranks, rank r takes ``L // n`` from ``r * (L // n)`` on, of
-codes and scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). What is
-left over belongs to nobody, and a rank applies its scales to its inputs in the order in which it holds them: of I
-inputs in groups of g it has ``I // g`` scales, so that a group which straddles two ranks has them count differently
-from then on.
+Loaders shard by rows or columns: of L elements and for n ranks, rank r takes ``L // n`` from ``r * (L // n)`` on, of
+codes and scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). No rank
+takes the remainder. A rank applies its scales to its inputs in order: for I inputs in groups of g it has ``I // g``
+scales, so that after a group which straddles two ranks, inputs are multiplied by the scales of other groups.
 """
 
 from dataclasses import replace
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def rank_part(packed: PackedLinear, dimension: Dimension, rank: int, ranks: int) -> PackedLinear:
-    """Return what one rank holds: a share of the inputs (``down_proj``, ``o_proj``) or of the outputs (all others).
+    """Return the shard of one rank: of the inputs (``down_proj``, ``o_proj``) or of the outputs (all others).
 
-    With act-order, engines that can share inputs at all (vLLM's Marlin) give each rank all scales and its part of
-    ``g_idx``; so they do where one scale covers all inputs. A rank whose inputs reach past its last scale reads beyond
-    its end; here it reads the last one again, which is the kindest thing that can happen. One that holds less than a
-    group has no scale at all: its weights are zero.
+    With act-order, engines that can shard inputs at all (vLLM's Marlin) give each rank all scales and its part of
+    ``g_idx``, and likewise if one scale covers all inputs. A rank with more inputs than its scales cover reads beyond
+    their end; here it reads the last one again, which is the best case. A rank that holds less than a group has no
+    scale: its weights are zero.
     """
     if dimension == "out":
         qweight, qzeros, scales = (
@@ -37,9 +36,9 @@ def rank_part(packed: PackedLinear, dimension: Dimension, rank: int, ranks: int)
     if packed.format.group_size == -1 or not packed.is_in_order:
         return replace(packed, qweight=qweight, g_idx=packed.g_idx[rank * inputs : (rank + 1) * inputs])
     if not (groups := inputs // size):
-        nothing = packed.scales[:1] * 0
+        zero_scale = packed.scales[:1] * 0
         return replace(
-            packed, qweight=qweight, qzeros=packed.qzeros[:1], scales=nothing, g_idx=packed.g_idx[:inputs] * 0
+            packed, qweight=qweight, qzeros=packed.qzeros[:1], scales=zero_scale, g_idx=packed.g_idx[:inputs] * 0
         )
     qzeros, scales = (part[rank * groups : (rank + 1) * groups] for part in (packed.qzeros, packed.scales))
     return replace(
@@ -47,13 +46,13 @@ def rank_part(packed: PackedLinear, dimension: Dimension, rank: int, ranks: int)
     )
 
 
-def groups_met(packed: PackedLinear, ranks: int) -> "torch.Tensor":
-    """Return the group whose scale each input meets when ``ranks`` ranks share the inputs, int32 [I].
+def effective_g_idx(packed: PackedLinear, ranks: int) -> "torch.Tensor":
+    """Return the group whose scale multiplies each input when ``ranks`` ranks share the inputs, int32 [I].
 
-    The layer with these in the place of its ``g_idx`` is what all ranks compute with together.
+    The layer with these indices as its ``g_idx`` is what all ranks compute together.
 
     Raises:
-        ValueError: Ranks do not hold all inputs, or hold less than a group each: no ``g_idx`` says that.
+        ValueError: The ranks do not hold all inputs, or each holds less than a group, which ``g_idx`` cannot express.
     """
     import torch
 
@@ -62,7 +61,9 @@ def groups_met(packed: PackedLinear, ranks: int) -> "torch.Tensor":
     inputs, size = len(packed.g_idx) // ranks, packed.format.group_size
     groups = inputs // size
     if inputs * ranks != len(packed.g_idx) or not groups:
-        raise ValueError(f"{len(packed.g_idx)} inputs in groups of {size} are not {ranks} shares of a group or more")
+        raise ValueError(
+            f"{len(packed.g_idx)} inputs in groups of {size} cannot be split into {ranks} shares of at least a group"
+        )
     own = in_order(inputs, size).clamp(max=groups - 1)
     return torch.cat([own + rank * groups for rank in range(ranks)])
 
@@ -70,7 +71,7 @@ def groups_met(packed: PackedLinear, ranks: int) -> "torch.Tensor":
 def weight_over_ranks(packed: PackedLinear, dimension: Dimension, ranks: int) -> LazyTensor:
     """Return the weight that ``ranks`` ranks compute with together, float32 [O, I].
 
-    Inputs and outputs that no rank holds are missing from the result.
+    Inputs and outputs that no rank holds are absent from the result.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The proof of a repair: each layer that was widened, as the ranks will hold it, against what it was before."""
+"""The proof of a repair: compare each widened layer, as the ranks hold it, with the original."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,13 +17,21 @@ from qwen_pipeline.transforms.codes.parts import Widening, widened
 
 @dataclass(slots=True)
 class RepairFindings:
-    """What was compared, and a sentence for each layer that is not as it has to be."""
+    """The numbers of compared weights, and a sentence for each faulty layer.
+
+    Attributes:
+        live_weights: Weights of the original layers.
+        new_weights: Weights that the repair added.
+        reordered: Layers whose inputs were not in group order.
+        changed: Layers whose live weights changed.
+        nonzero: Layers whose new weights are not zero.
+    """
 
     live_weights: int = 0
     new_weights: int = 0
     reordered: int = 0
     changed: list[str] = field(default_factory=list[str])
-    audible: list[str] = field(default_factory=list[str])
+    nonzero: list[str] = field(default_factory=list[str])
 
 
 def prove_repair(
@@ -35,9 +43,9 @@ def prove_repair(
     ranks: int,
     observe: Observe = unobserved,
 ) -> RepairFindings:
-    """Compare the weights of each widened layer bit for bit: those before with those that ``ranks`` ranks compute with.
+    """Compare the weights of each widened layer before the repair, bit for bit, with those of ``ranks`` ranks after it.
 
-    In memory at a time: the codes of one layer, before and after, and one block of rows.
+    Memory holds the codes of one layer, before and after, and one block of rows at a time.
     """
     findings = RepairFindings()
     for done, (module, by) in enumerate(widenings.items(), start=1):
@@ -59,18 +67,19 @@ def _compare(module: str, live: LazyTensor, held: LazyTensor, by: Widening, find
         findings.changed.append(f"{module} is {list(held.spec.shape)}, expected {list(expected.spec.shape)}")
         return
     is_live = torch.zeros(by.size.padded, dtype=torch.bool).index_fill_(0, positions, value=True)
-    changed = audible = 0
+    changed = nonzero = 0
     for start, stop in block_ranges(expected.spec):
-        want, found = expected.read(start, stop), held.read(start, stop)
-        differs = want.view(torch.uint8).ne(found.view(torch.uint8)).unflatten(1, (want.shape[1], -1)).any(dim=-1)
+        original, found = expected.read(start, stop), held.read(start, stop)
+        differing_bytes = original.view(torch.uint8).ne(found.view(torch.uint8))
+        differs = differing_bytes.unflatten(1, (original.shape[1], -1)).any(dim=-1)
         of_live = is_live if axis else is_live[start:stop, None]
         changed += int((differs & of_live).sum())
-        audible += int((found.ne(0) & ~of_live).sum())
+        nonzero += int((found.ne(0) & ~of_live).sum())
     live_weights = live.spec.shape[0] * live.spec.shape[1]
     findings.live_weights += live_weights
     findings.new_weights += held.spec.shape[0] * held.spec.shape[1] - live_weights
     findings.changed += [f"{module}: {changed} of {live_weights} weights changed"] if changed else []
-    findings.audible += [f"{module}: {audible} new weights are not zero"] if audible else []
+    findings.nonzero += [f"{module}: {nonzero} new weights are not zero"] if nonzero else []
 
 
 def _weight(packed: PackedLinear) -> LazyTensor:

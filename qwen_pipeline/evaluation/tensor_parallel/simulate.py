@@ -1,10 +1,10 @@
-"""What all ranks of a tensor-parallel engine compute with together, for each way of sharing packed layers.
+"""Simulate the ranks of a tensor-parallel engine: the weights that they compute with, and the resulting divergence.
 
-Each packed layer is cut as the loader cuts it (after whole groups of zeros are appended to MLPs, or experts' groups are
-halved, where the engine does that), every rank's part is turned into weights as the rank would do it, and compared with
-the whole. On slices: groups run along the inputs, so a few outputs of a row-parallel layer show all of them, and the
-outputs at the edges of a rank's share show where a column-parallel layer was cut. In memory at a time: the codes of one
-layer.
+Each packed layer is sharded like the loader does it (after appending whole groups of zeros to MLPs or halving experts'
+groups, if the engine does that). The shard of every rank is dequantized as on the rank, and compared with the unsharded
+weight on slices: groups run along the inputs, so a few outputs of a row-parallel layer cover all of them, and the
+outputs at the edges of each shard show the boundaries in a column-parallel layer. At a time, memory holds the codes of
+one layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.evaluation.tensor_parallel.findings import ShardedModules, Sharding, ShardingFindings
-from qwen_pipeline.evaluation.tensor_parallel.ranks import groups_met, rank_part
+from qwen_pipeline.evaluation.tensor_parallel.ranks import effective_g_idx, rank_part
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.families import Config
@@ -31,74 +31,75 @@ from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear,
 from qwen_pipeline.transforms.codes.parts import Widening
 
 SLICE = 64
-"""Outputs of a row-parallel layer that are compared; of a column-parallel one, half as many at each end of a share."""
+"""Compared outputs of a row-parallel layer; of a column-parallel one, half as many at each end of a shard."""
 MIN_GROUP = 32
-"""vLLM's MoE WNA16 halves groups no further."""
+"""The smallest group to which vLLM's MoE WNA16 halves groups."""
 
 
 def compare_shardings(
     source: Checkpoint,
     candidate: Checkpoint,
     form: GptqFormat,
-    cuts: Sequence[Sharding],
+    shardings: Sequence[Sharding],
     *,
     observe: Observe = unobserved,
 ) -> list[ShardingFindings]:
-    """Compare what ranks compute with, for each way of cutting, with the whole; every layer is read once."""
-    layers = list(_shared_layers(source)) if cuts else []
-    errors: list[dict[str, float]] = [{} for _ in cuts]
+    """Compare the sharded weights with the unsharded ones for each sharding; every layer is read once."""
+    layers = list(_sharded_layers(source)) if shardings else []
+    errors: list[dict[str, float]] = [{} for _ in shardings]
     for done, (linear, matrix) in enumerate(layers, start=1):
         specs = form.code_specs(linear.out_features, linear.in_features)
-        sound = all(candidate.get(f"{linear.module}.{code}") == spec for code, spec in specs.items())
-        packed = form.load(candidate, linear.module) if sound else None
+        is_valid = all(candidate.get(f"{linear.module}.{code}") == spec for code, spec in specs.items())
+        packed = form.load(candidate, linear.module) if is_valid else None
         if packed and not 0 <= packed.g_idx.min() <= packed.g_idx.max() < len(packed.scales):
             packed = None
-        for found, cut in zip(errors, cuts, strict=True):
-            if error := _error(packed, candidate.config, matrix, cut) if packed else inf:
+        for found, sharding in zip(errors, shardings, strict=True):
+            if error := _error(packed, candidate.config, matrix, sharding) if packed else inf:
                 found[linear.module] = error
         observe(Progress(task="simulate ranks", done=done, total=len(layers), unit="modules"))
     return [
-        ShardingFindings(cut=cut, compared=len(layers), errors=found) for cut, found in zip(cuts, errors, strict=True)
+        ShardingFindings(cut=sharding, compared=len(layers), errors=found)
+        for sharding, found in zip(shardings, errors, strict=True)
     ]
 
 
 def over_ranks(candidate: Checkpoint, modules: Sequence[str], ranks: int) -> Checkpoint:
-    """Return the checkpoint that ranks are together: each input of ``modules`` meets the scale that its rank applies.
+    """Return a checkpoint equivalent to all ranks: each input of ``modules`` is multiplied by the scale on its rank.
 
-    Sums over ranks are sums of the same products in another order, so that one model with these weights says what all
-    ranks say.
+    Sums over ranks are sums of the same products in another order, so that one model with these weights predicts what
+    all ranks predict together.
     """
     form = gptq_format(candidate.config)
 
-    def met(name: str) -> LazyTensor:
+    def as_sharded(name: str) -> LazyTensor:
         module = name.removesuffix(".g_idx")
         return replace(
             candidate.tensors[name],
-            read=lambda start, stop: groups_met(form.load(candidate, module), ranks)[start:stop],
+            read=lambda start, stop: effective_g_idx(form.load(candidate, module), ranks)[start:stop],
             stored=None,
         )
 
-    return candidate.replace(tensors={name: met(name) for name in (f"{module}.g_idx" for module in modules)})
+    return candidate.replace(tensors={name: as_sharded(name) for name in (f"{module}.g_idx" for module in modules)})
 
 
 def diverge(
-    candidate: Checkpoint, cuts: Sequence[ShardedModules], windows: Sequence[Tensor], context: ComputeContext
+    candidate: Checkpoint, shardings: Sequence[ShardedModules], windows: Sequence[Tensor], context: ComputeContext
 ) -> list[ModelFigures]:
-    """Return, for each cut, how far the model that its ranks are together is from the whole."""
+    """Return the figures of the sharded model, compared with the unsharded one, for each sharding."""
     return [
         evaluate(
-            {"whole": candidate, "cut": over_ranks(candidate, modules, ranks)},
+            {"unsharded": candidate, "sharded": over_ranks(candidate, modules, ranks)},
             windows,
-            reference="whole",
-            compared=["cut"],
+            reference="unsharded",
+            compared=["sharded"],
             context=context,
-        )["cut"]
-        for ranks, modules in cuts
+        )["sharded"]
+        for ranks, modules in shardings
     ]
 
 
-def _shared_layers(source: Checkpoint) -> Iterator[tuple[Linear, Matrix]]:
-    """Yield each packed layer with the matrix that says how ranks share it."""
+def _sharded_layers(source: Checkpoint) -> Iterator[tuple[Linear, Matrix]]:
+    """Yield each packed layer that is sharded, with its matrix, which determines the dimension."""
     config = source.config
     matrices: dict[int, dict[str, Matrix]] = {}
     for linear in decoder_linears(source):
@@ -109,13 +110,13 @@ def _shared_layers(source: Checkpoint) -> Iterator[tuple[Linear, Matrix]]:
             yield linear, matrix
 
 
-def _error(packed: PackedLinear, config: Config, matrix: Matrix, cut: Sharding) -> float:
-    """Return the relative error of the weight that ranks compute with, over slices; 0 means the same bits."""
+def _error(packed: PackedLinear, config: Config, matrix: Matrix, sharding: Sharding) -> float:
+    """Return the relative error of the sharded weight, over slices; 0 means equal bits."""
     if matrix.split == "rows":
-        pairs = _row_parallel(packed, _loaded(packed, matrix, cut), cut.ranks)
+        pairs = _row_parallel(packed, _loaded(packed, matrix, sharding), sharding.ranks)
     else:
         key_values = matrix.kind in ("self_attn.k_proj", "self_attn.v_proj")
-        shares = min(cut.ranks, head_geometry(config)[1]) if key_values else cut.ranks
+        shares = min(sharding.ranks, head_geometry(config)[1]) if key_values else sharding.ranks
         if packed.qweight.shape[1] % (shares * packed.format.codes_per_word):
             return inf
         pairs = _column_parallel(packed, shares)
@@ -125,7 +126,7 @@ def _error(packed: PackedLinear, config: Config, matrix: Matrix, cut: Sharding) 
 
 
 def _row_parallel(whole: PackedLinear, loaded: PackedLinear, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what ranks hold of the first outputs, and the whole's; inputs that nobody holds count as zero."""
+    """Yield the first outputs of the sharded and the unsharded weight; inputs that no rank holds count as zero."""
     w_SI = whole.weight_rows(0, SLICE)
     parts = [rank_part(loaded, "in", rank, ranks).weight_rows(0, SLICE) for rank in range(ranks)]
     held = torch.zeros_like(w_SI)
@@ -135,7 +136,7 @@ def _row_parallel(whole: PackedLinear, loaded: PackedLinear, ranks: int) -> Iter
 
 
 def _column_parallel(whole: PackedLinear, shares: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what a rank holds of the outputs at each end of its share, and the whole's."""
+    """Yield the outputs at each end of a rank's shard, and those of the unsharded weight."""
     outputs = whole.qweight.shape[1] // shares
     edge = min(SLICE // 2, outputs)
     for share in range(shares):
@@ -144,14 +145,14 @@ def _column_parallel(whole: PackedLinear, shares: int) -> Iterator[tuple[Tensor,
             yield part.weight_rows(start, start + edge), whole.weight_rows(first + start, first + start + edge)
 
 
-def _loaded(packed: PackedLinear, matrix: Matrix, cut: Sharding) -> PackedLinear:
-    """Return a layer as the loader has it before ranks take their shares."""
+def _loaded(packed: PackedLinear, matrix: Matrix, sharding: Sharding) -> PackedLinear:
+    """Return a layer as the loader prepares it for sharding."""
     inputs, size = len(packed.g_idx), packed.format.group_size
-    if cut.pads_mlps and matrix.size and inputs % (cut.ranks * size) and not inputs % size:
-        return _padded(packed, matrix, -inputs % (cut.ranks * size))
-    if cut.halves_groups and "*" in matrix.kind:
+    if sharding.pads_mlps and matrix.size and inputs % (sharding.ranks * size) and not inputs % size:
+        return _padded(packed, matrix, -inputs % (sharding.ranks * size))
+    if sharding.halves_groups and "*" in matrix.kind:
         halved = size
-        while inputs // cut.ranks % halved and halved > MIN_GROUP:
+        while inputs // sharding.ranks % halved and halved > MIN_GROUP:
             halved //= 2
         return _regrouped(packed, halved)
     return packed
@@ -174,7 +175,7 @@ def _widened(packed: PackedLinear, code: str, by: Widening) -> Tensor:
 
 
 def _regrouped(packed: PackedLinear, group_size: int) -> PackedLinear:
-    """Return the same weights in smaller groups, every scale repeated."""
+    """Return the same weights in smaller groups, with every scale repeated."""
     factor = packed.format.group_size // group_size
     return replace(
         packed,

@@ -1,4 +1,4 @@
-"""The largest activation of each layer, against hooks on a plain Transformers model."""
+"""The largest activation of each layer, compared with hooks on a plain Transformers model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +26,14 @@ def peaks(root: Path) -> Sequence[Peak]:
 
 
 def scaled(root: Path, **factors: float) -> Path:
-    """Multiply weights, by the end of their names."""
+    """Multiply the weights whose names have given endings."""
     file = root / "model.safetensors"
     tensors = {name: t * factors.get(name.split(".")[-2], 1) for name, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     return root
 
 
-def test_the_product_inside_an_mlp_is_found_where_it_is(tmp_path: Path) -> None:
+def test_the_product_inside_an_mlp_is_measured_at_its_place(tmp_path: Path) -> None:
     root = scaled(tiny_model("qwen2", tmp_path / "p", dtype=torch.float32), up_proj=3e4)
     model: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
     entered: dict[str, float] = {}
@@ -60,8 +60,8 @@ def test_activations_are_the_same_without_predictions(tmp_path: Path) -> None:
     assert activation_peaks(open_checkpoint(root), WINDOWS, context) == peaks(root)
 
 
-def test_experts_are_watched_too(tmp_path: Path) -> None:
-    """Only experts are loud here; what they are multiplied by may be a copy without a name."""
+def test_experts_are_measured_too(tmp_path: Path) -> None:
+    """Only experts have large activations here; their weights in a product may be unnamed copies."""
     quiet = tiny_model("qwen3_moe", tmp_path / "quiet", dtype=torch.float32)
     loud = scaled(tiny_model("qwen3_moe", tmp_path / "loud", dtype=torch.float32), up_proj=1e5)
     assert max(peak.magnitude for peak in peaks(quiet)) < 1e3

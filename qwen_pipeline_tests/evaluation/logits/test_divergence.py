@@ -1,4 +1,4 @@
-"""Surprise and divergence against the definition, computed the slow way."""
+"""Negative log-likelihood and divergence, compared with a direct computation of the definition."""
 
 import torch
 from hypothesis import given, settings
@@ -9,10 +9,10 @@ from qwen_pipeline.evaluation.logits.divergence import Predictions
 
 
 def seen(targets: torch.Tensor, part: int, **logits: torch.Tensor) -> Predictions:
-    """Show logits a part of the vocabulary at a time."""
+    """Add logits in blocks of the vocabulary."""
     found = Predictions(targets, roles=logits, reference="p", compared=[role for role in logits if role != "p"])
     for first in range(0, logits["p"].shape[1], part):
-        found.see(first, {role: values[:, first : first + part] for role, values in logits.items()})
+        found.update(first, {role: values[:, first : first + part] for role, values in logits.items()})
     return found
 
 

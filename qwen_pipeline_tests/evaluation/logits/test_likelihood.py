@@ -1,4 +1,4 @@
-"""Likelihoods of continuations against a plain Transformers computation."""
+"""Likelihoods of continuations, compared with a plain Transformers computation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 
 
 def asked_of(lengths: Sequence[tuple[int, int]]) -> list[Continuation]:
-    """Random continuations: tokens, and how many of them are scored."""
+    """Return random continuations: tokens, and the number of scored ones."""
     generator = torch.Generator().manual_seed(5)
     return [
         Continuation(tokens=tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()), scored=scored)
@@ -35,7 +35,7 @@ def plain(root: Path, asked: Sequence[Continuation]) -> tuple[list[float], list[
     model = load_tiny(root)
     logs, greedy = list[float](), list[bool]()
     for each in asked:
-        logits_TV = model(torch.tensor([each.entering])).logits[0, -each.scored :].double()
+        logits_TV = model(torch.tensor([each.inputs])).logits[0, -each.scored :].double()
         targets_T = torch.tensor(each.tokens[-each.scored :])
         logs.append(logits_TV.log_softmax(-1).gather(1, targets_T[:, None]).sum().item())
         greedy.append(bool((logits_TV.argmax(-1) == targets_T).all()))
@@ -43,15 +43,15 @@ def plain(root: Path, asked: Sequence[Continuation]) -> tuple[list[float], list[
 
 
 def with_likeliest(root: Path, asked: Sequence[Continuation]) -> list[Continuation]:
-    """Add, for each, one whose last token is what the model finds likeliest: both enter the model alike."""
+    """Add for each a continuation whose last token is the likeliest one: both have the same input."""
     model = load_tiny(root)
-    best = [int(model(torch.tensor([each.entering])).logits[0, -1].argmax()) for each in asked]
-    likely = [Continuation(tokens=(*each.entering, token), scored=1) for each, token in zip(asked, best, strict=True)]
+    best = [int(model(torch.tensor([each.inputs])).logits[0, -1].argmax()) for each in asked]
+    likely = [Continuation(tokens=(*each.inputs, token), scored=1) for each, token in zip(asked, best, strict=True)]
     return [*asked, *likely]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "qwen3_next"])
-def test_likelihoods_are_those_of_plain_transformers(family: str, tmp_path: Path) -> None:
+def test_likelihoods_equal_those_of_plain_transformers(family: str, tmp_path: Path) -> None:
     root = tiny_model(family, tmp_path / "model")
     asked = with_likeliest(root, ASKED)
     logs, greedy = plain(root, asked)
@@ -62,10 +62,10 @@ def test_likelihoods_are_those_of_plain_transformers(family: str, tmp_path: Path
     assert False in greedy
 
 
-def test_they_do_not_depend_on_what_is_on_its_way_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_likelihoods_do_not_depend_on_batches_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_checkpoint(tiny_qwen2(tmp_path / "model"))
     together = log_likelihoods(model, ASKED, CPU)
-    monkeypatch.setattr(likelihood, "PASSAGE_TOKENS", 12)
+    monkeypatch.setattr(likelihood, "PASS_TOKENS", 12)
     monkeypatch.setattr(likelihood, "LIKELIHOOD_BATCH_TOKENS", {"cpu": 1})
     told: list[Progress] = []
     apart = log_likelihoods(model, ASKED, CPU, observe=told.append)
@@ -75,11 +75,11 @@ def test_they_do_not_depend_on_what_is_on_its_way_together(tmp_path: Path, monke
     assert told[-1].total == 5 * 2, "five passages through two layers"
 
 
-def test_nothing_asked_is_nothing_found(tmp_path: Path) -> None:
+def test_no_continuations_give_no_likelihoods(tmp_path: Path) -> None:
     assert log_likelihoods(open_checkpoint(tiny_qwen2(tmp_path / "model")), [], CPU) == []
 
 
-def test_codes_are_scored_as_the_weights_that_they_stand_for(chain: Chain) -> None:
+def test_codes_are_scored_like_their_dequantized_weights(chain: Chain) -> None:
     found, full = (log_likelihoods(open_checkpoint(root), ASKED, CPU) for root in (chain.quantized, chain.padded))
     gaps = [abs(a.log - b.log) / each.scored for a, b, each in zip(found, full, ASKED, strict=True)]
     assert 0 < max(gaps) < 2

@@ -1,4 +1,4 @@
-"""The streamed figures against a plain Transformers computation."""
+"""The streamed figures, compared with a plain Transformers computation."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 WINDOWS = list(torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0)))
 
 
-def test_figures_are_those_of_plain_transformers(tmp_path: Path) -> None:
+def test_figures_equal_those_of_plain_transformers(tmp_path: Path) -> None:
     roots = {"p": tiny_qwen2(tmp_path / "p", tie=True), "q": tiny_qwen3(tmp_path / "q", seed=3)}
     models = {role: open_checkpoint(root) for role, root in roots.items()}
     found = evaluate(models, WINDOWS, reference="p", compared=["q"], context=CPU)
@@ -55,7 +55,7 @@ def test_figures_are_those_of_plain_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in LANGUAGE_FAMILIES if family not in ("qwen2", "qwen3")])
-def test_perplexity_and_kl_of_every_family_are_those_of_plain_transformers(family: str, tmp_path: Path) -> None:
+def test_perplexity_and_kl_of_every_family_equal_those_of_plain_transformers(family: str, tmp_path: Path) -> None:
     roots = {"p": tiny_model(family, tmp_path / "p"), "q": tiny_model(family, tmp_path / "q", seed=3)}
     models = {role: open_checkpoint(root) for role, root in roots.items()}
     found = evaluate(models, WINDOWS, reference="p", compared=["q"], context=CPU)
@@ -74,7 +74,7 @@ def test_perplexity_and_kl_of_every_family_are_those_of_plain_transformers(famil
     )
 
 
-def test_a_model_is_not_far_from_itself(tmp_path: Path) -> None:
+def test_a_model_has_no_distance_from_itself(tmp_path: Path) -> None:
     model = open_checkpoint(tiny_qwen2(tmp_path / "p"))
     found = evaluate({"p": model, "q": model}, WINDOWS, reference="p", compared=["q"], context=CPU)["q"]
     assert found.divergence

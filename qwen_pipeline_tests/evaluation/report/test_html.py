@@ -1,4 +1,4 @@
-"""The report shows what was served and scored, as a page and as Markdown, and draws what was measured."""
+"""The report as HTML and Markdown, and its plots."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,10 @@ from qwen_pipeline.evaluation.figures import Stretch
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED_QUANTIZED, origin_of
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report.html import render_page
-from qwen_pipeline.evaluation.report.markdown import own_limits, quality_rows, render_report
+from qwen_pipeline.evaluation.report.markdown import changed_limits, quality_rows, render_report
 from qwen_pipeline.evaluation.report.plots import draw_distance, draw_perplexity
 from qwen_pipeline.evaluation.serving.findings import FirstDivergence
-from qwen_pipeline_tests.evaluation.serving.test_findings import GOOD as SERVED
-from qwen_pipeline_tests.evaluation.tasks.test_plan import HELD
-from qwen_pipeline_tests.evaluation.test_checks import CLOSE, GOOD
+from qwen_pipeline_tests.evaluation.example_findings import CLOSE, GOOD, HELD, SERVED
 
 STRETCHES = tuple(Stretch(first=8 * n, mean=0.1 + 0.01 * n, median=0.05, p95=0.3) for n in range(8))
 QUANTIZED_MODEL = replace(GOOD.models[QUANTIZED], divergence=replace(CLOSE, stretches=STRETCHES), drift=(0.01, 0.02))
@@ -26,11 +24,11 @@ def test_what_was_served_and_scored_is_shown(tmp_path: Path) -> None:
     draw_distance(found, tmp_path / "distance.png")
     page = render_page(found, reports, plots={"distance": tmp_path / "distance.png"}, lineage=[], method="So.")
     markdown = render_report(found, reports, method="So.")
-    for words in ("Served for real", "1 of 1", "Benchmark tasks", "arc/acc", "0.49"):
+    for words in ("Serving", "1 of 1", "Benchmark tasks", "arc/acc", "0.49"):
         assert words in page
         assert words in markdown
     without = render_page(replace(found, served=(), tasks=()), reports, plots={}, lineage=[], method="So.")
-    assert "Served for real" not in without
+    assert "<h2>Serving" not in without
     assert "Benchmark tasks" not in without
 
 
@@ -45,7 +43,7 @@ def test_skipped_checks_are_shown_as_skipped_with_the_reason() -> None:
     assert "Passed: 11 of 11 checks that ran; skipped: serves, benchmark_tasks" in page
 
 
-def test_a_served_answer_that_parts_is_shown_beside_transformers_own() -> None:
+def test_a_divergent_served_answer_is_shown_beside_that_of_transformers() -> None:
     parted = replace(SERVED, role="quantized", texts=("Maybe",), partings=(FirstDivergence(position=1, gap=2.5),))
     found = replace(FOUND, nbytes=dict.fromkeys(FOUND.models, 1), served=[parted])
     reports = judge(found, Limits())
@@ -54,7 +52,7 @@ def test_a_served_answer_that_parts_is_shown_beside_transformers_own() -> None:
     assert "| ? | quantized on 3 ranks | 2 | 2.5 | Yes! | Maybe |" in render_report(found, reports, method="So.")
 
 
-def test_every_change_is_from_what_a_model_came_from(tmp_path: Path) -> None:
+def test_every_change_is_relative_to_the_source_model(tmp_path: Path) -> None:
     unpadded = replace(QUANTIZED_MODEL, perplexity=12.0, divergence=replace(CLOSE, mean=0.08))
     found = replace(FOUND, models={**FOUND.models, UNPADDED_QUANTIZED: unpadded})
     assert found.padding_cost == 0.1 / 0.08
@@ -72,12 +70,12 @@ def test_every_change_is_from_what_a_model_came_from(tmp_path: Path) -> None:
     assert (tmp_path / "with.png").stat().st_size > (tmp_path / "without.png").stat().st_size
 
 
-def test_a_plot_of_nothing_is_still_a_plot(tmp_path: Path) -> None:
+def test_plots_without_data_are_written(tmp_path: Path) -> None:
     draw_distance(GOOD, tmp_path / "empty.png")
     draw_distance(FOUND, tmp_path / "full.png")
     assert (tmp_path / "full.png").stat().st_size > (tmp_path / "empty.png").stat().st_size > 1000
 
 
-def test_limits_that_are_not_the_usual_ones_are_told() -> None:
-    assert own_limits(Limits()) == ""
-    assert own_limits(Limits(max_mean_kl=0.4)) == " Limits set for it: max_mean_kl 0.4 (usually 0.3)."
+def test_limits_other_than_the_defaults_are_named() -> None:
+    assert changed_limits(Limits()) == ""
+    assert changed_limits(Limits(max_mean_kl=0.4)) == " Limits other than the defaults: max_mean_kl 0.4 (default 0.3)."

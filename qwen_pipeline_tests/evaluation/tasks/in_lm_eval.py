@@ -1,4 +1,4 @@
-"""What tests have a worker do in lm-eval's environment."""
+"""Worker functions of tests in lm-eval's environment."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ PAIRS = [
 
 
 def ask_both(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
-    """Ask ``spec["streamed"]`` of our class and ``spec["plain"]``, the same model, of lm-eval's own."""
+    """Evaluate ``spec["streamed"]`` with our class and ``spec["plain"]``, the same model, with lm-eval's own."""
     root = Path(spec["plain"])
     plain = HFLM(pretrained=load_tiny(root), tokenizer=load_tokenizer(root), batch_size=1)
     streamed = StreamedLM(Path(spec["streamed"]), ComputeContext(device=torch.device("cpu"), dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""Scores of benchmark tasks: what is lost, what is demanded, and lm-eval itself on a task of one's own."""
+"""Scores of benchmark tasks: drops, minima, and lm-eval itself on a user-defined task."""
 
 import json
 from dataclasses import replace
@@ -11,34 +11,37 @@ from qwen_pipeline.evaluation.measurement import MEASURING_ENVIRONMENT
 from qwen_pipeline.evaluation.tasks.plan import RUN_TASKS, Score, TaskPlan, load_results, scores, tasks_report
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests.evaluation.example_findings import HELD
 from qwen_pipeline_tests.rounding import round_to_codes, save_dequantized
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 
 PLAN = TaskPlan(python=Path("python"), versions={}, tasks=["arc"], max_drop=0.02)
-HELD = Score(name="arc/acc", more_is_better=True, merged=0.5, quantized=0.49)
 PERPLEXITY = Score(name="wiki/ppl", more_is_better=False, merged=10.0, quantized=10.5)
 
 
-def test_a_loss_within_the_bound_passes_and_is_told() -> None:
+def test_a_drop_within_the_limit_passes_and_is_reported() -> None:
     report = tasks_report(PLAN, [HELD])
     assert report.passed
     assert report.detail == "arc/acc 0.5 merged, 0.49 quantized."
     assert report.measured == pytest.approx(0.01)
 
 
-def test_a_larger_loss_blocks_or_warns_whichever_way_is_up() -> None:
-    assert tasks_report(PLAN, [HELD, PERPLEXITY]).detail == "wiki/ppl 10 merged, 10.5 quantized, a loss of 0.5."
+def test_a_larger_drop_blocks_or_warns_for_either_direction() -> None:
+    assert tasks_report(PLAN, [HELD, PERPLEXITY]).detail == "wiki/ppl 10 merged, 10.5 quantized, a drop of 0.5."
     assert tasks_report(PLAN, [PERPLEXITY]).blocks
     warning = tasks_report(replace(PLAN, blocking=False), [PERPLEXITY])
     assert (warning.passed, warning.blocks) == (False, False)
 
 
-def test_a_minimum_is_demanded_and_a_misspelt_one_is_named() -> None:
+def test_a_minimum_is_required_and_a_misspelt_one_is_named() -> None:
     assert tasks_report(replace(PLAN, minimum={"arc/acc": 0.49}), [HELD]).passed
-    assert tasks_report(replace(PLAN, minimum={"arc/acc": 0.6}), [HELD]).detail == "arc/acc is 0.49, wanted 0.6."
+    assert (
+        tasks_report(replace(PLAN, minimum={"arc/acc": 0.6}), [HELD]).detail
+        == "arc/acc is 0.49, expected at least 0.6."
+    )
     unknown = tasks_report(replace(PLAN, minimum={"arc/accc": 0.6}), [HELD])
     assert unknown.blocks
-    assert unknown.detail == "There is a minimum for arc/accc, but the scores are arc/acc."
+    assert unknown.detail == "A minimum is set for arc/accc, but the scores are arc/acc."
 
 
 def test_tasks_that_are_not_configured_are_skipped_and_tasks_without_scores_fail() -> None:
@@ -50,7 +53,7 @@ def test_tasks_that_are_not_configured_are_skipped_and_tasks_without_scores_fail
 
 
 @pytest.mark.serve
-def test_lm_eval_scores_a_task_of_ones_own(tmp_path: Path) -> None:
+def test_lm_eval_scores_a_user_defined_task(tmp_path: Path) -> None:
     root = tiny_qwen2(tmp_path / "model")
     examples = [{"question": f"Call me number {n}, some", "answer": n % 2} for n in range(6)]
     (tmp_path / "parity.jsonl").write_text("\n".join(map(json.dumps, examples)))
@@ -82,14 +85,14 @@ def test_lm_eval_scores_a_task_of_ones_own(tmp_path: Path) -> None:
 
     said = {"output_type": "generate_until", "generation_kwargs": {"do_sample": True, "temperature": 0.7}}
     (tmp_path / "parity.yaml").write_text(json.dumps(task | said))
-    with pytest.raises(InputRefused, match="a task asks for answers with do_sample, and answers here are greedy"):
+    with pytest.raises(InputRefused, match="answers with do_sample, but only greedy answers are supported"):
         run_worker(python, RUN_TASKS, spec, log=tmp_path / "log", env=MEASURING_ENVIRONMENT)
 
 
 @pytest.mark.serve
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "qwen3_next"])
-def test_a_streamed_model_answers_lm_eval_as_its_own_does(family: str, tmp_path: Path) -> None:
-    """Weights that codes stand for are asked of lm-eval's own class: it cannot load experts that are packed."""
+def test_a_streamed_model_answers_like_that_of_lm_eval(family: str, tmp_path: Path) -> None:
+    """Compare with lm-eval's own class on dequantized weights, since it cannot load packed experts."""
     source = tiny_model(family, tmp_path / "source")
     codes = round_to_codes(source, tmp_path / "codes", group_size=32)
     plain = save_dequantized(source, codes, tmp_path / "plain")

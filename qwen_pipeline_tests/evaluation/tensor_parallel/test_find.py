@@ -1,4 +1,4 @@
-"""What engines make of a checkpoint, rank by rank: the cases that were seen to answer wrongly, and those that work."""
+"""Findings for engines, rank by rank: cases with observed wrong answers, and cases that work."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.tensor_parallel.find import find_targets, shardings_with_effect
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target, TargetFindings
-from qwen_pipeline.evaluation.tensor_parallel.ranks import groups_met, rank_part, weight_over_ranks
+from qwen_pipeline.evaluation.tensor_parallel.ranks import effective_g_idx, rank_part, weight_over_ranks
 from qwen_pipeline.evaluation.tensor_parallel.simulate import diverge
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.qwen.linears import decoder_linears
@@ -24,7 +24,7 @@ CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
 }  # fmt: skip
-"""Attention that 8 ranks share in whole groups of 128; 4 key-value heads are replicated there."""
+"""Attention that 8 ranks share in whole groups of 128, with 4 replicated key-value heads."""
 
 
 def quantized(root: Path, group_size: int = 128, family: str = "qwen2", **text: Any) -> tuple[Checkpoint, Checkpoint]:
@@ -53,18 +53,18 @@ def test_nine_groups_are_wrong_on_two_ranks(nine_groups: tuple[Checkpoint, Check
     assert found.found.errors.keys() == {"model.layers.0.mlp.down_proj"}
     assert found.found.compared == 7
     assert 0.1 < found.found.worst[1] < 1
-    assert "answers wrongly without an error: 1 of 7 weights differ" in found.sentence
+    assert "gives wrong answers without an error: 1 of 7 weights differ" in found.sentence
 
 
 @pytest.mark.parametrize("engine", ["vllm-marlin", "vllm-compressed-tensors", "sglang-gptq"])
-def test_nine_groups_are_refused_by_engines_that_look(nine_groups: tuple[Checkpoint, Checkpoint], engine: str) -> None:
+def test_nine_groups_are_refused_by_engines_that_check(nine_groups: tuple[Checkpoint, Checkpoint], engine: str) -> None:
     found = findings(nine_groups, engine, 2)
     assert found.refuses
     assert found.found is None
     assert "576 inputs per rank are 4.5 groups of 128" in found.sentence
 
 
-def test_nine_groups_are_right_where_they_are_padded_at_load_or_not_shared(
+def test_nine_groups_are_correct_if_padded_at_load_or_not_sharded(
     nine_groups: tuple[Checkpoint, Checkpoint],
 ) -> None:
     padded, alone = findings(nine_groups, "lmdeploy-turbomind", 2), findings(nine_groups, "vllm-cpu", 1)
@@ -101,7 +101,7 @@ def test_the_width_of_72b_is_wrong_on_two_and_eight_ranks_until_it_is_padded(tmp
             assert not found.refuses, found.sentence
 
 
-def test_experts_groups_are_halved_by_the_engine_that_does_that(tmp_path: Path) -> None:
+def test_the_groups_of_experts_are_halved_by_the_engine_that_does_that(tmp_path: Path) -> None:
     models = quantized(tmp_path, family="qwen3_moe", moe_intermediate_size=384)
     assert findings(models, "vllm-cpu", 2).answers_wrongly
     halved = findings(models, "vllm-moe-wna16", 2)
@@ -110,7 +110,7 @@ def test_experts_groups_are_halved_by_the_engine_that_does_that(tmp_path: Path) 
     assert halved.found.compared == 4 + 3 * 4
 
 
-def test_a_rank_without_a_scale_is_wrong_and_not_run(tmp_path: Path) -> None:
+def test_a_rank_without_a_scale_is_wrong_and_not_measured(tmp_path: Path) -> None:
     models = quantized(tmp_path, intermediate_size=128, head_dim=16)
     found = findings(models, ANY_ENGINE, 2)
     assert found.found
@@ -118,8 +118,8 @@ def test_a_rank_without_a_scale_is_wrong_and_not_run(tmp_path: Path) -> None:
     assert shardings_with_effect(models[1], [found]) == {}
 
 
-def test_a_slice_tells_what_the_whole_weight_tells(nine_groups: tuple[Checkpoint, Checkpoint]) -> None:
-    """The layers are compared again, in full, by the weight that all ranks compute with."""
+def test_slices_give_the_same_verdict_as_whole_weights(nine_groups: tuple[Checkpoint, Checkpoint]) -> None:
+    """Compare the layers again in full, by the weight that all ranks compute with."""
     source, candidate = nine_groups
     for degree in (2, 4, 8):
         found = findings(nine_groups, ANY_ENGINE, degree).found
@@ -134,19 +134,23 @@ def test_a_slice_tells_what_the_whole_weight_tells(nine_groups: tuple[Checkpoint
 
 
 @pytest.mark.parametrize(("inputs", "ranks"), [(9 * 16, 2), (9 * 16, 3), (8 * 16, 4), (17 * 8, 1)])
-def test_one_layer_with_the_groups_that_inputs_meet_is_what_ranks_hold(inputs: int, ranks: int) -> None:
+def test_a_layer_with_the_effective_g_idx_equals_the_weights_on_ranks(inputs: int, ranks: int) -> None:
     form = gptq_format({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 16}})
     packed = PackedLinear(
         format=form, **rounded(torch.randn(24, inputs, generator=torch.Generator().manual_seed(3)), 16)
     )
-    met = PackedLinear(
-        format=form, qweight=packed.qweight, qzeros=packed.qzeros, scales=packed.scales, g_idx=groups_met(packed, ranks)
+    sharded = PackedLinear(
+        format=form,
+        qweight=packed.qweight,
+        qzeros=packed.qzeros,
+        scales=packed.scales,
+        g_idx=effective_g_idx(packed, ranks),
     )
-    assert torch.equal(met.weight_rows(0, 24), weight_over_ranks(packed, "in", ranks).read(0, 24))
+    assert torch.equal(sharded.weight_rows(0, 24), weight_over_ranks(packed, "in", ranks).read(0, 24))
 
 
 class RankSum(nn.Module):
-    """A row-parallel layer as ranks compute it: each its own inputs by its own codes, then the sum of all."""
+    """A row-parallel layer as ranks compute it: the sum over ranks of their inputs times their codes."""
 
     def __init__(self, packed: PackedLinear, ranks: int) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class RankSum(nn.Module):
         return torch.stack([r @ w.T for r, w in zip(x.chunk(len(self.parts), -1), self.parts, strict=True)]).sum(0)
 
 
-def test_divergence_is_that_of_a_forward_rank_by_rank(
+def test_divergence_equals_that_of_a_forward_pass_rank_by_rank(
     nine_groups: tuple[Checkpoint, Checkpoint], tmp_path: Path
 ) -> None:
     source, candidate = nine_groups

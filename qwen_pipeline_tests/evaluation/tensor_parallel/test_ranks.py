@@ -1,4 +1,4 @@
-"""What ranks hold, against slices of integer codes that are taken one rank and one weight at a time."""
+"""The shards of ranks, compared with integer codes sliced one rank and one weight at a time."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
 
 def weight_by_loops(layer: Codes, group_size: int, ranks: int) -> torch.Tensor:
-    """The weight that ranks make of a layer whose inputs they share, float64 [O, I of all ranks]."""
+    """Return the weight of a layer whose inputs ranks share, float64 [O, I of all ranks]."""
     inputs, groups = len(layer.codes) // ranks // 8 * 8, len(layer.scales) // ranks
     columns: list[list[float]] = []
     for rank in range(ranks):
@@ -44,7 +44,7 @@ def test_a_rank_scales_its_inputs_by_the_groups_it_took(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ranks_answer_rightly_after_repair_and_wrongly_before(tmp_path: Path, method: Method) -> None:
+def test_ranks_are_correct_after_repair_and_wrong_before(tmp_path: Path, method: Method) -> None:
     packing = Packing(method=method, group_size=16, sym=False)
     layers = write_checkpoint_of_codes(tmp_path / "model", packing, width=48)
     before, form = open_checkpoint(tmp_path / "model"), code_format(packing.settings)
@@ -58,7 +58,7 @@ def test_ranks_answer_rightly_after_repair_and_wrongly_before(tmp_path: Path, me
     assert not right[:, 48:].any()
 
 
-def test_outputs_are_shared_as_they_are(tmp_path: Path) -> None:
+def test_outputs_are_sharded_without_change(tmp_path: Path) -> None:
     packing = Packing(method="gptq", group_size=16)
     layers = write_checkpoint_of_codes(tmp_path / "model", packing, width=64)
     held = weight_over_ranks(code_format(packing.settings).load(open_checkpoint(tmp_path / "model"), UP), "out", 4)
@@ -67,7 +67,7 @@ def test_outputs_are_shared_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_act_order_is_right_where_every_rank_has_every_scale(tmp_path: Path, ranks: int) -> None:
+def test_act_order_is_correct_if_every_rank_has_every_scale(tmp_path: Path, ranks: int) -> None:
     packing = Packing(method="gptq", group_size=16, sym=False, desc_act=True)
     layers = write_checkpoint_of_codes(tmp_path / "model", packing, width=64)
     held = weight_over_ranks(code_format(packing.settings).load(open_checkpoint(tmp_path / "model"), DOWN), "in", ranks)
