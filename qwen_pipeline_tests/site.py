@@ -1,4 +1,4 @@
-"""A place where the whole pipeline works on a tiny model: base, fine-tune, texts and settings."""
+"""A working directory for the whole pipeline on a tiny model: base model, fine-tune, texts and settings."""
 
 import json
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ seq_len = 64
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A directory with ``qwen_pipeline.toml`` and all that it names."""
+    """A directory with ``qwen_pipeline.toml`` and the files that it names."""
 
     root: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to work here, and nowhere else."""
+        """The environment variables of a process that uses this site."""
         return {FILE_VARIABLE: str(self.root / "qwen_pipeline.toml"), "XDG_CACHE_HOME": str(self.root / "cache")}
 
     @property
@@ -59,7 +59,7 @@ class Site:
             file.write(more)
 
     def drop(self, name: str = FINE_TUNE, *, seed: int = 1) -> Path:
-        """Put a real LoRA of the base into the inbox."""
+        """Write a LoRA of the base model to the inbox."""
         return tiny_adapter(self.root / "base", self.inbox.root / name, seed=seed)
 
 
@@ -79,7 +79,7 @@ def make_site(root: Path) -> Site:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """A fresh site, with this process's environment pointing at it."""
+    """Return a new site that the environment of this process refers to."""
     place = make_site(tmp_path / "site")
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     for name, value in place.environment.items():
