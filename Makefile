@@ -1,5 +1,5 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both set up what they need first.
-.PHONY: demo test test-slow test-serve check bench ui clean
+# Start with `make demo` and `make test`. Every target installs what it needs first.
+.PHONY: demo test test-fast test-slow test-serve check bench ui clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,11 @@ demo: $(ENGINE)
 
 test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# The tests that need no quantizer's environment and take no more than seconds: under 90 seconds on two cores.
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+		-m 'not (slow or gpu or serve or engine or lengthy)'
 
 test-slow: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
@@ -41,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The quantizer's pins collide with Dagster's, so it has an environment of its own that borrows torch from this one.
+# GPTQModel's pins conflict with Dagster's, so it has its own environment, which shares torch with this one.
 $(ENGINE): $(INSTALLED) qwen_pipeline/workers/requirements/gptqmodel.txt
 	$(BIN)/qwen-pipeline engine install gptqmodel
 	@touch $@

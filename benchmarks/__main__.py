@@ -8,9 +8,9 @@ from benchmarks import memory, speed
 from benchmarks.report import RESULTS
 
 QUICK = ("--skip", "mergekit")
-"""It would install another torch first."""
+"""Mergekit would first install another torch."""
 SMALL = ("--widths", "0.5b", "--layers", "24", "--rounds", "5", "--peer-rounds", "3", *QUICK)
-"""What two cores measure in minutes."""
+"""A measurement that takes minutes on two cores."""
 
 
 def main() -> None:

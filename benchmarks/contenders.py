@@ -1,6 +1,6 @@
-"""Ours and others' ways to merge and to pad, each run in a process of its own and measured from outside of it.
+"""Ways to merge and to pad, this package's and others', each run in its own process and measured from outside.
 
-Nothing here imports torch: a child's peak memory counts from its parent's on.
+This module does not import torch: a child's peak memory starts from its parent's.
 """
 
 import importlib.metadata
@@ -21,10 +21,10 @@ from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT
 
 MERGEKIT = "mergekit==0.1.5"
 COPY, START, PEFT, WHOLE_MODEL_PAD, WITH_MERGEKIT = "cp -r", "start", "PEFT merge", "whole-model pad", "mergekit"
-"""What all are held against; a process that imports what ours import and ends; and others'."""
+"""The baseline; a process that only imports this package's libraries; and other tools."""
 MERGE, PAD = "merge", f"pad, {DEFAULT_LAYOUT}"
 ONE_PASS, ZEROS = f"merge+pad, one pass, {DEFAULT_LAYOUT}", "merge+pad, one pass, zeros"
-"""Ours. What pads is named with its layout: the default one, or zeros woven in."""
+"""This package's commands. Those that pad are named with their layout: the default one, or interleaved zeros."""
 SAMPLE_SECONDS = 0.01
 
 _MERGE = "merge --base base --adapter adapter --out out"
@@ -32,7 +32,7 @@ _ONE_PASS = (
     "merge-pad --base base --adapter adapter --recipe out/merged --out out/padded --tp {degree} --layout {layout}"
 )
 _PAD = "pad --in base --out out --tp {degree} --layout {layout}"
-_START = "import os, torch, qwen_pipeline.cli; from qwen_pipeline.stages.merge_pad import merge_and_pad; os._exit(0)"
+_START = "import os, torch, qwen_pipeline.cli; from qwen_pipeline.stages.merge_pad import merge_pad; os._exit(0)"
 _PEFT_START = "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
 _PEFT = (
     _PEFT_START + "model = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16);"
@@ -48,8 +48,8 @@ unit = 128 * {degree}
 zeros = -live % unit
 def widen(weight, axis):
     weight = weight.transpose(0, axis)
-    woven = torch.stack([weight[:zeros], torch.zeros_like(weight[:zeros])], 1).flatten(0, 1)
-    return torch.cat([woven, weight[zeros:]]).transpose(0, axis).contiguous()
+    interleaved = torch.stack([weight[:zeros], torch.zeros_like(weight[:zeros])], 1).flatten(0, 1)
+    return torch.cat([interleaved, weight[zeros:]]).transpose(0, axis).contiguous()
 state = {{
     name: widen(w, 1) if 'down_proj' in name else widen(w, 0) if 'gate_proj' in name or 'up_proj' in name else w
     for name, w in model.state_dict().items()
@@ -58,7 +58,7 @@ import os; os.mkdir('out')
 torch.save(state, 'out/pytorch_model.bin')
 """
 )
-"""What Qwen's documentation advises: load the model, weave zeros into the MLP, save the state dict."""
+"""The procedure of Qwen's documentation: load the model, interleave zeros in the MLP, save the state dict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +66,8 @@ class Contender:
     """One way to do one thing.
 
     Attributes:
-        start: Imports the same libraries and ends; None for what is no Python.
-        is_peer: Whether it is somebody else's.
+        start: Imports the same libraries and ends; None for a command that is not Python.
+        is_peer: Whether it is another project's.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run: seconds of the process and with the sync after it, CPU seconds, peak bytes, bytes left on disk."""
+    """One run: seconds without and with the final sync, CPU seconds, peak bytes, bytes left on disk."""
 
     name: str
     seconds: float
@@ -88,8 +88,8 @@ class Run:
     written_bytes: int
 
 
-def ours(degree: int) -> list[Contender]:
-    """Return our ways, as people run them, where ``base`` and ``adapter`` are; they write ``out``."""
+def own_commands(degree: int) -> list[Contender]:
+    """Return this package's commands; they read ``base`` and ``adapter`` and write ``out``."""
     commands = {
         MERGE: _MERGE,
         ONE_PASS: _ONE_PASS.format(degree=degree, layout=DEFAULT_LAYOUT),
@@ -102,7 +102,7 @@ def ours(degree: int) -> list[Contender]:
     ]
 
 
-def yardsticks() -> list[Contender]:
+def baselines() -> list[Contender]:
     return [
         Contender(name=COPY, command=("cp", "-r", "base", "out")),
         Contender(name=START, command=_python(_START)),
@@ -110,7 +110,7 @@ def yardsticks() -> list[Contender]:
 
 
 def peers(degree: int, scratch: Path, *, skip: Collection[str]) -> tuple[list[Contender], dict[str, str]]:
-    """Return others' ways, and those that are left out: name -> why."""
+    """Return other tools, and those that are left out: name -> reason."""
     optional: dict[str, Callable[[], Contender]] = {
         PEFT: lambda: _needing("peft", PEFT, _PEFT, _PEFT_START),
         WHOLE_MODEL_PAD: lambda: _needing(
@@ -119,20 +119,20 @@ def peers(degree: int, scratch: Path, *, skip: Collection[str]) -> tuple[list[Co
         WITH_MERGEKIT: lambda: _with_mergekit(scratch),
     }
     found: list[Contender] = []
-    skipped = {name: "as asked" for name in optional if name in skip}
+    skipped = {name: "as requested" for name in optional if name in skip}
     for name, find in optional.items():
         if name in skipped:
             continue
         try:
             found.append(find())
         except (ImportError, OSError, subprocess.SubprocessError) as error:
-            skipped[name] = f"not to be had here ({error})"
+            skipped[name] = f"not available ({error})"
             print(f"SKIPPED {name}: {skipped[name]}", file=sys.stderr, flush=True)
     return found, skipped
 
 
 def make_models(scratch: Path, *, widths: str, layers: int, rank: int) -> Path:
-    """Write ``base`` and ``adapter`` in a process of its own; return the base."""
+    """Write ``base`` and ``adapter`` in a separate process; return the base."""
     code = (
         "import sys; from pathlib import Path; from benchmarks.models import *; root = Path(sys.argv[1]);"
         "widths, layers, rank = widths_of(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]);"
@@ -145,7 +145,7 @@ def make_models(scratch: Path, *, widths: str, layers: int, rank: int) -> Path:
 
 
 def run(contender: Contender, scratch: Path) -> Run:
-    """Run one contender to the last byte on disk, in a process whose children's figures count too."""
+    """Run one contender until its last byte is on disk; its child processes are measured too."""
     out = scratch / "out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(scratch / "cache", ignore_errors=True)
@@ -168,15 +168,15 @@ def run(contender: Contender, scratch: Path) -> Run:
 
 
 def peak_of_start(contender: Contender, scratch: Path) -> int:
-    """Return the peak bytes of a process that imports what a contender imports and ends."""
+    """Return the peak bytes of a process that only imports a contender's libraries."""
     return _run(contender.start, f"start of {contender.name}", scratch)[1] if contender.start else 0
 
 
 def _run(command: tuple[str, ...], name: str, scratch: Path) -> tuple[resource.struct_rusage, int]:
-    """Run a command; return what it used and its peak bytes.
+    """Run a command; return its resource usage and its peak bytes.
 
-    The kernel's high-water mark is what a process may reset, and ours do where their work begins. So it is asked for
-    its resident memory all along, too, and the higher counts.
+    A process may reset the kernel's high-water mark, and stages do when their work begins. So resident memory is
+    also sampled throughout, and the higher figure counts.
     """
     sampled = 0
     with (scratch / "log").open("wb") as log:
@@ -214,7 +214,7 @@ def _needing(module: str, name: str, code: str, start: str) -> Contender:
 
 
 def _with_mergekit(scratch: Path) -> Contender:
-    """Have mergekit merge the adapter on its base: the one at hand, or one in an environment of its own."""
+    """Return a merge by mergekit: the installed one, or one in its own environment."""
     (scratch / "mergekit.yml").write_text(
         "merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: base+adapter\n"
     )

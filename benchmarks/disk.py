@@ -1,4 +1,4 @@
-"""A disk as a benchmark sees it: nothing of it cached, and read as fast as plain code can."""
+"""Dropping the page cache, and reading files as fast as plain code can."""
 
 import os
 import subprocess
@@ -12,11 +12,11 @@ from threading import local
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 
 READERS, READ_BLOCK = 8, 8 * 2**20
-"""Threads, and bytes that each asks for at a time."""
+"""Number of threads, and bytes of one read."""
 
 
 def drop_caches() -> bool:
-    """Have nothing of the disk in memory; False where that is not allowed."""
+    """Drop the page cache; return False where that is not permitted."""
     with suppress(OSError, subprocess.CalledProcessError):
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -25,13 +25,13 @@ def drop_caches() -> bool:
 
 
 def weight_files(checkpoints: Iterable[Checkpoint]) -> list[Path]:
-    """Return the files that checkpoints have their tensors in, each once."""
+    """Return the files of the checkpoints' tensors, each once."""
     stored = [tensor.stored for checkpoint in checkpoints for tensor in checkpoint.tensors.values()]
     return list(dict.fromkeys(tensor.file.path for tensor in stored if tensor))
 
 
 def seconds_to_read(files: Iterable[Path]) -> float:
-    """Read files from end to end, one after the other, into memory that is used again and again."""
+    """Read files from end to end, one after the other, into reused memory; return the seconds."""
     own = local()
 
     def read(block: tuple[Path, int]) -> None:

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.down_projections``: what padding does to the one kind of layer whose codes it can change.
+"""``python -m benchmarks.down_projections``: the effect of padding on the one kind of layer whose codes it can change.
 
 Padding adds outputs to ``gate_proj`` and ``up_proj``, whose rows are quantized one by one, and inputs to ``down_proj``.
-So all that padding changes is the error of ``down_proj``: here it is measured layer by layer, with the inputs that the
-full-precision model has, calibrated and evaluated on different text. There is little luck in it, unlike in the
-divergence of whole models (:mod:`benchmarks.padding`).
+So padding changes only the error of ``down_proj``. It is measured layer by layer, with the inputs of the full-precision
+model, calibrated and evaluated on different text. Random effects are small, unlike in the divergence of whole models
+(:mod:`benchmarks.padding`).
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Case:
     """A kind of ``down_proj`` in a model: the last ``width`` channels of the dense base's, or all of them.
 
     Attributes:
-        quiet: Doublings by which its inputs are smaller than the base's.
+        quiet: Power of two by which its inputs are smaller than the base's.
     """
 
     name: str
@@ -72,7 +72,7 @@ def measure(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     windows = [torch.tensor([window]) for window in (*job["calibration"], *job["held_out"])]
     stream = LayerStream(base, windows, ComputeContext(device=torch.device("cpu"), dtype=torch.float32))
     rows: list[dict[str, Any]] = []
-    for layer, module in enumerate(stream.coming()):
+    for layer, module in enumerate(stream.iter_layers()):
         if layer % job["every"] == job["every"] - 1:
             inputs = [x[0] for x in stream.inputs_within(layer, module, "mlp.down_proj")]
             cut = len(job["calibration"])
@@ -120,7 +120,7 @@ def _widened(x_NI: Tensor, size: PaddedSize, owner: str) -> Tensor:
 
 
 def _error(weight_OI: Tensor, seen: Tensor, unseen: Tensor, *, settled: bool, **changes: Any) -> float:
-    """Return the squared error of the outputs on text that was not seen, by the size of the outputs."""
+    """Return the squared error of the outputs on held-out text, relative to the squared outputs."""
     hessian = solver.Hessian(inputs=seen.shape[1])
     hessian.add(seen)
     settle = solver.settle_dead_channels if settled else lambda *_: None
@@ -145,46 +145,46 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def main() -> None:
     parser = arguments(__doc__, windows=16)
-    parser.add_argument("--thirds", type=int, default=1, help="of every third layer, measure every so-many-th")
-    asked = parser.parse_args()
-    asked.scratch.mkdir(parents=True, exist_ok=True)
-    base, texts = asked.base or build_base(asked.scratch / "base").path, write_texts(asked.scratch)
+    parser.add_argument("--thirds", type=int, default=1, help="of every third layer, measure one in this many")
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    base, texts = options.base or build_base(options.scratch / "base").path, write_texts(options.scratch)
     models = {"dense": base}
     for name, quiet in (("experts", 0), ("quiet experts", QUIET)):
-        out = asked.scratch / name.replace(" ", "-")
+        out = options.scratch / name.replace(" ", "-")
         models[name] = out if out.exists() else upcycle(base, out, quiet=quiet)
     tokenizer = load_tokenizer(base)
-    seen = token_windows(texts.calibration, tokenizer, windows=asked.samples, seq_len=asked.seq_len)
-    held_out = token_windows(texts.held_out, tokenizer, windows=asked.windows, seq_len=asked.seq_len)
+    seen = token_windows(texts.calibration, tokenizer, windows=options.samples, seq_len=options.seq_len)
+    held_out = token_windows(texts.held_out, tokenizer, windows=options.windows, seq_len=options.seq_len)
     job = {
         "threads": torch.get_num_threads(),
-        "every": STEP * asked.thirds,
+        "every": STEP * options.thirds,
         "models": {name: str(root) for name, root in models.items()},
         "padded": {
-            name: {layout: str(padded_model(asked.scratch, name, root, layout)) for layout in LAYOUTS}
+            name: {layout: str(padded_model(options.scratch, name, root, layout)) for layout in LAYOUTS}
             for name, root in models.items()
         },
         "calibration": [list(window) for window in seen],
         "held_out": [list(window) for window in held_out],
     }
-    python = find_environment("gptqmodel", asked.engine_python).python
-    done = run_worker(python, "benchmarks.down_projections:measure", job, log=asked.scratch / "down-projections.log")
-    write_results(done.value["rows"], asked)
+    python = find_environment("gptqmodel", options.engine_python).python
+    done = run_worker(python, "benchmarks.down_projections:measure", job, log=options.scratch / "down-projections.log")
+    write_results(done.value["rows"], options)
 
 
-def write_results(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+def write_results(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write ``down-projections.json`` and ``down-projections.md`` beside the other results."""
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
     ranks = ", ".join(f"{name} {count}" for name, count in RANKS.items())
     text = f"""# Squared error of down_proj's outputs on held-out text, relative to the unpadded layer's
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores. 4 bits in groups of {GROUP_SIZE}, padded for ranks: {ranks}.
-Calibration {asked.samples} x {asked.seq_len} tokens, evaluation {asked.windows} x {asked.seq_len}. Geometric mean over
-one layer of every {STEP * asked.thirds}.
+Calibration {options.samples} x {options.seq_len} tokens, evaluation {options.windows} x {options.seq_len}. Geometric
+mean over one layer of every {STEP * options.thirds}.
 
 {markdown(table(rows))}
 """
-    settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len", "thirds")}
+    settings = {name: getattr(options, name) for name in ("samples", "windows", "seq_len", "thirds")}
     found = {"date": day, "machine": machine, "settings": settings, "rows": rows}
     keep(RESULTS / "down-projections", text, found)
     print(text)

@@ -1,10 +1,11 @@
 """Peak memory of the streamed evaluation against depth, beside plain Transformers with a whole model in memory.
 
 ``python -m benchmarks.evaluation_memory`` evaluates models of Qwen2.5-3B's widths and growing depth in float32 on the
-CPU, ours and theirs on the same windows, each in a process of its own. Ours has two models on their way, full precision
-and its codes, and compares every prediction; theirs computes the perplexity of the full precision alone. A figure is
-the high-water mark of resident memory above that of the libraries, which are imported before. The vocabulary is
-smaller than the published one, whose embedding and head would be most of what Transformers has in memory.
+CPU, by this package and by Transformers on the same windows, each in its own process. This package evaluates two
+models, full precision and its codes, and compares every prediction; Transformers computes the perplexity of the full
+precision alone. A figure is the high-water mark of resident memory above that of the libraries, which are imported
+before. The vocabulary is smaller than the published one, whose embedding and head would take most of Transformers'
+memory.
 """
 
 import argparse
@@ -44,14 +45,14 @@ from qwen_pipeline.layerwise.model import ComputeContext
 base, codes, count, seq_len, vocabulary = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 windows = list(torch.randint(0, vocabulary, (count, seq_len), generator=torch.Generator().manual_seed(0)))
 
-def ours():
+def streamed():
     models = {"full precision": open_checkpoint(base), "codes": open_checkpoint(codes)}
     context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
     found = evaluate(models, windows, reference="full precision", compared=["codes"], context=context)
     return found["full precision"].perplexity
 
 @torch.inference_mode()
-def theirs():
+def whole():
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     surprise = [cross_entropy(model(window[None]).logits[0, :-1].double(), window[1:]) for window in windows]
     return torch.stack(surprise).mean().exp().item()
@@ -59,7 +60,9 @@ def theirs():
 Path("/proc/self/clear_refs").write_text("5")
 before = resident_peak()
 """
-_OURS, _THEIRS = (f"{_PEAK}print(json.dumps([{way}(), resident_peak() - before]))" for way in ("ours", "theirs"))
+_STREAMED, _TRANSFORMERS = (
+    f"{_PEAK}print(json.dumps([{name}(), resident_peak() - before]))" for name in ("streamed", "whole")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,7 @@ def measure(widths: Widths, layers: int) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         base = write_base(widths, layers, Path(scratch) / "base")
         codes = round_to_codes(base, Path(scratch) / "codes", group_size=GROUP_SIZE)
-        (perplexity, streamed), (other, transformers) = (_run(code, base, codes) for code in (_OURS, _THEIRS))
+        (perplexity, streamed), (other, transformers) = (_run(code, base, codes) for code in (_STREAMED, _TRANSFORMERS))
     assert abs(perplexity / other - 1) < 1e-4, f"{perplexity} is not {other}"
     return Row(layers=layers, streamed=int(streamed), transformers=int(transformers), perplexity=perplexity)
 
@@ -110,7 +113,7 @@ def _run(code: str, base: Path, codes: Path) -> tuple[float, float]:
 
 
 def draw(rows: Sequence[Row], most: float, path: Path) -> None:
-    """Draw both curves on logarithmic axes, and the most bytes that ours may take."""
+    """Draw both curves on logarithmic axes, and the bound for this package."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = quiet_axes(figure)
     depths = [row.layers for row in rows]
@@ -168,9 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="3b", choices=sorted(WIDTHS), help="of which published model")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
-    asked = parser.parse_args()
-    widths = replace(WIDTHS[asked.widths], vocab_size=VOCABULARY)
-    write_results(asked.widths, widths, [measure(widths, layers) for layers in asked.layers])
+    options = parser.parse_args()
+    widths = replace(WIDTHS[options.widths], vocab_size=VOCABULARY)
+    write_results(options.widths, widths, [measure(widths, layers) for layers in options.layers])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The streamed evaluation beside the disk: reference and 4-bit candidate evaluated, and read, nothing cached.
+"""Speed of the streamed evaluation of a reference and its 4-bit candidate, compared with reading them from disk.
 
 ``python -m benchmarks.evaluation_speed OUT`` writes a random Qwen2 with Qwen2.5-72B's widths and ``--layers``, rounds
 it to codes, and then in turn reads both from end to end and evaluates them together, ``--rounds`` times. It needs a
-CUDA device, root, to drop caches, and 15 GB of disk for 6 layers. What is known is written after every round.
-``--tiny`` does the same with a toy on the CPU, which reads as for a GPU and keeps its caches.
+CUDA device, root permission to drop caches, and 15 GB of disk for 6 layers. Results are written after every round.
+``--tiny`` does the same with a tiny model on the CPU, which reads as for a GPU and keeps its caches.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from qwen_pipeline.qwen.linears import decoder_linears, load_weight
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 from qwen_pipeline_tests.rounding import rounded
 
-BAR = 0.7
+TARGET = 0.7
 COMPUTING: Mapping[str, tuple[type, str]] = {
     "enter": (LayerStream, "__init__"),
     "read rows of the embedding": (ModelWeights, "rows"),
@@ -48,13 +48,13 @@ COMPUTING: Mapping[str, tuple[type, str]] = {
     "run layers": (WatchedStream, "run"),
     "wait for tensors": (Prefetcher, "__next__"),
 }
-"""What the thread that computes does, each step without the steps within it."""
+"""Steps of the computing thread, each without the steps within it."""
 READING: Mapping[str, tuple[type, str]] = {
     "read": (Prefetcher, "_read"),
-    "wait for the bus": (Prefetcher, "_wait_for_bus"),
-    "wait for room": (Prefetcher, "_finds_room"),
+    "wait for the bus": (Prefetcher, "_wait_for_copies"),
+    "wait for memory": (Prefetcher, "_reserve"),
 }
-"""What the threads do that read, added up; one alone waits for room, and while it does, none reads."""
+"""Steps of the reading threads, added up; while one waits for memory, none reads."""
 
 
 def main() -> None:
@@ -63,17 +63,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="a directory on the disk to measure")
-    parser.add_argument("--until", type=float, default=150, help="seconds that no round may begin to exceed")
+    parser.add_argument(
+        "--until", type=float, default=150, help="begin no round that would end after this many seconds"
+    )
     parser.add_argument("--tiny", action="store_true")
-    asked = parser.parse_args()
-    began, device = time.perf_counter(), torch.device("cpu" if asked.tiny else "cuda")
+    options = parser.parse_args()
+    began, device = time.perf_counter(), torch.device("cpu" if options.tiny else "cuda")
     wide = WIDE["qwen2"]
     toy_size = tiny(wide)
-    size = toy_size if asked.tiny else wide.changed(num_hidden_layers=asked.layers)
+    size = toy_size if options.tiny else wide.changed(num_hidden_layers=options.layers)
     context = ComputeContext(device=device, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch, patch.object(ComputeContext, "is_apart", new=True):
+    with (
+        tempfile.TemporaryDirectory(dir=options.scratch) as scratch,
+        patch.object(ComputeContext, "has_own_memory", new=True),
+    ):
         toy = make_pair(toy_size, Path(scratch) / "toy", device)
-        evaluate_pair(toy, toy_size, context)  # imports, contexts and kernels are not what is measured
+        evaluate_pair(toy, toy_size, context)  # imports, contexts and kernels are not measured
         models = make_pair(size, Path(scratch) / "models", device)
         rounds: list[dict[str, Any]] = []
         found: dict[str, Any] = {
@@ -87,17 +92,17 @@ def main() -> None:
         }
         print(f"made in {found['seconds_to_make']:.1f} s, {found['bytes_on_disk'] / 1e9:.2f} GB", flush=True)
         longest = 0.0
-        while len(rounds) < asked.rounds and (time.perf_counter() - began) + longest < asked.until:
+        while len(rounds) < options.rounds and (time.perf_counter() - began) + longest < options.until:
             started = time.perf_counter()
             rounds.append(race(models, size, context))
             longest = max(longest, time.perf_counter() - started)
-            keep(asked.out / "evaluation-speed", render(found), found)
+            keep(options.out / "evaluation-speed", render(found), found)
             print(json.dumps(rounds[-1]), flush=True)
     print(render(found))
 
 
 def make_pair(size: Size, root: Path, device: torch.device) -> dict[str, Checkpoint]:
-    """Write a random model, and the codes that its weights are rounded to; everything else is shared."""
+    """Write a random model and its weights rounded to codes; the two share everything else."""
     root.mkdir()
     source = open_checkpoint(make_model(size, root / "reference", device.type))
     (root / "codes").mkdir()
@@ -121,7 +126,7 @@ def make_pair(size: Size, root: Path, device: torch.device) -> dict[str, Checkpo
 
 
 def race(models: Mapping[str, Checkpoint], size: Size, context: ComputeContext) -> dict[str, Any]:
-    """Read the files of both models once, then evaluate them together; for a GPU nothing is cached before either."""
+    """Read the files of both models once, then evaluate them together; on a GPU caches are dropped before each."""
     on_gpu = context.device.type == "cuda"
     cold = on_gpu and drop_caches()
     disk = seconds_to_read(weight_files(models.values()))
@@ -153,7 +158,7 @@ def race(models: Mapping[str, Checkpoint], size: Size, context: ComputeContext) 
 def evaluate_pair(
     models: Mapping[str, Checkpoint], size: Size, context: ComputeContext
 ) -> tuple[float, dict[str, float | None]]:
-    """Return when all layers were passed, and some figures, which are the same in every round."""
+    """Return the time when all layers were passed, and figures that are the same in every round."""
     windows = torch.randint(
         3, size.config["vocab_size"], (size.windows, size.seq_len), generator=torch.Generator().manual_seed(2)
     )
@@ -179,7 +184,7 @@ def layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 @contextmanager
 def ledger_of(steps: Mapping[str, tuple[type, str]]) -> Generator[Ledger]:
-    """Take the time of methods within the body."""
+    """Measure the time of methods within the body."""
     ledger = Ledger()
     with ExitStack() as stack:
         for step, (owner, name) in steps.items():
@@ -211,12 +216,12 @@ def render(found: Mapping[str, Any]) -> str:
 {found["date"]}, {machine["device"]}, torch {machine["torch"]}, {machine["cores"]} cores ({machine["cpu"]}).
 {config["num_hidden_layers"]} layers of {config["hidden_size"]} x {config["intermediate_size"]}, vocabulary
 {config["vocab_size"]}, {size["windows"]} windows of {size["seq_len"]} tokens, bfloat16, random weights; the candidate
-is rounded to 4 bits in groups of {size["group_size"]}. Both have {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer
+is rounded to 4 bits in groups of {size["group_size"]}. Both take {found["bytes_on_disk"] / 1e9:.2f} GB on disk; a layer
 has {_gib(found["largest_layer_bytes"])} GiB.
 
 {table(columns, rows)}
 
-Median: **{share:.2f}** of reading speed (bar: {BAR}).
+Median: **{share:.2f}** of reading speed (target: {TARGET}).
 
 {_seconds("The thread that computes", [at["seconds_of_the_computing_thread"] for at in rounds])}
 

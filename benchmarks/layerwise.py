@@ -1,10 +1,10 @@
-"""One decoder layer at a time, at real widths: the layer loop beside GPTQModel's own.
+"""Comparison of the layer loop with GPTQModel's own loop, at real widths.
 
 ``python -m benchmarks.layerwise OUT`` makes a random Qwen2 with 72B widths and few layers in a scratch directory,
-quantizes it by each contender with the same calibration tokens, in a process each, evaluates reference and candidates
+quantizes it with each contender and the same calibration tokens, in a process each, evaluates reference and candidates
 together, and quantizes a smaller one twice. ``--family`` does the same with a mixture of experts or a hybrid. It needs
 a CUDA device, gptqmodel in the environment of ``--python`` (by default this one), 20 GB of disk and about six minutes;
-what is known is written at once. ``--small`` is for the CPU, and so is ``--tiny``, a toy to see that it runs.
+results are written as they come. ``--small`` is for the CPU, and so is ``--tiny``, which only tests that it runs.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from benchmarks.machine import describe_machine, processor_seconds
 from benchmarks.report import markdown, table
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantJob, QuantSpec
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.stages.quantize import worker_environment
 from qwen_pipeline.workers.parent import run_worker
@@ -44,12 +45,12 @@ from qwen_pipeline.workers.parent import run_worker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A Qwen model and how much text goes through it.
+    """A Qwen model, and the amount of text.
 
     Attributes:
-        config: Of Transformers' config, ``model_type`` included.
-        batch: Windows at a time.
-        windows: Held-out ones.
+        config: Fields of Transformers' config, ``model_type`` included.
+        batch: Windows per batch.
+        windows: Number of held-out windows.
     """
 
     config: Mapping[str, Any]
@@ -106,7 +107,7 @@ WIDE = {
 }
 """Widths of Qwen2.5-72B (padded for eight ranks), Qwen3-30B-A3B and Qwen3.5-9B."""
 DEPTHS = {"qwen2": 80, "qwen3_moe": 48, "qwen3_5_text": 32}
-"""Layers that those have."""
+"""Number of layers of those models."""
 TINY = {
     "qwen2": {"intermediate_size": 384},
     "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
@@ -122,7 +123,7 @@ TINY = {
 
 
 def tiny(size: Size) -> Size:
-    """Return a toy of the same family, for the CPU."""
+    """Return a tiny model of the same family, for the CPU."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     own = TINY[size.config["model_type"]]
     toy = size.changed(**(sizes | own | {"layer_types": None, "vocab_size": 512}))
@@ -201,7 +202,7 @@ def _job(size: Size, source: Path, work_dir: Path, engine: QuantizerName, device
 
 
 def _save_windows(size: Size, folder: Path) -> Path:
-    """Write random tokens, and a mask that lets all of them count, as a quantizer's job names them."""
+    """Write random tokens, and a mask of ones, under the names of a quantizer's job."""
     tokens, windows = _tokens(size, (size.samples, size.seq_len)), folder / "windows.npy"
     np.save(windows, tokens.numpy())
     np.save(folder / "mask.npy", torch.ones_like(tokens, dtype=torch.uint8).numpy())
@@ -213,7 +214,7 @@ def _tokens(size: Size, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def make_model(size: Size, root: Path, device: str) -> Path:
-    """Have Transformers save a random model, with weights that keep the scale of what they are given."""
+    """Save a random model with Transformers, whose weights preserve the scale of their inputs."""
     config = AutoConfig.for_model(**size.config)
     torch.manual_seed(0)
     with torch.device(device):
@@ -232,7 +233,7 @@ def make_model(size: Size, root: Path, device: str) -> Path:
 
 
 def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
-    """Run an engine in its own process and return what it took, layer by layer."""
+    """Run an engine in its own process and return its figures, layer by layer."""
     ends: dict[int, float] = {}
 
     def observe(progress: Progress) -> None:
@@ -266,7 +267,7 @@ def quantize(job: QuantJob, python: Path) -> dict[str, Any]:
 
 
 def _solver_seconds(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
-    """Return the mean of each kind of module; experts are of one kind."""
+    """Return the mean seconds of each kind of module; all experts are one kind."""
     of: dict[str, list[float]] = {}
     for row in rows:
         of.setdefault(re.sub(r"\.\d+\.", ".*.", row["module"]), []).append(float(row["time"]))
@@ -274,7 +275,7 @@ def _solver_seconds(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
 
 
 def compare(first: QuantJob, second: QuantJob) -> dict[str, Any]:
-    """Return which tensors two runs wrote differently."""
+    """Return the names of tensors that differ between two runs."""
     one, other = open_checkpoint(first.packed), open_checkpoint(second.packed)
     return {
         "tensors": len(one),
@@ -283,7 +284,7 @@ def compare(first: QuantJob, second: QuantJob) -> dict[str, Any]:
 
 
 def warm_up(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
-    """Solve one small layer, for the kernels that the solver compiles at first use; runs in a worker."""
+    """Solve one small layer, so that the solver compiles its kernels; runs in a worker."""
     from qwen_pipeline.quantization.solver import Hessian, solve
 
     started = time.perf_counter()
@@ -317,7 +318,7 @@ def evaluate_all(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
 
 
 def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.Tensor]]:
-    """Return the reference and the candidates by name, and windows that calibration has not seen."""
+    """Return the reference and the candidates by name, and held-out windows."""
     from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 
     source = open_checkpoint(Path(spec["source"]))
@@ -332,7 +333,7 @@ def _models(spec: Mapping[str, Any]) -> tuple[dict[str, Checkpoint], list[torch.
 
 
 def _shown(found: Mapping[str, Any], family: str) -> dict[str, str]:
-    """Return what a run took by title; only what a GPU quantizes has the widths of a real model."""
+    """Return the figures of a run by title; only runs on a GPU have the widths of a real model."""
     shown = {"s a layer": f"{found['seconds_a_layer']:.2f}", "s in all": f"{found['seconds']:.1f}"}
     if on_gpu := found["peak_gpu_bytes_of_the_device"]:
         shown[f"min for {DEPTHS[family]} layers"] = f"{DEPTHS[family] * found['seconds_a_layer'] / 60:.1f}"
@@ -378,11 +379,11 @@ def render(results: Mapping[str, Any]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="has gptqmodel")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=None, help="a directory on the disk to measure")
     parser.add_argument("--family", choices=WIDE, default="qwen2")
     parser.add_argument("--layers", type=int, help="default: two to four")
-    parser.add_argument("--gpus", type=int, default=1, help="GPTQModel's own loop runs on so many too")
+    parser.add_argument("--gpus", type=int, default=1, help="also run GPTQModel's own loop on this many GPUs")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
@@ -405,7 +406,7 @@ def _call(python: Path, function: str, spec: Mapping[str, Any], scratch: Path) -
 
 
 def _tokenizer() -> Tokenizer:
-    """Bytes as tokens: loaders want a tokenizer, nobody uses it."""
+    """Return a tokenizer of bytes: loaders require one, but it is not used."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -415,7 +416,7 @@ def _tokenizer() -> Tokenizer:
 
 @contextmanager
 def _watching_gpus(spec: QuantSpec) -> Generator[list[int]]:
-    """Follow the memory in use, every half second, as the driver counts it; of several GPUs the highest."""
+    """Sample the memory in use as the driver counts it, twice a second; of several GPUs the highest."""
     highest, over = [0], threading.Event()
     if spec.device == "cpu":
         yield highest

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.loops``: the layer loop beside GPTQModel's own, on real models, with the same tokens.
+"""``python -m benchmarks.loops``: the layer loop and GPTQModel's own loop on real models, with the same tokens.
 
-The demo's dense base, padded as the demo pads it, and a mixture of experts made of it (:mod:`benchmarks.upcycled`), in
-each layer since GPTQModel's loop takes no dense layers beside mixtures, are
-quantized by both loops with several draws of calibration text. Wall clock depends on who else uses the machine, so the
-engine's processor seconds are counted too. Each figure is printed, and written, as soon as it is known. Those written
-before with the same settings are kept, so that draws can be added.
+The demo's dense base, padded as in the demo, and a mixture of experts made of it (:mod:`benchmarks.upcycled`) are
+quantized by both loops with several draws of calibration text. Every layer is a mixture there, since GPTQModel's loop
+does not support dense layers beside mixtures. Wall clock depends on other load, so the engine's processor seconds are
+counted too. Each figure is printed and written at once. Earlier figures with the same settings are kept, so that draws
+can be added.
 """
 
 import argparse
@@ -47,7 +47,7 @@ ENGINES: tuple[QuantizerName, ...] = ("layerwise", "gptqmodel")
 def compare(
     model: Path, source: Path, spec: QuantSpec, texts: Texts, python: Path | None, windows: int, device: Device
 ) -> Any:
-    """Quantize ``source`` as ``spec`` says; return what it took, and how far from ``model`` it is on ``device``."""
+    """Quantize ``source`` by ``spec``; return its cost, and its distance from ``model`` on ``device``."""
     with tempfile.TemporaryDirectory() as out:
         started, used = time.perf_counter(), processor_seconds()
         artifact = quantize(
@@ -82,7 +82,7 @@ def compare(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return model x engine: means over the draws that every engine has had."""
+    """Return model x engine: means over the draws that all engines share."""
     frame = pd.DataFrame(rows)
     whole = frame.groupby(["model", "seed"])["engine"].transform("nunique") == frame["engine"].nunique()
     means = frame[whole].groupby(["model", "engine"], sort=False).mean(numeric_only=True).reset_index()
@@ -104,7 +104,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return what the layer loop has of GPTQModel's, draw by draw: mean and its standard error over paired draws."""
+    """Return figures of the layer loop over GPTQModel's: mean and standard error over paired draws."""
     shown = {}
     for metric, title in (("kl", "KL"), ("processor_seconds", "processor s")):
         wide = pd.DataFrame(rows).pivot(index=["model", "seed"], columns="engine", values=metric)
@@ -130,29 +130,29 @@ def main() -> None:
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-loops")
     parser.add_argument("--out", type=Path, default=RESULTS / "loops", help="path without suffix")
-    asked = parser.parse_args()
-    asked.scratch.mkdir(parents=True, exist_ok=True)
-    texts = write_texts(asked.scratch)
-    base = asked.base or build_base(asked.scratch / "base").path
-    base = first_layers(base, asked.layers, asked.scratch / f"base-{asked.layers}") if asked.layers else base
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    texts = write_texts(options.scratch)
+    base = options.base or build_base(options.scratch / "base").path
+    base = first_layers(base, options.layers, options.scratch / f"base-{options.layers}") if options.layers else base
     spec = QuantSpec(
-        group_size=GROUP_SIZE, samples=asked.samples, seq_len=512, threads=asked.threads, device=asked.device
+        group_size=GROUP_SIZE, samples=options.samples, seq_len=512, threads=options.threads, device=options.device
     )
-    settings = {"spec": spec.to_json(), "windows": asked.windows, "layers": asked.layers}
+    settings = {"spec": spec.to_json(), "windows": options.windows, "layers": options.layers}
     for varied in ("engine", "seed"):
         del settings["spec"][varied]
-    rows = _known(asked.out.with_suffix(".json"), settings)
+    rows = _known(options.out.with_suffix(".json"), settings)
     done = {(row["model"], row["seed"], row["engine"]) for row in rows}
-    for name, model, source in _models(asked.models, base, asked.scratch):
-        for seed, engine in product(asked.seeds, asked.engines):
+    for name, model, source in _models(options.models, base, options.scratch):
+        for seed, engine in product(options.seeds, options.engines):
             if (name, seed, engine) not in done:
                 drawn = replace(spec, engine=engine, seed=seed)
-                device = asked.evaluate_on or asked.device
-                found = compare(model, source, drawn, texts, asked.engine_python, asked.windows, device)
+                device = options.evaluate_on or options.device
+                found = compare(model, source, drawn, texts, options.engine_python, options.windows, device)
                 rows.append({"model": name, "engine": engine, "seed": seed, **found})
                 print(json.dumps(rows[-1]), flush=True)
-                _write(asked.out, rows, spec, settings)
-    print(asked.out.with_suffix(".md").read_text())
+                _write(options.out, rows, spec, settings)
+    print(options.out.with_suffix(".md").read_text())
 
 
 def first_layers(model: Path, layers: int, out: Path) -> Path:
@@ -173,7 +173,7 @@ def first_layers(model: Path, layers: int, out: Path) -> Path:
 
 
 def _models(names: Sequence[str], dense: Path, scratch: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Yield each model's name, itself, and what is quantized of it."""
+    """Yield each model's name, its directory, and the directory that is quantized."""
     if "dense" in names:
         out = Directory(scratch / f"{dense.name}-padded")
         padded = pad(
@@ -187,16 +187,14 @@ def _models(names: Sequence[str], dense: Path, scratch: Path) -> Iterator[tuple[
 
 
 def _known(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows that ``file`` has, if any.
+    """Return the rows of ``file``, if it exists.
 
     Raises:
-        SystemExit: They were measured under other settings.
+        SystemExit: The rows were measured with other settings.
     """
     found = json.loads(file.read_text()) if file.exists() else {**settings, "rows": []}
     if differing := [name for name in settings if found.get(name) != settings[name]]:
-        raise SystemExit(
-            f"{file} has rows of another {', '.join(differing)}; add draws of the same, or choose another --out."
-        )
+        raise SystemExit(f"{file} has rows with other {', '.join(differing)}; use the same settings, or another --out.")
     return found["rows"]
 
 
@@ -207,11 +205,11 @@ def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec, settin
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores, {spec.threads} threads, on {on}. {spec.bits} bits in groups of
 {spec.group_size}, {spec.samples} calibration windows of {spec.seq_len} tokens, the same for both loops; means over
-draws of calibration text. Engine seconds are what the engine takes to import, load, quantize and save.
+draws of calibration text. Engine seconds are those of importing, loading, quantizing and saving.
 
 {markdown(table(rows))}
 
-The layer loop's of GPTQModel's own, mean and standard error over draws that both have had:
+Layer loop over GPTQModel's own loop, mean and standard error over paired draws:
 
 {markdown(ratios(rows))}
 """

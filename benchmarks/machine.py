@@ -1,4 +1,4 @@
-"""The machine that figures were taken on."""
+"""Description of the machine on which figures are measured."""
 
 import os
 import platform
@@ -14,6 +14,6 @@ def describe_machine() -> dict[str, str | int | None]:
 
 
 def processor_seconds() -> float:
-    """Return what processes that we started have used and that have ended."""
+    """Return the processor seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

@@ -1,8 +1,8 @@
-"""Peak memory of merging and padding against the model's size, ours and others', in the same run.
+"""Peak memory of merging and padding against the model's size, for this package and other tools in the same run.
 
 ``python -m benchmarks.memory`` makes checkpoints with a real model's widths, one after the other, and runs every
-contender on each, in a process of its own that is watched from outside. A peak is what is resident beyond a process
-that imports the same libraries and ends. Results go to ``--out`` after each run, the plot at the end.
+contender on each, in its own process, which is observed from outside. A peak is resident memory beyond that of a
+process that only imports the same libraries. Results go to ``--out`` after each run, the plot at the end.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import WHOLE_MODEL_PAD, Contender, make_models, ours, peak_of_start, peers, run
+from benchmarks.contenders import WHOLE_MODEL_PAD, Contender, make_models, own_commands, peak_of_start, peers, run
 from benchmarks.machine import describe_machine
 from benchmarks.report import RESULTS, keep
 from qwen_pipeline.checkpoint.memory_budget import available_memory
 
 GIB = 2**30
 LABEL_STEP = 1.35
-"""Of two labels one above the other, in a plot whose axis is logarithmic."""
+"""Ratio between two labels one above the other, on the logarithmic axis."""
 PEER_FACTOR = 1.5
-"""Of the base's bytes: the memory that must be free for those who load the whole model to take part."""
+"""Multiple of the base's bytes that must be free in memory for tools that load the whole model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Size:
 
     Attributes:
         widths: As :func:`benchmarks.models.widths_of` takes them.
-        no_peers: Why nobody else takes part; empty if they do.
+        no_peers: Why other tools are left out; empty if they are not.
     """
 
     widths: str
@@ -57,40 +57,40 @@ SIZES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = _arguments(arguments)
-    asked.scratch.mkdir(parents=True)
+    options = _arguments(arguments)
+    options.scratch.mkdir(parents=True)
     try:
-        report = measure(asked)
+        report = measure(options)
     finally:
-        shutil.rmtree(asked.scratch)
-    draw(report, asked.out / "memory.png")
+        shutil.rmtree(options.scratch)
+    draw(report, options.out / "memory.png")
     print(markdown(report))
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run every contender on every size and return all peaks, written after each run."""
-    scratch = asked.scratch.resolve()
-    others, skipped = peers(asked.degree, scratch, skip=[*asked.skip, WHOLE_MODEL_PAD])
+    scratch = options.scratch.resolve()
+    others, skipped = peers(options.degree, scratch, skip=[*options.skip, WHOLE_MODEL_PAD])
     skipped.pop(WHOLE_MODEL_PAD)
     report: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
-        "rank": asked.rank,
+        "rank": options.rank,
         "skipped": skipped,
         "sizes": [],
     }
-    contenders = [*ours(asked.degree), *others]
+    contenders = [*own_commands(options.degree), *others]
     starts = {contender.name: peak_of_start(contender, scratch) for contender in contenders}
     for size in SIZES:
-        base = make_models(scratch, widths=size.widths, layers=size.layers, rank=asked.rank)
+        base = make_models(scratch, widths=size.widths, layers=size.layers, rank=options.rank)
         row = _row(size, base)
         report["sizes"].append(row)
         for contender in _admitted(contenders, size, row, skipped):
             peak = run(contender, scratch).peak_bytes
             row["peaks"][contender.name] = max(0, peak - starts[contender.name])
             print(f"{size.name}: {contender.name}: {row['peaks'][contender.name] / 1e6:.0f} MB", file=sys.stderr)
-            keep(asked.out / "memory", markdown(report), report)
-        keep(asked.out / "memory", markdown(report), report)
+            keep(options.out / "memory", markdown(report), report)
+        keep(options.out / "memory", markdown(report), report)
         for made in (base, scratch / "adapter"):
             shutil.rmtree(made)
     return report
@@ -113,8 +113,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     return (
         f"# Peak memory beyond the imported libraries, MB\n\n{report['date']}. {machine['cpu']}, {machine['cores']} "
         f"cores, Python {machine['python']}. bfloat16 checkpoints with real widths, LoRA of rank {report['rank']} on "
-        "all linear layers, and on the embedding of 8 GiB. Highest resident memory, seen from outside, less that of a "
-        "process that imports the same and ends.\n\n" + "\n".join(rows) + skipped + "\n"
+        "all linear layers, and on the embedding of 8 GiB. Highest resident memory, observed from outside, less that "
+        "of a process that only imports the same libraries.\n\n" + "\n".join(rows) + skipped + "\n"
     )
 
 
@@ -127,7 +127,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = quiet_axes(figure)
     names = list(dict.fromkeys(name for size in report["sizes"] for name in size["peaks"]))
-    own = {contender.name for contender in ours(1)}
+    own = {contender.name for contender in own_commands(1)}
     markers, ends = "osD^vP", list[tuple[tuple[float, float], str, str]]()
     for number, name in enumerate(names):
         points = sorted((s["base_bytes"] / 1e9, s["peaks"][name] / GIB) for s in report["sizes"] if name in s["peaks"])
@@ -165,10 +165,12 @@ def _row(size: Size, base: Path) -> dict[str, Any]:
 def _admitted(
     contenders: Sequence[Contender], size: Size, row: Mapping[str, Any], skipped: dict[str, str]
 ) -> Iterator[Contender]:
-    """Yield who can take part; of the others it is noted why they cannot."""
+    """Yield the contenders that can run; note the reason for the others in ``skipped``."""
     for contender in contenders:
-        has, wants = available_memory(), PEER_FACTOR * row["base_bytes"]
-        too_large = f"{wants / 1e9:.0f} GB of memory are not free" if has is not None and has < wants else ""
+        available, needed = available_memory(), PEER_FACTOR * row["base_bytes"]
+        too_large = (
+            f"{needed / 1e9:.0f} GB of memory are not free" if available is not None and available < needed else ""
+        )
         if contender.is_peer and (why := size.no_peers or too_large):
             skipped[f"{contender.name} on {size.name}"] = why
         else:

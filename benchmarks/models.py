@@ -13,14 +13,14 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 
 SHARD_BYTES = 4 * 10**9
-"""About what the published 72B checkpoint has in a file."""
+"""About the size of a file of the published 72B checkpoint."""
 NOISE = 2**22
-"""Numbers drawn. A tensor repeats them from another place on: as good as new to everything but a compressor."""
+"""Number of random values. Each tensor repeats them from its own offset, which only a compressor could exploit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
-    """The sizes of a dense Qwen2 model that decide how much work a layer is."""
+    """The sizes of a dense Qwen2 model that decide the work of a layer."""
 
     hidden_size: int
     intermediate_size: int
@@ -94,7 +94,7 @@ def write_base(widths: Widths, layers: int, root: Path) -> Path:
 def write_adapter(widths: Widths, layers: int, root: Path, *, rank: int, base: Path) -> Path:
     """Write a PEFT LoRA on all linear layers, A and B random, in float32 as PEFT saves it.
 
-    If embedding and head are one tensor, the embedding has one too: the largest tensor is then computed, not carried.
+    If embedding and head are one tensor, the embedding has a LoRA too, so that the largest tensor is computed.
     """
     random = torch.Generator().manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.overhead``: what the quantize stage costs beside the engine's own time.
+"""``python -m benchmarks.overhead``: the overhead of the quantize stage over the engine's own time.
 
-The demo's base, padded as the demo pads it, is quantized on the CPU with GPTQModel's loop: once by the command line,
-which is a process of its own with a worker of its own, and once by a script that only loads, quantizes and saves
-(:mod:`benchmarks.plain_gptqmodel`). Two runs differ by more than what is looked for, so the first is also split: the
-engine imports, loads, quantizes and saves; all the rest, from the start of the process to its end, is ours. What we do
-while the engine imports is ours too, but costs no time, and is taken off again.
+The demo's base, padded as in the demo, is quantized on the CPU with GPTQModel's loop: once by the command line, which
+starts a worker, and once by a script that only loads, quantizes and saves (:mod:`benchmarks.plain_gptqmodel`). Two runs
+differ by more than the overhead, so the time of the first is also split: importing, loading, quantizing and saving are
+the engine's; all the rest, from the start of the process to its end, is the stage's (``ours``). The stage's work while
+the engine is imported costs no time, and is subtracted again.
 """
 
 import argparse
@@ -34,16 +34,16 @@ from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.workers.environments import find_environment
 
-AIM = 0.02
-"""Of the engine's own time, on a job of two minutes or more."""
+TARGET_RATIO = 0.02
+"""Of the engine's own time, for a job of two minutes or more."""
 
 
 def by_stage(padded: Path, text: Path, spec: QuantSpec, python: Path, out: Path) -> dict[str, Any]:
-    """Quantize from the command line; return what it took, split."""
-    asked = {"in": padded, "out": out, "calibration": text, "engine": spec.engine, "engine-python": python}
-    asked |= {name.replace("_", "-"): getattr(spec, name) for name in ("group_size", "samples", "seq_len", "seed")}
-    asked |= {"threads": spec.threads, "batch-size": spec.batch_size, "device": spec.device}
-    options = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    """Quantize from the command line; return its seconds, split."""
+    flags = {"in": padded, "out": out, "calibration": text, "engine": spec.engine, "engine-python": python}
+    flags |= {name.replace("_", "-"): getattr(spec, name) for name in ("group_size", "samples", "seq_len", "seed")}
+    flags |= {"threads": spec.threads, "batch-size": spec.batch_size, "device": spec.device}
+    options = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     found = _timed([sys.executable, "-m", "qwen_pipeline", "quantize", *options], spec, out.with_suffix(".log"))
     seconds = open_manifest(out).result["seconds"]
     stage, both = seconds["stage"], seconds["both"]
@@ -54,7 +54,7 @@ def by_stage(padded: Path, text: Path, spec: QuantSpec, python: Path, out: Path)
 
 
 def by_script(padded: Path, text: Path, spec: QuantSpec, python: Path, out: Path) -> dict[str, Any]:
-    """Have the plain script quantize with the same tokens and settings; return what it took."""
+    """Quantize with the plain script, the same tokens and settings; return its seconds."""
     names = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "mse")
     job = {
         "source": str(padded),
@@ -98,38 +98,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
-    parser.add_argument("--layers", type=int, help="only the first ones of the model, to see that this runs")
+    parser.add_argument("--layers", type=int, help="only the first layers of the model, to test that this runs")
     parser.add_argument("--base", type=Path, help="the demo's base, if it was built before")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-overhead")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead", help="path without suffix")
-    asked = parser.parse_args()
-    asked.scratch.mkdir(parents=True, exist_ok=True)
-    text = write_texts(asked.scratch).calibration
-    base = asked.base or build_base(asked.scratch / "base").path
-    base = first_layers(base, asked.layers, asked.scratch / f"base-{asked.layers}") if asked.layers else base
-    place = Directory(asked.scratch / f"{base.name}-padded")
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    text = write_texts(options.scratch).calibration
+    base = options.base or build_base(options.scratch / "base").path
+    base = first_layers(base, options.layers, options.scratch / f"base-{options.layers}") if options.layers else base
+    place = Directory(options.scratch / f"{base.name}-padded")
     padded = pad(
         source=base, destination=place, spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL)
     ).path
-    python = find_environment("gptqmodel", asked.engine_python).python
+    python = find_environment("gptqmodel", options.engine_python).python
     spec = QuantSpec(
         engine="gptqmodel",
         group_size=GROUP_SIZE,
-        samples=asked.samples,
+        samples=options.samples,
         seq_len=512,
-        threads=asked.threads,
+        threads=options.threads,
         device="cpu",
     )
     rows: list[dict[str, Any]] = []
-    for number in range(asked.rounds):
-        with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             for name, run in RUNS.items():
                 found = run(padded.resolve(), text.resolve(), spec, python, Path(scratch).resolve() / name)
                 rows.append({"round": number, "run": name, **found})
                 print(json.dumps(rows[-1]), flush=True)
-                _write(asked.out, rows, spec)
-    print(asked.out.with_suffix(".md").read_text())
+                _write(options.out, rows, spec)
+    print(options.out.with_suffix(".md").read_text())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -165,11 +165,11 @@ def parts(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _write(out: Path, rows: Sequence[Mapping[str, Any]], spec: QuantSpec) -> None:
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
-    text = f"""# The quantize stage beside the engine that it runs
+    text = f"""# Overhead of the quantize stage over its engine
 
 {day}, {machine["cpu"]}, {machine["cores"]} cores, {spec.threads} threads. The demo's padded base, {spec.bits} bits in
-groups of {spec.group_size}, {spec.samples} windows of {spec.seq_len} tokens, GPTQModel's own loop. The aim is that ours
-is at most {AIM:.0%} of the engine's time where that is two minutes or more.
+groups of {spec.group_size}, {spec.samples} windows of {spec.seq_len} tokens, GPTQModel's own loop. The target is that
+ours is at most {TARGET_RATIO:.0%} of the engine's time where that is two minutes or more.
 
 {markdown(table(rows))}
 

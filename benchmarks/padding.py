@@ -1,9 +1,9 @@
-"""``python -m benchmarks.padding``: does a padded model quantize as well as the unpadded one, and split better?
+"""``python -m benchmarks.padding``: quantization of padded models compared with the unpadded one, by layout.
 
-KL(full precision || quantized) on held-out text, by layout, with and without the remedy for dead channels, for the
-demo's dense base and for mixtures of experts made of it (:mod:`benchmarks.upcycled`). Which way codes round is a matter
-of luck, so comparisons are paired: each draw of calibration text goes through all treatments, and the ratio to the
-unpadded model is taken draw by draw. A row is written as soon as it is known; a run that was stopped goes on.
+KL(full precision || quantized) on held-out text, by layout, with and without the correction of dead channels, for the
+demo's dense base and for mixtures of experts made of it (:mod:`benchmarks.upcycled`). Ties may round either way, so
+comparisons are paired: each draw of calibration text goes through all treatments, and the ratio to the unpadded model
+is computed draw by draw. Each row is written at once; an interrupted run resumes.
 """
 
 import argparse
@@ -42,12 +42,12 @@ RANKS = {"dense": 3, "experts": 16, "quiet experts": 16}
 """Model -> ranks: 1600 channels become 1728, experts of 768 and shared experts of 832 become 1024."""
 ENGINE: QuantizerName = "layerwise"
 QUIET = 6
-"""Doublings by which quiet experts' activations are smaller than the base's."""
+"""Power of two by which the activations of ``quiet experts`` are smaller than the base's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Treatment:
-    """A layout, or None for the unpadded model; ``settled`` is whether dead channels are."""
+    """A layout, or None for the unpadded model; ``settled``: whether dead channels are corrected."""
 
     name: str
     layout: Layout | None
@@ -65,34 +65,34 @@ TREATMENTS = (
 
 
 class Benchmark:
-    """Rows of one set of settings, in a scratch directory that outlives an interruption."""
+    """The rows of one set of settings, in a scratch directory from which an interrupted run resumes."""
 
-    def __init__(self, asked: argparse.Namespace) -> None:
-        self._asked = asked
-        self._scratch: Path = asked.scratch
-        self._journal = self._scratch / f"rows-{asked.samples}-{asked.windows}-{asked.seq_len}.jsonl"
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._scratch: Path = options.scratch
+        self._journal = self._scratch / f"rows-{options.samples}-{options.windows}-{options.seq_len}.jsonl"
         self._texts: Texts = write_texts(self._scratch)
         lines = self._journal.read_text().splitlines() if self._journal.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def run(self) -> None:
-        """Measure every treatment of every model, draw after draw of calibration text."""
-        for seed in self._asked.seeds:
-            for name in self._asked.models:
+        """Measure every treatment of every model, one draw of calibration text after the other."""
+        for seed in self._options.seeds:
+            for name in self._options.models:
                 done = {(row["model"], row["treatment"], row["seed"]) for row in self.rows}
-                missing = [at for at in TREATMENTS if at.name in self._asked.treatments]
+                missing = [at for at in TREATMENTS if at.name in self._options.treatments]
                 self._measure(name, [at for at in missing if (name, at.name, seed) not in done], seed)
 
     def prepare(self) -> None:
         """Make the models in every layout."""
-        for name in self._asked.models:
+        for name in self._options.models:
             model = self._model(name)
             for treatment in TREATMENTS:
-                if treatment.layout and treatment.name in self._asked.treatments:
+                if treatment.layout and treatment.name in self._options.treatments:
                     padded_model(self._scratch, name, model, treatment.layout)
 
     def _measure(self, name: str, treatments: Sequence[Treatment], seed: int) -> None:
-        """Quantize after each treatment, then compare all of them with the full precision side by side."""
+        """Quantize with each treatment, then compare all results with full precision in one pass."""
         if not treatments:
             return
         model = self._model(name)
@@ -105,19 +105,19 @@ class Benchmark:
                 print(json.dumps(self.rows[-1]), flush=True)
 
     def _model(self, name: str) -> Path:
-        base = self._asked.base or build_base(self._scratch / "base").path
+        base = self._options.base or build_base(self._scratch / "base").path
         if name == "dense":
             return base
         out = self._scratch / name.replace(" ", "-")
         return out if out.exists() else upcycle(base, out, quiet=QUIET if name.startswith("quiet") else 0)
 
     def _quantized(self, name: str, model: Path, treatment: Treatment, seed: int, out: Path) -> Path:
-        asked = self._asked
+        options = self._options
         spec = QuantSpec(
             engine=ENGINE,
             group_size=GROUP_SIZE,
-            samples=asked.samples,
-            seq_len=asked.seq_len,
+            samples=options.samples,
+            seq_len=options.seq_len,
             seed=seed,
             threads=torch.get_num_threads(),
         )
@@ -131,13 +131,13 @@ class Benchmark:
                 destination=Directory(out),
                 calibration=self._texts.calibration,
                 spec=spec,
-                engine=find_environment(spec.environment, asked.engine_python),
+                engine=find_environment(spec.environment, options.engine_python),
             ).path
 
     def _divergences(self, model: Path, quantized: Mapping[str, Path]) -> dict[str, float]:
-        asked = self._asked
+        options = self._options
         windows = token_windows(
-            self._texts.held_out, load_tokenizer(model), windows=asked.windows, seq_len=asked.seq_len
+            self._texts.held_out, load_tokenizer(model), windows=options.windows, seq_len=options.seq_len
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         figures = evaluate(
@@ -151,7 +151,7 @@ class Benchmark:
 
 
 def padded_model(scratch: Path, name: str, model: Path, layout: Layout) -> Path:
-    """Return a model of :data:`RANKS` padded for its ranks, below ``scratch``; free when it is there."""
+    """Return a model of :data:`RANKS` padded for its ranks, below ``scratch``; an existing one is reused."""
     out = Directory(scratch / f"{name.replace(' ', '-')}-{layout}")
     return pad.pad(
         source=model,
@@ -163,7 +163,7 @@ def padded_model(scratch: Path, name: str, model: Path, layout: Layout) -> Path:
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return treatment x model: the mean KL, and its ratio to the unpadded model's, draw by draw.
 
-    Of the ratio's draws, the mean, its standard error and how many there are.
+    The ratio is shown as the mean, its standard error and the number of draws.
     """
     kl = pd.DataFrame(rows).set_index(["model", "treatment", "seed"])["kl"].unstack("seed")
     shown: dict[str, dict[str, str]] = {}
@@ -178,7 +178,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def arguments(description: str | None, *, windows: int) -> argparse.ArgumentParser:
-    """Return a parser of what every benchmark of padding asks for: tokens, the demo's base, an engine, a directory."""
+    """Return a parser of the options of every benchmark of padding: tokens, the demo's base, an engine, a directory."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--samples", type=int, default=24, help="calibration windows")
     parser.add_argument("--windows", type=int, default=windows, help="held-out windows")
@@ -199,17 +199,17 @@ def main() -> None:
         "--prepare", action="store_true", help="only make the models, so that several runs can share them"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "padding", help="path without suffix")
-    asked = parser.parse_args()
-    asked.scratch.mkdir(parents=True, exist_ok=True)
-    benchmark = Benchmark(asked)
-    if asked.prepare:
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    benchmark = Benchmark(options)
+    if options.prepare:
         benchmark.prepare()
         return
     benchmark.run()
-    write_results(benchmark.rows, asked)
+    write_results(benchmark.rows, options)
 
 
-def write_results(rows: Sequence[Mapping[str, Any]], asked: argparse.Namespace) -> None:
+def write_results(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
     """Write all rows and their table to ``--out`` with the suffixes ``.json`` and ``.md``."""
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
     device = (
@@ -217,15 +217,15 @@ def write_results(rows: Sequence[Mapping[str, Any]], asked: argparse.Namespace) 
     )
     text = f"""# KL(full precision || quantized), nats per token, and its ratio to the unpadded model's
 
-{day}, {device}. 4 bits in groups of {GROUP_SIZE}; calibration {asked.samples} x {asked.seq_len} tokens, evaluation
-{asked.windows} x {asked.seq_len} held-out tokens. Each cell: mean KL, mean ratio ± standard error of how many
-draws of calibration text. Ratios are taken draw by draw.
+{day}, {device}. 4 bits in groups of {GROUP_SIZE}; calibration {options.samples} x {options.seq_len} tokens, evaluation
+{options.windows} x {options.seq_len} held-out tokens. Each cell: mean KL, mean ratio ± standard error of the
+number of draws of calibration text. Ratios are computed draw by draw.
 
 {markdown(table(rows))}
 """
-    settings = {name: getattr(asked, name) for name in ("samples", "windows", "seq_len")}
+    settings = {name: getattr(options, name) for name in ("samples", "windows", "seq_len")}
     found = {"date": day, "machine": machine, "device": device, "settings": settings, "rows": list(rows)}
-    keep(asked.out, text, found)
+    keep(options.out, text, found)
     print(text)
 
 

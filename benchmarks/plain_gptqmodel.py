@@ -1,6 +1,6 @@
-"""What a user of GPTQModel would write: load, quantize, save. It knows nothing of this package.
+"""A plain GPTQModel script without this package: load, quantize, save.
 
-``python benchmarks/plain_gptqmodel.py JOB.json``, by a python that has gptqmodel; :mod:`benchmarks.overhead` runs it.
+``python benchmarks/plain_gptqmodel.py JOB.json``, with a Python that has gptqmodel; :mod:`benchmarks.overhead` runs it.
 """
 
 import json

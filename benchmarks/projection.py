@@ -1,4 +1,4 @@
-"""What merging and padding a large model will take, from its sizes alone: ``python -m benchmarks.projection``."""
+"""Projected cost of merging and padding a large model, from its sizes alone: ``python -m benchmarks.projection``."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from qwen_pipeline.checkpoint.memory_budget import estimate_needs
 from qwen_pipeline.checkpoint.thread_pool import pool_size
 
 RATES = (0.4, 1.2, 5.0)
-"""GB per second that a disk takes: a network volume, a cloud server's, a workstation's NVMe."""
+"""GB per second of a disk: a network volume, a cloud server's disk, a workstation's NVMe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

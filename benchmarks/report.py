@@ -1,6 +1,6 @@
-"""What a benchmark leaves behind: a page for people, and every figure for machines.
+"""Results of a benchmark as a Markdown page and a JSON file.
 
-Nothing here imports torch or pandas: a child's peak memory counts from its parent's on.
+This module does not import torch or pandas: a child's peak memory starts from its parent's.
 """
 
 import json
@@ -22,10 +22,10 @@ def keep(out: Path, text: str, found: Mapping[str, Any]) -> None:
 
 
 def markdown(frame: "pd.DataFrame") -> str:
-    """Return a table, a row a line."""
+    """Return a data frame as a Markdown table."""
     return table(list(map(str, frame.columns)), [list(map(str, row)) for row in frame.to_numpy()])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of cells, a row a line."""
+    """Return cells as a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,9 +1,9 @@
-"""How long merging and padding take, beside a plain copy and what others do, in the same run.
+"""Time of merging and padding, compared with a plain copy and with other tools in the same run.
 
 ``python -m benchmarks.speed`` makes a checkpoint with a real model's widths once, then runs every contender once a
-round, in turn, each in a process of its own, followed by a sync, and takes the median. Results go to ``--out`` as JSON
-and Markdown after each run, so that whatever ends the rest leaves what was measured. Contenders that this machine lacks
-are named as skipped.
+round, in turn, each in its own process and followed by a sync, and computes the median. Results go to ``--out`` as JSON
+and Markdown after each run, so that an interruption loses no figure. Contenders that are not installed are listed as
+skipped.
 """
 
 import argparse
@@ -18,7 +18,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import COPY, START, Contender, Run, make_models, ours, peak_of_start, peers, run, yardsticks
+from benchmarks.contenders import (
+    COPY,
+    START,
+    Contender,
+    Run,
+    baselines,
+    make_models,
+    own_commands,
+    peak_of_start,
+    peers,
+    run,
+)
 from benchmarks.machine import describe_machine
 from benchmarks.report import RESULTS, keep
 
@@ -26,45 +37,49 @@ _BARE = Contender(name="torch", command=(), start=(sys.executable, "-c", "import
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = _arguments(arguments)
-    asked.scratch.mkdir(parents=True)
+    options = _arguments(arguments)
+    options.scratch.mkdir(parents=True)
     try:
-        print(markdown(measure(asked)))
+        print(markdown(measure(options)))
     finally:
-        shutil.rmtree(asked.scratch)
+        shutil.rmtree(options.scratch)
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Make the models, run every contender ``rounds`` times in turn, and return all figures, written after each run."""
-    began, scratch = time.monotonic(), asked.scratch.resolve()
-    base = make_models(scratch, widths=asked.widths, layers=asked.layers, rank=asked.rank)
-    others, skipped = peers(asked.degree, scratch, skip=asked.skip)
-    contenders = [*yardsticks(), *ours(asked.degree), *others]
+    began, scratch = time.monotonic(), options.scratch.resolve()
+    base = make_models(scratch, widths=options.widths, layers=options.layers, rank=options.rank)
+    others, skipped = peers(options.degree, scratch, skip=options.skip)
+    contenders = [*baselines(), *own_commands(options.degree), *others]
     report: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "model": json.loads((base / "config.json").read_bytes()),
-        "layers": asked.layers,
-        "rank": asked.rank,
+        "layers": options.layers,
+        "rank": options.rank,
         "base_bytes": sum(file.stat().st_size for file in base.iterdir()),
         "bare_peak_bytes": peak_of_start(_BARE, scratch),
         "skipped": skipped,
     }
     runs: list[Run] = []
-    for number in range(asked.rounds):
+    for number in range(options.rounds):
         round_began = time.monotonic()
         for contender in contenders:
-            if contender.is_peer and number >= asked.peer_rounds:
+            if contender.is_peer and number >= options.peer_rounds:
                 continue
             runs.append(run(contender, scratch))
             print(f"round {number + 1}: {runs[-1]}", file=sys.stderr, flush=True)
             report |= {"medians": _medians(runs), "runs": [asdict(each) for each in runs]}
-            keep(asked.out / "speed", markdown(report), report)
+            keep(options.out / "speed", markdown(report), report)
         now = time.monotonic()
-        if asked.minutes and (now - began) + (now - round_began) > 60 * asked.minutes and number + 1 < asked.rounds:
-            skipped[f"rounds {number + 2} to {asked.rounds}"] = f"no time left of {asked.minutes} minutes"
+        if (
+            options.minutes
+            and (now - began) + (now - round_began) > 60 * options.minutes
+            and number + 1 < options.rounds
+        ):
+            skipped[f"rounds {number + 2} to {options.rounds}"] = f"no time left of {options.minutes} minutes"
             break
-    keep(asked.out / "speed", markdown(report), report)
+    keep(options.out / "speed", markdown(report), report)
     return report
 
 
@@ -91,8 +106,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"Layers of {report['model']['hidden_size']} x {report['model']['intermediate_size']}, "
         f"{report['layers']} of them, vocabulary {report['model']['vocab_size']}: "
         f"{report['base_bytes'] / 1e9:.2f} GB of bfloat16. LoRA of rank {report['rank']} on all linear layers. "
-        "Medians of rounds in turn; ours hash the base, never seen before, and what they write. "
-        f"Starting Python and importing torch and ours takes {start:.1f} s of each of ours.\n\n"
+        "Medians of rounds in turn; this package hashes the base, not seen before, and its output. "
+        f"Starting Python and importing torch and this package takes {start:.1f} s of each of its commands.\n\n"
         + "\n".join(rows)
         + skipped
         + "\n"
@@ -115,7 +130,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--degree", type=int, default=8, help="tensor-parallel ranks to pad for")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer-rounds", type=int, default=5, help="rounds in which others take part")
+    parser.add_argument("--peer-rounds", type=int, default=5, help="rounds in which other tools run")
     parser.add_argument("--minutes", type=float, default=0, help="begin no round that would end later; 0: no limit")
     parser.add_argument("--skip", action="append", default=[], help="a contender to leave out")
     parser.add_argument("--scratch", type=Path, default=Path("build/speed"), help="a directory on the disk to measure")

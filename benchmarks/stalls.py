@@ -1,7 +1,7 @@
-"""Where the threads of one pass spend their time: ``python -m benchmarks.stalls BASE ADAPTER OUT``.
+"""Time that the threads of one pass spend in each step: ``python -m benchmarks.stalls BASE ADAPTER OUT``.
 
-Seconds are added up over threads, each step without the steps within it. What a step takes by the clock and not of a
-core, it waited: for the disk, for a file's lock, for its turn, or for Python's lock.
+Seconds are added up over threads, each step without the steps within it. The difference between wall clock and
+processor time is waiting: for the disk, for a file's lock, for its turn, or for Python's lock.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec
 
-ROOM = "qwen_pipeline"
+PACKAGE = "qwen_pipeline"
 STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
     "read": [("checkpoint.safetensors_file", "_read_into")],
     "add updates": [("transforms.lora.low_rank", "_add")],
@@ -28,13 +28,13 @@ STEPS: Mapping[str, Sequence[tuple[str, str]]] = {
     "write": [("checkpoint.shard_file", "ShardFile._write")],
     "begin writeback": [("checkpoint.shard_file", "begin_writeback")],
     "finish a shard": [("checkpoint.shard_file", "ShardFile._finish")],
-    "all else in a job": [("checkpoint.writer", "_Writing._pass_on")],
-    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.begin")],
+    "all else in a job": [("checkpoint.writer", "_CheckpointWriter._write_block")],
+    "take the next job": [("checkpoint.thread_pool", "_ThreadPool.next_job")],
 }
 
 
 class Ledger:
-    """Seconds by the clock and of a core for each step, over all threads."""
+    """Wall clock and processor seconds of each step, over all threads."""
 
     def __init__(self) -> None:
         self.clock: dict[str, float] = defaultdict(float)
@@ -68,28 +68,28 @@ def main() -> None:
     parser.add_argument("adapter", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layout", choices=get_args(Layout), default=DEFAULT_LAYOUT)
-    parser.add_argument("--threads", type=int, help="instead of two more than there are cores")
-    asked = parser.parse_args()
+    parser.add_argument("--threads", type=int, help="number of threads; default: cores + 2")
+    options = parser.parse_args()
 
     from qwen_pipeline.checkpoint import thread_pool
     from qwen_pipeline.checkpoint.store.destinations import Directory
-    from qwen_pipeline.stages.merge_pad import merge_and_pad
+    from qwen_pipeline.stages.merge_pad import merge_pad
 
     ledger = Ledger()
-    if asked.threads:
-        thread_pool.pool_size = lambda: asked.threads
+    if options.threads:
+        thread_pool.pool_size = lambda: options.threads
     for step, places in STEPS.items():
         for module, path in places:
             *owners, name = path.split(".")
-            owner = functools.reduce(getattr, owners, importlib.import_module(f"{ROOM}.{module}"))
+            owner = functools.reduce(getattr, owners, importlib.import_module(f"{PACKAGE}.{module}"))
             setattr(owner, name, ledger.timed(step, getattr(owner, name)))
     began, used = time.perf_counter(), os.times()
-    merge_and_pad(
-        base=asked.base,
-        fine_tune=asked.adapter,
-        merged=Directory(asked.out / "merged"),
-        padded=Directory(asked.out / "padded"),
-        spec=PaddingSpec(layout=asked.layout),
+    merge_pad(
+        base=options.base,
+        fine_tune=options.adapter,
+        merged=Directory(options.out / "merged"),
+        padded=Directory(options.out / "padded"),
+        spec=PaddingSpec(layout=options.layout),
     )
     seconds, now = time.perf_counter() - began, os.times()
     print(f"{seconds:.1f} s, user {now.user - used.user:.1f} s, system {now.system - used.system:.1f} s")

@@ -1,4 +1,4 @@
-"""Engines without the remedy for dead channels: what GPTQModel's solver does with padding by itself."""
+"""Engines without the correction of dead channels: the effect of padding on GPTQModel's plain solver."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ TARGET = f"{__name__}:quantize_directory"
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Like ``quantize_directory`` of the spec's engine, leaving dead channels to the library."""
+    """Call ``quantize_directory`` of the spec's engine, leaving dead channels to the library."""
     solver.settle_dead_channels = lambda *_: None
     gptqmodel.settle_dead_channels = lambda *_: None
     engine = layerwise if spec["spec"]["engine"] == "layerwise" else gptqmodel

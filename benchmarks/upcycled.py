@@ -1,7 +1,7 @@
-"""A real mixture of experts without a hub: the demo's dense base, upcycled into a Qwen2-MoE that computes the same.
+"""A real mixture of experts without a hub: the demo's dense base, upcycled into a Qwen2-MoE of the same function.
 
-Every third layer, or each, becomes a mixture. Of its MLP's channels some become the shared expert, the others become
-every routed expert: experts are copies, so whichever of them a token is sent to, the sum is the dense MLP's
+Every third layer, or each, becomes a mixture. Some of its MLP's channels become the shared expert, the others each
+routed expert: experts are copies, so for any routing the sum is the dense MLP's output
 (https://arxiv.org/abs/2212.05055). Each expert is calibrated on the tokens that reach it, as in any mixture.
 """
 
@@ -23,14 +23,14 @@ STEP = 3
 
 
 def upcycle(base: Path, out: Path, *, step: int = STEP, quiet: int = 0) -> Path:
-    """Write the mixture into ``out``, which must not be there yet; return it.
+    """Write the mixture into ``out``, which must not exist; return it.
 
     Args:
         base: A dense Qwen2 checkpoint.
-        out: Where the mixture goes.
-        step: A mixture is made of one layer in so many.
-        quiet: Doublings by which up rows are divided and down columns multiplied, so that the activations between them
-            are smaller; the function stays the same, exactly.
+        out: Directory of the mixture.
+        step: One layer in this many becomes a mixture.
+        quiet: Power of two by which up rows are divided and down columns multiplied, so that the activations between
+            them are smaller; the function is exactly the same.
     """
     from transformers import Qwen2MoeConfig
 

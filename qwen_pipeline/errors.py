@@ -1,18 +1,22 @@
-"""The faults this package can name.
+"""The exceptions of this package.
 
 Every message says what is wrong, with names and values, and what to do about it. The class decides the exit code of the
-command line and whether Dagster may retry.
+command line, and whether Dagster may retry.
 """
 
 from collections.abc import Sequence
 
 
 class PipelineError(Exception):
-    """Base of every fault; ``exit_code`` is what the command line ends with.
+    """The base of every exception of this package.
 
     Args:
-        what: What is wrong: the name of the thing, the value expected and the value found.
+        what: The error: which object is wrong, the expected value and the value found.
         remedy: What the reader can do about it, as an instruction.
+
+    Attributes:
+        exit_code: The exit code of the command line.
+        retryable: Whether the same work may succeed if it is repeated.
     """
 
     exit_code = 1
@@ -28,11 +32,11 @@ class PipelineError(Exception):
 
 
 class CheckFailed(PipelineError):
-    """The work was done, and what came out is not good enough to go on."""
+    """The work was done, but its result fails a check that later stages rely on."""
 
 
 class InputRefused(PipelineError):
-    """The input or the request cannot be served; nothing was written."""
+    """The input or the request cannot be processed. Nothing was written."""
 
     exit_code = 2
 
@@ -50,11 +54,11 @@ class QuantizedInputRefused(InputRefused):
 
 
 class DestinationRefused(InputRefused):
-    """The output directory already holds something else."""
+    """The output directory already has other contents."""
 
 
 class EnvironmentFault(PipelineError):
-    """The machine, not the input, is at fault: disk, memory, GPU, an engine that is not installed."""
+    """The cause is the machine and not the input: disk, memory, GPU, or an environment that is not installed."""
 
     exit_code = 3
     retryable = True
@@ -64,13 +68,13 @@ class DestinationLocked(EnvironmentFault):
     """Another process is writing the same output."""
 
 
-class EngineFault(EnvironmentFault):
-    """A worker process ended without a result."""
+class WorkerFailed(EnvironmentFault):
+    """A worker process ended without a result, or its library returned one that does not fit the input."""
 
     retryable = False
 
 
 def listed(items: Sequence[str], *, limit: int = 6) -> str:
-    """Return the first items and how many more there are, as messages name them."""
+    """Return the first items and the number of the rest, for a message."""
     rest = f"; and {len(items) - limit} more" if len(items) > limit else ""
     return "; ".join(items[:limit]) + rest

@@ -1,4 +1,4 @@
-"""How every plot looks: no background, and ink in a middle grey that reads on light and on dark pages.
+"""The style of all plots: no background, and a middle grey that is readable on light and dark pages.
 
 The same input gives the same bytes.
 """
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 INK = "#7d8590"
 BETTER, WORSE = "#2da44e", "#d9822b"
 PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a05ab8")
-"""One colour a kind of layer, attention cool and MLP warm, of about equal lightness."""
+"""One colour for each kind of layer: cool for attention, warm for MLPs, of about equal lightness."""
 
 
 def quiet_axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
-    """Add the ``row``-th of so many axes, one below the other."""
+    """Add the ``row``-th of ``rows`` axes, stacked from the top, in the common style."""
     axes = figure.add_subplot(rows, 1, row)
     axes.patch.set_alpha(0)
     axes.tick_params(which="both", colors=INK, labelsize=8)

@@ -1,4 +1,4 @@
-"""How a stage tells whoever watches how far it is: one event type for the terminal and for Dagster's log."""
+"""Progress of a stage: one event type, for the terminal and for Dagster's log."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Unit = Literal["bytes", "layers", "modules", "tokens", "windows", "answers", "se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """``done`` of ``total`` units of one task, with an optional remark worth a line in a log.
+    """``done`` of ``total`` units of one task, with an optional remark for a log.
 
     ``unit="bytes"`` counts bytes moved; every other unit counts things.
     """
@@ -27,11 +27,11 @@ Observe = Callable[[Progress], None]
 
 
 def unobserved(_: Progress) -> None:
-    """Watch nothing."""
+    """Ignore progress."""
 
 
 class Meter:
-    """Counts bytes of one task, from any thread, and tells an observer from the one that asks it to."""
+    """Counts the bytes of one task, from any thread; :meth:`report` calls the observer on the calling thread."""
 
     def __init__(self, task: str, total: int, observe: Observe, *, done: int = 0) -> None:
         self._task, self._total, self._observe = task, total, observe
@@ -42,12 +42,12 @@ class Meter:
         with self._lock:
             self._done += count
 
-    def tell(self) -> None:
+    def report(self) -> None:
         self._observe(Progress(task=self._task, done=self._done, total=self._total, unit="bytes"))
 
 
-def figures(progress: Progress) -> str:
-    """How far, in words: ``3 of 30 layers``, ``0.21 of 1.02 GB``."""
+def format_amount(progress: Progress) -> str:
+    """Return the amount done, such as ``3 of 30 layers`` or ``0.21 of 1.02 GB``."""
     if progress.unit == "bytes":
         scale, name = (1e9, "GB") if progress.total >= 1e9 else (1e6, "MB")
         return f"{progress.done / scale:.2f} of {progress.total / scale:.2f} {name}"
@@ -55,21 +55,21 @@ def figures(progress: Progress) -> str:
 
 
 def describe(progress: Progress) -> str:
-    """One line for a log: ``quantize: 3 of 30 layers, layers.2.mlp.down_proj loss 0.0012``."""
-    return f"{progress.task}: {figures(progress)}" + (f", {progress.remark}" if progress.remark else "")
+    """Return a line for a log, such as ``quantize: 3 of 30 layers, layers.2.mlp.down_proj loss 0.0012``."""
+    return f"{progress.task}: {format_amount(progress)}" + (f", {progress.remark}" if progress.remark else "")
 
 
-class Pace:
-    """How fast each task moves bytes, from when it was first heard of; what was there before does not count."""
+class TransferRate:
+    """The transfer rate of each task since its first event; bytes that were done before do not count."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[float, int]] = {}
 
-    def of(self, progress: Progress) -> str:
-        """Return the rate and the time that is left, such as ``0.45 GB/s, 2:05 left``; nothing for other units."""
+    def describe(self, progress: Progress) -> str:
+        """Return the rate and remaining time, such as ``0.45 GB/s, 2:05 left``; empty for units other than bytes."""
         now = time.monotonic()
-        began, at = self._first.setdefault(progress.task, (now, progress.done))
-        moved, seconds = progress.done - at, now - began
+        started, first = self._first.setdefault(progress.task, (now, progress.done))
+        moved, seconds = progress.done - first, now - started
         if progress.unit != "bytes" or moved <= 0 or seconds <= 0:
             return ""
         left = round((progress.total - progress.done) * seconds / moved)
@@ -77,19 +77,19 @@ class Pace:
         return f"{moved / seconds / 1e9:.2f} GB/s{rest}"
 
 
-def as_lines(say: Callable[[str], None], *, seconds: float = 5.0) -> Observe:
-    """Say each layer once, the end always, and everything between at most every ``seconds``."""
-    said: dict[str, int] = {}
+def as_lines(log: Callable[[str], None], *, seconds: float = 5.0) -> Observe:
+    """Return an observer that logs each layer and the end of each task, and other events every ``seconds`` at most."""
+    logged: dict[str, int] = {}
     last = -seconds
-    pace = Pace()
+    rates = TransferRate()
 
     def observe(progress: Progress) -> None:
         nonlocal last
         now = time.monotonic()
-        rate = pace.of(progress)
-        is_news = progress.unit == "layers" or progress.done == progress.total
-        if (is_news and said.get(progress.task) != progress.done) or now - last >= seconds:
-            said[progress.task], last = progress.done, now
-            say(describe(progress) + (f", {rate}" if rate else ""))
+        rate = rates.describe(progress)
+        is_milestone = progress.unit == "layers" or progress.done == progress.total
+        if (is_milestone and logged.get(progress.task) != progress.done) or now - last >= seconds:
+            logged[progress.task], last = progress.done, now
+            log(describe(progress) + (f", {rate}" if rate else ""))
 
     return observe

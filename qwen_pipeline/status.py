@@ -1,24 +1,29 @@
-"""Where each fine-tune and import stands: what the store holds, whether it still follows from its inputs, the verdicts.
+"""The state of every stage of each fine-tune and import: what the store holds, and whether it is up to date and good.
 
-This reads manifests only. It is what ``qwen-pipeline status`` shows and what the nightly schedule decides by.
+Only manifests and validation reports are read. ``qwen-pipeline status`` shows the states, and the nightly schedule
+decides by them.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore
 from qwen_pipeline.config import Settings
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.regression import compare, load_verdict
+from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.models.inbox import Arrival, Inbox
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
 from qwen_pipeline.text.records import PARQUET
 from qwen_pipeline.text.sources import open_text
+
+if TYPE_CHECKING:  # pandas takes long to import, and only status_frame needs it
+    import pandas as pd
 
 State = Literal["missing", "damaged", "stale", "failed", "done"]
 
@@ -28,13 +33,17 @@ class StageStatus:
     """One stage of one fine-tune.
 
     Attributes:
-        state: ``stale``: made from other inputs than there are now, or by another code version. ``failed``: up to
-            date, and a blocking check says that it is not good enough.
-        artifact: What the store holds, if anything.
+        state: ``missing``: the store has no output. ``damaged``: its manifest or report cannot be trusted; the
+            directory has to be deleted. ``stale``: made from other inputs or settings than the present ones, or by
+            another code version. ``failed``: up to date, but a blocking check failed or a required one was
+            skipped. ``done``: up to date and good.
+        artifact: The output in the store, unless it is missing or damaged.
+        fault: Why it is damaged.
     """
 
     state: State
     artifact: Artifact | None = None
+    fault: str = ""
 
     @property
     def reports(self) -> list[CheckReport]:
@@ -43,7 +52,11 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuneStatus:
-    """Every stage of one fine-tune or import, in order. ``remark`` says what is odd about its upload, if anything."""
+    """Every stage of one fine-tune or import, in order.
+
+    Attributes:
+        remark: Why its upload cannot be used; empty if it can.
+    """
 
     name: str
     stages: Mapping[str, StageStatus]
@@ -51,8 +64,11 @@ class FineTuneStatus:
 
     @property
     def needs_work(self) -> bool:
-        """Whether running the pipeline may change something: a verdict that stands is not asked for again."""
-        state = next((stands.state for stands in self.stages.values() if stands.state != "done"), "done")
+        """True if a run would make progress: the first stage that is not done is missing or stale.
+
+        A stage that failed or is damaged would end the same way again.
+        """
+        state = next((status.state for status in self.stages.values() if status.state != "done"), "done")
         return state in ("missing", "stale") and not self.remark
 
 
@@ -64,47 +80,48 @@ _MAKERS: Mapping[ModuleType, Mapping[str, str]] = {
     validate: {"reference": merge.STAGE, "candidate": quantize.STAGE},
     publish: {"quantized": quantize.STAGE, "validated": validate.STAGE},
 }
-"""Every stage in order, and the stages that make its inputs: role in the derivation -> stage."""
+"""Stage, in order -> the stages that make its inputs, by their role in the derivation."""
 
 STAGES = tuple(str(stage.STAGE) for stage in _MAKERS)
+FRAME_COLUMNS = ("name", "stage", "state", "digest", "path", "failed_checks", "remark")
 
 
 def fine_tune_statuses(settings: Settings) -> list[FineTuneStatus]:
-    """Return the standing of each fine-tune that is in the inbox or in the store, by name."""
+    """Return the status of each fine-tune in the inbox or in the store, sorted by name."""
     arrivals = {arrival.name: arrival for arrival in Inbox(settings.inbox).arrivals()}
     kept = {path.name for stage in STAGES for path in (settings.store_root / stage).glob("*")}
     return [status_of(settings, name, arrivals.get(name)) for name in sorted(arrivals.keys() | kept)]
 
 
 def status_of(settings: Settings, name: str, arrival: Arrival | None) -> FineTuneStatus:
-    """Compare what the store holds of a fine-tune with its upload and the settings as they are now.
+    """Compare the outputs of a fine-tune in the store with its upload and the current settings.
 
-    Without a usable upload, what was made of an earlier one still stands.
+    Without a usable upload, the outputs of an earlier one are not stale.
     """
-    arrived, remark = _look_at(arrival)
-    inputs = {"fine_tune": arrived} if arrived else {}
+    digest, remark = _upload_digest(arrival)
+    inputs = {"fine_tune": digest} if digest else {}
     specs, texts = _specs(settings, name), {calibrate.STAGE: _calibration_text(settings)}
     current: dict[str, str] = {}
     stages: dict[str, StageStatus] = {}
     for stage, makers in _MAKERS.items():
         inputs = {role: current.get(maker) for role, maker in makers.items()} or inputs
         inputs |= texts.get(stage.STAGE, {})
-        stages[stage.STAGE] = stands = _stage_status(settings, name, stage, inputs, specs.get(stage.STAGE, {}))
-        if stands.artifact and stands.state in ("done", "failed"):
-            current[stage.STAGE] = stands.artifact.manifest.content_digest
+        stages[stage.STAGE] = status = _stage_status(settings, name, stage, inputs, specs.get(stage.STAGE, {}))
+        if status.artifact and status.state in ("done", "failed"):
+            current[stage.STAGE] = status.artifact.manifest.content_digest
     return FineTuneStatus(name=name, stages=stages, remark=remark)
 
 
 def import_statuses(settings: Settings) -> list[FineTuneStatus]:
-    """Return the standing of each quantized checkpoint that is among the imports or in the store, by name.
+    """Return the status of each quantized checkpoint among the imports or in the store, sorted by name.
 
-    One that was never read, or changed since, is ``stale`` if it was repaired before: nothing is read to find out.
+    No weights are read: a repaired one is ``stale`` if the digest of the import is not cached, or the import changed.
     """
     arrivals = {arrival.name: arrival for arrival in Inbox(settings.imports).arrivals()}
     kept = {path.name for path in (settings.store_root / repair.STAGE).glob("*")}
     found: list[FineTuneStatus] = []
     for name in sorted(arrivals.keys() | kept):
-        digest, remark = _look_at_import(arrivals.get(name))
+        digest, remark = _import_digest(arrivals.get(name))
         inputs = {} if name not in arrivals else {"source": digest}
         spec = {"tensor_parallel": settings.padding_spec.ranks}
         stages = {repair.STAGE: _stage_status(settings, name, repair, inputs, spec)}
@@ -112,8 +129,33 @@ def import_statuses(settings: Settings) -> list[FineTuneStatus]:
     return found
 
 
-def _look_at_import(arrival: Arrival | None) -> tuple[str | None, str]:
-    """Return the digest of an import, if it is remembered, and what is odd about it."""
+def status_frame(settings: Settings) -> "pd.DataFrame":
+    """Return the status of every fine-tune and import as a table, one row for each stage.
+
+    The columns are ``name``, ``stage``, ``state``, ``digest`` and ``path`` of the output (empty cells without one),
+    ``failed_checks`` (names of failed blocking checks, separated by commas) and ``remark`` (what is wrong with the
+    output, or with the upload).
+    """
+    import pandas as pd
+
+    rows = [
+        {
+            "name": found.name,
+            "stage": stage,
+            "state": status.state,
+            "digest": status.artifact.manifest.content_digest if status.artifact else None,
+            "path": str(status.artifact.path) if status.artifact else None,
+            "failed_checks": ", ".join(report.name for report in status.reports if report.blocks),
+            "remark": status.fault or found.remark,
+        }
+        for found in [*fine_tune_statuses(settings), *import_statuses(settings)]
+        for stage, status in found.stages.items()
+    ]
+    return pd.DataFrame(rows, columns=list(FRAME_COLUMNS))
+
+
+def _import_digest(arrival: Arrival | None) -> tuple[str | None, str]:
+    """Return the cached digest of an import, if there is one, and why the import cannot be used."""
     if arrival is None:
         return None, "no longer among the imports"
     if obstacle := arrival.obstacle():
@@ -124,8 +166,8 @@ def _look_at_import(arrival: Arrival | None) -> tuple[str | None, str]:
         return None, refusal.what
 
 
-def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
-    """Return the digest of an upload that can be merged, or None and why there is none."""
+def _upload_digest(arrival: Arrival | None) -> tuple[str | None, str]:
+    """Return the digest of an upload that can be merged, or None and why it cannot."""
     if arrival is None:
         return None, "no longer in the inbox"
     if obstacle := arrival.obstacle():
@@ -137,7 +179,7 @@ def _look_at(arrival: Arrival | None) -> tuple[str | None, str]:
 
 
 def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
-    """The part of each stage's spec that the settings decide for a fine-tune."""
+    """Return the part of each stage's spec that the settings decide for a fine-tune."""
     quantization = settings.quantization
     return {
         pad.STAGE: settings.padding_spec.to_json() | {"towers": settings.padding.towers},
@@ -152,15 +194,15 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _calibration_text(settings: Settings) -> dict[str, str]:
-    """The digest of the text as it is now, where it is a file that is read as it is."""
+    """Return the current digest of the calibration text, if it is a file and not Parquet or a data set."""
     source = settings.calibration.source
     if source is None or not (file := Path(source)).is_file() or file.suffix == PARQUET:
         return {}
     return {"text": open_text(file).digest()}
 
 
-_UNSAID: Mapping[str, Any] = {"towers": False}
-"""What a spec means where it says nothing: a request that was not made is no part of it."""
+_SPEC_DEFAULTS: Mapping[str, Any] = {"towers": False}
+"""Values of fields that a spec leaves out, so that its derivation key stays that of versions without them."""
 
 
 def _stage_status(
@@ -168,20 +210,23 @@ def _stage_status(
 ) -> StageStatus:
     try:
         artifact = CheckpointStore(settings.store_root).latest(stage.STAGE, name)
-    except CheckpointRefused:
-        return StageStatus(state="damaged")
-    if artifact is None:
-        return StageStatus(state="missing")
-    made = artifact.manifest.derivation
-    follows = inputs.items() <= made.inputs.items() and spec.items() <= {**_UNSAID, **made.spec}.items()
-    if not follows or made.code_version != stage.CODE_VERSION:
+        if artifact is None:
+            return StageStatus(state="missing")
+        made = artifact.manifest.derivation
+        failed = any(report.blocks for report in load_reports(artifact.manifest.result))
+        if made.code_version != stage.CODE_VERSION:
+            return StageStatus(state="stale", artifact=artifact)
+        if stage is validate:
+            failed = bool(load_validation(artifact.path, artifact.manifest).obstacles)
+    except CheckpointRefused as refusal:
+        return StageStatus(state="damaged", fault=refusal.what)
+    if not (inputs.items() <= made.inputs.items() and spec.items() <= {**_SPEC_DEFAULTS, **made.spec}.items()):
         return StageStatus(state="stale", artifact=artifact)
-    failed = any(report.blocks for report in load_reports(artifact.manifest.result))
     return StageStatus(state="failed" if failed else "done", artifact=artifact)
 
 
 def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:
-    """Hold a validation against that of the last release of other bytes, which is what is served until now."""
+    """Compare a validation with that of the last release of other bytes, the one that is being served."""
     candidate = validated.manifest.derivation.inputs["candidate"]
     released = [
         release
@@ -192,14 +237,14 @@ def against_last_release(store: CheckpointStore, fine_tune: str, validated: Arti
 
 
 def calibration_of(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Path | None:
-    """Return the tokens that a quantized checkpoint was made with, if they are still there."""
+    """Return the directory of the calibration tokens of a quantized checkpoint, if the store still has it."""
     digest = quantized.manifest.derivation.inputs["calibration"]
     made = store.finished(calibrate.STAGE, fine_tune)
     return next((each.path for each in made if each.manifest.content_digest == digest), None)
 
 
 def version_before(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Artifact | None:
-    """Return the quantized checkpoint of other bytes that was made last before this one, if it is still there."""
+    """Return the last quantized checkpoint of other bytes made before this one, if the store still has it."""
     made = [
         each
         for each in store.finished(quantize.STAGE, fine_tune)

@@ -1,4 +1,4 @@
-"""Tests, in the order of the package; what several of them need lies beside them."""
+"""Tests that mirror the package, and the builders and oracles that they share."""
 
 from pathlib import Path
 

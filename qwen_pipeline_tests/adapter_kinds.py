@@ -1,4 +1,4 @@
-"""Every kind of adapter that PEFT can save, and PEFT's own answer to what merging one gives, for any Qwen family."""
+"""Every kind of adapter that PEFT can save, for any Qwen family, and PEFT's own merge of it."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -19,7 +19,7 @@ LARGER = VOCABULARY + 10
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 Values = Callable[[torch.Tensor], torch.Tensor]
-"""Fills a trainable parameter."""
+"""Fills a trainable parameter in place, and returns it."""
 
 
 def noise(parameter: torch.Tensor) -> torch.Tensor:
@@ -27,7 +27,7 @@ def noise(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def grid(parameter: torch.Tensor) -> torch.Tensor:
-    """Fill with -1/8, 0 and 1/8: with a base of multiples of 1/32, bfloat16 holds every product and every sum."""
+    """Fill with -1/8, 0 and 1/8: with a base of multiples of 1/32, every product and sum is exact in bfloat16."""
     return parameter.random_(-1, 2).div_(8)
 
 
@@ -47,14 +47,14 @@ def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What is asked of PEFT.
+    """A kind of adapter.
 
     Attributes:
         lora: Fields of ``LoraConfig``.
-        targets: Names the modules of a model that are trained; a model that has none cannot have the kind.
-        tied: Whether the base's head is its embedding.
+        targets: Returns the modules of a model to train; the kind does not apply to a model without any.
+        tied: Whether the base's head and embedding are tied.
         vocabulary: Rows of the embedding during training.
-        needs_experts: Whether only mixtures of experts can have it.
+        needs_experts: Whether the kind applies to mixtures of experts only.
     """
 
     lora: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -65,7 +65,7 @@ class Kind:
 
     @property
     def is_computed_exactly(self) -> bool:
-        """Whether bfloat16 can hold every intermediate result; DoRA takes roots."""
+        """True if every intermediate result is exact in bfloat16; those of DoRA, which takes roots, are not."""
         return not self.lora.get("use_dora")
 
 
@@ -108,14 +108,14 @@ KINDS: Mapping[str, Kind] = {
 
 
 def applies(kind: Kind, family: str, base: Path) -> bool:
-    """Whether a model of a family has what a kind trains."""
+    """Return whether a model of a family has the modules that a kind trains."""
     if kind.needs_experts and not FAMILIES[family].experts:
         return False
     return kind.targets is None or bool(kind.targets(_loaded(base, torch.float32)))
 
 
 def train(kind: Kind, base: Path, root: Path, *, seed: int = 1, values: Values = noise) -> PeftModel:
-    """Have PEFT save an adapter whose every trainable tensor is random; return the model it was saved from."""
+    """Save an adapter whose trainable tensors are all random with PEFT; return the model that was saved."""
     model = _resized(_loaded(base, torch.float32), kind.vocabulary)
     torch.manual_seed(seed)
     targets = kind.targets(model) if kind.targets else ["q_proj", "v_proj", "o_proj"]
@@ -128,16 +128,16 @@ def train(kind: Kind, base: Path, root: Path, *, seed: int = 1, values: Values =
     return peft
 
 
-def peft_answer(kind: Kind, base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors after PEFT's own merge, with embedding and head as tensors of their own.
+def merged_by_peft(kind: Kind, base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors after PEFT's own merge, with embedding and head untied.
 
     PEFT would otherwise add an update of either to both, and with ``ensure_weight_tying`` to both twice, which is not
-    what the adapter computed in training. Only rows of tokens it puts into both as it trained them.
+    what the adapter computed in training. Only token rows are written to both as they were trained.
     """
     model = _resized(_loaded(base, dtype), kind.vocabulary)
     config: Any = LoraConfig.from_pretrained(str(adapter))
     if kind.tied and not (config.ensure_weight_tying and config.trainable_token_indices):
-        separate(model)
+        untie(model)
         if config.ensure_weight_tying and "embed_tokens" in config.target_modules:
             config.target_modules = {*config.target_modules, "lm_head"}
         config.ensure_weight_tying = False
@@ -151,8 +151,8 @@ def put_on_grid(root: Path) -> Path:
     return root
 
 
-def separate(model: PreTrainedModel) -> None:
-    """Make the head a tensor of its own."""
+def untie(model: PreTrainedModel) -> None:
+    """Make the head a separate tensor."""
     head: Any = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     for config in (model.config, model.config.get_text_config()):
@@ -169,7 +169,7 @@ def _loaded_once(base: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _resized(model: PreTrainedModel, vocabulary: int) -> PreTrainedModel:
-    """Give new rows to the embedding, and to a head of its own: multiples of 1/32."""
+    """Resize the embedding, and the head if it is untied; the values of new rows are multiples of 1/32."""
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if vocabulary != rows:

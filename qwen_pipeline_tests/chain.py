@@ -1,16 +1,16 @@
-"""A tiny model that went through the real stages: merged, padded, quantized. Made once, read by many tests."""
+"""A tiny model taken through the real stages (merged, padded, quantized), made once and read by many tests."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.stages.validate import validate
+from qwen_pipeline.stages.validate import ValidationInputs, ValidationPlan, validate
 from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
@@ -20,7 +20,7 @@ WORDS = "the a model reads writes weight layer token group rank scale channel sm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """96 MLP channels, padded with zeros to 128 for 2 ranks, at 4 bits in groups of 32."""
+    """A model of 96 MLP channels, padded with zeros to 128 for 2 ranks and quantized to 4 bits in groups of 32."""
 
     merged: Path
     padded: Path
@@ -30,18 +30,18 @@ class Chain:
 
 
 def make_chain(root: Path) -> Chain:
-    """Make a chain below ``root``; takes about ten seconds."""
+    """Make a chain below ``root``, which takes about ten seconds."""
     engine = find_environment("gptqmodel")
     merged = tiny_qwen2(root / "merged")
     padded = pad(
         source=merged,
-        destination=Directory(root / "padded"),
+        destination=root / "padded",
         spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=2, layout="interleave"),
     ).path
     calibration = write_text(root / "calibration.jsonl", documents=24, stride=7)
     quantized = quantize(
         source=padded,
-        destination=Directory(root / "quantized"),
+        destination=root / "quantized",
         calibration=calibration,
         spec=QuantSpec(
             engine="gptqmodel", group_size=GROUP_SIZE, samples=16, seq_len=64, batch_size=8, threads=2, device="cpu"
@@ -53,25 +53,24 @@ def make_chain(root: Path) -> Chain:
 
 
 def validate_chain(chain: Chain, out: Path, **changes: Any) -> Artifact:
-    """Validate a chain into ``out``; ``changes`` replace arguments of the stage."""
-    arguments: dict[str, Any] = {
+    """Validate a chain into ``out``; ``changes`` override inputs, fields of the plan or arguments of the stage."""
+    inputs: dict[str, Any] = {
         "reference": chain.merged,
         "candidate": chain.quantized,
         "padded": chain.padded,
         "base": chain.merged,
         "text": chain.text,
-        "engine": chain.engine.python,
-        "destination": Directory(out),
-        "tensor_parallel": 2,
-        "windows": 2,
-        "seq_len": 64,
-        "prompts": ["Hi", "Yo"],
     }
-    return validate(**(arguments | changes))
+    plan: dict[str, Any] = {"tensor_parallel": 2, "windows": 2, "seq_len": 64, "prompts": ["Hi", "Yo"]}
+    arguments: dict[str, Any] = {"engine": chain.engine, "destination": out}
+    of_inputs, of_plan = ({field.name for field in fields(kind)} for kind in (ValidationInputs, ValidationPlan))
+    for name, value in changes.items():
+        (inputs if name in of_inputs else plan if name in of_plan else arguments)[name] = value
+    return validate(ValidationInputs(**inputs), plan=ValidationPlan(**plan), **arguments)
 
 
 def write_text(file: Path, *, documents: int, stride: int) -> Path:
-    """Write a JSONL file of word salad, the same for the same numbers."""
-    salads = (" ".join(WORDS[(i * stride + j * j) % len(WORDS)] for j in range(24)) for i in range(documents))
-    file.write_text("\n".join(json.dumps({"text": salad}) for salad in salads))
+    """Write a JSONL file of pseudorandom words, the same for the same numbers."""
+    texts = (" ".join(WORDS[(i * stride + j * j) % len(WORDS)] for j in range(24)) for i in range(documents))
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return file

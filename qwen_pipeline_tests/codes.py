@@ -1,6 +1,6 @@
-"""Packed layers, slow and obvious: random codes written into each format bit by bit, and read back the same way.
+"""An independent, slow implementation of packed layers: random codes, written and read bit by bit in each format.
 
-Nothing here is shared with the package. A word is a Python integer; a weight is ``scale * (code - zero)`` in float64.
+It shares no code with the package. A word is a Python integer; a weight is ``scale * (code - zero)`` in float64.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 Method = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
 METHODS: tuple[Method, ...] = ("gptq", "gptq_v2", "awq", "compressed-tensors")
-AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 HIDDEN = 32
 Tensors = dict[str, torch.Tensor]
 _MLP_WEIGHT = re.compile(
@@ -25,7 +25,7 @@ _MLP_WEIGHT = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """A format, and how its layers are grouped."""
+    """A format of packed codes and its settings."""
 
     method: Method
     bits: int = 4
@@ -39,7 +39,7 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The ``quantization_config`` that tools write."""
+        """The ``quantization_config`` as the format's own tool writes it."""
         if self.method == "compressed-tensors":
             weights = {"num_bits": self.bits, "type": "int", "strategy": "group", "group_size": self.group_size}
             weights |= {"symmetric": self.sym, "actorder": "group" if self.desc_act else None}
@@ -61,7 +61,7 @@ class Packing:
 class Codes:
     """A layer in integers: codes [I][O], zero points [G][O], the group of each input [I].
 
-    Scales are float16 [G, O], exact in bfloat16 too.
+    Scales are float16 [G, O], with values that are exact in bfloat16 as well.
     """
 
     codes: list[list[int]]
@@ -71,7 +71,7 @@ class Codes:
 
     @property
     def weight(self) -> torch.Tensor:
-        """Float64 [O, I]."""
+        """The weight, float64 [O, I]."""
         outputs, inputs = self.scales.shape[1], len(self.codes)
         weight = torch.empty(outputs, inputs, dtype=torch.float64)
         for i in range(inputs):
@@ -83,7 +83,7 @@ class Codes:
 
 
 def random_codes(packing: Packing, inputs: int, outputs: int, generator: torch.Generator) -> Codes:
-    """Draw a layer of whole groups."""
+    """Return a random layer of whole groups."""
     count, top = inputs // packing.group_size, 2**packing.bits
     groups = torch.arange(inputs) // packing.group_size
     if packing.desc_act:
@@ -100,13 +100,13 @@ def random_codes(packing: Packing, inputs: int, outputs: int, generator: torch.G
 
 
 def write_codes(packing: Packing, layer: Codes) -> Tensors:
-    """Return the tensors of a layer by their endings, as the format has them."""
+    """Return the tensors of a layer in the packing's format, by suffix."""
     bits, inputs, outputs = packing.bits, len(layer.codes), layer.scales.shape[1]
     in_words = [[layer.codes[i + p][o] for p in range(packing.per_word)] for i in range(0, inputs, packing.per_word)
                 for o in range(outputs)]  # fmt: skip
     if packing.method == "awq":
-        places = [8 * w + p for w in range(outputs // 8) for p in AWQ_PLACES]
-        rows = [[row[o] for o in places] for row in layer.codes], [[row[o] for o in places] for row in layer.zeros]
+        order = [8 * w + p for w in range(outputs // 8) for p in AWQ_ORDER]
+        rows = [[row[o] for o in order] for row in layer.codes], [[row[o] for o in order] for row in layer.zeros]
         qweight, qzeros = (_words([c[o : o + 8] for c in table for o in range(0, outputs, 8)], 4) for table in rows)
         return {
             "qweight": qweight.reshape(inputs, -1),
@@ -131,7 +131,7 @@ def write_codes(packing: Packing, layer: Codes) -> Tensors:
 
 
 def read_codes(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> Codes:
-    """Read a layer back, one place of one word at a time."""
+    """Read a layer back, one code of one word at a time."""
     bits, per_word = packing.bits, packing.per_word
     if packing.method == "awq":
         codes, zeros = (_unpacked_awq(tensors[name]) for name in ("qweight", "qzeros"))
@@ -146,9 +146,9 @@ def read_codes(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> Codes:
         packed, scales, zero_words = tensors["qweight"], tensors["scales"], tensors["qzeros"]
         inputs, outputs = len(packed) * per_word, packed.shape[1]
     offset = int(packing.method == "gptq")
-    codes = [[_place(packed[i // per_word, o], i % per_word, bits) for o in range(outputs)] for i in range(inputs)]
+    codes = [[_code(packed[i // per_word, o], i % per_word, bits) for o in range(outputs)] for i in range(inputs)]
     zeros = [
-        [2 ** (bits - 1) if zero_words is None else _place(zero_words[g, o // per_word], o % per_word, bits) + offset
+        [2 ** (bits - 1) if zero_words is None else _code(zero_words[g, o // per_word], o % per_word, bits) + offset
          for o in range(outputs)]
         for g in range(len(scales))
     ]  # fmt: skip
@@ -176,7 +176,7 @@ def write_checkpoint_of_codes(
     return layers
 
 
-def pack_at_random(root: Path, packing: Packing) -> Path:
+def replace_mlps_by_codes(root: Path, packing: Packing) -> Path:
     """Replace every MLP weight of a full-precision model, experts included, by random codes; return ``root``."""
     tensors, generator = load_file(root / "model.safetensors"), torch.Generator().manual_seed(0)
     for name in [name for name in tensors if _MLP_WEIGHT.fullmatch(name)]:
@@ -190,18 +190,18 @@ def pack_at_random(root: Path, packing: Packing) -> Path:
 
 
 def _words(rows: Iterable[list[int]], bits: int) -> torch.Tensor:
-    words = [sum(code << (bits * place) for place, code in enumerate(row)) for row in rows]
+    words = [sum(code << (bits * position) for position, code in enumerate(row)) for row in rows]
     return torch.tensor(words, dtype=torch.int64).to(torch.int32)
 
 
-def _place(word: torch.Tensor, place: int, bits: int) -> int:
-    return (int(word) >> (bits * place)) % 2**bits
+def _code(word: torch.Tensor, position: int, bits: int) -> int:
+    return (int(word) >> (bits * position)) % 2**bits
 
 
 def _unpacked_awq(words: torch.Tensor) -> list[list[int]]:
     table = [[0] * (8 * words.shape[1]) for _ in range(len(words))]
     for r in range(len(words)):
         for w in range(words.shape[1]):
-            for place, output in enumerate(AWQ_PLACES):
-                table[r][8 * w + output] = _place(words[r, w], place, 4)
+            for position, output in enumerate(AWQ_ORDER):
+                table[r][8 * w + output] = _code(words[r, w], position, 4)
     return table

@@ -1,4 +1,4 @@
-"""What several rooms share: one chain of real stages on a tiny model, made once."""
+"""Fixtures that several rooms share, and the markers that fixtures and folders imply."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,19 @@ from qwen_pipeline_tests.chain import Chain, make_chain, validate_chain
 
 settings.register_profile("untimed", deadline=None)  # a slow machine is no fault of the code
 settings.load_profile("untimed")
+
+
+NEEDING_ENGINE = {"chain", "engine", "imported", "validated"}
+"""Fixtures that run a quantizer in its own environment."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that ``make test-fast`` leaves out: those of a quantizer, and those of the command line."""
+    for item in items:
+        if NEEDING_ENGINE & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.engine)
+        if item.path.parent.name == "cli":
+            item.add_marker(pytest.mark.lengthy)
 
 
 @pytest.fixture(scope="session", autouse=True)

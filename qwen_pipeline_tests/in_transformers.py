@@ -1,4 +1,4 @@
-"""Scripts in the environment where Transformers can load packed codes."""
+"""Run modules in the environment where Transformers can load packed codes."""
 
 import json
 import os
@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_pipeline.workers.environments import find_environment
+from qwen_pipeline_tests import REPOSITORY
 
 
-def in_transformers(script: str, *arguments: str) -> Mapping[str, Any]:
-    """Run a script; return the object that it prints last."""
-    command = [find_environment("gptqmodel").python, "-c", script, *arguments]
+def in_transformers(module: str, *arguments: str) -> Mapping[str, Any]:
+    """Run a module of the tests; return the object that it prints last."""
+    file = REPOSITORY.joinpath(*module.split(".")).with_suffix(".py")
+    command = [find_environment("gptqmodel").python, file, *arguments]
     env = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
-    said = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])

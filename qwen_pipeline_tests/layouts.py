@@ -1,4 +1,4 @@
-"""The other ways in which checkpoints of one family are laid out on disk, each of which Transformers loads the same.
+"""Layouts of one family's checkpoints on disk, all of which Transformers loads as the same model.
 
 Sources: Transformers' ``conversion_mapping.py`` and ``_keys_to_ignore_on_load_unexpected``.
 """
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Layout = Literal["saved", "fused", "transposed", "nested", "mtp"]
-"""``saved`` is ``save_pretrained``'s, ``nested`` names tensors as in memory, ``mtp`` adds a draft head."""
+"""``saved`` is that of ``save_pretrained``, ``nested`` has the names in memory, ``mtp`` adds a draft head."""
 
 Tensors = dict[str, torch.Tensor]
 _SEPARATE = re.compile(r"(.*\.mlp\.experts)\.\d+\.gate_proj\.weight")
@@ -38,7 +38,7 @@ def layouts_of(family: str) -> list[Layout]:
 
 
 def relay(root: Path, layout: Layout) -> None:
-    """Rewrite the weights in ``root``, as ``save_pretrained`` left them, in another layout."""
+    """Rewrite the weights that ``save_pretrained`` saved in ``root`` in another layout."""
     if layout == "saved":
         return
     family = json.loads((root / "config.json").read_bytes())["model_type"]
@@ -63,13 +63,13 @@ def fused(tensors: Tensors) -> Tensors:
 
 
 def transposed(tensors: Tensors) -> Tensors:
-    """Turn fused experts into ``gate_up_proj`` [E, H, 2I] and ``down_proj`` [E, I, H]."""
-    turned = fused(tensors)
-    return {name: t.transpose(1, 2) if ".mlp.experts." in name else t for name, t in turned.items()}
+    """Transpose fused experts: ``gate_up_proj`` [E, H, 2I], ``down_proj`` [E, I, H]."""
+    stacked = fused(tensors)
+    return {name: t.transpose(1, 2) if ".mlp.experts." in name else t for name, t in stacked.items()}
 
 
 def nested(tensors: Tensors) -> Tensors:
-    """Name tensors as the model in memory does: towers and decoder under ``model.``."""
+    """Rename tensors as in the model in memory: towers and decoder under ``model.``."""
 
     def named(name: str) -> str:
         if name.startswith(("visual.", "audio_tower.", "multi_modal_projector.")):
@@ -84,7 +84,7 @@ def nested(tensors: Tensors) -> Tensors:
 
 
 def drafted(tensors: Tensors) -> Tensors:
-    """Add a multi-token prediction head: the last layer again, as published checkpoints name it."""
+    """Add a multi-token prediction head: a copy of the last layer, under the names of published checkpoints."""
     layer = re.compile(r"model\.(?:language_model\.)?layers\.1\.(.+)")
     draft = {f"mtp.layers.0.{match[1]}": t.clone() for name, t in tensors.items() if (match := layer.fullmatch(name))}
     hidden = draft["mtp.layers.0.input_layernorm.weight"]

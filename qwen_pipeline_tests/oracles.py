@@ -1,4 +1,4 @@
-"""The answers of trusted libraries: PEFT's own merge, and logits of Transformers, in a dtype of choice."""
+"""Reference results of trusted libraries in any dtype: merges by PEFT, logits by Transformers."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def peft_merge(base: Path, adapter: Path, *, dtype: torch.dtype) -> dict[str, to
 
 
 def merged_with(base: Path, adapter: Path) -> Checkpoint:
-    """Return what we merge, where PEFT is asked by :func:`peft_merge`."""
+    """Return the merge of this package, to compare with :func:`peft_merge`."""
     return merge_lora(open_checkpoint(base), single(open_adapter(adapter))).checkpoint
 
 
@@ -32,10 +32,10 @@ def logits(root: Path, *, dtype: torch.dtype = torch.float64, tokens: int = 24) 
 
 
 def assert_no_further(name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Assert that ours is no further from the float64 answer than theirs; return both largest errors.
+    """Assert that ours is no further from the float64 result than theirs; return both largest errors.
 
-    Ours is computed in float32 and rounded once. Where the answer is all but midway between two values, float32 may
-    fall to the other side, which is further away by its own error: far less than a thousandth of the step.
+    Ours is computed in float32 and rounded once. If the exact result is nearly midway between two values, the float32
+    sum may round to the other one, whose error is larger by that of float32: far less than a thousandth of the step.
     """
     our_error, their_error = ((found.double() - exact).abs().max().item() for found in (ours, theirs))
     assert our_error <= their_error * 1.001, name

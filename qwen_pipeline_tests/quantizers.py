@@ -1,4 +1,4 @@
-"""Quantized checkpoints as people have them: made by the real GPTQModel from a tiny model, in the formats it writes."""
+"""Quantized checkpoints in the formats of GPTQModel, made by the library itself from a tiny model."""
 
 import json
 import subprocess
@@ -15,40 +15,31 @@ from qwen_pipeline.progress import Observe
 from qwen_pipeline.qwen.families import number_of_experts
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.whole import load_model
-
-_QUANTIZE = """
-import json, os, sys, torch
-source, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-os.makedirs(os.path.dirname(out), exist_ok=True)
-os.chdir(os.path.dirname(out))
-os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-is_awq = settings.get("quant_method") == "awq"
-dtype = torch.bfloat16 if is_awq else torch.float32
-model = GPTQModel.load(source, QuantizeConfig(**settings), device="cpu", dtype=dtype)
-windows = torch.randint(0, 256, (16, 64), generator=torch.Generator().manual_seed(0))
-model.quantize(
-    [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows],
-    batch_size=4, calibration_sort=None, **({"backend": BACKEND.AWQ_TORCH} if is_awq else {}),
-)
-model.save(out)
-"""
 
 
 def quantized_by_gptqmodel(source: Path, out: Path, **settings: Any) -> Path:
     """Quantize ``source`` into ``out`` with ``settings`` of GPTQModel's ``QuantizeConfig``; return ``out``."""
-    command = [find_environment("gptqmodel").python, "-c", _QUANTIZE, source.resolve(), out.resolve()]
-    done = subprocess.run([*map(str, command), json.dumps(settings)], check=False, capture_output=True, text=True)
+    command = [
+        find_environment("gptqmodel").python,
+        "-m",
+        "qwen_pipeline_tests.quantize_with_gptqmodel",
+        source.resolve(),
+        out.resolve(),
+    ]
+    done = subprocess.run(
+        [*map(str, command), json.dumps(settings)], cwd=REPOSITORY, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
 def logits_of(*roots: Path) -> list[torch.Tensor]:
-    """Return the logits of quantized checkpoints for one fixed sequence, loaded in the engine's environment.
+    """Return the logits of quantized checkpoints for one fixed sequence, loaded in GPTQModel's environment.
 
-    GPTQ is loaded as validation loads it, with every tensor accounted for; AWQ and mixtures of experts by GPTQModel,
-    which has a kernel for the one, and finds the experts of the other.
+    GPTQ is loaded as in validation, with every tensor accounted for; AWQ and mixtures of experts are loaded by
+    GPTQModel, which has a kernel for AWQ and supports the layout of the experts.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"

@@ -1,4 +1,4 @@
-"""Whole checkpoints quantized by rounding to the nearest code: no solver, no calibration, milliseconds."""
+"""Whole checkpoints quantized in milliseconds by rounding to the nearest code: no solver, no calibration."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ MIDDLE = 8
 def round_to_codes(source: Path, out: Path, *, group_size: int) -> Path:
     """Quantize every decoder linear of ``source`` to symmetric 4-bit codes of format ``gptq``; return ``out``.
 
-    The last group may be a part of one, as quantizers have it.
+    The last group may be incomplete, as quantizers write it.
     """
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*", "manifest.json"))
     checkpoint = open_checkpoint(source)
@@ -36,7 +36,7 @@ def round_to_codes(source: Path, out: Path, *, group_size: int) -> Path:
 
 
 def rounded(w_OI: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
-    """Return the four tensors of a weight."""
+    """Return the four tensors of the codes of a weight."""
     outputs, inputs = w_OI.shape
     g_idx = torch.arange(inputs, dtype=torch.int32) // group_size
     scales_GO = torch.stack([group.abs().amax(dim=1) for group in w_OI.split(group_size, dim=1)]) / 7.5
@@ -52,21 +52,21 @@ def rounded(w_OI: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
 
 
 def dequantized(source: Checkpoint, codes: Checkpoint, linears: Sequence[Linear]) -> dict[str, torch.Tensor]:
-    """Return the source's tensors, those of linear layers from their codes, in whatever stacks they lie."""
+    """Return the source's tensors with those of linear layers computed from codes, in the same stacks."""
     tensors, form = {name: source.load(name) for name in source}, gptq_format(codes.config)
     tensors |= {linear.tensor: tensors[linear.tensor].float() for linear in linears}
     for linear in linears:
         weight_OI = form.load(codes, linear.module).weight_rows(0, linear.out_features)
-        if slab := linear.slab:
-            expert = tensors[linear.tensor][slab.expert]
-            (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features] = weight_OI
+        if part := linear.expert_slice:
+            expert = tensors[linear.tensor][part.expert]
+            (expert.T if part.transposed else expert)[part.start : part.start + linear.out_features] = weight_OI
         else:
             tensors[linear.tensor] = weight_OI.contiguous()
     return tensors
 
 
-def spelled_out(source: Path, codes: Path, out: Path) -> Path:
-    """Save the weights that codes of ``source`` stand for, as a checkpoint in full precision; return ``out``."""
+def save_dequantized(source: Path, codes: Path, out: Path) -> Path:
+    """Save the weights computed from codes of ``source`` as a checkpoint in full precision; return ``out``."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     checkpoint = open_checkpoint(source)
     tensors = dequantized(checkpoint, open_checkpoint(codes), decoder_linears(checkpoint))

@@ -1,4 +1,4 @@
-"""A working directory for the whole pipeline on a tiny model: base model, fine-tune, texts and settings."""
+"""A project directory for the whole pipeline on a tiny model: base, fine-tune, texts and settings."""
 
 import json
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ seq_len = 64
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A directory with ``qwen_pipeline.toml`` and the files that it names."""
+    """A directory with ``qwen_pipeline.toml`` and everything that it refers to."""
 
     root: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment variables of a process that uses this site."""
+        """The environment variables that make a process use this site and its cache."""
         return {FILE_VARIABLE: str(self.root / "qwen_pipeline.toml"), "XDG_CACHE_HOME": str(self.root / "cache")}
 
     @property
@@ -59,11 +59,12 @@ class Site:
             file.write(more)
 
     def drop(self, name: str = FINE_TUNE, *, seed: int = 1) -> Path:
-        """Write a LoRA of the base model to the inbox."""
+        """Have PEFT save a LoRA of the base into the inbox."""
         return tiny_adapter(self.root / "base", self.inbox.root / name, seed=seed)
 
 
 def make_site(root: Path) -> Site:
+    """Write a site into ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     tiny_qwen2(root / "base")
     pages = [
@@ -79,7 +80,7 @@ def make_site(root: Path) -> Site:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """Return a new site that the environment of this process refers to."""
+    """Make a new site, and have this process's environment point at it."""
     place = make_site(tmp_path / "site")
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     for name, value in place.environment.items():

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the next run ends with the undisturbed digest, and nobody ever sees half a checkpoint."""
+"""SIGKILL at any moment: the next run ends with the same digest, and no reader ever sees half a checkpoint."""
 
 import os
 import random
@@ -14,11 +14,10 @@ import pytest
 from qwen_pipeline.checkpoint import digest, writer
 from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import open_manifest
-from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import merge_and_pad
+from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
@@ -30,7 +29,7 @@ CALLS = ("pwrite", "pwritev", "fsync", "rename", "replace")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Something that fills directories below the one it is given."""
+    """A function that writes directories below its argument."""
 
     name: str
     do: Callable[[Path], object]
@@ -42,15 +41,15 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
     base = tiny_qwen2(root / "base", shards=4)
     adapter = tiny_adapter(base, root / "adapter")
     return [
-        Work("merge", lambda out: merge(base=base, fine_tune=adapter, destination=Directory(out / "merged"))),
-        Work("pad", lambda out: pad(source=base, destination=Directory(out / "padded"), spec=GEOMETRY)),
+        Work("merge", lambda out: merge(base=base, fine_tune=adapter, destination=out / "merged")),
+        Work("pad", lambda out: pad(source=base, destination=out / "padded", spec=GEOMETRY)),
         Work(
             "one pass",
-            lambda out: merge_and_pad(
+            lambda out: merge_pad(
                 base=base,
                 fine_tune=adapter,
-                merged=Directory(out / "merged"),
-                padded=Directory(out / "padded"),
+                merged=out / "merged",
+                padded=out / "padded",
                 spec=GEOMETRY,
             ),
         ),
@@ -62,7 +61,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def require_complete(out: Path) -> None:
-    """Look at the directory as a reader would: whatever has its final name is whole."""
+    """Assert that every directory with its final name is complete, as a reader sees it."""
     for root in (out / "merged", out / "padded"):
         if root.exists():
             manifest = open_manifest(root)
@@ -70,7 +69,7 @@ def require_complete(out: Path) -> None:
 
 
 def killed(work: Work, out: Path, moment: random.Random, *, calls: int, seconds: float) -> int:
-    """Do the work in a forked process that dies at its n-th write or after some time; return its exit code."""
+    """Do the work in a forked process that is killed at its n-th write or after some time; return its exit code."""
     at_call = moment.randrange(1, calls) if moment.random() < 0.5 else None
     if (child := os.fork()) == 0:
         if at_call:
@@ -90,7 +89,7 @@ def killed(work: Work, out: Path, moment: random.Random, *, calls: int, seconds:
 
 
 def die_at(number: int) -> None:
-    """Have this process kill itself before its n-th call that changes the disk."""
+    """Have this process kill itself before its n-th call that changes the disk (of :data:`CALLS`)."""
     left = iter(range(1, number))
 
     def dying(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +105,7 @@ def die_at(number: int) -> None:
 
 
 def calls_of(work: Work, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, float]:
-    """Do the work undisturbed; return how often it changed the disk, and the seconds it took."""
+    """Do the work without a kill; return the number of calls that changed the disk, and the seconds."""
     count = 0
 
     def counting(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,7 +125,9 @@ def calls_of(work: Work, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[in
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_change_nothing(works: list[Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_kills_do_not_change_the_result(
+    works: list[Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digest, "BLOCK_BYTES", 4096)
     moment = random.Random(SEED)
     monkeypatch.setattr(writer, "outgrows_cache", lambda _: moment.random() < 0.5)
@@ -147,7 +148,7 @@ def test_a_hundred_kills_change_nothing(works: list[Work], tmp_path: Path, monke
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {attempts}"))
         for _ in range(moment.randrange(1, 4)):
             code = killed(work, out, moment, calls=calls, seconds=seconds)
-            assert code in (0, -signal.SIGKILL), f"attempt {attempts} of {work.name} ended with {code}"
+            assert code in (0, -signal.SIGKILL), f"attempt {attempts} of {work.name} ended with exit code {code}"
             deaths += code != 0
         work.do(out)
         assert digests(out) == expected, f"attempt {attempts} of {work.name}"

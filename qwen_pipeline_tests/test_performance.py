@@ -1,4 +1,4 @@
-"""The projected table is what the formula gives."""
+"""The table of projected sizes in docs/performance.md, against the formula and the models of Transformers."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from benchmarks.projection import MODELS, table
 from qwen_pipeline_tests import REPOSITORY
 
 
-def test_the_projected_table_is_what_the_formula_gives() -> None:
+def test_the_projected_table_in_the_docs_follows_from_the_formula() -> None:
     page = REPOSITORY / "docs" / "performance.md"
     assert page.read_text().endswith(table() + "\n")
 
 
 def test_sizes_are_those_of_the_models_that_transformers_builds() -> None:
-    """Without memory for weights; every layer has the same size, so two say how large all are."""
+    """Compare on the meta device; all layers have the same size, so models of one and two layers determine it."""
     common: dict[str, Any] = {"tie_word_embeddings": False, "num_attention_heads": 64}
     dense: dict[str, Any] = {
         "hidden_size": 8192,

@@ -1,11 +1,11 @@
-"""A log gets each layer once, and bytes only now and then."""
+"""A log gets each layer once, and bytes at intervals."""
 
 import pytest
 
-from qwen_pipeline.progress import Pace, Progress, as_lines, describe
+from qwen_pipeline.progress import Progress, TransferRate, as_lines, describe
 
 
-def test_layers_are_said_once_bytes_rarely_and_the_end_always() -> None:
+def test_layers_are_logged_once_bytes_at_intervals_and_the_end_always() -> None:
     lines: list[str] = []
     observe = as_lines(lines.append, seconds=3600)
     for done in range(1, 4):
@@ -22,15 +22,15 @@ def test_layers_are_said_once_bytes_rarely_and_the_end_always() -> None:
     ]
 
 
-def test_a_line_names_task_figures_and_remark() -> None:
+def test_a_line_has_task_amount_and_remark() -> None:
     event = Progress(task="quantize", done=3, total=30, unit="layers", remark="layers.2.mlp.down_proj loss 0.0012")
     assert describe(event) == "quantize: 3 of 30 layers, layers.2.mlp.down_proj loss 0.0012"
     assert describe(Progress(task="pad", done=2 * 10**6, total=4 * 10**6, unit="bytes")) == "pad: 2.00 of 4.00 MB"
 
 
-def test_the_pace_counts_what_was_moved_since_the_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_counts_bytes_since_the_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 2.0])
     monkeypatch.setattr("qwen_pipeline.progress.time.monotonic", lambda: next(clock))
-    pace = Pace()
+    rates = TransferRate()
     events = [Progress(task="merge", done=done * 10**9, total=5 * 10**9, unit="bytes") for done in (1, 3, 5)]
-    assert [pace.of(event) for event in events] == ["", "1.00 GB/s, 0:02 left", "2.00 GB/s"]
+    assert [rates.describe(event) for event in events] == ["", "1.00 GB/s, 0:02 left", "2.00 GB/s"]

@@ -1,6 +1,6 @@
 """Tiny random models of every Qwen family, with a real byte-level tokenizer, and real PEFT adapters for them.
 
-Every directory is what ``save_pretrained`` of the reference libraries writes, unless another layout is asked for.
+``save_pretrained`` of the reference libraries writes every directory; other layouts are made of its files.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 )
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DENSE_LINEARS = (*(f"self_attn.{name}" for name in LINEARS[:4]), *(f"mlp.{name}" for name in LINEARS[4:]))
-"""The linear layers of a dense layer with full attention, in the order in which data meets them."""
+"""The linear layers of a dense layer with full attention, in the order of the forward pass."""
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -53,12 +53,12 @@ def tiny_model(
     Args:
         family: ``model_type`` of the config.
         root: Directory to write.
-        tie: Whether the output head is the embedding.
-        shards: About how many files hold the weights.
-        dtype: Of every floating-point weight.
-        seed: Decides the weights.
-        layout: How tensors are named and fused on disk, of :func:`qwen_pipeline_tests.layouts.layouts_of`.
-        text: Overrides of the language model's config fields.
+        tie: Whether the output head shares its weights with the embedding.
+        shards: The approximate number of files of weights.
+        dtype: The dtype of every floating-point weight.
+        seed: The seed of the weights.
+        layout: The names and fusion of tensors on disk, one of :func:`qwen_pipeline_tests.layouts.layouts_of`.
+        text: Config fields of the language model to override.
     """
     tokenizer = tiny_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
@@ -84,7 +84,7 @@ tiny_qwen3 = partial(tiny_model, "qwen3")
 
 
 def tiny_vl(family: str, root: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a vision-language model, whose vision MLP is as wide as the text's."""
+    """Save a vision-language model; the MLPs of vision and text have the same width."""
     return tiny_model(family, root, dtype=dtype)
 
 
@@ -94,7 +94,7 @@ def model_class(family: str) -> type[PreTrainedModel]:
 
 
 def load_tiny(root: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load what :func:`tiny_model` saved as a model whose call takes ``input_ids`` and gives logits."""
+    """Load a directory of :func:`tiny_model` as a model that maps ``input_ids`` to logits."""
     config = AutoConfig.from_pretrained(root)
     kind = model_class(config.model_type)
     if "thinker_config" in config.sub_configs:
@@ -121,7 +121,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_adapter(base: Path, root: Path, *, dtype: torch.dtype = torch.float32, seed: int = 1, **lora: Any) -> Path:
-    """Have PEFT save a LoRA for ``base`` whose A *and* B are random; ``lora`` goes to ``LoraConfig``."""
+    """Have PEFT save a LoRA for ``base`` whose A *and* B are random; ``lora`` are arguments of ``LoraConfig``."""
     torch.manual_seed(seed)
     model: Any = load_tiny(base)
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM"}

@@ -1,4 +1,4 @@
-"""Sizes that make every Qwen family of the installed Transformers a model of two layers and a few hundred kilobytes."""
+"""Config values that shrink every Qwen family of the installed Transformers to two layers and some 100 kB."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -9,7 +9,7 @@ from transformers.models.auto import modeling_auto
 
 HIDDEN = 64
 INTERMEDIATE = 96
-"""The 72B's problem in small: 96 channels are 3 groups of 32, which 2 ranks cannot share."""
+"""Three groups of 32, which do not divide among 2 ranks, as the groups of the 72B do not divide among 8."""
 VOCABULARY = 320
 
 AUTO_MAPPINGS = cast(
@@ -20,7 +20,7 @@ AUTO_MAPPINGS = cast(
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     ),
 )
-"""Model types to classes that give logits of a vocabulary, the most complete class first."""
+"""Model type -> class whose output is logits over a vocabulary; the mapping of the most complete classes first."""
 
 LANGUAGE_FAMILIES = tuple(sorted({family for names in AUTO_MAPPINGS for family in names if "qwen" in family}))
 
@@ -46,7 +46,7 @@ _UNDECLARED = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 301},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 160},
 }
-"""Fields that published configs have, models read and configuration classes leave out."""
+"""Fields that published configs have and models read, but that configuration classes do not declare."""
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _VISION: dict[str, Any] = {
     "depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "intermediate_size": INTERMEDIATE, "mlp_ratio": 3,
@@ -78,7 +78,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
 
 
 def tiny_sizes(config: PreTrainedConfig, text: dict[str, Any], role: str = "text_config") -> dict[str, Any]:
-    """Return arguments that make ``config``'s class tiny; ``text`` overrides fields of the language model."""
+    """Return arguments for a tiny config of ``config``'s class; ``text`` overrides fields of the language model."""
     parts = {
         name: tiny_sizes(part if (part := getattr(config, name)) is not None else kind(), text, name)
         for name, kind in config.sub_configs.items()
@@ -90,9 +90,9 @@ def tiny_sizes(config: PreTrainedConfig, text: dict[str, Any], role: str = "text
     if config.model_type == "qwen2_vl_vision":
         sizes["hidden_size"] = HIDDEN
     undeclared = _UNDECLARED.get(config.model_type or role, {})
-    asked = text if role == "text_config" and not parts else {}
-    chosen = {name: value for name, value in sizes.items() if name in known or name in asked} | undeclared
-    return deepcopy(chosen) | parts  # configuration classes write into what they are given
+    overrides = text if role == "text_config" and not parts else {}
+    chosen = {name: value for name, value in sizes.items() if name in known or name in overrides} | undeclared
+    return deepcopy(chosen) | parts  # configuration classes modify their arguments
 
 
 def _special(config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the vision and audio towers of tiny models give, computed by Transformers' own modules in float64."""
+"""Outputs of the vision and audio towers of tiny models, computed by Transformers' modules in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny
 
 GRID = torch.tensor([[1, 4, 4]])
-"""One image of 4 x 4 patches, which a merger makes 4 tokens of."""
+"""One image of 4 x 4 patches, which the merger reduces to 4 tokens."""
 IMAGE_TOKEN, FRAMES = 300, 32
 
 
 @torch.inference_mode()
 def tower_outputs(root: Path) -> dict[str, torch.Tensor]:
-    """Return what each tower gives for one fixed random image or sound: [tokens, width]."""
+    """Return the output of each tower for one fixed random image or sound: [tokens, width]."""
     model = load_tiny(root, torch.float64)
     towers = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
     calls = {"visual": _vision_inputs, "audio_tower": _audio_inputs}
@@ -26,7 +26,7 @@ def tower_outputs(root: Path) -> dict[str, torch.Tensor]:
 def logits_on_an_image(root: Path) -> torch.Tensor:
     """Return the logits [1, T, V] of a vision-language model for one image among random tokens."""
     model: Any = load_tiny(root, torch.float64)
-    model.set_experts_implementation("eager")  # the default, a grouped product, knows no float64
+    model.set_experts_implementation("eager")  # the default, a grouped product, does not support float64
     model.config.image_token_id = IMAGE_TOKEN
     ids = torch.randint(0, IMAGE_TOKEN, (1, 20), generator=torch.Generator().manual_seed(7))
     ids[:, 4:8] = IMAGE_TOKEN

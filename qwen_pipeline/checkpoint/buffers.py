@@ -1,7 +1,7 @@
-"""Memory for blocks, used again: the kernel takes longer to hand out a fresh page than a block's arithmetic takes.
+"""Memory of blocks, reused: the kernel takes longer to provide a new page than the arithmetic on its bytes takes.
 
-On a thread that :func:`recycling` runs on, a block's memory goes back to the pool as soon as nothing refers to it.
-Anywhere else :func:`empty` is plain fresh memory.
+Within :func:`recycling`, a block's memory goes back to the thread's pool as soon as nothing refers to it. Elsewhere
+:func:`empty` allocates.
 """
 
 import ctypes
@@ -26,17 +26,17 @@ class BufferPool:
     """Buffers of :data:`BLOCK_BYTES` each, as many as were ever in use at once.
 
     Args:
-        page_locked: A GPU may copy from them while everything else goes on: whoever has it do so keeps the block until
-            it is done. To lock a page takes longer than to fill it, and is done once for each buffer.
+        page_locked: Whether a GPU can copy from the buffers asynchronously; the caller must keep a block until its copy
+            is done. Locking a page takes longer than filling it, and happens once for each buffer.
     """
 
     def __init__(self, *, page_locked: bool = False) -> None:
-        give_blocks_back_when_freed()
+        return_freed_blocks()
         self._page_locked = page_locked
         self._spare: list[torch.Tensor] = []
 
     def take(self, nbytes: int) -> "torch.Tensor":
-        """Return ``nbytes`` of uninitialised memory as uint8; larger than a block, it is not used again."""
+        """Return ``nbytes`` of uninitialised memory as uint8. If larger than a block, it is not reused."""
         import torch
 
         if nbytes > BLOCK_BYTES:
@@ -45,9 +45,9 @@ class BufferPool:
             buffer = self._spare.pop()
         except IndexError:
             buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._page_locked)
-        lent = buffer.numpy()[:nbytes]
-        weakref.finalize(lent, self._spare.append, buffer).atexit = False
-        return torch.from_numpy(lent)
+        view = buffer.numpy()[:nbytes]
+        weakref.finalize(view, self._spare.append, buffer).atexit = False
+        return torch.from_numpy(view)
 
 
 class _Thread(threading.local):
@@ -59,7 +59,7 @@ _thread = _Thread()
 
 @contextmanager
 def recycling(pool: BufferPool) -> Generator[None, None, None]:
-    """Take this thread's blocks from a pool within the body."""
+    """Within the body, take the memory of this thread's blocks from a pool."""
     _thread.pool = pool
     try:
         yield
@@ -78,11 +78,11 @@ def empty(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
 
 
 @cache
-def give_blocks_back_when_freed() -> None:
-    """Have glibc map each block by itself, so that the kernel has it back once it is freed.
+def return_freed_blocks() -> None:
+    """Make glibc map each block separately, so that freeing it returns its memory to the kernel.
 
-    Otherwise glibc raises its threshold with the first blocks, keeps later ones on a heap that fragments, and the peak
-    is a matter of luck. Other C libraries have no such knob.
+    By default glibc raises its threshold after the first blocks and keeps later ones on a heap that fragments, so the
+    peak varies between runs. Other C libraries have no such option.
     """
     with suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -1,4 +1,4 @@
-"""Safetensors names of dtypes and what torch calls them."""
+"""The torch dtype of each safetensors dtype name."""
 
 from collections.abc import Mapping
 

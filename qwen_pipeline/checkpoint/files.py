@@ -1,18 +1,40 @@
-"""Files that appear whole or not at all, and copies that cost nothing where the file system can share blocks."""
+"""JSON objects, atomic writes, syncs, locks, and copies that share blocks where the file system can."""
 
 import ctypes
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from fcntl import ioctl
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
+
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 
 _FICLONE = 0x40049409
 _SYNC_FILE_RANGE_WRITE = 2
 """``linux/fs.h``"""
+
+
+def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointRefused: The file cannot be read, or is not a JSON object; or another class, if ``refused`` says so.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise refused(f"{path} is missing.", remedy="Pass a directory that has it, or fetch it again.") from error
+    except OSError as error:
+        raise refused(f"{path} cannot be read: {error}.", remedy="Make it readable, or fetch it again.") from error
+    except ValueError as error:
+        raise refused(f"{path} is not valid JSON: {error}.", remedy="Fetch or save the file again.") from error
+    if not isinstance(value, dict):
+        raise refused(f"{path} is not a JSON object.", remedy="Fetch or save the file again.")
+    return cast("dict[str, Any]", value)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -20,6 +42,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as file:
         file.write(data)
+
+
+def open_locked(path: Path, *, wait: bool = False) -> BinaryIO:
+    """Open a lock file, created if absent, and take an exclusive ``flock`` on it, which ends when it is closed.
+
+    Raises:
+        BlockingIOError: Another process holds the lock, and ``wait`` is False.
+    """
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def sync_directory(path: Path) -> None:
@@ -32,7 +69,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make all that is below a directory survive a crash."""
+    """Make every file and directory below a directory survive a crash."""
     for path in (*root.rglob("*"), root):
         if path.is_dir():
             sync_directory(path)
@@ -42,14 +79,14 @@ def sync_tree(root: Path) -> None:
 
 
 def begin_writeback(fd: int, offset: int, length: int) -> None:
-    """Have the disk begin with a part of a file at once, where the system has a way to say so."""
+    """Begin writeback of a part of a file to disk, where the system supports that."""
     if sync_file_range := _sync_file_range():
         sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 @cache
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Return the function of the C library, looked up once; it is called without Python's lock."""
+    """Return the function of the C library; ctypes releases the GIL while it runs."""
     function = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if function:
         function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -57,24 +94,24 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file so that no later write to either is seen in the other; the disk shares blocks where it can."""
+    """Copy a file, by a copy-on-write clone where the disk supports it; later writes to one do not change the other."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not clone_file(source, target):
         shutil.copyfile(source, target)
 
 
 def clone_file(source: Path, target: Path) -> bool:
-    """Make ``target`` a copy-on-write copy that shares the source's blocks; return whether the disk can do that."""
+    """Make ``target`` a copy-on-write clone of ``source``; return whether the disk supports that."""
     try:
         with source.open("rb") as reading, _replacing(target) as writing:
-            ioctl(writing.fileno(), _FICLONE, reading.fileno())
+            fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
     except OSError:
         return False
     return True
 
 
 def share_file(source: Path, target: Path, *, hard_links: bool) -> bool:
-    """Make ``target`` a copy that takes no room, or else a second name of the file; return whether one could be."""
+    """Make ``target`` a copy-on-write clone of ``source``, or else a hard link to it; return whether one was made."""
     if clone_file(source, target):
         return True
     if not hard_links:

@@ -1,4 +1,4 @@
-"""Digesting a checkpoint while it is read for something else, so that its bytes move once."""
+"""Hashing a checkpoint while it is read for another purpose, so that its bytes move once."""
 
 import threading
 from collections.abc import Generator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwen_pipeline.checkpoint.digest import PassingTensor, Seen, SeenTensor, read_tensors
+from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, TensorHasher, hash_tensors
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.progress import Observe, unobserved
 
@@ -15,78 +15,88 @@ if TYPE_CHECKING:
 
 
 class HashingReader:
-    """Sees what passes on its way from one checkpoint to whatever is made of it.
+    """Hashes the tensors of a checkpoint as their rows are read.
 
     Args:
-        name: What it is called in a journal.
-        source: What passes.
-        looks: Whether to look for what is not finite, too.
+        name: Its name in a journal.
+        source: The checkpoint.
+        check_finite: Whether to look for NaN and infinities too.
 
     Attributes:
-        checkpoint: The same checkpoint; its rows are seen as they are read.
+        checkpoint: The same checkpoint, to be read in place of ``source``.
     """
 
-    def __init__(self, name: str, source: Checkpoint, *, looks: bool = True) -> None:
+    def __init__(self, name: str, source: Checkpoint, *, check_finite: bool = True) -> None:
         self.name = name
         self._source = source
-        self._passing = {name: PassingTensor(spec, looks=looks) for name, spec in source.items()}
-        self._seen: dict[str, SeenTensor] = {}
+        self._hashers = {name: TensorHasher(spec, check_finite=check_finite) for name, spec in source.items()}
+        self._results: dict[str, HashedTensor] = {}
         self.checkpoint = source.replace(
-            tensors={name: self._tapped(name, tensor) for name, tensor in source.tensors.items()}
+            tensors={name: self._hashed_on_read(name, tensor) for name, tensor in source.tensors.items()}
         )
 
-    def leave_to(self, output: Checkpoint) -> None:
-        """See nothing of the tensors that an output has as they are: they are seen when they are written."""
+    def skip_unchanged(self, output: Checkpoint) -> None:
+        """Do not hash the tensors that an output has unchanged: they are hashed when they are written."""
         for name, tensor in output.tensors.items():
-            if self._is_own(name, tensor):
-                self._passing.pop(name, None)
+            if self._is_unchanged(name, tensor):
+                self._hashers.pop(name, None)
 
-    def recall(self, name: str, seen: SeenTensor) -> None:
-        """Take over what was seen in an earlier attempt."""
-        self._seen[name] = seen
+    def restore(self, name: str, hashed: HashedTensor) -> None:
+        """Use the hash result of an earlier attempt."""
+        self._results[name] = hashed
 
-    def note(self, name: str) -> SeenTensor | None:
-        """Return what was seen of a tensor, if every byte of it passed."""
-        return self._seen.get(name) or (passing.seen if (passing := self._passing.get(name)) else None)
+    def result(self, name: str) -> HashedTensor | None:
+        """Return the hash result of a tensor, if every byte of it was read."""
+        return self._results.get(name) or (hasher.result if (hasher := self._hashers.get(name)) else None)
 
     @property
-    def seen(self) -> Seen:
-        """Every tensor, once the tap is settled."""
-        return {name: self._seen[name] for name in self._source}
+    def results(self) -> HashedTensors:
+        """The hash result of every tensor, after :meth:`finish`."""
+        return {name: self._results[name] for name in self._source}
 
-    def settle(self, output: Checkpoint, written: Seen, *, task: str, observe: Observe = unobserved) -> None:
-        """Complete what was seen: by what the output has unchanged, and by reading what did not pass at all."""
-        self._seen |= {name: seen for name in self._source if (seen := self.note(name))}
-        self._seen |= {name: written[name] for name, tensor in output.tensors.items() if self._is_own(name, tensor)}
-        if missing := [name for name in self._source if name not in self._seen]:
-            self._seen |= read_tensors(self._source, missing, task=task, observe=observe)
+    def finish(self, output: Checkpoint, written: HashedTensors, *, task: str, observe: Observe = unobserved) -> None:
+        """Complete the results: take those of unchanged tensors from the output, and read what was not read yet.
 
-    def _is_own(self, name: str, tensor: LazyTensor) -> bool:
+        Args:
+            output: The checkpoint that was computed from this one.
+            written: The hash result of every tensor of the output.
+            task: Name of the progress.
+            observe: Called with the progress.
+        """
+        self._results |= {name: result for name in self._source if (result := self.result(name))}
+        self._results |= {
+            name: written[name] for name, tensor in output.tensors.items() if self._is_unchanged(name, tensor)
+        }
+        missing = {name: tensor for name, tensor in self._source.tensors.items() if name not in self._results}
+        if missing:
+            self._results |= hash_tensors(missing, task=task, observe=observe)
+
+    def _is_unchanged(self, name: str, tensor: LazyTensor) -> bool:
         own = self.checkpoint.tensors.get(name)
         return own is not None and (tensor is own or (own.stored is not None and tensor.stored is own.stored))
 
-    def _tapped(self, name: str, tensor: LazyTensor) -> LazyTensor:
+    def _hashed_on_read(self, name: str, tensor: LazyTensor) -> LazyTensor:
         def read(start: int, stop: int) -> "torch.Tensor":
             rows = tensor.read(start, stop)
-            if not _thread.looks_aside and (passing := self._passing.get(name)):
-                passing.see(start * tensor.spec.row_bytes, rows)
+            if not _thread.is_paused and (hasher := self._hashers.get(name)):
+                hasher.update(start * tensor.spec.row_bytes, rows)
             return rows
 
         return replace(tensor, read=read)
 
 
 class _Thread(threading.local):
-    looks_aside = False
+    is_paused = False
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def looking_aside() -> Generator[None, None, None]:
-    """Within the body this thread reads parts of tensors out of order, which no tap is to see."""
-    _thread.looks_aside = True
+def hashing_paused() -> Generator[None, None, None]:
+    """Hash nothing that this thread reads within the body: parts of tensors, out of order."""
+    _thread.is_paused = True
     try:
         yield
     finally:
-        _thread.looks_aside = False
+        _thread.is_paused = False

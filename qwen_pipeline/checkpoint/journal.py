@@ -1,7 +1,7 @@
-"""What an interrupted attempt has finished, tensor by tensor, and whether its bytes are still what was written down.
+"""The journal of a directory that is being written: a line for each tensor that an attempt finished.
 
-Lines are appended without a sync: after a power cut a line may be missing or the bytes behind it, and both are found
-when the bytes are hashed again.
+Lines are appended without a sync. After a power cut a line may be missing, or the bytes that it describes: the next
+attempt hashes the bytes again and finds both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from threading import Lock
 
 from pydantic import TypeAdapter
 
-from qwen_pipeline.checkpoint.digest import Seen, SeenTensor, read_tensors
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, StoredTensor
+from qwen_pipeline.checkpoint.digest import HashedTensor, hash_tensors
+from qwen_pipeline.checkpoint.lazy import LazyTensor, stored_tensor
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe
@@ -25,13 +25,13 @@ class FinishedTensor:
     """One line of the journal.
 
     Attributes:
-        written: What was written.
-        passed: Name of a tap -> what it saw of the tensor of the same name.
+        written: The hash result of the tensor as it was written.
+        passed: Name of a :class:`HashingReader` -> its hash result for the input tensor of the same name.
     """
 
     name: str
-    written: SeenTensor
-    passed: Mapping[str, SeenTensor]
+    written: HashedTensor
+    passed: Mapping[str, HashedTensor]
 
 
 _LINE = TypeAdapter(FinishedTensor)
@@ -49,15 +49,15 @@ class Journal:
             file.write(_LINE.dump_json(tensor) + b"\n")
 
     def read(self) -> dict[str, FinishedTensor]:
-        """Return the last line of each tensor; a torn last line is ignored."""
+        """Return the last line of each tensor; an incomplete last line is ignored."""
         if not self._path.is_file():
             return {}
         lines = self._path.read_bytes().splitlines(keepends=True)
         return {(tensor := _LINE.validate_json(line)).name: tensor for line in lines if line.endswith(b"\n")}
 
 
-def still_there(files: Mapping[Path, Sequence[FinishedTensor]], *, task: str, observe: Observe) -> set[str]:
-    """Return the tensors, by name, that each file still holds with the digest that the journal has for them."""
+def verify_finished(files: Mapping[Path, Sequence[FinishedTensor]], *, task: str, observe: Observe) -> set[str]:
+    """Hash tensors again, file -> its tensors; return the names of those that still have the journal's digest."""
     tensors: dict[str, LazyTensor] = {}
     expected: dict[str, FinishedTensor] = {}
     for path, finished in files.items():
@@ -66,19 +66,6 @@ def still_there(files: Mapping[Path, Sequence[FinishedTensor]], *, task: str, ob
         except (CheckpointRefused, OSError):
             continue
         expected |= {tensor.name: tensor for tensor in finished if tensor.name in file.specs}
-        tensors |= {name: _stored(StoredTensor(file, name)) for name in file.specs if name in expected}
-    found = _read(tensors, task=task, observe=observe)
-    return {name for name, seen in found.items() if seen.digest == expected[name].written.digest}
-
-
-def _stored(stored: StoredTensor) -> LazyTensor:
-    return LazyTensor(
-        spec=stored.file.specs[stored.name],
-        read=lambda start, stop: stored.file.load(stored.name, start, stop),
-        stored=stored,
-    )
-
-
-def _read(tensors: Mapping[str, LazyTensor], *, task: str, observe: Observe) -> Seen:
-    held = Checkpoint(config={}, tensors=tensors, shards={})
-    return read_tensors(held, held, task=task, observe=observe) if tensors else {}
+        tensors |= {name: stored_tensor(file, name) for name in file.specs if name in expected}
+    found = hash_tensors(tensors, task=task, observe=observe) if tensors else {}
+    return {name for name, hashed in found.items() if hashed.digest == expected[name].written.digest}

@@ -1,16 +1,16 @@
-"""A checkpoint whose every name, dtype and shape is known now, and whose bytes come on request, by rows.
+"""Checkpoints whose names, dtypes and shapes are known at once, and whose bytes are read on request, by rows.
 
 Transformations build a new :class:`Checkpoint` from an old one (:meth:`Checkpoint.replace`), so that merge and pad
-compose and every shape is checked before the first byte moves.
+compose, and every shape is checked before the first byte moves.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
 
@@ -29,9 +29,9 @@ SIDECARS = (
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
     "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-"""Files that describe how a model is used rather than what it computes: they travel through the stages unchanged.
+"""Files that describe how a model is used rather than what it computes. Every stage carries them along unchanged.
 
-``spk_dict.pt`` holds the voices of Qwen2.5-Omni, which Transformers does not load without it; nothing here opens it.
+``spk_dict.pt`` holds the voices of Qwen2.5-Omni, which Transformers does not load without; it is never opened here.
 """
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -42,24 +42,25 @@ ReadRows = Callable[[int, int], "torch.Tensor"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """Where the bytes of a tensor are, exactly as they are."""
+    """A tensor of a file, by name."""
 
     file: SafetensorsFile
     name: str
 
     def load(self, start: int, stop: int) -> "torch.Tensor":
-        """Return elements ``start:stop`` of the tensor taken as one long row."""
+        """Return elements ``start:stop`` of the flattened tensor."""
         return self.file.load_elements(self.name, start, stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LazyTensor:
-    """A tensor as a recipe.
+    """A tensor that is read or computed on request.
 
     Attributes:
-        read: Deterministic: a row has the same bytes whatever block it is read in. The memory is the caller's to keep,
-            not to change.
-        stored: Set if the tensor is one of a file, unchanged.
+        spec: Its dtype and shape.
+        read: Returns rows. A row has the same bytes whatever block it is read in. The caller may keep the memory, but
+            must not change it.
+        stored: The tensor of a file that this one is, unchanged, if there is one.
     """
 
     spec: TensorSpec
@@ -67,23 +68,32 @@ class LazyTensor:
     stored: StoredTensor | None = None
 
     def part(self, start: int, stop: int) -> "LazyTensor":
-        """Return rows ``start:stop``; what it does not have of them is absent."""
+        """Return rows ``start:stop``, as far as the tensor has them."""
         start, stop = min(start, self.spec.rows), min(stop, self.spec.rows)
         spec = TensorSpec(dtype=self.spec.dtype, shape=(stop - start, *self.spec.shape[1:]))
         return LazyTensor(spec=spec, read=lambda first, last: self.read(start + first, start + last))
 
 
+def stored_tensor(file: SafetensorsFile, name: str) -> LazyTensor:
+    """Return a tensor of a file, to be read on request."""
+    return LazyTensor(
+        spec=file.specs[name],
+        read=lambda start, stop: file.load(name, start, stop),
+        stored=StoredTensor(file, name),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint(Mapping[str, TensorSpec]):
-    """Names to specs, plus the config, the shard that each tensor lives in, and the files beside the weights.
+    """A mapping of tensor names to specs, with the config, the shard of each tensor, and the files beside the weights.
 
     Attributes:
         config: The parsed ``config.json``.
-        config_bytes: What it was parsed from, to be carried as it is; None once the config was changed.
+        config_bytes: The file that it was parsed from, to be copied unchanged; None once the config was changed.
         tensors: Every tensor in the order of its bytes on disk.
         shards: Tensor name -> file name of its shard.
-        sidecars: Relative path -> file to be carried along unchanged (:data:`SIDECARS`).
-        left_behind: Files of the source directory that are not carried along, by relative path.
+        sidecars: Relative path -> file that is copied unchanged (:data:`SIDECARS`).
+        left_behind: Relative paths of the source directory's files that are not copied.
     """
 
     config: Mapping[str, Any]
@@ -121,7 +131,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         config: Mapping[str, Any] | None = None,
         sidecars: Mapping[str, Path] | None = None,
     ) -> "Checkpoint":
-        """Return this checkpoint with some tensors, config fields' whole mapping or sidecars replaced.
+        """Return this checkpoint with some tensors, the whole config or all sidecars replaced.
 
         Raises:
             KeyError: A tensor is not in this checkpoint; :meth:`with_tensor` adds one.
@@ -139,10 +149,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         )
 
     def with_tensor(self, name: str, tensor: LazyTensor, *, beside: str) -> "Checkpoint":
-        """Return this checkpoint with one more tensor, right after the tensor ``beside`` and in its shard.
+        """Return this checkpoint with one more tensor, right after the tensor ``beside`` and in the same shard.
 
         Raises:
-            KeyError: There is no tensor ``beside``, or ``name`` is there already.
+            KeyError: There is no tensor ``beside``, or there is a tensor ``name`` already.
         """
         if beside not in self.tensors or name in self.tensors:
             raise KeyError(f"{name} cannot be added beside {beside}")
@@ -155,31 +165,31 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
 
 def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
-    """Open a Hugging Face model directory: one ``model.safetensors`` or shards with an index. Headers only.
+    """Open a Hugging Face model directory, one ``model.safetensors`` or shards with an index, and read its headers.
 
     Args:
         root: The directory.
-        stem: What the weights are called instead of ``model``.
+        stem: The beginning of the weights' file names, if not ``model``.
 
     Raises:
-        CheckpointRefused: Not a directory, no config, pickled weights, a path that leaves the directory, or an index
-            that does not agree with the shards.
+        CheckpointRefused: The path is not a directory, it has no config or only pickled weights, a shard is outside of
+            it, or its index does not agree with the shards.
     """
     if not root.is_dir():
-        raise CheckpointRefused(f"{root} is not a directory.", remedy="Name a Hugging Face model directory.")
-    config = _load_json(root / CONFIG)
+        raise CheckpointRefused(f"{root} is not a directory.", remedy="Pass a Hugging Face model directory.")
+    config = load_json(root / CONFIG)
     shards = _open_shards(root, stem)
     tensors: dict[str, LazyTensor] = {}
     owners: dict[str, str] = {}
     for shard in shards:
-        for name, spec in shard.specs.items():
+        for name in shard.specs:
             if name in owners:
                 raise CheckpointRefused(
                     f"Tensor {name!r} is in both {owners[name]} and {shard.path.name} of {root}.",
                     remedy="Save the checkpoint again so that each tensor is in one shard.",
                 )
             owners[name] = shard.path.name
-            tensors[name] = LazyTensor(spec=spec, read=_rows_reader(shard, name), stored=StoredTensor(shard, name))
+            tensors[name] = stored_tensor(shard, name)
     sidecars = open_sidecars(root)
     known = {CONFIG, INDEX, MANIFEST, *owners.values(), *sidecars}
     return Checkpoint(
@@ -193,7 +203,7 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
 
 
 def open_sidecars(root: Path) -> dict[str, Path]:
-    """Return the files of a directory that travel with a model: relative path -> absolute path."""
+    """Return a directory's files that match :data:`SIDECARS`: relative path -> absolute path."""
     return {path: root / path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
 
 
@@ -201,24 +211,24 @@ def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
     index_path, single = (root / name.replace(STEM, stem, 1) for name in (INDEX, SINGLE_SHARD))
     if index_path.exists() and single.exists():
         raise CheckpointRefused(
-            f"{root} has both {SINGLE_SHARD} and {INDEX}; loaders disagree about which one counts.",
-            remedy="Remove the stale one.",
+            f"{root} has both {SINGLE_SHARD} and {INDEX}; loaders disagree about which of them to read.",
+            remedy="Remove the outdated one.",
         )
     if single.exists():
         return [open_safetensors(single)]
     if not index_path.exists():
         raise _no_weights(root)
-    weight_map = _load_json(index_path).get("weight_map")
+    weight_map = load_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointRefused(f"{index_path} has no weight_map.", remedy="Save the checkpoint again.")
     owners = {str(name): str(file) for name, file in cast("dict[Any, Any]", weight_map).items()}
     shards = [open_safetensors(_shard_path(root, file)) for file in sorted(set(owners.values()))]
-    held = {name: shard.path.name for shard in shards for name in shard.specs}
-    if wrong := sorted(name for name in owners.keys() | held.keys() if owners.get(name) != held.get(name)):
-        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {held.get(n)}" for n in wrong[:5])
+    found = {name: shard.path.name for shard in shards for name in shard.specs}
+    if wrong := sorted(name for name in owners.keys() | found.keys() if owners.get(name) != found.get(name)):
+        shown = "; ".join(f"{n!r}: index {owners.get(n)}, found in {found.get(n)}" for n in wrong[:5])
         raise CheckpointRefused(
             f"{INDEX} of {root} does not agree with its shards for {len(wrong)} tensors: {shown}.",
-            remedy="The upload or download is incomplete, or files of two saves are mixed: fetch it again.",
+            remedy="The upload or download is incomplete, or mixes the files of two saves: fetch it again.",
         )
     return shards
 
@@ -227,7 +237,7 @@ def _shard_path(root: Path, file: str) -> Path:
     if Path(file).name != file or not file.endswith(".safetensors"):
         raise CheckpointRefused(
             f"{INDEX} of {root} names the shard {file!r}, which is not a plain *.safetensors file name.",
-            remedy="Use a checkpoint whose shards lie beside its index.",
+            remedy="Use a checkpoint whose shards are in the same directory as its index.",
         )
     path = root / file
     if not path.is_file():
@@ -235,36 +245,20 @@ def _shard_path(root: Path, file: str) -> Path:
     return path
 
 
-def _rows_reader(shard: SafetensorsFile, name: str) -> ReadRows:
-    return lambda start, stop: shard.load(name, start, stop)
-
-
 def _no_weights(root: Path) -> CheckpointRefused:
     pickles = [path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in PICKLES)]
     if pickles:
         return CheckpointRefused(
             f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded.",
-            remedy="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+            remedy="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
         )
     return CheckpointRefused(
-        f"{root} holds neither {SINGLE_SHARD} nor {INDEX}.", remedy="Name a directory with safetensors weights."
+        f"{root} holds neither {SINGLE_SHARD} nor {INDEX}.", remedy="Pass a directory with safetensors weights."
     )
 
 
-def _load_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointRefused(f"{path} is missing.", remedy="Name a complete Hugging Face model directory.")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointRefused(f"{path} is not valid JSON: {error}.", remedy="Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointRefused(f"{path} is not a JSON object.", remedy="Fetch the file again.")
-    return cast("dict[str, Any]", value)
-
-
 def _relative_files(root: Path) -> list[str]:
-    """Files below ``root``, sorted, without the hidden ones; links are followed, as in a hub's cache."""
+    """Return the files below ``root``, sorted, without hidden ones; links are followed, as in the cache of the hub."""
     return sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")

@@ -1,7 +1,7 @@
-"""What a finished directory says about itself: what it was derived from, and the digest of everything in it.
+"""The manifest of a finished directory: what it was derived from, and the digests of everything in it.
 
 ``content_digest`` covers tensors (name, dtype, shape, bytes) and the files beside them. It does not cover the shard
-layout, logs, times or the host: the same inputs give the same digest anywhere.
+layout, logs, times or the host: the same inputs give the same digest on every machine.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from qwen_pipeline.errors import CheckpointRefused
 
 FORMAT = "qwen-pipeline/manifest/4"
 OUTDATED = tuple(f"qwen-pipeline/manifest/{version}" for version in (1, 2, 3))
-"""They digest a tensor by another rule, so that nothing in them can be compared with what is made now."""
+"""Older formats. They hash tensors in another way, so that their digests cannot be compared with those of this one."""
 UNREAD = "unread"
-"""Stands for the digest of an input that is found while the input is read; never in a manifest."""
+"""The placeholder for the digest of an input that is computed while the input is read; never in a manifest."""
 LOGS = "logs/"
-"""Files below this folder are kept and listed but are not content: they hold times and hosts."""
+"""Files below this folder are kept and listed, but are not part of the content digest: they hold times and hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class TensorDigest:
     """A tensor's dtype by its safetensors name, its shape and the digest of its bytes.
 
     Attributes:
+        dtype: Safetensors name, such as ``BF16``.
         tree_blake3: Hex BLAKE3 over the BLAKE3 (32 bytes each) of the blocks of 1 MiB that the bytes are cut into.
     """
 
@@ -49,10 +50,10 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardDigest:
-    """A safetensors file whose tensors have digests of their own: with its header they determine every byte.
+    """A safetensors file whose tensors have digests of their own. Header and tensors determine every byte of it.
 
     Attributes:
-        header_sha256: Of the length prefix and the header.
+        header_sha256: Hex SHA-256 of the length prefix and the header.
     """
 
     bytes: int
@@ -61,14 +62,14 @@ class ShardDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """Digests of every tensor, and of every file including the shards (relative path -> digest)."""
+    """The digests of a directory: of every tensor by name, and of every file, shards included, by relative path."""
 
     tensors: Mapping[str, TensorDigest]
     files: Mapping[str, FileDigest | ShardDigest]
 
     @property
     def digest(self) -> str:
-        """``sha256:<hex>`` over tensors and files; independent of shard layout and file order."""
+        """The content digest, ``sha256:<hex>``: over tensors and files, independent of shard layout and file order."""
         beside = {
             path: file.sha256 for path, file in self.files.items() if is_content(path) and isinstance(file, FileDigest)
         }
@@ -82,13 +83,13 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Derivation:
-    """What a stage is about to do: everything that decides the bytes of its output.
+    """Everything that decides the bytes of a stage's output. Its key names the output in a store.
 
     Attributes:
         stage: Name of the output, such as ``merged``.
-        inputs: Role -> content digest, such as ``base`` -> ``sha256:...``.
+        inputs: Role -> content digest, such as ``base`` -> ``sha256:...``; :data:`UNREAD` if it is not known yet.
         spec: The stage's settings as JSON values.
-        code_version: Raised whenever the same inputs and spec would give other bytes.
+        code_version: Version of the stage's code. It is raised whenever the same inputs and spec give other bytes.
     """
 
     stage: str
@@ -97,29 +98,29 @@ class Derivation:
     code_version: str
 
     @property
-    def is_settled(self) -> bool:
-        """Whether the digest of every input is known."""
+    def is_complete(self) -> bool:
+        """True if the digest of every input is known, so that the key is final."""
         return UNREAD not in self.inputs.values()
 
     @cached_property
     def key(self) -> str:
-        """Hex SHA-256 of the four fields."""
+        """Hex SHA-256 of the four fields as canonical JSON."""
         return canonical_sha256([self.stage, dict(self.inputs), dict(self.spec), self.code_version])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFigures:
-    """How the work went, on which machine; never part of a digest.
+    """Time, memory and bytes moved of a derivation, and its environment; never part of a digest.
 
     Attributes:
         seconds: Wall clock time of the derivation.
         peak_memory_bytes: Highest resident memory of one process, this one or a worker.
-        added_memory_bytes: What the work itself took: how far this process rose above where it stood at the start, or
-            the whole of a worker, whichever is more.
-        read_bytes: What this process read in the meantime, without its workers.
-        written_bytes: What it wrote.
+        added_memory_bytes: The larger of this process's peak less its resident memory at the start, and the peak of a
+            worker.
+        read_bytes: Bytes that this process read, without its workers.
+        written_bytes: Bytes that this process wrote, without its workers.
         started: ISO 8601 time in UTC.
-        environment: Versions of what computed the bytes, and the platform.
+        environment: Versions of the packages that computed the bytes, and the platform.
     """
 
     seconds: float
@@ -133,12 +134,21 @@ class RunFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The last file written into a finished directory.
+    """The record of a finished directory, and the last file that is written into it.
+
+    Its presence means that the directory is complete. It names the inputs by digest, states the digest of every tensor
+    and file, and holds the stage's findings, so that an output can be verified and traced without the code that made
+    it. The format is docs/format.md.
 
     Attributes:
-        result: What the stage found out, as JSON values: the padding map, per-module losses, check reports.
+        derivation: What the directory was made from. Its key decides whether a later run can reuse the directory.
+        contents: Digests of every tensor and file.
+        content_digest: ``contents.digest``. Later stages name this output by it.
+        result: The stage's findings as JSON values: the padding map, per-module losses, check reports.
         recipe: Role -> path of what the weights are computed from, if they are not stored here; ``contents.tensors``
-            says what comes out.
+            has the digests of the computed weights.
+        run: Time, memory and environment of the run.
+        format: Version of the format.
     """
 
     derivation: Derivation
@@ -161,8 +171,8 @@ def open_manifest(root: Path) -> Manifest:
     """Read the manifest of a finished directory.
 
     Raises:
-        CheckpointRefused: There is none (the directory is not finished, or not ours), it is damaged, or it has an
-            older format.
+        CheckpointRefused: There is no manifest (the directory is unfinished, or was not made by this pipeline), it is
+            damaged, or it has an older format.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -174,7 +184,7 @@ def open_manifest(root: Path) -> Manifest:
     if (found := _format(data)) in OUTDATED:
         raise CheckpointRefused(
             f"{path} has the format {found!r}; this version reads {FORMAT!r}.",
-            remedy="Run its stage again into another directory, and delete this one: the weights will be the same.",
+            remedy="Run its stage again into another directory, and delete this one: the weights are the same.",
         )
     if found != FORMAT:
         raise _damaged(path, f"format {found!r}, expected {FORMAT!r}")
@@ -183,33 +193,35 @@ def open_manifest(root: Path) -> Manifest:
     except ValidationError as error:
         raise _damaged(path, str(error)) from error
     if manifest.content_digest != manifest.contents.digest:
-        raise _damaged(path, f"it states {manifest.content_digest}, its entries give {manifest.contents.digest}")
+        raise _damaged(
+            path, f"its content_digest is {manifest.content_digest}, its entries give {manifest.contents.digest}"
+        )
     return manifest
 
 
 def find_manifest(root: Path) -> Manifest | None:
-    """Read a directory's manifest as :func:`open_manifest` does; None if it has none."""
+    """Read a directory's manifest as :func:`open_manifest` does; return None if it has none."""
     return open_manifest(root) if (root / MANIFEST).is_file() else None
 
 
 def is_outdated(root: Path) -> bool:
-    """Whether a finished directory has an older format: it counts as not there, and is made again."""
+    """Return whether a finished directory has an older format. It then counts as absent, and is made again."""
     return (root / MANIFEST).is_file() and _format((root / MANIFEST).read_bytes()) in OUTDATED
 
 
 def is_content(path: str) -> bool:
-    """Whether a file's own digest is part of the content digest: weights count by tensor, logs and manifests never."""
+    """Return whether a file's digest is part of the content digest; weights are, by tensor, and logs are not."""
     return not (path.endswith(".safetensors") or path in (INDEX, MANIFEST) or path.startswith(LOGS))
 
 
 def canonical_sha256(value: object) -> str:
-    """Hex SHA-256 of a JSON value with sorted keys and no white space."""
+    """Return the hex SHA-256 of a JSON value with sorted keys and no white space."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions of the packages that compute bytes, and the platform."""
+    """Return the versions of the packages that compute bytes, and the platform."""
     return {name: found for name in ("qwen-pipeline", "torch", "safetensors") if (found := _version(name))} | {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -217,7 +229,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def _format(data: bytes) -> str | None:
-    """Return what a manifest calls its format, before anything else in it is understood."""
+    """Return the format that a manifest states, before it is validated."""
     try:
         return json.loads(data)["format"]
     except (ValueError, KeyError, TypeError):

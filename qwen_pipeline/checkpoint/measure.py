@@ -1,4 +1,4 @@
-"""Wall clock time and peak resident memory of a piece of work."""
+"""Wall clock time, bytes moved and peak resident memory of a piece of work."""
 
 import resource
 import time
@@ -12,36 +12,38 @@ from qwen_pipeline.checkpoint.manifest import RunFigures, describe_environment
 
 
 class Stopwatch:
-    """Seconds of a piece of work, part by part; those of a part that comes again are added up."""
+    """Seconds of each part of a piece of work; those of a part that is repeated are added up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> float:
-        """Count what passed since the last lap as a part of the work; return it."""
+        """Add the seconds since the last lap to a part, and return them."""
         last, self._last = self._last, time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0) + self._last - last
         return self._last - last
 
 
 class Figures(Protocol):
+    """Returns the figures so far; ``worker_peak_bytes`` is the peak of a worker process."""
+
     def __call__(self, *, worker_peak_bytes: int = 0) -> RunFigures: ...
 
 
-_measuring: list[Figures] = []
-"""What is being measured, from the outside in."""
+_active: list[Figures] = []
+"""The measurements in progress, from the outermost to the innermost."""
 
 
 @contextmanager
 def measured() -> Generator[Figures, None, None]:
-    """Measure the body; call what is yielded after it to get the figures.
+    """Measure the body; yield a function that returns the figures.
 
-    The peak is the kernel's high-water mark, reset at the start where ``/proc/self/clear_refs`` allows it. Work within
-    measured work does not reset it: its peak is that of the whole.
+    The peak is the kernel's high-water mark, reset at the start where ``/proc/self/clear_refs`` allows it. A nested
+    measurement does not reset it, and has the peak of the outer one.
     """
     started, clock, moved = datetime.now(UTC), time.perf_counter(), bytes_moved()
-    if not _measuring:
+    if not _active:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
     at_start = _resident("VmRSS")
@@ -59,15 +61,15 @@ def measured() -> Generator[Figures, None, None]:
             environment=describe_environment(),
         )
 
-    _measuring.append(figures)
+    _active.append(figures)
     try:
         yield figures
     finally:
-        _measuring.remove(figures)
+        _active.remove(figures)
 
 
 def bytes_moved() -> tuple[int, int]:
-    """Return how many bytes this process has read and written, whether or not a disk had to move; 0 if unknown."""
+    """Return the bytes that this process has read and written, from disk or cache; 0 if unknown."""
     with suppress(OSError):
         lines = Path("/proc/self/io").read_text().splitlines()
         counts = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
@@ -76,12 +78,12 @@ def bytes_moved() -> tuple[int, int]:
 
 
 def resident_peak() -> int:
-    """Highest resident memory of this process, in bytes, since the start or the last reset."""
+    """Return the highest resident memory of this process, in bytes, since its start or the last reset."""
     return _resident("VmHWM")
 
 
 def _resident(field: str) -> int:
-    """Return a figure of ``/proc/self/status`` in bytes; where there is none, the highest that the system kept."""
+    """Return a field of ``/proc/self/status`` in bytes; without that file, the peak that ``getrusage`` reports."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What writing a checkpoint will take, known from headers alone, and whether this machine has it."""
+"""The disk, memory and open files that writing a checkpoint takes, from headers alone, and those that are available."""
 
 import resource
 import shutil
@@ -14,20 +14,20 @@ from qwen_pipeline.checkpoint.tree_hash import LEAF_BYTES
 from qwen_pipeline.errors import EnvironmentFault
 
 BLOCKS_PER_THREAD = 6
-"""A source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
+"""The source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
 LEAVES_PER_THREAD = 8
-"""Parts of blocks of a digest: two for each of the three digests of what is read, merged and padded, and two spare."""
+"""Partial leaves of tree hashes: two for each of the hashes of what is read, merged and padded, and two spare."""
 FILES_PER_THREAD = 2
-"""One read from, one written to."""
+"""One to read from, one to write to."""
 FILES_BESIDE = 8
-"""Journal, lock, headers, directories, a progress display."""
+"""Journal, lock, headers, directories and a progress display."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceNeeds:
-    """What a stage takes beyond what the process has: bytes of disk and of memory, and open files.
+    """The needs of a stage beyond what the process already has: bytes of disk and of memory, and open files.
 
-    Memory is ``threads x (6 x max(8 MiB, the longest row) + 8 MiB)``: it does not depend on the model's depth.
+    Memory is ``threads x (6 x max(8 MiB, the longest row) + 8 MiB)``. It does not depend on the model's depth.
     """
 
     disk_bytes: int
@@ -36,7 +36,7 @@ class ResourceNeeds:
 
 
 def estimate_needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> ResourceNeeds:
-    """Return what writing so many bytes takes on this machine's cores."""
+    """Return the needs of writing so many bytes with this machine's cores."""
     threads = pool_size()
     return ResourceNeeds(
         disk_bytes=disk_bytes,
@@ -47,7 +47,7 @@ def estimate_needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> ResourceNe
 
 
 def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> ResourceNeeds:
-    """Return what writing a checkpoint takes; ``disk_bytes`` is less than its size if a part of it is there."""
+    """Return the needs of writing a checkpoint; ``disk_bytes`` is less than its size if a part is written already."""
     rows = (tensor.spec.row_bytes for tensor in checkpoint.tensors.values() if not tensor.stored)
     return estimate_needs(
         disk_bytes=checkpoint.nbytes if disk_bytes is None else disk_bytes, longest_row_bytes=max(rows, default=0)
@@ -56,7 +56,7 @@ def needs_of(checkpoint: Checkpoint, *, disk_bytes: int | None = None) -> Resour
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AvailableResources:
-    """What a machine has for a stage: free bytes of a disk and of memory, and open files; None: no limit is known."""
+    """The resources available to a stage: free bytes of disk and of memory, and open files; None if unlimited."""
 
     disk_bytes: int
     memory_bytes: int | None
@@ -64,68 +64,68 @@ class AvailableResources:
 
 
 def available_at(out: Path) -> AvailableResources:
-    """Return what there is for writing into a directory, which need not be there yet."""
-    there = next(at for at in (out.absolute(), *out.absolute().parents) if at.is_dir())
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    """Return the resources available for writing into a directory, which need not exist."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return AvailableResources(
-        disk_bytes=shutil.disk_usage(there).free,
+        disk_bytes=shutil.disk_usage(existing).free,
         memory_bytes=available_memory(),
-        open_files=None if files == resource.RLIM_INFINITY else files,
+        open_files=None if max_files == resource.RLIM_INFINITY else max_files,
     )
 
 
-def require_resources(asked: ResourceNeeds, out: Path) -> None:
-    """Refuse work that this machine cannot finish.
+def require_resources(needs: ResourceNeeds, out: Path) -> None:
+    """Check that this machine has what writing into ``out`` takes.
 
     Raises:
-        EnvironmentFault: There is less disk, memory or open files than it takes; the message has the numbers.
+        EnvironmentFault: Disk space, memory or open files do not suffice; the message has the numbers.
     """
-    for shortage in shortages(asked, available_at(out), out):
+    for shortage in shortages(needs, available_at(out), out):
         raise shortage
 
 
-def shortages(asked: ResourceNeeds, room: AvailableResources, out: Path) -> Iterator[EnvironmentFault]:
-    """Yield each thing that there is too little of for writing into ``out``."""
-    if asked.disk_bytes > room.disk_bytes:
+def shortages(needs: ResourceNeeds, available: AvailableResources, out: Path) -> Iterator[EnvironmentFault]:
+    """Yield an error for each resource that does not suffice for writing into ``out``."""
+    if needs.disk_bytes > available.disk_bytes:
         yield EnvironmentFault(
-            f"{out} needs {asked.disk_bytes / 1e9:.2f} GB more, its disk has {room.disk_bytes / 1e9:.2f} GB free.",
-            remedy="Free disk space or choose another destination; what is finished is kept and not written again.",
+            f"{out} needs {needs.disk_bytes / 1e9:.2f} GB more, its disk has {available.disk_bytes / 1e9:.2f} GB free.",
+            remedy="Free disk space or choose another destination; finished tensors are kept and not written again.",
         )
-    if room.memory_bytes is not None and asked.memory_bytes > room.memory_bytes:
+    if available.memory_bytes is not None and needs.memory_bytes > available.memory_bytes:
         yield EnvironmentFault(
-            f"Writing {out} takes {asked.memory_bytes / 1e6:.0f} MB of memory, "
-            f"{room.memory_bytes / 1e6:.0f} MB are available.",
+            f"Writing {out} takes {needs.memory_bytes / 1e6:.0f} MB of memory, "
+            f"{available.memory_bytes / 1e6:.0f} MB are available.",
             remedy="End other programs, or run with fewer cores (taskset): memory is proportional to them.",
         )
-    if room.open_files is not None and asked.open_files > room.open_files:
+    if available.open_files is not None and needs.open_files > available.open_files:
         yield EnvironmentFault(
-            f"Writing {out} takes {asked.open_files} open files, the limit is {room.open_files}.",
-            remedy=f"Raise it: ulimit -n {asked.open_files}.",
+            f"Writing {out} takes {needs.open_files} open files, the limit is {available.open_files}.",
+            remedy=f"Raise it: ulimit -n {needs.open_files}.",
         )
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process can have without swapping: what the kernel and its control groups leave."""
-    left = [count for count in (_unused(), control_group_memory()) if count is not None]
-    return min(left, default=None)
+    """Return the bytes that this process can still use without swapping, within its control groups' limits."""
+    limits = [limit for limit in (_unused_memory(), control_group_memory()) if limit is not None]
+    return min(limits, default=None)
 
 
 def control_group_memory(
     *, membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Return what the limits of this process's control groups (version 2) leave; None without a limit.
+    """Return the bytes that the limits of this process's control groups (version 2) leave it; None without a limit.
 
-    Page cache counts as left: the kernel takes it back. Every group up to the root may have a limit.
+    Page cache counts as free, since the kernel reclaims it. Every group up to the root may have a limit.
     """
     with suppress(OSError, StopIteration):
-        place = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
-        group = mount / place.strip("/")
-        groups = [at for at in (group, *group.parents) if at.is_relative_to(mount)]
-        return min((left for at in groups if (left := _left_in(at)) is not None), default=None)
+        path = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
+        group = mount / path.strip("/")
+        groups = [each for each in (group, *group.parents) if each.is_relative_to(mount)]
+        return min((free for each in groups if (free := _free_memory(each)) is not None), default=None)
     return None
 
 
-def _left_in(group: Path) -> int | None:
+def _free_memory(group: Path) -> int | None:
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":
@@ -137,7 +137,7 @@ def _left_in(group: Path) -> int | None:
         return None
 
 
-def _unused() -> int | None:
+def _unused_memory() -> int | None:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024

@@ -1,9 +1,9 @@
-"""One safetensors file: its header now, its bytes block by block.
+"""One safetensors file: its header is read at once, its bytes block by block.
 
 The format is eight bytes of little-endian header length, a JSON header, then the tensors' bytes without gaps
-(https://github.com/huggingface/safetensors#format). Reads use ``pread``, not a memory map, so that resident memory is
-the block asked for and a file that shrinks underneath is an error instead of a bus fault. Headers are read without
-torch, which takes seconds to import and is not needed to look at a store or to define an asset.
+(https://github.com/huggingface/safetensors#format). Reads use ``pread``, not a memory map, so that only the
+requested block is resident, and a file that is truncated while it is open is an error instead of a bus fault. Headers
+are read without torch, which takes seconds to import and is not needed to inspect a store or to define an asset.
 """
 
 import json
@@ -29,12 +29,12 @@ ITEM_BYTES: Mapping[str, int] = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-"""Every dtype that can be read, by its safetensors name."""
+"""Bytes of one element of every readable dtype, by its safetensors name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A tensor without its bytes. ``dtype`` is the safetensors name, such as ``BF16``."""
+    """The dtype and shape of a tensor. ``dtype`` is the safetensors name, such as ``BF16``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class TensorSpec:
 
     @property
     def rows(self) -> int:
-        """Length of the first axis; a scalar has one row."""
+        """The length of the first axis; a scalar has one row."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -61,7 +61,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
-    """A file whose header was read and found consistent. Tensors are in the order of their bytes."""
+    """A file with a valid header. Tensors are in the order of their bytes."""
 
     path: Path
     specs: Mapping[str, TensorSpec]
@@ -69,10 +69,10 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
-        """Return rows ``start:stop`` of a tensor (all rows by default), dtype as stored.
+        """Return rows ``start:stop`` of a tensor (all rows by default), in its stored dtype.
 
         Raises:
-            CheckpointRefused: The file ends before the bytes that its header promises.
+            CheckpointRefused: The file ends before the last byte that its header describes.
         """
         spec = self.specs[name]
         stop = spec.rows if stop is None else stop
@@ -80,10 +80,10 @@ class SafetensorsFile:
         return self._read(name, start * spec.row_bytes, shape)
 
     def load_elements(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Return elements ``start:stop`` of a tensor taken as one long row: a block may end within a row.
+        """Return elements ``start:stop`` of a flattened tensor; a block may end within a row.
 
         Raises:
-            CheckpointRefused: The file ends before the bytes that its header promises.
+            CheckpointRefused: The file ends before the last byte that its header describes.
         """
         return self._read(name, start * ITEM_BYTES[self.specs[name].dtype], (stop - start,))
 
@@ -94,10 +94,10 @@ class SafetensorsFile:
         return tensor
 
     def load_columns(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Return columns ``start:stop`` of a matrix, dtype as stored, in memory for just these.
+        """Return columns ``start:stop`` of a matrix, in its stored dtype; only these are in memory.
 
         Raises:
-            CheckpointRefused: The file ends before the bytes that its header promises.
+            CheckpointRefused: The file ends before the last byte that its header describes.
         """
         import torch
 
@@ -118,7 +118,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     """Read and verify the header of one file.
 
     Raises:
-        CheckpointRefused: The header is damaged, or offsets, shapes and the file's size do not agree.
+        CheckpointRefused: The header is damaged, or its offsets and shapes do not agree with the file's size.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -136,7 +136,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def as_bytes(tensor: "torch.Tensor") -> memoryview:
-    """A contiguous tensor's memory, without a copy."""
+    """Return a tensor's bytes; those of a contiguous tensor are not copied."""
     import torch
 
     flat = tensor.contiguous() if tensor.dim() else tensor.reshape(1)
@@ -144,16 +144,16 @@ def as_bytes(tensor: "torch.Tensor") -> memoryview:
 
 
 def read_header(path: Path) -> bytes:
-    """Return the length prefix and the header of a file that was opened before."""
+    """Return the length prefix and the header of a valid file."""
     with path.open("rb") as file:
         prefix = file.read(8)
         return prefix + file.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))
 
 
 def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the length prefix and header for tensors laid out back to back in the order of ``specs``.
+    """Return the length prefix and header for tensors in the order of ``specs``, without gaps.
 
-    The header is padded with spaces to a multiple of eight, so that data starts aligned.
+    The header is padded with spaces to a multiple of eight, so that the data is aligned.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
@@ -217,5 +217,5 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _damaged(path: Path, why: str) -> CheckpointRefused:
     return CheckpointRefused(
         f"{path} is not a valid safetensors file: {why}.",
-        remedy="Download or save the file again and compare its checksum with the source's.",
+        remedy="Download or save the file again, and compare its checksum with that of the source.",
     )

@@ -1,4 +1,4 @@
-"""One shard while it is written: by several threads, at any place, continued after a kill."""
+"""A shard that several threads write, at any offset, and that can be continued after a kill."""
 
 import os
 import stat
@@ -13,12 +13,12 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
 
 
 class ShardFile:
-    """A safetensors file that gets its name when its last tensor is complete and on disk; until then it is ``.tmp``.
+    """A safetensors file under the name ``<name>.tmp`` until its last tensor is complete and on disk.
 
     Args:
-        path: Its name.
+        path: Its final path.
         specs: Its tensors, in the order of their bytes.
-        cached: Whether the page cache is to hold it once it is on disk.
+        cached: Whether it may stay in the page cache once it is on disk.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, cached: bool = True) -> None:
@@ -39,12 +39,12 @@ class ShardFile:
         return self._path.is_file()
 
     @property
-    def found(self) -> Path:
-        """Where an earlier attempt left the file, if it did."""
+    def existing(self) -> Path:
+        """The path at which an earlier attempt left the file, if there was one."""
         return self._path if self.is_finished else self._scratch
 
     def begin(self, missing: Collection[str]) -> None:
-        """Open the file for the tensors that are missing, around those that an earlier attempt completed."""
+        """Open the file to write the missing tensors; those that an earlier attempt completed stay."""
         if self.is_finished:
             self._path.replace(self._scratch)
         if not self._is_resumable():
@@ -57,13 +57,13 @@ class ShardFile:
             self._finish()
 
     def write(self, name: str, start: int, view: memoryview) -> None:
-        """Write a part of a tensor from its byte ``start`` on, and have the disk begin with it at once."""
+        """Write a part of a tensor from its byte ``start`` on, and begin writeback to the disk."""
         offset = self._offsets[name] + start
         self._write(offset, view)
         begin_writeback(self._fd, offset, len(view))
 
     def complete(self, name: str) -> None:
-        """Count a tensor whose every byte was written; after the last one, give the file its name."""
+        """Mark a tensor as written; after the last one, rename the file to its final path."""
         with self._lock:
             self._missing.remove(name)
             is_last = not self._missing
@@ -76,7 +76,7 @@ class ShardFile:
             self._fd = -1
 
     def _is_resumable(self) -> bool:
-        """Whether the temporary file is there, lays out the same tensors and is no other file's second name."""
+        """Return whether the temporary file exists, has the same header and is not a hard link to another file."""
         with suppress(OSError):
             found = self._scratch.lstat()
             if stat.S_ISREG(found.st_mode) and (found.st_nlink, found.st_size) == (1, self._size):

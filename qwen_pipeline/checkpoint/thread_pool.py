@@ -1,8 +1,7 @@
-"""Jobs over a few threads, begun in order.
+"""Running jobs on a few threads, started in order.
 
 Each block is read, computed, hashed and written by one thread from beginning to end, so what is in memory is a few
-blocks for each thread, whatever the size of a tensor. Reading, arithmetic, hashing and writing all release Python's
-lock.
+blocks for each thread, whatever the size of a tensor. Reading, arithmetic, hashing and writing all release the GIL.
 """
 
 import os
@@ -17,29 +16,31 @@ from qwen_pipeline.checkpoint.buffers import BufferPool, recycling
 
 T = TypeVar("T")
 
-CALLER, NOT_BEGUN = -1, sys.maxsize
-"""Where jobs have numbers: the calling thread, and a job that could not be taken."""
-MOST_THREADS = 18
-"""What each of them holds, 56 MiB (:mod:`~qwen_pipeline.checkpoint.memory_budget`), is just less than 1 GiB in all."""
+CALLER, NOT_STARTED = -1, sys.maxsize
+"""In place of a job's number: the calling thread, and a job that could not be taken."""
+MAX_THREADS = 18
+"""Each of them holds 56 MiB (:mod:`~qwen_pipeline.checkpoint.memory_budget`): just less than 1 GiB in all."""
 TICK_SECONDS = 0.2
-"""How often whoever set a crew to work gets to look up."""
+"""The interval at which ``tick`` of :func:`map_ordered` is called."""
 
 
 def pool_size() -> int:
-    """Threads of a crew: two more than the cores it may use, since some wait for a disk."""
-    return min(len(os.sched_getaffinity(0)) + 2, MOST_THREADS)
+    """Return the number of threads: two more than the cores that may be used, since some wait for a disk."""
+    return min(len(os.sched_getaffinity(0)) + 2, MAX_THREADS)
 
 
 def map_ordered(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[[], None] = lambda: None) -> None:
-    """Do every job on one of a few threads, begun in the order given; the first fault ends all and is raised here.
+    """Call ``do`` with every job on one of a few threads, started in the given order.
+
+    After an error no more jobs start. If several jobs fail, the error of the first in order is raised.
 
     Args:
         jobs: Taken one by one as threads become free, never by two threads at once.
-        do: What to do with each.
-        tick: Called every :data:`TICK_SECONDS` and at the end, on the calling thread.
+        do: Does one job.
+        tick: Called every :data:`TICK_SECONDS` and at the end, on the calling thread. If it raises, no more jobs start.
     """
-    crew = _ThreadPool(jobs)
-    threads = [threading.Thread(target=_serve, args=(crew, do)) for _ in range(pool_size())]
+    pool = _ThreadPool(jobs)
+    threads = [threading.Thread(target=_run_jobs, args=(pool, do)) for _ in range(pool_size())]
     with _torch_threads_restored():
         try:
             for thread in threads:
@@ -48,49 +49,52 @@ def map_ordered(jobs: Iterable[T], do: Callable[[T], None], *, tick: Callable[[]
                 while thread.is_alive():
                     thread.join(TICK_SECONDS)
                     tick()
-        except BaseException as fault:
-            crew.stop(fault, CALLER)
+        except BaseException as error:
+            pool.stop(error, CALLER)
             raise
         finally:
             for thread in threads:
                 if thread.ident:
                     thread.join()
-    if crew.fault:
-        raise crew.fault
+    if pool.error:
+        raise pool.error
     tick()
 
 
 class SharedWork(Generic[T]):
-    """Work that several threads want done: each does what none has begun, and waits for the rest."""
+    """Parts of a computation that several threads need: each thread computes parts that no other has started."""
 
     def __init__(self, parts: Sequence[Callable[[], T]]) -> None:
         self._waiting = list(enumerate(parts))[::-1]
         self._results: dict[int, T] = {}
         self._count = len(parts)
-        self._fault: BaseException | None = None
+        self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def all_done(self) -> list[T]:
-        """Return every part's result, in their order; the first fault ends all and is raised by all."""
+    def results(self) -> list[T]:
+        """Compute the parts that no thread has started, wait for the rest, and return the results in order.
+
+        The first error of a part ends the work, and every thread raises it.
+        """
         while part := self._take():
             number, work = part
             try:
                 result = work()
-            except BaseException as fault:
-                self._note(partial(setattr, self, "_fault", fault))
+            except BaseException as error:
+                self._update(partial(setattr, self, "_error", error))
                 raise
-            self._note(partial(self._results.__setitem__, number, result))
+            self._update(partial(self._results.__setitem__, number, result))
         with self._changed:
-            self._changed.wait_for(lambda: self._fault or len(self._results) == self._count)
-        if self._fault:
-            raise self._fault
+            self._changed.wait_for(lambda: self._error or len(self._results) == self._count)
+        if self._error:
+            raise self._error
         return [self._results[number] for number in range(self._count)]
 
     def _take(self) -> tuple[int, Callable[[], T]] | None:
         with self._changed:
-            return self._waiting.pop() if self._waiting and not self._fault else None
+            return self._waiting.pop() if self._waiting and not self._error else None
 
-    def _note(self, change: Callable[[], object]) -> None:
+    def _update(self, change: Callable[[], object]) -> None:
         with self._changed:
             change()
             self._changed.notify_all()
@@ -101,38 +105,38 @@ class _ThreadPool(Generic[T]):
         self._jobs = enumerate(jobs)
         self._lock = threading.Lock()
         self._failed = 0
-        self.fault: BaseException | None = None
+        self.error: BaseException | None = None
 
-    def begin(self) -> tuple[int, T] | None:
-        """Take the next job, if there is one and nothing failed."""
+    def next_job(self) -> tuple[int, T] | None:
+        """Return the next job and its number; None after the last one or an error."""
         with self._lock:
-            return next(self._jobs, None) if self.fault is None else None
+            return next(self._jobs, None) if self.error is None else None
 
-    def stop(self, fault: BaseException, number: int) -> None:
-        """Begin nothing more; the oldest job's fault counts, so that the same work fails the same way."""
+    def stop(self, error: BaseException, number: int) -> None:
+        """Start no more jobs. Keep the error of the lowest number, so that the same jobs always fail the same way."""
         with self._lock:
-            if self.fault is None or number < self._failed:
-                self.fault, self._failed = fault, number
+            if self.error is None or number < self._failed:
+                self.error, self._failed = error, number
 
 
-def _serve(crew: _ThreadPool[T], do: Callable[[T], None]) -> None:
+def _run_jobs(pool: _ThreadPool[T], do: Callable[[T], None]) -> None:
     import torch
 
     torch.set_num_threads(1)
     with recycling(BufferPool()):
-        number = NOT_BEGUN
+        number = NOT_STARTED
         try:
-            while taken := crew.begin():
+            while taken := pool.next_job():
                 number, job = taken
                 do(job)
-                number = NOT_BEGUN
-        except BaseException as fault:
-            crew.stop(fault, number)
+                number = NOT_STARTED
+        except BaseException as error:
+            pool.stop(error, number)
 
 
 @contextmanager
 def _torch_threads_restored() -> Generator[None, None, None]:
-    """Leave the process's number of torch threads as it was: each of the crew's threads sets it to one."""
+    """Restore the process's number of torch threads, which each thread of the pool sets to one."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """Stream a checkpoint to disk, block by block over a few threads, in memory that does not grow with the model.
 
-A tensor whose bytes are on disk enters a journal. A later attempt hashes what the journal names and continues after it.
-A shard of which nothing changed is not written at all where the disk can share its blocks.
+A tensor whose bytes are on disk enters a journal. A later attempt hashes the tensors that the journal names and
+continues after them. A shard in which nothing changed is not written at all where the disk can share its blocks.
 """
 
 import json
@@ -10,18 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from qwen_pipeline.checkpoint.digest import (
-    Block,
-    PassingTensor,
-    SeenTensor,
-    blocks_of,
-    digest_file,
-    digest_shard,
-    known_checkpoint,
-)
+from qwen_pipeline.checkpoint.digest import Block, HashedTensor, TensorHasher, blocks_of, digest_file, digest_shard
+from qwen_pipeline.checkpoint.digest_cache import DigestCache
 from qwen_pipeline.checkpoint.files import share_file, write_bytes
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
-from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, still_there
+from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, verify_finished
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, SINGLE_SHARD, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents
 from qwen_pipeline.checkpoint.memory_budget import needs_of, require_resources
@@ -46,55 +39,55 @@ def write_checkpoint(
     """Write weights, index, config and sidecars into ``out`` and return the digests of what was written.
 
     Shards keep the names and the tensor order of the checkpoint. ``out`` may hold an earlier, interrupted attempt at
-    the same derivation; what it finished is verified and kept.
+    the same derivation; the tensors that it finished are verified and kept.
 
     Args:
         checkpoint: What to write.
         out: An existing directory.
-        task: What the progress is called.
-        readers: Settled at the end: what passed them is kept across interruptions, what did not is read.
-        if_not_finite: What to do about a NaN or an infinity, for the reader; without it they are written.
-        hard_links: Whether a shard of which nothing changed may become a second name of its source's file.
-        observe: Told about bytes.
+        task: Name of the progress.
+        readers: Readers of the inputs. They are finished at the end; their results so far survive an interruption.
+        if_not_finite: The remedy for a NaN or an infinity. Without it, such values are written.
+        hard_links: Whether a shard in which nothing changed may become a hard link to its source's file.
+        observe: Called with the progress, in bytes.
 
     Raises:
-        CheckFailed: A value is not finite.
-        EnvironmentFault: The disk has less room than what is still to be written needs.
+        CheckFailed: A value is not finite, and ``if_not_finite`` is given.
+        EnvironmentFault: The disk has less free space than the rest of the checkpoint takes.
     """
     for reader in readers:
-        reader.leave_to(checkpoint)
-    writing = _Writing(checkpoint, out, readers, if_not_finite)
-    writing.carry_unchanged(hard_links=hard_links)
-    writing.keep_finished(task=f"{task}: verify what is there", observe=observe)
-    writing.write(task=task, observe=observe)
+        reader.skip_unchanged(checkpoint)
+    writer = _CheckpointWriter(checkpoint, out, readers, if_not_finite)
+    writer.share_unchanged(hard_links=hard_links)
+    writer.keep_finished(task=f"{task}: verify finished tensors", observe=observe)
+    writer.write(task=task, observe=observe)
     for reader in readers:
-        reader.settle(checkpoint, writing.seen, task=f"{task}: digest what was not needed", observe=observe)
-    files = {shard: digest_shard(out / shard) for shard in writing.shards}
+        reader.finish(checkpoint, writer.results, task=f"{task}: hash unread tensors", observe=observe)
+    files = {shard: digest_shard(out / shard) for shard in writer.shards}
     files |= {path: digest_file(out / path) for path in write_files_beside(checkpoint, out)}
     files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out)}
-    return Contents(tensors={name: writing.seen[name].digest for name in writing.names}, files=files)
+    return Contents(tensors={name: writer.results[name].digest for name in writer.names}, files=files)
 
 
 @dataclass(slots=True)
-class _Passage:
-    """One tensor on its way; without a shard it is only looked at, since its file is there.
+class _UnfinishedTensor:
+    """A tensor with missing blocks. Without a shard it is only hashed, since its file exists already.
 
     Attributes:
-        left: Bytes that are still to be written and looked at.
+        missing: Bytes that are still to be written and hashed.
     """
 
     name: str
     shard: ShardFile | None
-    tensor: PassingTensor
-    left: int
+    hasher: TensorHasher
+    missing: int
 
 
-class _Writing:
-    """One attempt at filling one directory.
+class _CheckpointWriter:
+    """One attempt at writing one directory.
 
     Attributes:
         shards: File name -> its tensors, in the order of their bytes.
-        seen: Every tensor that is there, or of which nothing needs to be read again.
+        results: The hash result of every tensor that is written and need not be read again.
     """
 
     def __init__(
@@ -105,7 +98,7 @@ class _Writing:
         for name in checkpoint:
             self.shards.setdefault(checkpoint.shards[name], []).append(name)
         self.names = [name for names in self.shards.values() for name in names]
-        self.seen: dict[str, SeenTensor] = {}
+        self.results: dict[str, HashedTensor] = {}
         self._journal = Journal(out)
         self._finished = self._journal.read()
         cached = not outgrows_cache(checkpoint.nbytes)
@@ -115,110 +108,110 @@ class _Writing:
         }
         self._lock = Lock()
 
-    def carry_unchanged(self, *, hard_links: bool) -> None:
-        """Share the file of each shard of which nothing changed, where the disk can."""
+    def share_unchanged(self, *, hard_links: bool) -> None:
+        """Share the file of each shard in which nothing changed, where the disk can."""
         for shard in self.shards:
-            source = self._unchanged(shard)
+            source = self._unchanged_file(shard)
             if source and share_file(source.path, self._out / shard, hard_links=hard_links):
                 del self._files[shard]
-                self._recall(shard, source)
+                self._keep_shared(shard, source)
 
     def keep_finished(self, *, task: str, observe: Observe) -> None:
-        """Verify what an earlier attempt wrote, and keep it."""
+        """Verify the tensors that an earlier attempt wrote, and keep them."""
         claimed = {
-            file.found: [self._finished[name] for name in self.shards[shard] if name in self._finished]
+            file.existing: [self._finished[name] for name in self.shards[shard] if name in self._finished]
             for shard, file in self._files.items()
         }
-        for name in still_there(claimed, task=task, observe=observe):
+        for name in verify_finished(claimed, task=task, observe=observe):
             self._keep(self._finished[name])
 
     def write(self, *, task: str, observe: Observe) -> None:
-        """Write, or look at, every tensor that was not seen yet."""
-        self._require_admitted()
-        done = sum(self._checkpoint[name].nbytes for name in self.seen)
+        """Write and hash every tensor without a result; only hash those of shared files."""
+        self._require_resources()
+        done = sum(self._checkpoint[name].nbytes for name in self.results)
         meter = Meter(task, self._checkpoint.nbytes, observe, done=done)
-        meter.tell()
+        meter.report()
 
-        def pass_on(job: tuple[_Passage, Block]) -> None:
-            meter.add(self._pass_on(*job))
+        def write_block(job: tuple[_UnfinishedTensor, Block]) -> None:
+            meter.add(self._write_block(*job))
 
         try:
-            map_ordered(self._blocks(), pass_on, tick=meter.tell)
+            map_ordered(self._blocks(), write_block, tick=meter.report)
         finally:
             for file in self._files.values():
                 file.close()
 
-    def _blocks(self) -> Iterator[tuple[_Passage, Block]]:
+    def _blocks(self) -> Iterator[tuple[_UnfinishedTensor, Block]]:
         for shard, names in self.shards.items():
-            file, missing = self._files.get(shard), [name for name in names if name not in self.seen]
+            file, missing = self._files.get(shard), [name for name in names if name not in self.results]
             if file and not (file.is_finished and not missing):
                 file.begin(missing)
             for name in missing:
                 spec = self._checkpoint[name]
-                passage = _Passage(name, file, PassingTensor(spec), left=spec.nbytes)
+                unfinished = _UnfinishedTensor(name, file, TensorHasher(spec), missing=spec.nbytes)
                 for block in blocks_of(self._checkpoint.tensors[name]):
-                    yield passage, block
+                    yield unfinished, block
 
-    def _pass_on(self, passage: _Passage, block: Block) -> int:
-        """Compute one block, write it, look at it; return how many bytes it has."""
-        name, spec = passage.name, self._checkpoint[passage.name]
+    def _write_block(self, tensor: _UnfinishedTensor, block: Block) -> int:
+        """Compute one block, write it and hash it; return its number of bytes."""
+        name, spec = tensor.name, self._checkpoint[tensor.name]
         loaded = block.load()
-        assert loaded.dtype == spec.torch_dtype, f"{name}: {loaded.dtype} where {spec.dtype} was promised"
+        assert loaded.dtype == spec.torch_dtype, f"{name}: expected {spec.dtype}, got {loaded.dtype}"
         end = block.start + loaded.nbytes
-        assert end <= spec.nbytes, f"{name}: {end} bytes where {spec.nbytes} were promised"
-        if passage.shard:
-            passage.shard.write(name, block.start, as_bytes(loaded))
-        if not passage.tensor.see(block.start, loaded) and self._if_not_finite:
+        assert end <= spec.nbytes, f"{name}: expected {spec.nbytes} bytes, got {end}"
+        if tensor.shard:
+            tensor.shard.write(name, block.start, as_bytes(loaded))
+        if not tensor.hasher.update(block.start, loaded) and self._if_not_finite:
             raise CheckFailed(f"{name} has values that are not finite.", remedy=self._if_not_finite)
         with self._lock:
-            passage.left -= loaded.nbytes
-            is_last = not passage.left
+            tensor.missing -= loaded.nbytes
+            is_last = not tensor.missing
         if is_last:
-            self._complete(passage)
+            self._finish(tensor)
         return loaded.nbytes
 
-    def _complete(self, passage: _Passage) -> None:
-        """Note a tensor whose every block was written and looked at."""
-        seen = passage.tensor.seen
-        assert seen, f"{passage.name} was not written from end to end"
-        passed = {reader.name: noted for reader in self._readers if (noted := reader.note(passage.name))}
-        line = FinishedTensor(name=passage.name, written=seen, passed=passed)
+    def _finish(self, tensor: _UnfinishedTensor) -> None:
+        """Enter a tensor whose every block was written and hashed into the journal."""
+        result = tensor.hasher.result
+        assert result, f"{tensor.name} was not written to its end"
+        passed = {reader.name: found for reader in self._readers if (found := reader.result(tensor.name))}
+        line = FinishedTensor(name=tensor.name, written=result, passed=passed)
         with self._lock:
             self._journal.append(line)
-            self.seen[passage.name] = seen
-        if passage.shard:
-            passage.shard.complete(passage.name)
+            self.results[tensor.name] = result
+        if tensor.shard:
+            tensor.shard.complete(tensor.name)
 
-    def _unchanged(self, shard: str) -> SafetensorsFile | None:
-        """Return the file whose tensors, all of them and under the same names, are those of a shard."""
+    def _unchanged_file(self, shard: str) -> SafetensorsFile | None:
+        """Return the source's file that has exactly the tensors of a shard, under the same names."""
         stored = {name: self._checkpoint.tensors[name].stored for name in self.shards[shard]}
-        files = {id(place.file): place.file for place in stored.values() if place}
+        files = {id(source.file): source.file for source in stored.values() if source}
         if len(files) != 1:
             return None
         (file,) = files.values()
-        same = (
-            all(place and place.name == name for name, place in stored.items()) and stored.keys() == file.specs.keys()
+        is_same = stored.keys() == file.specs.keys() and all(
+            source and source.name == name for name, source in stored.items()
         )
-        return file if same else None
+        return file if is_same else None
 
-    def _recall(self, shard: str, source: SafetensorsFile) -> None:
-        """Use what is known of a shared file's tensors, unless they must be finite and nobody looked."""
-        known = known_checkpoint(source.path.parent)
+    def _keep_shared(self, shard: str, source: SafetensorsFile) -> None:
+        """Use known results of a shared file's tensors, unless they must be finite and that was not checked."""
+        known = DigestCache().find(source.path.parent)
         for name in self.shards[shard]:
-            seen = known.tensors.get(name) if known else None
-            if seen and (seen.finite or not self._if_not_finite):
-                self.seen[name] = seen
+            result = known.tensors.get(name) if known else None
+            if result and (result.finite or not self._if_not_finite):
+                self.results[name] = result
             elif name in self._finished:
                 self._keep(self._finished[name])
 
     def _keep(self, finished: FinishedTensor) -> None:
-        self.seen[finished.name] = finished.written
+        self.results[finished.name] = finished.written
         for reader in self._readers:
             if reader.name in finished.passed:
-                reader.recall(finished.name, finished.passed[reader.name])
+                reader.restore(finished.name, finished.passed[reader.name])
 
-    def _require_admitted(self) -> None:
-        unwritten = [name for shard in self._files for name in self.shards[shard] if name not in self.seen]
+    def _require_resources(self) -> None:
+        unwritten = [name for shard in self._files for name in self.shards[shard] if name not in self.results]
         disk_bytes = sum(self._checkpoint[name].nbytes for name in unwritten)
         require_resources(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
 

@@ -1,6 +1,6 @@
 """``qwen-pipeline``: the same stages, store and graph as in Dagster, from a terminal.
 
-What computes is imported when a command runs, not before: help answers at once.
+Commands import what computes when they run, so that ``--help`` stays fast.
 """
 
 from typing import Annotated
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qwen_pipeline
-from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, repair, stages
+from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, quantize, repair, stages, validate
 from qwen_pipeline.workers.fast_exit import fast_exit
 
 app = typer.Typer(
@@ -16,31 +16,35 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 a check failed, 2 the input or the usage was refused and nothing was written, "
-    "3 a fault of the machine, 130 interrupted, 70 a mistake in this program.",
+    epilog="Exit codes: 0 success, 1 a check failed, 2 the input or the usage was refused and nothing was written, "
+    "3 environment error, 130 interrupted, 70 error in this program.",
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(qwen_pipeline.__version__)
         raise typer.Exit
 
 
 @app.callback()
 def about(
-    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """From a fine-tune of a Qwen model to a quantized checkpoint that is proven to serve right.
+    """Turn a fine-tune of a Qwen model into a quantized checkpoint that is proven to serve correctly.
 
     base + fine-tune -> merged -> padded -> quantized -> validated -> published
 
-    Settings come from qwen_pipeline.toml in the working directory, or where QWEN_PIPELINE_CONFIG points.
+    Settings come from qwen_pipeline.toml in the working directory, or from the file that QWEN_PIPELINE_CONFIG names.
     """
 
 
 app.add_typer(pipeline.app)
 app.add_typer(stages.app)
+app.add_typer(quantize.app)
+app.add_typer(validate.app)
 app.add_typer(plan.app)
 app.add_typer(inspect.app)
 app.add_typer(repair.app)

@@ -1,4 +1,4 @@
-"""``qwen-pipeline demo``: a real base and fine-tune, the real sensor and graph, and what the wrong order would do."""
+"""``qwen-pipeline demo``: a small base and fine-tune through the real sensor and graph, then the wrong order."""
 
 import json
 import tempfile
@@ -25,10 +25,10 @@ _FIRST_LINE = "# Written by `qwen-pipeline demo`. Change it for a model of your 
 
 
 def run_demo(*, base: str | None, observe: Observe) -> CommandResult:
-    """Make or find base and fine-tune, let the sensor find the upload, run the graph, then try the wrong order.
+    """Build or find a base, fine-tune it, let the sensor find the upload, run the graph, then try the wrong order.
 
     Raises:
-        InputRefused: ``qwen_pipeline.toml`` of this directory was written by somebody else.
+        InputRefused: ``qwen_pipeline.toml`` of this directory was not written by the demo.
     """
     from qwen_pipeline.runner.headless import evaluate_inbox_sensor, run_fine_tune
 
@@ -39,17 +39,17 @@ def run_demo(*, base: str | None, observe: Observe) -> CommandResult:
     texts = write_texts(home)
     settings.inbox.mkdir(parents=True, exist_ok=True)
     train_adapter(base=model, texts=texts.training, out=settings.inbox / FINE_TUNE, observe=observe)
-    said = evaluate_inbox_sensor(settings)
-    for look, remark in enumerate(said, 1):
-        observe(Progress(task="inbox", done=look, total=len(said), remark=remark))
+    ticks = evaluate_inbox_sensor(settings)
+    for tick, remark in enumerate(ticks, 1):
+        observe(Progress(task="inbox", done=tick, total=len(ticks), remark=remark))
     outcome = run_fine_tune(settings, FINE_TUNE, observe=observe)
     artifacts = [*built, *outcome.artifacts]
     if outcome.fault:
-        return CommandResult(data=_data(artifacts), view=_story(artifacts), fault=outcome.fault)
+        return CommandResult(data=_data(artifacts), view=_results(artifacts), fault=outcome.fault)
     refusal = _wrong_order(settings, artifacts)
     return CommandResult(
         data={**_data(artifacts), "wrong_order": {"what": refusal.what, "remedy": refusal.remedy}},
-        view=[*_story(artifacts), _refusal_panel(refusal), _farewell(artifacts)],
+        view=[*_results(artifacts), _refusal_panel(refusal), _next_steps(artifacts)],
     )
 
 
@@ -57,7 +57,7 @@ def _write_settings(base: str | None) -> Settings:
     file = config_file()
     if file.exists() and not file.read_text().startswith(_FIRST_LINE):
         raise InputRefused(
-            f"{file} holds settings of your own, which the demo would replace.",
+            f"{file} was not written by the demo, which would overwrite it.",
             remedy="Run the demo in another directory.",
         )
     file.write_text(_settings_text(base))
@@ -86,7 +86,7 @@ text = "workspace/demo/held_out.jsonl"
 
 
 def _wrong_order(settings: Settings, artifacts: Sequence[Artifact]) -> QuantizedInputRefused:
-    """Do what the first users of padding did: pad the checkpoint that is already quantized."""
+    """Try to pad the checkpoint that is already quantized, and return the refusal."""
     from qwen_pipeline.stages import pad, quantize
 
     quantized = _stage(artifacts, quantize.STAGE)
@@ -107,7 +107,7 @@ def _stage(artifacts: Sequence[Artifact], stage: str) -> Artifact:
 
 
 def _perplexity(artifacts: Sequence[Artifact]) -> dict[str, float]:
-    """What validation measured: the model of which stage -> its perplexity on held-out text."""
+    """Return stage -> perplexity of its model on held-out text, as validation measured it."""
     results = (artifact.manifest.result for artifact in artifacts)
     models = next((result["findings"]["models"] for result in results if "findings" in result), {})
     return {role: figures["perplexity"] for role, figures in models.items()}
@@ -121,15 +121,15 @@ def _data(artifacts: Sequence[Artifact]) -> dict[str, Any]:
     }
 
 
-def _story(artifacts: Sequence[Artifact]) -> list[RenderableType]:
+def _results(artifacts: Sequence[Artifact]) -> list[RenderableType]:
     return [artifact_table(artifacts, _perplexity(artifacts)), check_table(artifacts)]
 
 
 def _refusal_panel(refusal: QuantizedInputRefused) -> Panel:
-    return Panel(str(refusal), title="And in the wrong order, quantize and then pad?", title_align="left")
+    return Panel(str(refusal), title="In the wrong order: quantize, then pad", title_align="left")
 
 
-def _farewell(artifacts: Sequence[Artifact]) -> str:
+def _next_steps(artifacts: Sequence[Artifact]) -> str:
     from qwen_pipeline.stages import publish, validate
 
     release, report = (_stage(artifacts, stage).path for stage in (publish.STAGE, validate.STAGE))

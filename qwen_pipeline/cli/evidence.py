@@ -1,4 +1,4 @@
-"""``qwen-pipeline evidence``: what is known of each module of a quantized checkpoint."""
+"""``qwen-pipeline evidence``: the figures of each module of a quantized checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,11 +8,10 @@ import typer
 from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
+    import pandas as pd
     from rich.table import Table
-
-    from qwen_pipeline.quantization.evidence import Evidence
 
 app = typer.Typer()
 WORST = 20
@@ -27,41 +26,41 @@ def evidence(
     quantized: Path,
     before: Annotated[Path | None, typer.Option(help="An earlier quantized checkpoint to compare losses with.")] = None,
 ) -> CommandResult:
-    """Show each module's loss, damping, odd groups, time and memory, worst losses first.
+    """Show each module's loss, damping, odd groups, time and memory, highest losses first.
 
     The whole table is logs/evidence.csv of the checkpoint, the plot logs/evidence.png.
     """
     from dataclasses import asdict
 
-    from qwen_pipeline.quantization.evidence import compare_evidence, load_evidence, summarize
+    from qwen_pipeline.quantization.evidence import compare_evidence, load_evidence, summarize, to_frame
 
     rows = load_evidence(quantized)
     summary = summarize(rows)
     data: dict[str, Any] = {"summary": summary, "modules": [asdict(row) for row in rows]}
-    view: list[Any] = [_module_table(rows), _summary_line(summary)]
+    view: list[Any] = [_module_table(to_frame(rows)), _summary_line(summary)]
     if before:
-        found = compare_evidence(load_evidence(before), rows)
-        data["comparison"] = asdict(found)
-        view.append(_comparison_table(found.worst))
+        comparison = compare_evidence(load_evidence(before), rows)
+        data["comparison"] = asdict(comparison)
+        view.append(_comparison_table(comparison.worst))
         view.append(
-            f"Losses of {found.modules} modules: {found.mean_ratio or 1:.4f} times those before (geometric mean)."
+            f"Losses of {comparison.modules} modules: {comparison.mean_ratio or 1:.4f} times those before"
+            " (geometric mean)."
         )
     return CommandResult(data=data, view=view)
 
 
-def _module_table(rows: "Sequence[Evidence]") -> "Table":
+def _module_table(frame: "pd.DataFrame") -> "Table":
     from rich.table import Table
 
     table = Table("module", "loss", "damping", "tokens", "zero groups", "saturated", "seconds", "GPU", "host")
-    worst = sorted(rows, key=lambda row: (row.loss is not None, -(row.loss or 0)))[:WORST]
-    for row in worst:
-        loss = "rounded" if row.rounded else "not finite" if row.loss is None else f"{row.loss:.3g}"
-        zero, saturated = (f"{100 * count / row.groups:.2f} %" for count in (row.zero_groups, row.saturated_groups))
-        seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
-        memory = (
-            "" if not nbytes else f"{nbytes / 2**30:.2f} GiB" for nbytes in (row.gpu_peak_bytes, row.host_peak_bytes)
-        )
-        table.add_row(row.module, loss, f"{row.damp:g}", f"{row.tokens:,}", zero, saturated, seconds, *memory)
+    worst = frame.sort_values("loss", ascending=False, na_position="first", kind="stable").head(WORST)
+    for module, row in worst.astype(object).where(worst.notna(), None).iterrows():
+        loss = "rounded" if row["rounded"] else "not finite" if row["loss"] is None else f"{row['loss']:.3g}"
+        shares = (f"{100 * row[name] / row['groups']:.2f} %" for name in ("zero_groups", "saturated_groups"))
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        peaks = (row[name] for name in ("gpu_peak_bytes", "host_peak_bytes"))
+        memory = (f"{nbytes / 2**30:.2f} GiB" if nbytes else "" for nbytes in peaks)
+        table.add_row(str(module), loss, f"{row['damp']:g}", f"{row['tokens']:,}", *shares, seconds, *memory)
     return table
 
 

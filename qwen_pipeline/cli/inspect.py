@@ -1,4 +1,4 @@
-"""``qwen-pipeline inspect``: what a fine-tune is, where its tensors would land, and what would be refused."""
+"""``qwen-pipeline inspect``: describe a fine-tune, the base tensors that it changes, and what would be refused."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_pipeline.cli.options import TrainedOn
 from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
@@ -28,21 +29,20 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 )
 def inspect(
     fine_tune: Path,
-    base: Annotated[Path | None, typer.Option(help="Base that it would be merged into.")] = None,
-    trained_on: Annotated[
-        Path | None, typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if it names none.")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Base to merge into.")] = None,
+    trained_on: TrainedOn = None,
 ) -> CommandResult:
-    """Say what a fine-tune is, what it was trained on, and with a base where each of its tensors lands.
+    """Describe a fine-tune and what it was trained on, and with --base the tensors of the base that it changes.
 
-    FINE_TUNE is a directory with a LoRA, with several and an adapters.toml, or with a whole model. What cannot be
-    merged exactly is named as merge would name it, and ends with exit code 2.
+    FINE_TUNE is a directory with a LoRA, with several LoRAs and an adapters.toml, or with a full model. A fine-tune
+    that cannot be merged exactly is refused with merge's message and exit code 2.
     """
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.errors import InputRefused
-    from qwen_pipeline.models.open import paddings_of
-    from qwen_pipeline.stages.merge import base_report, open_fine_tune
+    from qwen_pipeline.models.open import open_fine_tune, paddings_of
+    from qwen_pipeline.qwen.config import diff_configs
+    from qwen_pipeline.stages.merge import KnownBase, base_report
     from qwen_pipeline.transforms.lora.fine_tune import adopt
     from qwen_pipeline.transforms.lora.merge import merge_lora
 
@@ -54,24 +54,25 @@ def inspect(
             data |= {"kind": "full", "tensors": len(child)}
             if base:
                 adopt(open_checkpoint(base), child)
-            return CommandResult(data=data, view=[f"A whole model of {len(child)} tensors, {size(child.nbytes)}."])
-        data |= {"kind": "adapter", "combination": child.combination, "adapters": _described(child)}
+            return CommandResult(data=data, view=[f"Full model: {len(child)} tensors, {size(child.nbytes)}."])
+        data |= {"kind": "adapter", "combination": child.combination, "adapters": _adapter_data(child)}
         view.append(_settings_table(data["adapters"]))
         if base:
-            data["names_base"] = asdict(base_report(base, child, (), None))
+            data["names_base"] = asdict(base_report(KnownBase(root=base), child))
             parent = open_checkpoint(base)
             merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
             data["trained"] = merged.bridge.trained if merged.bridge else None
-            data["config"] = _changes(parent.config, merged.checkpoint.config)
-            data["lands"] = {name: _landing(recipe) for name, recipe in merged.plan.recipes.items() if recipe.uses}
-            view += [_landing_table(data["lands"]), *_remarks(data)]
+            data["config"] = diff_configs(parent.config, merged.checkpoint.config)
+            merges = merged.plan.merges.items()
+            data["lands"] = {name: _merge_data(merge) for name, merge in merges if merge.adapter_tensors}
+            view += [_merge_table(data["lands"]), *_remarks(data)]
     except InputRefused as refusal:
         return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
     return CommandResult(data=data, view=view)
 
 
 def _declared(root: Path) -> dict[str, Any]:
-    """Return what the settings of an adapter call it, also if it is refused."""
+    """Return the type and base that an adapter's settings declare, even if the adapter is refused."""
     from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 
     try:
@@ -81,31 +82,21 @@ def _declared(root: Path) -> dict[str, Any]:
         return {}
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config that a merge sets, by their paths."""
-    changed: dict[str, Any] = {}
-    for field, value in after.items():
-        if isinstance(value, Mapping):
-            changed |= {f"{field}.{path}": new for path, new in _changes(before.get(field, {}), value).items()}
-        elif field not in before or before[field] != value:
-            changed[field] = value
-    return changed
-
-
 def _remarks(data: Mapping[str, Any]) -> list[str]:
-    """Say what else a merge into this base means."""
-    sides = {
-        "live": "It was trained on what this base was padded from: unpadded to merge, padded again by its own map.",
-        "padded": "It was trained on a padded checkpoint of this base: the channels that padding added are left out.",
+    """Return sentences on the other effects of a merge into this base."""
+    bridged = {
+        "live": "Trained on the model that this base was padded from: the base is unpadded to merge, then padded again"
+        " by its own map.",
+        "padded": "Trained on a padded checkpoint of this base: the channels that padding added are left out.",
     }
-    remarks = [sides[data["trained"]]] if data["trained"] else []
+    remarks = [bridged[data["trained"]]] if data["trained"] else []
     remarks += [f"config.json: {path} becomes {json.dumps(value)}." for path, value in data["config"].items()]
     if not data["names_base"]["passed"] and not data["trained"]:
         remarks.append(data["names_base"]["detail"])
     return remarks
 
 
-def _described(adapters: "AdapterSet") -> list[dict[str, Any]]:
+def _adapter_data(adapters: "AdapterSet") -> list[dict[str, Any]]:
     return [
         {
             "path": str(member.adapter.root),
@@ -120,18 +111,18 @@ def _described(adapters: "AdapterSet") -> list[dict[str, Any]]:
     ]
 
 
-def _landing(recipe: "TensorMerge") -> dict[str, Any]:
-    """Say what becomes of one tensor of the base, and of which tensors of the adapters."""
-    happens = {
-        "replaced": recipe.is_replaced,
-        "updated": bool(recipe.terms),
-        "renormed": recipe.norms is not None,
-        "rows replaced": recipe.tokens is not None,
+def _merge_data(merge: "TensorMerge") -> dict[str, Any]:
+    """Return the changes of one tensor of the base, and the adapter tensors that cause them."""
+    changes = {
+        "replaced": merge.is_replaced,
+        "updated": bool(merge.terms),
+        "renormed": merge.norms is not None,
+        "rows replaced": merge.token_rows is not None,
     }
     return {
-        "what": [what for what, it_is in happens.items() if it_is] or ["kept"],
-        "scalings": sorted({term.scaling for term in recipe.terms}),
-        "from": [name for _, name in recipe.uses],
+        "what": [change for change, applies in changes.items() if applies] or ["kept"],
+        "scalings": sorted({term.scaling for term in merge.terms}),
+        "from": [name for _, name in merge.adapter_tensors],
     }
 
 
@@ -141,7 +132,7 @@ def _settings_table(adapters: list[dict[str, Any]]) -> "Table":
     table = Table("adapter", "trained on", "PEFT", "tensors", "weight", "settings")
     for adapter in adapters:
         settings = ", ".join(f"{name} {value}" for name, value in adapter["settings"].items() if value not in _UNSET)
-        trained_on = " at ".join(filter(None, (adapter["base"] or "not named", adapter["revision"])))
+        trained_on = " at ".join(filter(None, (adapter["base"] or "unknown", adapter["revision"])))
         table.add_row(
             adapter["path"],
             trained_on,
@@ -153,15 +144,15 @@ def _settings_table(adapters: list[dict[str, Any]]) -> "Table":
     return table
 
 
-def _landing_table(lands: dict[str, dict[str, Any]]) -> "Table":
-    """Return the tensors that change, those that differ in numbers only in one line."""
+def _merge_table(tensors: dict[str, dict[str, Any]]) -> "Table":
+    """Return the tensors that change; names that differ only in numbers share a row."""
     from rich.table import Table
 
     lines = Counter(
-        (_NUMBER.sub("*", name), ", ".join(landing["what"]), ", ".join(f"{s:g}" for s in landing["scalings"]))
-        for name, landing in lands.items()
+        (_NUMBER.sub("*", name), ", ".join(merge["what"]), ", ".join(f"{s:g}" for s in merge["scalings"]))
+        for name, merge in tensors.items()
     )
-    table = Table("tensors of the base", "how many", "what happens", "scaling")
+    table = Table("tensors of the base", "count", "change", "scaling")
     for (name, what, scaling), count in lines.items():
         table.add_row(name, str(count), what, scaling)
     return table

@@ -1,4 +1,4 @@
-"""Progress for whoever sits at the terminal: bars, or plain lines where bars cannot be drawn. Always standard error."""
+"""Progress on standard error: bars in a terminal, plain lines elsewhere."""
 
 import os
 from collections.abc import Generator
@@ -13,7 +13,10 @@ from qwen_pipeline.progress import Observe, as_lines
 
 @contextmanager
 def progress_bars() -> Generator[Observe, None, None]:
-    """Show what the body's stages tell. Survives a redirection of standard error, which Dagster does to keep logs."""
+    """Show the progress of the stages that the body runs.
+
+    Standard error is duplicated first, because Dagster redirects it to keep logs.
+    """
     with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
         console = Console(file=stderr)
         if not console.is_terminal:
@@ -28,12 +31,12 @@ def progress_bars() -> Generator[Observe, None, None]:
             TextColumn("{task.fields[remark]}", markup=False, style="dim"),
         )
         with Progress(*columns, console=console) as bars:
-            yield _drawing(bars)
+            yield _observer(bars)
 
 
-def _drawing(bars: Progress) -> Observe:
+def _observer(bars: Progress) -> Observe:
     tasks = {}
-    pace = progress.Pace()
+    rates = progress.TransferRate()
 
     def observe(event: progress.Progress) -> None:
         if event.task not in tasks:
@@ -42,8 +45,8 @@ def _drawing(bars: Progress) -> Observe:
             tasks[event.task],
             completed=event.done,
             total=event.total,
-            figures=progress.figures(event),
-            remark=event.remark or pace.of(event),
+            figures=progress.format_amount(event),
+            remark=event.remark or rates.describe(event),
         )
 
     return observe

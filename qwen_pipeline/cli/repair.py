@@ -1,12 +1,14 @@
-"""``qwen-pipeline repair``: for whoever quantized first and now cannot serve."""
+"""``qwen-pipeline repair``: make a checkpoint that was quantized without padding serve on more ranks."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qwen_pipeline.cli.options import RANKS_HELP, TOWERS_HELP
 from qwen_pipeline.cli.results import CommandResult, command
-from qwen_pipeline.cli.stages import Towers, made_by
+from qwen_pipeline.cli.stages import run_stage
+from qwen_pipeline.qwen.padding_spec import PaddingSpec
 
 app = typer.Typer()
 
@@ -21,16 +23,17 @@ app = typer.Typer()
 )
 def repair(
     checkpoint: Path,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, each of which must get whole groups.")] = 8,
-    towers: Towers = False,
+    tp: Annotated[int, typer.Option(help=RANKS_HELP)] = PaddingSpec().tensor_parallel,
+    towers: Annotated[bool, typer.Option("--towers", help=TOWERS_HELP)] = False,
     out: Annotated[
-        Path | None, typer.Option(help="New or empty directory. Without it, only say what it takes.")
+        Path | None, typer.Option(help="New or empty directory. Without it, only show what the repair would change.")
     ] = None,
 ) -> CommandResult:
-    """Make a quantized CHECKPOINT serve more ranks: add whole groups of zero codes to its MLPs. Nothing is requantized.
+    """Make a quantized CHECKPOINT serve on more ranks, by adding whole groups of zero codes to its MLPs.
 
-    GPTQ (4 and 8 bit, also asymmetric and with act-order), AWQ (gemm) and compressed-tensors (pack-quantized). Every
-    live weight is proven to keep its bits, as the ranks will hold it. Where groups cannot help, it says what does.
+    Nothing is requantized. GPTQ (4 and 8 bit, also asymmetric and with act-order), AWQ (gemm) and compressed-tensors
+    (pack-quantized). Every live weight is proven to keep its bits in the shards that the ranks will hold. A checkpoint
+    that cannot be repaired with groups is refused with the alternative.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.cli.tables import repair_table
@@ -41,12 +44,14 @@ def repair(
     data = {"changes": plan.changes, "padding": dump_plan(plan)}
     table = repair_table(plan)
     if not plan.changes:
-        return CommandResult(data=data, view=[table, f"It serves {tp} ranks as it is: there is nothing to repair."])
+        return CommandResult(data=data, view=[table, f"It already serves on {tp} ranks; there is nothing to repair."])
     if out is None:
-        return CommandResult(data=data, view=[table, "Nothing was written: name a directory with --out."])
-    made = made_by(
+        return CommandResult(
+            data=data, view=[table, "Nothing was written. Pass --out to write the repaired checkpoint."]
+        )
+    repaired = run_stage(
         lambda observe: stage.repair(
             source=checkpoint, destination=Directory(out), tensor_parallel=tp, towers=towers, observe=observe
         )
     )
-    return CommandResult(data={**data, **made.data}, view=[table, *made.view], fault=made.fault)
+    return CommandResult(data={**data, **repaired.data}, view=[table, *repaired.view], fault=repaired.fault)

@@ -1,11 +1,11 @@
-"""How every command ends: one answer for a person or a machine, an exit code, never an unasked traceback."""
+"""How every command ends: one result for people or for programs, an exit code, and a traceback only on request."""
 
 import inspect
 import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,29 +16,31 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from qwen_pipeline.cli.options import spec_options
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError
 
 INTERRUPTED = 130
 CRASHED = 70
-"""``EX_SOFTWARE``: a mistake in this program, not in what it was given."""
+"""``EX_SOFTWARE``: an error in this program, not in its input."""
 
-WIDTH_OF_A_FILE = 120
+FILE_WIDTH = 120
+"""Columns of output that does not go to a terminal."""
 
-_TITLES = {InputRefused: "Refused", CheckFailed: "Not good enough", EnvironmentFault: "The machine is at fault"}
+_TITLES = {InputRefused: "Refused", CheckFailed: "Check failed", EnvironmentFault: "Environment error"}
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error that nobody foresaw.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandResult:
-    """What a command found out.
+    """The result of a command.
 
     Attributes:
-        data: For machines: the object that ``--json`` prints.
-        view: For people: printed one below the other.
-        fault: Why the command did not get all the way; ``data`` and ``view`` say how far it came.
-        then: What the command goes on to do once its answer is out.
+        data: The object that ``--json`` prints.
+        view: Tables and lines for people, printed one below the other.
+        fault: Why the command did not complete; ``data`` and ``view`` then hold its partial result.
+        then: Called after the result is printed.
     """
 
     data: Mapping[str, Any]
@@ -51,45 +53,67 @@ Command = Callable[..., CommandResult]
 
 
 def command(app: typer.Typer, name: str, *, examples: Sequence[str]) -> Callable[[Command], Command]:
-    """Make a function a command with ``--json`` and ``--debug``, whose answer is printed and whose faults are named."""
+    """Register a function as a command with ``--json`` and ``--debug``, whose result or error is printed.
+
+    A parameter annotated with :class:`~qwen_pipeline.cli.options.SpecOptions` becomes one option for each of its
+    fields; the function gets the spec.
+    """
 
     def register(function: Command) -> Command:
-        @wraps(function)
-        def command(*args: Any, as_json: bool, debug: bool, **kwargs: Any) -> None:
-            raise typer.Exit(_deliver(lambda: function(*args, **kwargs), as_json=as_json, debug=debug))
+        parameters = inspect.signature(function).parameters
+        specs = {key: found for key, parameter in parameters.items() if (found := spec_options(parameter))}
 
-        own = inspect.signature(function)
-        added = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-            for key, annotation in (("as_json", AsJson), ("debug", Debug))
-        ]
-        command.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # pyright: ignore[reportAttributeAccessIssue]
-        command.__annotations__ = {**function.__annotations__, "as_json": AsJson, "debug": Debug}
+        def run(arguments: dict[str, Any]) -> CommandResult:
+            built = {key: options.build(arguments) for key, options in specs.items()}
+            expanded = {field for options in specs.values() for field in options.options}
+            return function(**{key: value for key, value in arguments.items() if key not in expanded}, **built)
+
+        @wraps(function)
+        def command(*, as_json: bool, debug: bool, **arguments: Any) -> None:
+            raise typer.Exit(_deliver(lambda: run(arguments), as_json=as_json, debug=debug))
+
+        shown = [*_command_line(parameters.values()), _flag("as_json", AsJson), _flag("debug", Debug)]
+        command.__signature__ = inspect.Signature(shown)  # pyright: ignore[reportAttributeAccessIssue]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
         app.command(name, epilog="\n\n".join(["Examples:", *examples]))(command)
         return function
 
     return register
 
 
+def _command_line(parameters: Iterable[inspect.Parameter]) -> Iterator[inspect.Parameter]:
+    """Yield the parameters of a command as Typer is to see them: all by keyword, specs as their options."""
+    for parameter in parameters:
+        if options := spec_options(parameter):
+            yield from options.parameters()
+        else:
+            yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def _flag(name: str, annotation: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+
 def _deliver(command: Callable[[], CommandResult], *, as_json: bool, debug: bool) -> int:
+    """Run a command, print its result and its error, and return the exit code."""
     try:
-        answer = command()
+        result = command()
     except click.ClickException:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        answer = CommandResult(data={}, fault=error)
+        result = CommandResult(data={}, fault=error)
     if as_json:
-        print(json.dumps({**answer.data, **_error_object(answer.fault)}, ensure_ascii=False))
+        print(json.dumps({**result.data, **_error_object(result.fault)}, ensure_ascii=False))
     else:
-        console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
-        for part in answer.view:
+        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+        for part in result.view:
             console.print(part)
-    if answer.then:
-        answer.then()
-    if answer.fault is None:
+    if result.then:
+        result.then()
+    if result.fault is None:
         return 0
-    _complain(answer.fault, debug=debug)
-    return _exit_code(answer.fault)
+    _print_error(result.fault, debug=debug)
+    return _exit_code(result.fault)
 
 
 def _exit_code(fault: BaseException) -> int:
@@ -105,27 +129,27 @@ def _error_object(fault: BaseException | None) -> dict[str, Any]:
     return {"error": {"kind": type(fault).__name__, "what": what, "remedy": remedy, "exit_code": _exit_code(fault)}}
 
 
-def _complain(fault: BaseException, *, debug: bool) -> None:
-    """Say on standard error what went wrong and what to do."""
+def _print_error(fault: BaseException, *, debug: bool) -> None:
+    """Print the error and its remedy on standard error."""
     console = Console(stderr=True)
     match fault:
         case PipelineError():
-            title = next((text for kind, text in _TITLES.items() if isinstance(fault, kind)), "Failed")
+            title = next((text for kind, text in _TITLES.items() if isinstance(fault, kind)), "Error")
             console.print(Text.assemble((f"{title}: ", "bold red"), fault.what), soft_wrap=True)
             console.print(Text.assemble(("Remedy: ", "bold"), fault.remedy), soft_wrap=True)
         case KeyboardInterrupt():
-            console.print("Interrupted. Run the same command again: what is finished is kept.")
+            console.print("Interrupted. Run the same command again: finished work is kept.")
         case _:
-            story = "".join(traceback.format_exception(fault))
+            report = "".join(traceback.format_exception(fault))
             console.print(Text.assemble((f"{type(fault).__name__}: ", "bold red"), _first_line(fault)), soft_wrap=True)
-            console.print(Text(story if debug else f"The whole story: {_kept(story)}"), soft_wrap=True)
+            console.print(Text(report if debug else f"Full traceback: {_write_log(report)}"), soft_wrap=True)
 
 
 def _first_line(fault: BaseException) -> str:
     return (str(fault).splitlines() or [""])[0]
 
 
-def _kept(story: str) -> Path:
+def _write_log(report: str) -> Path:
     with tempfile.NamedTemporaryFile("w", prefix="qwen-pipeline-", suffix=".log", delete=False) as file:
-        file.write(story)
+        file.write(report)
     return Path(file.name)

@@ -1,5 +1,6 @@
-"""Tables: what was made, what was checked, where everything stands."""
+"""Tables of artifacts, checks, statuses and sizes, and their JSON values."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +10,30 @@ from rich.text import Text
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.errors import CheckFailed
-from qwen_pipeline.reports import CheckReport, load_reports, shown
+from qwen_pipeline.reports import Outcome, dump_reports, load_reports, shown
 
-if TYPE_CHECKING:  # no command waits for what only another shows
+if TYPE_CHECKING:  # imported only by the commands that show them
     from qwen_pipeline.evaluation.regression import Change
     from qwen_pipeline.qwen.geometry import PadPlan
     from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeFeasibility
     from qwen_pipeline.status import FineTuneStatus
 
+_OUTCOMES: Mapping[Outcome, Text] = {
+    "passed": Text("passed", style="green"),
+    "failed": Text("FAILED", style="bold red"),
+    "warning": Text("warning", style="yellow"),
+    "skipped": Text("skipped", style="dim"),
+}
+_STATE_STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
+
+
+def size(nbytes: int) -> str:
+    """Return a number of bytes in GB or MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
-    """An artifact for machines."""
+    """Return an artifact as JSON values."""
     manifest = artifact.manifest
     return {
         "stage": manifest.derivation.stage,
@@ -31,13 +45,13 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "added_memory_bytes": manifest.run.added_memory_bytes,
         "reused": artifact.reused,
         "inputs": dict(manifest.derivation.inputs),
-        "checks": list(manifest.result.get("checks", ())),
+        "checks": dump_reports(load_reports(manifest.result)),
     }
 
 
 def artifact_table(artifacts: Iterable[Artifact], perplexity: Mapping[str, float] | None = None) -> Table:
-    """What was made, with the perplexity of each stage's model where it is known."""
-    table = Table("stage", "size", "digest", "seconds", "peak memory", "added by it", "perplexity", "")
+    """Return a row for each artifact, with the perplexity of its model where that is known."""
+    table = Table("stage", "size", "digest", "seconds", "peak memory", "added memory", "perplexity", "")
     for artifact in artifacts:
         manifest = artifact.manifest
         table.add_row(
@@ -48,89 +62,84 @@ def artifact_table(artifacts: Iterable[Artifact], perplexity: Mapping[str, float
             size(manifest.run.peak_memory_bytes),
             size(manifest.run.added_memory_bytes),
             shown((perplexity or {}).get(manifest.derivation.stage)),
-            "was there" if artifact.reused else "new",
+            "reused" if artifact.reused else "new",
         )
     return table
 
 
 def check_table(artifacts: Sequence[Artifact]) -> Group:
-    """The verdicts, and below them in words whatever did not pass."""
-    table = Table("stage", Column("check", no_wrap=True), "verdict", "measured", "limit")
-    remarks: list[Text] = []
+    """Return a row for each check, then a count of the outcomes, then the details of all checks that did not pass."""
+    table = Table("stage", Column("check", no_wrap=True), "outcome", "measured", "limit")
+    details: list[Text] = []
+    counts: Counter[Outcome] = Counter()
     for artifact in artifacts:
         stage = artifact.manifest.derivation.stage
         for report in load_reports(artifact.manifest.result):
-            table.add_row(stage, report.name, verdict(report), *report.figures)
+            table.add_row(stage, report.name, _OUTCOMES[report.outcome], *report.figures)
+            counts[report.outcome] += 1
             if not report.passed:
-                remarks.append(Text.assemble(verdict(report), f" {stage} {report.name}: {report.detail}"))
-    return Group(table, *remarks)
-
-
-def verdict(report: CheckReport) -> Text:
-    if report.passed:
-        return Text("passed", style="green")
-    return Text("FAILED", style="bold red") if report.blocks else Text("warning", style="yellow")
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+                details.append(Text.assemble(_OUTCOMES[report.outcome], f" {stage} {report.name}: {report.detail}"))
+    found = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome])
+    return Group(table, Text(f"{counts.total()} checks: {found or 'none'}."), *details)
 
 
 def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
-    """The first check that stops the pipeline, as a fault."""
+    """Return the first check that stops the pipeline, as an error; None if there is none."""
     for artifact in artifacts:
         for report in load_reports(artifact.manifest.result):
             if report.blocks:
-                return CheckFailed(f"The check {report.name} failed: {report.detail}", remedy=f"Read {artifact.path}.")
+                return CheckFailed(
+                    f"The check {report.name} failed: {report.detail}",
+                    remedy=f"Correct the cause and run again. The results are in {artifact.path}.",
+                )
     return None
 
 
-_COLORS = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
-
-
-def status_table(found: Sequence["FineTuneStatus"], what: str = "fine-tune") -> Table:
-    """How far each fine-tune, or each of whatever has the same stages, is."""
-    stages = list(found[0].stages)
-    table = Table(what, *stages, "remark")
-    for fine_tune in found:
-        states = [fine_tune.stages[stage].state for stage in stages]
-        table.add_row(fine_tune.name, *(Text(state, style=_COLORS[state]) for state in states), Text(fine_tune.remark))
+def status_table(statuses: Sequence["FineTuneStatus"], title: str = "fine-tune") -> Table:
+    """Return a row for each fine-tune (or import) with the state of every stage."""
+    stages = list(statuses[0].stages)
+    table = Table(title, *stages, "remark")
+    for status in statuses:
+        states = [status.stages[stage].state for stage in stages]
+        table.add_row(status.name, *(Text(state, style=_STATE_STYLES[state]) for state in states), Text(status.remark))
     return table
 
 
-def status_data(found: Sequence["FineTuneStatus"]) -> list[dict[str, Any]]:
+def status_data(statuses: Sequence["FineTuneStatus"]) -> list[dict[str, Any]]:
+    """Return the status of each fine-tune (or import) as JSON values."""
     return [
         {
-            "name": fine_tune.name,
-            "remark": fine_tune.remark or None,
+            "name": status.name,
+            "remark": status.remark or None,
             "stages": {
-                stage: {"state": stands.state, **(artifact_data(stands.artifact) if stands.artifact else {})}
-                for stage, stands in fine_tune.stages.items()
+                name: {"state": stage.state, **(artifact_data(stage.artifact) if stage.artifact else {})}
+                for name, stage in status.stages.items()
             },
         }
-        for fine_tune in found
+        for status in statuses
     ]
 
 
 def feasibility_table(rows: Sequence["DegreeFeasibility"], group_size: int) -> Table:
-    """What each degree means for each size; a row of the table is a size at a degree."""
-    table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "what happens")
+    """Return a row for each size at each tensor-parallel degree."""
+    table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "result")
     for row in rows:
-        for number, at in enumerate(row.sizes):
-            before, after = (f"{groups:g}" for groups in at.groups_per_rank)
+        for number, size in enumerate(row.sizes):
+            before, after = (f"{groups:g}" for groups in size.groups_per_rank)
             table.add_row(
                 str(row.degree) if not number else "",
-                at.field.removesuffix("intermediate_size").rstrip("_") or "mlp",
-                f"{at.live:,}",
-                f"{at.target:,}",
-                f"{at.extra_percent:.2f} %",
-                f"{before} -> {after}" if at.live != at.target else before,
+                size.field.removesuffix("intermediate_size").rstrip("_") or "mlp",
+                f"{size.live:,}",
+                f"{size.target:,}",
+                f"{size.extra_percent:.2f} %",
+                f"{before} -> {after}" if size.live != size.target else before,
                 Text(row.sentence, style="" if row.legal else "red") if not number else "",
             )
     return table
 
 
 def change_table(changes: Sequence["Change"]) -> Table:
+    """Return a row for each figure of the quantized model, before and now."""
     table = Table("quantized model", "before", "now", "change")
     for change in changes:
         relative = f"{change.now / change.before - 1:+.2%}" if change.before else ""
@@ -139,7 +148,7 @@ def change_table(changes: Sequence["Change"]) -> Table:
 
 
 def repair_table(plan: "PadPlan") -> Table:
-    """What a repair adds to each size, in groups."""
+    """Return a row for each size with the groups that a repair adds."""
     ranks = plan.tensor_parallel
     table = Table("size", "width", "repaired", "extra", f"groups of {plan.group_size}", f"on each of {ranks} ranks")
     for size in plan.sizes:

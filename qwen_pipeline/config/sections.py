@@ -14,7 +14,7 @@ from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.serving.findings import ServedRole, ServerEngine
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
-from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS
+from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets
 from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
 from qwen_pipeline.text.records import SUFFIXES

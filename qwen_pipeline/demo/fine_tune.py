@@ -15,7 +15,7 @@ from qwen_pipeline.workers.parent import run_worker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """One pass of AdamW with a linearly falling learning rate over windows of packed conversations."""
+    """Settings of a short training: AdamW with linear decay, on windows of packed conversations."""
 
     steps: int = 20
     windows_per_step: int = 2
@@ -27,10 +27,10 @@ class Training:
 def train_adapter(
     *, base: Path, texts: Path, out: Path, training: Training | None = None, observe: Observe = unobserved
 ) -> Path:
-    """Train a LoRA on ``texts`` (JSONL of ``messages``) into ``out``; free when it is there.
+    """Train a LoRA on ``texts`` (JSONL of ``messages``) into ``out``, unless it exists.
 
-    It is trained by a process of its own, which gives its memory back, beside ``out`` and is renamed when it is
-    complete, as an upload tool should do it.
+    A worker process trains it, so that its memory is freed. The directory is written beside ``out`` and renamed once it
+    is complete, as an upload tool should do.
     """
     if not out.exists():
         partial = out.with_name(f".{out.name}.partial")
@@ -48,7 +48,7 @@ def train_adapter(
 
 
 def train(job: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Train as ``job`` says, save adapter and tokenizer; the worker's side of :func:`train_adapter`."""
+    """Train with the settings of ``job``, and save adapter and tokenizer; the worker of :func:`train_adapter`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,8 +73,7 @@ def _train(model: Any, windows_WT: torch.Tensor, training: Training, observe: Ob
     loss = torch.tensor(torch.nan)
     for step in range(training.steps):
         start = step * training.windows_per_step
-        picked = order[torch.arange(start, start + training.windows_per_step) % len(order)]
-        batch = windows_WT[picked]
+        batch = windows_WT[order[torch.arange(start, start + training.windows_per_step) % len(order)]]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
@@ -86,7 +85,7 @@ def _train(model: Any, windows_WT: torch.Tensor, training: Training, observe: Ob
 
 
 def _windows(tokenizer: Any, texts: Path, seq_len: int) -> torch.Tensor:
-    """Pack all conversations into one row of tokens and cut it into windows ``[W, seq_len]``."""
+    """Concatenate the tokens of all conversations and split them into windows ``[W, seq_len]``; drop the rest."""
     tokens: list[int] = []
     for line in texts.read_text().splitlines():
         rendered = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)

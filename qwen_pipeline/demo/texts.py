@@ -1,4 +1,4 @@
-"""The demo's texts: the Python language reference that CPython ships, for training, calibration and evaluation."""
+"""The demo's texts for training, calibration and evaluation, from the language reference that CPython ships."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.files import write_bytes
 
 HELD_OUT_EVERY = 6
-"""Every sixth topic is held out: neither training nor calibration sees it."""
+"""Every sixth topic is held out from training and calibration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +21,9 @@ class Texts:
 
 
 def write_texts(root: Path) -> Texts:
-    """Write the three files below ``root``; the same CPython gives the same bytes.
+    """Write the three files below ``root``; the same version of CPython gives the same bytes.
 
-    Calibration mixes plain text with questions and answers in the chat format, as the model will meet both.
+    Calibration mixes plain text with questions and answers in the chat format, since the model will be used with both.
     """
     from pydoc_data.topics import topics
 

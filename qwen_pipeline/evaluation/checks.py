@@ -9,7 +9,7 @@ from qwen_pipeline.evaluation.logits.float16 import FLOAT16, float16_report
 from qwen_pipeline.evaluation.serving.findings import SERVED, serving_report
 from qwen_pipeline.evaluation.tasks.plan import TASKS, TaskPlan, tasks_report
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target, TargetFindings
-from qwen_pipeline.reports import CheckReport, CheckSpec, Severity
+from qwen_pipeline.reports import CheckReport, CheckSpec
 
 STRUCTURE = CheckSpec(
     name="structure",
@@ -79,8 +79,7 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
 
 def _structure(findings: Findings) -> CheckReport:
     problems = findings.structure.problems
-    return _report(
-        STRUCTURE,
+    return STRUCTURE.report(
         passed=not problems,
         measured=len(problems),
         limit=0,
@@ -92,8 +91,7 @@ def _loading(findings: Findings) -> CheckReport:
     faults = [f"{role}: {model.fault}" for role, model in findings.models.items() if model.fault]
     unplaced = [f"{role}: {model.unplaced}" for role, model in findings.models.items() if model.unplaced]
     unknown = "Transformers itself has no packed experts and would make them up: serve it with an engine that has."
-    return _report(
-        LOADS,
+    return LOADS.report(
         passed=not (faults or unplaced),
         measured=len(faults) + len(unplaced),
         limit=0,
@@ -116,8 +114,9 @@ def _padding(findings: Findings, limits: Limits) -> CheckReport:
         kl = divergence.mean
         if not kl <= limits.max_padding_kl:
             problems.append("padding alone changes predictions")
-    return _report(
-        PADDING,
+    elif not (problems or padding.channels or padding.twins):
+        return PADDING.skipped("No padded checkpoint was given, and no channels that padding added were found.")
+    return PADDING.report(
         passed=not problems,
         measured=kl,
         limit=None if kl is None else limits.max_padding_kl,
@@ -132,8 +131,7 @@ def _perplexity(findings: Findings, limits: Limits) -> CheckReport:
     ratio = findings.perplexity_ratio(QUANTIZED, to=MERGED)
     if ratio is None:
         return _unmeasured(PERPLEXITY, limits.max_perplexity_ratio, findings, MERGED, QUANTIZED)
-    return _report(
-        PERPLEXITY,
+    return PERPLEXITY.report(
         passed=ratio <= limits.max_perplexity_ratio,
         measured=ratio,
         limit=limits.max_perplexity_ratio,
@@ -147,8 +145,7 @@ def _kl(findings: Findings, limits: Limits) -> CheckReport:
     if divergence is None:
         return _unmeasured(KL, limits.max_mean_kl, findings, MERGED, QUANTIZED)
     passed = divergence.mean <= limits.max_mean_kl
-    return _report(
-        KL,
+    return KL.report(
         passed=passed,
         measured=divergence.mean,
         limit=limits.max_mean_kl,
@@ -162,8 +159,7 @@ def _agreement(findings: Findings, limits: Limits) -> CheckReport:
     if divergence is None:
         return _unmeasured(AGREEMENT, limits.min_top1_agreement, findings, MERGED, QUANTIZED)
     passed = divergence.top1_agreement >= limits.min_top1_agreement
-    return _report(
-        AGREEMENT,
+    return AGREEMENT.report(
         passed=passed,
         measured=divergence.top1_agreement,
         limit=limits.min_top1_agreement,
@@ -174,9 +170,8 @@ def _agreement(findings: Findings, limits: Limits) -> CheckReport:
 def _parallel(findings: Findings) -> CheckReport:
     outlook = findings.parallel
     if outlook is None:
-        return _report(PARALLEL, passed=False, detail="Not known: the config does not say how the codes are grouped.")
-    return _report(
-        PARALLEL,
+        return PARALLEL.report(passed=False, detail="Not known: the config does not say how the codes are grouped.")
+    return PARALLEL.report(
         passed=outlook.whole and outlook.legal,
         measured=outlook.degree,
         detail=f"At degree {outlook.degree}: {outlook.sentence}",
@@ -186,15 +181,14 @@ def _parallel(findings: Findings) -> CheckReport:
 
 def _ranks(findings: Findings) -> CheckReport:
     if not findings.targets:
-        return _report(RANKS, passed=False, detail="Not known: the config does not say how the codes are grouped.")
+        return RANKS.report(passed=False, detail="Not known: the config does not say how the codes are grouped.")
     kernels: dict[Target, list[TargetFindings]] = {}
     for row in findings.targets:
         kernels.setdefault(row.target, []).append(row)
     wrong = {target: faults for target, rows in kernels.items() if (faults := _target_faults(rows))}
     declared = any(target.engine != ANY_ENGINE for target in kernels)
     heads_only = not declared and not any(row.answers_wrongly for row in findings.targets)
-    return _report(
-        RANKS,
+    return RANKS.report(
         passed=not wrong,
         measured=len(wrong),
         limit=0,
@@ -222,13 +216,12 @@ def _float16(findings: Findings, limits: Limits) -> CheckReport:
 
 def _merged_not_worse(findings: Findings, limits: Limits) -> CheckReport:
     if BASE not in findings.models:
-        return _report(MERGED_NOT_WORSE, passed=True, detail="There is no base to compare with.")
+        return MERGED_NOT_WORSE.skipped("No base was given to compare the merged model with.")
     ratio = findings.perplexity_ratio(MERGED, to=BASE)
     if ratio is None:
         return _unmeasured(MERGED_NOT_WORSE, limits.max_merged_ratio, findings, BASE, MERGED)
     passed = ratio <= limits.max_merged_ratio
-    return _report(
-        MERGED_NOT_WORSE,
+    return MERGED_NOT_WORSE.report(
         passed=passed,
         measured=ratio,
         limit=limits.max_merged_ratio,
@@ -241,9 +234,10 @@ def _samples(findings: Findings) -> CheckReport:
     silent = [f"{role}: {model.unanswered}" for role, model in findings.models.items() if model.unanswered]
     broken = [f"the answer to {sample.prompt!r} {sample.fault}" for sample in findings.samples if sample.fault]
     faults = [*(f"no answers of {fault}" for fault in silent), *broken]
+    if not faults and not any(sample.candidate for sample in findings.samples):
+        return SAMPLES.skipped("The quantized model has no answers: no prompts are configured, or it did not load.")
     agreed = ", ".join(f"{sample.agreed_tokens} of {sample.tokens}" for sample in findings.samples)
-    return _report(
-        SAMPLES,
+    return SAMPLES.report(
         passed=not faults,
         measured=len(faults),
         limit=0,
@@ -259,35 +253,19 @@ def _advice(passed: bool) -> str:
 
 def _unmeasured(check: CheckSpec, limit: float, findings: Findings, *roles: str) -> CheckReport:
     absent = [role for role in roles if findings.models[role].fault]
-    return _report(
-        check, passed=False, limit=limit, detail=f"Not measured: not loaded: {', '.join(absent or [MERGED])}."
-    )
-
-
-def _report(
-    check: CheckSpec,
-    *,
-    passed: bool,
-    detail: str,
-    measured: float | None = None,
-    limit: float | None = None,
-    severity: Severity = "ERROR",
-) -> CheckReport:
-    return CheckReport(
-        name=check.name,
-        passed=passed,
-        detail=detail,
-        severity=severity if check.blocking else "WARN",
-        measured=measured,
-        limit=limit,
-    )
+    return check.report(passed=False, limit=limit, detail=f"Not measured: not loaded: {', '.join(absent or [MERGED])}.")
 
 
 def verdict(reports: Sequence[CheckReport]) -> str:
-    """Say in one line how the checks went."""
-    failed = [report.name for report in reports if report.blocks]
-    warned = [report.name for report in reports if not report.passed and not report.blocks]
-    words = (
-        f"failed: {', '.join(failed)}" if failed else f"passed: {len(reports) - len(warned)} of {len(reports)} checks"
+    """Return the outcome of the checks in one line; only checks that ran count as passed."""
+    failed, warned, skipped = (
+        ", ".join(report.name for report in reports if report.outcome == outcome)
+        for outcome in ("failed", "warning", "skipped")
     )
-    return words + (f", with warnings: {', '.join(warned)}" if warned else "")
+    ran = [report for report in reports if not report.skipped]
+    passed = f"passed: {sum(report.passed for report in ran)} of {len(ran)} checks that ran"
+    return (
+        (f"failed: {failed}" if failed else passed)
+        + (f", with warnings: {warned}" if warned else "")
+        + (f"; skipped: {skipped}" if skipped else "")
+    )

@@ -61,15 +61,15 @@ def changes(before: ValidationVerdict, now: ValidationVerdict) -> list[Change]:
 def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> CheckReport:
     """Report whether the quantized model became worse since the last release."""
     if released is None:
-        return _report(passed=True, detail="There is no earlier release to compare with.")
+        return NOT_WORSE.skipped("There is no earlier release to compare with.")
     if released.text != now.text:
-        return _report(passed=True, detail="Not compared: the last release was measured on another text.")
+        return NOT_WORSE.skipped("The last release was measured on another text.")
     found = changes(released, now)
     growth = next((change.now / change.before for change in found if change.figure == "perplexity"), None)
     if growth is None:
-        return _report(passed=False, detail="Not compared: one of the two did not load.")
+        return NOT_WORSE.report(passed=False, detail="Not compared: one of the two did not load.")
     moved = ", ".join(f"{change.figure} {shown(change.before)} -> {shown(change.now)}" for change in found)
-    return _report(
+    return NOT_WORSE.report(
         passed=growth <= MAX_GROWTH,
         measured=growth,
         limit=MAX_GROWTH,
@@ -82,9 +82,3 @@ def _figures(model: ModelFigures) -> dict[str, float]:
     if model.divergence:
         figures |= {"mean KL": model.divergence.mean, "top-1 agreement": model.divergence.top1_agreement}
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def _report(*, passed: bool, detail: str, measured: float | None = None, limit: float | None = None) -> CheckReport:
-    return CheckReport(
-        name=NOT_WORSE.name, passed=passed, severity="WARN", measured=measured, limit=limit, detail=detail
-    )

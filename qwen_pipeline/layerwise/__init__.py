@@ -1,0 +1,1 @@
+"""Forward passes and greedy decoding with one decoder layer in memory at a time."""

@@ -1,8 +1,8 @@
-"""Greedy answers of a model whose layers need not all be in memory.
+"""Greedy decoding with a model whose layers need not all fit into memory.
 
-All prompts advance together: a step takes every one of them through a layer before the next layer is read, so that a
-model is read once a step, however many prompts there are. Layers that fit into a share of the free memory stay there
-and are read once in all. Each prompt has a cache of its own, one of Transformers', so nothing is padded.
+All prompts advance together: a step runs every prompt through a layer before the next layer is read, so the model is
+read once per step, regardless of the number of prompts. Layers that fit into a share of the free memory stay there and
+are read only once. Each prompt has its own cache of Transformers, so nothing is padded.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -23,15 +23,16 @@ from qwen_pipeline.layerwise.weights import Take
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 SHARE_OF_MEMORY = 0.5
-"""Of what is free where a model computes, for layers that stay there; the others are read again at every step."""
+"""Share of the free memory of the device for layers that stay there; the others are read again at every step."""
 
 
 @dataclass(slots=True, kw_only=True)
-class _Turn:
-    """A prompt and what is known of its answer.
+class _Sequence:
+    """A prompt and the part of its answer that is decoded.
 
     Attributes:
-        draft: How the answer may begin; it enters with the prompt, and what the model would not have said is dropped.
+        draft: Proposed continuation of the answer; processed with the prompt, and dropped from the first token that
+            the model would not have chosen.
         cache: Keys, values and states of the first ``cached`` tokens of prompt and answer.
     """
 
@@ -42,25 +43,26 @@ class _Turn:
     answer: list[int] = field(default_factory=list[int])
 
     @property
-    def entering(self) -> list[int]:
+    def uncached(self) -> list[int]:
         return [*self.prompt, *self.answer, *self.draft][self.cached :]
 
 
 class Decoder(LayeredModel):
-    """A model that answers.
+    """A model that decodes greedily.
 
     Args:
         checkpoint: Full precision or GPTQ codes, of any Qwen family.
-        context: Where to compute.
-        room: Bytes for layers and output head that stay in memory; by default :data:`SHARE_OF_MEMORY`.
+        context: Device and dtype of the computation.
+        budget: Bytes for layers and output head that stay in memory; by default :data:`SHARE_OF_MEMORY` of the free
+            memory.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
     """
 
-    def __init__(self, checkpoint: Checkpoint, context: ComputeContext, *, room: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, context: ComputeContext, *, budget: int | None = None) -> None:
         super().__init__(checkpoint, context)
-        self._room = room_in(context) if room is None else room
+        self._budget = default_budget(context) if budget is None else budget
         self._layers: list[nn.Module] = []
         self._head: list[tuple[int, Tensor]] = []
 
@@ -75,103 +77,106 @@ class Decoder(LayeredModel):
         drafts: Sequence[Sequence[int]] = (),
         observe: Observe = unobserved,
     ) -> list[tuple[int, ...]]:
-        """Return the tokens that the model finds most likely after each prompt, one after the other.
+        """Return the greedy continuation of each prompt, as token ids.
 
         Args:
             prompts: Token ids of each prompt.
             stops: Tokens that end an answer; they are part of it.
-            limit: Tokens of an answer, at most.
-            ends: Told an answer's tokens after each step that it takes without a draft: whether it ends there.
-            drafts: What each answer may turn out to be, such as another model's. The answers are the same without
-                them; what they have right takes one step together.
-            observe: Told after each step how long the longest answer is.
+            limit: Maximum number of tokens of an answer.
+            ends: Returns whether an answer is complete, given its tokens; called after each step.
+            drafts: A proposal for each answer, such as the answer of another model. Drafts do not change the answers;
+                the tokens that a draft predicts correctly are decoded in one step.
+            observe: Receives the length of the longest answer after each step.
         """
-        guesses = [self._known(draft[:limit]) for draft in drafts] or [()] * len(prompts)
-        turns = [
-            _Turn(prompt=prompt, draft=guess[:-1], cache=self.meta_model.new_cache())
-            for prompt, guess in zip(prompts, guesses, strict=True)
+        proposals = [self._in_vocabulary(draft[:limit]) for draft in drafts] or [()] * len(prompts)
+        sequences = [
+            _Sequence(prompt=prompt, draft=proposal[:-1], cache=self.meta_model.new_cache())
+            for prompt, proposal in zip(prompts, proposals, strict=True)
         ]
-        running = turns
+        running = sequences
         while running:
-            for turn, choices in zip(running, self._step(running), strict=True):
-                self._take(turn, choices, stops)
+            for sequence, choices in zip(running, self._step(running), strict=True):
+                self._extend(sequence, choices, stops)
             running = [
-                turn
-                for turn in running
-                if len(turn.answer) < limit and turn.answer[-1] not in stops and not ends(turn.answer)
+                sequence
+                for sequence in running
+                if len(sequence.answer) < limit and sequence.answer[-1] not in stops and not ends(sequence.answer)
             ]
-            longest = max(len(turn.answer) for turn in turns)
+            longest = max(len(sequence.answer) for sequence in sequences)
             observe(Progress(task="answer", done=longest if running else limit, total=limit, unit="tokens"))
-        return [tuple(turn.answer) for turn in turns]
+        return [tuple(sequence.answer) for sequence in sequences]
 
     def build(self, layer: int, take: Take) -> nn.Module:
-        """Return a layer that can be called, and keep it if it is the next one and there is room."""
+        """Return a callable layer; keep it in memory if it is the next one to keep and fits into the budget."""
         module = super().build(layer, take)
-        if layer == len(self._layers) and self._takes(self.parts[layer].numel):
+        if layer == len(self._layers) and self._reserve(self.parts[layer].numel):
             self._layers.append(module)
         return module
 
-    def _step(self, running: Sequence[_Turn]) -> list[list[int]]:
-        """Have each turn enter; return what the model says after its last known token, and after each of a draft."""
-        tokens = [torch.tensor([turn.entering]) for turn in running]
-        entries = [self.meta_model.enter(each, turn.cache) for each, turn in zip(tokens, running, strict=True)]
-        hidden = [entry.hidden for entry in entries]
-        modules = chain(tuple(self._layers), self.coming(len(self._layers)))
-        for layer in range(len(self.parts)):
-            hidden = _through(layer, next(modules), hidden, entries)
-        heard = [1 + len(turn.draft) for turn in running]
-        leaving = [
-            self.meta_model.leave(each[:, -last:], states[:, -last:])[0]
-            for each, states, last in zip(tokens, hidden, heard, strict=True)
+    def _step(self, running: Sequence[_Sequence]) -> list[list[int]]:
+        """Return the model's choices for each sequence, after its last known token and each token of its draft."""
+        tokens = [torch.tensor([sequence.uncached]) for sequence in running]
+        inputs = [
+            self.meta_model.layer_inputs(each, sequence.cache) for each, sequence in zip(tokens, running, strict=True)
         ]
-        return [choices.tolist() for choices in self._likeliest(torch.cat(leaving)).split(heard)]
+        hidden = [each.hidden for each in inputs]
+        modules = chain(tuple(self._layers), self.iter_layers(len(self._layers)))
+        for layer in range(len(self.parts)):
+            hidden = _run_layer(layer, next(modules), hidden, inputs)
+        counts = [1 + len(sequence.draft) for sequence in running]
+        head_inputs = [
+            self.meta_model.head_inputs(each[:, -count:], states[:, -count:])[0]
+            for each, states, count in zip(tokens, hidden, counts, strict=True)
+        ]
+        return [choices.tolist() for choices in self._argmax(torch.cat(head_inputs)).split(counts)]
 
-    def _take(self, turn: _Turn, choices: Sequence[int], stops: Collection[int]) -> None:
-        """Add what a turn's model said to its answer: as much of the draft as it agrees with, and one token more."""
-        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(choices, turn.draft, strict=False)))
-        turn.cached += len(turn.entering)
-        if agreed < len(turn.draft):  # states of linear attention cannot forget the rest
-            turn.cache, turn.cached = self.meta_model.new_cache(), 0
+    def _extend(self, sequence: _Sequence, choices: Sequence[int], stops: Collection[int]) -> None:
+        """Extend an answer by the part of its draft that equals the model's choices, and by one more token."""
+        draft = sequence.draft
+        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(choices, draft, strict=False)))
+        sequence.cached += len(sequence.uncached)
+        if agreed < len(draft):  # states of linear attention cannot be truncated
+            sequence.cache, sequence.cached = self.meta_model.new_cache(), 0
         ends = [number for number, token in enumerate(choices[:agreed]) if token in stops]
-        turn.answer += choices[: min([*ends, agreed]) + 1]
-        turn.draft = ()
+        sequence.answer += choices[: min([*ends, agreed]) + 1]
+        sequence.draft = ()
 
-    def _likeliest(self, hidden_NH: Tensor) -> Tensor:
-        """Return the likeliest token for each hidden state, [N]; as in ``argmax``, what is no number is above all."""
+    def _argmax(self, hidden_NH: Tensor) -> Tensor:
+        """Return the token with the highest logit for each hidden state, [N]; NaN sorts highest, as in ``argmax``."""
         best_N = hidden_NH.new_full((len(hidden_NH),), -torch.inf, dtype=torch.float32)
         tokens_N = torch.zeros_like(best_N, dtype=torch.int64)
         for start, rows_VH in self._head_blocks():
-            values_N, places_N = product(hidden_NH, rows_VH).max(dim=-1)
+            values_N, rows_N = product(hidden_NH, rows_VH).max(dim=-1)
             better_N = ~(values_N <= best_N) & ~best_N.isnan()
-            best_N, tokens_N = best_N.where(~better_N, values_N), tokens_N.where(~better_N, places_N + start)
+            best_N, tokens_N = best_N.where(~better_N, values_N), tokens_N.where(~better_N, rows_N + start)
         return tokens_N
 
     def _head_blocks(self) -> Iterable[tuple[int, Tensor]]:
-        """Return the output head in blocks of rows, each with the number of its first."""
+        """Return the output head in blocks of rows, each with the number of its first row."""
         if self._head:
             return self._head
-        if self._takes(prod(self.weights.checkpoint[self.weights.head].shape)):
+        if self._reserve(prod(self.weights.checkpoint[self.weights.head].shape)):
             self._head = list(self.head_blocks())
         return self._head or self.head_blocks()
 
-    def _takes(self, numel: int) -> bool:
-        """Take so many numbers' room if it is there."""
-        if (nbytes := numel * self.context.dtype.itemsize) > self._room:
+    def _reserve(self, numel: int) -> bool:
+        """Reserve memory for so many elements; return False if it exceeds the budget."""
+        if (nbytes := numel * self.context.dtype.itemsize) > self._budget:
             return False
-        self._room -= nbytes
+        self._budget -= nbytes
         return True
 
-    def _known(self, draft: Sequence[int]) -> Sequence[int]:
-        """Return a draft up to the first token that this model does not have."""
+    def _in_vocabulary(self, draft: Sequence[int]) -> Sequence[int]:
+        """Return a draft up to the first token outside the model's vocabulary."""
         vocabulary = self.weights.checkpoint[self.weights.embedding].rows
         return list(takewhile(lambda token: token < vocabulary, draft))
 
 
-def room_in(context: ComputeContext) -> int:
-    """Return the bytes that layers may occupy where they compute."""
+def default_budget(context: ComputeContext) -> int:
+    """Return the bytes that layers may occupy on the device."""
     free = torch.cuda.mem_get_info()[0] if context.device.type == "cuda" else available_memory()
     return int(SHARE_OF_MEMORY * (free or 0))
 
 
-def _through(layer: int, module: nn.Module, hidden: Sequence[Tensor], entries: Sequence[LayerInputs]) -> list[Tensor]:
-    return [module(states, **entry.arguments[layer]) for states, entry in zip(hidden, entries, strict=True)]
+def _run_layer(layer: int, module: nn.Module, hidden: Sequence[Tensor], inputs: Sequence[LayerInputs]) -> list[Tensor]:
+    return [module(states, **each.arguments[layer]) for states, each in zip(hidden, inputs, strict=True)]

@@ -1,7 +1,7 @@
-"""Many batches through one or several models, one decoder layer in memory at a time.
+"""Forward passes of many batches through one or several models, with one decoder layer in memory at a time.
 
-Layer by layer: read the layer (what follows is read meanwhile), take every batch through it, let it go. Hidden states
-of all batches stay; weights do not. So a model is read once, and memory does not depend on how many layers it has.
+For each layer: read it (the following ones are read meanwhile), run every batch through it, free it. The hidden states
+of all batches are kept, the weights are not. A model is read once, and memory does not depend on the number of layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,167 +15,167 @@ from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.layerwise.meta_model import Arguments
-from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel, modules
+from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel, iter_modules
 
 
-class _ArrivedError(Exception):
-    """Ends a layer's forward pass where it has got to what is wanted: arguments of a module, or what it returns."""
+class _CapturedError(Exception):
+    """Ends a layer's forward pass once a value is captured: the arguments of a module, or its return value."""
 
-    def __init__(self, found: Any) -> None:
+    def __init__(self, value: Any) -> None:
         super().__init__()
-        self.found = found
+        self.value = value
 
 
-class _Kept(nn.Module):
-    """Stands where a module was that need not compute again: returns what it made of each batch, in their order.
+class _CachedOutputs(nn.Module):
+    """Replaces a module that need not compute again: returns its output for each batch, in the batches' order.
 
     Args:
-        outputs: Of each batch, the one tensor that the module returned.
-        returned: What it returns, a tensor or a tuple with it; which tensor is in there does not matter.
-        context: Where to compute.
+        outputs: For each batch, the one tensor that the module returned.
+        returned: A return value of the module, a tensor or a tuple with one; the values of its tensors are ignored.
+        context: Device and dtype of the computation.
     """
 
     def __init__(self, outputs: Sequence[Tensor], returned: Any, context: ComputeContext) -> None:
         super().__init__()
-        self._outputs, self._returned, self._context, self._turn = outputs, returned, context, 0
+        self._outputs, self._returned, self._context, self._calls = outputs, returned, context, 0
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        output = self._outputs[self._turn % len(self._outputs)]
-        self._turn += 1
-        return _each(lambda _: self._context.fetch(output), self._returned)
+        output = self._outputs[self._calls % len(self._outputs)]
+        self._calls += 1
+        return _map_tensors(lambda _: self._context.fetch(output), self._returned)
 
 
 class LayerStream(LayeredModel):
-    """Batches on their way through one model.
+    """Hidden states of batches that pass through the layers of one model.
 
     Args:
         checkpoint: Full precision or GPTQ codes, of any Qwen family.
         batches: Token ids [B, T].
-        context: Where to compute.
-        beside: How many other models will be on their way at the same time.
+        context: Device and dtype of the computation.
+        other_models: Number of other models whose hidden states are held at the same time.
 
     Attributes:
-        context: Where it computes.
-        hidden: Of each batch, [B, T, H]: what entered the first layer, then what left the last layer that was run.
+        context: Device and dtype of the computation.
+        hidden: For each batch, [B, T, H]: the input of the first layer, then the output of the last layer that was run.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, beside: int = 0
+        self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, other_models: int = 0
     ) -> None:
         super().__init__(checkpoint, context)
-        self._batches, self._copies = batches, len(batches) * (1 + beside)
+        self._batches, self._copies = batches, len(batches) * (1 + other_models)
         self.hidden: list[Tensor] = []
         self._arguments: list[Sequence[Arguments]] = []
         for batch in batches:
-            entry = self.meta_model.enter(batch)
-            self.hidden.append(context.shelve(entry.hidden, copies=self._copies))
-            self._arguments.append(_sharing(entry.arguments, self._arguments[0] if self._arguments else ()))
+            inputs = self.meta_model.layer_inputs(batch)
+            self.hidden.append(context.offload(inputs.hidden, copies=self._copies))
+            self._arguments.append(_deduplicated(inputs.arguments, self._arguments[0] if self._arguments else ()))
 
     @torch.inference_mode()
     def run(self, layer: int, module: nn.Module) -> None:
-        """Take every batch through a layer."""
+        """Run every batch through a layer, and replace its hidden states."""
         for hidden, output in zip(self.hidden, self.outputs(layer, module), strict=True):
             hidden.copy_(output, non_blocking=True)
 
     def outputs(self, layer: int, module: nn.Module) -> Iterator[Tensor]:
-        """Yield what a layer makes of each batch; the batches stay where they are."""
+        """Yield the output of a layer for each batch; the hidden states are not replaced."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
             yield module(self.context.fetch(hidden), **arguments[layer])
 
     def inputs_within(self, layer: int, module: nn.Module, inner: str) -> Iterator[tuple[Tensor, ...]]:
-        """Yield what each batch enters a module inside a layer with, all positional arguments of its call.
-
-        The layer computes no further than that.
-        """
+        """Yield for each batch the positional arguments of a module inside a layer; the layer stops computing there."""
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _ArrivedError(inputs)
+            raise _CapturedError(inputs)
 
         with module.get_submodule(inner).register_forward_pre_hook(stop):
-            yield from self._up_to_there(layer, module)
+            yield from self._capture(layer, module)
 
-    def keep(self, layer: int, module: nn.Module, last: str, entering: list[Tensor]) -> None:
-        """Put what a child of a layer returns for each batch in its place; its weights go.
+    def cache_outputs(self, layer: int, module: nn.Module, last: str, inputs: list[Tensor]) -> None:
+        """Replace a child of a layer by its outputs for the batches; its weights are freed.
 
         Args:
             layer: The layer's number.
             module: The layer.
-            last: The child's last linear layer, such as ``self_attn.o_proj``; after it the child computes nothing.
-            entering: What enters that for each batch; it is used up.
+            last: The child's last linear layer, such as ``self_attn.o_proj``; the child computes nothing after it.
+            inputs: The inputs of the last linear layer for each batch; the list is emptied.
         """
-        inner, linear, copies = last.partition(".")[0], module.get_submodule(last), len(entering)
-        returned = self._returned(layer, module, inner, linear)
+        inner, linear, copies = last.partition(".")[0], module.get_submodule(last), len(inputs)
+        returned = self._return_value(layer, module, inner, linear)
         outputs = list[Tensor]()
-        while entering:
-            output = linear(self.context.fetch(entering.pop(0)))
-            outputs.append(self.context.shelve(output, copies=copies))
-        setattr(module, inner, _Kept(outputs, returned, self.context))
+        while inputs:
+            output = linear(self.context.fetch(inputs.pop(0)))
+            outputs.append(self.context.offload(output, copies=copies))
+        setattr(module, inner, _CachedOutputs(outputs, returned, self.context))
 
-    def _returned(self, layer: int, module: nn.Module, inner: str, linear: nn.Module) -> Any:
-        """Return what a child returns, an empty tensor for what its last linear layer did."""
-        made = list[Tensor]()
+    def _return_value(self, layer: int, module: nn.Module, inner: str, linear: nn.Module) -> Any:
+        """Return the return value of a child, with an empty tensor for the output of its last linear layer."""
+        outputs = list[Tensor]()
 
-        def note(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            made.append(output)
+        def record(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            outputs.append(output)
 
         def stop(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            raise _ArrivedError(output)
+            raise _CapturedError(output)
 
-        with linear.register_forward_hook(note), module.get_submodule(inner).register_forward_hook(stop):
-            returned = next(self._up_to_there(layer, module))
+        with linear.register_forward_hook(record), module.get_submodule(inner).register_forward_hook(stop):
+            returned = next(self._capture(layer, module))
 
-        def leave_out(tensor: Tensor) -> Tensor:
-            assert tensor is made[-1], f"{inner} returns more than what {linear} does"
+        def emptied(tensor: Tensor) -> Tensor:
+            assert tensor is outputs[-1], f"{inner} returns more than the output of {linear}"
             return torch.empty(0)
 
-        return _each(leave_out, returned)
+        return _map_tensors(emptied, returned)
 
-    def _up_to_there(self, layer: int, module: nn.Module) -> Iterator[Any]:
-        """Run each batch until a hook says that it has arrived; yield what was found there."""
+    def _capture(self, layer: int, module: nn.Module) -> Iterator[Any]:
+        """Run each batch until a hook raises :class:`_CapturedError`; yield the captured value."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
             try:
                 module(self.context.fetch(hidden), **arguments[layer])
-            except _ArrivedError as arrived:
-                yield arrived.found
+            except _CapturedError as captured:
+                yield captured.value
 
-    def leave(self) -> list[Tensor]:
-        """Return what enters the output head for each batch, [B, T, H]; no hidden state is kept."""
-        leaving: list[Tensor] = []
+    def pop_head_inputs(self) -> list[Tensor]:
+        """Return the input of the output head for each batch, [B, T, H]; the hidden states are removed."""
+        inputs: list[Tensor] = []
         for batch in self._batches:
-            left = self.meta_model.leave(batch, self.context.fetch(self.hidden.pop(0)))
-            leaving.append(self.context.shelve(left, copies=self._copies))
-        return leaving
+            own = self.meta_model.head_inputs(batch, self.context.fetch(self.hidden.pop(0)))
+            inputs.append(self.context.offload(own, copies=self._copies))
+        return inputs
 
 
 def advance(streams: Sequence[LayerStream]) -> Iterator[int]:
-    """Take models through their layers side by side; yield each layer's number once all have passed it.
+    """Run models side by side, layer by layer; yield the number of each layer once all models have passed it.
 
     Raises:
         InputRefused: The models have different numbers of layers.
     """
     depths = {len(stream.parts) for stream in streams}
     if len(depths) != 1:
-        raise InputRefused(f"The models have {sorted(depths)} layers.", remedy="Compare models of one family and size.")
+        raise InputRefused(
+            f"The models have {sorted(depths)} layers, expected equal numbers.",
+            remedy="Compare models of one family and size.",
+        )
     steps = [(stream, layer) for layer in range(depths.pop()) for stream in streams]
-    coming = modules(steps)
+    modules = iter_modules(steps)
     for stream, layer in steps:
-        stream.run(layer, next(coming))
+        stream.run(layer, next(modules))
         if stream is streams[-1]:
             yield layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """Several models' logits for the same tokens and the same part of the vocabulary.
+    """Logits of several models for the same tokens and the same block of the vocabulary.
 
     Attributes:
-        batch: Which batch the tokens are.
-        first: The first token id of the part.
-        values: Of each model, float32 [tokens, part]; the last position of each window predicts nothing and is absent.
-            A smaller vocabulary's parts end sooner and are empty at last.
+        batch: Number of the batch of tokens.
+        first: The first token id of the block.
+        values: For each model, float32 [tokens, block]; the last position of each window predicts nothing and is
+            absent. Blocks of a smaller vocabulary end sooner, and may be empty.
     """
 
     batch: int
@@ -185,34 +185,34 @@ class Logits:
 
 @torch.inference_mode()
 def logit_blocks(streams: Sequence[LayerStream], context: ComputeContext) -> Iterator[Logits]:
-    """Yield the models' logits for all batches, a part of the vocabulary after the other.
+    """Yield the logits of the models for all batches, one block of the vocabulary after another.
 
     Each output head is read once, in blocks of rows; logits over the whole vocabulary are never in memory.
     """
     heads = [stream.weights.checkpoint.tensors[stream.weights.head] for stream in streams]
-    leaving = [stream.leave() for stream in streams]
+    head_inputs = [stream.pop_head_inputs() for stream in streams]
     ranges = list(block_ranges(max((head.spec for head in heads), key=lambda spec: spec.nbytes)))
-    rows = context.bring([head.part(*ends) for ends in ranges for head in heads])
+    rows = context.load_each([head.part(*ends) for ends in ranges for head in heads])
     for start, _ in ranges:
-        near = [next(rows) for _ in heads]
-        for batch, hidden in enumerate(zip(*leaving, strict=True)):
+        blocks = [next(rows) for _ in heads]
+        for batch, hidden in enumerate(zip(*head_inputs, strict=True)):
             values = [
                 product(context.fetch(states)[:, :-1].flatten(0, 1), block)
-                for states, block in zip(hidden, near, strict=True)
+                for states, block in zip(hidden, blocks, strict=True)
             ]
             yield Logits(batch=batch, first=start, values=values)
-        del near
+        del blocks
 
 
 def product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:
-    """Return logits, float32 [N, V], of hidden states and some rows of an output head."""
+    """Return float32 logits [N, V] of hidden states and rows of an output head."""
     if hidden_NH.device.type == "cuda" and hidden_NH.dtype != torch.float32:
         return torch.mm(hidden_NH, rows_VH.T, out_dtype=torch.float32)
     return (hidden_NH @ rows_VH.T).float()
 
 
-def _sharing(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) -> Sequence[Arguments]:
-    """Return a batch's arguments, with the first batch's in the place of equal ones: most are the same for all."""
+def _deduplicated(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) -> Sequence[Arguments]:
+    """Return a batch's arguments; values equal to the first batch's are replaced by these, since most are shared."""
     if not earlier:
         return arguments
     return [
@@ -221,10 +221,10 @@ def _sharing(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) -> Se
     ]
 
 
-def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return what a module returns, a tensor or a tuple with some, its tensors changed."""
+def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors of a return value, a tensor or a tuple."""
     if isinstance(value, tuple):
-        return tuple(_each(change, part) for part in value)
+        return tuple(_map_tensors(change, part) for part in value)
     return change(value) if isinstance(value, Tensor) else value
 
 

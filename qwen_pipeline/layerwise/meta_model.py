@@ -1,9 +1,9 @@
-"""A language model without its weights, which still knows how each decoder layer is called.
+"""A language model without its weights that records the arguments of each decoder layer.
 
-Transformers builds the model on the meta device. Its decoder layers are taken out and replaced by recorders that note
-their keyword arguments (attention masks, position embeddings, whatever a family hands down) and return the hidden state
-as it came. So the model's own forward pass, run over recorders, says for any family what enters the first layer, how
-each layer is to be called, and what becomes of the last layer's output before the output head.
+Transformers builds the model on the meta device. Its decoder layers are replaced by recorders that store their keyword
+arguments (attention masks, position embeddings, and others that depend on the family) and return the hidden state
+unchanged. The model's own forward pass, run over the recorders, yields for any family the input of the first layer, the
+arguments of each layer, and what is computed between the last layer and the output head.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -22,10 +22,10 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerInputs:
-    """What a model does with a batch before its first layer.
+    """Inputs of a model's decoder layers for a batch.
 
     Attributes:
-        hidden: What enters the first layer, [B, T, H].
+        hidden: Input of the first layer, [B, T, H].
         arguments: Keyword arguments of each layer.
     """
 
@@ -34,18 +34,18 @@ class LayerInputs:
 
 
 class MetaModel:
-    """A checkpoint's language model, its layers on the meta device; embedding rows are read as they are needed.
+    """The language model of a checkpoint with its layers on the meta device; embedding rows are read on demand.
 
     Args:
-        weights: The checkpoint, by the names of its language model.
-        device: Where batches are computed.
-        dtype: What they are computed in.
+        weights: The weights of the language model.
+        device: Device of the computation.
+        dtype: Dtype of the computation.
 
     Attributes:
         layers: The decoder layers, without weights.
 
     Raises:
-        CheckpointRefused: Transformers does not have the architecture.
+        CheckpointRefused: The installed Transformers does not have the architecture.
     """
 
     def __init__(self, weights: ModelWeights, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -54,28 +54,28 @@ class MetaModel:
         self.layers: list[nn.Module] = list(self._decoder.layers)
         self._recorders = [_Recorder(layer) for layer in self.layers]
         self._embedding = _Rows(weights, dtype)
-        stand_ins: dict[str, nn.Module] = {"layers": nn.ModuleList(self._recorders), "embed_tokens": self._embedding}
+        replacements: dict[str, nn.Module] = {"layers": nn.ModuleList(self._recorders), "embed_tokens": self._embedding}
         for name, child in self._decoder.named_children():
-            real = stand_ins.get(name) or _real(name, child, weights, self._decoder.config, device, dtype)
+            real = replacements.get(name) or _real(name, child, weights, self._decoder.config, device, dtype)
             setattr(self._decoder, name, real)
         self._decoder.eval()
 
     def new_cache(self) -> Any:
-        """Return a cache of Transformers for one batch that comes in parts: its layers fill it as they are called."""
+        """Return an empty cache of Transformers for a batch that is processed in parts; calls of layers fill it."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self._decoder.config)
 
     @torch.inference_mode()
-    def enter(self, tokens_BT: Tensor, cache: Any = None) -> LayerInputs:
-        """Run a batch up to the first layer; with a cache, the part of it that follows what the cache has seen."""
+    def layer_inputs(self, tokens_BT: Tensor, cache: Any = None) -> LayerInputs:
+        """Return the layer inputs of a batch; with a cache, ``tokens_BT`` follows the tokens in the cache."""
         self._run(tokens_BT, cache)
         arguments = [recorder.arguments for recorder in self._recorders]
         return LayerInputs(hidden=self._recorders[0].hidden, arguments=arguments)
 
     @torch.inference_mode()
-    def leave(self, tokens_BT: Tensor, hidden: Tensor) -> Tensor:
-        """Return what enters the output head, [B, T, H], given what left the last layer."""
+    def head_inputs(self, tokens_BT: Tensor, hidden: Tensor) -> Tensor:
+        """Return the input of the output head, [B, T, H], given the output of the last layer."""
         with self._recorders[-1].returning(hidden):
             return self._run(tokens_BT)
 
@@ -85,11 +85,11 @@ class MetaModel:
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer was; attributes that the model asks of it are the layer's."""
+    """Replaces a layer; other attributes that the model reads are those of the layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not registered: its weights are nobody's here
+        self.__dict__["layer"] = layer  # not registered as a submodule: its weights stay on the meta device
         self.hidden = torch.empty(0)
         self.arguments: Arguments = {}
         self._output: Tensor | None = None
@@ -113,19 +113,19 @@ class _Recorder(nn.Module):
 
 
 class _Rows(nn.Module):
-    """An embedding of which only the rows that a batch needs are ever read."""
+    """An embedding that reads only the rows that a batch needs."""
 
     def __init__(self, weights: ModelWeights, dtype: torch.dtype) -> None:
         super().__init__()
         self._weights, self._dtype = weights, dtype
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        ids, places_BT = tokens_BT.unique(return_inverse=True)
-        return self._weights.rows(ids.tolist()).to(tokens_BT.device, self._dtype)[places_BT]
+        ids, indices_BT = tokens_BT.unique(return_inverse=True)
+        return self._weights.rows(ids.tolist()).to(tokens_BT.device, self._dtype)[indices_BT]
 
 
 def _decoder_on_meta(config: Mapping[str, Any]) -> Any:
-    """Build the model of a config without memory and return its language model: what embeds tokens and has layers."""
+    """Build the model of a config on the meta device; return its module with ``embed_tokens`` and ``layers``."""
     import transformers
 
     architecture = next(iter(config.get("architectures") or ()), None)
@@ -134,7 +134,7 @@ def _decoder_on_meta(config: Mapping[str, Any]) -> Any:
         raise CheckpointRefused(
             f"config.json has architectures {config.get('architectures')!r}, which Transformers"
             f" {transformers.__version__} does not have.",
-            remedy="Name the model's class in config.json, as save_pretrained does.",
+            remedy="Set architectures in config.json to the model's class, as save_pretrained does.",
         )
     fields = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config")}
     with torch.device("meta"):
@@ -145,7 +145,7 @@ def _decoder_on_meta(config: Mapping[str, Any]) -> Any:
 def _real(
     name: str, child: nn.Module, weights: ModelWeights, config: Any, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """Give a module beside the layers its weights; one that has none (rotary embeddings) is made anew."""
+    """Return a child other than the layers with its weights; one without any (rotary embeddings) is created anew."""
     if child.state_dict():
         return fill(child, weights.part(name, child).load(device=device, dtype=dtype))
     return type(child)(config).to(device)

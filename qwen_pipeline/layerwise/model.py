@@ -1,4 +1,4 @@
-"""A model whose layers are read and built one by one, and where it computes."""
+"""A model whose layers are read and built one by one, and the device and dtype that it computes with."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,50 +7,51 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, give_blocks_back_when_freed
+from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, return_freed_blocks
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.layerwise.meta_model import MetaModel
 from qwen_pipeline.layerwise.prefetch import Prefetcher
-from qwen_pipeline.layerwise.weights import READERS, HostTensors, ModelWeights, ModuleWeights, Take, ahead, fill
+from qwen_pipeline.layerwise.weights import READERS, HostTensors, ModelWeights, ModuleWeights, Take, fill, pipelined
 
 SHARE_OF_GPU = 0.25
-"""Hidden states stay on a GPU while they take at most this share of its free memory, else in pinned host memory."""
+"""Hidden states stay on a GPU if they take at most this share of its free memory, else in pinned host memory."""
 SHARE_AHEAD_ON_HOST, SHARE_AHEAD_ON_GPU = 1 / 4, 1 / 2
-"""Of a layer, what is read of those that follow while it computes.
+"""Share of a layer's size that is read ahead of the following layers while it computes.
 
-The host shares its memory and its cores with what computes, which takes far longer than to read: a quarter is enough.
+On the host, reading shares memory and cores with the computation, which takes far longer: a quarter is enough.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeContext:
-    """Where models compute, and in what."""
+    """The device and the dtype that models compute with."""
 
     device: torch.device
     dtype: torch.dtype
 
-    def shelve(self, tensor: Tensor, *, copies: int) -> Tensor:
-        """Return a tensor where it and others of its size, ``copies`` in all, can wait for their next layer."""
+    def offload(self, tensor: Tensor, *, copies: int) -> Tensor:
+        """Return a tensor on the device if ``copies`` tensors of its size fit there, else in pinned host memory."""
         if self.device.type == "cpu" or copies * tensor.nbytes <= SHARE_OF_GPU * torch.cuda.mem_get_info()[0]:
             return tensor
         return tensor.cpu().pin_memory()
 
     def fetch(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that was possibly offloaded, on the device."""
         return tensor.to(self.device, non_blocking=True)
 
     @property
-    def is_apart(self) -> bool:
-        """Whether it has memory of its own, which is read into while it computes."""
+    def has_own_memory(self) -> bool:
+        """True if the device has memory of its own, which can be filled while it computes."""
         return self.device.type == "cuda"
 
-    def bring(self, tensors: Sequence[LazyTensor]) -> Iterator[Tensor]:
-        """Yield weights where and in what they are computed with, small ones; the next ones are read meanwhile."""
-        if self.is_apart:
-            with Prefetcher(tensors, self.device, room=2 * READERS * BLOCK_BYTES) as feed:
-                yield from map(self._as_computed, feed)
+    def load_each(self, tensors: Sequence[LazyTensor]) -> Iterator[Tensor]:
+        """Yield small weights on the device and in the dtype; the next ones are read meanwhile."""
+        if self.has_own_memory:
+            with Prefetcher(tensors, self.device, budget=2 * READERS * BLOCK_BYTES) as prefetched:
+                yield from map(self._as_computed, prefetched)
         else:
-            yield from ahead([(partial(tensor.read, 0, tensor.spec.rows), self._as_computed) for tensor in tensors])
+            yield from pipelined([(partial(tensor.read, 0, tensor.spec.rows), self._as_computed) for tensor in tensors])
 
     def _as_computed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
@@ -61,69 +62,73 @@ class LayeredModel:
 
     Args:
         checkpoint: Full precision or GPTQ codes, of any Qwen family.
-        context: Where to compute.
+        context: Device and dtype of the computation.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, context: ComputeContext) -> None:
-        give_blocks_back_when_freed()
+        return_freed_blocks()
         self.context, self.weights = context, ModelWeights.of(checkpoint)
         self.meta_model = MetaModel(self.weights, device=context.device, dtype=context.dtype)
         self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.meta_model.layers)]
 
     def build(self, layer: int, take: Take) -> nn.Module:
-        """Return a layer that can be called, of stored tensors that are taken in the order of its part."""
+        """Return a callable layer; ``take`` is called for its stored tensors, in the order of its part."""
         parameters = self.parts[layer].assemble(take, device=self.context.device, dtype=self.context.dtype)
         return fill(self.meta_model.layers[layer], parameters)
 
-    def coming(self, first: int = 0, *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU) -> Iterator[nn.Module]:
-        """Yield the layers from ``first`` on; while one computes, what follows is read."""
-        return modules([(self, layer) for layer in range(first, len(self.parts))], ahead_on_gpu=ahead_on_gpu)
+    def iter_layers(self, first: int = 0, *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU) -> Iterator[nn.Module]:
+        """Yield the layers from ``first`` on; while one computes, the following ones are read."""
+        return iter_modules([(self, layer) for layer in range(first, len(self.parts))], ahead_on_gpu=ahead_on_gpu)
 
     def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the output head in blocks of rows [V, H], with the number of its first; meanwhile the next is read."""
+        """Yield the output head in blocks of rows [V, H], each with the number of its first row.
+
+        While a block computes, the next one is read.
+        """
         head = self.weights.checkpoint.tensors[self.weights.head]
         ranges = list(block_ranges(head.spec))
-        rows = self.context.bring([head.part(*ends) for ends in ranges])
+        rows = self.context.load_each([head.part(*ends) for ends in ranges])
         return zip((start for start, _ in ranges), rows, strict=True)
 
 
-def modules(
+def iter_modules(
     steps: Sequence[tuple[LayeredModel, int]], *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU
 ) -> Iterator[nn.Module]:
-    """Yield layers of models that compute in one place; while one computes, what follows is read.
+    """Yield layers of models that share a context; while one computes, the following ones are read.
 
-    Nothing that was yielded is kept here, so that it is gone when the receiver drops it.
+    No reference to a yielded layer is kept here, so its memory is freed when the caller drops it.
 
     Args:
         steps: A model and the number of one of its layers.
-        ahead_on_gpu: How much of a layer may wait on a GPU: of the largest one, in what is computed in.
+        ahead_on_gpu: Memory on a GPU for reading ahead, as a share of the size of the largest layer in the dtype of
+            the computation.
     """
-    if not any(model.context.is_apart for model, _ in steps):
-        yield from ahead([_on_host(model, layer) for model, layer in steps])
+    if not any(model.context.has_own_memory for model, _ in steps):
+        yield from pipelined([_on_host(model, layer) for model, layer in steps])
         return
     parts = [model.parts[layer] for model, layer in steps]
-    room = max(part.numel for part in parts) * steps[0][0].context.dtype.itemsize * ahead_on_gpu
+    budget = max(part.numel for part in parts) * steps[0][0].context.dtype.itemsize * ahead_on_gpu
     tensors = [part.checkpoint.tensors[name] for part in parts for name in part.stored]
-    with Prefetcher(tensors, steps[0][0].context.device, room=int(room)) as feed:
+    with Prefetcher(tensors, steps[0][0].context.device, budget=int(budget)) as prefetched:
         for model, layer in steps:
-            yield model.build(layer, _in_order(feed, model.parts[layer]))
+            yield model.build(layer, _in_order(prefetched, model.parts[layer]))
 
 
 def _on_host(model: LayeredModel, layer: int) -> tuple[Callable[[], HostTensors], Callable[[HostTensors], nn.Module]]:
-    """Return what reads the beginning of a layer, and what reads the rest of it and builds it."""
+    """Return a function that reads the beginning of a layer, and one that reads the rest of it and builds it."""
     part = model.parts[layer]
-    room = int(part.numel * model.context.dtype.itemsize * SHARE_AHEAD_ON_HOST)
-    return partial(part.read, room=room), lambda stored: model.build(layer, part.taking(stored))
+    budget = int(part.numel * model.context.dtype.itemsize * SHARE_AHEAD_ON_HOST)
+    return partial(part.read, budget=budget), lambda stored: model.build(layer, part.taking(stored))
 
 
-def _in_order(feed: Prefetcher, part: ModuleWeights) -> Take:
+def _in_order(prefetched: Prefetcher, part: ModuleWeights) -> Take:
     expected = iter(part.stored)
 
     def take(name: str) -> Tensor:
-        assert name == next(expected), f"{name} is not what a recipe said it would take"
-        return next(feed)
+        assert name == next(expected), f"{name} is not the next tensor of the weight converters"
+        return next(prefetched)
 
     return take

@@ -1,9 +1,8 @@
-"""Tensors on their way from disk to where they are computed with, read before they are asked for, within a bound.
+"""Prefetching of tensors from disk to a device, before they are requested, within a memory budget.
 
-A few threads read blocks into memory of their own that is used again and again, page-locked for a GPU, and have each
-copied on a stream beside the one that computes: disk, bus and arithmetic move at the same time, and the host has no
-more than two blocks for each thread. Tensors are begun in the order in which they are taken, whichever layer or model
-they belong to.
+A few threads read blocks into buffers that are reused, page-locked for a GPU, and copy each block on a CUDA stream
+besides the computing one: disk, bus and arithmetic work at the same time, and the host holds at most two blocks per
+thread. Tensors are started in the order in which they are requested, regardless of the layer or model they belong to.
 """
 
 import threading
@@ -25,12 +24,12 @@ from qwen_pipeline.layerwise.weights import READERS
 
 
 @dataclass(slots=True)
-class _Arrival:
+class _PendingTensor:
     """A tensor that is being read.
 
     Attributes:
         memory: All of its bytes, uint8 on the device.
-        missing: Blocks that were not handed to the bus yet.
+        missing: Blocks whose copy has not been issued yet.
     """
 
     spec: TensorSpec
@@ -39,29 +38,30 @@ class _Arrival:
 
 
 class Prefetcher(Iterator[Tensor]):
-    """Yields tensors on a device, in the order given; used as a context, which ends its threads.
+    """Iterator over tensors on a device, in the order given; a context manager that ends its threads.
 
-    What was yielded is the receiver's alone, to keep and to change, on the stream that is current when it is yielded.
+    A yielded tensor is not shared: the caller may keep and modify it, on the CUDA stream that is current when it is
+    yielded.
 
     Args:
-        tensors: What will be asked for, in this order.
-        device: Where.
-        room: Bytes of tensors that may be on the device before they are asked for. One that is larger is begun when it
-            is asked for and nothing else waits.
+        tensors: The tensors to yield, in this order.
+        device: Destination of the tensors.
+        budget: Bytes of tensors that may be on the device before they are requested. A larger tensor is started once
+            it is requested and no other is pending.
 
     Raises:
-        CheckpointRefused: On being asked for the next one: a file ends before the bytes that its header promises.
+        CheckpointRefused: Raised by ``next``: a file ends before the bytes that its header declares.
     """
 
-    def __init__(self, tensors: Sequence[LazyTensor], device: torch.device, *, room: int) -> None:
-        self._device, self._room, self._left = device, room, len(tensors)
+    def __init__(self, tensors: Sequence[LazyTensor], device: torch.device, *, budget: int) -> None:
+        self._device, self._budget, self._left = device, budget, len(tensors)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._blocks, self._turn = self._begun(tensors), threading.Lock()
+        self._blocks, self._blocks_lock = self._iter_blocks(tensors), threading.Lock()
         self._changed = threading.Condition()
-        self._coming: deque[_Arrival] = deque()
-        self._held, self._wanted, self._closed = 0, False, False
-        self._fault: BaseException | None = None
-        self._readers = [threading.Thread(target=self._serve, daemon=True) for _ in range(READERS)]
+        self._pending: deque[_PendingTensor] = deque()
+        self._held, self._requested, self._closed = 0, False, False
+        self._error: BaseException | None = None
+        self._readers = [threading.Thread(target=self._run_reader, daemon=True) for _ in range(READERS)]
 
     def __enter__(self) -> "Prefetcher":
         for reader in self._readers if self._left else ():
@@ -80,81 +80,81 @@ class Prefetcher(Iterator[Tensor]):
         if not self._left:
             raise StopIteration
         with self._changed:
-            self._wanted = True
+            self._requested = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._fault or (self._coming and not self._coming[0].missing))
-            if self._fault:
-                raise self._fault
-            arrival = self._coming.popleft()
-            self._wanted, self._left, self._held = False, self._left - 1, self._held - arrival.spec.nbytes
+            self._changed.wait_for(lambda: self._error or (self._pending and not self._pending[0].missing))
+            if self._error:
+                raise self._error
+            pending = self._pending.popleft()
+            self._requested, self._left, self._held = False, self._left - 1, self._held - pending.spec.nbytes
             self._changed.notify_all()
         if self._stream:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_stream(self._stream)
-            arrival.memory.record_stream(computing)
-        return arrival.memory.view(arrival.spec.torch_dtype).view(arrival.spec.shape)
+            pending.memory.record_stream(computing)
+        return pending.memory.view(pending.spec.torch_dtype).view(pending.spec.shape)
 
-    def _begun(self, tensors: Sequence[LazyTensor]) -> Iterator[tuple[_Arrival, Block]]:
-        """Yield the blocks of each tensor once there is room for it; end when nobody wants more."""
+    def _iter_blocks(self, tensors: Sequence[LazyTensor]) -> Iterator[tuple[_PendingTensor, Block]]:
+        """Yield the blocks of each tensor once it fits into the budget; stop early when the prefetcher is closed."""
         for tensor in tensors:
-            if not self._finds_room(tensor.spec.nbytes):
+            if not self._reserve(tensor.spec.nbytes):
                 return
             blocks = list(blocks_of(tensor))
             memory = torch.empty(tensor.spec.nbytes, dtype=torch.uint8, device=self._device)
-            arrival = _Arrival(tensor.spec, memory, missing=len(blocks))
+            pending = _PendingTensor(tensor.spec, memory, missing=len(blocks))
             with self._changed:
-                self._coming.append(arrival)
+                self._pending.append(pending)
             del memory
             for block in blocks:
-                yield arrival, block
-            del arrival
+                yield pending, block
+            del pending
 
-    def _finds_room(self, nbytes: int) -> bool:
-        """Wait until so many bytes may be on the device, and take their room; False once nobody wants more."""
+    def _reserve(self, nbytes: int) -> bool:
+        """Wait until so many bytes fit into the budget, and reserve them; return False if the prefetcher was closed."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_over or self._held + nbytes <= self._room or (self._wanted and not self._held)
+                lambda: self._is_over or self._held + nbytes <= self._budget or (self._requested and not self._held)
             )
             self._held += nbytes
             return not self._is_over
 
     @property
     def _is_over(self) -> bool:
-        return self._closed or self._fault is not None
+        return self._closed or self._error is not None
 
-    def _serve(self) -> None:
-        """Read blocks, whichever is next, until there are none."""
-        on_the_bus: deque[tuple[Any, Tensor]] = deque()
-        beside = torch.cuda.stream(self._stream) if self._stream else nullcontext()
+    def _run_reader(self) -> None:
+        """Read the next block that no other thread has taken, until there are none."""
+        copying: deque[tuple[Any, Tensor]] = deque()
+        stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
         try:
-            with recycling(BufferPool(page_locked=self._stream is not None)), beside:
-                while taken := self._next_block():
-                    self._bring(*taken, on_the_bus)
-                    del taken
-                    self._wait_for_bus(on_the_bus, at_most=1)
-                self._wait_for_bus(on_the_bus, at_most=0)
-        except BaseException as fault:
+            with recycling(BufferPool(page_locked=self._stream is not None)), stream:
+                while block := self._next_block():
+                    self._copy(*block, copying)
+                    del block
+                    self._wait_for_copies(copying, at_most=1)
+                self._wait_for_copies(copying, at_most=0)
+        except BaseException as error:
             with self._changed:
-                self._fault = self._fault or fault
+                self._error = self._error or error
                 self._changed.notify_all()
 
-    def _next_block(self) -> tuple[_Arrival, Block] | None:
-        with self._turn:
+    def _next_block(self) -> tuple[_PendingTensor, Block] | None:
+        with self._blocks_lock:
             return None if self._is_over else next(self._blocks, None)
 
-    def _bring(self, arrival: _Arrival, block: Block, on_the_bus: "deque[tuple[Any, Tensor]]") -> None:
+    def _copy(self, pending: _PendingTensor, block: Block, copying: "deque[tuple[Any, Tensor]]") -> None:
         read = self._read(block)
-        arrival.memory[block.start :][: read.nbytes].copy_(read.reshape(-1).view(torch.uint8), non_blocking=True)
+        pending.memory[block.start :][: read.nbytes].copy_(read.reshape(-1).view(torch.uint8), non_blocking=True)
         if self._stream:
-            on_the_bus.append((self._stream.record_event(torch.cuda.Event(blocking=True)), read))
+            copying.append((self._stream.record_event(torch.cuda.Event(blocking=True)), read))
         with self._changed:
-            arrival.missing -= 1
+            pending.missing -= 1
             self._changed.notify_all()
 
     def _read(self, block: Block) -> Tensor:
         return block.load()
 
-    def _wait_for_bus(self, on_the_bus: "deque[tuple[Any, Tensor]]", *, at_most: int) -> None:
-        """Wait until only so many blocks are being copied; the memory of the others is read into again."""
-        while len(on_the_bus) > at_most:
-            on_the_bus.popleft()[0].synchronize()
+    def _wait_for_copies(self, copying: "deque[tuple[Any, Tensor]]", *, at_most: int) -> None:
+        """Wait until at most so many blocks are being copied; the buffers of the others can be reused."""
+        while len(copying) > at_most:
+            copying.popleft()[0].synchronize()

@@ -1,8 +1,8 @@
-"""Weights of modules in memory, from the tensors of a checkpoint on disk.
+"""Parameters of modules, computed from the stored tensors of a checkpoint.
 
-The two differ. A language model's names have a prefix that depends on the family; experts that Transformers keeps in
-one tensor may be stored one by one, or transposed; a quantized linear layer is stored as codes, and its weight is
-computed where it is needed.
+The two differ. The names of a language model have a prefix that depends on the family; experts that Transformers keeps
+in one tensor may be stored one by one, or transposed; a quantized linear layer is stored as codes, and its weight is
+dequantized on the device.
 """
 
 import copy
@@ -25,25 +25,25 @@ from qwen_pipeline.qwen.names import decoder_prefix
 from qwen_pipeline.transforms.codes.gptq import CODES, PackedLinear, gptq_format
 
 READERS = 8
-"""Threads that read: one alone does not keep a fast disk busy."""
+"""Reading threads; a single one does not keep a fast disk busy."""
 GAP_BYTES, RUN_BYTES = 128 * 2**10, 2**20
-"""Rows of an embedding that nobody wants are read if there are no more between two others, in runs of so many bytes."""
+"""Largest gap between two requested rows of an embedding that is read along with them, and largest size of one read."""
 
 T = TypeVar("T")
 U = TypeVar("U")
 HostTensors = dict[str, Tensor]
 Take = Callable[[str], Tensor]
-"""Hands out a stored tensor by name, once."""
+"""Returns a stored tensor by name; each can be taken once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightConverter:
-    """How one parameter comes from stored tensors.
+    """Computes one parameter from stored tensors.
 
     Attributes:
-        stored: Their names, in the order in which ``write`` takes them.
-        write: Fills the parameter, in whatever dtype it has.
-        is_stored: Whether it is a stored tensor as it is, but for its dtype.
+        stored: Names of the stored tensors, in the order in which ``write`` takes them.
+        write: Fills the parameter, converting to its dtype.
+        is_stored: Whether the parameter equals a stored tensor, except for its dtype.
     """
 
     stored: tuple[str, ...]
@@ -54,7 +54,11 @@ class WeightConverter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleWeights:
-    """All parameters of one module, by their names in it; ``integers`` are the dtypes of those that are no floats."""
+    """Converters of all parameters of one module, by name.
+
+    Attributes:
+        integers: Parameter -> dtype, of those that are not floating point.
+    """
 
     checkpoint: Checkpoint
     converters: Mapping[str, WeightConverter]
@@ -69,29 +73,30 @@ class ModuleWeights:
         """Names of the stored tensors, in the order in which they are taken."""
         return [name for converter in self.converters.values() for name in converter.stored]
 
-    def read(self, *, room: int) -> HostTensors:
-        """Return the first stored tensors, as many as there are in ``room`` bytes; the others are read when needed."""
+    def read(self, *, budget: int) -> HostTensors:
+        """Read the first stored tensors, as many as fit into ``budget`` bytes; the others are read when needed."""
         ends = accumulate(self.checkpoint[name].nbytes for name in self.stored)
-        fitting = [name for name, end in zip(self.stored, ends, strict=True) if end <= room]
+        fitting = [name for name, end in zip(self.stored, ends, strict=True) if end <= budget]
         with ThreadPoolExecutor(READERS) as pool:
             return dict(zip(fitting, pool.map(self.checkpoint.load, fitting), strict=True))
 
     def taking(self, stored: HostTensors) -> Take:
-        """Return what hands out stored tensors; ``stored`` is emptied on the way, so that memory is given back."""
+        """Return a function that takes tensors out of ``stored``, so that their memory is freed, or reads them."""
         return lambda name: stored.pop(name) if name in stored else self.checkpoint.load(name)
 
     def assemble(self, take: Take, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Compute the parameters.
+        """Return the parameters.
 
-        What is taken on a GPU was copied there and may be a parameter itself; what the host has may be somebody's.
+        A tensor taken on a GPU is a copy, so it may become the parameter itself; on the CPU it may be shared with
+        other users, so it is copied.
         """
         parameters: dict[str, Tensor] = {}
         for name, converter in self.converters.items():
-            wanted = self.integers.get(name, dtype)
+            own_dtype = self.integers.get(name, dtype)
             if converter.is_stored:
-                parameters[name] = take(*converter.stored).to(device, wanted, copy=device.type == "cpu")
+                parameters[name] = take(*converter.stored).to(device, own_dtype, copy=device.type == "cpu")
             else:
-                parameters[name] = torch.empty(converter.shape, dtype=wanted, device=device)
+                parameters[name] = torch.empty(converter.shape, dtype=own_dtype, device=device)
                 converter.write(parameters[name], lambda each: take(each).to(device))
         return parameters
 
@@ -101,7 +106,7 @@ class ModuleWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelWeights:
-    """A checkpoint by the names of its language model: ``embed_tokens.weight``, ``layers.0.mlp.up_proj.weight``, ..."""
+    """Weights of a checkpoint's language model, by names without prefix: ``layers.0.mlp.up_proj.weight``, ..."""
 
     checkpoint: Checkpoint
     prefix: str
@@ -111,7 +116,7 @@ class ModelWeights:
         """Find the language model of a checkpoint.
 
         Raises:
-            CheckpointRefused: It has none.
+            CheckpointRefused: The checkpoint has no language model.
         """
         return cls(checkpoint=checkpoint, prefix=decoder_prefix(checkpoint))
 
@@ -121,14 +126,14 @@ class ModelWeights:
 
     @property
     def head(self) -> str:
-        """The stored tensor that is the output head, or the embedding."""
+        """Name of the stored output head, or of the embedding if the two are tied."""
         return stored_head(self.checkpoint) or self.embedding
 
     def part(self, path: str, module: nn.Module) -> ModuleWeights:
-        """Return how the parameters of ``module``, which the language model has at ``path``, are stored.
+        """Return the converters for the parameters of ``module``, found at ``path`` in the language model.
 
         Raises:
-            CheckpointRefused: One of them is not in the checkpoint, or has another shape.
+            CheckpointRefused: A parameter is missing from the checkpoint, or has another shape.
         """
         parameters = module.state_dict()
         return ModuleWeights(
@@ -141,17 +146,17 @@ class ModelWeights:
         )
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Return these rows of the embedding, which must be ascending, and at least one.
+        """Return rows of the embedding; ``ids`` must be ascending and not empty.
 
-        A disk brings some neighbours in the time that it takes to find another row.
+        Rows between close ids are read along with them: a disk reads them in less time than it needs for another seek.
 
         Raises:
-            InputRefused: It does not have that many.
+            InputRefused: An id is outside the embedding.
         """
         if ids[-1] >= (vocabulary := self.checkpoint[self.embedding].rows):
             raise InputRefused(
-                f"There is a token {ids[-1]}, but {self.embedding} has {vocabulary} rows.",
-                remedy="Use the tokenizer of this model, and text without tokens that another one added.",
+                f"The text has a token {ids[-1]}, but {self.embedding} has {vocabulary} rows.",
+                remedy="Use the tokenizer of this model, and text without tokens that another tokenizer added.",
             )
 
         def read(first: int, last: int) -> Tensor:
@@ -180,16 +185,16 @@ class ModelWeights:
             pairs = [
                 [self._converter(f"{experts}.{e}.{kind}.weight", half) for kind in _HALVES] for e in range(shape[0])
             ]
-            return _stacked([_above(pair) for pair in pairs])
+            return _stacked([_concatenated(pair) for pair in pairs])
         if name.endswith("experts.down_proj"):
             return _stacked([self._converter(f"{experts}.{e}.down_proj.weight", shape[1:]) for e in range(shape[0])])
         raise CheckpointRefused(
-            f"{name} is {f'{list(found.shape)}' if found else 'missing'}, the model needs {list(shape)}.",
-            remedy="Config and weights must be of one model, in a layout of a Qwen family.",
+            f"{name} {f'has shape {list(found.shape)}' if found else 'is missing'}, expected shape {list(shape)}.",
+            remedy="Use config and weights of the same model, in a layout of a Qwen family.",
         )
 
     def _from_shards(self, module: str, shape: tuple[int, ...]) -> WeightConverter:
-        """Put a table together whose rows are stored in parts, as an embedding of n-grams is."""
+        """Concatenate a table whose rows are stored in several tensors, as an n-gram embedding is."""
         names = [f"{module}.shard_{n}.weight" for n in range(len(self.checkpoint))]
         names = [name for name in names if name in self.checkpoint]
 
@@ -221,37 +226,37 @@ _HALVES = ("gate_proj", "up_proj")
 
 
 def fill(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a module of the meta device with real weights."""
+    """Return a copy of a module on the meta device, with these parameters."""
     real = copy.deepcopy(module)
     real.load_state_dict(parameters, assign=True)
     return real.eval().requires_grad_(requires_grad=False)
 
 
-def ahead(steps: Sequence[tuple[Callable[[], T], Callable[[T], U]]]) -> Iterator[U]:
-    """Yield ``use(read())`` for each ``(read, use)``; the next one reads in a thread once this one was used.
+def pipelined(steps: Sequence[tuple[Callable[[], T], Callable[[T], U]]]) -> Iterator[U]:
+    """Yield ``use(read())`` for each ``(read, use)``; the next ``read`` runs in a thread, from the end of this ``use``.
 
-    Nothing that was yielded is kept here, so that it is gone when the receiver drops it.
+    No reference to a yielded value is kept here, so its memory is freed when the caller drops it.
     """
     with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(read) for read, _ in steps[:1]]
+        pending = [pool.submit(read) for read, _ in steps[:1]]
         for (_, use), following in zip(steps, [*steps[1:], None], strict=True):
-            used = [use(coming.pop().result())]
-            coming += [pool.submit(following[0])] if following else []
+            used = [use(pending.pop().result())]
+            pending += [pool.submit(following[0])] if following else []
             yield used.pop()
 
 
 def _stacked(converters: Sequence[WeightConverter]) -> WeightConverter:
-    """Put parameters into one, along a new first axis."""
+    """Combine parameters of one shape into one, along a new first axis."""
 
     def write(out: Tensor, take: Take) -> None:
-        for slot, converter in zip(out, converters, strict=True):
-            converter.write(slot, take)
+        for part, converter in zip(out, converters, strict=True):
+            converter.write(part, take)
 
     return WeightConverter(stored=_stored(converters), shape=(len(converters), *converters[0].shape), write=write)
 
 
-def _above(converters: Sequence[WeightConverter]) -> WeightConverter:
-    """Put parameters of one shape into one, along its first axis."""
+def _concatenated(converters: Sequence[WeightConverter]) -> WeightConverter:
+    """Combine parameters of one shape into one, along their first axis."""
     stacked, (rows, *rest) = _stacked(converters), converters[0].shape
 
     def write(out: Tensor, take: Take) -> None:
@@ -265,11 +270,11 @@ def _stored(converters: Sequence[WeightConverter]) -> tuple[str, ...]:
 
 
 def _runs(ids: Sequence[int], row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut ascending row numbers into runs that are read at once; yield where each begins and ends among them."""
+    """Split ascending row numbers into runs that are read at once; yield the first and last index of each, [a, b)."""
     first = 0
-    for place in range(1, len(ids)):
-        beyond, whole = ids[place] - ids[place - 1] - 1, ids[place] - ids[first] + 1
-        if beyond * row_bytes > GAP_BYTES or whole * row_bytes > RUN_BYTES:
-            yield first, place
-            first = place
+    for index in range(1, len(ids)):
+        gap, length = ids[index] - ids[index - 1] - 1, ids[index] - ids[first] + 1
+        if gap * row_bytes > GAP_BYTES or length * row_bytes > RUN_BYTES:
+            yield first, index
+            first = index
     yield first, len(ids)

@@ -1,50 +1,52 @@
-"""Where the bytes of a base model are: a directory as it is, or a snapshot of a hub's repository."""
+"""The directory of a base model: a local one, or a snapshot of a repository on the Hugging Face Hub."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""What a checkpoint consists of here. Pickled weights and code are never fetched."""
+FILE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""The files of a checkpoint that are downloaded. Pickled weights and code never are."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def find_base(name: str, *, revision: str | None = None, beside: Path = Path()) -> Path:
-    """Return the directory of a base model, fetching it from the hub unless it is in the hub's cache already.
+    """Return the directory of a base model, downloading it from the hub unless it is in the local hub cache.
 
     Args:
         name: A directory, or a hub id such as ``Qwen/Qwen2.5-72B-Instruct``.
-        revision: Commit, tag or branch of a hub repository. Only a commit names the same bytes tomorrow.
-        beside: Where relative directories start.
+        revision: Commit, tag or branch of a hub repository. Only a commit always refers to the same bytes.
+        beside: The directory that relative paths are resolved against.
 
     Raises:
-        InputRefused: Neither a directory nor a hub id, or the hub has no such repository or revision for us.
+        InputRefused: The name is neither a directory nor a hub id, or this account may not read the repository or
+            revision, or it does not exist.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the snapshot.
     """
     directory = beside / Path(name).expanduser()
     if directory.is_dir():
         return directory
     _require_hub_id(name, directory)
-    return _snapshot(name, revision, WANTED)
+    return _snapshot(name, revision, FILE_PATTERNS)
 
 
 def load_config(name: str, *, revision: str | None = None, beside: Path = Path()) -> dict[str, Any]:
-    """Return a model's config, fetching ``config.json`` alone if ``name`` is a hub id.
+    """Return a model's config, downloading only ``config.json`` if ``name`` is a hub id.
 
     Args:
         name: A directory, a file or a hub id.
         revision: Commit, tag or branch of a hub repository.
-        beside: Where relative paths start.
+        beside: The directory that relative paths are resolved against.
 
     Raises:
-        InputRefused: Neither a directory, a file nor a hub id, or the hub has no such repository for us.
-        CheckpointRefused: The file is not there, or not JSON.
+        InputRefused: The name is neither a directory, a file nor a hub id, or this account may not read the repository
+            or revision, or it does not exist.
+        CheckpointRefused: The file is missing or is not JSON.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the file.
     """
     path = beside / Path(name).expanduser()
@@ -52,21 +54,18 @@ def load_config(name: str, *, revision: str | None = None, beside: Path = Path()
         _require_hub_id(name, path)
         path = _snapshot(name, revision, (CONFIG,))
     file = path if path.is_file() else path / CONFIG
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointRefused(f"{file} cannot be read: {error}.", remedy="Name a model directory.") from error
+    return load_json(file)
 
 
 def _require_hub_id(name: str, directory: Path) -> None:
     if not _HUB_ID.fullmatch(name):
         raise CheckpointRefused(
             f"The base {name!r} is neither a directory ({directory}) nor a hub id.",
-            remedy="Name a directory with safetensors weights, or an id such as Qwen/Qwen2.5-72B-Instruct.",
+            remedy="Use a directory with safetensors weights, or an id such as Qwen/Qwen2.5-72B-Instruct.",
         )
 
 
-def _snapshot(repository: str, revision: str | None, wanted: Sequence[str]) -> Path:
+def _snapshot(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -78,19 +77,19 @@ def _snapshot(repository: str, revision: str | None, wanted: Sequence[str]) -> P
 
     what = f"{repository} at revision {revision or 'main'}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise InputRefused(
-            f"The hub gives {what} only to those who accepted its terms.",
+            f"{what} is gated: the hub requires that you accept its terms.",
             remedy=f"Accept them at https://huggingface.co/{repository} and set HF_TOKEN.",
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputRefused(
-            f"The hub has no {what} that this account may read.",
+            f"The hub has no {what}, or this account may not read it.",
             remedy="Check base_model and base_revision; for a private repository set HF_TOKEN.",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentFault(
-            f"{what} is not in the hub's cache and cannot be fetched: {error}",
+            f"{what} is not in the hub's cache and cannot be downloaded: {error}",
             remedy="Connect to the hub, or set base_model to a directory that holds the model.",
         ) from error

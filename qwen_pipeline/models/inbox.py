@@ -1,7 +1,8 @@
-"""Where fine-tunes arrive: one directory each, named for the fine-tune, seen as complete or with a reason why not.
+"""The inbox of uploaded fine-tunes: one directory for each, which is complete or has an obstacle.
 
-An upload is complete when nothing in it is marked as partial, every safetensors file is as long as its header says, and
-either it has not changed since the last look, or its sender put the file ``.complete`` into it after everything else.
+An upload is complete if no file has the suffix of a partial one, every safetensors file is as long as its header says,
+and either it has not changed since the last tick of the sensor, or the uploader wrote the file ``.complete`` into it
+after all other files.
 """
 
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import directory_digest
+from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
@@ -25,41 +26,42 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
 def require_name(name: str) -> str:
-    """Return a fine-tune's name if it is safe as a partition key, a directory and an argument.
+    """Return a fine-tune's name if it is safe as a partition key, a directory and a command-line argument.
 
     Raises:
-        InputRefused: It is not.
+        InputRefused: The name is not safe.
     """
     if not _NAME.fullmatch(name) or ".." in name or name.startswith((".", "-")):
         raise InputRefused(
             f"{name[:120]!r} cannot be the name of a fine-tune.",
-            remedy="Rename it: 1 to 100 of A-Z a-z 0-9 . _ -, first a letter or a digit, without two dots in a row.",
+            remedy="Rename it: use 1 to 100 characters of A-Z a-z 0-9 . _ -, do not begin with a dot or a hyphen, and"
+            " do not write two dots in a row.",
         )
     return name
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A directory in the inbox, as it is at this moment."""
+    """A directory in the inbox, complete or not."""
 
     name: str
     path: Path
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Relative path -> file, sorted, without the marker."""
+        """Relative path -> file, sorted, without the marker ``.complete``."""
         found = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*") if path.is_file()}
         return {relative: found[relative] for relative in sorted(found) if relative != MARKER}
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes whenever a file is added, removed or written to; costs no reading."""
+        """A hash of the files' stats, which changes when a file is added, removed or written; no file is read."""
         stats = [(relative, path.stat()) for relative, path in self.files.items()]
         return canonical_sha256([[relative, s.st_size, s.st_mtime_ns, s.st_ino] for relative, s in stats])
 
     @cached_property
     def digest(self) -> str:
-        """``sha256:<hex>`` of names and bytes of all files. Read once per file, remembered after that."""
+        """``sha256:<hex>`` over names and bytes of all files. Each file is read once; its digest is cached."""
         return directory_digest(self.files)
 
     @property
@@ -74,18 +76,18 @@ class Arrival:
         return all(path.stat().st_mtime_ns <= marker.stat().st_mtime_ns for path in self.files.values())
 
     def obstacle(self) -> str | None:
-        """Say why this cannot be taken as it is, or None."""
+        """Return the reason why the directory is not a complete fine-tune, or None."""
         try:
             require_name(self.name)
-            if foreign := [relative for relative, path in self.files.items() if self._leads_out(path)]:
-                return f"{foreign[0]} is a link to a file outside of the directory"
+            if outside := [relative for relative, path in self.files.items() if self._leads_outside(path)]:
+                return f"{outside[0]} is a link to a file outside of the directory"
             if partial := [relative for relative in self.files if relative.endswith(PARTIAL_SUFFIXES)]:
                 return f"{partial[0]} is still being written"
             if not {ADAPTER_CONFIG, ADAPTER_SET, CONFIG} & self.files.keys():
-                return f"none of {ADAPTER_CONFIG}, {ADAPTER_SET} and {CONFIG} is there"
+                return f"it has none of {ADAPTER_CONFIG}, {ADAPTER_SET} and {CONFIG}"
             weights = [path for relative, path in self.files.items() if relative.endswith(".safetensors")]
             if not weights:
-                return "no *.safetensors file is there"
+                return "it has no *.safetensors file"
             for path in weights:
                 open_safetensors(path)
         except PipelineError as fault:
@@ -94,60 +96,65 @@ class Arrival:
             return f"it cannot be read: {error}"
         return None
 
-    def _leads_out(self, path: Path) -> bool:
+    def _leads_outside(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self.path.resolve())
 
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """All fine-tunes below one root."""
+    """The fine-tunes in the subdirectories of one root."""
 
     root: Path
 
     def arrivals(self) -> Iterator[Arrival]:
-        """Every directory there is, complete or not, in the order of names; hidden ones are nobody's."""
+        """Yield every directory, complete or not, in the order of names; hidden directories are skipped."""
         if self.root.is_dir():
             for path in sorted(self.root.iterdir()):
                 if path.is_dir() and not path.name.startswith("."):
                     yield Arrival(path.name, path)
 
     def find(self, name: str) -> Arrival:
-        """Return a fine-tune that must be there, complete or not.
+        """Return the fine-tune of this name, complete or not.
 
         Raises:
-            InputRefused: It is not, or the name cannot be one.
+            InputRefused: The inbox has no such directory, or the name is not safe.
         """
         arrival = Arrival(require_name(name), self.root / name)
         if arrival.path.is_dir():
             return arrival
-        known = ", ".join(other.name for other in self.arrivals()) or "nothing"
+        known = ", ".join(other.name for other in self.arrivals()) or "none"
         raise InputRefused(
-            f"There is no fine-tune {name!r} in {self.root}, which holds {known}.",
+            f"There is no fine-tune {name!r} in {self.root}; those in it: {known}.",
             remedy=f"Copy its directory to {arrival.path}, or give its path instead of a name.",
         )
 
     def require(self, name: str) -> Arrival:
-        """Return a fine-tune that must be there and complete.
+        """Return the fine-tune of this name, which must be complete.
 
         Raises:
-            InputRefused: It is not.
+            InputRefused: The inbox has no such directory, or it is not complete.
         """
         arrival = self.find(name)
         if obstacle := arrival.obstacle():
             raise InputRefused(
-                f"{arrival.path} is not complete: {obstacle}.", remedy="Finish the upload, then run again."
+                f"{arrival.path} is not complete: {obstacle}.", remedy="Complete the upload, then run again."
             )
         return arrival
 
-    def admit(self, directory: Path) -> Arrival:
-        """Make a directory elsewhere a fine-tune of its own name, by a link."""
-        place = self.root / require_name(directory.resolve().name)
-        if not place.exists():
+    def link(self, directory: Path) -> Arrival:
+        """Link a directory elsewhere into the inbox under its own name, and return it.
+
+        Raises:
+            DestinationRefused: The inbox has another fine-tune of that name.
+            InputRefused: The name is not safe, or the fine-tune is not complete.
+        """
+        path = self.root / require_name(directory.resolve().name)
+        if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(directory.resolve())
-        elif place.resolve() != directory.resolve():
+            path.symlink_to(directory.resolve())
+        elif path.resolve() != directory.resolve():
             raise DestinationRefused(
-                f"{place} is another fine-tune than {directory}.",
-                remedy=f"Rename one of them, or run the one in the inbox: qwen-pipeline run {place.name}",
+                f"{path} exists and is not {directory}.",
+                remedy=f"Rename one of them, or run the one in the inbox: qwen-pipeline run {path.name}",
             )
-        return self.require(place.name)
+        return self.require(path.name)

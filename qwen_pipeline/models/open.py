@@ -1,13 +1,13 @@
-"""A merged model as what it is made of: it reads like a stored one, and can be stored later.
+"""Models and fine-tunes by directory, including recipes: merged models whose weights are computed when they are read.
 
-A recipe is a finished directory with config, tokenizer and manifest but no weights. Its manifest has the digest of
-every tensor; the content digest is that of the stored checkpoint.
+A recipe is a finished directory with config, tokenizer and manifest but without weights, which can be stored later. Its
+manifest has the digest of every tensor; the content digest is that of the stored checkpoint.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import (
     CONFIG,
     INDEX,
@@ -17,7 +17,7 @@ from qwen_pipeline.checkpoint.lazy import (
     open_sidecars,
 )
 from qwen_pipeline.checkpoint.manifest import Contents, Manifest, find_manifest, open_manifest
-from qwen_pipeline.checkpoint.store.derive import fill_in
+from qwen_pipeline.checkpoint.store.derive import store_recipe
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
@@ -31,17 +31,17 @@ from qwen_pipeline.transforms.lora.merge import merge_lora
 
 
 def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
-    """Open an adapter, several, or a whole model, whichever the directory holds.
+    """Open the fine-tune in a directory: an adapter, a set of adapters, or a whole model.
 
     Raises:
-        InputRefused: It holds none of them in a form that can be merged, or more than one.
+        InputRefused: The directory holds none of them in a form that can be merged, or more than one.
     """
-    whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
-    kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": whole}
-    if len(found := [kind for kind, is_there in kinds.items() if is_there]) > 1:
+    is_whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
+    kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": is_whole}
+    if len(found := [kind for kind, is_present in kinds.items() if is_present]) > 1:
         raise InputRefused(
-            f"{root} holds {' and '.join(found)}; it does not say which one is the fine-tune.",
-            remedy="Put only one of them into the directory.",
+            f"{root} holds {' and '.join(found)}, so it is unclear which one is the fine-tune.",
+            remedy="Keep only one of them in the directory.",
         )
     if is_adapter(root):
         return single(open_adapter(root))
@@ -49,10 +49,10 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
 
 
 def open_model(root: Path) -> Checkpoint:
-    """Open a model directory whose weights are stored, or whose manifest says what they are computed from.
+    """Open a model directory whose weights are stored, or a recipe, whose manifest has their inputs.
 
     Raises:
-        CheckpointRefused: See :func:`open_checkpoint`; or the recipe's base or fine-tune is gone or was changed.
+        CheckpointRefused: See :func:`open_checkpoint`; or the recipe's base or fine-tune is missing or was changed.
     """
     manifest = find_manifest(root)
     if manifest is None or manifest.recipe is None:
@@ -74,12 +74,12 @@ def open_model(root: Path) -> Checkpoint:
 
 
 def paddings_of(base: Path, adapters: AdapterSet, *, padded: Path | None = None) -> Paddings:
-    """Return what manifests say about the padding of a base, and of the model that adapters were trained on.
+    """Return the padding maps of a base and of the model that adapters were trained on, as their manifests state them.
 
     Args:
         base: The base's directory.
-        adapters: They may name the directory of the model that they were trained on.
-        padded: That directory, if it is another by now.
+        adapters: The adapters, whose configs may name the directory of the model that they were trained on.
+        padded: That directory, if it has moved or the configs do not name it.
 
     Raises:
         InputRefused: See :func:`trained_on`.
@@ -89,11 +89,11 @@ def paddings_of(base: Path, adapters: AdapterSet, *, padded: Path | None = None)
 
 
 def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
-    """Store the weights of a recipe in its directory; what is stored already stays as it is.
+    """Store the weights of a recipe in its directory; a directory with stored weights is returned unchanged.
 
     Raises:
-        CheckpointRefused: What it is made of is gone or was changed.
-        CheckFailed: Other weights come out than were promised.
+        CheckpointRefused: The base or the fine-tune is missing or was changed.
+        CheckFailed: The computed weights do not have the digests in the manifest.
     """
 
     def write(root: Path) -> Contents:
@@ -101,49 +101,49 @@ def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
 
     if (manifest := open_manifest(root)).recipe is None:
         return Artifact(path=root, manifest=manifest, reused=True)
-    return fill_in(root, write)
+    return store_recipe(root, write)
 
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
-    """Return the content digest of adapters or of a whole model."""
+    """Return the content digest of the adapter, the set of adapters or the whole model in a directory."""
     if is_adapter(root):
         return open_adapter(root).digest()
     return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)
 
 
 def recipe_of(base: Path, fine_tune: Path | AdapterSet) -> dict[str, str]:
-    """Return role -> path of what a merged checkpoint is computed from: ``adapter.<n>`` for each of several."""
+    """Return role -> path of the inputs of a merged checkpoint; several adapters have the roles ``adapter.<n>``."""
     if isinstance(fine_tune, AdapterSet):
-        parts = {f"adapter.{number}": adapter.root for number, adapter in enumerate(fine_tune.adapters)}
+        inputs = {f"adapter.{number}": adapter.root for number, adapter in enumerate(fine_tune.adapters)}
     else:
-        parts = {"fine_tune": fine_tune}
-    return {role: str(path.resolve()) for role, path in {"base": base, **parts}.items()}
+        inputs = {"fine_tune": fine_tune}
+    return {role: str(path.resolve()) for role, path in {"base": base, **inputs}.items()}
 
 
 def _fine_tune_of(root: Path, manifest: Manifest, recipe: Mapping[str, str]) -> AdapterSet | Checkpoint:
-    """Open what a recipe merges; the weights of several adapters are what the stage noted."""
+    """Open the fine-tune of a recipe; the weights of several adapters are those in the manifest's result."""
     if path := recipe.get("fine_tune"):
         _require_unchanged(root, manifest, "fine_tune", Path(path), fine_tune_digest)
         return open_fine_tune(Path(path))
-    noted, combination = manifest.result["adapters"], manifest.result["combination"]
-    places = [Path(recipe[f"adapter.{number}"]) for number in range(len(noted))]
-    for place in places:
-        if not place.is_dir():
-            raise _changed(root, place, manifest.derivation.inputs["fine_tune"], "gone")
-    adapters = weighted(places, [member["weight"] for member in noted], combination=combination)
+    members, combination = manifest.result["adapters"], manifest.result["combination"]
+    paths = [Path(recipe[f"adapter.{number}"]) for number in range(len(members))]
+    for path in paths:
+        if not path.is_dir():
+            raise _changed(root, path, manifest.derivation.inputs["fine_tune"], "missing")
+    adapters = weighted(paths, [member["weight"] for member in members], combination=combination)
     if (found := adapters.digest()) != (expected := manifest.derivation.inputs["fine_tune"]):
-        raise _changed(root, places[0].parent, expected, found)
+        raise _changed(root, paths[0].parent, expected, found)
     return adapters
 
 
 def _require_unchanged(root: Path, manifest: Manifest, role: str, path: Path, digest: Callable[[Path], str]) -> None:
     expected = manifest.derivation.inputs[role]
-    if (found := digest(path) if path.is_dir() else "gone") != expected:
+    if (found := digest(path) if path.is_dir() else "missing") != expected:
         raise _changed(root, path, expected, found)
 
 
 def _changed(root: Path, path: Path, expected: str, found: str) -> CheckpointRefused:
     return CheckpointRefused(
-        f"The weights of {root} are computed from {path}, which was {expected} and is {found}.",
-        remedy="Put it back, or make the merged checkpoint again from what there is now.",
+        f"The weights of {root} are computed from {path}, expected with digest {expected}, but it is {found}.",
+        remedy="Restore it, or merge again from the current base and fine-tune.",
     )

@@ -1,4 +1,4 @@
-"""Padded checkpoints by their manifests: what was padded how, and which of them adapters were trained on."""
+"""Padded checkpoints and their padding maps, by manifest; the padded checkpoint that adapters were trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ class PaddedModel:
     """A padded checkpoint in full precision.
 
     Attributes:
-        plan: How it was padded.
-        live_digest: Content digest of what was padded; None if that was never stored.
-        live_config: Its ``config.json``.
+        root: Its directory.
+        plan: The padding plan.
+        live_digest: Content digest of the checkpoint before padding; None if it was never stored.
+        live_config: The ``config.json`` before padding.
     """
 
     root: Path
@@ -26,7 +27,7 @@ class PaddedModel:
 
 
 def padded_model(root: Path) -> PaddedModel | None:
-    """Return what the manifest of a directory says about padding; None if it has none, or its widths did not change."""
+    """Return the padding in a directory's manifest; None if there is none, or if no width changed."""
     manifest = find_manifest(root)
     if manifest is None or "live_config" not in manifest.result:
         return None
@@ -41,24 +42,24 @@ def padded_model(root: Path) -> PaddedModel | None:
 
 
 def trained_on(adapters: AdapterSet, named: Path | None = None) -> PaddedModel | None:
-    """Return the padded checkpoint that adapters were trained on: the one named, or the one that they name.
+    """Return the padded checkpoint that adapters were trained on: ``named``, or the one that their configs name.
 
     Raises:
-        InputRefused: The one named has no padding map.
-        AdapterRefused: Adapters name different ones.
+        InputRefused: ``named`` has no padding map.
+        AdapterRefused: The adapters' configs name checkpoints that were padded differently.
     """
     if named:
         if found := padded_model(named):
             return found
         raise InputRefused(
-            f"{named} has no padding map: it was not padded, or not by this pipeline.",
-            remedy="Name the directory that the stage pad wrote, or leave --trained-on out.",
+            f"{named} has no padding map: it is not padded, or was not padded by this pipeline.",
+            remedy="Pass the directory that the stage pad wrote as --trained-on, or omit the option.",
         )
     roots = {Path(name) for adapter in adapters.adapters if (name := adapter.base_name)}
     models = [model for root in sorted(roots) if (model := padded_model(root))]
     if any(model.plan != models[0].plan for model in models):
         raise AdapterRefused(
             f"The adapters were trained on differently padded models: {', '.join(str(m.root) for m in models)}.",
-            remedy="Merge them one after the other.",
+            remedy="Merge one adapter at a time, each into the result of the merge before.",
         )
     return models[0] if models else None

@@ -1,0 +1,1 @@
+"""Quantization: specs, quantizers (an own layer loop, GPTQModel, AutoGPTQ), and the evidence that they leave."""

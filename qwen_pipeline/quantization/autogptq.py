@@ -1,7 +1,7 @@
 """AutoGPTQ 0.7.1 (https://github.com/AutoGPTQ/AutoGPTQ, archived), pinned in ``workers/requirements/autogptq.txt``.
 
-It quantizes on CUDA only, and tells its losses to its logger only. What it writes has GPTQ's codes like GPTQModel's;
-the stage takes those and leaves its configs and its zero biases behind.
+It quantizes on CUDA only, and writes its losses only to its logger. Its codes are GPTQ codes like GPTQModel's; the
+stage uses these and ignores its configs and its zero biases.
 """
 
 import csv
@@ -18,27 +18,43 @@ from qwen_pipeline.checkpoint.measure import Stopwatch
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization.dead_channels import settle_dead_channels
-from qwen_pipeline.quantization.spec import QuantJob, require_device, use_work_dir
+from qwen_pipeline.quantization.job import QuantJob, require_device, use_work_dir
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``.
 
     Returns:
-        ``seconds``: what the library took to be imported, to load, to quantize and to save.
+        ``seconds``: of importing the library, loading, quantizing and saving.
 
     Raises:
         EnvironmentFault: There is no CUDA device.
     """
     job = QuantJob.from_json(spec)
     if job.spec.device != "cuda":
-        raise EnvironmentFault("AutoGPTQ quantizes on CUDA only.", remedy="Use a GPU, or the engine gptqmodel.")
+        raise EnvironmentFault(
+            "AutoGPTQ quantizes on CUDA only.", remedy="Use a GPU, or set engine to 'gptqmodel' or 'layerwise'."
+        )
     require_device(job.spec)
     use_work_dir(job)
     laps = Stopwatch()
-    library: Any = import_module("auto_gptq")
+    import_module("auto_gptq")
     laps.lap("import")
-    model = library.AutoGPTQForCausalLM.from_pretrained(
+    model = _load_model(job)
+    laps.lap("load")
+    patch_solver()
+    losses = LossReader(job, observe)
+    _quantize(model, job, losses)
+    laps.lap("quantize")
+    model.save_quantized(str(job.packed))
+    laps.lap("save")
+    losses.write()
+    return {"seconds": laps.seconds}
+
+
+def _load_model(job: QuantJob) -> Any:
+    library: Any = import_module("auto_gptq")
+    return library.AutoGPTQForCausalLM.from_pretrained(
         str(job.source),
         library.BaseQuantizeConfig(
             bits=job.spec.bits,
@@ -48,12 +64,12 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             damp_percent=job.spec.damp_percent,
             model_file_base_name="model",
         ),
-        torch_dtype=torch.float16,  # the library stores scales in the dtype of the model, the format wants float16
+        torch_dtype=torch.float16,  # the library stores scales in the dtype of the model, the format requires float16
     )
-    laps.lap("load")
-    settle_before_solving()
+
+
+def _quantize(model: Any, job: QuantJob, losses: "LossReader") -> None:
     windows = torch.tensor(np.load(job.windows)).long()
-    losses = LossReader(job, observe)
     logger = logging.getLogger("auto_gptq")
     logger.addHandler(losses)
     logger.setLevel(logging.INFO)
@@ -62,15 +78,10 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         batch_size=job.spec.batch_size,
         cache_examples_on_gpu=False,
     )
-    laps.lap("quantize")
-    model.save_quantized(str(job.packed))
-    laps.lap("save")
-    losses.write()
-    return {"seconds": laps.seconds}
 
 
-def settle_before_solving() -> None:
-    """Have AutoGPTQ's solver settle dead channels before it looks for them, so that it finds none."""
+def patch_solver() -> None:
+    """Make AutoGPTQ's solver settle dead channels before it looks for them, so that it finds none."""
     solver: Any = import_module("auto_gptq.quantization.gptq").GPTQ
     solve = solver.fasterquant
 
@@ -82,7 +93,7 @@ def settle_before_solving() -> None:
 
 
 class LossReader(logging.Handler):
-    """Reads each module's loss off the library's log: first the line that names the module, then ``avg loss``."""
+    """Reads the loss of each module from the library's log: first a line that names the module, then ``avg loss``."""
 
     _MODULE = re.compile(r"Quantizing (?P<module>\S+) in layer (?P<number>\d+)/(?P<layers>\d+)")
     _LOSS = re.compile(r"avg loss: (?P<loss>\S+)")
@@ -97,11 +108,12 @@ class LossReader(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if at := self._MODULE.search(message):
-            self._current, self._layers = (int(at["number"]) - 1, at["module"]), int(at["layers"])
-        elif found := self._LOSS.search(message):
+        if begun := self._MODULE.search(message):
+            self._current, self._layers = (int(begun["number"]) - 1, begun["module"]), int(begun["layers"])
+        elif solved := self._LOSS.search(message):
             layer, module = self._current
-            loss = float(found["loss"]) / self._job.spec.seq_len**2  # Hessian and mean count windows, others' tokens
+            # its Hessian and its mean are per window, those of the other quantizers per token
+            loss = float(solved["loss"]) / self._job.spec.seq_len**2
             self._rows.append((layer, module, loss))
             remark = f"layers.{layer}.{module} loss {loss:.10f}"
             self._observe(Progress(task="quantize", done=layer, total=self._layers, unit="layers", remark=remark))

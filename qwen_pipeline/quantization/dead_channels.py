@@ -1,8 +1,8 @@
-"""Dead input channels: those that no calibration token reached, as every channel that padding added.
+"""Dead input channels: channels that no calibration token activated, such as those added by padding.
 
-GPTQ's solvers give a dead channel the Hessian diagonal 1 and *then* damp all channels by a share of the mean diagonal.
-Where live diagonals are far below 1, as in experts with small activations, that mean is the dead channels' and the
-damping drowns what the live ones know of each other: at worst the solver only rounds.
+GPTQ solvers set the Hessian diagonal of a dead channel to 1 and *then* damp all channels by a share of the mean
+diagonal. If the live diagonals are far below 1, as in experts with small activations, the dead channels dominate that
+mean, and the damping hides the correlations between the live ones: at worst the solver only rounds.
 """
 
 from typing import TYPE_CHECKING
@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 
 def settle_dead_channels(hessian_II: "torch.Tensor", weight_OI: "torch.Tensor") -> None:
-    """Give dead channels the mean Hessian diagonal of the live ones, in place, and weights of zero.
+    """Set the Hessian diagonal of dead channels to the mean of the live ones, and their weights to zero, in place.
 
     The mean diagonal, and with it the damping, is then that of the live channels alone. Dead channels have no
-    off-diagonal entries, so nothing else of the solver sees them. Where all are dead nothing was learnt, and nothing is
-    changed.
+    off-diagonal entries, so they do not affect the rest of the solution. If all channels are dead, nothing is changed.
     """
     diagonal = hessian_II.diagonal()
     dead = diagonal == 0

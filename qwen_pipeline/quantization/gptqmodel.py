@@ -1,7 +1,7 @@
 """GPTQModel (https://github.com/ModelCloud/GPTQModel), pinned in ``workers/requirements/gptqmodel.txt``.
 
-:func:`quantize_directory` runs in the engine's own process and environment. It leaves the library's checkpoint and its
-``quant_log.csv`` in a workshop directory; the stage takes from them what is true.
+:func:`quantize_directory` runs in the quantizer's own process and environment. It writes the library's checkpoint and
+its ``quant_log.csv`` into the working directory; the stage reads the codes and the figures from them.
 """
 
 import csv
@@ -22,26 +22,26 @@ from qwen_pipeline.checkpoint.measure import Stopwatch, resident_peak
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization.dead_channels import settle_dead_channels
-from qwen_pipeline.quantization.solver import naming_nan
-from qwen_pipeline.quantization.spec import QuantJob, require_device, use_work_dir
+from qwen_pipeline.quantization.job import QuantJob, require_device, use_work_dir
+from qwen_pipeline.quantization.solver import nan_as_check_failed
 from qwen_pipeline.workers.child import report
 
-STOPS = 16
-"""How often in a run finished layers are kept to resume from, where GPTQModel can."""
+CHECKPOINTS = 16
+"""Number of times in a run that the finished layers are saved to resume from, if GPTQModel supports it."""
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``; the files are the result.
 
-    Rounding to nearest as a fallback is switched off; where the solver gives up all the same (a Hessian that is not
-    positive definite) GPTQModel logs ``losses.NOT_SOLVED`` as the loss, and the stage's check fails.
+    Rounding to nearest as a fallback is switched off; if the solver gives up nevertheless (the Hessian is not positive
+    definite), GPTQModel logs ``losses.NOT_SOLVED`` as the loss, and the check of the stage fails.
 
     Returns:
-        ``seconds``: what the library took to be imported, to load, to quantize and to save.
+        ``seconds``: of importing the library, loading, quantizing and saving.
 
     Raises:
-        EnvironmentFault: The spec wants CUDA and there is none, or the library cannot go on from what it left.
-        CheckFailed: A module's loss is NaN.
+        EnvironmentFault: The spec requires CUDA and there is no GPU, or the run cannot be resumed from saved layers.
+        CheckFailed: The loss of a module is NaN.
     """
     job = QuantJob.from_json(spec)
     require_device(job.spec)
@@ -51,11 +51,28 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     torch.set_num_threads(job.spec.threads)
 
     laps = Stopwatch()
+    import_module("gptqmodel")
+    import_module("gptqmodel.quantization.config")
+    laps.lap("import")
+    model = _load_model(job)
+    laps.lap("load")
+    patch_solver()
+    patch_thread_pool()
+    job.resume.mkdir(exist_ok=True)
+    peaks = job.resume / "peaks.csv"
+    _patch_log(model.model.config, peaks, observe)
+    _quantize(model, job)
+    laps.lap("quantize")
+    model.save(str(job.packed))
+    laps.lap("save")
+    _add_peaks(job.quant_log, peaks)
+    return {"seconds": laps.seconds}
+
+
+def _load_model(job: QuantJob) -> Any:
     library: Any = import_module("gptqmodel")
     settings: Any = import_module("gptqmodel.quantization.config")
-    laps.lap("import")
-    everywhere = settings.MoEConfig(routing=settings.ExpertsRoutingBypass()) if job.spec.all_experts else None
-    model = library.GPTQModel.load(
+    return library.GPTQModel.load(
         str(job.source),
         library.GPTQConfig(
             bits=job.spec.bits,
@@ -66,18 +83,15 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             dynamic={f".*(?:{pattern})": dict(own) for pattern, own in job.spec.dynamic.items()} or None,
             damp_percent=job.spec.damp_percent,
             mse=job.spec.mse,
-            moe=everywhere,
+            moe=settings.MoEConfig(routing=settings.ExpertsRoutingBypass()) if job.spec.all_experts else None,
             fallback=None,
         ),
         device=job.spec.device,
         dtype=torch.float32 if job.spec.device == "cpu" else "auto",
     )
-    laps.lap("load")
-    settle_before_solving()
-    report_before_aborting()
-    job.resume.mkdir(exist_ok=True)
-    peaks = job.resume / "peaks.csv"
-    _follow(model.model.config, peaks, observe)
+
+
+def _quantize(model: Any, job: QuantJob) -> None:
     windows, masks = (torch.tensor(np.load(file)).long() for file in (job.windows, job.mask))
     with _resuming(model, job.resume / "checkpoint") as checkpoint:
         model.quantize(
@@ -86,17 +100,12 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
             calibration_sort=None,
             checkpoint=checkpoint,
         )
-    laps.lap("quantize")
-    model.save(str(job.packed))
-    laps.lap("save")
-    _add_peaks(job.quant_log, peaks)
-    return {"seconds": laps.seconds}
 
 
-def settle_before_solving() -> None:
-    """Have GPTQModel's solver settle dead channels before it looks for them, so that it finds none.
+def patch_solver() -> None:
+    """Make GPTQModel's solver settle dead channels before it looks for them, so that it finds none.
 
-    ``module_copy`` is where it takes the weights from, if they are there. A loss that is NaN becomes a fault of ours.
+    The solver takes the weights from ``module_copy`` if it is set. A NaN loss raises :class:`CheckFailed`.
     """
     solver: Any = import_module("gptqmodel.quantization").GPTQ
     quantize = solver.quantize
@@ -105,29 +114,30 @@ def settle_before_solving() -> None:
         hessian_II = self.finalize_hessian(target_device=getattr(self.module, "target_device", None))
         self.module_copy = self.clone_module(device=hessian_II.device)
         settle_dead_channels(hessian_II, self.module_copy)
-        with naming_nan():
+        with nan_as_check_failed():
             return quantize(self, blocksize)
 
     solver.quantize = settle_and_quantize
 
 
-def report_before_aborting() -> None:
-    """Have GPTQModel's threads report an error before they end the process.
+def patch_thread_pool() -> None:
+    """Make GPTQModel's threads report an error before they end the process.
 
-    They hand it to whoever waits for them too, and then nobody knows who is first.
+    GPTQModel also raises the error in the thread that waits for the result; without this patch it is a race which of
+    the two happens first.
     """
     threads: Any = import_module("gptqmodel.utils.threadx").DeviceThreadPool
 
     def reporting(submit: Callable[..., Any]) -> Callable[..., Any]:
         def submit_reported(self: Any, device: Any, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            return submit(self, device, partial(_do_or_report, task), *args, **kwargs)
+            return submit(self, device, partial(_call_or_report, task), *args, **kwargs)
 
         return submit_reported
 
     threads.submit, threads.submit_serial = reporting(threads.submit), reporting(threads.submit_serial)
 
 
-def _do_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _call_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     try:
         return task(*args, **kwargs)
     except Exception as error:
@@ -137,13 +147,13 @@ def _do_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
 
 @contextmanager
 def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
-    """Have finished layers kept in ``root``, and go on after those that are there, where GPTQModel knows how to.
+    """Save finished layers in ``root``, and resume after those that are there, if GPTQModel supports it.
 
-    That depends on the family and the settings; see its ``validate_checkpoint_support``. Hidden states are kept with
-    them, so that it is done :data:`STOPS` times in a run, not after each layer.
+    Support depends on the family and the settings; see its ``validate_checkpoint_support``. Hidden states are saved
+    too, so this is done :data:`CHECKPOINTS` times in a run, not after each layer.
 
     Raises:
-        EnvironmentFault: We were asked to stop; or what is there was left on another kind of GPU, or is damaged.
+        EnvironmentFault: The process was terminated; or the saved layers come from another kind of GPU or are damaged.
     """
     checkpoints: Any = import_module("gptqmodel.looper.checkpoint")
     try:
@@ -151,25 +161,27 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
     except NotImplementedError:
         yield None
         return
-    for attempt in root.glob("attempt-*"):  # what it offloaded while it was killed
+    for attempt in root.glob("attempt-*"):  # what an attempt that was killed had offloaded
         shutil.rmtree(attempt)
-    verify_once()
-    interval = ceil(_layers(model.model.config) / STOPS)
+    patch_object_store()
+    interval = ceil(_layers(model.model.config) / CHECKPOINTS)
     settings = {"path": root, "interval": f"layer:{interval}", "strict_device_check": False}
     try:
         yield checkpoints.CheckpointConfig(**settings)
     except checkpoints.CheckpointStopped as stop:
-        raise EnvironmentFault(f"GPTQModel was asked to stop: {stop}", remedy="Run again: it goes on there.") from stop
+        raise EnvironmentFault(
+            f"GPTQModel was terminated: {stop}", remedy="Run again: it resumes after the finished layers."
+        ) from stop
     except checkpoints.CheckpointError as error:
         shutil.rmtree(root)
         raise EnvironmentFault(
-            f"GPTQModel cannot go on from the layers that it finished earlier: {error}",
+            f"GPTQModel cannot resume from the layers that it saved: {error}",
             remedy="They were removed: run again, and it starts at the first layer.",
         ) from error
 
 
-def verify_once() -> None:
-    """Have GPTQModel read an object of its store again once in a run; it would do so six times whenever it adds one."""
+def patch_object_store() -> None:
+    """Make GPTQModel verify an object of its store once per run, not six times whenever it adds one."""
     store: Any = import_module("gptqmodel.looper.checkpoint_store").CheckpointStore
     verify, verified = store.object_path, set[Path]()
 
@@ -187,8 +199,8 @@ def _layers(config: Any) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-def _follow(config: Any, peaks: Path, observe: Observe) -> None:
-    """Tell each module's loss, and note the highest memory of a GPU and the host by then: a line of ``peaks`` each.
+def _patch_log(config: Any, peaks: Path, observe: Observe) -> None:
+    """Report the loss of each module, and append the highest GPU and host memory so far to ``peaks``, a line each.
 
     GPTQModel's callbacks name layers and modules; only its table of results has losses.
     """
@@ -196,7 +208,7 @@ def _follow(config: Any, peaks: Path, observe: Observe) -> None:
     processor: Any = import_module("gptqmodel.looper.gptq_processor").GPTQProcessor
     write_row = processor.log_new_row
 
-    def write_and_tell(self: object, row: Mapping[str, Any]) -> None:
+    def write_and_report(self: object, row: Mapping[str, Any]) -> None:
         write_row(self, row)
         gpu = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0)
         with peaks.open("a") as file:
@@ -204,11 +216,11 @@ def _follow(config: Any, peaks: Path, observe: Observe) -> None:
         remark = f"layers.{row['layer']}.{row['module']} loss {row['loss']}"
         observe(Progress(task="quantize", done=int(row["layer"]), total=layers, unit="layers", remark=remark))
 
-    processor.log_new_row = write_and_tell
+    processor.log_new_row = write_and_report
 
 
 def _add_peaks(quant_log: Path, peaks: Path) -> None:
-    """Give each row of the library's table its memory."""
+    """Add the columns of memory peaks to the library's table."""
     with peaks.open(newline="") as file:
         bytes_of = {(layer, module): found for layer, module, *found in csv.reader(file)}
     with quant_log.open(newline="") as file:

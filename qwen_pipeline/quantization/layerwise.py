@@ -1,17 +1,18 @@
-"""A layer loop of our own over GPTQModel's solver: one decoder layer in memory, each finished one on disk.
+"""The quantizer ``layerwise``: an own layer loop over GPTQModel's solver, with one decoder layer in memory at a time.
 
 A layer is quantized one input group at a time (:mod:`~qwen_pipeline.quantization.input_groups`). One whole forward pass
-then tells the next layer what the quantized layer makes of its inputs. Attention is kept once it is quantized, so that
-in products all this is about one and a half forward passes a layer.
+of the quantized layer then computes the inputs of the next layer. The outputs of attention are cached once it is
+quantized, so that the products of a layer cost about one and a half forward passes.
 
-A finished layer is a shard, and a row of figures written after it. An interrupted run takes finished layers from there.
+A finished layer is a shard, and a record of figures written after it. An interrupted run continues after the finished
+layers.
 """
 
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -32,49 +33,33 @@ from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.layerwise.weights import ModelWeights
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.quantization.evidence import ModuleEvidence
 from qwen_pipeline.quantization.input_groups import input_groups, require_known
+from qwen_pipeline.quantization.job import QuantJob, require_device, use_work_dir
+from qwen_pipeline.quantization.losses import LOG_COLUMNS, NOT_SOLVED, log_row
 from qwen_pipeline.quantization.solver import Solved, solve
-from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, require_device, use_work_dir
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleRow:
-    """What is known of one module: a row of the log.
-
-    Attributes:
-        samples: Calibration tokens that it met.
-        time: Seconds of the solver, packing included.
-        gpu_peak_bytes: Highest GPU memory since the layer began.
-        host_peak_bytes: Highest resident memory since the engine began.
-    """
-
-    layer: int
-    module: str
-    loss: float
-    samples: int
-    damp: float
-    time: float
-    gpu_peak_bytes: int
-    host_peak_bytes: int
-    zero_groups: int
-    saturated_groups: int
+Report = Callable[[Linear, float], None]
+"""Reports the loss of a linear layer once it is solved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
-    """A finished layer, written once its shard is on disk.
+    """Figures of a finished layer, written once its shard is on disk.
 
     Attributes:
-        sha256: Of the shard.
-        seconds: What it took: to ``load`` the weights, to ``capture`` inputs and Hessians, to ``solve``, and the whole
-            ``forward`` pass for the next layer.
+        sha256: Digest of the shard.
+        modules: Rows of the solver's log.
+        seconds: Duration of ``load`` (reading the weights), ``capture`` (inputs and Hessians), ``solve``, and
+            ``forward`` (the whole pass that computes the inputs of the next layer).
     """
 
     sha256: str
-    modules: tuple[ModuleRow, ...]
+    modules: tuple[dict[str, Any], ...]
     seconds: Mapping[str, float]
     peak_gpu_bytes: int
 
@@ -83,14 +68,14 @@ _RECORD = TypeAdapter(LayerRecord)
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, after the layers that are there already.
+    """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, continuing after the layers that are finished.
 
     Returns:
-        ``layers``: seconds, by part, and highest GPU memory of each. ``seconds``: of the whole.
+        ``layers``: seconds, by part, and highest GPU memory of each layer. ``seconds``: of the whole run, by part.
 
     Raises:
-        EnvironmentFault: The spec wants CUDA and there is none.
-        CheckFailed: A module's loss is NaN.
+        EnvironmentFault: The spec requires CUDA and there is no GPU.
+        CheckFailed: The loss of a module is NaN.
         InputRefused: A linear layer is of an unknown kind.
     """
     laps, job = Stopwatch(), QuantJob.from_json(spec)
@@ -111,25 +96,25 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     records = loop.run(observe)
     laps.lap("quantize")
     with job.quant_log.open("w", newline="") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(ModuleRow)])
+        table = csv.DictWriter(file, list(LOG_COLUMNS))
         table.writeheader()
-        table.writerows(asdict(row) for record in records for row in record.modules)
-    layers = [{"seconds": dict(at.seconds), "peak_gpu_bytes": at.peak_gpu_bytes} for at in records]
+        table.writerows(row for record in records for row in record.modules)
+    layers = [{"seconds": dict(record.seconds), "peak_gpu_bytes": record.peak_gpu_bytes} for record in records]
     return {"layers": layers, "seconds": laps.seconds}
 
 
 class LayerLoop:
-    """The layers of a checkpoint on their way into ``out``, one shard of codes each.
+    """Quantizes the layers of a checkpoint one after another; writes one shard of codes per layer into ``out``.
 
     Args:
-        source: In full precision.
+        source: A full-precision checkpoint.
         windows_ST: Token ids.
-        mask_ST: Which of them are calibrated with; what comes after the last one of a window is filling.
-        spec: How to quantize.
-        out: An existing directory; layers that are in it are not quantized again.
+        mask_ST: The tokens that count for calibration; those after the last one of a window are filling.
+        spec: Settings of the quantization.
+        out: An existing directory; layers that are finished there are not quantized again.
 
     Attributes:
-        stream: The calibration tokens on their way through the quantized model.
+        stream: The hidden states of the calibration tokens in the quantized model.
     """
 
     @torch.inference_mode()
@@ -144,33 +129,33 @@ class LayerLoop:
 
     @torch.inference_mode()
     def run(self, observe: Observe) -> list[LayerRecord]:
-        """Quantize the layers that are not there yet; return the records of all."""
+        """Quantize the layers that are not finished; return the records of all layers."""
         by_layer = [list(group) for _, group in groupby(self._linears, key=lambda linear: linear.layer)]
         records = finished_layers(self._out, len(by_layer))
         if len(records) < len(by_layer):
-            records = self._go_on(records, by_layer, observe)
+            records = self._quantize_remaining(records, by_layer, observe)
         _write_index(self._out, len(by_layer), self._spec)
         return records
 
-    def _go_on(
+    def _quantize_remaining(
         self, records: list[LayerRecord], by_layer: Sequence[Sequence[Linear]], observe: Observe
     ) -> list[LayerRecord]:
-        """Send the tokens through the layers that are finished, then quantize the others."""
-        self._take_up(len(records))
-        modules = self.stream.coming(ahead_on_gpu=1.0)
+        """Run the tokens through the finished layers, then quantize the others."""
+        self._use_finished(len(records))
+        modules = self.stream.iter_layers(ahead_on_gpu=1.0)
         for layer in range(len(records)):
             self.stream.run(layer, next(modules))
 
-        def tell(row: ModuleRow) -> None:
-            remark = f"layers.{row.layer}.{row.module} loss {row.loss:.10f}"
-            observe(Progress(task="quantize", done=row.layer, total=len(by_layer), unit="layers", remark=remark))
+        def report(linear: Linear, loss: float) -> None:
+            remark = f"layers.{linear.layer}.{linear.kind} loss {loss:.10f}"
+            observe(Progress(task="quantize", done=linear.layer, total=len(by_layer), unit="layers", remark=remark))
 
         writing: Future[LayerRecord] | None = None
         with ThreadPoolExecutor(1) as disk:
             for layer in range(len(records), len(by_layer)):
-                clock, module = Clock(self.stream.context), next(modules)
+                clock, module = LayerClock(self.stream.context), next(modules)
                 clock.lap("load")
-                tensors, rows = self._quantize(module, by_layer[layer], clock, tell)
+                tensors, rows = self._quantize_layer(module, by_layer[layer], clock, report)
                 self.stream.run(layer, module)
                 clock.lap("forward")
                 del module
@@ -179,53 +164,55 @@ class LayerLoop:
             records += [writing.result()] if writing else []
         return records
 
-    def _take_up(self, done: int) -> None:
-        """Read layers that are finished from their codes."""
-        _write_index(self._out, done, self._spec)
-        if done:
+    def _use_finished(self, count: int) -> None:
+        """Have the first ``count`` layers computed from their codes."""
+        _write_index(self._out, count, self._spec)
+        if count:
             quantization = self._spec.quantization_config("layerwise")
             packed = quantized_checkpoint(self._source, open_checkpoint(self._out), self._linears, quantization)
             weights = ModelWeights(checkpoint=packed, prefix=self.stream.weights.prefix)
-            layers = enumerate(self.stream.meta_model.layers[:done])
-            self.stream.parts[:done] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
+            layers = enumerate(self.stream.meta_model.layers[:count])
+            self.stream.parts[:count] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
 
-    def _quantize(
-        self, module: nn.Module, linears: Sequence[Linear], clock: "Clock", tell: Callable[[ModuleRow], None]
-    ) -> tuple[dict[str, Tensor], list[ModuleRow]]:
-        """Replace a layer's weights by what their codes stand for; return the codes and the log's rows."""
+    def _quantize_layer(
+        self, module: nn.Module, linears: Sequence[Linear], clock: "LayerClock", report: Report
+    ) -> tuple[dict[str, Tensor], list[ModuleEvidence]]:
+        """Replace the weights of a layer by the dequantized codes; return the codes and their figures."""
         tensors: dict[str, Tensor] = {}
-        rows: list[ModuleRow] = []
+        rows: list[ModuleEvidence] = []
         for group in input_groups(self.stream, self._masks, module, linears, all_experts=self._spec.all_experts):
             clock.lap("capture")
-            weights = {at.module: weight for at, weight in zip(group.linears, group.weights, strict=True)}
+            weights = {each.module: weight for each, weight in zip(group.linears, group.weights, strict=True)}
             tokens, solutions = group.hessian.tokens, solve(weights, group.hessian, self._spec)
             for linear, weight, solved in zip(group.linears, group.weights, solutions, strict=True):
-                _put(weight, solved)
+                _write_dequantized(weight, solved)
                 tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}
                 rows.append(
-                    ModuleRow(
+                    ModuleEvidence(
+                        module=linear.module,
                         layer=linear.layer,
-                        module=linear.kind,
+                        kind=linear.kind,
                         loss=solved.loss,
-                        samples=tokens,
+                        tokens=tokens,
                         damp=solved.damp,
-                        time=round(clock.lap("solve"), 3),
+                        rounded=solved.loss >= NOT_SOLVED,
+                        seconds=round(clock.lap("solve"), 3),
                         gpu_peak_bytes=clock.gpu_peak_bytes,
                         host_peak_bytes=resident_peak(),
                         zero_groups=solved.zero_groups,
                         saturated_groups=solved.saturated_groups,
                     )
                 )
-                tell(rows[-1])
+                report(linear, solved.loss)
         return tensors, rows
 
 
-def _put(weight_OI: Tensor, solved: Solved) -> None:
+def _write_dequantized(weight_OI: Tensor, solved: Solved) -> None:
     for start, stop in block_ranges(TensorSpec(dtype="F32", shape=tuple(weight_OI.shape))):
         weight_OI[start:stop] = solved.packed.weight_rows(start, stop)
 
 
-class Clock(Stopwatch):
+class LayerClock(Stopwatch):
     """Seconds of a layer, and the highest GPU memory since it began; a lap waits for the GPU."""
 
     def __init__(self, context: ComputeContext) -> None:
@@ -245,18 +232,21 @@ class Clock(Stopwatch):
 
 
 def _write_layer(
-    out: Path, layer: int, tensors: Mapping[str, Tensor], rows: Sequence[ModuleRow], clock: Clock
+    out: Path, layer: int, tensors: Mapping[str, Tensor], rows: Sequence[ModuleEvidence], clock: LayerClock
 ) -> LayerRecord:
     write_bytes(_shard(out, layer), save({name: tensor.cpu() for name, tensor in tensors.items()}))
-    sha256 = digest_file(_shard(out, layer)).sha256
-    seconds = {part: round(value, 3) for part, value in clock.seconds.items()}
-    record = LayerRecord(sha256=sha256, modules=tuple(rows), seconds=seconds, peak_gpu_bytes=rows[-1].gpu_peak_bytes)
+    record = LayerRecord(
+        sha256=digest_file(_shard(out, layer)).sha256,
+        modules=tuple(map(log_row, rows)),
+        seconds={part: round(value, 3) for part, value in clock.seconds.items()},
+        peak_gpu_bytes=rows[-1].gpu_peak_bytes or 0,
+    )
     write_bytes(_shard(out, layer).with_suffix(".json"), _RECORD.dump_json(record))
     return record
 
 
 def finished_layers(out: Path, layers: int) -> list[LayerRecord]:
-    """Return the records of the first layers whose shards are what their records say."""
+    """Return the records of the first layers, up to the first whose shard is missing or differs from its record."""
     records: list[LayerRecord] = []
     for layer in range(layers):
         shard = _shard(out, layer)
@@ -264,8 +254,10 @@ def finished_layers(out: Path, layers: int) -> list[LayerRecord]:
             break
         try:
             record = _RECORD.validate_json(shard.with_suffix(".json").read_bytes())
-        except ValidationError:  # of an earlier version: the layer is quantized again
+        except ValidationError:
             break
+        if any(tuple(row) != LOG_COLUMNS for row in record.modules):
+            break  # written by another version: the layer is quantized again
         if digest_file(shard).sha256 != record.sha256:
             break
         records.append(record)
@@ -273,7 +265,7 @@ def finished_layers(out: Path, layers: int) -> list[LayerRecord]:
 
 
 def _write_index(out: Path, layers: int, spec: QuantSpec) -> None:
-    """Make the first layers a checkpoint that can be opened."""
+    """Write the index and the config with which the first layers can be opened as a checkpoint."""
     shards = [_shard(out, layer) for layer in range(layers)]
     owners = {name: shard.name for shard in shards for name in open_safetensors(shard).specs}
     write_bytes(out / INDEX, json.dumps({"weight_map": owners}).encode())

@@ -1,23 +1,24 @@
-"""A quantization by layer: the solver's losses, beside those of the version before; odd groups; seconds."""
+"""Plots of a quantization by layer: the solver's losses beside those of an earlier version, odd groups, seconds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from typing import Literal
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen_pipeline.plotting import INK, PALETTE, WORSE, quiet_axes, save_plot
-from qwen_pipeline.quantization.evidence import EVIDENCE, Evidence, compare_evidence, load_evidence
+from qwen_pipeline.quantization.evidence import EVIDENCE, ModuleEvidence, compare_evidence, load_evidence, to_frame
 
 
-def draw_losses(quantized: Path, before: Sequence[Evidence], path: Path) -> str | None:
-    """Draw what quantizing left in a checkpoint's logs, times left out; return a caption, or None if it left nothing.
+def draw_losses(quantized: Path, before: Sequence[ModuleEvidence], path: Path) -> str | None:
+    """Draw the evidence of a quantized checkpoint without times; return a caption, or None if there is no evidence.
 
     Args:
         quantized: The checkpoint.
-        before: The table of the version before it, to compare with.
-        path: Where the picture goes. The same losses give the same bytes.
+        before: The evidence of an earlier version to compare with.
+        path: The picture to write. The same losses give the same bytes.
     """
     if not (quantized / EVIDENCE).is_file():
         return None
@@ -28,31 +29,31 @@ def draw_losses(quantized: Path, before: Sequence[Evidence], path: Path) -> str 
 
 
 def draw_evidence(
-    rows: Sequence[Evidence], path: Path, *, before: Sequence[Evidence] = (), seconds: bool = True
+    rows: Sequence[ModuleEvidence], path: Path, *, before: Sequence[ModuleEvidence] = (), seconds: bool = True
 ) -> None:
-    """Draw the table. Experts of a layer are one point, their median; what was ``before`` is dashed."""
-    parts = 3 if seconds else 2
-    figure = Figure(figsize=(7.2, 2.2 * parts), layout="constrained")
-    axes = quiet_axes(figure, parts, 1)
-    kinds = list(dict.fromkeys(map(_family, rows)))
-    for kind, color in zip(kinds, PALETTE * (1 + len(kinds) // len(PALETTE)), strict=False):
-        own = [row for row in rows if _family(row) == kind]
-        old = [row for row in before if _family(row) == kind]
-        _line(axes, own, lambda row: row.loss, median, color=color, label=kind)
-        _line(axes, old, lambda row: row.loss, median, color=color, linestyle="--")
-    if any(row.loss for row in rows):
+    """Draw the table. Experts of a layer are one point, their median; losses of ``before`` are dashed."""
+    now, earlier = (to_frame(each).assign(line=lambda frame: frame["kind"].map(_line_of)) for each in (rows, before))
+    panels = 3 if seconds else 2
+    figure = Figure(figsize=(7.2, 2.2 * panels), layout="constrained")
+    axes = quiet_axes(figure, panels, 1)
+    lines = list(dict.fromkeys(now["line"]))
+    for line, color in zip(lines, PALETTE * (1 + len(lines) // len(PALETTE)), strict=False):
+        _draw(axes, _by_layer(now[now["line"] == line], "loss", "median"), color, label=line)
+        _draw(axes, _by_layer(earlier[earlier["line"] == line], "loss", "median"), color, linestyle="--")
+    if now["loss"].fillna(0).any():
         axes.set_yscale("log")
     axes.set_ylabel("loss (dashed: before)" if before else "loss", color=INK, fontsize=9)
 
-    axes = quiet_axes(figure, parts, 2)
-    _line(axes, rows, lambda row: 100 * row.saturated_groups / row.groups, _mean, color=WORSE, label="saturated")
-    _line(axes, rows, lambda row: 100 * row.zero_groups / row.groups, _mean, color=PALETTE[0], label="zero")
+    axes = quiet_axes(figure, panels, 2)
+    for name, color in (("saturated", WORSE), ("zero", PALETTE[0])):
+        share = (100 * now[f"{name}_groups"] / now["groups"]).astype("float64")
+        _draw(axes, _by_layer(now.assign(share=share), "share", "mean"), color, label=name)
     axes.set_ylabel("% of groups", color=INK, fontsize=9)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
 
     if seconds:
-        axes = quiet_axes(figure, parts, 3)
-        _line(axes, rows, lambda row: row.seconds, sum, color=PALETTE[2])
+        axes = quiet_axes(figure, panels, 3)
+        _draw(axes, _by_layer(now, "seconds", "sum"), PALETTE[2])
         axes.set_ylabel("solver's seconds", color=INK, fontsize=9)
         axes.set_ylim(bottom=0)
     axes.set_xlabel("layer", color=INK, fontsize=9)
@@ -61,33 +62,21 @@ def draw_evidence(
     save_plot(figure, path)
 
 
-def _line(
-    axes: Axes,
-    rows: Sequence[Evidence],
-    of: Callable[[Evidence], float | None],
-    together: Callable[[Sequence[float]], float],
-    *,
-    color: str,
-    label: str | None = None,
-    linestyle: str = "-",
+def _by_layer(frame: pd.DataFrame, column: str, aggregate: Literal["median", "mean", "sum"]) -> "pd.Series[float]":
+    return frame.dropna(subset=[column]).groupby("layer", sort=False)[column].agg(aggregate)
+
+
+def _draw(
+    axes: Axes, points: "pd.Series[float]", color: str, *, label: str | None = None, linestyle: str = "-"
 ) -> None:
-    by_layer: dict[int, list[float]] = {}
-    for row in rows:
-        if (value := of(row)) is not None:
-            by_layer.setdefault(row.layer, []).append(value)
-    points = {layer: together(values) for layer, values in by_layer.items()}
     axes.plot(
-        list(points), list(points.values()),
+        points.index.tolist(), points.tolist(),
         color=color, label=label, linestyle=linestyle, linewidth=1.3, marker="o", markersize=2.6,
     )  # fmt: skip
     axes.locator_params(axis="x", integer=True)
 
 
-def _family(row: Evidence) -> str:
-    """Experts share a line."""
-    first, _, last = row.kind.rpartition(".")
+def _line_of(kind: str) -> str:
+    """Return the label of a module's line; all experts of a layer share one."""
+    first, _, last = kind.rpartition(".")
     return f"expert {last}" if ".experts." in f".{first}." else last
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

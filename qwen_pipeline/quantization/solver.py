@@ -1,6 +1,7 @@
-"""GPTQModel's solver on its own, with a Hessian of ours: the one place that knows how it is driven.
+"""GPTQModel's solver, called directly and with an own Hessian; no other module depends on its interface.
 
-Its file churns from release to release, so what is relied on here has contract tests (``engines/test_solver.py``).
+The interface changes between releases, so the parts that are used here have contract tests
+(``quantization/test_solver.py``).
 """
 
 from collections.abc import Generator, Iterator, Mapping
@@ -19,28 +20,28 @@ from qwen_pipeline.transforms.codes.gptq import GptqFormat, PackedLinear, gptq_f
 from qwen_pipeline.transforms.codes.parts import WORD_BITS, word_of
 
 BLOCK_INPUTS = {"cpu": 256, "cuda": 2048}
-"""Rows of a Hessian that are summed at a time; of each block only what is on and right of the diagonal is.
+"""Rows of a Hessian that are summed at a time, by device; each block covers only the columns from its diagonal on.
 
-A GPU wants large products; on a CPU smaller ones are as fast, and less is summed twice.
+A GPU is efficient with large products; on a CPU smaller ones are as fast, and less is computed twice.
 """
 
 BLOCK_OUTPUTS = 1024
-"""Outputs whose codes are packed at a time."""
+"""Outputs whose codes are packed or counted at a time."""
 
 
 @dataclass(slots=True)
 class Hessian:
-    """``2 / N * sum x x^T`` over N tokens [I, I], float32, of inputs as they arrive."""
+    """Running sum of ``x x^T`` over N tokens [I, I], float32; its mean is ``2 / N * sum x x^T``."""
 
     inputs: int
     total: Tensor | None = None
     tokens: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Take inputs [..., I] into account.
+        """Add inputs [..., I].
 
-        On a GPU 16-bit inputs are multiplied as they are and summed in float32: their products are exact there, and
-        twelve times as fast as in float32.
+        On a GPU 16-bit inputs are multiplied in their own dtype and summed in float32: the products are exact in
+        float32, and this is twelve times as fast as a product of float32 inputs.
         """
         x_NI = x.flatten(0, -2)
         if self.total is None:
@@ -51,8 +52,8 @@ class Hessian:
             self.total[rows, start:] += _product(x_NI[:, rows].T, x_NI[:, start:])
         self.tokens += len(x_NI)
 
-    def take(self) -> Tensor:
-        """Return the mean, whose memory is the caller's from now on. Without tokens it is the identity."""
+    def pop_mean(self) -> Tensor:
+        """Return the mean and release the sum; the caller owns the memory. Without tokens it is the identity."""
         mean_II, self.total = self.total, None
         if mean_II is None:
             return torch.eye(self.inputs)
@@ -65,13 +66,13 @@ class Hessian:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
-    """A linear layer's codes, and what is known of them.
+    """The codes of a linear layer, and their figures.
 
     Attributes:
-        loss: Squared output error per token, as the solver estimates it.
+        loss: Squared output error per token, as estimated by the solver.
         damp: Share of the mean Hessian diagonal that was added.
-        zero_groups: Groups of one output whose weights are all zero.
-        saturated_groups: Groups of one output with a quarter of their codes or more at the ends of the grid.
+        zero_groups: Groups whose weights are all zero.
+        saturated_groups: Groups with at least a quarter of their codes at the ends of the grid.
     """
 
     packed: PackedLinear
@@ -82,16 +83,16 @@ class Solved:
 
 
 def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:
-    """Choose codes for the weights [O, I] of modules that share their inputs, so that their outputs stay what they are.
+    """Yield codes for the weights [O, I] of modules that share their inputs, chosen to preserve the modules' outputs.
 
-    The inverse of their Hessian, which is used up, is factored once, and once more for each damping of a module's own.
+    The Hessian is consumed. Its inverse is factored once, and once more for each damping that a module overrides.
 
     Raises:
-        CheckFailed: A loss is not a number.
+        CheckFailed: A loss is NaN.
     """
     factors = import_module("gptqmodel.quantization.gptq").SharedHessianFactorCache(0, "weights that share inputs")
     tokens, form = hessian.tokens, gptq_format({"quantization_config": spec.quantization_config("")})
-    means = [hessian.take()]
+    means = [hessian.pop_mean()]
     for number, (module, weight_OI) in enumerate(weights.items(), start=1):
         solver = _solver(weight_OI, replace(spec, **spec.override(module)))
         solver.attach_shared_hessian_cache(factors)
@@ -100,7 +101,7 @@ def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> I
         solver.H, solver.nsamples = mean_II.to(weight_OI.device), tokens
         del mean_II
         settle_dead_channels(solver.H, solver.module_copy)
-        with naming_nan():
+        with nan_as_check_failed():
             rounded_OI, scales_OG, zeros_OG, g_idx, _, loss, damp, _ = solver.quantize()
         solver.free()
         packed = pack(rounded_OI, scales_OG, zeros_OG, g_idx, form)
@@ -109,11 +110,11 @@ def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> I
 
 
 @contextmanager
-def naming_nan() -> Generator[None]:
-    """Make the solver's complaint about a loss that is not a number a fault of ours.
+def nan_as_check_failed() -> Generator[None]:
+    """Translate the solver's error about a NaN loss.
 
     Raises:
-        CheckFailed: A loss is not a number.
+        CheckFailed: A loss is NaN.
     """
     try:
         yield
@@ -121,8 +122,8 @@ def naming_nan() -> Generator[None]:
         if "NaN" not in str(error):
             raise
         raise CheckFailed(
-            f"GPTQModel's solver stopped at a loss that is not a number: {error}",
-            remedy="Look for NaN or infinite weights in the source; more calibration text does not cure them.",
+            f"GPTQModel's solver stopped because a loss is NaN: {error}",
+            remedy="Look for NaN or infinite weights in the source; more calibration text does not help.",
         ) from error
 
 
@@ -133,7 +134,7 @@ def _product(x_IN: Tensor, x_NJ: Tensor) -> Tensor:
 
 
 def _solver(weight_OI: Tensor, spec: QuantSpec) -> Any:
-    """Return GPTQModel's solver for a weight, of which it has a copy."""
+    """Return GPTQModel's solver for a copy of the weight."""
     config = import_module("gptqmodel").GPTQConfig(
         bits=spec.bits,
         group_size=spec.group_size,
@@ -155,7 +156,7 @@ def _solver(weight_OI: Tensor, spec: QuantSpec) -> Any:
 
 
 def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor, form: GptqFormat) -> PackedLinear:
-    """Return the codes of a weight that lies on its grid: ``weight = scale * (code - zero)``."""
+    """Return the codes of a weight that is on its grid: ``weight = scale * (code - zero)``."""
     groups, highest = g_idx.long(), 2**form.bits - 1
     words: list[Tensor] = []
     for rows in range(0, len(rounded_OI), BLOCK_OUTPUTS):
@@ -173,9 +174,9 @@ def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor,
 
 
 def odd_groups(packed: PackedLinear) -> tuple[int, int]:
-    """Count groups of zeros, and groups with a quarter of their codes at the ends of the grid.
+    """Count the groups of zeros, and the groups with at least a quarter of their codes at the ends of the grid.
 
-    All codes of a word are looked at together: one is at an end if all its bits are alike.
+    All codes of a 32-bit word are tested together: a code is at an end of the grid if all its bits are equal.
     """
     bits, per_word, size = packed.format.bits, packed.format.codes_per_word, packed.format.group_size
     highest, middle = 2**bits - 1, 2 ** (bits - 1)

@@ -1,23 +1,21 @@
-"""What every engine is told: the settings that decide the bytes it writes."""
+"""Settings of a quantization: everything that decides the bytes that a quantizer writes."""
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec, Packing
+from qwen_pipeline.quantization.validators import require_at_least, require_choice, require_share
 from qwen_pipeline.workers.environments import EnvironmentName
 
 QuantizerName = Literal["layerwise", "gptqmodel", "autogptq"]
 Device = Literal["cpu", "cuda"]
-Packing = Literal["stream", "documents"]
 OVERRIDES = ("damp_percent", "mse")
-"""Settings that a module may have of its own."""
-MIN_EXPERT_TOKENS = 128
-"""With fewer tokens than inputs in a group, a Hessian cannot tell the group's inputs apart."""
+"""Settings that can be overridden for single modules."""
 
 
 def usable_cores() -> int:
@@ -25,59 +23,36 @@ def usable_cores() -> int:
 
 
 def default_device() -> Device:
-    """A GPU where the machine has one."""
+    """Return ``cuda`` if the machine has an NVIDIA GPU, else ``cpu``; torch is not imported."""
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationSpec:
-    """Which tokens a model is calibrated with.
-
-    Attributes:
-        samples: Windows of tokens.
-        seq_len: Tokens per window.
-        seed: Decides which records are drawn, and their order.
-        packing: ``stream`` fills every window with record after record, ``documents`` gives a record its own windows.
-    """
-
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 42
-    packing: Packing = "stream"
-
-    def __post_init__(self) -> None:
-        _require("packing", self.packing, get_args(Packing))
-        for name in ("samples", "seq_len"):
-            _require_range(name, getattr(self, name), low=1)
-
-    @classmethod
-    def fields(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
-    """How a checkpoint is quantized. Two runs with equal specs, inputs and versions write the same bytes.
+    """Settings of a quantization. Two runs with equal specs, inputs and versions write the same bytes.
 
-    Sums of floats depend on how work is cut, so ``batch_size``, ``threads``, ``device`` and ``gpus`` belong here too.
+    Sums of floats depend on how the work is divided, so ``batch_size``, ``threads``, ``device`` and ``gpus`` are
+    included.
 
     Attributes:
-        engine: ``layerwise`` is the loop of our own over GPTQModel's solver, the others are libraries.
+        engine: The quantizer: ``layerwise`` is this package's own loop over GPTQModel's solver, the others are
+            libraries.
         group_size: Consecutive input channels that share one scale.
-        sym: Whether the grid is symmetric about zero, which the fast serving kernels want.
-        desc_act: Quantize columns in the order of falling activation (slower to serve under tensor parallelism).
-        act_group_aware: Whether groups are quantized in the order of falling activation, which leaves every group where
-            it is and costs nothing to serve. ``desc_act`` takes its place; AutoGPTQ does not have it.
+        sym: Whether the grid is symmetric about zero, as the fast serving kernels require.
+        desc_act: Whether columns are quantized in the order of falling activation (slower to serve under tensor
+            parallelism).
+        act_group_aware: Whether groups are quantized in the order of falling activation, which leaves every group in
+            its place and costs nothing to serve. Ignored with ``desc_act``; not supported by AutoGPTQ.
         damp_percent: Share of the mean Hessian diagonal that is added to it.
-        dynamic: Regular expression, found in a module's name -> settings of its own (GPTQModel's ``dynamic``). Only
-            :data:`OVERRIDES`, which leave the format of codes alike everywhere; the first match counts.
-        mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 takes the extreme values.
+        dynamic: Regular expression, searched for in the module's name -> settings of the module (GPTQModel's
+            ``dynamic``). Only :data:`OVERRIDES`, which do not change the format of the codes; the first match counts.
+        mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 uses the extreme values.
         samples: With ``seq_len``, ``seed`` and ``packing``: see :class:`CalibrationSpec`.
-        all_experts: Whether every expert is calibrated with every token, whatever the router says.
+        all_experts: Whether every expert is calibrated with every token, regardless of the router.
         threads: Threads of one CPU operation.
         device: ``cpu`` computes in float32, ``cuda`` in 16 bit (the checkpoint's dtype; AutoGPTQ in float16).
-        gpus: The first so many of the GPUs that are visible. GPTQModel's own loop shares out windows and modules among
-            several; the other engines take one.
+        gpus: Number of GPUs, the first ones that are visible. GPTQModel's own loop distributes windows and modules
+            over several; the other quantizers use one.
     """
 
     engine: QuantizerName = "layerwise"
@@ -100,77 +75,75 @@ class QuantSpec:
     gpus: int = 1
 
     def __post_init__(self) -> None:
-        _require("engine", self.engine, get_args(QuantizerName))
-        _require("device", self.device, get_args(Device))
-        _require("bits", self.bits, (4, 8))
-        _require("group_size", self.group_size, (32, 64, 128))
+        require_choice("engine", self.engine, get_args(QuantizerName))
+        require_choice("device", self.device, get_args(Device))
+        require_choice("bits", self.bits, (4, 8))
+        require_choice("group_size", self.group_size, (32, 64, 128))
         for name in ("batch_size", "threads", "gpus"):
-            _require_range(name, getattr(self, name), low=1)
+            require_at_least(name, getattr(self, name), low=1)
         if self.gpus > 1 and (self.device == "cpu" or self.engine != "gptqmodel"):
             raise InputRefused(
-                f"gpus is {self.gpus}, but the engine is {self.engine} on {self.device}.",
-                remedy="Leave gpus at 1, or use the engine gptqmodel on CUDA.",
+                f"gpus is {self.gpus}, but the quantizer is {self.engine} on {self.device}.",
+                remedy="Leave gpus at 1, or set engine to 'gptqmodel' and device to 'cuda'.",
             )
-        if self.calibration.packing == "documents" and self.engine == "autogptq":
-            raise InputRefused(
-                "AutoGPTQ would take filling for text, packing is 'documents'.",
-                remedy="Pack as a stream, or use another engine.",
-            )
-        if self.all_experts and self.engine == "autogptq":
-            raise InputRefused(
-                "AutoGPTQ calibrates experts with the tokens routed to them.",
-                remedy="Leave out all_experts, or use another engine.",
-            )
-        _require_range("mse", self.mse, low=0)
-        if self.mse and self.engine == "autogptq":
-            raise InputRefused(f"AutoGPTQ does not search scales, mse is {self.mse}.", remedy="Leave mse at 0.")
-        if not self.act_group_aware and self.engine == "autogptq":
-            raise InputRefused("AutoGPTQ never reorders groups.", remedy="Leave act_group_aware as it is.")
-        _require_share("damp_percent", self.damp_percent)
-        self._require_overrides()
+        require_at_least("mse", self.mse, low=0)
+        require_share("damp_percent", self.damp_percent)
+        if self.engine == "autogptq":
+            self._require_supported_by_autogptq()
+        self._require_valid_overrides()
+        _ = self.calibration  # checks its own settings
 
-    def _require_overrides(self) -> None:
-        if self.dynamic and self.engine == "autogptq":
-            raise InputRefused(
-                "AutoGPTQ has one setting for all modules.", remedy="Leave dynamic out, or use another engine."
-            )
+    def _require_supported_by_autogptq(self) -> None:
+        unsupported = (
+            (self.packing == "documents", "AutoGPTQ does not mask filling, but packing is 'documents'."),
+            (self.all_experts, "AutoGPTQ calibrates experts only with the tokens routed to them, all_experts is set."),
+            (self.mse != 0, f"AutoGPTQ does not search for scales, but mse is {self.mse}."),
+            (not self.act_group_aware, "AutoGPTQ never reorders groups, but act_group_aware is set to false."),
+            (bool(self.dynamic), "AutoGPTQ has the same settings for all modules, but dynamic is set."),
+        )
+        for is_set, what in unsupported:
+            if is_set:
+                raise InputRefused(what, remedy="Leave this setting at its default, or choose another engine.")
+
+    def _require_valid_overrides(self) -> None:
         for pattern, settings in self.dynamic.items():
             if unknown := sorted(settings.keys() - set(OVERRIDES)):
                 raise InputRefused(
-                    f"dynamic {pattern!r} sets {', '.join(unknown)}; one checkpoint has codes of one format.",
-                    remedy=f"Override {', '.join(OVERRIDES)} only.",
+                    f"dynamic {pattern!r} sets {', '.join(unknown)}; all modules of a checkpoint must have codes of"
+                    " one format.",
+                    remedy=f"Override only {', '.join(OVERRIDES)}.",
                 )
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise InputRefused(
-                    f"dynamic {pattern!r} is no regular expression: {error}.", remedy="Correct it."
+                    f"dynamic {pattern!r} is not a regular expression: {error}.", remedy="Correct the expression."
                 ) from error
-            _require_share(f"dynamic {pattern!r} damp_percent", settings.get("damp_percent", self.damp_percent))
-            _require_range(f"dynamic {pattern!r} mse", settings.get("mse", self.mse), low=0)
+            require_share(f"dynamic {pattern!r} damp_percent", settings.get("damp_percent", self.damp_percent))
+            require_at_least(f"dynamic {pattern!r} mse", settings.get("mse", self.mse), low=0)
 
     def override(self, module: str) -> Mapping[str, float]:
-        """Return a module's own settings."""
+        """Return the settings that a module overrides."""
         return next((own for pattern, own in self.dynamic.items() if re.search(pattern, module)), {})
 
     @property
     def environment(self) -> EnvironmentName:
-        """Whose environment the engine runs in: the layer loop of our own drives GPTQModel's solver."""
+        """Environment that the quantizer runs in; ``layerwise`` uses GPTQModel's solver and so its environment."""
         return "autogptq" if self.engine == "autogptq" else "gptqmodel"
 
     @property
     def calibration(self) -> CalibrationSpec:
-        """The part that says which tokens are drawn."""
+        """The settings that decide which tokens are drawn."""
         return CalibrationSpec(**{name: getattr(self, name) for name in CalibrationSpec.fields()})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def quantization_config(self, quantizer: str) -> dict[str, Any]:
-        """Return what ``config.json`` says about the codes, so that Transformers, vLLM and GPTQModel can load them.
+        """Return the ``quantization_config`` of ``config.json`` that Transformers, vLLM and GPTQModel can load.
 
         Args:
-            quantizer: Who made them, as ``name:version``; GPTQModel demands it of asymmetric checkpoints.
+            quantizer: Producer of the codes, as ``name:version``; GPTQModel requires it of asymmetric checkpoints.
         """
         return {
             "quant_method": "gptq",
@@ -193,7 +166,7 @@ class QuantSpec:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Read ``REGEX:name=number[,name=number]`` into what ``dynamic`` holds.
+    """Parse ``REGEX:name=number[,name=number]`` into a value for ``dynamic``.
 
     Raises:
         InputRefused: A text has another form.
@@ -207,95 +180,6 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, float]]:
         except ValueError as error:
             raise InputRefused(
                 f"The override {text!r} is not of the form REGEX:name=number.",
-                remedy=r"Write, for example, 'mlp\.down_proj:damp_percent=0.1'.",
+                remedy=r"Write it as in 'mlp\.down_proj:damp_percent=0.1'.",
             ) from error
     return dynamic
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantJob:
-    """One run of an engine.
-
-    Attributes:
-        source: The checkpoint to quantize.
-        windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``. Beside it lies ``mask``, uint8, which is 0
-            for filling.
-        work_dir: A directory that the engine may fill as it likes.
-    """
-
-    spec: QuantSpec
-    source: Path
-    windows: Path
-    work_dir: Path
-
-    @property
-    def mask(self) -> Path:
-        return self.windows.with_name("mask.npy")
-
-    @property
-    def packed(self) -> Path:
-        """Where the engine's checkpoint is expected: ``config.json`` and safetensors files."""
-        return self.work_dir / "packed"
-
-    @property
-    def quant_log(self) -> Path:
-        """Where the engine's table is expected: ``layer,module,loss,samples,damp``, and more where it knows more.
-
-        See :class:`qwen_pipeline.quantization.losses.ModuleLoss` for the columns.
-        """
-        return self.packed / "quant_log.csv"
-
-    @property
-    def resume(self) -> Path:
-        """What an engine may leave for its next attempt, should it be interrupted."""
-        return self.work_dir / "resume"
-
-    def to_json(self) -> dict[str, Any]:
-        paths = {name: str(getattr(self, name)) for name in ("source", "windows", "work_dir")}
-        return {"spec": self.spec.to_json(), **paths}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "QuantJob":
-        paths = {name: Path(value[name]) for name in ("source", "windows", "work_dir")}
-        return cls(spec=QuantSpec(**value["spec"]), **paths)
-
-
-def use_work_dir(job: QuantJob) -> None:
-    """Have libraries put what is temporary, as weights that they offload, into the workshop; for the engine's process.
-
-    Its disk has room for a model; that of the system's directory may not.
-    """
-    scratch = job.work_dir / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-
-
-def require_device(spec: QuantSpec) -> None:
-    """Refuse to start without the devices of the spec; called in the engine's process.
-
-    Raises:
-        EnvironmentFault: The spec wants CUDA and torch sees none, or fewer GPUs than it says.
-    """
-    import torch  # the command line reads specs without it
-
-    if spec.device == "cuda" and (seen := torch.cuda.device_count()) < spec.gpus:
-        raise EnvironmentFault(
-            f"The spec wants {spec.gpus} GPUs, torch {torch.__version__} of the engine's environment sees {seen}.",
-            remedy="Lower gpus, quantize with device 'cpu', or use a machine with GPUs and a CUDA build of torch.",
-        )
-
-
-def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(map(str, allowed))
-        raise InputRefused(f"{name} is {value!r}, expected one of {choices}.", remedy=f"Set {name} to one of them.")
-
-
-def _require_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise InputRefused(f"{name} is {value}, expected more than 0 and less than 1.", remedy="Try 0.05.")
-
-
-def _require_range(name: str, value: float, *, low: float) -> None:
-    if value < low:
-        raise InputRefused(f"{name} is {value}, expected at least {low}.", remedy=f"Raise {name}.")

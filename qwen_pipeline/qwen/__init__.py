@@ -1,0 +1,1 @@
+"""Qwen models: families, tensor names, layers, towers, and padding plans."""

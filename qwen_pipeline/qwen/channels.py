@@ -1,7 +1,7 @@
-"""Channels: which tensors have the channels of a size field, and on which axis.
+"""Tensors with the channels of a size field, and the axis of these channels.
 
-Gate and up have them as outputs, down as inputs; stacks of experts have them for all experts at once. Towers call them
-otherwise.
+They are outputs of gate and up and inputs of down; stacks of experts have them for all experts at once. Towers have
+other names for these layers.
 """
 
 from collections.abc import Collection
@@ -17,12 +17,12 @@ from qwen_pipeline.qwen.towers import towers_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channels:
-    """Where a tensor has the channels of a size field.
+    """The channels of a size field in a tensor.
 
     Attributes:
-        field: Name of the config field that counts them.
-        axis: Axis of the tensor that they lie along.
-        halves: 2 where gate channels and up channels follow each other on that axis, else 1.
+        field: The config field that counts the channels.
+        axis: The tensor's axis of channels.
+        halves: 2 if gate channels and up channels follow each other on that axis, else 1.
     """
 
     field: SizeField
@@ -31,51 +31,51 @@ class Channels:
 
 
 def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channels]:
-    """Return the tensors of the decoder and of a draft head, or of a tower, that have the channels of ``field``.
+    """Return the tensors of the decoder and the draft head, or of a tower, that have the channels of ``field``.
 
     Raises:
-        InputRefused: The family is unknown, or the config's places of ``field`` disagree.
-        CheckpointRefused: A projection is missing, is there twice or has another width than the config says, or a
+        InputRefused: The family is unknown, or the config has different values of ``field``.
+        CheckpointRefused: A projection is missing, is stored twice or has another width than in the config, or a
             tensor is unknown; the message names them.
     """
-    config, places = checkpoint.config, parse_names(checkpoint)
+    config, names = checkpoint.config, parse_names(checkpoint)
     width = required(config, field)
     found = {
         name: channels
-        for place, name in places.items()
-        if (channels := channels_of(place, checkpoint[name].shape, config)) and channels.field == field
+        for parsed, name in names.items()
+        if (channels := channels_of(parsed, checkpoint[name].shape, config)) and channels.field == field
     }
-    wrong = [f"{role} is missing" for role in _missing(places, config, field)]
+    wrong = [f"{role} is missing" for role in _missing(names, config, field)]
     wrong += [
         f"{name} is {list(checkpoint[name].shape)}"
-        for name, at in found.items()
-        if checkpoint[name].shape[at.axis] != at.halves * width
+        for name, channels in found.items()
+        if checkpoint[name].shape[channels.axis] != channels.halves * width
     ]
     if wrong:
         raise CheckpointRefused(
-            f"The weights do not fit layers of {field} {width}: {listed(wrong)}.",
-            remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
+            f"The weights do not match {field} {width} of the config: {listed(wrong)}.",
+            remedy="Fetch the checkpoint again, or correct its config: weights and config must belong to one model.",
         )
     return found
 
 
-def channels_of(place: ParsedName, shape: tuple[int, ...], config: Config) -> Channels | None:
-    """Return where a full-precision tensor of this shape has the channels of a size field; None if it has none.
+def channels_of(parsed: ParsedName, shape: tuple[int, ...], config: Config) -> Channels | None:
+    """Return the channels of a size field in a full-precision tensor of this shape; None if it has none.
 
-    Stacks of experts are [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]: the former wherever the shape allows
-    it, which is how Transformers decides too (``Transpose(check_dims=True)``).
+    Stacks of experts are [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]. The former is assumed wherever the
+    shape allows it, as in Transformers (``Transpose(check_dims=True)``).
     """
-    if place.parameter not in ("weight", "bias"):
+    if parsed.parameter not in ("weight", "bias"):
         return None
-    if place.part in ("vision", "audio"):
-        return _tower_channels(place, config)
-    if place.part not in ("decoder", "mtp"):
+    if parsed.part in ("vision", "audio"):
+        return _tower_channels(parsed, config)
+    if parsed.part not in ("decoder", "mtp"):
         return None
-    if place.module in FUSED:
-        return _stacked_channels(place.module, shape, int(text_config(config)["hidden_size"]))
-    owner, _, projection = place.module.rpartition(".")
+    if parsed.module in FUSED:
+        return _stacked_channels(parsed.module, shape, int(text_config(config)["hidden_size"]))
+    owner, _, projection = parsed.module.rpartition(".")
     size_field = _size_field(owner) if projection in _PROJECTIONS else None  # a router is not one
-    if size_field is None or (place.parameter == "bias" and projection == "down_proj"):
+    if size_field is None or (parsed.parameter == "bias" and projection == "down_proj"):
         return None
     return Channels(field=size_field, axis=1 if projection == "down_proj" else 0)
 
@@ -83,10 +83,10 @@ def channels_of(place: ParsedName, shape: tuple[int, ...], config: Config) -> Ch
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _tower_channels(place: ParsedName, config: Config) -> Channels | None:
+def _tower_channels(parsed: ParsedName, config: Config) -> Channels | None:
     for tower in towers_of(config):
-        axis = tower.axis(place.module)
-        if tower.field and axis is not None and (axis == 0 or place.parameter == "weight"):
+        axis = tower.axis(parsed.module)
+        if tower.field and axis is not None and (axis == 0 or parsed.parameter == "weight"):
             return Channels(field=tower.field, axis=axis)
     return None
 
@@ -106,12 +106,12 @@ def _stacked_channels(module: str, shape: tuple[int, ...], hidden_size: int) -> 
     return Channels(field=field, axis=1 if shape[2] == hidden_size else 2, halves=2)
 
 
-def _missing(places: Collection[ParsedName], config: Config, field: SizeField) -> list[str]:
-    """Return the weights that a layer should have and has not, neither one by one nor in stacks."""
+def _missing(names: Collection[ParsedName], config: Config, field: SizeField) -> list[str]:
+    """Return the weights that layers lack, both one by one and in stacks."""
     if tower := next((tower for tower in towers_of(config) if tower.field == field), None):
-        held = {place.module for place in places if place.parameter == "weight"}
+        held = {parsed.module for parsed in names if parsed.parameter == "weight"}
         return [f"{module}.weight" for module in tower.linears(config) if module not in held]
-    modules = {(place.layer, place.module) for place in places if place.part == "decoder"}
+    modules = {(parsed.layer, parsed.module) for parsed in names if parsed.part == "decoder"}
     return [
         f"layers.{layer}.{kind}.weight"
         for layer in range(number_of_layers(config))

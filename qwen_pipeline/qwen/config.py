@@ -1,9 +1,9 @@
-"""Facts of a model's configs: whether its weights are full precision, and which tokens end an answer."""
+"""Checks of a model's configs: full-precision weights, and the tokens that end generation."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import QuantizedInputRefused
 from qwen_pipeline.qwen.families import text_config
@@ -12,11 +12,28 @@ _PACKED = ("qweight", "qzeros", "g_idx", "weight_packed", "weight_scale", "weigh
 _FULL = ("BF16", "F16", "F32", "F64")
 
 
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config's values by path, such as ``text_config.intermediate_size``."""
+    flat: dict[str, Any] = {}
+    for field, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flat_config(cast("Mapping[str, Any]", value), f"{prefix}{field}.")
+        else:
+            flat[prefix + field] = value
+    return flat
+
+
+def diff_configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that differ between two configs: path -> value in ``after``, None if it is absent there."""
+    old, new = flat_config(before), flat_config(after)
+    return {path: new.get(path) for path in new | old if old.get(path) != new.get(path)}
+
+
 def require_full_precision(checkpoint: Checkpoint, *, because: str, remedy: str) -> None:
-    """Refuse quantized weights, whether the config or only the tensors tell.
+    """Refuse quantized weights, recognized by the config or by the tensors.
 
     Raises:
-        QuantizedInputRefused: With what was found, then ``because`` and ``remedy``.
+        QuantizedInputRefused: The weights are quantized. The message has the evidence, ``because`` and ``remedy``.
     """
     if found := _quantization(checkpoint):
         raise QuantizedInputRefused(f"The weights are quantized ({found}). {because}", remedy=remedy)
@@ -44,10 +61,10 @@ GENERATION_CONFIG = "generation_config.json"
 def stop_tokens(checkpoint: Checkpoint) -> frozenset[int]:
     """Return the ``eos_token_id`` of ``generation_config.json``, one or several; without the file, of ``config.json``.
 
-    A generation config that names none stops nowhere, whatever ``config.json`` says.
+    A generation config without the field has no stop tokens, even if ``config.json`` has some.
     """
     if file := checkpoint.sidecars.get(GENERATION_CONFIG):
-        ids = json.loads(file.read_text()).get("eos_token_id")
+        ids = load_json(file).get("eos_token_id")
     else:
         ids = checkpoint.config.get("eos_token_id", text_config(checkpoint.config).get("eos_token_id"))
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

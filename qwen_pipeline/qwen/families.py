@@ -1,8 +1,8 @@
-"""The Qwen families: what their layers consist of, where their configs keep sizes, how their tensors are named.
+"""The Qwen families, as data: the parts of their layers, the paths of sizes in their configs, their tensor names.
 
 The tables were read from Transformers 5.23 (``models/qwen*/configuration_*.py`` and ``modeling_*.py``,
 ``conversion_mapping.py``); a test compares them with every family of the installed Transformers. A family that is not
-here is refused: nothing is guessed from the shape of a config.
+listed is refused: nothing is inferred from the form of a config.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,17 +16,17 @@ Config = Mapping[str, Any]
 DecoderField = Literal["intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"]
 TowerField = Literal["vision_config.intermediate_size", "audio_config.encoder_ffn_dim"]
 SizeField = Literal[DecoderField, TowerField]
-"""The sizes that padding may move, those of towers on request; ``hidden_size`` never does."""
+"""The sizes that padding may change, those of towers on request; ``hidden_size`` never changes."""
 ModelPart = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "audio", "talker", "vocoder"]
-"""What a tensor belongs to. ``mtp`` is a draft head whose layers are built from the decoder's config."""
+"""The part of a model that owns a tensor. ``mtp`` is a draft head whose layers are built from the decoder's config."""
 Mixer = Literal["attention", "next", "3.5", "4"]
-"""What mixes tokens: full attention, or gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4) beside it."""
+"""Token mixer: full attention, or gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4) beside it."""
 
-_TOWERS: Mapping[str, ModelPart] = {"visual.": "vision", "model.visual.": "vision"}
-_EARS: Mapping[str, ModelPart] = {
+_VISION: Mapping[str, ModelPart] = {"visual.": "vision", "model.visual.": "vision"}
+_AUDIO: Mapping[str, ModelPart] = {
     f"{prefix}{tower}.": "audio" for prefix in ("", "model.") for tower in ("audio_tower", "multi_modal_projector")
 }
-_NESTED = ("model.language_model.", "model.")
+_DECODER = ("model.language_model.", "model.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,12 @@ class Family:
     """One value of ``model_type``.
 
     Attributes:
-        mixer: What mixes tokens.
+        mixer: Token mixer.
         experts: Whether layers may be mixtures of experts (``num_experts``, ``moe_intermediate_size``).
         shared: Whether such a layer has a shared expert (``shared_expert_intermediate_size``).
-        decoder: Prefixes that decoder tensors may have on disk or in memory.
+        decoder: Prefixes of decoder tensors on disk or in memory.
         heads: Names of the output head, without ``.weight``.
-        towers: Prefix of a tensor outside the decoder -> what it belongs to.
+        towers: Prefix of tensors outside the decoder -> the part that owns them.
         head_dim: Default of the config field; 0 means ``hidden_size // num_attention_heads``.
         drafts: Whether published checkpoints have a multi-token prediction head at ``mtp.``.
         ties: Whether ``tie_word_embeddings`` has a meaning (``_tied_weights_keys`` of the model's class).
@@ -57,26 +57,26 @@ class Family:
 
 
 def _thinker(towers: Mapping[str, ModelPart], **rest: Any) -> Family:
-    """A thinker alone, or the whole omni model that it is part of: both spellings are met in one and the same file."""
+    """Return the family of a thinker, alone or in its omni model: one file may contain both spellings."""
     spelled: dict[str, ModelPart] = {
         prefix + tower: part for tower, part in towers.items() for prefix in ("thinker.", "")
     }
     return Family(
-        decoder=("thinker.model.language_model.", "thinker.model.", *_NESTED),
+        decoder=("thinker.model.language_model.", "thinker.model.", *_DECODER),
         heads=("thinker.lm_head", "lm_head"),
         towers={**spelled, "talker.": "talker", "token2wav.": "vocoder", "code2wav.": "vocoder"},
         **rest,
     )
 
 
-_VL = Family(decoder=_NESTED, towers=_TOWERS)
-_OMNI_2_5 = _thinker({**_TOWERS, **_EARS})
-_OMNI_3 = _thinker({**_TOWERS, **_EARS}, experts=True)
-_TEXT_3_5 = Family(mixer="3.5", decoder=_NESTED, towers=_TOWERS, head_dim=256, drafts=True)
+_VL = Family(decoder=_DECODER, towers=_VISION)
+_OMNI_2_5 = _thinker({**_VISION, **_AUDIO})
+_OMNI_3 = _thinker({**_VISION, **_AUDIO}, experts=True)
+_TEXT_3_5 = Family(mixer="3.5", decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True)
 _TEXT_3_5_MOE = Family(
-    mixer="3.5", experts=True, shared=True, decoder=_NESTED, towers=_TOWERS, head_dim=256, drafts=True
+    mixer="3.5", experts=True, shared=True, decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True
 )
-_TEXT_4 = Family(mixer="4", experts=True, shared=True, decoder=_NESTED, towers=_TOWERS, head_dim=256, drafts=True)
+_TEXT_4 = Family(mixer="4", experts=True, shared=True, decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True)
 
 FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(),
@@ -86,19 +86,19 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_5_omni": _OMNI_2_5,
     "qwen2_5_omni_thinker": _OMNI_2_5,
     "qwen2_audio": Family(
-        decoder=("language_model.model.", *_NESTED),
+        decoder=("language_model.model.", *_DECODER),
         heads=("language_model.lm_head", "lm_head"),
-        towers=_EARS,
+        towers=_AUDIO,
         ties=False,
     ),
     "qwen3": Family(head_dim=128),
     "qwen3_moe": Family(experts=True),
     "qwen3_next": Family(mixer="next", experts=True, shared=True, head_dim=256, drafts=True),
-    "qwen3_vl": Family(decoder=_NESTED, towers=_TOWERS, head_dim=128),
-    "qwen3_vl_moe": Family(experts=True, decoder=_NESTED, towers=_TOWERS),
+    "qwen3_vl": Family(decoder=_DECODER, towers=_VISION, head_dim=128),
+    "qwen3_vl_moe": Family(experts=True, decoder=_DECODER, towers=_VISION),
     "qwen3_omni_moe": _OMNI_3,
     "qwen3_omni_moe_thinker": _OMNI_3,
-    "qwen3_asr": Family(decoder=_NESTED, towers=_EARS, head_dim=128),
+    "qwen3_asr": Family(decoder=_DECODER, towers=_AUDIO, head_dim=128),
     "qwen3_5": _TEXT_3_5,
     "qwen3_5_text": _TEXT_3_5,
     "qwen3_5_moe": _TEXT_3_5_MOE,
@@ -109,61 +109,61 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def require_family(config: Config) -> Family:
-    """Return what is known of the config's ``model_type``.
+    """Return the family of the config's ``model_type``.
 
     Raises:
-        InputRefused: Nothing is.
+        InputRefused: The model type is not supported.
     """
     name = str(config.get("model_type"))
     if name in FAMILIES:
         return FAMILIES[name]
     raise InputRefused(
-        f"Models of type {name!r} are not known here: which tensors carry which size is only known for Qwen families.",
-        remedy=f"Use a model of one of the families {', '.join(FAMILIES)}.",
+        f"The model type {name!r} is not supported: tensor names and sizes are known for Qwen families only.",
+        remedy=f"Use a model of one of the types {', '.join(FAMILIES)}.",
     )
 
 
 def text_config(config: Config) -> Config:
-    """Return the part of a config that describes the language model: ``thinker_config``, ``text_config``, or all."""
-    return _levels(config)[-1][1]
+    """Return the section of a config that describes the language model; the config itself if it has no sections."""
+    return _sections(config)[-1][1]
 
 
 def config_paths(config: Config, field: str) -> tuple[str, ...]:
-    """Return every place of the language model's ``field``, such as ``thinker_config.text_config.intermediate_size``.
+    """Return all paths of the language model's ``field``, such as ``thinker_config.text_config.intermediate_size``.
 
-    A vision-language config may repeat it at the top. Fields that describe towers have a path of their own, such as
+    A vision-language config may repeat the field at the top. A field of a tower is named with its section, such as
     ``vision_config.intermediate_size``.
     """
-    return tuple(place for place, _ in _placed(config, field))
+    return tuple(path for path, _ in _occurrences(config, field))
 
 
 def config_values(config: Config, field: str) -> set[Any]:
-    """Return the values at :func:`config_paths`; a sound config has one."""
-    return {value for _, value in _placed(config, field)}
+    """Return the distinct values at :func:`config_paths`; a valid config has one."""
+    return {value for _, value in _occurrences(config, field)}
 
 
 def has_section(config: Config, name: str) -> bool:
-    """Whether the config has a part of this name on the way to the language model, such as ``vision_config``."""
-    return any(value for _, value in _placed(config, name))
+    """Return whether the config, or a section around the language model, has a section such as ``vision_config``."""
+    return any(value for _, value in _occurrences(config, name))
 
 
-def _placed(config: Config, field: str) -> Iterator[tuple[str, Any]]:
+def _occurrences(config: Config, field: str) -> Iterator[tuple[str, Any]]:
     *path, name = field.split(".")
-    for prefix, level in _levels(config):
+    for prefix, section in _sections(config):
         for part in path:
-            level = level.get(part) or {}
-        if name in level:
-            yield prefix + field, level[name]
+            section = section.get(part) or {}
+        if name in section:
+            yield prefix + field, section[name]
 
 
 def number_of_experts(config: Config) -> int:
-    """Return how many routed experts each mixture has; 0 in a dense model."""
+    """Return the number of routed experts of each mixture; 0 for a dense model."""
     text = text_config(config)
     return int(text.get("num_experts", text.get("num_local_experts")) or 0)
 
 
 def declares_tied(config: Config) -> bool:
-    """Whether Transformers makes the output head the embedding itself, whatever is stored."""
+    """Return whether Transformers ties the output head to the embedding, even if a head is stored."""
     declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
     return bool(_family(config).ties and declared)
 
@@ -173,7 +173,7 @@ def _family(config: Config) -> Family:
 
 
 def stored_head(checkpoint: Checkpoint) -> str | None:
-    """Return the tensor that is the output head; None if the embedding is: the config says so, or there is no other."""
+    """Return the name of the stored output head; None if the embedding is the head, tied or for lack of another."""
     if declares_tied(checkpoint.config):
         return None
     names = (f"{head}.weight" for head in _family(checkpoint.config).heads)
@@ -181,15 +181,15 @@ def stored_head(checkpoint: Checkpoint) -> str | None:
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the embedding itself."""
+    """Return whether the output head is the embedding."""
     return stored_head(checkpoint) is None
 
 
-def _levels(config: Config) -> list[tuple[str, Config]]:
-    """Return the parts of a config on the way to the language model, the outermost first, each with its path."""
-    levels = [("", config)]
-    for part in ("thinker_config", "text_config"):
-        prefix, level = levels[-1]
-        if isinstance(inner := level.get(part), Mapping):
-            levels.append((f"{prefix}{part}.", inner))
-    return levels
+def _sections(config: Config) -> list[tuple[str, Config]]:
+    """Return the nested sections of a config down to the language model, the outermost first, each with its path."""
+    sections = [("", config)]
+    for name in ("thinker_config", "text_config"):
+        prefix, section = sections[-1]
+        if isinstance(inner := section.get(name), Mapping):
+            sections.append((f"{prefix}{name}.", inner))
+    return sections

@@ -1,8 +1,8 @@
-"""Sizes: which widths tensor-parallel ranks can share in whole quantization groups, and how a width is padded to one.
+"""Padding plans: widths that tensor-parallel ranks can share in whole quantization groups.
 
-A rank of a row-parallel layer (``down_proj``, ``o_proj``) holds ``width / tensor_parallel`` input channels. Group
-scales stay right only if that is a multiple of the group size: 29568 = 231 x 128 serves one rank, 29696 = 232 x 128
-serves 2, 4 and 8.
+A rank of a row-parallel layer (``down_proj``, ``o_proj``) holds ``width / tensor_parallel`` input channels. Each rank
+has the right scales only if that is a multiple of the group size: 29568 = 231 x 128 serves on one rank, 29696 = 232 x
+128 on 2, 4 and 8.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     import torch
 
 MapLayout = Literal[Layout, "groups"]
-"""What a padding map may say: the layouts that can be asked for, and the one of codes that were repaired."""
+"""Layouts of a padding map: those that can be requested, and ``groups``, that of repaired codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaddedSize:
-    """One size field before and after, and where the live channels went.
+    """One size field before and after padding, and the positions of the live channels.
 
     Attributes:
-        field: Name of the config field.
-        places: Every place of it in the config, such as ``text_config.intermediate_size``.
-        group_size: Channels that will share a scale; 1 in towers, which are not quantized.
+        field: The config field.
+        places: All its paths in the config, such as ``text_config.intermediate_size``.
+        group_size: Channels that share a scale; 1 in towers, which are not quantized.
         layout: ``interleave`` puts zero channels between the live ones, so that each quantization group keeps live
-            channels; ``append`` puts them last; ``split`` adds no zeros but makes two channels of one; ``groups`` keeps
+            channels; ``append`` puts them last; ``split`` adds no zeros but splits a channel into two; ``groups`` keeps
             live groups whole and spreads whole groups of zeros evenly between them.
-        splits: For ``split``: MLP, expert or stack of experts -> which live channels have one part more than the
-            others, a bit each, in base64.
+        splits: For ``split``: MLP, expert or stack of experts -> a bit for each live channel, in base64, that is set if
+            the channel has one part more than the others.
     """
 
     field: SizeField
@@ -58,20 +58,20 @@ class PaddedSize:
 
     @property
     def zeros(self) -> int:
-        """How many channels are added."""
+        """Number of added channels."""
         return self.padded - self.live
 
     @property
     def of_tower(self) -> bool:
-        """Whether the channels are those of a vision or an audio tower."""
+        """Whether the field is that of a vision or audio tower."""
         return self.field in get_args(TowerField)
 
     def positions(self) -> "torch.Tensor":
         """Return the padded position of each live channel: int64 ``[live]``, strictly increasing. Not for ``split``.
 
-        Interleaving puts up to one group of zeros one after each of the first channels, which is the procedure of
-        Qwen's GPTQ documentation (r0, 0, r1, 0, ..., then the rest): two groups are then half live. More zeros than
-        that are spread evenly over all groups.
+        Up to one group of zeros is interleaved with the first channels, one zero after each, as in Qwen's GPTQ
+        documentation (r0, 0, r1, 0, ..., then the rest): two groups are then half live. More zeros than that are spread
+        evenly over all groups.
         """
         import torch
 
@@ -79,8 +79,8 @@ class PaddedSize:
         if self.layout == "append":
             return channels
         if self.layout == "groups":
-            group, place = channels // self.group_size, channels % self.group_size
-            return group * self.padded // self.live * self.group_size + place
+            group, offset = channels // self.group_size, channels % self.group_size
+            return group * self.padded // self.live * self.group_size + offset
         if self.zeros <= self.group_size:
             return channels + channels.clamp(max=self.zeros)
         return channels * self.padded // self.live
@@ -88,7 +88,7 @@ class PaddedSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PadPlan:
-    """What padding does to a model: the request, and each size that follows from it."""
+    """A padding: the request, and the sizes that follow from it."""
 
     group_size: int
     tensor_parallel: int
@@ -96,7 +96,7 @@ class PadPlan:
 
     @property
     def changes(self) -> bool:
-        """Whether any size grows; a plan that changes nothing is valid."""
+        """Whether any size grows; a plan without changes is valid."""
         return any(size.zeros for size in self.sizes)
 
 
@@ -104,13 +104,13 @@ _PLAN = TypeAdapter(PadPlan)
 
 
 def dump_plan(plan: PadPlan) -> dict[str, Any]:
-    """Return a plan as JSON values, the form it has in ``Manifest.result["padding"]``."""
+    """Return a plan as JSON values, as in ``Manifest.result["padding"]``."""
     sizes = tuple(replace(size, splits=dict(size.splits)) for size in plan.sizes)
     return _PLAN.dump_python(replace(plan, sizes=sizes), mode="json")
 
 
 def load_plan(value: Mapping[str, Any]) -> PadPlan:
-    """Return the plan of a padded checkpoint's ``Manifest.result["padding"]``."""
+    """Return the plan in a padded checkpoint's ``Manifest.result["padding"]``."""
     return _PLAN.validate_python(value)
 
 
@@ -119,10 +119,10 @@ def plan_padding(
 ) -> PadPlan:
     """Return the smallest padding after which every rank of ``tensor_parallel`` holds whole groups of every MLP.
 
-    Routed experts and shared experts have sizes of their own. Towers stay as they are: see :func:`with_towers`.
+    Routed experts and shared experts have separate sizes. Towers are not padded: see :func:`with_towers`.
 
     Raises:
-        InputRefused: The family cannot be padded, the config's sizes disagree, or a number is not positive.
+        InputRefused: The family is unknown, the config has no size or different ones, or a number is not positive.
     """
     unit = _unit(group_size, tensor_parallel)
     sizes = _sizes(config, lambda _, live: _round_up(live, unit), group_size, layout)
@@ -130,9 +130,9 @@ def plan_padding(
 
 
 def with_towers(plan: PadPlan, config: Mapping[str, Any], *, ranks: int) -> PadPlan:
-    """Return the plan with the MLPs of every tower widened too, to the next multiple of ``ranks``.
+    """Return the plan with the MLPs of all towers padded too, to the next multiple of ``ranks``.
 
-    Towers are not quantized: no group has to keep live channels, so the new ones are zeros after them.
+    Towers are not quantized, so no group has to keep live channels: zeros are appended.
 
     Raises:
         InputRefused: See :func:`require_towers`.
@@ -142,46 +142,46 @@ def with_towers(plan: PadPlan, config: Mapping[str, Any], *, ranks: int) -> PadP
 
 
 def require_towers(config: Mapping[str, Any], *, ranks: int) -> None:
-    """Demand towers that can be made to be shared by ``ranks``.
+    """Require that padding makes the towers fit ``ranks``.
 
     Raises:
-        InputRefused: The model has no tower, its config lacks a width, or ``ranks`` does not divide one that follows
-            from other sizes, so that no field of the config could state another.
+        InputRefused: The model has no tower, its config lacks a width, or ``ranks`` does not divide a width that is
+            derived from other sizes, so that no config field can state another.
     """
     if not (towers := towers_of(config)):
         raise InputRefused(
             f"A model of type {config.get('model_type')} has no vision or audio tower to pad.",
-            remedy="Leave towers out of what is asked for.",
+            remedy="Do not request padding of towers.",
         )
     for tower in towers:
         width = tower.width(config)
         if tower.field is None and width % ranks:
             raise InputRefused(
                 f"The {tower.part} tower's MLPs have {width} channels, {tower.hidden} times mlp_ratio, which {ranks}"
-                " ranks cannot share; no field of the config could state another width.",
-                remedy="Serve on a number of ranks that divides it, or have every rank hold the whole tower.",
+                " ranks cannot share; no config field can state another width.",
+                remedy="Serve on a number of ranks that divides the width, or replicate the tower on every rank.",
             )
 
 
 def tower_sizes(config: Mapping[str, Any], *, ranks: int) -> list[PaddedSize]:
-    """Return the least widths that ``ranks`` divide, of each tower whose width a field of the config states."""
+    """Return the smallest multiples of ``ranks`` for all towers whose width a config field states."""
     return list(_tower_sizes(config, lambda _, live: _round_up(live, ranks)))
 
 
 def plan_between(
     live: Mapping[str, Any], padded: Mapping[str, Any], *, group_size: int, layout: Layout = "interleave"
 ) -> PadPlan:
-    """Return the padding that leads from one config's sizes to the other's; towers are in it if they differ."""
+    """Return the padding from one config's sizes to the other's; towers are included if they differ."""
     sizes = _sizes(live, lambda size, _: required(padded, size), group_size, layout)
     towers = _tower_sizes(live, lambda size, width: required(padded, size) if config_paths(padded, size) else width)
     return PadPlan(group_size=group_size, tensor_parallel=1, sizes=(*sizes, *(size for size in towers if size.zeros)))
 
 
 def resized_config(config: Mapping[str, Any], size: PaddedSize, width: int) -> dict[str, Any]:
-    """Return the config with one size changed wherever it is written, and nothing else."""
+    """Return the config with one size changed at all its paths."""
     changed = dict(config)
-    for place in size.places:
-        changed = _with(changed, place.split("."), width)
+    for path in size.places:
+        changed = _with(changed, path.split("."), width)
     return changed
 
 
@@ -192,7 +192,7 @@ def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[st
 
 
 def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_parallel: int) -> list[str]:
-    """Return why attention cannot be shared by the ranks, in words; padding the MLP helps none of it."""
+    """Return sentences on why ranks cannot share attention; padding the MLP does not help."""
     if obstacles := head_obstacles(config, tensor_parallel):
         return obstacles
     outputs = [
@@ -210,16 +210,16 @@ def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_pa
 
 
 def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]:
-    """Return which heads cannot be shared by the ranks, in words.
+    """Return sentences on the heads that ranks cannot share.
 
-    Key-value heads are replicated where there are fewer of them than ranks, as vLLM and SGLang do.
+    Key-value heads are replicated if there are fewer of them than ranks, as in vLLM and SGLang.
     """
     heads, kv_heads, _ = head_geometry(config)
     obstacles: list[str] = []
     if heads % tensor_parallel:
         obstacles.append(f"{heads} attention heads do not divide by {tensor_parallel}")
     if kv_heads % tensor_parallel and tensor_parallel % kv_heads:
-        obstacles.append(f"{kv_heads} key-value heads can neither be divided nor replicated over {tensor_parallel}")
+        obstacles.append(f"{kv_heads} key-value heads can be neither divided nor replicated over {tensor_parallel}")
     if any(is_linear_attention(config, layer) for layer in range(number_of_layers(config))):
         counts = {kind: required(config, f"linear_num_{kind}_heads") for kind in ("key", "value")}
         obstacles += [
@@ -232,17 +232,17 @@ def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]
 
 def _tower_sizes(config: Mapping[str, Any], padded: Callable[[SizeField, int], int]) -> Iterator[PaddedSize]:
     for tower in towers_of(config):
-        if (field := tower.field) and (places := config_paths(config, field)):
+        if (field := tower.field) and (paths := config_paths(config, field)):
             live = required(config, field)
             yield PaddedSize(
-                field=field, places=places, live=live, padded=padded(field, live), group_size=1, layout="append"
+                field=field, places=paths, live=live, padded=padded(field, live), group_size=1, layout="append"
             )
 
 
 def _sizes(
     config: Mapping[str, Any], padded: Callable[[DecoderField, int], int], group_size: int, layout: MapLayout
 ) -> tuple[PaddedSize, ...]:
-    lives: dict[DecoderField, int] = {size: required(config, size) for size in size_fields(config)}
+    widths: dict[DecoderField, int] = {size: required(config, size) for size in size_fields(config)}
     return tuple(
         PaddedSize(
             field=size,
@@ -252,7 +252,7 @@ def _sizes(
             group_size=group_size,
             layout=layout,
         )
-        for size, live in lives.items()
+        for size, live in widths.items()
     )
 
 
@@ -261,7 +261,7 @@ def _unit(group_size: int, tensor_parallel: int) -> int:
         return group_size * tensor_parallel
     raise InputRefused(
         f"Group size {group_size} and tensor-parallel degree {tensor_parallel} must both be positive.",
-        remedy="Name the group size that quantization will use and the ranks that will serve, such as 128 and 8.",
+        remedy="Pass the group size of the quantization and the number of ranks, such as 128 and 8.",
     )
 
 

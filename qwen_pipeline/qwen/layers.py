@@ -1,7 +1,7 @@
-"""The matrices of each decoder layer, from a config alone: shapes, who shares them among ranks, what is quantized.
+"""The matrices of each decoder layer, derived from a config: shapes, tensor-parallel split, quantized or not.
 
-Sources: ``base_model_tp_plan`` of Transformers' configurations and its models' ``__init__``. What stays in full
-precision is what GPTQModel's model definitions leave out: routers, gates, and small projections of gated delta nets.
+Sources: ``base_model_tp_plan`` of Transformers' configurations and its models' ``__init__``. Matrices that GPTQModel's
+model definitions leave out stay in full precision: routers, gates, and small projections of gated delta nets.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from qwen_pipeline.qwen.families import (
 )
 
 Split = Literal["columns", "rows", "whole"]
-"""How ranks share a matrix: by outputs (column-parallel), by inputs (row-parallel), or each holds all of it."""
+"""Tensor-parallel split of a matrix: by outputs (column-parallel), by inputs (row-parallel), or replicated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +29,11 @@ class Matrix:
 
     Attributes:
         kind: Path inside the layer; ``mlp.experts.*.gate_proj`` stands for ``count`` of them.
-        split: How tensor-parallel ranks share it.
+        split: Its tensor-parallel split.
         quantized: Whether quantization turns it into codes.
-        size: The size field that counts its outputs (columns) or inputs (rows), if padding may move it.
+        size: The size field that counts its outputs (columns) or inputs (rows), if padding may change it.
         fused: Projections that engines load as one matrix with it, itself included.
-        count: How many of them the layer has.
+        count: Number of such layers in the decoder layer.
     """
 
     kind: str
@@ -46,19 +46,19 @@ class Matrix:
     count: int = 1
 
     def kinds(self) -> list[str]:
-        """Return the kind of each of them, such as ``mlp.experts.7.gate_proj``."""
+        """Return one kind for each of ``count``, such as ``mlp.experts.7.gate_proj``."""
         return [self.kind.replace("*", str(number)) for number in range(self.count)]
 
 
 def layer_matrices(config: Config, layer: int) -> list[Matrix]:
-    """Return the matrices of one decoder layer, attention first, in the order in which data meets them.
+    """Return the matrices of one decoder layer in the order of the forward pass, attention first.
 
     Raises:
         InputRefused: The family is unknown, or the config lacks a size.
     """
     linear = is_linear_attention(config, layer)
     mixer = _delta_net(config) if linear else _attention(config)
-    return [*mixer, *_extras(config, layer, linear), *mlp_matrices(config, layer)]
+    return [*mixer, *_qwen4_matrices(config, layer, linear), *mlp_matrices(config, layer)]
 
 
 def number_of_layers(config: Config) -> int:
@@ -67,7 +67,7 @@ def number_of_layers(config: Config) -> int:
 
 
 def head_geometry(config: Config) -> tuple[int, int, int]:
-    """Return the attention heads, the key-value heads, and the channels of a head."""
+    """Return the number of attention heads, of key-value heads, and of channels per head."""
     text = text_config(config)
     heads = required(config, "num_attention_heads")
     kv_heads = int(text.get("num_key_value_heads") or heads)
@@ -76,7 +76,7 @@ def head_geometry(config: Config) -> tuple[int, int, int]:
 
 
 def is_linear_attention(config: Config, layer: int) -> bool:
-    """Whether the layer mixes tokens by a gated delta net."""
+    """Return whether the layer's token mixer is a gated delta net."""
     if require_family(config).mixer == "attention":
         return False
     text = text_config(config)
@@ -86,7 +86,7 @@ def is_linear_attention(config: Config, layer: int) -> bool:
 
 
 def has_experts(config: Config, layer: int) -> bool:
-    """Whether the layer's MLP is a mixture of experts."""
+    """Return whether the layer's MLP is a mixture of experts."""
     text = text_config(config)
     return (
         require_family(config).experts
@@ -97,7 +97,7 @@ def has_experts(config: Config, layer: int) -> bool:
 
 
 def size_fields(config: Config) -> tuple[DecoderField, ...]:
-    """Return the size fields that some decoder layer is built from, the MLP's own first."""
+    """Return the size fields that decoder layers are built from, that of the dense MLP first."""
     layers = range(number_of_layers(config))
     sparse = [has_experts(config, layer) for layer in layers]
     built_from: dict[DecoderField, bool] = {
@@ -109,18 +109,19 @@ def size_fields(config: Config) -> tuple[DecoderField, ...]:
 
 
 def required(config: Config, field: str) -> int:
-    """Return a size that every place of it in the config agrees on.
+    """Return a size field of the config.
 
     Raises:
-        InputRefused: It is missing, not a positive number, or its places disagree.
+        InputRefused: The field is missing, is not a positive integer, or has different values in nested configs.
     """
     found = config_values(config, field)
     if len(found) == 1 and isinstance(size := next(iter(found)), int) and size > 0:
         return size
-    places = ", ".join(config_paths(config, field)) or "nowhere"
+    paths = ", ".join(config_paths(config, field))
+    values = f"got {', '.join(sorted(map(str, found)))} at {paths}" if paths else "but the config lacks it"
     raise InputRefused(
-        f"{field} must be one positive number; it is in {places}: {sorted(map(str, found))}.",
-        remedy="Correct config.json: the shapes of the weights are right.",
+        f"{field} must be one positive number, {values}.",
+        remedy="Correct config.json so that it matches the shapes of the weights.",
     )
 
 
@@ -154,14 +155,14 @@ def _delta_net(config: Config) -> Iterator[Matrix]:
 
 
 def delta_geometry(config: Config) -> tuple[int, int, int]:
-    """Return the channels of a gated delta net's keys and of its values, and its value heads."""
+    """Return the number of key channels, value channels and value heads of a gated delta net."""
     heads = required(config, "linear_num_value_heads")
     keys = required(config, "linear_num_key_heads") * required(config, "linear_key_head_dim")
     return keys, heads * required(config, "linear_value_head_dim"), heads
 
 
-def _extras(config: Config, layer: int, linear: bool) -> Iterator[Matrix]:
-    """Yield Qwen4's matrices that are none of the others; they are small and stay in full precision."""
+def _qwen4_matrices(config: Config, layer: int, linear: bool) -> Iterator[Matrix]:
+    """Yield the matrices that only Qwen4 has; they are small and stay in full precision."""
     if require_family(config).mixer != "4":
         return
     text, hidden = text_config(config), required(config, "hidden_size")
@@ -169,8 +170,8 @@ def _extras(config: Config, layer: int, linear: bool) -> Iterator[Matrix]:
     if not linear and text.get("indexer_n_heads"):
         heads = required(config, "indexer_n_heads") + required(config, "indexer_kv_heads")
         yield _whole("self_attn.indexer.index_qk_proj", heads * required(config, "indexer_head_dim"), hidden)
-    for place in ("attn", "mlp"):
-        owner, rank = f"{place}_hyper_connection", required(config, "hc_lowrank")
+    for block in ("attn", "mlp"):
+        owner, rank = f"{block}_hyper_connection", required(config, "hc_lowrank")
         yield _whole(f"{owner}.input_mix_weight_down", rank, streams * hidden)
         yield _whole(f"{owner}.input_mix_weight_up", streams * hidden, rank)
         yield _whole(f"{owner}.block_inject_weight", streams, streams * hidden)

@@ -1,4 +1,4 @@
-"""The linear layers of a Qwen decoder that are quantized, found in a checkpoint, and their weights.
+"""The linear layers of a Qwen decoder that are quantized, as stored in a checkpoint, and their weights.
 
 Experts that are stored in stacks are linear layers like all others here: each is a view of its stack.
 """
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slab:
-    """Which part of a stack of experts one weight is.
+class ExpertSlice:
+    """The part of a stack of experts that holds one weight.
 
     Attributes:
-        expert: Its number.
-        start: The first of its outputs among those of the stack: ``up`` follows ``gate``.
-        transposed: Whether the stack has inputs before outputs.
+        expert: Index of the expert.
+        start: Its first output in the expert's matrix; ``up`` follows ``gate``.
+        transposed: Whether inputs come before outputs in the stack.
         stack: Shape of the whole stack.
     """
 
@@ -40,11 +40,11 @@ class Linear:
     """One linear layer.
 
     Attributes:
-        module: Its name without ``.weight``; codes of it are named after this.
+        module: Its name without ``.weight``; the prefix of its codes' names.
         layer: Number of the decoder layer.
         kind: Path inside the layer, such as ``mlp.experts.7.gate_proj``.
         tensor: Name of the stored tensor that holds the weight.
-        slab: Which part of that tensor the weight is; None if it is all of it.
+        expert_slice: The part of that tensor that is the weight; None if it is all of it.
     """
 
     module: str
@@ -53,25 +53,25 @@ class Linear:
     out_features: int
     in_features: int
     tensor: str
-    slab: Slab | None = None
+    expert_slice: ExpertSlice | None = None
 
     @property
     def is_expert(self) -> bool:
-        """Whether it is one that a router chooses, not a shared one."""
+        """Whether it belongs to a routed expert (not a shared one)."""
         return stack_of(self.kind) is not None
 
 
 def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
-    """Return the linear layers that quantization turns into codes, by layer and in the order in which data meets them.
+    """Return the linear layers that quantization turns into codes, in the order of the forward pass.
 
-    Routers, gates, embeddings, towers and draft heads are not among them.
+    Routers, gates, embeddings, towers and draft heads are not included.
 
     Raises:
         InputRefused: The family is unknown.
-        CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than the config says; the
+        CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than in the config; the
             message names them.
     """
-    places, config = parse_names(checkpoint), checkpoint.config
+    names, config = parse_names(checkpoint), checkpoint.config
     prefix = decoder_prefix(checkpoint)
     linears: list[Linear] = []
     wrong: list[str] = []
@@ -79,17 +79,17 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
         for kind, matrix in _quantized(layer_matrices(config, layer)):
             module = f"{prefix}layers.{layer}.{kind}"
             own, stack = (
-                places.get(ParsedName(part="decoder", layer=layer, module=path, parameter="weight"))
+                names.get(ParsedName(part="decoder", layer=layer, module=path, parameter="weight"))
                 for path in (kind, stack_of(kind) or "")
             )
             if not (tensor := own or stack):
                 wrong.append(f"{module} is missing")
                 continue
             shape = checkpoint[tensor].shape
-            slab = None if own else _slab(kind, matrix, shape, config)
-            if shape != (slab.stack if slab else (matrix.out_features, matrix.in_features)):
+            expert_slice = None if own else _expert_slice(kind, matrix, shape, config)
+            if shape != (expert_slice.stack if expert_slice else (matrix.out_features, matrix.in_features)):
                 wrong.append(
-                    f"{tensor} is {list(shape)}, where {module} is {matrix.out_features} x {matrix.in_features}"
+                    f"{tensor} is {list(shape)}, expected {matrix.out_features} x {matrix.in_features} for {module}"
                 )
             linears.append(
                 Linear(
@@ -99,13 +99,13 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
                     out_features=matrix.out_features,
                     in_features=matrix.in_features,
                     tensor=tensor,
-                    slab=slab,
+                    expert_slice=expert_slice,
                 )
             )
     if wrong:
         raise CheckpointRefused(
-            f"The weights of the decoder do not fit its config: {listed(wrong)}.",
-            remedy="Fetch the checkpoint again, or correct its config: weights and config must be of one model.",
+            f"The decoder's weights do not match its config: {listed(wrong)}.",
+            remedy="Fetch the checkpoint again, or correct its config: weights and config must belong to one model.",
         )
     return linears
 
@@ -113,17 +113,17 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
 def load_weight(checkpoint: Checkpoint, linear: Linear, rows: slice | None = None) -> "torch.Tensor":
     """Return the weight of a linear layer [O, I], or only ``rows`` of its outputs.
 
-    A part of a stack is read with the whole of its expert, because the rows of a stack are experts.
+    For a view of a stack, the whole expert is read, because the rows of a stack are experts.
     """
-    if (slab := linear.slab) is None:
+    if (part := linear.expert_slice) is None:
         return checkpoint.load(linear.tensor, rows)
-    expert = checkpoint.load(linear.tensor, slice(slab.expert, slab.expert + 1))[0]
-    w_OI = (expert.T if slab.transposed else expert)[slab.start : slab.start + linear.out_features]
+    expert = checkpoint.load(linear.tensor, slice(part.expert, part.expert + 1))[0]
+    w_OI = (expert.T if part.transposed else expert)[part.start : part.start + linear.out_features]
     return w_OI if rows is None else w_OI[rows]
 
 
 def _quantized(matrices: Sequence[Matrix]) -> Iterator[tuple[str, Matrix]]:
-    """Yield every matrix that is quantized with a kind of its own, one expert after the other."""
+    """Yield (kind, matrix) for all quantized matrices, one expert after the other."""
     experts = [matrix for matrix in matrices if matrix.count > 1 or "*" in matrix.kind]
     for matrix in matrices:
         if matrix in experts:
@@ -133,14 +133,14 @@ def _quantized(matrices: Sequence[Matrix]) -> Iterator[tuple[str, Matrix]]:
             yield matrix.kind, matrix
 
 
-def _slab(kind: str, matrix: Matrix, shape: tuple[int, ...], config: Config) -> Slab:
+def _expert_slice(kind: str, matrix: Matrix, shape: tuple[int, ...], config: Config) -> ExpertSlice:
     stack, outputs = stack_of(kind), matrix.out_features
     channels = channels_of(ParsedName(part="decoder", module=str(stack), parameter="weight"), shape, config)
     assert channels, f"{stack} has no channels"
     rows = outputs * channels.halves
     transposed = channels.axis == (1 if stack == DOWN else 2)
     sides = (matrix.in_features, rows) if transposed else (rows, matrix.in_features)
-    return Slab(
+    return ExpertSlice(
         expert=int(kind.split(".")[2]),
         start=outputs if kind.endswith(".up_proj") else 0,
         transposed=transposed,

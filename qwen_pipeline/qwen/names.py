@@ -1,8 +1,8 @@
-"""Tensor names: what each stored name means, and which stored tensors a module in memory is made of.
+"""Tensor names: parsing of stored names, and the possible stored names of a tensor.
 
-One tensor has several spellings: Transformers keeps a vision-language model's decoder at ``model.language_model``,
-Qwen2-VL is published (and saved) with it at ``model``. All spellings of a tensor have the same :class:`ParsedName`.
-Experts lie one by one or in stacks.
+A tensor may have several spellings: Transformers has a vision-language model's decoder at ``model.language_model`` in
+memory, but Qwen2-VL is published (and saved) with it at ``model``. All spellings of a tensor have the same
+:class:`ParsedName`. Experts are stored one by one or in stacks.
 """
 
 import re
@@ -31,25 +31,25 @@ _MIXERS: Mapping[str, str] = {
     "next": r"|linear_attn\.(?:in_proj_qkvz|in_proj_ba|out_proj|conv1d|norm)",
     "3.5": r"|linear_attn\.(?:in_proj_(?:qkv|z|a|b)|out_proj|conv1d|norm)",
 }
-_INDEXED = (
+_QWEN4_MODULES = (
     r"|self_attn\.indexer\.(?:index_qk_proj|[qk]_layernorm)"
     r"|(?:attn|mlp)_hyper_connection\.(?:hc_norm|input_mix_weight_down|input_mix_weight_up|block_inject_weight)"
     r"|ple\.(?:conv1d|key_proj|value_proj|norm_(?:conv|key|query)|ple_embedding\.ngram_embedding(?:\.shard_\d+)?)"
 )
-_BARE = re.compile(
+_PARAMETERS = re.compile(
     r"linear_attn\.(?:A_log|dt_bias)"
     r"|ple\.ple_embedding\.(?:layer_multipliers|ngram_heads_offsets|ngram_heads_vocab_sizes)"
 )
-"""Tensors that are parameters of a layer's module themselves: they have no ``.weight``."""
+"""Tensors that are direct parameters of a layer's module, without ``.weight``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedName:
-    """What a tensor is, however it is spelled.
+    """The meaning of a tensor name, independent of its spelling.
 
     Attributes:
-        part: What it belongs to.
-        layer: Number of the decoder (or draft) layer; None outside of them.
+        part: The part of the model that owns the tensor.
+        layer: Number of the decoder (or draft) layer; None outside of layers.
         module: Path inside the layer, such as ``self_attn.q_proj``, ``mlp.experts.7.gate_proj``,
             ``mlp.experts.gate_up_proj`` or ``linear_attn.in_proj_qkvz``. Outside of layers the path inside the part,
             which for towers begins with the tower, as in ``visual.merger.mlp.0``.
@@ -63,42 +63,42 @@ class ParsedName:
 
 
 def parse_name(name: str, config: Config) -> ParsedName:
-    """Return what the stored (or in-memory) tensor ``name`` is in a model of this config.
+    """Parse the stored (or in-memory) name of a tensor in a model of this config.
 
     Raises:
         InputRefused: The family is unknown.
         CheckpointRefused: The family has no such tensor.
     """
-    if place := _parse(name, require_family(config)):
-        return place
+    if parsed := _parse(name, require_family(config)):
+        return parsed
     raise CheckpointRefused(
-        f"The tensor {name} is not one that models of type {config['model_type']} have.",
-        remedy="Fetch the checkpoint again, or correct model_type in its config: weights and config must be of one"
-        " model.",
+        f"Models of type {config['model_type']} have no tensor {name}.",
+        remedy="Fetch the checkpoint again, or correct model_type in its config: weights and config must belong to"
+        " one model.",
     )
 
 
 def parse_names(checkpoint: Checkpoint) -> dict[ParsedName, str]:
-    """Return the name of the tensor at each place of a checkpoint.
+    """Return parsed name -> stored name for all tensors of a checkpoint.
 
     Raises:
         InputRefused: The family is unknown.
         CheckpointRefused: The family has no such tensor, or two tensors are spellings of one; the message names them.
     """
-    places: dict[ParsedName, str] = {}
+    names: dict[ParsedName, str] = {}
     for name in checkpoint:
-        place = parse_name(name, checkpoint.config)
-        if place in places:
+        parsed = parse_name(name, checkpoint.config)
+        if parsed in names:
             raise CheckpointRefused(
-                f"{places[place]} and {name} are two spellings of one tensor.",
+                f"{names[parsed]} and {name} are two spellings of one tensor.",
                 remedy="Remove the stale one: files of two saves are mixed.",
             )
-        places[place] = name
-    return places
+        names[parsed] = name
+    return names
 
 
 def decoder_prefix(checkpoint: Checkpoint) -> str:
-    """Return what stands before ``layers.`` in the names of the decoder's tensors, such as ``model.language_model.``.
+    """Return the prefix before ``layers.`` in the names of the decoder's tensors, such as ``model.language_model.``.
 
     Raises:
         CheckpointRefused: The decoder has no layer.
@@ -107,47 +107,47 @@ def decoder_prefix(checkpoint: Checkpoint) -> str:
         if parse_name(name, checkpoint.config).part == "decoder" and "layers." in name:
             return name[: name.index("layers.")]
     raise CheckpointRefused(
-        "The checkpoint has no tensor of a decoder layer.", remedy="Name a complete Hugging Face model directory."
+        "The checkpoint has no tensor of a decoder layer.", remedy="Pass a complete Hugging Face model directory."
     )
 
 
-def spellings(place: ParsedName, family: Family) -> list[str]:
-    """Return every name that the tensor at ``place`` may have on disk or in memory, the published ones first."""
-    leaf = place.module if place.module in FUSED else f"{place.module}.{place.parameter}"
-    inner = leaf if place.layer is None else f"layers.{place.layer}.{leaf}"
-    if place.part == "head":
-        return [f"{head}.{place.parameter}" for head in family.heads]
-    if place.part == "mtp":
+def spellings(parsed: ParsedName, family: Family) -> list[str]:
+    """Return all names that a tensor may have on disk or in memory, the published ones first."""
+    leaf = parsed.module if parsed.module in FUSED else f"{parsed.module}.{parsed.parameter}"
+    inner = leaf if parsed.layer is None else f"layers.{parsed.layer}.{leaf}"
+    if parsed.part == "head":
+        return [f"{head}.{parsed.parameter}" for head in family.heads]
+    if parsed.part == "mtp":
         return [f"mtp.{inner}"]
-    if place.part in ("decoder", "embedding", "norm"):
+    if parsed.part in ("decoder", "embedding", "norm"):
         return [f"{prefix}{inner}" for prefix in family.decoder]
-    tower = place.module.partition(".")[0]
-    return [prefix.removesuffix(f"{tower}.") + leaf for prefix in family.towers if _tower(prefix) == tower]
+    tower = parsed.module.partition(".")[0]
+    return [prefix.removesuffix(f"{tower}.") + leaf for prefix in family.towers if _tower_name(prefix) == tower]
 
 
 def _parse(name: str, family: Family) -> ParsedName | None:
     for prefix, part in family.towers.items():
         if name.startswith(prefix):
             module, _, parameter = name.removeprefix(prefix).rpartition(".")
-            return ParsedName(part=part, module=f"{_tower(prefix)}.{module}".rstrip("."), parameter=parameter)
+            return ParsedName(part=part, module=f"{_tower_name(prefix)}.{module}".rstrip("."), parameter=parameter)
     if name.startswith("mtp.") and family.drafts:
-        return _in_draft(name.removeprefix("mtp."), family)
+        return _parse_draft(name.removeprefix("mtp."), family)
     module, _, parameter = name.rpartition(".")
     if module in family.heads and parameter in ("weight", *_CODES):
         return ParsedName(part="head", module="lm_head", parameter=parameter)
     for prefix in family.decoder:
-        if name.startswith(prefix) and (place := _in_decoder(name.removeprefix(prefix), family)):
-            return place
+        if name.startswith(prefix) and (parsed := _parse_decoder(name.removeprefix(prefix), family)):
+            return parsed
     return None
 
 
-def _tower(prefix: str) -> str:
+def _tower_name(prefix: str) -> str:
     return prefix.removesuffix(".").rpartition(".")[2]
 
 
-def _in_decoder(name: str, family: Family) -> ParsedName | None:
+def _parse_decoder(name: str, family: Family) -> ParsedName | None:
     if match := _LAYER.fullmatch(name):
-        return _in_layer("decoder", int(match[1]), match[2], family)
+        return _parse_layer("decoder", int(match[1]), match[2], family)
     module, _, parameter = name.rpartition(".")
     if name == "embed_tokens.weight":
         return ParsedName(part="embedding", module=module, parameter=parameter)
@@ -155,18 +155,18 @@ def _in_decoder(name: str, family: Family) -> ParsedName | None:
     return ParsedName(part="norm", module=module, parameter=parameter) if name == "norm.weight" or mixer else None
 
 
-def _in_draft(name: str, family: Family) -> ParsedName | None:
+def _parse_draft(name: str, family: Family) -> ParsedName | None:
     if match := _LAYER.fullmatch(name):
-        return _in_layer("mtp", int(match[1]), match[2], family)
+        return _parse_layer("mtp", int(match[1]), match[2], family)
     module, _, parameter = name.rpartition(".")
     return ParsedName(part="mtp", module=module, parameter=parameter)
 
 
-def _in_layer(part: Literal["decoder", "mtp"], layer: int, name: str, family: Family) -> ParsedName | None:
+def _parse_layer(part: Literal["decoder", "mtp"], layer: int, name: str, family: Family) -> ParsedName | None:
     module, _, parameter = name.rpartition(".")
     if name in FUSED and family.experts:
         return ParsedName(part=part, layer=layer, module=name, parameter="weight")
-    if _BARE.fullmatch(name) and family.mixer != "attention":
+    if _PARAMETERS.fullmatch(name) and family.mixer != "attention":
         return ParsedName(part=part, layer=layer, module=module, parameter=parameter)
     if parameter in ("weight", "bias", *_CODES) and _modules(family.mixer, family.experts, family.shared)(module):
         return ParsedName(part=part, layer=layer, module=module, parameter=parameter)
@@ -178,13 +178,13 @@ def _modules(mixer: Mixer, experts: bool, shared: bool) -> "Callable[[str], re.M
     pattern = (
         r"input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\.(?:gate|up|down)_proj"
     )
-    pattern += _MIXERS.get(mixer, _MIXERS["3.5"] + _INDEXED)
+    pattern += _MIXERS.get(mixer, _MIXERS["3.5"] + _QWEN4_MODULES)
     pattern += r"|mlp\.gate|mlp\.experts\.\d+\.(?:gate|up|down)_proj" if experts else ""
     pattern += r"|mlp\.shared_expert\.(?:gate|up|down)_proj|mlp\.shared_expert_gate" if shared else ""
     return re.compile(pattern).fullmatch
 
 
 def stack_of(module: str) -> str | None:
-    """Return the stack that one expert's projection lies in where experts are stacked; None if it is no expert's."""
+    """Return the stack that would contain an expert's projection; None if the module is not one of an expert."""
     match = _EXPERT.fullmatch(module)
     return (DOWN if match[2] == "down" else GATE_UP) if match else None

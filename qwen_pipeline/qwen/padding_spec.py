@@ -1,4 +1,4 @@
-"""What is asked of padding. It imports little: the command line's help and the settings show its defaults."""
+"""The spec of a padding. This module imports little: the command line's help and the settings show its defaults."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ DEFAULT_LAYOUT: Layout = "split"
 """The layout with which padded models quantize best (``docs/numerics.md``)."""
 
 Targets = Mapping[str, Sequence[int]]
-"""Serving engine -> the tensor-parallel degrees at which it is to serve."""
+"""Serving engine -> the tensor-parallel degrees at which it must serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaddingSpec:
-    """How wide MLPs become, and where their new channels go.
+    """The width that MLPs are padded to, and the layout of their new channels.
 
     Attributes:
         group_size: Consecutive input channels that will share one scale.
         tensor_parallel: Ranks, each of which gets whole quantization groups of every MLP.
-        targets: Instead of ``tensor_parallel``, the engines and degrees to serve: no wider than they need.
+        targets: Engines and degrees to serve, in place of ``tensor_parallel``: MLPs become no wider than these need.
         layout: Where the new channels go: halves of live ones, or zeros between the live ones or after them.
-        towers: Whether the MLPs of vision and audio towers become widths that all ranks can share, too.
+        towers: Whether the MLPs of vision and audio towers are padded too, to widths that all ranks can share.
     """
 
     group_size: int = 128
@@ -35,7 +35,7 @@ class PaddingSpec:
 
     @property
     def degrees(self) -> list[int]:
-        """Every degree that is asked for, ascending.
+        """All requested degrees, ascending.
 
         Raises:
             InputRefused: A target has no degree.
@@ -44,11 +44,11 @@ class PaddingSpec:
 
     @property
     def ranks(self) -> int:
-        """The least number of ranks that every degree divides."""
+        """The least common multiple of the degrees."""
         return lcm(*self.degrees)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides a padding beside its source, as manifests keep it; what was not asked for is left out."""
+        """Return the fields that identify a padding in manifests; those not in use are left out."""
         targets = {engine: list(degrees) for engine, degrees in self.targets.items()}
         served: dict[str, Any] = {"targets": targets} if targets else {"tensor_parallel": self.tensor_parallel}
         towers = {"towers": True} if self.towers else {}
@@ -56,14 +56,15 @@ class PaddingSpec:
 
 
 def served_degrees(targets: Targets) -> list[int]:
-    """Return every degree at which an engine is to serve, ascending.
+    """Return every degree of the targets, ascending.
 
     Raises:
-        InputRefused: There is no engine, or one without a degree.
+        InputRefused: There is no engine, or an engine has no degree.
     """
-    degrees = sorted({degree for asked in targets.values() for degree in asked})
+    degrees = sorted({degree for requested in targets.values() for degree in requested})
     if not degrees or not all(targets.values()):
         raise InputRefused(
-            "No engine and no degree is named.", remedy="Name an engine and its degrees, such as vllm at 8."
+            f"Targets must give each engine at least one degree, got {dict(targets)}.",
+            remedy="Name an engine and its degrees, such as vllm at 8.",
         )
     return degrees

@@ -1,7 +1,7 @@
-"""Where a parameter of a model in memory lies in a checkpoint: in one tensor, in a part of one, or cut into several.
+"""Stored locations of a model's in-memory parameters: a whole tensor, a part of one, or several tensors.
 
-Experts are where the two differ: a stack in memory may be stored as one matrix per expert and projection, a single
-expert's matrix may be rows of a stack, and a stack may be stored with its matrices transposed.
+The two differ only for experts: a stack in memory may be stored as one matrix per expert and projection, a single
+expert's matrix may be rows of a stored stack, and a stack may be stored with its matrices transposed.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from qwen_pipeline.qwen.names import DOWN, FUSED, GATE_UP, ParsedName, parse_nam
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlice:
-    """Rows of one matrix in memory, and where they are stored.
+    """Rows of one matrix in memory, and their stored location.
 
     Attributes:
         name: The stored tensor.
-        expert: Which matrix of the parameter in memory.
-        first: Its first row that lies here.
-        slab: Which matrix of the stored tensor, if that is a stack; None if it is no stack.
-        onto: The stored matrix's row that ``first`` lies on.
-        rows: How many rows lie here; None if it is all of them.
+        expert: Index of the matrix in the parameter in memory.
+        first: First row of that matrix in this slice.
+        slab: Index of the matrix in the stored tensor; None if that is not a stack.
+        onto: Row of the stored matrix that corresponds to ``first``.
+        rows: Number of rows; None for all.
         transposed: Whether the stored matrices are transposed.
     """
 
@@ -38,57 +38,57 @@ class TensorSlice:
 
 
 def slices_of(parameter: str, checkpoint: Checkpoint) -> list[TensorSlice]:
-    """Return where the parameter at this path in memory is stored; nothing if it is not, more than its parts if twice.
+    """Return the stored slices of an in-memory parameter: none if it is not stored, overlapping ones if it is twice.
 
     Args:
         parameter: Such as ``model.layers.0.self_attn.q_proj.weight`` or ``model.layers.0.mlp.experts.gate_up_proj``.
-        checkpoint: With its tensors under any of the family's spellings.
+        checkpoint: Its tensors may have any of the family's spellings.
     """
     try:
-        place = parse_name(parameter, checkpoint.config)
+        parsed = parse_name(parameter, checkpoint.config)
     except CheckpointRefused:
         return []
-    if stored := _stored(place, checkpoint):
-        return [slot for name in stored for slot in _whole(place, name, checkpoint)]
-    if place.module in FUSED:
-        return list(_cut(place, checkpoint))
-    return list(_inside(place, checkpoint))
+    if stored := _stored_names(parsed, checkpoint):
+        return [part for name in stored for part in _whole_tensor(parsed, name, checkpoint)]
+    if parsed.module in FUSED:
+        return list(_unstacked_experts(parsed, checkpoint))
+    return list(_stack_rows(parsed, checkpoint))
 
 
-def _stored(place: ParsedName, checkpoint: Checkpoint) -> list[str]:
-    return [name for name in spellings(place, require_family(checkpoint.config)) if name in checkpoint]
+def _stored_names(parsed: ParsedName, checkpoint: Checkpoint) -> list[str]:
+    return [name for name in spellings(parsed, require_family(checkpoint.config)) if name in checkpoint]
 
 
-def _whole(place: ParsedName, name: str, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
-    if place.module not in FUSED:
+def _whole_tensor(parsed: ParsedName, name: str, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
+    if parsed.module not in FUSED:
         yield TensorSlice(name=name)
         return
-    transposed = _is_transposed(place, name, checkpoint)
+    transposed = _is_transposed(parsed, name, checkpoint)
     for expert in range(checkpoint[name].shape[0]):
         yield TensorSlice(name=name, expert=expert, slab=expert, transposed=transposed)
 
 
-def _cut(place: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
-    """Yield the experts that a stack in memory is stored as."""
-    projections = ("down_proj",) if place.module == DOWN else ("gate_proj", "up_proj")
+def _unstacked_experts(parsed: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
+    """Yield the single-expert tensors that a stack in memory is stored as."""
+    projections = ("down_proj",) if parsed.module == DOWN else ("gate_proj", "up_proj")
     for expert in range(number_of_experts(checkpoint.config)):
         first = 0
         for projection in projections:
-            part = replace(place, module=f"mlp.experts.{expert}.{projection}")
-            for name in _stored(part, checkpoint):
+            part = replace(parsed, module=f"mlp.experts.{expert}.{projection}")
+            for name in _stored_names(part, checkpoint):
                 rows = checkpoint[name].shape[0]
                 yield TensorSlice(name=name, expert=expert, first=first, rows=rows)
                 first += rows
 
 
-def _inside(place: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
-    """Yield the rows of a stack that one expert in memory is stored as."""
-    stack = stack_of(place.module)
-    if stack is None or place.parameter != "weight":
+def _stack_rows(parsed: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
+    """Yield the rows of a stored stack that correspond to one expert's matrix in memory."""
+    stack = stack_of(parsed.module)
+    if stack is None or parsed.parameter != "weight":
         return
-    expert, projection = place.module.split(".")[2:]
-    whole = replace(place, module=stack)
-    for name in _stored(whole, checkpoint):
+    expert, projection = parsed.module.split(".")[2:]
+    whole = replace(parsed, module=stack)
+    for name in _stored_names(whole, checkpoint):
         _, *matrix = checkpoint[name].shape
         transposed = _is_transposed(whole, name, checkpoint)
         rows = matrix[1 if transposed else 0] // (2 if stack == GATE_UP else 1)
@@ -102,6 +102,6 @@ def _inside(place: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
             )
 
 
-def _is_transposed(place: ParsedName, name: str, checkpoint: Checkpoint) -> bool:
-    channels = channels_of(place, checkpoint[name].shape, checkpoint.config)
-    return channels is not None and channels.axis == (1 if place.module == DOWN else 2)
+def _is_transposed(parsed: ParsedName, name: str, checkpoint: Checkpoint) -> bool:
+    channels = channels_of(parsed, checkpoint[name].shape, checkpoint.config)
+    return channels is not None and channels.axis == (1 if parsed.module == DOWN else 2)

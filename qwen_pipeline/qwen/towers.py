@@ -1,8 +1,8 @@
-"""Vision and audio towers: how wide their MLPs are, and which of their tensors have those channels.
+"""Vision and audio towers, as data: the widths of their MLPs, and the tensors with those channels.
 
-Read from Transformers 5.23 (``modeling_*.py`` and ``configuration_*.py`` of each family). Towers stay in full
-precision, so groups do not matter: ranks can share an MLP whose width their number divides. A merger is
-``spatial_merge_size`` squared times as wide as its tower: where the tower's heads can be shared, so can its merger.
+The tables were read from Transformers 5.23 (``modeling_*.py`` and ``configuration_*.py`` of each family). Towers stay
+in full precision, so groups do not matter: ranks can share an MLP if their number divides its width. A merger is
+``spatial_merge_size`` squared times as wide as its tower: if ranks can share the tower's heads, they can share it too.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from qwen_pipeline.qwen.layers import required
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tower:
-    """An encoder beside the decoder, made of equal layers.
+    """An encoder of equal layers beside the decoder.
 
     Attributes:
-        part: What it reads.
-        section: Where its config is.
+        part: Its modality.
+        section: The section of its config.
         field: The size field that counts an MLP's channels; None if the width is ``hidden`` times ``mlp_ratio``.
         layers: Path of a layer, up to its number.
-        outputs: Linear layers in it that have the MLP's channels as outputs.
-        inputs: The one that has them as inputs.
-        depth: Config field of the number of layers; ``heads`` and ``hidden`` likewise.
+        outputs: Linear layers whose outputs are the MLP's channels.
+        inputs: The linear layer whose inputs are the MLP's channels.
+        depth: Config field with the number of layers; ``heads`` and ``hidden`` likewise.
     """
 
     part: Literal["vision", "audio"]
@@ -41,23 +41,23 @@ class Tower:
         """Return a size of the tower, such as its ``depth``.
 
         Raises:
-            InputRefused: The config lacks it.
+            InputRefused: The config lacks the size.
         """
         return required(config, f"{self.section}.{name}")
 
     def width(self, config: Config) -> int:
-        """Return how many channels each MLP has."""
+        """Return the number of channels of each MLP."""
         if self.field:
             return required(config, self.field)
         return self.size(config, self.hidden) * self.size(config, "mlp_ratio")
 
     def weights(self, config: Config, width: int) -> int:
-        """Return the weights of all MLPs, biases included, if they had ``width`` channels."""
+        """Return the number of weights of all MLPs, biases included, at ``width`` channels."""
         hidden = self.size(config, self.hidden)
         return self.size(config, self.depth) * (width * (hidden + 1) * len(self.outputs) + width * hidden + hidden)
 
     def axis(self, module: str) -> int | None:
-        """Return which axis of a linear layer's weight the channels lie along; None if it has none of them."""
+        """Return the axis of the channels in a linear layer's weight; None if it has none of them."""
         number, _, name = module.removeprefix(self.layers).partition(".")
         if not module.startswith(self.layers) or not number.isdecimal():
             return None
@@ -105,5 +105,5 @@ TOWERS: Mapping[str, tuple[Tower, ...]] = {
 
 
 def towers_of(config: Config) -> list[Tower]:
-    """Return the towers that a model of this config has: those whose section is there."""
+    """Return the towers of a model: those of its family whose section the config has."""
     return [tower for tower in TOWERS.get(str(config.get("model_type")), ()) if has_section(config, tower.section)]

@@ -1,21 +1,24 @@
-"""``padded + text -> calibration``: the tokens that a model is quantized with, and whether they reach all of it."""
+"""``padded + text -> calibration``: the tokens that a model is quantized with, and how many reach each expert."""
 
 import csv
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest, digest_files
+from qwen_pipeline.checkpoint.digest import digest_files
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.manifest import LOGS, Derivation
+from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration import calibration_set
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration
-from qwen_pipeline.quantization.spec import MIN_EXPERT_TOKENS, CalibrationSpec, Device, default_device
+from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
+from qwen_pipeline.quantization.spec import Device, default_device
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.workers.parent import run_worker
@@ -34,26 +37,26 @@ def calibrate(
     *,
     source: Path,
     text: str | Path,
-    destination: Destination,
+    destination: Destination | Path,
     spec: CalibrationSpec,
     all_experts: bool = False,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
     device: Device | None = None,
     observe: Observe = unobserved,
 ) -> Artifact:
-    """Draw calibration tokens with a model's tokenizer and chat template, and keep them.
+    """Draw calibration tokens with a model's tokenizer and chat template, and save them.
 
-    The content digest covers the tokens alone: equal tokens leave what was quantized with them up to date.
+    The content digest covers only the tokens: with equal tokens, outputs quantized with them stay up to date.
 
     Args:
         source: The checkpoint that will be quantized.
         text: A file of records, a directory, or the name of a dataset: see :mod:`qwen_pipeline.text.sources`.
-        destination: Where the tokens go.
-        spec: How many tokens, which, and how they are packed.
-        all_experts: Whether the engine will give every token to every expert, so that routing does not matter.
-        min_expert_tokens: What an expert needs to pass the check.
-        device: Where the router of a mixture computes; by default a GPU where there is one.
-        observe: Told about each layer of a mixture.
+        destination: Where to write the tokens.
+        spec: Number, length and selection of the windows.
+        all_experts: Whether the quantizer will give every token to every expert, so that routing does not matter.
+        min_expert_tokens: Tokens that each expert needs to pass the check.
+        device: Device on which the routers of a mixture are computed; by default a GPU if there is one.
+        observe: Receives progress for each layer of a mixture.
 
     Raises:
         InputRefused: The text or the tokenizer cannot be used, or there is too little text.
@@ -61,34 +64,24 @@ def calibrate(
     """
     from qwen_pipeline.quantization.calibration.expert_coverage import has_experts
 
-    routed = has_experts(open_checkpoint(source)) and not all_experts
+    is_mixture = has_experts(open_checkpoint(source))
     opened = open_text(text)
-    derivation = Derivation(
-        stage=STAGE,
-        inputs={"source": checkpoint_digest(source, observe=observe), "text": opened.digest()},
-        spec={
-            **asdict(spec),
-            "text": opened.name,
-            "all_experts": all_experts,
-            "min_expert_tokens": min_expert_tokens,
-        },
-        code_version=CODE_VERSION,
-    )
+    inputs = {"source": checkpoint_digest(source, observe=observe), "text": opened.digest()}
+    settings = {"text": opened.name, "all_experts": all_experts, "min_expert_tokens": min_expert_tokens}
+    derivation = Derivation(stage=STAGE, inputs=inputs, spec={**asdict(spec), **settings}, code_version=CODE_VERSION)
 
     def build(partial: Path) -> Built:
-        from qwen_pipeline.quantization.calibration.plot import draw_calibration_plot
-
         drawn = draw_calibration(text, source, spec)
         contents = drawn.save(partial)
         (partial / LOGS).mkdir(exist_ok=True)
-        experts, peak = _count(source, partial, device or default_device(), observe) if routed else ({}, 0)
+        experts, peak = dict[int, list[int]](), 0
+        if is_mixture and not all_experts:
+            experts, peak = _count_expert_tokens(source, partial, device or default_device(), observe)
         statistics = drawn.statistics()
-        draw_calibration_plot(statistics, experts, min_expert_tokens, partial / PLOT)
-        _write_table(experts, partial / EXPERT_TABLE)
-        report = check_experts(experts, min_expert_tokens, all_experts=all_experts)
-        logs = {path.relative_to(partial).as_posix(): path for path in (partial / LOGS).iterdir()}
+        _write_logs(partial, statistics, experts, min_expert_tokens)
+        report = check_experts(experts, min_expert_tokens, is_mixture=is_mixture)
         return Built(
-            contents=replace(contents, files={**contents.files, **digest_files(logs)}),
+            contents=_with_logs(contents, partial),
             result={
                 "statistics": statistics,
                 "experts": {str(layer): _summary(tokens) for layer, tokens in experts.items()},
@@ -101,8 +94,18 @@ def calibrate(
     return derive(derivation, destination, build)
 
 
-def check_experts(experts: Mapping[int, Sequence[int]], least: int, *, all_experts: bool = False) -> CheckReport:
-    """Report on :data:`EXPERTS_REACHED`, given layer -> tokens of each expert."""
+def check_experts(experts: Mapping[int, Sequence[int]], least: int, *, is_mixture: bool = True) -> CheckReport:
+    """Report on :data:`EXPERTS_REACHED`.
+
+    Args:
+        experts: Layer -> tokens of each expert; empty if every expert gets every token.
+        least: Tokens that each expert needs.
+        is_mixture: Whether the model has experts.
+    """
+    if not is_mixture:
+        return EXPERTS_REACHED.skipped("The model has no experts.")
+    if not experts:
+        return EXPERTS_REACHED.report(passed=True, detail="Every expert will get every token.")
     starved = [
         (count, f"layer {layer} expert {expert} gets {count}")
         for layer, tokens in experts.items()
@@ -110,29 +113,26 @@ def check_experts(experts: Mapping[int, Sequence[int]], least: int, *, all_exper
         if count < least
     ]
     total = sum(map(len, experts.values()))
+    detail = f"Each of {total} experts gets at least {least} tokens."
     if starved:
         worst = listed([which for _, which in sorted(starved)])
         detail = (
             f"{len(starved)} of {total} experts get fewer than {least} tokens: {worst}."
-            " Calibrate with more samples, with text that is more like what the model will see, or with all experts"
+            " Calibrate with more samples, with text closer to the model's use, or with all experts"
             " (all_experts gives each of them every token)."
         )
-    elif experts:
-        detail = f"Each of {total} experts gets at least {least} tokens."
-    else:
-        detail = "Every expert will get every token." if all_experts else "The model has no experts."
-    counts = [count for tokens in experts.values() for count in tokens]
-    return CheckReport(
-        name=EXPERTS_REACHED.name,
-        passed=not starved,
-        detail=detail,
-        measured=float(min(counts)) if counts else None,
-        limit=float(least) if counts else None,
-    )
+    fewest = min(count for tokens in experts.values() for count in tokens)
+    return EXPERTS_REACHED.report(passed=not starved, detail=detail, measured=float(fewest), limit=float(least))
 
 
-def _count(source: Path, partial: Path, device: Device, observe: Observe) -> tuple[dict[int, list[int]], int]:
-    """Count each expert's tokens in a process of its own, which gives all memory back."""
+def _count_expert_tokens(
+    source: Path, partial: Path, device: Device, observe: Observe
+) -> tuple[dict[int, list[int]], int]:
+    """Count the tokens of each expert in a process of its own, so that all memory is released.
+
+    Returns:
+        Layer -> tokens of each expert, and the peak memory of the process in bytes.
+    """
     worker = run_worker(
         Path(sys.executable),
         "qwen_pipeline.quantization.calibration.expert_coverage:measure_coverage",
@@ -148,10 +148,21 @@ def _summary(tokens: Sequence[int]) -> dict[str, float]:
     return {"least": ordered[0], "median": ordered[len(ordered) // 2], "most": ordered[-1]}
 
 
-def _write_table(experts: Mapping[int, Sequence[int]], path: Path) -> None:
-    with path.open("w", newline="") as file:
+def _write_logs(
+    partial: Path, statistics: Mapping[str, Any], experts: Mapping[int, Sequence[int]], min_expert_tokens: int
+) -> None:
+    """Write the plot, and the table of the tokens of each expert."""
+    from qwen_pipeline.quantization.calibration.plot import draw_calibration_plot
+
+    draw_calibration_plot(statistics, experts, min_expert_tokens, partial / PLOT)
+    with (partial / EXPERT_TABLE).open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("layer", "expert", "tokens"))
         table.writerows(
-            (layer, expert, count) for layer, all_of in experts.items() for expert, count in enumerate(all_of)
+            (layer, expert, count) for layer, tokens in experts.items() for expert, count in enumerate(tokens)
         )
+
+
+def _with_logs(contents: Contents, partial: Path) -> Contents:
+    logs = {path.relative_to(partial).as_posix(): path for path in (partial / LOGS).iterdir()}
+    return replace(contents, files={**contents.files, **digest_files(logs)})

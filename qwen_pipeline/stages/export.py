@@ -1,9 +1,9 @@
-"""``quantized -> exported``: the same codes in compressed-tensors' ``pack-quantized``, which vLLM calls its own."""
+"""``quantized -> exported``: the same codes in ``pack-quantized`` of compressed-tensors, vLLM's native format."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
@@ -22,11 +22,16 @@ SAME_WEIGHTS = CheckSpec(
 CHECKS = (SAME_WEIGHTS,)
 
 
-def export(*, source: Path, destination: Destination, observe: Observe = unobserved) -> Artifact:
+def export(*, source: Path, destination: Destination | Path, observe: Observe = unobserved) -> Artifact:
     """Write a GPTQ checkpoint in the format ``pack-quantized`` of compressed-tensors; nothing is quantized again.
 
+    Args:
+        source: A GPTQ checkpoint.
+        destination: Where the exported checkpoint goes.
+        observe: Called with the progress.
+
     Raises:
-        CheckpointRefused: The source is no GPTQ checkpoint of 4 or 8 bits.
+        CheckpointRefused: The source is not a GPTQ checkpoint of 4 or 8 bits.
     """
     quantized = open_checkpoint(source)
     compressed = as_compressed(quantized)
@@ -46,14 +51,14 @@ def export(*, source: Path, destination: Destination, observe: Observe = unobser
 
 
 def check_weights(quantized: Checkpoint, exported: Checkpoint) -> CheckReport:
-    """Report on :data:`SAME_WEIGHTS`."""
+    """Report on :data:`SAME_WEIGHTS`, module by module."""
     modules = [name.removesuffix(".qweight") for name in quantized if name.endswith(".qweight")]
-    wrong = list(_differing(quantized, exported, modules))
+    different = list(_different_modules(quantized, exported, modules))
     remedy = "Export again; if it persists, report it as a defect."
-    return report_on_modules(SAME_WEIGHTS, total=len(modules), bad=wrong, remedy=remedy)
+    return report_on_modules(SAME_WEIGHTS, total=len(modules), bad=different, remedy=remedy)
 
 
-def _differing(quantized: Checkpoint, exported: Checkpoint, modules: list[str]) -> Iterator[str]:
+def _different_modules(quantized: Checkpoint, exported: Checkpoint, modules: list[str]) -> Iterator[str]:
     import torch
 
     before, after = (code_format(each.config["quantization_config"]) for each in (quantized, exported))

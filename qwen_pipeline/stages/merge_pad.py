@@ -1,4 +1,4 @@
-"""Merging and padding in one pass: the merged weights are digested on their way and only the padded ones are stored."""
+"""``base + fine-tune -> merged, padded`` in one pass: merged weights are digested in memory, padded ones are stored."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
 from qwen_pipeline.checkpoint.memory_budget import ResourceNeeds, estimate_needs
 from qwen_pipeline.checkpoint.store.derive import Built, derive, find
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import StageInput, open_input
+from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.checkpoint.writer import write_files_beside
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
@@ -24,43 +24,55 @@ from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 
 
-def merge_and_pad(
+def merge_pad(
     *,
     base: Path,
     fine_tune: Path | AdapterSet,
-    merged: Destination,
-    padded: Destination,
+    merged: Destination | Path,
+    padded: Destination | Path,
     base_names: Collection[str] = (),
     base_revision: str | None = None,
     spec: PaddingSpec = pad.DEFAULT_SPEC,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:
-    """Merge a fine-tune and pad the result, storing only what comes out in the end.
+    """Merge a fine-tune and pad the result, and store only the padded weights.
 
     Both artifacts have the content digests that the two stages would give them one after the other. The merged one is
-    a recipe (:func:`open_model`), unless a stored one was there.
+    a recipe (:func:`open_model`), unless a stored one exists.
+
+    Args:
+        base: See :func:`merge.merge`.
+        fine_tune: See :func:`merge.merge`.
+        merged: Where the recipe goes.
+        padded: Where the padded checkpoint goes.
+        base_names: See :func:`merge.merge`.
+        base_revision: See :func:`merge.merge`.
+        spec: See :func:`pad.pad`.
+        hard_links: Whether a shard that neither step changes may be a hard link to the base's file.
+        observe: Called with the progress.
+
+    Returns:
+        The merged and the padded artifact.
+
+    Raises:
+        InputRefused: See :func:`merge.merge` and :func:`pad.pad`.
+        CheckFailed: A merged weight is not finite.
     """
-    read_now = merged.may_hold(merge.STAGE)
-    merging = merge.prepare(
-        base=base,
-        fine_tune=fine_tune,
-        base_names=base_names,
-        base_revision=base_revision,
-        read_now=read_now,
-        observe=observe,
-    )
-    before = find(merging.derivation, merged)
-    passing = _Passing(merging, merged, recipe_of(base, fine_tune))
-    source = open_input("source", before.path, open_root=open_model) if before else passing.source
-    work = replace(pad.prepare(source, spec), if_not_finite=merging.if_not_finite)
-    after = work.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
-    return before or passing.recipe(), after
+    merged = as_destination(merged)
+    known_base = merge.KnownBase(root=base, names=base_names, revision=base_revision)
+    merging = merge.prepare(known_base, fine_tune, read_now=merged.may_hold(merge.STAGE), observe=observe)
+    stored = find(merging.derivation, merged)
+    unstored = _UnstoredMerge(merging, merged, recipe_of(base, fine_tune))
+    source = open_input("source", stored.path, open_root=open_model) if stored else unstored.source
+    padding = replace(pad.prepare(source, spec), if_not_finite=merging.if_not_finite)
+    artifact = padding.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
+    return stored or unstored.recipe(), artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassEstimate:
-    """One way to a merged or a padded checkpoint: bytes read, and what it needs of a machine."""
+    """The needs of one way to a merged or a padded checkpoint: bytes read, disk and memory."""
 
     name: str
     read_bytes: int
@@ -69,9 +81,9 @@ class PassEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceEstimate:
-    """What merging into a model and padding it takes.
+    """The sizes that decide the cost of merging into a model and padding it.
 
-    Two stages read base and merged and store both results, one pass reads only the base and stores only the padded one.
+    Two stages read base and merged weights and store both results; one pass reads the base and stores the padded ones.
     """
 
     base_bytes: int
@@ -88,14 +100,14 @@ class ResourceEstimate:
         ]
 
     def _way(self, name: str, read_bytes: int, disk_bytes: int) -> PassEstimate:
-        taken = estimate_needs(disk_bytes=disk_bytes, longest_row_bytes=self.longest_row_bytes)
-        return PassEstimate(name=name, read_bytes=read_bytes, needs=taken)
+        needs = estimate_needs(disk_bytes=disk_bytes, longest_row_bytes=self.longest_row_bytes)
+        return PassEstimate(name=name, read_bytes=read_bytes, needs=needs)
 
 
 def estimate_resources(root: Path, spec: PaddingSpec) -> ResourceEstimate | None:
-    """Return what merging into a model and padding it will take; None unless its weights are here and can be padded.
+    """Estimate the cost of merging into a model and padding it; None unless its weights are here and can be padded.
 
-    The fine-tune may change every tensor: one that does not takes no more.
+    The estimate is for a fine-tune that changes every tensor; others cost no more.
     """
     if not any((root / name).is_file() for name in (INDEX, SINGLE_SHARD)):
         return None
@@ -111,27 +123,27 @@ def estimate_resources(root: Path, spec: PaddingSpec) -> ResourceEstimate | None
     )
 
 
-class _Passing:
-    """A merged checkpoint that is never stored: the source of a padded one, and then a recipe."""
+class _UnstoredMerge:
+    """A merged checkpoint whose weights are not stored: first the source of a padded one, then a recipe."""
 
-    def __init__(self, merging: Rewrite, destination: Destination, made_of: Mapping[str, str]) -> None:
-        self._merging, self._destination, self._made_of = merging, destination, made_of
-        self._reader = HashingReader("merged", merging.output, looks=False)
+    def __init__(self, merging: Rewrite, destination: Destination, recipe: Mapping[str, str]) -> None:
+        self._merging, self._destination, self._recipe = merging, destination, recipe
+        self._reader = HashingReader("merged", merging.output, check_finite=False)
         self.source = StageInput(
             checkpoint=self._reader.checkpoint,
             digest=UNREAD,
-            appearance=merging.attempt.key,
+            fingerprint=merging.fingerprint,
             readers=(self._reader, *merging.readers),
-            settle=lambda: self.recipe().manifest.content_digest,
+            final_digest=lambda: self.recipe().manifest.content_digest,
         )
 
     def recipe(self) -> Artifact:
-        """Return the finished directory without weights; the taps must be settled if it is new."""
-        derivation = replace(self._merging.derivation, inputs={**self._merging.settle(), **self._merging.others})
+        """Return the finished directory without weights; if it is new, the readers must have read every tensor."""
+        derivation = replace(self._merging.derivation, inputs={**self._merging.final_digests(), **self._merging.others})
         return derive(derivation, self._destination, self._write)
 
     def _write(self, partial: Path) -> Built:
         files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
-        tensors = {name: seen.digest for name, seen in self._reader.seen.items()}
+        tensors = {name: tensor.digest for name, tensor in self._reader.results.items()}
         contents = Contents(tensors=tensors, files=files)
-        return Built(contents=contents, result=self._merging.result(), recipe=self._made_of)
+        return Built(contents=contents, result=self._merging.result(), recipe=self._recipe)

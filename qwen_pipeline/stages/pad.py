@@ -1,17 +1,17 @@
-"""merged -> padded: MLPs as wide as whole quantization groups on every tensor-parallel rank need them to be."""
+"""``merged -> padded``: MLPs widened so that every tensor-parallel rank holds whole quantization groups."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.source import StageInput, open_input
+from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
-from qwen_pipeline.qwen.config import require_full_precision
+from qwen_pipeline.qwen.config import diff_configs, require_full_precision
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
@@ -23,20 +23,21 @@ from qwen_pipeline.transforms.padding.splitting import choose_splits
 
 STAGE = "padded"
 CODE_VERSION = "5"
-CHECKS = (
-    CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP."),
-    CheckSpec(
-        name="padding_is_silent",
-        description="Live channels are unchanged and new ones zero, or both are parts that add up to what was live.",
-    ),
-    CheckSpec(name="config_follows_weights", description="The config states the padded width; nothing else changed."),
-    CheckSpec(
-        name="attention_divides",
-        description="Attention heads and o_proj groups divide by the degree too, where padding cannot help; and so do"
-        " towers, where it can on request.",
-        blocking=False,
-    ),
+WIDTH_DIVIDES = CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP.")
+PADDING_IS_SILENT = CheckSpec(
+    name="padding_is_silent",
+    description="Live channels are unchanged and new ones are zero, or a split channel's parts add up to the live one.",
 )
+CONFIG_FOLLOWS = CheckSpec(
+    name="config_follows_weights", description="The config states the padded width; nothing else changed."
+)
+ATTENTION_DIVIDES = CheckSpec(
+    name="attention_divides",
+    description="Attention heads and o_proj groups, which padding cannot change, divide by the degree; and so do"
+    " towers, which are padded on request.",
+    blocking=False,
+)
+CHECKS = (WIDTH_DIVIDES, PADDING_IS_SILENT, CONFIG_FOLLOWS, ATTENTION_DIVIDES)
 
 DEFAULT_SPEC = PaddingSpec()
 
@@ -44,26 +45,34 @@ DEFAULT_SPEC = PaddingSpec()
 def pad(
     *,
     source: Path,
-    destination: Destination,
+    destination: Destination | Path,
     spec: PaddingSpec = DEFAULT_SPEC,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Pad a full-precision checkpoint so that it can be quantized in groups and served by several ranks.
 
-    A width that divides already is a valid outcome: the weights are then carried unchanged, as hard links to the
-    source's own files if ``hard_links`` allows that. The manifest says how to undo it.
+    A width that divides already is valid: the weights are then carried unchanged. The manifest holds what undoing the
+    padding needs.
+
+    Args:
+        source: The merged checkpoint, stored or a recipe.
+        destination: Where the padded checkpoint goes.
+        spec: The geometry.
+        hard_links: Whether a shard that padding does not change may be a hard link to the source's file.
+        observe: Called with the progress.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
         InputRefused: The family cannot be padded, weights and config disagree, or no padding lets the targets serve.
     """
-    live = open_input("source", source, open_root=open_model, read_now=destination.may_hold(STAGE), observe=observe)
+    read_now = as_destination(destination).may_hold(STAGE)
+    live = open_input("source", source, open_root=open_model, read_now=read_now, observe=observe)
     return prepare(live, spec).write(destination, task="pad", hard_links=hard_links, observe=observe)
 
 
 def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
-    """Check a padding and say what it is derived from and what it writes; see :func:`pad`."""
+    """Check a padding and return its derivation and its lazy output; see :func:`pad`."""
     live = source.checkpoint
     require_full_precision(
         live,
@@ -75,7 +84,7 @@ def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
     padded = pad_checkpoint(live, plan)
     reports = [
         _width_report(plan, spec.ranks),
-        _silence_report(live, plan, spec.layout),
+        _silent_report(live, plan, spec.layout),
         _config_report(live, padded, plan),
         _attention_report(padded.config, spec),
     ]
@@ -90,7 +99,7 @@ def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
 
 
 def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
-    """Return what unpadding needs: where channels went, and the config as it was written."""
+    """Return what unpadding needs: the map of the channels, and the text of the config before."""
     config = live.config_bytes.decode() if live.config_bytes and plan.changes else None
     return {"padding": dump_plan(plan), "live_config": config}
 
@@ -99,8 +108,7 @@ def _width_report(plan: PadPlan, ranks: int) -> CheckReport:
     unit = plan.group_size * plan.tensor_parallel
     units = {size.field: ranks if size.of_tower else unit for size in plan.sizes}
     has_towers = any(size.of_tower for size in plan.sizes)
-    return CheckReport(
-        name=CHECKS[0].name,
+    return WIDTH_DIVIDES.report(
         passed=all(size.padded % units[size.field] == 0 for size in plan.sizes),
         measured=plan.sizes[0].padded if len(plan.sizes) == 1 else ", ".join(f"{size.padded}" for size in plan.sizes),
         limit=f"a multiple of {plan.group_size} x {plan.tensor_parallel} = {unit}"
@@ -113,32 +121,30 @@ def _width_report(plan: PadPlan, ranks: int) -> CheckReport:
     )
 
 
-def _silence_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckReport:
+def _silent_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckReport:
     count = sum(len(sized_tensors(live, size.field)) for size in plan.sizes)
-    return CheckReport(
-        name=CHECKS[1].name,
+    return PADDING_IS_SILENT.report(
         passed=True,
         measured=f"{count} tensors",
-        detail="By construction: of a down column that is split, one part is its half and the other what that leaves;"
-        " all else is copied."
+        detail="By construction: a split down column becomes its half and the remainder; everything else is copied."
         if layout == "split"
-        else "By construction: each block starts as zeros, and the live channels are copied into it as they are;"
-        " nothing is computed.",
+        else "By construction: each block starts as zeros, and the live channels are copied into it; nothing is"
+        " computed.",
     )
 
 
 def _config_report(live: Checkpoint, padded: Checkpoint, plan: PadPlan) -> CheckReport:
     for size in plan.sizes:
         sized_tensors(padded, size.field)
-    moved = _changed_fields(live.config, padded.config)
+    changed = diff_configs(live.config, padded.config).keys()
     places = [place for size in plan.sizes for place in size.places]
     widths = ", ".join(f"{size.field} {size.padded}" for size in plan.sizes)
-    return CheckReport(
-        name=CHECKS[2].name,
-        passed=all(required(padded.config, size.field) == size.padded for size in plan.sizes) and moved <= set(places),
-        measured=", ".join(sorted(moved)) or "unchanged",
+    return CONFIG_FOLLOWS.report(
+        passed=all(required(padded.config, size.field) == size.padded for size in plan.sizes)
+        and changed <= set(places),
+        measured=", ".join(sorted(changed)) or "unchanged",
         limit=", ".join(places),
-        detail=f"Config and weights both have {widths}; hidden_size and all other fields stay.",
+        detail=f"Config and weights both have {widths}; hidden_size and all other fields are unchanged.",
     )
 
 
@@ -149,25 +155,11 @@ def _attention_report(config: Mapping[str, Any], spec: PaddingSpec) -> CheckRepo
         for degree in degrees
         for obstacle in attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
     ]
-    of_towers = tower_obstacles(config, spec.targets or {USUAL_ENGINE: degrees})
-    asked = ", ".join(map(str, degrees))
-    choose = f"Choose another degree or group size than {asked} and {group_size} for serving."
-    return CheckReport(
-        name=CHECKS[3].name,
-        passed=not (obstacles or of_towers),
-        severity="WARN",
-        measured="; ".join([*obstacles, *["towers are refused"] * bool(of_towers)]) or None,
-        detail=" ".join([choose] * bool(obstacles) + of_towers) or f"Heads and o_proj divide by {asked}.",
+    tower_faults = tower_obstacles(config, spec.targets or {USUAL_ENGINE: degrees})
+    listed_degrees = ", ".join(map(str, degrees))
+    remedy = f"Serve on another number of ranks than {listed_degrees}, or choose another group size than {group_size}."
+    return ATTENTION_DIVIDES.report(
+        passed=not (obstacles or tower_faults),
+        measured="; ".join([*obstacles, *["towers are refused"] * bool(tower_faults)]) or None,
+        detail=" ".join([remedy] * bool(obstacles) + tower_faults) or f"Heads and o_proj divide by {listed_degrees}.",
     )
-
-
-def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """Return the paths of the fields that differ, however deep."""
-    changed: set[str] = set()
-    for field in before.keys() | after.keys():
-        old, new = before.get(field), after.get(field)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed |= {f"{field}.{path}" for path in _changed_fields(old, new)}
-        elif old != new:
-            changed.add(field)
-    return changed

@@ -1,30 +1,31 @@
-"""``validated -> published``: the directory that a person would upload, made only from what passed."""
+"""``quantized + validated -> published``: a directory ready to upload, made only of files that passed validation."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_files, digest_shard
+from qwen_pipeline.checkpoint.digest import digest_file, digest_files, digest_shard, hash_checkpoint
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation, FileDigest, Manifest, open_manifest
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
-from qwen_pipeline.checkpoint.store.lineage import dump_step, load_step, step_of
+from qwen_pipeline.checkpoint.store.lineage import Step, dump_step, step_of
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, listed
-from qwen_pipeline.evaluation.checks import CHECKS as VALIDATION_CHECKS
 from qwen_pipeline.evaluation.checks import verdict
-from qwen_pipeline.evaluation.figures import load_figures
-from qwen_pipeline.evaluation.report.markdown import quality_table
-from qwen_pipeline.evaluation.report.model_card import ModelCard, Widened
+from qwen_pipeline.evaluation.report.load import REPORT_JSON, ValidationReport, load_validation
+from qwen_pipeline.evaluation.report.markdown import REPORT, quality_table
+from qwen_pipeline.evaluation.report.model_card import ModelCard
 from qwen_pipeline.progress import Observe, Progress, unobserved
-from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, load_reports
+from qwen_pipeline.reports import CheckSpec, dump_reports
 
 STAGE = "published"
 CODE_VERSION = "1"
 README, PROVENANCE, VALIDATION = "README.md", "provenance.json", "validation"
 
 PASSED = CheckSpec(
-    name="validation_passed", description="A validation of exactly these bytes passed every blocking check."
+    name="validation_passed",
+    description="A validation of exactly these bytes passed every blocking check; only optional ones were skipped.",
 )
 INTACT = CheckSpec(name="release_intact", description="Every file of the release has the SHA-256 that was validated.")
 CHECKS = (PASSED, INTACT)
@@ -34,12 +35,14 @@ def publish(
     *,
     quantized: Path,
     validated: Path,
-    destination: Destination,
+    destination: Destination | Path,
     base_model: str,
     fine_tune: str,
     observe: Observe = unobserved,
 ) -> Artifact:
-    """Make a release of a quantized checkpoint: its files, a model card, the validation report, its provenance.
+    """Make a release of a quantized checkpoint: its files, a model card, the validation report, and the provenance.
+
+    A check that was skipped proves nothing: the card names it, and it must be one that configuration may leave out.
 
     Args:
         quantized: The finished quantized checkpoint.
@@ -47,14 +50,14 @@ def publish(
         destination: Where the release goes.
         base_model: Hub id of the base, or its directory, for the card.
         fine_tune: The name of the release.
-        observe: Told about bytes copied.
+        observe: Called with the bytes copied.
 
     Raises:
-        CheckFailed: The validation is of other bytes, is incomplete, or a blocking check failed.
-        CheckpointRefused: A file is not the one that was validated.
+        CheckFailed: The validation is of other bytes, a blocking check failed, or a required check was skipped.
+        CheckpointRefused: The validation is damaged, or a file is not the one that was validated.
     """
     checkpoint, validation = open_manifest(quantized), open_manifest(validated)
-    reports = _require_passed(checkpoint, validation, validated)
+    report = _require_passed(checkpoint, validation, validated)
     derivation = Derivation(
         stage=STAGE,
         inputs={"quantized": checkpoint.content_digest, "validated": validation.content_digest},
@@ -68,13 +71,15 @@ def publish(
             f"{VALIDATION}/{path}": file
             for path, file in _copy_files(validation, validated, partial / VALIDATION, observe).items()
         }
-        card = _card(partial, checkpoint, validation, base_model=base_model, fine_tune=fine_tune)
+        card = _card(
+            partial, report, [step_of(checkpoint), step_of(validation)], base_model=base_model, fine_tune=fine_tune
+        )
         (partial / README).write_text(card.render())
         (partial / PROVENANCE).write_text(_provenance(card))
         written = digest_files({name: partial / name for name in (README, PROVENANCE)})
         checks = [
-            CheckReport(name=PASSED.name, passed=True, detail=verdict(reports).capitalize() + "."),
-            CheckReport(name=INTACT.name, passed=True, measured=len(released), detail="Files read back and compared."),
+            PASSED.report(passed=True, detail=verdict(report.checks).capitalize() + "."),
+            INTACT.report(passed=True, measured=len(released), detail="Files read back and compared."),
         ]
         contents = Contents(tensors=checkpoint.contents.tensors, files=released | written)
         return Built(contents=contents, result={"checks": dump_reports(checks)})
@@ -82,30 +87,31 @@ def publish(
     return derive(derivation, destination, build)
 
 
-def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path) -> list[CheckReport]:
-    of = validation.derivation.inputs.get("candidate")
-    if of != checkpoint.content_digest:
+def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path) -> ValidationReport:
+    remedy = "Validate this checkpoint: qwen-pipeline validate."
+    if REPORT_JSON not in validation.contents.files:
         raise CheckFailed(
-            f"{validated} is a validation of {of}, not of {checkpoint.content_digest}.",
-            remedy="Validate this checkpoint: qwen-pipeline validate.",
+            f"{validated} holds a {validation.derivation.stage} output, not a validation of"
+            f" {checkpoint.content_digest}.",
+            remedy=remedy,
         )
-    reports = load_reports(validation.result)
-    if missing := sorted({check.name for check in VALIDATION_CHECKS} - {report.name for report in reports}):
+    report = load_validation(validated, validation)
+    if report.candidate != checkpoint.content_digest:
         raise CheckFailed(
-            f"{validated} has no report on {listed(missing)}.", remedy="Validate the checkpoint with this version."
+            f"{validated} is a validation of {report.candidate}, not of {checkpoint.content_digest}.", remedy=remedy
         )
-    if failed := [f"{report.name}: {report.detail}" for report in reports if report.blocks]:
+    if obstacles := report.obstacles:
         raise CheckFailed(
-            f"Validation failed, so {checkpoint.content_digest} is not published: {listed(failed)}",
-            remedy="Correct what the report says and run its stages again.",
+            f"Validation failed, so {checkpoint.content_digest} is not published: {listed(obstacles)}",
+            remedy=f"Read {validated / REPORT}, correct the cause and run the stages again.",
         )
-    return reports
+    return report
 
 
 def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> dict[str, FileDigest]:
-    """Copy the files of a finished directory, logs left out; read each copy back and compare it with the manifest.
+    """Copy the files of a finished directory without its logs; read each copy back and compare it with the manifest.
 
-    Every file of a release has a SHA-256 of its own, shards too, for whoever checks it with other tools.
+    Every file of a release has a SHA-256, shards too, so that other tools can verify it.
     """
     files = {path: file for path, file in manifest.contents.files.items() if not path.startswith(LOGS)}
     released: dict[str, FileDigest] = {}
@@ -120,7 +126,7 @@ def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> 
         observe(Progress(task=f"publish {manifest.derivation.stage}", done=done, total=total, unit="bytes"))
     if manifest.contents.tensors:
         copied = open_checkpoint(out)
-        tensors = contents_of(copied, out, observe=observe).tensors
+        tensors = hash_checkpoint(copied, out, observe=observe).tensors
         for name in tensors:
             if tensors[name] != manifest.contents.tensors.get(name):
                 raise _other_file(root / copied.shards[name])
@@ -134,17 +140,20 @@ def _other_file(path: Path) -> CheckpointRefused:
     )
 
 
-def _card(release: Path, checkpoint: Manifest, validation: Manifest, *, base_model: str, fine_tune: str) -> ModelCard:
-    findings, config = validation.result["findings"], open_checkpoint(release).config
+def _card(
+    release: Path, report: ValidationReport, steps: Sequence[Step], *, base_model: str, fine_tune: str
+) -> ModelCard:
+    """Describe a release; ``steps`` are those after the validation's reference."""
     return ModelCard(
         name=fine_tune,
         base_model=base_model,
-        config=config,
-        padding=[Widened(**size) for size in validation.result["padding"]],
-        split=findings["structure"]["padding"]["twins"] > 0,
-        quality=quality_table(load_figures(findings["models"]), findings["nbytes"]),
-        verdict=verdict(load_reports(validation.result)),
-        steps=[*map(load_step, validation.result["lineage"]), step_of(checkpoint), step_of(validation)],
+        config=open_checkpoint(release).config,
+        padding=report.padding,
+        split=report.findings.structure.padding.twins > 0,
+        quality=quality_table(report.findings.models, report.findings.nbytes),
+        verdict=verdict(report.checks),
+        skipped=[f"`{check.name}`: {check.detail}" for check in report.checks if check.skipped],
+        steps=[*report.lineage, *steps],
     )
 
 

@@ -1,19 +1,20 @@
-"""imported -> repaired: a checkpoint that was quantized too early serves more ranks, without quantizing it again."""
+"""``imported -> repaired``: whole groups of zero codes for a checkpoint that was quantized without padding."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from qwen_pipeline.checkpoint.digest import foreign_digest, remembered_digest
+from qwen_pipeline.checkpoint.digest_cache import DigestCache, checkpoint_digest
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, STEM, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.config import diff_configs, flat_config
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.formats import CodeFormat, code_format
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 STAGE = "repaired"
 CODE_VERSION = "1"
 SETTINGS = ("quantize_config.json", "quant_config.json")
-"""Where quantizers repeat their settings, or state them if ``config.json`` does not."""
+"""Files in which quantizers repeat their settings, or state them if ``config.json`` does not."""
 
 WHOLE_GROUPS = CheckSpec(
     name="whole_groups_on_every_rank", description="Every rank holds whole quantization groups of every MLP."
 )
 LIVE_IDENTICAL = CheckSpec(
     name="live_weights_identical",
-    description="Every weight of the source, read back and cut over the ranks, has the same bits as before.",
+    description="Every weight of the source, read back and sharded over the ranks, has the same bits as before.",
 )
 NEW_SILENT = CheckSpec(name="new_weights_are_zero", description="Every new weight dequantizes to exactly zero.")
 CONFIG_FOLLOWS = CheckSpec(
@@ -41,7 +42,7 @@ CONFIG_FOLLOWS = CheckSpec(
 )
 IN_ORDER = CheckSpec(
     name="inputs_in_order",
-    description="Groups are consecutive inputs; with act-order only some engines can share them over ranks.",
+    description="Groups are consecutive inputs; with act-order only some engines can shard them over ranks.",
     blocking=False,
 )
 CHECKS = (WHOLE_GROUPS, LIVE_IDENTICAL, NEW_SILENT, CONFIG_FOLLOWS, IN_ORDER)
@@ -49,12 +50,13 @@ CHECKS = (WHOLE_GROUPS, LIVE_IDENTICAL, NEW_SILENT, CONFIG_FOLLOWS, IN_ORDER)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """A quantized checkpoint that somebody made.
+    """A quantized checkpoint as its quantizer wrote it.
 
     Attributes:
-        checkpoint: With its settings in the config, whichever file stated them, and their files as sidecars.
-        form: What its codes mean.
-        stem: What its weights are called; ``gptq_model-4bit-128g`` by AutoGPTQ.
+        checkpoint: Its tensors; the config holds the quantization settings, wherever they were stated, and the files
+            that state them are sidecars.
+        form: The format of its codes.
+        stem: The file name of its weights without suffixes, such as ``model``, or AutoGPTQ's ``gptq_model-4bit-128g``.
     """
 
     checkpoint: Checkpoint
@@ -63,10 +65,10 @@ class Quantized:
 
 
 def open_quantized(root: Path) -> Quantized:
-    """Open a quantized checkpoint as quantizers leave it. Headers only.
+    """Open a quantized checkpoint as quantizers write it; only headers are read.
 
     Raises:
-        CheckpointRefused: It is not quantized, or in a format that cannot be read.
+        CheckpointRefused: The checkpoint is not quantized, or its format is not supported.
     """
     stem = _stem(root)
     checkpoint = open_checkpoint(root, stem=stem)
@@ -80,21 +82,22 @@ def open_quantized(root: Path) -> Quantized:
 
 
 def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
-    """Return the content digest of a checkpoint as quantizers leave it; it is read once, and remembered."""
-    return foreign_digest(open_quantized(root).checkpoint, root, observe=observe)
+    """Return the content digest of a checkpoint as quantizers write it; it is read once and cached."""
+    return checkpoint_digest(root, checkpoint=open_quantized(root).checkpoint, observe=observe)
 
 
 def remembered_quantized_digest(root: Path) -> str | None:
-    """Return that digest if it was found before; nothing is read.
+    """Return the cached content digest, or None; no weights are read.
 
     Raises:
-        CheckpointRefused: It is not quantized, or in a format that cannot be read.
+        CheckpointRefused: The checkpoint is not quantized, or its format is not supported.
     """
-    return remembered_digest(open_quantized(root).checkpoint, root)
+    known = DigestCache().find(root, open_quantized(root).checkpoint)
+    return known.digest if known else None
 
 
 def plan(source: Path, *, tensor_parallel: int, towers: bool = False) -> PadPlan:
-    """Return what a repair would add, from headers alone; raises what :func:`repair` raises."""
+    """Plan a repair from headers alone; raises the errors of :func:`repair`."""
     quantized = open_quantized(source)
     config, form = quantized.checkpoint.config, quantized.form
     found = plan_repair(config, form, tensor_parallel=tensor_parallel, towers=towers)
@@ -105,20 +108,26 @@ def plan(source: Path, *, tensor_parallel: int, towers: bool = False) -> PadPlan
 def repair(
     *,
     source: Path,
-    destination: Destination,
+    destination: Destination | Path,
     tensor_parallel: int = 8,
     towers: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Add whole groups of zero codes to the MLPs of a quantized checkpoint, so that ``tensor_parallel`` ranks share it.
 
-    The weights are computed from the codes again, before and after, and compared bit for bit. A checkpoint that serves
-    already is a valid outcome: it is carried unchanged. With ``towers`` the MLPs of vision and audio towers, which hold
-    weights and not codes, become widths that the ranks can share.
+    The weights are computed from the codes, before and after, and compared bit for bit. A checkpoint that divides
+    already is valid: it is carried unchanged.
+
+    Args:
+        source: A quantized checkpoint (GPTQ, AWQ or compressed-tensors).
+        destination: Where the repaired checkpoint goes.
+        tensor_parallel: Ranks that are to serve it.
+        towers: Whether to widen the MLPs of vision and audio towers too, which hold weights and not codes.
+        observe: Called with the progress.
 
     Raises:
-        CheckpointRefused: It is not quantized, or its tensors do not fit its config.
-        InputRefused: New groups do not help this model to serve; the remedy says what does.
+        CheckpointRefused: The checkpoint is not quantized, or its tensors do not fit its config.
+        InputRefused: New groups cannot make this model divide; the remedy says what can.
     """
     quantized = open_quantized(source)
     before, form = quantized.checkpoint, quantized.form
@@ -142,7 +151,7 @@ def repair(
 
     derivation = Derivation(
         stage=STAGE,
-        inputs={"source": foreign_digest(before, source, observe=observe)},
+        inputs={"source": checkpoint_digest(source, checkpoint=before, observe=observe)},
         spec={"tensor_parallel": tensor_parallel, **({"towers": True} if towers else {})},
         code_version=CODE_VERSION,
     )
@@ -150,12 +159,12 @@ def repair(
 
 
 def _named_for_loaders(checkpoint: Checkpoint, stem: str) -> Checkpoint:
-    """Return the checkpoint with weights called ``model``, where Transformers and engines look for them."""
+    """Rename the shards to ``model*``, the names that Transformers and engines load."""
     return replace(checkpoint, shards={name: shard.replace(stem, STEM, 1) for name, shard in checkpoint.shards.items()})
 
 
 def _stem(root: Path) -> str:
-    """Return what the weights are called: ``model``, unless the one set of weights has another name."""
+    """Return the file name of the weights without suffixes: ``model``, unless there is one set of another name."""
     indices = [path.name.removesuffix(INDEX.removeprefix(STEM)) for path in root.glob("*.safetensors.index.json")]
     files = [path.name.removesuffix(SINGLE_SHARD.removeprefix(STEM)) for path in root.glob("*.safetensors")]
     stems = indices or files
@@ -164,10 +173,7 @@ def _stem(root: Path) -> str:
 
 def _stated_beside(files: Mapping[str, Path]) -> Mapping[str, Any]:
     for file in files.values():
-        try:
-            stated = cast("dict[str, Any]", json.loads(file.read_bytes()))
-        except ValueError as error:
-            raise CheckpointRefused(f"{file} is not valid JSON: {error}.", remedy="Fetch it again.") from error
+        stated = load_json(file)
         method = "awq" if "w_bit" in stated else "gptq"
         return {"quant_method": method, **stated}
     return {}
@@ -175,34 +181,31 @@ def _stated_beside(files: Mapping[str, Path]) -> Mapping[str, Any]:
 
 def _groups_report(plan: PadPlan) -> CheckReport:
     unit = plan.group_size * plan.tensor_parallel
-    return CheckReport(
-        name=WHOLE_GROUPS.name,
+    return WHOLE_GROUPS.report(
         passed=all(size.padded % (size.group_size * plan.tensor_parallel) == 0 for size in plan.sizes),
         measured=", ".join(str(size.padded) for size in plan.sizes),
         limit=f"multiples of {plan.group_size} x {plan.tensor_parallel} = {unit}",
         detail="; ".join(
-            f"{size.field}: {size.live // size.group_size} live {what} and {size.zeros // size.group_size} of zeros"
+            f"{size.field}: {size.live // size.group_size} live {'channels' if size.of_tower else 'groups'}"
+            f" and {size.zeros // size.group_size} of zeros"
             for size in plan.sizes
-            for what in ("channels" if size.of_tower else "groups",)
         )
         + ".",
     )
 
 
 def _identical_report(proof: "RepairFindings", ranks: int) -> CheckReport:
-    return CheckReport(
-        name=LIVE_IDENTICAL.name,
+    return LIVE_IDENTICAL.report(
         passed=not proof.changed,
         measured=f"{proof.live_weights:,} weights",
         detail=f"{listed(proof.changed)}. Report this as a defect."
         if proof.changed
-        else f"Each was computed from the codes, before and as {ranks} ranks hold them after, and compared.",
+        else f"Each was computed from the codes before, and from those of {ranks} ranks after, and compared.",
     )
 
 
 def _silent_report(proof: "RepairFindings") -> CheckReport:
-    return CheckReport(
-        name=NEW_SILENT.name,
+    return NEW_SILENT.report(
         passed=not proof.audible,
         measured=f"{proof.new_weights:,} weights",
         detail=f"{listed(proof.audible)}. Report this as a defect."
@@ -212,34 +215,22 @@ def _silent_report(proof: "RepairFindings") -> CheckReport:
 
 
 def _config_report(before: Mapping[str, Any], after: Mapping[str, Any], plan: PadPlan) -> CheckReport:
-    wanted = {place: size.padded for size in plan.sizes for place in size.places}
-    was, became = _leaves(before), _leaves(after)
-    moved = {path for path in was.keys() | became.keys() if was.get(path) != became.get(path)}
-    return CheckReport(
-        name=CONFIG_FOLLOWS.name,
-        passed=moved <= wanted.keys() and all(became[place] == width for place, width in wanted.items()),
-        measured=", ".join(sorted(moved)) or "unchanged",
-        limit=", ".join(sorted(wanted)),
-        detail="Config and weights have the same widths; all other fields stay.",
+    expected = {place: size.padded for size in plan.sizes for place in size.places}
+    new, changed = flat_config(after), diff_configs(before, after).keys()
+    return CONFIG_FOLLOWS.report(
+        passed=changed <= expected.keys() and all(new[place] == width for place, width in expected.items()),
+        measured=", ".join(sorted(changed)) or "unchanged",
+        limit=", ".join(sorted(expected)),
+        detail="Config and weights have the same widths; all other fields are unchanged.",
     )
 
 
 def _order_report(proof: "RepairFindings", ranks: int) -> CheckReport:
-    return CheckReport(
-        name=IN_ORDER.name,
+    return IN_ORDER.report(
         passed=not proof.reordered or ranks == 1,
-        severity="WARN",
         measured=f"{proof.reordered} layers with act-order",
-        detail="vLLM's Marlin kernels give every rank all scales, which is right; Exllama, Machete and TurboMind cannot"
-        f" share such layers over {ranks} ranks. Quantize again without desc_act to serve with those."
+        detail="vLLM's Marlin kernels give every rank all scales, which is correct; Exllama, Machete and TurboMind"
+        f" cannot shard such layers over {ranks} ranks. Quantize again without desc_act to serve with those."
         if proof.reordered
         else "Groups are consecutive inputs, as every engine expects.",
     )
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the config flat: path, such as ``text_config.intermediate_size`` -> value."""
-    flat: dict[str, Any] = {}
-    for field, value in config.items():
-        flat |= _leaves(value, f"{prefix}{field}.") if isinstance(value, dict) else {prefix + field: value}
-    return flat

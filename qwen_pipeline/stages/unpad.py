@@ -1,4 +1,4 @@
-"""padded -> unpadded: the checkpoint that was padded, bit for bit, by the padding map in the manifest."""
+"""``padded -> unpadded``: the checkpoint before padding, bit for bit, restored by the padding map in the manifest."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,20 +17,24 @@ from qwen_pipeline.transforms.padding.pad import unpad as unpad_checkpoint
 
 STAGE = "unpadded"
 CODE_VERSION = "1"
-CHECKS = (
-    CheckSpec(
-        name="is_what_was_padded",
-        description="Tensors, config and the files beside them have the digest of the checkpoint that was padded.",
-    ),
+IS_WHAT_WAS_PADDED = CheckSpec(
+    name="is_what_was_padded",
+    description="Tensors, config and the files beside them have the digest of the checkpoint that was padded.",
 )
+CHECKS = (IS_WHAT_WAS_PADDED,)
 
 
-def unpad(*, source: Path, destination: Destination, observe: Observe = unobserved) -> Artifact:
+def unpad(*, source: Path, destination: Destination | Path, observe: Observe = unobserved) -> Artifact:
     """Undo the stage pad.
 
+    Args:
+        source: A padded checkpoint.
+        destination: Where the unpadded checkpoint goes.
+        observe: Called with the progress.
+
     Raises:
-        InputRefused: The directory is not one that pad wrote.
-        CheckpointRefused: It was changed since.
+        InputRefused: The manifest has no padding map.
+        CheckpointRefused: The source has no manifest, or was changed since it was written.
     """
     padded, manifest = open_checkpoint(source), open_manifest(source)
     live = _live(padded, manifest, source)
@@ -53,7 +57,7 @@ def _live(padded: Checkpoint, manifest: Manifest, source: Path) -> Checkpoint:
     if "live_config" not in manifest.result:
         raise InputRefused(
             f"{source} is a {manifest.derivation.stage} checkpoint whose manifest does not say how to undo padding.",
-            remedy="Name a directory that this version's stage pad wrote.",
+            remedy="Pass a directory that the stage pad of this version wrote.",
         )
     live = unpad_checkpoint(padded, load_plan(manifest.result["padding"]))
     config = manifest.result["live_config"]
@@ -62,12 +66,16 @@ def _live(padded: Checkpoint, manifest: Manifest, source: Path) -> Checkpoint:
 
 def _identity_report(contents: Contents, manifest: Manifest) -> CheckReport:
     expected = manifest.derivation.inputs.get("source")
-    return CheckReport(
-        name=CHECKS[0].name,
-        passed=expected in (None, contents.digest),
+    if expected is None:
+        return IS_WHAT_WAS_PADDED.skipped(
+            "The padded checkpoint was made by merging into a padded base, so there is no digest to compare with."
+        )
+    is_same = contents.digest == expected
+    return IS_WHAT_WAS_PADDED.report(
+        passed=is_same,
         measured=contents.digest,
         limit=expected,
         detail="This is the checkpoint that was padded, bit for bit."
-        if expected
-        else "It was merged and padded in one pass, so there is no digest to compare with.",
+        if is_same
+        else "This is not the checkpoint that was padded. Report this as a defect.",
     )

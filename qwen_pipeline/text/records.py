@@ -1,8 +1,8 @@
-"""Text for calibration and evaluation: records in files, and their tokens.
+"""Records of text in files, and their tokens.
 
-A ``.txt`` file is one record. Any other file is JSONL with one record a line: ``{"text": "..."}``, which the
-end-of-text token ends, or ``{"messages": [{"role": ..., "content": ...}, ...]}``, written out by the checkpoint's own
-chat template.
+A ``.txt`` file is one record. Any other file is JSONL with one record a line: ``{"text": "..."}``, whose tokens end
+with the end-of-text token, or ``{"messages": [{"role": ..., "content": ...}, ...]}``, which the checkpoint's own chat
+template formats.
 """
 
 import json
@@ -14,20 +14,20 @@ from qwen_pipeline.errors import InputRefused
 
 PARQUET = ".parquet"
 SUFFIXES = (".jsonl", ".json", ".txt", PARQUET)
-"""Of files that hold text."""
+"""Suffixes of files that hold text."""
 _FORMAT = 'Write one JSON object per line: {"text": "..."} or {"messages": [{"role": "user", "content": "..."}]}.'
 
 
 def load_records(file: Path) -> list[Mapping[str, Any]]:
-    """Read a file's records; each gains ``line``, its number from 1. Blank lines pass.
+    """Read a file's records, each with its ``line`` number from 1. Blank lines are skipped.
 
     Raises:
-        InputRefused: The file is missing or empty, or a line is not a record.
+        InputRefused: The file cannot be read or has no records, or a line is not a record.
     """
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputRefused(f"{file} cannot be read: {error}.", remedy="Name a JSONL or .txt file in UTF-8.") from error
+        raise InputRefused(f"{file} cannot be read: {error}.", remedy="Pass a JSONL or .txt file in UTF-8.") from error
     if file.suffix == ".txt":
         return [{"text": content, "line": 1}]
     lines = content.split("\n")
@@ -41,24 +41,29 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """Load the tokenizer beside a checkpoint's weights.
 
     Raises:
-        InputRefused: There is none, or it cannot be loaded.
+        InputRefused: There is no tokenizer, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # a second of imports that only this needs
+    from transformers import AutoTokenizer  # takes a second to import
 
     try:
         return cast("Any", AutoTokenizer).from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputRefused(
             f"{checkpoint} has no tokenizer that can be loaded: {error}",
-            remedy="Keep the tokenizer with the checkpoint.",
+            remedy="Copy the tokenizer's files into the checkpoint's directory.",
         ) from error
 
 
 def encode_record(record: Mapping[str, Any], tokenizer: Any, *, where: str) -> list[int]:
     """Return a record's token ids.
 
+    Args:
+        record: The record.
+        tokenizer: The checkpoint's tokenizer.
+        where: The location of the record, for error messages.
+
     Raises:
-        InputRefused: It is a conversation, and the tokenizer has no chat template.
+        InputRefused: The record is a conversation, and the tokenizer has no chat template.
     """
     if "text" in record:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -72,7 +77,7 @@ def encode_record(record: Mapping[str, Any], tokenizer: Any, *, where: str) -> l
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """Return a prompt's token ids: a user's turn where the tokenizer has a chat template, plain text where not."""
+    """Return a prompt's token ids: as a user's message if the tokenizer has a chat template, else as plain text."""
     if not tokenizer.chat_template:
         return tokenizer(prompt)["input_ids"]
     return _encode_chat([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
@@ -97,7 +102,7 @@ def _parse(line: str, file: Path, number: int) -> Mapping[str, Any]:
 
 
 def is_record(record: Mapping[str, Any]) -> bool:
-    """Whether a record is either a text or a conversation."""
+    """Return whether a record is either a text or a conversation, and not both."""
     return _is_text(record) != _is_conversation(record)
 
 

@@ -1,7 +1,7 @@
-"""Where text comes from: a file of records, a directory, or a dataset of the Hugging Face hub.
+"""Sources of text: a file of records, a directory, or a dataset of the Hugging Face hub.
 
-A source is a sequence of records (:mod:`~qwen_pipeline.text.records`) that are read when they are asked for. Files of
-lines are read here; Parquet, directories and the hub through the library ``datasets``, which is an optional dependency.
+A source is a sequence of records (:mod:`~qwen_pipeline.text.records`) that are read on request. Text and JSONL files
+are read here; Parquet, directories and the hub through the optional dependency ``datasets``.
 """
 
 import re
@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from qwen_pipeline.checkpoint.digest import directory_digest
+from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.text.records import PARQUET, SUFFIXES, is_record, load_records
 
@@ -20,22 +20,25 @@ _HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(#(?P<split>\w+))?"
 )
 _SPLIT = "train"
-_COLUMNS = 'Name a dataset with a column "messages" of conversations or a column "text".'
+_COLUMNS = 'Pass a dataset with a column "messages" of conversations or a column "text".'
 
 
 class TextSource(Protocol):
-    """Records in an order that does not change.
+    """A sequence of records in a fixed order.
 
     Attributes:
-        name: What a reader knows it by: a file's or directory's name, or the dataset's name on the hub.
+        name: The name of the file or directory, or the dataset's name on the hub.
     """
 
     @property
     def name(self) -> str: ...
     def __len__(self) -> int: ...
-    def record(self, index: int, /) -> Mapping[str, Any]: ...
+    def record(self, index: int, /) -> Mapping[str, Any]:
+        """Read a record."""
+        ...
+
     def where(self, index: int, /) -> str:
-        """Say where a record is, for errors."""
+        """Return the location of a record, for error messages."""
         ...
 
     def digest(self) -> str:
@@ -48,11 +51,11 @@ def open_text(source: str | Path) -> TextSource:
 
     Args:
         source: A file of records (``.jsonl``, ``.txt``), a ``.parquet`` file, a directory that ``save_to_disk`` wrote
-            or that holds files that ``datasets`` reads, or ``name[:config][@revision][#split]`` of a hub's dataset.
+            or whose files ``datasets`` can read, or ``name[:config][@revision][#split]`` of a dataset on the hub.
 
     Raises:
-        InputRefused: It is neither there nor the name of a dataset, or it holds no records.
-        EnvironmentFault: The library ``datasets`` is needed and missing, or the hub cannot be reached.
+        InputRefused: The source neither exists nor is the name of a dataset, or it has no records.
+        EnvironmentFault: The library ``datasets`` is needed and not installed, or the hub cannot be reached.
     """
     path = Path(source)
     if path.is_file() and path.suffix != PARQUET:
@@ -62,17 +65,17 @@ def open_text(source: str | Path) -> TextSource:
     named = _HUB_NAME.fullmatch(str(source))
     if not named or path.suffix in SUFFIXES:
         raise InputRefused(
-            f"{source} is not there.",
-            remedy="Name a file of records, a directory, or a dataset of the hub: name[:config][@revision][#split].",
+            f"{source} does not exist.",
+            remedy="Pass a file of records, a directory, or a dataset of the hub: name[:config][@revision][#split].",
         )
     return DatasetRows(
-        str(source), _load_rows(named["name"], split=named["split"], **_given(named, "config", "revision"))
+        str(source), _load_rows(named["name"], split=named["split"], **_matched(named, "config", "revision"))
     )
 
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A file of lines, or one text."""
+    """A JSONL file, or a ``.txt`` file of one record."""
 
     file: Path
 
@@ -99,7 +102,7 @@ class RecordFile:
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """A ``datasets.Dataset``: Arrow files that are mapped into memory, of which only the rows asked for are read."""
+    """A ``datasets.Dataset``: memory-mapped Arrow files, of which only the requested rows are read."""
 
     name: str
     rows: Any
@@ -131,7 +134,7 @@ class DatasetRows:
 
 
 def _open_rows(path: Path) -> Any:
-    """Open a Parquet file, what ``save_to_disk`` wrote, or a directory of data files."""
+    """Open a Parquet file, a directory that ``save_to_disk`` wrote, or a directory of data files."""
     library = _library()
     if path.is_file():
         return _load_rows("parquet", split=_SPLIT, data_files=str(path))
@@ -151,12 +154,12 @@ def _load_rows(name: str, *, split: str | None, config: str | None = None, **mor
     except OSError as error:
         raise EnvironmentFault(
             f"The dataset {name} cannot be fetched: {error}",
-            remedy="Check the connection to the hub, or name a local copy.",
+            remedy="Check the connection to the hub, or pass a local copy.",
         ) from error
 
 
 def _one_split(name: str, loaded: Any) -> Any:
-    """Return the only split, or the one for training."""
+    """Return the only split, or the training split."""
     if hasattr(loaded, "column_names") and not isinstance(loaded, dict):
         return loaded
     splits = cast("dict[str, Any]", loaded)
@@ -164,7 +167,7 @@ def _one_split(name: str, loaded: Any) -> Any:
         return next(iter(splits.values()))
     if _SPLIT in splits:
         return splits[_SPLIT]
-    raise InputRefused(f"{name} has the splits {', '.join(splits)}.", remedy=f"Name one of them: {name}#<split>")
+    raise InputRefused(f"{name} has the splits {', '.join(splits)}.", remedy=f"Pass one of them: {name}#<split>")
 
 
 def _library() -> Any:
@@ -172,10 +175,10 @@ def _library() -> Any:
         return import_module("datasets")
     except ImportError as error:
         raise EnvironmentFault(
-            "Parquet files, directories and datasets of the hub are read by the library datasets, which is missing.",
+            "Parquet files, directories and datasets of the hub need the library datasets, which is missing.",
             remedy="Install it: pip install 'qwen-pipeline[datasets]', or use JSONL.",
         ) from error
 
 
-def _given(named: re.Match[str], *fields: str) -> dict[str, str]:
+def _matched(named: re.Match[str], *fields: str) -> dict[str, str]:
     return {field: named[field] for field in fields if named[field]}

@@ -12,7 +12,7 @@ def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> 
     """Return up to ``windows`` windows of ``seq_len`` tokens, without overlap, spread evenly over the whole text.
 
     Raises:
-        InputRefused: The text cannot be read, or is shorter than one window.
+        InputRefused: The text cannot be read, or has fewer tokens than one window.
     """
     tokens = [
         token
@@ -22,13 +22,13 @@ def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> 
     if len(tokens) < seq_len:
         raise InputRefused(
             f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}.",
-            remedy="Give more text, or lower seq_len.",
+            remedy="Provide more text, or lower seq_len.",
         )
     return spread(tokens, windows=windows, seq_len=seq_len)
 
 
 def spread(tokens: Sequence[int], *, windows: int, seq_len: int) -> list[list[int]]:
-    """Return up to ``windows`` windows of tokens, spread evenly; one shorter than ``seq_len`` if there are no more."""
+    """Return up to ``windows`` windows of tokens, spread evenly; of a shorter text, one with all its tokens."""
     available = max(len(tokens) // seq_len, 1)
     count = min(windows, available)
     starts = (index * available // count * seq_len for index in range(count))

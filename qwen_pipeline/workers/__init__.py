@@ -1,0 +1,1 @@
+"""Functions that run in processes of their own, under the Python of another environment."""

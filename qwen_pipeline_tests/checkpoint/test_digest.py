@@ -1,4 +1,4 @@
-"""No value that is not finite gets past the guard, in any floating dtype."""
+"""A value that is not finite is found in every floating-point dtype."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from qwen_pipeline.checkpoint.digest import is_finite
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_value_is_enough(dtype: torch.dtype, value: float) -> None:
+def test_one_such_value_is_found(dtype: torch.dtype, value: float) -> None:
     tensor = torch.randn(33, 17).to(dtype)
     assert is_finite(tensor)
     for position in (0, 280, 560):
@@ -17,5 +17,5 @@ def test_one_value_is_enough(dtype: torch.dtype, value: float) -> None:
         assert not is_finite(broken.view(33, 17))
 
 
-def test_nothing_is_finite() -> None:
+def test_an_empty_tensor_is_finite() -> None:
     assert is_finite(torch.empty(0, 4))

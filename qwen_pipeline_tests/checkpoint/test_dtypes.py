@@ -1,4 +1,4 @@
-"""Sizes are known without torch, and are torch's."""
+"""Sizes of dtypes are those of torch, but known without importing it."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from qwen_pipeline.checkpoint.dtypes import TORCH_DTYPES
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES
 
 
-def test_every_readable_dtype_has_the_size_torch_gives_it() -> None:
+def test_every_readable_dtype_has_its_size_in_torch() -> None:
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == dict(ITEM_BYTES)
     assert len(set(TORCH_DTYPES.values())) == len(TORCH_DTYPES)
 

@@ -1,4 +1,4 @@
-"""Files that are shared where that is allowed, and never with anything that may change."""
+"""Files are shared where that is allowed, and never with a file that may change."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
 
 @pytest.fixture
 def clones(sharded: Path, tmp_path: Path) -> bool:
-    """Whether this disk can share blocks, so that nothing needs to be a second name."""
+    """Return whether this disk supports copy-on-write clones, so that hard links are not needed."""
     return clone_file(sharded / FIRST, tmp_path / "probe")
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_an_unchanged_shard_is_a_second_name_only_if_that_is_allowed(
+def test_an_unchanged_shard_is_a_hard_link_only_if_that_is_allowed(
     sharded: Path, tmp_path: Path, clones: bool, allowed: bool
 ) -> None:
     out = tmp_path / "out"
@@ -30,7 +30,7 @@ def test_an_unchanged_shard_is_a_second_name_only_if_that_is_allowed(
     assert contents.tensors.keys() == open_checkpoint(out).keys()
 
 
-def test_a_changed_shard_is_never_a_second_name(sharded: Path, tmp_path: Path) -> None:
+def test_a_changed_shard_is_never_a_hard_link(sharded: Path, tmp_path: Path) -> None:
     source, out = open_checkpoint(sharded), tmp_path / "out"
     before = (sharded / FIRST).read_bytes()
     zeros = LazyTensor(
@@ -44,7 +44,7 @@ def test_a_changed_shard_is_never_a_second_name(sharded: Path, tmp_path: Path) -
     assert not open_checkpoint(out).load("a.weight").any()
 
 
-def test_a_copy_and_its_source_change_without_each_other(sharded: Path, tmp_path: Path) -> None:
+def test_a_copy_does_not_change_with_its_source(sharded: Path, tmp_path: Path) -> None:
     before, copy = (sharded / FIRST).read_bytes(), tmp_path / "deep" / "copy"
     copy_file(sharded / FIRST, copy)
     assert not copy.samefile(sharded / FIRST)
@@ -52,13 +52,13 @@ def test_a_copy_and_its_source_change_without_each_other(sharded: Path, tmp_path
     assert (sharded / FIRST).read_bytes() == before
 
 
-def test_sharing_without_leave_and_without_clones_does_nothing(sharded: Path, tmp_path: Path, clones: bool) -> None:
+def test_without_clones_and_hard_links_nothing_is_shared(sharded: Path, tmp_path: Path, clones: bool) -> None:
     assert share_file(sharded / FIRST, tmp_path / "shared", hard_links=False) == clones
     assert (tmp_path / "shared").exists() == clones
 
 
-def test_an_unfinished_file_with_a_second_name_is_not_written_into(sharded: Path, tmp_path: Path) -> None:
-    """As if somebody had linked a file to where an attempt would continue one."""
+def test_an_unfinished_file_with_another_hard_link_is_not_written_into(sharded: Path, tmp_path: Path) -> None:
+    """The temporary file of an interrupted attempt may be a hard link to another file."""
     out = tmp_path / "out"
     out.mkdir()
     write_checkpoint(open_checkpoint(sharded), out, task="")

@@ -1,4 +1,4 @@
-"""docs/format.md, held by a golden file and by a reader that knows nothing but what is written there."""
+"""docs/format.md is tested by a golden file, and by a reader that implements the document alone."""
 
 import hashlib
 import json
@@ -22,16 +22,14 @@ from qwen_pipeline.checkpoint.manifest import (
 from qwen_pipeline.checkpoint.store.derive import derive
 from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline_tests.checkpoint.store.test_derive import note, write_note
-from qwen_pipeline_tests.checkpoint.test_tree_hash import naive
-from qwen_pipeline_tests.checkpoint.test_writer import copy
+from qwen_pipeline_tests.checkpoint.copies import copy, note, tree_digest, write_note
 
 GOLDEN = Path(__file__).with_name("golden_manifest.json")
 
 
 def test_a_manifest_is_written_and_read_byte_for_byte(tmp_path: Path) -> None:
     contents = Contents(
-        tensors={"w": TensorDigest(dtype="BF16", shape=(2, 3), tree_blake3=naive(bytes(12)))},
+        tensors={"w": TensorDigest(dtype="BF16", shape=(2, 3), tree_blake3=tree_digest(bytes(12)))},
         files={
             "config.json": FileDigest(bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),
             "model.safetensors": ShardDigest(bytes=92, header_sha256="0" * 64),
@@ -58,7 +56,7 @@ def test_a_manifest_is_written_and_read_byte_for_byte(tmp_path: Path) -> None:
 
 
 def content_digest(root: Path) -> str:
-    """Return a finished directory's content digest as docs/format.md has it."""
+    """Return a finished directory's content digest by docs/format.md."""
     beside = {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.rglob("*")
@@ -74,7 +72,7 @@ def content_digest(root: Path) -> str:
         for name, entry in json.loads(data[8:start]).items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                tensors[name] = [entry["dtype"], entry["shape"], naive(data[start + begin : start + end])]
+                tensors[name] = [entry["dtype"], entry["shape"], tree_digest(data[start + begin : start + end])]
     canonical = json.dumps(
         {"tensors": tensors, "files": beside}, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
@@ -87,7 +85,7 @@ def test_an_independent_reader_finds_the_same_content_digest(sharded: Path, tmp_
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_an_older_format_is_refused_by_name_and_counts_as_not_there(tmp_path: Path, version: int) -> None:
+def test_an_older_format_is_refused_by_name_and_counts_as_absent(tmp_path: Path, version: int) -> None:
     store = CheckpointStore(tmp_path)
     made = derive(note("one"), store.slot("alice"), write_note)
     path = made.path / MANIFEST

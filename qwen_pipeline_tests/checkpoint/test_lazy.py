@@ -1,4 +1,4 @@
-"""Headers, rows and refusals: a hostile or damaged directory is named, never read past."""
+"""Headers and rows are read exactly; a malicious or damaged directory is refused by name."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=str)
-def test_every_dtype_reads_as_the_reference_library_reads_it(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_dtype_is_read_as_the_reference_library_reads_it(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.randint(0, 2, (7, 3)).to(dtype)
     save_file({"t": tensor}, tmp_path / "t.safetensors")
 
@@ -48,7 +48,7 @@ def test_our_headers_are_read_by_the_reference_library(
 def test_a_damaged_header_is_refused_or_means_the_same_bytes(
     position: int, value: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever one byte becomes, opening ends in a refusal or in tensors that lie within the file."""
+    """After a change of one byte, the file is refused, or its tensors lie within it."""
     path = tmp_path_factory.mktemp("damage") / "t.safetensors"
     save_file({"a": torch.rand(4, 4), "b": torch.rand(2, 3)}, path)
     data = bytearray(path.read_bytes())
@@ -70,7 +70,7 @@ def test_a_truncated_file_is_refused(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_a_file_that_shrinks_after_it_was_opened_is_an_error_not_a_crash(sharded: Path) -> None:
+def test_a_file_truncated_after_it_was_opened_is_an_error_not_a_crash(sharded: Path) -> None:
     opened = open_checkpoint(sharded)
     shard = sharded / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:300])

@@ -1,4 +1,4 @@
-"""Work that this machine cannot finish is refused before the first byte, with the numbers."""
+"""Work for which this machine lacks resources is refused before the first byte, with numbers."""
 
 import resource
 import shutil
@@ -20,15 +20,15 @@ from qwen_pipeline.checkpoint.memory_budget import (
 from qwen_pipeline.checkpoint.thread_pool import pool_size
 from qwen_pipeline.errors import EnvironmentFault
 
-LITTLE = ResourceNeeds(disk_bytes=1, memory_bytes=1, open_files=1)
+SMALL = ResourceNeeds(disk_bytes=1, memory_bytes=1, open_files=1)
 
 
-def test_little_is_admitted(tmp_path: Path) -> None:
-    require_resources(LITTLE, tmp_path)
+def test_small_needs_are_accepted(tmp_path: Path) -> None:
+    require_resources(SMALL, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("needs", "message"),
     [
         (
             ResourceNeeds(disk_bytes=10**18, memory_bytes=1, open_files=1),
@@ -41,23 +41,23 @@ def test_little_is_admitted(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_numbers(asked: ResourceNeeds, message: str, tmp_path: Path) -> None:
-    if asked.open_files > 1 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == resource.RLIM_INFINITY:
+def test_insufficient_resources_are_refused_with_numbers(needs: ResourceNeeds, message: str, tmp_path: Path) -> None:
+    if needs.open_files > 1 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] == resource.RLIM_INFINITY:
         pytest.skip("this machine has no limit on open files")
     with pytest.raises(EnvironmentFault, match=message):
-        require_resources(asked, tmp_path)
+        require_resources(needs, tmp_path)
 
 
-def test_everything_that_is_short_is_named_and_no_limit_is_never_short(tmp_path: Path) -> None:
-    asked = ResourceNeeds(disk_bytes=2, memory_bytes=2, open_files=2)
+def test_every_shortage_is_reported_and_a_missing_limit_is_none(tmp_path: Path) -> None:
+    needs = ResourceNeeds(disk_bytes=2, memory_bytes=2, open_files=2)
     one_of_each = AvailableResources(disk_bytes=1, memory_bytes=1, open_files=1)
-    assert len(list(shortages(asked, one_of_each, tmp_path))) == 3
-    assert not list(shortages(asked, AvailableResources(disk_bytes=2, memory_bytes=None, open_files=None), tmp_path))
+    assert len(list(shortages(needs, one_of_each, tmp_path))) == 3
+    assert not list(shortages(needs, AvailableResources(disk_bytes=2, memory_bytes=None, open_files=None), tmp_path))
 
 
-def test_room_is_that_of_the_disk_where_a_directory_would_be(tmp_path: Path) -> None:
-    there, absent = available_at(tmp_path), available_at(tmp_path / "not" / "there")
-    assert there.open_files == absent.open_files
+def test_disk_space_is_that_of_the_nearest_existing_directory(tmp_path: Path) -> None:
+    existing, absent = available_at(tmp_path), available_at(tmp_path / "not" / "there")
+    assert existing.open_files == absent.open_files
     assert absent.disk_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
@@ -70,19 +70,19 @@ def test_memory_grows_with_threads_and_rows_but_not_with_the_model() -> None:
     assert estimate_needs(disk_bytes=1, longest_row_bytes=2 * BLOCK_BYTES).memory_bytes == pool_size() * 104 * 2**20
 
 
-def test_memory_stays_below_a_gib_however_many_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_stays_below_a_gib_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(512)))
     assert estimate_needs(disk_bytes=10**12).memory_bytes <= 2**30
 
 
 def groups(root: Path, limits: dict[str, tuple[str, int, int]]) -> dict[str, Path]:
-    """Lay out control groups as the kernel shows them: path -> limit, bytes in use, and how many of them are cache."""
+    """Write the files of control groups as the kernel does: path -> limit, bytes in use, bytes of cache in them."""
     for path, (limit, current, cache) in limits.items():
-        at = root / path
-        at.mkdir(parents=True, exist_ok=True)
-        (at / "memory.max").write_text(f"{limit}\n")
-        (at / "memory.current").write_text(f"{current}\n")
-        (at / "memory.stat").write_text(f"anon 1\nactive_file {cache}\ninactive_file 0\nslab 9\n")
+        group = root / path
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{current}\n")
+        (group / "memory.stat").write_text(f"anon 1\nactive_file {cache}\ninactive_file 0\nslab 9\n")
     (root / "membership").write_text("0::/job/step\n")
     return {"membership": root / "membership", "mount": root}
 
@@ -96,14 +96,14 @@ def groups(root: Path, limits: dict[str, tuple[str, int, int]]) -> dict[str, Pat
         ({"job": ("700", 600, 0), "job/step": ("1000", 600, 0)}, 100),
     ],
 )
-def test_the_tightest_control_group_counts_and_cache_is_no_burden(
+def test_the_smallest_limit_counts_and_cache_is_free(
     limits: dict[str, tuple[str, int, int]], left: int | None, tmp_path: Path
 ) -> None:
     assert control_group_memory(**groups(tmp_path, limits)) == left
 
 
-def test_a_control_group_refuses_what_the_machine_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = groups(tmp_path, {"job/step": ("50000000", 40000000, 0)})
-    monkeypatch.setattr(memory_budget, "control_group_memory", lambda: control_group_memory(**places))
+def test_a_control_group_limits_the_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = groups(tmp_path, {"job/step": ("50000000", 40000000, 0)})
+    monkeypatch.setattr(memory_budget, "control_group_memory", lambda: control_group_memory(**paths))
     with pytest.raises(EnvironmentFault, match="takes 11 MB of memory, 10 MB are available"):
         require_resources(ResourceNeeds(disk_bytes=1, memory_bytes=11 * 10**6, open_files=1), tmp_path)

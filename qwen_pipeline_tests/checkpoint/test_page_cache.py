@@ -1,4 +1,4 @@
-"""What is written past the cache is all there, and leaves it where the kernel can do that."""
+"""A write past the page cache is complete, and leaves no pages where the kernel supports that."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def written(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("refusal", [None, OSError(errno.EOPNOTSUPP, ""), OSError(errno.EINVAL, ""), AttributeError()])
-def test_every_byte_is_written_whatever_the_kernel_knows(
+def test_every_byte_is_written_whatever_the_kernel_supports(
     tmp_path: Path, refusal: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
@@ -35,7 +35,7 @@ def test_every_byte_is_written_whatever_the_kernel_knows(
     assert written(tmp_path / "file").read_bytes() == bytes(24) + DATA
 
 
-def test_a_full_disk_is_not_taken_for_an_old_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_mistaken_for_an_old_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 
@@ -44,7 +44,7 @@ def test_a_full_disk_is_not_taken_for_an_old_kernel(tmp_path: Path, monkeypatch:
         written(tmp_path / "file")
 
 
-def test_what_is_on_disk_is_not_in_the_cache(tmp_path: Path) -> None:
+def test_bytes_on_disk_are_not_in_the_cache(tmp_path: Path) -> None:
     with (tmp_path / "probe").open("wb") as probe:
         try:
             os.pwritev(probe.fileno(), [DATA], 0, page_cache.RWF_DONTCACHE)
@@ -53,7 +53,7 @@ def test_what_is_on_disk_is_not_in_the_cache(tmp_path: Path) -> None:
     assert cached_pages(written(tmp_path / "file")) <= 1
 
 
-def test_a_quarter_of_the_memory_that_is_left_is_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quarter_of_the_available_memory_is_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     for memory, outgrown in ((4 * 10**9, True), (4 * 10**9 + 8, False), (None, False)):
         monkeypatch.setattr(page_cache, "available_memory", lambda left=memory: left)
         assert outgrows_cache(10**9 + 1) == outgrown

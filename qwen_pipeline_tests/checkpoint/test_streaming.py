@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qwen_pipeline.checkpoint import digest, tree_hash
+from qwen_pipeline.checkpoint import tree_hash
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline_tests.in_memory import spec_of
+from qwen_pipeline_tests.in_memory import blocks_of, spec_of
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.uint8])
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
@@ -22,7 +22,7 @@ TENSORS = st.dictionaries(st.text("abz.é", min_size=1, max_size=6), st.tuples(D
 
 
 def computed(tensor: torch.Tensor) -> LazyTensor:
-    """A tensor whose rows are made as they are asked for, in fresh memory."""
+    """Return a tensor whose rows are computed on request, in new memory."""
     spec = spec_of(tensor)
     return LazyTensor(spec=spec, read=lambda start, stop: (tensor[start:stop] if tensor.dim() else tensor).clone())
 
@@ -44,7 +44,7 @@ def test_blocks_of_any_size_give_what_save_file_gives(
         checkpoint = Checkpoint(
             config=source.config, config_bytes=source.config_bytes, tensors=tensors, shards=source.shards
         )
-        with patch.object(digest, "BLOCK_BYTES", block):
+        with blocks_of(block):
             contents = write_checkpoint(checkpoint, streamed, task="")
 
         found = load_file(streamed / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Jobs of a crew fail as they would one after the other, and leave no thread behind."""
+"""Jobs on several threads fail as they would one after the other, and leave no thread behind."""
 
 import threading
 from collections.abc import Iterator
@@ -10,24 +10,24 @@ from qwen_pipeline.checkpoint.thread_pool import map_ordered, pool_size
 
 
 def threads_left() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if "_serve" in thread.name}
+    return {thread for thread in threading.enumerate() if "_run_jobs" in thread.name}
 
 
-def test_the_oldest_fault_counts_whoever_fails_first() -> None:
-    younger_failed = threading.Event()
+def test_the_error_of_the_first_job_counts_even_if_a_later_job_fails_first() -> None:
+    later_failed = threading.Event()
 
     def do(number: int) -> None:
         if number == 1:
-            younger_failed.set()
+            later_failed.set()
         elif number == 0:
-            assert younger_failed.wait(10)
+            assert later_failed.wait(10)
         raise ValueError(number)
 
     with pytest.raises(ValueError, match="0"):
         map_ordered(range(2), do)
 
 
-def test_a_fault_begins_nothing_more() -> None:
+def test_no_job_starts_after_an_error() -> None:
     taken: list[int] = []
 
     def jobs() -> Iterator[int]:
@@ -43,7 +43,7 @@ def test_a_fault_begins_nothing_more() -> None:
     assert len(taken) <= pool_size()
 
 
-def test_a_fault_in_finding_the_next_job_is_raised() -> None:
+def test_an_error_of_the_iterator_is_raised() -> None:
     def jobs() -> Iterator[int]:
         yield 0
         raise ValueError("no next job")
@@ -52,8 +52,8 @@ def test_a_fault_in_finding_the_next_job_is_raised() -> None:
         map_ordered(jobs(), lambda _: None)
 
 
-def test_whoever_set_the_crew_to_work_can_cancel_it() -> None:
-    """As Ctrl-C or a deadline would: what is begun ends, nothing more begins, no thread is left."""
+def test_the_caller_can_cancel() -> None:
+    """As Ctrl-C or a deadline would: started jobs end, no more jobs start, and no thread is left."""
     stop, done = threading.Event(), list[int]()
 
     def do(number: int) -> None:
@@ -74,13 +74,13 @@ def test_whoever_set_the_crew_to_work_can_cancel_it() -> None:
     assert not threads_left()
 
 
-def test_every_job_is_done_once() -> None:
+def test_every_job_runs_once() -> None:
     done: list[int] = []
     map_ordered(range(100), done.append)
     assert sorted(done) == list(range(100))
 
 
-def test_the_number_of_torch_threads_is_left_as_it_was() -> None:
+def test_the_number_of_torch_threads_is_restored() -> None:
     before = torch.get_num_threads()
     map_ordered(range(3), lambda _: None)
     assert torch.get_num_threads() == before

@@ -1,4 +1,4 @@
-"""A tensor's digest is that of docs/format.md, however its bytes arrive."""
+"""A tensor's digest is that of docs/format.md, in whatever parts and order its bytes are added."""
 
 import tracemalloc
 from itertools import pairwise
@@ -6,24 +6,19 @@ from threading import Barrier
 from unittest.mock import patch
 
 import pytest
-from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint import tree_hash
 from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.checkpoint.tree_hash import TreeHash
+from qwen_pipeline_tests.checkpoint.copies import tree_digest
 
 LEAF = 16
 Piece = tuple[int, int]
 
 
-def naive(data: bytes, leaf: int = 2**20) -> str:
-    blocks = [data[at : at + leaf] for at in range(0, len(data), leaf)]
-    return blake3(b"".join(blake3(block).digest() for block in blocks)).hexdigest()
-
-
-def brought(data: bytes, pieces: list[Piece]) -> TreeHash:
+def hash_pieces(data: bytes, pieces: list[Piece]) -> TreeHash:
     """Hash pieces, ``(start, end)``, on several threads."""
     tree = TreeHash(len(data))
     map_ordered(pieces, lambda piece: tree.add(piece[0], memoryview(data)[slice(*piece)]))
@@ -41,10 +36,10 @@ def brought(data: bytes, pieces: list[Piece]) -> TreeHash:
 def test_golden_digests(length: int, expected: str) -> None:
     data = (bytes(range(251)) * (length // 251 + 1))[:length]
     cuts = [*range(0, length, 3 * 2**21 + 1), length]
-    tree = brought(data, list(pairwise(cuts)))
+    tree = hash_pieces(data, list(pairwise(cuts)))
 
     assert tree.is_complete
-    assert tree.hexdigest() == naive(data) == expected
+    assert tree.hexdigest() == tree_digest(data) == expected
 
 
 @given(
@@ -53,53 +48,53 @@ def test_golden_digests(length: int, expected: str) -> None:
     stretch=st.lists(st.integers(0, 20), min_size=102, max_size=102),
     again=st.booleans(),
 )
-def test_pieces_of_any_size_that_overlap_or_come_twice_give_the_digest_of_the_whole(
+def test_pieces_of_any_size_that_overlap_or_repeat_give_the_digest_of_the_whole(
     data: bytes, cuts: set[int], stretch: list[int], again: bool
 ) -> None:
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     pieces = [(max(0, start - stretch[n]), end) for n, (start, end) in enumerate(pairwise(edges))]
     with patch.object(tree_hash, "LEAF_BYTES", LEAF):
-        tree = brought(data, pieces + pieces * again)
+        tree = hash_pieces(data, pieces + pieces * again)
         assert tree.is_complete
-        assert tree.hexdigest() == naive(data, LEAF)
+        assert tree.hexdigest() == tree_digest(data, LEAF)
 
 
 PARTS = [*pairwise([*range(0, 6 * LEAF, 5), 6 * LEAF])]
 
 
 @given(order=st.permutations(PARTS))
-def test_parts_count_in_any_order(order: list[Piece]) -> None:
+def test_parts_can_be_added_in_any_order(order: list[Piece]) -> None:
     data = bytes(range(6 * LEAF))
     with patch.object(tree_hash, "LEAF_BYTES", LEAF):
         tree = TreeHash(len(data))
         for start, end in order:
             tree.add(start, memoryview(data)[start:end])
-        assert tree.hexdigest() == naive(data, LEAF)
+        assert tree.hexdigest() == tree_digest(data, LEAF)
 
 
-def test_all_threads_may_bring_the_same_bytes_at_once() -> None:
+def test_several_threads_can_add_the_same_bytes_at_once() -> None:
     data = bytes(range(256)) * 2**13
     together = Barrier(3)
     tree = TreeHash(len(data))
 
-    def bring(cut: int) -> None:
+    def add(cut: int) -> None:
         together.wait(10)
         for start in range(0, len(data), cut):
             tree.add(start, memoryview(data)[start : start + cut])
 
-    map_ordered([300_007, 700_001, 524_287], bring)
-    assert tree.hexdigest() == naive(data)
+    map_ordered([300_007, 700_001, 524_287], add)
+    assert tree.hexdigest() == tree_digest(data)
 
 
 def test_a_digest_with_a_part_missing_is_incomplete() -> None:
     data = bytes(100)
     with patch.object(tree_hash, "LEAF_BYTES", LEAF):
-        tree = brought(data, [(0, 20), (21, 100)])
+        tree = hash_pieces(data, [(0, 20), (21, 100)])
         assert not tree.is_complete
 
 
-def test_of_many_blocks_with_holes_the_oldest_are_forgotten() -> None:
-    most = tree_hash.MOST_STARTED
+def test_the_oldest_of_too_many_partial_leaves_are_dropped() -> None:
+    most = tree_hash.MAX_PARTIAL_LEAVES
     data = bytes(2 * most * LEAF)
     begins = range(0, len(data), LEAF)
     tree = TreeHash(len(data))
@@ -111,11 +106,11 @@ def test_of_many_blocks_with_holes_the_oldest_are_forgotten() -> None:
         tree.add(0, memoryview(data)[: most * LEAF - 1])
         assert not tree.is_complete
         tree.add((most - 1) * LEAF, memoryview(data)[:LEAF])
-        assert tree.hexdigest() == naive(data, LEAF)
+        assert tree.hexdigest() == tree_digest(data, LEAF)
 
 
-def test_a_complete_digest_holds_no_block() -> None:
-    """Every tensor of a pass keeps its digest: what else it kept would grow with the model."""
+def test_a_complete_digest_keeps_no_leaf() -> None:
+    """Every tensor's digest is kept to the end: anything else that it kept would grow with the model."""
     tracemalloc.start()
     data = bytes(4 * tree_hash.LEAF_BYTES)
     cut = tree_hash.LEAF_BYTES // 2

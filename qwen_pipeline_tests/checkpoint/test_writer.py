@@ -1,4 +1,4 @@
-"""What the writer writes is what the reference library reads; what was interrupted continues to the same bytes."""
+"""The reference library reads what the writer writes; an interrupted write continues to the same bytes."""
 
 import os
 import signal
@@ -10,32 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_pipeline.checkpoint import digest, writer
+from qwen_pipeline.checkpoint import writer
+from qwen_pipeline.checkpoint.digest import hash_checkpoint
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.checkpoint.store.derive import Built, derive
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import EnvironmentFault
-
-DERIVATION = Derivation(stage="copy", inputs={}, spec={}, code_version="1")
-
-
-def copy(source: Path, out: Path) -> Artifact:
-    def build(partial: Path) -> Built:
-        return Built(contents=writer.write_checkpoint(open_checkpoint(source), partial, task="copy"))
-
-    return derive(DERIVATION, Directory(out), build)
+from qwen_pipeline_tests import REPOSITORY
+from qwen_pipeline_tests.checkpoint.copies import copy, flip_bit
+from qwen_pipeline_tests.in_memory import blocks_of
 
 
-def test_a_copy_has_the_same_tensors_files_and_digest(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(digest, "BLOCK_BYTES", 64)
+def test_a_copy_has_the_same_tensors_files_and_digest(sharded: Path, tmp_path: Path) -> None:
     source = open_checkpoint(sharded)
 
-    made = copy(sharded, tmp_path / "out")
+    with blocks_of(64):
+        made = copy(sharded, tmp_path / "out")
 
     for shard in set(source.shards.values()):
         expected, found = load_file(sharded / shard), load_file(made.path / shard)
@@ -44,11 +34,11 @@ def test_a_copy_has_the_same_tensors_files_and_digest(
     assert (made.path / "config.json").read_bytes() == (sharded / "config.json").read_bytes()
     assert not (made.path / "README.md").exists()
     assert source.left_behind == ("README.md",)
-    assert made.manifest.content_digest == digest.contents_of(source, sharded).digest
+    assert made.manifest.content_digest == hash_checkpoint(source, sharded).digest
     assert require_intact(made.path) == made.manifest
 
 
-def test_a_checkpoint_that_the_cache_is_not_to_hold_has_the_same_files(
+def test_a_checkpoint_written_past_the_page_cache_has_the_same_files(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = copy(sharded, tmp_path / "cached")
@@ -60,7 +50,7 @@ def test_a_checkpoint_that_the_cache_is_not_to_hold_has_the_same_files(
     assert require_intact(uncached.path) == uncached.manifest
 
 
-def test_a_second_run_moves_no_byte(sharded: Path, tmp_path: Path) -> None:
+def test_a_second_run_writes_nothing(sharded: Path, tmp_path: Path) -> None:
     first = copy(sharded, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
 
@@ -82,9 +72,8 @@ def test_the_digest_does_not_depend_on_the_shard_layout(sharded: Path, tmp_path:
     )
     (tmp_path / "one").mkdir()
 
-    assert (
-        writer.write_checkpoint(single, tmp_path / "one", task="").digest == digest.contents_of(source, sharded).digest
-    )
+    written = writer.write_checkpoint(single, tmp_path / "one", task="")
+    assert written.digest == hash_checkpoint(source, sharded).digest
     assert open_checkpoint(tmp_path / "one").keys() == source.keys()
 
 
@@ -106,7 +95,7 @@ def killed_copy(source: Path, out: Path, at_sync: int) -> int:
 
 
 @pytest.mark.parametrize("at_sync", range(1, 25))
-def test_a_kill_leaves_nothing_visible_and_the_next_run_ends_in_the_same_bytes(
+def test_a_kill_leaves_no_output_and_the_next_run_writes_the_same_bytes(
     sharded: Path, tmp_path: Path, at_sync: int
 ) -> None:
     undisturbed = copy(sharded, tmp_path / "undisturbed")
@@ -131,7 +120,7 @@ def test_finished_shards_are_kept_unless_their_bytes_changed(sharded: Path, tmp_
     assert second.read_bytes() == before[second][1]
 
 
-def test_a_full_disk_is_refused_with_numbers_before_the_first_byte(sharded: Path, tmp_path: Path) -> None:
+def test_too_little_disk_space_is_refused_with_numbers_before_the_first_byte(sharded: Path, tmp_path: Path) -> None:
     vast = LazyTensor(spec=TensorSpec(dtype="F32", shape=(10**15,)), read=never)
     checkpoint = open_checkpoint(sharded).replace(tensors={"a.weight": vast})
 
@@ -140,19 +129,19 @@ def test_a_full_disk_is_refused_with_numbers_before_the_first_byte(sharded: Path
     assert not list(tmp_path.glob("*.safetensors*"))
 
 
-def test_a_disk_that_fills_up_is_named_and_the_work_done_is_kept(
+def test_a_disk_that_fills_up_is_named_and_finished_tensors_are_kept(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real ENOSPC: ``/dev/full`` refuses every write."""
     pwrite = os.pwrite
 
-    def writes_to_a_full_disk(fd: int, data: memoryview, offset: int) -> int:
+    def write_to_full_disk(fd: int, data: memoryview, offset: int) -> int:
         is_second = "model-00002" in str(Path(f"/proc/self/fd/{fd}").readlink())
         with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
             return os.write(full.fileno(), data) if is_second else pwrite(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", writes_to_a_full_disk)
+        patch.setattr(os, "pwrite", write_to_full_disk)
         with pytest.raises(EnvironmentFault, match="is full"):
             copy(sharded, tmp_path / "out")
 
@@ -160,30 +149,12 @@ def test_a_disk_that_fills_up_is_named_and_the_work_done_is_kept(
     assert not copy(sharded, tmp_path / "out").reused
 
 
-def test_memory_stays_at_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
-    """Half a GiB in one tensor is written with less than 60 MB more than what was resident before."""
-    script = """
-import sys, torch
-from pathlib import Path
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
-from qwen_pipeline.checkpoint.measure import resident_peak
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.checkpoint.writer import write_checkpoint
-spec = TensorSpec(dtype="BF16", shape=(2**18, 1024))
-big = LazyTensor(spec=spec, read=lambda a, b: torch.ones(b - a, 1024, dtype=torch.bfloat16))
-before = resident_peak()
-checkpoint = Checkpoint(config={}, tensors={"w": big}, shards={"w": "model.safetensors"})
-write_checkpoint(checkpoint, Path(sys.argv[1]), task="")
-print(resident_peak() - before)
-"""
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+@pytest.mark.lengthy
+def test_memory_is_a_few_blocks_for_a_tensor_of_many(tmp_path: Path) -> None:
+    """Writing a tensor of half a GiB adds less than 60 MB of resident memory."""
+    command = [sys.executable, "-m", "qwen_pipeline_tests.checkpoint.write_large", str(tmp_path)]
+    run = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert int(run.stdout) < 60e6
-
-
-def flip_bit(path: Path, *, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def never(start: int, stop: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ def test_help_answers_within_half_a_second() -> None:
 def test_help_names_every_command_and_exit_code() -> None:
     text = qwen_pipeline("--help").out
     assert all(command in text for command in (*COMMANDS, "engine"))
-    assert "Exit codes: 0 done, 1 a check failed, 2" in text
+    assert "Exit codes: 0 success, 1 a check failed, 2" in text
 
 
 @pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("engine", "install"), ("engine", "check")])

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.memory_budget import AvailableResources, estimate_needs, shortages
-from qwen_pipeline.cli.outlay import resource_data, resource_view
 from qwen_pipeline.cli.plan import plan
-from qwen_pipeline.cli.rank_picture import CUT_END, group_line
+from qwen_pipeline.cli.plan_views import CUT_END, group_line, resource_data, resource_view
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
@@ -46,10 +45,10 @@ def test_plan_chooses_for_an_engine_within_a_budget(model: Path) -> None:
     best = data["options"][0]
     assert best["sizes"] == {"intermediate_size": [29568, 29696]}
     assert (best["group_size"], best["fits"], data["chosen"]) == (128, True, best["name"])
-    assert [(at["name"], at["degrees"]) for at in data["fewer_ranks"]] == [("groups of 128, as it is", [1])]
+    assert [(at["name"], at["degrees"]) for at in data["fewer_ranks"]] == [("groups of 128, unpadded", [1])]
     tight = qwen_pipeline("plan", model, "--engine", "vllm-machete", "--tp", 2, "--max-extra", 0.1, "--json").data
-    assert [at["name"] for at in tight["options"] if at["fits"]] == ["groups of 64, as it is"]
-    assert tight["chosen"] == "groups of 64, as it is"
+    assert [at["name"] for at in tight["options"] if at["fits"]] == ["groups of 64, unpadded"]
+    assert tight["chosen"] == "groups of 64, unpadded"
     assert "adds more than 0.1 %" in tight["options"][0]["remark"]
     assert "chosen" in qwen_pipeline("plan", model, "--engine", "vllm", "--tp", 2).out
 
@@ -58,7 +57,7 @@ def test_plan_says_what_serves_where_nothing_does(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("Qwen2.5-0.5B")))
     said = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 4).out.split())
     assert "14 attention heads do not divide by 4" in said
-    assert "With fewer ranks: TP 2, groups of 64, as it is." in said
+    assert "With fewer ranks: TP 2, groups of 64, unpadded." in said
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -67,7 +66,7 @@ def test_plan_draws_groups_over_ranks_as_chosen(model: Path, tmp_path: Path, suf
     tight = ("plan", model, "--tp", 2, "--max-extra", 0.1, "--engine", "vllm-machete", "--picture", picture)
     divisions = qwen_pipeline(*tight, "--json").data["divisions"]
     drawn = [(at["when"], at["inputs"], at["group_size"], at["straddling"]) for at in divisions]
-    assert drawn == [("as it is", 29568, 128, [115]), ("chosen", 29568, 64, [])]
+    assert drawn == [("unpadded", 29568, 128, [115]), ("chosen", 29568, 64, [])]
     assert picture.stat().st_size > 1000
 
 

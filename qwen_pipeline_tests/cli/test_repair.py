@@ -40,7 +40,7 @@ def test_with_one_it_repairs_and_says_how_it_was_proven(imported: Path, tmp_path
 def test_what_serves_already_is_left_alone(imported: Path, tmp_path: Path) -> None:
     ended = qwen_pipeline("repair", imported, "--tp", 1, "--out", tmp_path / "repaired")
     assert ended.code == 0
-    assert "serves 1 ranks as it is" in ended.out
+    assert "already serves on 1 ranks" in ended.out
     assert not (tmp_path / "repaired").exists()
 
 

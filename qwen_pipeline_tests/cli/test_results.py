@@ -81,7 +81,7 @@ def test_an_unforeseen_error_is_one_line_and_a_place_to_read_on() -> None:
     _, _, err = run("crash")
     first, second = err.splitlines()
     assert first == "ZeroDivisionError: division by zero"
-    story = Path(second.removeprefix("The whole story: "))
+    story = Path(second.removeprefix("Full traceback: "))
     assert "Traceback" in story.read_text()
     story.unlink()
     assert "Traceback" in run("crash", "--debug")[2]

@@ -1,0 +1,1 @@
+"""Tests of the demo, and the scripts that they run in the quantizer's environment."""

@@ -1,4 +1,4 @@
-"""What the streamed evaluation says of the demo's model, against plain Transformers with whole models in memory."""
+"""The streamed evaluation of the demo's model, against plain Transformers with whole models in memory."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, open_checkpoint
-from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.demo.base import GROUP_SIZE, TENSOR_PARALLEL, build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
@@ -23,40 +22,24 @@ from qwen_pipeline_tests.rounding import round_to_codes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-FIGURES = """
-import json, sys, torch
-from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
-windows, logits = torch.tensor(json.loads(sys.argv[1])), []
-for root in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
-    with torch.no_grad():
-        logits.append(model(input_ids=windows).logits[:, :-1].flatten(0, 1).double())
-p, q = (rows.log_softmax(-1) for rows in logits)
-print(json.dumps({
-    "perplexity": [cross_entropy(rows, windows[:, 1:].flatten()).exp().item() for rows in logits],
-    "kl": kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item(),
-}))
-"""
-
 
 def test_perplexity_and_kl_are_those_of_plain_transformers(tmp_path: Path) -> None:
-    """The demo's base, padded for its ranks and rounded to codes, which need not be good ones here.
+    """Evaluate the demo's base, padded for its ranks and rounded to codes without calibration.
 
-    Transformers computes with the weights that the codes stand for. Its own kernel for codes rounds each of them to
-    float16 on the way, which alone makes 2e-4 of the divergence.
+    Transformers computes with the dequantized weights. Its own kernel for codes rounds each of them to float16, which
+    alone makes 2e-4 of the divergence.
     """
     base = build_base(tmp_path / "base").path
     padded = pad(
         source=base,
-        destination=Directory(tmp_path / "padded"),
+        destination=tmp_path / "padded",
         spec=PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=TENSOR_PARALLEL),
     ).path
     quantized = round_to_codes(padded, tmp_path / "quantized", group_size=GROUP_SIZE)
     text = write_texts(tmp_path).held_out
     windows = token_windows(text, load_tokenizer(base), windows=2, seq_len=256)
-    meant = dequantized(padded, quantized, tmp_path / "meant")
-    plain = in_transformers(FIGURES, json.dumps(windows), str(base), str(meant))
+    models = str(base), str(dequantized(padded, quantized, tmp_path / "dequantized"))
+    plain = in_transformers("qwen_pipeline_tests.demo.figures_in_transformers", json.dumps(windows), *models)
 
     found = evaluate(
         {"base": open_checkpoint(base), "quantized": open_checkpoint(quantized)},
@@ -73,7 +56,7 @@ def test_perplexity_and_kl_are_those_of_plain_transformers(tmp_path: Path) -> No
 
 
 def dequantized(padded: Path, quantized: Path, out: Path) -> Path:
-    """Write the padded model with the weights that the codes stand for, in float32."""
+    """Write the padded model with the dequantized weights, in float32."""
     codes, model = open_checkpoint(quantized), open_checkpoint(padded)
     form = gptq_format(codes.config)
     tensors = {name: model.load(name).float() for name in model}

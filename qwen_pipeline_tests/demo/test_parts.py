@@ -1,4 +1,4 @@
-"""The demo's parts: the widened MLP computes the same, the texts do not overlap, the LoRA is a real one."""
+"""The parts of the demo: the widened MLP, the texts and the LoRA."""
 
 import json
 from pathlib import Path
@@ -45,11 +45,11 @@ def test_held_out_topics_are_in_no_other_file(tmp_path: Path) -> None:
     assert not any(json.dumps(text) in others for text in held_out)
 
 
-def test_the_adapter_is_trained_by_peft_and_appears_when_it_is_complete(tmp_path: Path) -> None:
+def test_peft_trains_the_adapter_and_it_is_renamed_once_complete(tmp_path: Path) -> None:
     base = tiny_qwen2(tmp_path / "base")
     texts = tmp_path / "texts.jsonl"
-    talk = [{"role": "user", "content": "a model"}, {"role": "assistant", "content": "a small model reads"}]
-    texts.write_text(json.dumps({"messages": talk * 40}) + "\n")
+    chat = [{"role": "user", "content": "a model"}, {"role": "assistant", "content": "a small model reads"}]
+    texts.write_text(json.dumps({"messages": chat * 40}) + "\n")
     steps: list[Progress] = []
 
     out = train_adapter(

@@ -66,7 +66,7 @@ GOOD = Findings(
 def failed(findings: Findings, limits: Limits | None = None) -> dict[str, CheckReport]:
     reports = judge(findings, limits or Limits())
     assert [report.name for report in reports] == [check.name for check in CHECKS]
-    return {report.name: report for report in reports if not report.passed}
+    return {report.name: report for report in reports if report.outcome in ("failed", "warning")}
 
 
 def with_model(role: str, model: ModelFigures) -> Findings:
@@ -75,7 +75,19 @@ def with_model(role: str, model: ModelFigures) -> Findings:
 
 def test_a_good_model_passes_everything() -> None:
     assert failed(GOOD) == {}
-    assert verdict(judge(GOOD, Limits())) == "passed: 13 of 13 checks"
+    assert verdict(judge(GOOD, Limits())) == "passed: 11 of 11 checks that ran; skipped: serves, benchmark_tasks"
+
+
+def test_a_verdict_names_what_was_skipped_and_does_not_count_it_as_passed() -> None:
+    kept = [check.report(passed=True, detail="") for check in CHECKS[:-3]]
+    left = [CHECKS[-3].report(passed=False, detail=""), *(check.skipped("") for check in CHECKS[-2:])]
+    assert verdict([*kept, *left]) == (
+        "passed: 10 of 11 checks that ran, with warnings: sample_texts; skipped: serves, benchmark_tasks"
+    )
+    failed = CHECKS[0].report(passed=False, detail="")
+    assert verdict([failed, *kept[1:], *left]) == (
+        "failed: structure, with warnings: sample_texts; skipped: serves, benchmark_tasks"
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,9 +196,25 @@ def test_heads_that_no_declared_engine_has_to_share_warn() -> None:
     assert failed(replace(GOOD, targets=[served(ANY_ENGINE, down_proj=0.5)]))["ranks_agree"].blocks
 
 
-def test_without_base_and_padding_there_is_nothing_to_fail() -> None:
+def test_checks_without_what_they_compare_with_are_skipped_and_never_counted() -> None:
     models = {role: GOOD.models[role] for role in (MERGED, QUANTIZED)}
-    assert failed(replace(GOOD, models=models)) == {}
+    bare = replace(GOOD, models=models, samples=[], structure=replace(GOOD.structure, padding=PaddingFindings()))
+    reports = judge(bare, Limits(max_mean_kl=0.05, max_activation=1))
+    skipped = {report.name: report.detail for report in reports if report.skipped}
+    assert skipped.keys() == {"padding_is_silent", "merged_not_worse", "sample_texts", "serves", "benchmark_tasks"}
+    assert skipped["merged_not_worse"] == "No base was given to compare the merged model with."
+    assert not any(report.passed or report.blocks for report in reports if report.skipped)
+    assert verdict(reports) == (
+        "failed: kl_divergence, with warnings: float16_range;"
+        " skipped: padding_is_silent, merged_not_worse, sample_texts, serves, benchmark_tasks"
+    )
+    assert verdict(judge(bare, Limits())).startswith("passed: 8 of 8 checks that ran; skipped: padding_is_silent, ")
+
+
+def test_added_channels_are_checked_without_the_padded_checkpoint() -> None:
+    models = {role: GOOD.models[role] for role in (MERGED, QUANTIZED)}
+    (report,) = (each for each in judge(replace(GOOD, models=models), Limits()) if each.name == "padding_is_silent")
+    assert report.outcome == "passed"
 
 
 def test_rounding_keeps_structure_and_names_what_is_not_finite() -> None:

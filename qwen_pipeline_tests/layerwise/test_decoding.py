@@ -26,7 +26,7 @@ KINDS = ("qwen2", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen2_5_omni", "qwen4_
 
 
 def plain_answers(root: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[tuple[int, ...]]:
-    """Have Transformers answer one prompt after the other, with the whole model in memory."""
+    """Return the answers of Transformers, one prompt after another, with the whole model in memory."""
     model: Any = load_tiny(root)
     answers: list[tuple[int, ...]] = []
     for prompt in prompts:
@@ -38,16 +38,16 @@ def plain_answers(root: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> lis
     return answers
 
 
-def streamed_answers(checkpoint: Checkpoint, *, room: int | None = None, **asked: Any) -> list[tuple[int, ...]]:
-    decoder = Decoder(checkpoint, CPU, room=room)
-    return decoder.answers(PROMPTS, stops=stop_tokens(checkpoint), limit=LIMIT, **asked)
+def streamed_answers(checkpoint: Checkpoint, *, budget: int | None = None, **options: Any) -> list[tuple[int, ...]]:
+    decoder = Decoder(checkpoint, CPU, budget=budget)
+    return decoder.answers(PROMPTS, stops=stop_tokens(checkpoint), limit=LIMIT, **options)
 
 
 @pytest.mark.parametrize(
     "family",
     [family if family in KINDS else pytest.param(family, marks=pytest.mark.slow) for family in LANGUAGE_FAMILIES],
 )
-def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_answers_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     root = tiny_model(family, tmp_path / "model")
     expected = plain_answers(root)
     checkpoint = open_checkpoint(root)
@@ -56,13 +56,13 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     assert streamed_answers(checkpoint, drafts=half_right) == expected
 
 
-def test_experts_stored_one_by_one_and_packed_answer(tmp_path: Path) -> None:
-    """Transformers has no such experts in a stack, so it is given what the codes stand for."""
+def test_packed_experts_stored_one_by_one_are_decoded(tmp_path: Path) -> None:
+    """Transformers cannot load such experts, so it gets the dequantized weights."""
     root = tiny_model("qwen3_moe", tmp_path / "model")
     packed = open_checkpoint(round_to_codes(root, tmp_path / "packed", group_size=32))
     whole = Decoder(packed, CPU)
     model: Any = load_tiny(root)
-    layers = [dict(module.named_parameters()) for module in whole.coming()]
+    layers = [dict(module.named_parameters()) for module in whole.iter_layers()]
     state = model.state_dict()
     for number, layer in enumerate(layers):
         for name, weight in layer.items():
@@ -87,23 +87,23 @@ def test_each_of_several_stop_tokens_ends_an_answer(qwen2: Path, tmp_path: Path)
     assert [answer[-1] for answer in answers[:2]] == stops
 
 
-def test_an_answer_ends_where_its_tokens_say_so(qwen2: Path) -> None:
+def test_an_answer_ends_when_the_callback_says_so(qwen2: Path) -> None:
     free = plain_answers(qwen2)
     cut = streamed_answers(open_checkpoint(qwen2), ends=lambda tokens: len(tokens) == 2)
     assert cut == [answer[:2] for answer in free]
 
 
-def test_stop_tokens_are_those_of_the_generation_config_or_else_of_the_config(qwen2: Path, tmp_path: Path) -> None:
+def test_stop_tokens_come_from_the_generation_config_or_else_the_config(qwen2: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(qwen2)
     assert stop_tokens(checkpoint) == {load_tiny(qwen2).generation_config.eos_token_id}  # pyright: ignore[reportOptionalMemberAccess]
-    silent = tmp_path / GENERATION_CONFIG
-    silent.write_text(json.dumps({"do_sample": False}))
-    assert stop_tokens(replace(checkpoint, sidecars={GENERATION_CONFIG: silent})) == set()
+    without_stops = tmp_path / GENERATION_CONFIG
+    without_stops.write_text(json.dumps({"do_sample": False}))
+    assert stop_tokens(replace(checkpoint, sidecars={GENERATION_CONFIG: without_stops})) == set()
     nested = replace(checkpoint, sidecars={}, config={"text_config": {"eos_token_id": [2, 5]}})
     assert stop_tokens(nested) == {2, 5}
 
 
-def test_a_right_draft_takes_one_step_and_a_wrong_one_costs_one(qwen2: Path) -> None:
+def test_a_correct_draft_takes_one_step_and_a_wrong_one_costs_one(qwen2: Path) -> None:
     checkpoint, steps = open_checkpoint(qwen2), list[Progress]()
     expected = streamed_answers(checkpoint, observe=steps.append)
     assert len(steps) == LIMIT
@@ -120,7 +120,7 @@ def test_a_right_draft_takes_one_step_and_a_wrong_one_costs_one(qwen2: Path) -> 
     assert len(steps) == 2
 
 
-def test_layers_are_read_once_where_there_is_room_and_once_a_step_where_there_is_not(qwen2: Path) -> None:
+def test_layers_within_the_budget_are_read_once_and_others_once_per_step(qwen2: Path) -> None:
     checkpoint = open_checkpoint(qwen2)
     reads: list[str] = []
 
@@ -135,36 +135,19 @@ def test_layers_are_read_once_where_there_is_room_and_once_a_step_where_there_is
     first, second, head = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
     layer = 4 * Decoder(checkpoint, CPU).parts[0].numel
     expected = streamed_answers(checkpoint)
-    for room, times in ((None, (1, 1, 1)), (layer, (1, LIMIT, LIMIT)), (0, (LIMIT, LIMIT, LIMIT))):
+    for budget, times in ((None, (1, 1, 1)), (layer, (1, LIMIT, LIMIT)), (0, (LIMIT, LIMIT, LIMIT))):
         reads.clear()
-        assert streamed_answers(watched, room=room) == expected
+        assert streamed_answers(watched, budget=budget) == expected
         assert tuple(map(reads.count, (first, second, head))) == times
 
 
-def test_a_model_whose_logits_are_no_numbers_says_its_first_token_as_argmax_does(qwen2: Path, tmp_path: Path) -> None:
+def test_nan_logits_choose_the_first_token_as_argmax_does(qwen2: Path, tmp_path: Path) -> None:
     model: Any = load_tiny(qwen2)
     model.model.norm.weight.data.fill_(torch.nan)
     model.save_pretrained(tmp_path)
     assert streamed_answers(open_checkpoint(tmp_path)) == [(0,) * LIMIT] * 3 == plain_answers(tmp_path)
 
 
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.measure import resident_peak
-from qwen_pipeline.layerwise.decoding import Decoder
-from qwen_pipeline.layerwise.model import ComputeContext
-context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
-decoder = Decoder(open_checkpoint(Path(sys.argv[1])), context, room=0)
-Path("/proc/self/clear_refs").write_text("5")
-before = resident_peak()
-decoder.answers([[5, 6, 7], [8] * 30], stops=(), limit=3)
-print(resident_peak() - before)
-"""
-
-
 @pytest.mark.slow
-def test_without_room_memory_is_a_layer_and_a_half_whatever_the_depth(tmp_path: Path) -> None:
-    require_a_layer_and_a_half(tmp_path, PEAK)
+def test_without_a_budget_memory_is_at_most_a_layer_and_a_half(tmp_path: Path) -> None:
+    require_a_layer_and_a_half(tmp_path, "qwen_pipeline_tests.layerwise.peak_of_decoding")

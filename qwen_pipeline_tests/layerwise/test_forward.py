@@ -1,4 +1,4 @@
-"""The streamed forward against Transformers' own, for every kind of family; its memory; what it refuses."""
+"""The streamed forward pass: logits equal to Transformers' for every family, its memory, and refused inputs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,18 +36,18 @@ def plain_logits(root: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
-def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     root = tiny_model(family, tmp_path / "model")
     torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_audio"])
-def test_the_head_is_the_embedding_where_transformers_ties_it(family: str, tmp_path: Path) -> None:
+def test_a_tied_head_is_the_embedding(family: str, tmp_path: Path) -> None:
     root = tiny_model(family, tmp_path / "model", tie=True)
     torch.testing.assert_close(streamed_logits(open_checkpoint(root)), plain_logits(root), rtol=1e-5, atol=1e-5)
 
 
-def test_codes_compute_what_they_stand_for(chain: Chain, tmp_path: Path) -> None:
+def test_codes_compute_like_their_dequantized_weights(chain: Chain, tmp_path: Path) -> None:
     quantized = open_checkpoint(chain.quantized)
     root = tiny_qwen2(tmp_path / "model", intermediate_size=128, dtype=torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
@@ -63,7 +63,7 @@ def test_codes_compute_what_they_stand_for(chain: Chain, tmp_path: Path) -> None
     torch.testing.assert_close(streamed_logits(quantized), plain_logits(root), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_missing_is_named_before_anything_runs(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_refused_before_anything_runs(tmp_path: Path) -> None:
     whole = open_checkpoint(tiny_qwen2(tmp_path / "model"))
     tensors = {name: tensor for name, tensor in whole.tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(CheckpointRefused, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
@@ -72,29 +72,12 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path: Path) -> None:
         LayerStream(whole.replace(config={**whole.config, "architectures": ["NoSuchModel"]}), BATCHES, CPU)
 
 
-def test_models_of_different_depth_are_not_run_side_by_side(tmp_path: Path) -> None:
+def test_models_of_different_depth_are_refused(tmp_path: Path) -> None:
     roots = (tiny_qwen2(tmp_path / str(layers), num_hidden_layers=layers) for layers in (1, 2))
     with pytest.raises(InputRefused, match=r"\[1, 2\] layers"):
         next(advance([LayerStream(open_checkpoint(root), BATCHES, CPU) for root in roots]))
 
 
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.measure import resident_peak
-from qwen_pipeline.layerwise.forward import LayerStream, advance
-from qwen_pipeline.layerwise.model import ComputeContext
-batches = list(torch.randint(0, 300, (1, 1, 16)))
-context = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
-stream = LayerStream(open_checkpoint(Path(sys.argv[1])), batches, context)
-Path("/proc/self/clear_refs").write_text("5")
-before = resident_peak()
-list(advance([stream, stream]))
-print(resident_peak() - before)
-"""
-
-
-def test_memory_is_a_layer_and_a_half_whatever_the_depth(tmp_path: Path) -> None:
-    require_a_layer_and_a_half(tmp_path, PEAK)
+@pytest.mark.lengthy
+def test_memory_is_at_most_a_layer_and_a_half(tmp_path: Path) -> None:
+    require_a_layer_and_a_half(tmp_path, "qwen_pipeline_tests.layerwise.peak_of_forward")

@@ -1,4 +1,4 @@
-"""Tensors come as they are stored, in their order, within the room given; faults arrive, and no thread stays behind."""
+"""Prefetched tensors: equal to the stored ones, in order, within the budget; errors are raised, all threads end."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ WINDOWS = list(torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator()
 
 
 def tensors_of(path: Path) -> tuple[dict[str, torch.Tensor], list[LazyTensor]]:
-    """Write tensors of all kinds of sizes; return them and how they are read."""
+    """Write tensors of various sizes and dtypes; return them and their lazy tensors."""
     generator = torch.Generator().manual_seed(0)
     written = {
         "large": torch.randn(2500, 2048, generator=generator),  # two blocks and a half
@@ -47,31 +47,31 @@ def one_file(path: Path) -> Checkpoint:
 
 
 def readers_left() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if "_serve" in thread.name]
+    return [thread for thread in threading.enumerate() if "_run_reader" in thread.name]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("room", [0, 10_000, 10**9])
-def test_what_arrives_is_what_is_stored(tmp_path: Path, device: str, room: int) -> None:
+@pytest.mark.parametrize("budget", [0, 10_000, 10**9])
+def test_prefetched_tensors_equal_the_stored_ones(tmp_path: Path, device: str, budget: int) -> None:
     written, tensors = tensors_of(tmp_path / "model.safetensors")
-    with Prefetcher(tensors, torch.device(device), room=room) as feed:
-        arrived = list(feed)
-    for (name, expected), tensor in zip(written.items(), arrived, strict=True):
+    with Prefetcher(tensors, torch.device(device), budget=budget) as prefetched:
+        tensors_read = list(prefetched)
+    for (name, expected), tensor in zip(written.items(), tensors_read, strict=True):
         assert tensor.dtype == expected.dtype, name
         assert torch.equal(tensor.cpu(), expected), name
     assert not readers_left()
 
 
 @pytest.mark.gpu
-def test_memory_is_used_again_only_when_what_was_computed_of_it_is_done() -> None:
+def test_memory_is_reused_only_after_the_computations_with_it() -> None:
     def ones(number: int) -> LazyTensor:
         spec = TensorSpec(dtype="F32", shape=(4096, 1024))
         return LazyTensor(spec=spec, read=lambda start, stop: torch.full((stop - start, 1024), float(number)))
 
     count, sums = 60, list[torch.Tensor]()
     matrix = torch.randn(4096, 4096, device="cuda")
-    with Prefetcher([ones(number) for number in range(count)], torch.device("cuda"), room=2**25) as feed:
-        for tensor in feed:
+    with Prefetcher([ones(number) for number in range(count)], torch.device("cuda"), budget=2**25) as prefetched:
+        for tensor in prefetched:
             for _ in range(5):
                 torch.mm(matrix, matrix)  # keeps the stream behind what is read
             sums.append(tensor.double().mean())
@@ -79,64 +79,64 @@ def test_memory_is_used_again_only_when_what_was_computed_of_it_is_done() -> Non
     assert torch.stack(sums).tolist() == list(map(float, range(count)))
 
 
-def test_no_more_is_begun_than_there_is_room_for() -> None:
-    begun: list[int] = []
+def test_no_more_is_started_than_the_budget_allows() -> None:
+    started: list[int] = []
 
     def tensor(number: int, rows: int) -> LazyTensor:
         def read(start: int, stop: int) -> torch.Tensor:
-            begun.append(number)
+            started.append(number)
             return torch.zeros(stop - start, 100)
 
         return LazyTensor(spec=TensorSpec(dtype="F32", shape=(rows, 100)), read=read)
 
-    with Prefetcher([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, room=8000) as feed:
-        _settle(begun, 2)
+    with Prefetcher([tensor(n, rows) for n, rows in enumerate([10, 10, 10, 1000, 10])], CPU, budget=8000) as prefetched:
+        _settle(started, 2)
         for number, expected in enumerate([3, 3, 3]):
-            next(feed)
-            _settle(begun, expected)
-            assert sorted(begun) == list(range(expected)), number
-        next(feed)  # larger than the room: it is begun because it is asked for
-        _settle(begun, 5)
-        assert len(next(feed)) == 10
+            next(prefetched)
+            _settle(started, expected)
+            assert sorted(started) == list(range(expected)), number
+        next(prefetched)  # larger than the budget: it is started because it is requested
+        _settle(started, 5)
+        assert len(next(prefetched)) == 10
     assert not readers_left()
 
 
-def _settle(begun: Sequence[int], count: int) -> None:
-    """Wait for as many to be begun, and a moment in which one too many would be."""
+def _settle(started: Sequence[int], count: int) -> None:
+    """Wait until so many are started, and a moment longer, in which one too many would be."""
     deadline = time.monotonic() + 10
-    while len(begun) < count and time.monotonic() < deadline:
+    while len(started) < count and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert len(begun) == count
+    assert len(started) == count
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, device: str) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, device: str) -> None:
     path = tmp_path / "model.safetensors"
     _, tensors = tensors_of(path)
     last = [tensor.spec.nbytes for tensor in tensors if tensor.spec.nbytes][-1]
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - last)
     with (
-        Prefetcher(tensors, torch.device(device), room=10**9) as feed,
+        Prefetcher(tensors, torch.device(device), budget=10**9) as prefetched,
         pytest.raises(CheckpointRefused, match="ends"),
     ):
-        list(feed)
+        list(prefetched)
     assert not readers_left()
 
 
-def test_whoever_stops_asking_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_leaving_early_ends_all_threads(tmp_path: Path) -> None:
     _, tensors = tensors_of(tmp_path / "model.safetensors")
-    with Prefetcher(tensors, CPU, room=10_000) as feed:
-        next(feed)
+    with Prefetcher(tensors, CPU, budget=10_000) as prefetched:
+        next(prefetched)
     assert not readers_left()
-    with Prefetcher([], CPU, room=1) as feed:
-        assert list(feed) == []
+    with Prefetcher([], CPU, budget=1) as prefetched:
+        assert list(prefetched) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
-def test_figures_are_the_same_bits_however_layers_are_read(
+def test_figures_do_not_depend_on_how_layers_are_read(
     family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = {role: open_checkpoint(tiny_model(family, tmp_path / role, seed=seed)) for seed, role in enumerate("pq")}
@@ -144,7 +144,7 @@ def test_figures_are_the_same_bits_however_layers_are_read(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_figures_of_codes_are_the_same_bits_however_layers_are_read(
+def test_figures_of_codes_do_not_depend_on_how_layers_are_read(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tiny_model("qwen2", tmp_path / "p")
@@ -153,24 +153,24 @@ def test_figures_of_codes_are_the_same_bits_however_layers_are_read(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_answers_are_the_same_however_layers_are_read(
+def test_answers_do_not_depend_on_how_layers_are_read(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, answers = open_checkpoint(tiny_model("qwen2", tmp_path / "model")), list[Sequence[tuple[int, ...]]]()
-    for is_apart in (False, True):
-        monkeypatch.setattr(ComputeContext, "is_apart", is_apart)
-        decoder = Decoder(model, ComputeContext(device=torch.device(device), dtype=torch.float32), room=0)
+    for has_own_memory in (False, True):
+        monkeypatch.setattr(ComputeContext, "has_own_memory", has_own_memory)
+        decoder = Decoder(model, ComputeContext(device=torch.device(device), dtype=torch.float32), budget=0)
         answers.append(decoder.answers([[5, 6, 7], [8, 9]], stops=[], limit=4))
     assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_a_layers_weights_may_be_changed(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ComputeContext, "is_apart", True)
+def test_weights_of_a_layer_can_be_modified(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ComputeContext, "has_own_memory", True)
     context = ComputeContext(device=torch.device(device), dtype=torch.bfloat16)
     stream = LayerStream(open_checkpoint(tiny_model("qwen2", tmp_path / "model")), [torch.stack(WINDOWS)], context)
-    for layer, module in enumerate(stream.coming()):
+    for layer, module in enumerate(stream.iter_layers()):
         module.get_parameter("mlp.up_proj.weight")[:3] = 1
         stream.run(layer, module)
     assert not readers_left()
@@ -178,7 +178,7 @@ def test_a_layers_weights_may_be_changed(device: str, tmp_path: Path, monkeypatc
 
 def require_same_figures(models: dict[str, Checkpoint], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     context, found = ComputeContext(device=torch.device(device), dtype=torch.bfloat16), []
-    for is_apart in (False, True):
-        monkeypatch.setattr(ComputeContext, "is_apart", is_apart)
+    for has_own_memory in (False, True):
+        monkeypatch.setattr(ComputeContext, "has_own_memory", has_own_memory)
         found.append(evaluate(models, WINDOWS, reference="p", compared=["q"], context=context))
     assert found[0] == found[1]

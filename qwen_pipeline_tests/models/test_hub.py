@@ -1,4 +1,4 @@
-"""A base is a directory, or a snapshot; what cannot be had is a named fault."""
+"""A base is found as a directory or a snapshot; if it cannot be had, the error says why."""
 
 from pathlib import Path
 
@@ -8,19 +8,19 @@ from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault
 from qwen_pipeline.models.hub import find_base
 
 
-def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_directory_is_returned_unchanged(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     assert find_base("base", beside=tmp_path) == tmp_path / "base"
     assert find_base(str(tmp_path / "base")) == tmp_path / "base"
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/base", "a/b/c", "../x", ""])
-def test_neither_a_directory_nor_a_hub_id(tmp_path: Path, name: str) -> None:
+def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointRefused, match="neither a directory"):
         find_base(name or "not an id", beside=tmp_path)
 
 
-def test_without_a_connection_the_fault_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_an_environment_fault_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EnvironmentFault, match="Qwen/None-Such at revision v1 is not in the hub's cache"):

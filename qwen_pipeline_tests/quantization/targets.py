@@ -1,4 +1,4 @@
-"""What tests have a worker do in GPTQModel's environment."""
+"""Worker functions for tests, run in GPTQModel's environment."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ LAST_LAYER = "layer-00001"
 
 
 def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
-    """Hold :func:`solve` against GPTQModel's own accumulation and solving."""
+    """Compare :func:`solve` with GPTQModel's own accumulation and solving."""
     torch.manual_seed(0)
     spec = QuantSpec(group_size=32, device="cpu", threads=1)
     weights, x = (torch.randn(64, 96), torch.randn(32, 96)), torch.randn(256, 96)
@@ -39,7 +39,7 @@ def contract(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 
     with patch.object(library, "hessian_inverse", counted):
         ours = list(solve(named, hessian_of(x), spec))
-    theirs = [alone(library, weight, x, ours[0].packed.format) for weight in weights]
+    theirs = [solve_with_gptqmodel(library, weight, x, ours[0].packed.format) for weight in weights]
     x[:, 5] = 0
     dead = list(solve(named, hessian_of(x), spec))
     return {
@@ -58,8 +58,8 @@ def hessian_of(x: torch.Tensor) -> Hessian:
     return hessian
 
 
-def alone(solver: Any, weight: torch.Tensor, x: torch.Tensor, form: GptqFormat) -> PackedLinear:
-    """Have GPTQModel accumulate and solve for one weight, and nothing be shared."""
+def solve_with_gptqmodel(solver: Any, weight: torch.Tensor, x: torch.Tensor, form: GptqFormat) -> PackedLinear:
+    """Accumulate and solve for one weight with GPTQModel, without a shared factorization."""
     library: Any = import_module("gptqmodel")
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
@@ -71,8 +71,8 @@ def alone(solver: Any, weight: torch.Tensor, x: torch.Tensor, form: GptqFormat) 
 
 
 def lose_a_thread(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
-    """Have one of GPTQModel's threads run out of memory, whose result nobody waits for."""
-    gptqmodel.report_before_aborting()
+    """Exhaust memory in one of GPTQModel's threads whose result is not awaited."""
+    gptqmodel.patch_thread_pool()
     threads: Any = import_module("gptqmodel").DEVICE_THREAD_POOL
     threads.submit("cpu", bytearray, 2**62)
     time.sleep(600)
@@ -80,9 +80,9 @@ def lose_a_thread(_: Mapping[str, Any], __: Observe) -> dict[str, Any]:
 
 
 def quantize_families(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
-    """Have the layer loop quantize tiny models; save the logits of the model that it left behind in memory.
+    """Quantize tiny models with the layer loop; save the logits of the model in memory.
 
-    Beside each, in a directory ``-resumed``, the last layer is quantized once more, by a loop that goes on there.
+    In a second directory, ``-resumed``, the last layer is quantized again by a loop that resumes there.
     """
     for name, source in spec["sources"].items():
         out, resumed = Path(spec["out"]) / name, Path(spec["out"]) / f"{name}-resumed"
@@ -103,8 +103,8 @@ def quantize_family(source: Path, out: Path, spec: Mapping[str, Any]) -> LayerLo
     return loop
 
 
-def hand_on_unrounded(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Run the layer loop with what GPTQModel's own hands on: weights whose scales were not rounded to float16."""
+def quantize_with_unrounded_scales(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
+    """Run the layer loop with the weights that GPTQModel computes inputs with: scales are not rounded to float16."""
     weights: list[torch.Tensor] = []
 
     def keep(rounded_OI: torch.Tensor, *others: Any) -> PackedLinear:
@@ -114,7 +114,7 @@ def hand_on_unrounded(spec: Mapping[str, Any], observe: Observe) -> Mapping[str,
     def put(weight_OI: torch.Tensor, _: object) -> None:
         weight_OI.copy_(weights.pop())
 
-    with patch.object(solver, "pack", keep), patch.object(layerwise, "_put", put):
+    with patch.object(solver, "pack", keep), patch.object(layerwise, "_write_dequantized", put):
         return layerwise.quantize_directory(spec, observe)
 
 
@@ -124,7 +124,7 @@ def windows() -> torch.Tensor:
 
 @torch.inference_mode()
 def logits(stream: LayerStream) -> torch.Tensor:
-    """Return float32 [tokens, V] of batches that are through all layers."""
+    """Return float32 logits [tokens, V] of batches that have passed all layers."""
     parts: dict[int, list[torch.Tensor]] = {}
     for block in logit_blocks([stream], stream.context):
         parts.setdefault(block.batch, []).append(block.values[0])

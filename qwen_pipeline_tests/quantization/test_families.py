@@ -1,4 +1,4 @@
-"""The layer loop on every Qwen family: what it leaves on disk computes what it had in memory, resumed or not."""
+"""The quantizer ``layerwise`` on every Qwen family: codes on disk compute the logits in memory, resumed or not."""
 
 import shutil
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=16, seq_len=64, batch_size=8, threads=1, device="cpu")
 CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 Case = tuple[str, Layout, tuple[int, ...]]
-"""A family, a layout on disk, and which layers of a mixture are dense."""
+"""A family, a layout on disk, and the dense layers of a mixture."""
 QUICK: Sequence[Case] = (("qwen3_next", "fused", ()), ("qwen3_moe", "saved", (0,)))
 ALL: Sequence[Case] = [
     *((family, layout, ()) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)),
@@ -44,7 +44,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(cases: Sequence[Case], root: Path) -> Path:
-    """Quantize tiny models in one worker; each has a source and a directory of what the loop wrote."""
+    """Quantize tiny models in one worker; return the directory of the sources and the outputs."""
     sources = {name_of(case): source(case, root / "sources" / name_of(case)) for case in cases}
     (root / "out").mkdir()
     run_worker(
@@ -67,21 +67,22 @@ def source(case: Case, root: Path) -> Path:
     return tiny_model(family, root, layout=layout, **sizes)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", QUICK, ids=name_of)
-def test_what_is_on_disk_computes_what_was_in_memory(quick: Path, tmp_path: Path, case: Case) -> None:
+def test_codes_on_disk_compute_the_logits_in_memory(quick: Path, tmp_path: Path, case: Case) -> None:
     require_agreement(quick, name_of(case), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL, ids=name_of)
-def test_so_does_every_family(every: Path, tmp_path: Path, case: Case) -> None:
+def test_codes_of_every_family_compute_the_logits_in_memory(every: Path, tmp_path: Path, case: Case) -> None:
     require_agreement(every, name_of(case), tmp_path)
 
 
 def require_agreement(root: Path, name: str, scratch: Path) -> None:
-    """Hold the loop's own logits against the streamed forward of the codes and Transformers' of what they stand for.
+    """Compare the loop's logits with those of the streamed codes, and with Transformers' of the dequantized weights.
 
-    A loop that was interrupted before its last layer writes the same bytes.
+    A loop that is resumed before its last layer must write the same bytes.
     """
     source = open_checkpoint(root / "sources" / name)
     linears = decoder_linears(source)
@@ -89,7 +90,7 @@ def require_agreement(root: Path, name: str, scratch: Path) -> None:
     assert {linear.module for linear in linears} == {code.rpartition(".")[0] for code in packed}
     codes = quantized_checkpoint(source, packed, linears, SPEC.quantization_config("test:0"))
     own = load_file(root / "out" / name / "own.logits")["logits"]
-    last, resumed = (root / "out" / at / f"{LAST_LAYER}.safetensors" for at in (name, f"{name}-resumed"))
+    last, resumed = (root / "out" / each / f"{LAST_LAYER}.safetensors" for each in (name, f"{name}-resumed"))
     assert resumed.read_bytes() == last.read_bytes()
 
     stream = LayerStream(codes, windows().split(8), CPU)

@@ -1,4 +1,4 @@
-"""What is changed in GPTQModel's own loop, held against the library itself."""
+"""Patches of GPTQModel's own loop, tested with the library itself."""
 
 from pathlib import Path
 
@@ -7,15 +7,16 @@ import pytest
 
 from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.quantization.spec import QuantJob
+from qwen_pipeline.quantization.job import QuantJob
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker, started_worker
-from qwen_pipeline_tests.stages.test_quantize import SPEC
+from qwen_pipeline_tests.stages.quantize.quantizing import SPEC
 from qwen_pipeline_tests.tiny import tiny_model
 
 QUANTIZE = "qwen_pipeline.quantization.gptqmodel:quantize_directory"
 
 
+@pytest.mark.engine
 def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: Path) -> None:
     python, target = find_environment("gptqmodel").python, "qwen_pipeline_tests.quantization.targets:lose_a_thread"
     with pytest.raises(EnvironmentFault, match="Memory ran out"):
@@ -26,7 +27,7 @@ def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: P
 def job(tmp_path: Path) -> QuantJob:
     """A mixture of a family that GPTQModel can resume."""
     source = tiny_model("qwen3_moe", tmp_path / "source", hidden_size=64, moe_intermediate_size=64, num_hidden_layers=4)
-    job = QuantJob(spec=SPEC, source=source, windows=tmp_path / "windows.npy", work_dir=tmp_path / "shop")
+    job = QuantJob(spec=SPEC, source=source, windows=tmp_path / "windows.npy", work_dir=tmp_path / "work")
     np.save(job.windows, np.random.default_rng(0).integers(3, 256, (8, 64), dtype=np.int32))
     np.save(job.mask, np.ones((8, 64), dtype=np.uint8))
     job.resume.mkdir(parents=True)
@@ -34,18 +35,18 @@ def job(tmp_path: Path) -> QuantJob:
 
 
 @pytest.mark.slow
-def test_layers_that_it_cannot_go_on_from_are_removed(job: QuantJob, tmp_path: Path) -> None:
-    kept = job.resume / "checkpoint"
-    kept.mkdir()
-    (kept / "CURRENT").write_text("torn")
-    with pytest.raises(EnvironmentFault, match="cannot go on from the layers that it finished earlier") as caught:
+def test_layers_that_cannot_be_resumed_from_are_removed(job: QuantJob, tmp_path: Path) -> None:
+    saved = job.resume / "checkpoint"
+    saved.mkdir()
+    (saved / "CURRENT").write_text("torn")
+    with pytest.raises(EnvironmentFault, match="cannot resume from the layers that it saved") as caught:
         run_worker(find_environment("gptqmodel").python, QUANTIZE, job.to_json(), log=tmp_path / "log")
     assert "run again" in caught.value.remedy
-    assert not kept.exists()
+    assert not saved.exists()
 
 
 @pytest.mark.slow
-def test_asked_to_stop_it_leaves_what_it_goes_on_from(job: QuantJob, tmp_path: Path) -> None:
+def test_a_terminated_run_resumes_from_saved_layers(job: QuantJob, tmp_path: Path) -> None:
     seen: list[Progress] = []
     with started_worker(find_environment("gptqmodel").python, QUANTIZE) as worker:
 
@@ -53,7 +54,7 @@ def test_asked_to_stop_it_leaves_what_it_goes_on_from(job: QuantJob, tmp_path: P
             if event.done == 1:
                 worker.process.terminate()
 
-        with pytest.raises(EnvironmentFault, match="asked to stop"):
+        with pytest.raises(EnvironmentFault, match="was terminated"):
             worker.run(job.to_json(), log=tmp_path / "log", observe=stop)
     run_worker(find_environment("gptqmodel").python, QUANTIZE, job.to_json(), log=tmp_path / "log", observe=seen.append)
     assert min(event.done for event in seen) == 2

@@ -1,4 +1,4 @@
-"""Which tokens a Hessian is made of: those that count, and of an expert those that its router chose it for."""
+"""Input groups: the tokens that each Hessian is computed from, with masks and with routing."""
 
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,19 @@ EXPERTS = "mlp.experts"
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("qwen2_moe", tmp_path_factory.mktemp("cohorts") / "mixture")
+    return tiny_model("qwen2_moe", tmp_path_factory.mktemp("groups") / "mixture")
 
 
 @torch.inference_mode()
 def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
-    """Return kind -> tokens and Hessian of the first layer's linear layers."""
+    """Return kind -> tokens and Hessian, for the linear layers of the first layer."""
     stream = LayerStream(checkpoint, WINDOWS.split(2), CPU)
-    module = next(stream.coming())
+    module = next(stream.iter_layers())
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}
     for group in input_groups(stream, masks, module, linears, all_experts=all_experts):
-        tokens, hessian = group.hessian.tokens, group.hessian.take()
+        tokens, hessian = group.hessian.tokens, group.hessian.pop_mean()
         found |= {linear.kind: (tokens, hessian) for linear in group.linears}
         for linear, weight in zip(group.linears, group.weights, strict=True):
             assert weight.shape == (linear.out_features, linear.in_features)
@@ -43,8 +43,8 @@ def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> d
     return found
 
 
-def into_experts(root: Path) -> tuple[Tensor, Tensor]:
-    """The oracle: what Transformers' own model hands to the first layer's experts, and which it chose."""
+def expert_inputs(root: Path) -> tuple[Tensor, Tensor]:
+    """Return the oracle: inputs and chosen experts of the first layer, in Transformers' own model."""
     model: Any = load_tiny(root)
     seen: list[tuple[Tensor, Tensor]] = []
     experts = model.get_submodule(f"model.layers.0.{EXPERTS}")
@@ -55,8 +55,8 @@ def into_experts(root: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)])
-def test_an_expert_gets_the_tokens_that_count_and_are_routed_to_it(mixture: Path, mask: Tensor) -> None:
-    x_NH, chosen_NK = into_experts(mixture)
+def test_an_expert_gets_the_unmasked_tokens_that_are_routed_to_it(mixture: Path, mask: Tensor) -> None:
+    x_NH, chosen_NK = expert_inputs(mixture)
     found = first_layer(open_checkpoint(mixture), mask, all_experts=False)
     assert found["self_attn.q_proj"][0] == mask.sum()
     for expert in range(4):
@@ -71,12 +71,12 @@ def test_an_expert_gets_the_tokens_that_count_and_are_routed_to_it(mixture: Path
     ("family", "first"), [("qwen3", "self_attn.q_proj"), ("qwen3_5_text", "linear_attn.in_proj_qkv")]
 )
 @torch.inference_mode()
-def test_attention_is_computed_once_and_kept(tmp_path: Path, family: str, first: str) -> None:
-    """Once for each batch, and once more to see what it returns; what the layer makes of that is the same."""
+def test_attention_is_computed_once_and_cached(tmp_path: Path, family: str, first: str) -> None:
+    """Once for each batch, and once more for the type of its return value; the layer's outputs are the same."""
     checkpoint = open_checkpoint(tiny_model(family, tmp_path / "model"))
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     streams = [LayerStream(checkpoint, WINDOWS.split(2), CPU) for _ in ("kept", "computed")]
-    kept, computed = (next(stream.coming()) for stream in streams)
+    kept, computed = (next(stream.iter_layers()) for stream in streams)
     calls = list[str]()
     kept.get_submodule(first).register_forward_hook(lambda *_: calls.append(first))
     for _ in input_groups(streams[0], [torch.ones(32, dtype=torch.bool)] * 2, kept, linears, all_experts=False):
@@ -97,7 +97,7 @@ def test_all_experts_get_every_token(mixture: Path) -> None:
         assert found[f"{EXPERTS}.{expert}.down_proj"][0] == tokens
 
 
-def test_what_enters_an_unknown_linear_layer_is_not_guessed() -> None:
+def test_an_unknown_linear_layer_is_refused() -> None:
     odd = Linear(
         module="model.layers.0.mlp.odd_proj", layer=0, kind="mlp.odd_proj", out_features=32, in_features=32, tensor="t"
     )

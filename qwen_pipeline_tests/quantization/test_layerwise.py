@@ -1,4 +1,4 @@
-"""The layer loop of our own against GPTQModel's, in its environment; and that it goes on where it was interrupted."""
+"""The quantizer ``layerwise`` against GPTQModel's own loop, and its resuming after an interruption."""
 
 import json
 from dataclasses import replace
@@ -12,10 +12,13 @@ from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, draw_calibration
-from qwen_pipeline.quantization.spec import CalibrationSpec, QuantJob, QuantSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.parent import run_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
+from qwen_pipeline_tests.stages.quantize.quantizing import require_passed
 
 DRAWN = CalibrationSpec(samples=16, seq_len=64, seed=1)
 SPEC = QuantSpec(
@@ -28,17 +31,17 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "calibration.jsonl", documents=24, stride=7)
 
 
-def test_codes_are_gptqmodels_where_the_inputs_are(chain: Chain, calibration: Path, tmp_path: Path) -> None:
-    """Nothing quantized comes before the first layer's q, k and v, so their inputs, and their codes, are the same.
+def test_codes_equal_gptqmodels_where_the_inputs_do(chain: Chain, calibration: Path, tmp_path: Path) -> None:
+    """No quantized layer precedes q, k and v of the first layer, so their inputs, and their codes, are equal.
 
-    Later inputs differ a little: ours come from weights as they are stored, with float16 scales.
+    Later inputs differ slightly: those of ``layerwise`` are computed with the stored weights, with float16 scales.
     """
     artifact = quantize(
         source=chain.padded, destination=Directory(tmp_path / "out"), calibration=calibration,
         spec=replace(SPEC, engine="layerwise"), engine=chain.engine,
     )  # fmt: skip
     assert artifact.manifest.derivation.spec["engine"] == "layerwise"
-    assert all(check["passed"] for check in artifact.manifest.result["checks"])
+    require_passed(artifact)
     ours, theirs = open_checkpoint(artifact.path), open_checkpoint(chain.quantized)
     assert dict(ours) == dict(theirs)
     for name in ours:
@@ -58,13 +61,13 @@ def test_codes_are_gptqmodels_where_the_inputs_are(chain: Chain, calibration: Pa
     assert not list(artifact.path.rglob("layer-*"))
 
 
-def test_the_rounding_of_scales_is_all_that_tells_its_codes_from_gptqmodels(
+def test_all_codes_equal_gptqmodels_without_the_rounding_of_scales(
     chain: Chain, calibration: Path, tmp_path: Path
 ) -> None:
-    """Where weights hand on what they are before their scales become float16, every code of every layer is the same."""
+    """If inputs are computed with scales before their rounding to float16, all codes of all layers are equal."""
     drawn = replace(DRAWN, seed=SPEC.seed)
     job = save_job(SPEC, chain, draw_calibration(calibration, chain.padded, drawn), tmp_path)
-    target = "qwen_pipeline_tests.quantization.targets:hand_on_unrounded"
+    target = "qwen_pipeline_tests.quantization.targets:quantize_with_unrounded_scales"
     run_worker(chain.engine.python, target, job.to_json(), log=tmp_path / "log")
     ours, theirs = open_checkpoint(job.packed), open_checkpoint(chain.quantized)
     assert len(ours) == 2 * 7 * 4
@@ -72,7 +75,7 @@ def test_the_rounding_of_scales_is_all_that_tells_its_codes_from_gptqmodels(
         assert torch.equal(ours.load(name), theirs.load(name)), name
 
 
-def test_an_interrupted_run_goes_on_at_the_layer_it_died_in(chain: Chain, calibration: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_at_the_damaged_layer(chain: Chain, calibration: Path, tmp_path: Path) -> None:
     spec = replace(SPEC, bits=8, group_size=64, sym=False, desc_act=True)
     job = save_job(spec, chain, draw_calibration(calibration, chain.padded, DRAWN), tmp_path)
     assert solved_layers(job, chain, tmp_path) == {0, 1}
@@ -97,7 +100,7 @@ def test_equal_runs_write_equal_bytes(chain: Chain, calibration: Path, tmp_path:
 
 
 def save_job(spec: QuantSpec, chain: Chain, drawn: CalibrationSet, root: Path) -> QuantJob:
-    job = QuantJob(spec=spec, source=chain.padded, windows=root / "windows.npy", work_dir=root / "shop")
+    job = QuantJob(spec=spec, source=chain.padded, windows=root / "windows.npy", work_dir=root / "work")
     job.work_dir.mkdir()
     np.save(job.windows, drawn.input_ids.numpy())
     np.save(job.mask, drawn.attention_mask.numpy())

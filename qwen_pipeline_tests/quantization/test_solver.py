@@ -1,4 +1,4 @@
-"""What is relied on of GPTQModel's solver, and what is done before and after it."""
+"""Contract tests of GPTQModel's solver; Hessians, packing, and counts of odd groups."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from qwen_pipeline_tests.chain import Chain
 
 
 @pytest.mark.parametrize("block", [2, 5, 12])
-def test_a_hessian_does_not_depend_on_how_inputs_are_cut(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hessian_does_not_depend_on_the_division_of_its_inputs(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(solver.BLOCK_INPUTS, "cpu", block)
     x = torch.randn(4, 7, 12, dtype=torch.float32)
     whole, parts = Hessian(12), Hessian(12)
@@ -22,12 +22,12 @@ def test_a_hessian_does_not_depend_on_how_inputs_are_cut(block: int, monkeypatch
     for part in x.split(1):
         parts.add(part)
     exact = 2 / 28 * x.double().flatten(0, 1).T @ x.double().flatten(0, 1)
-    torch.testing.assert_close(whole.take(), exact.float())
-    torch.testing.assert_close(parts.take(), exact.float())
+    torch.testing.assert_close(whole.pop_mean(), exact.float())
+    torch.testing.assert_close(parts.pop_mean(), exact.float())
 
 
 def test_without_tokens_a_hessian_is_the_identity() -> None:
-    assert torch.equal(Hessian(3).take(), torch.eye(3))
+    assert torch.equal(Hessian(3).pop_mean(), torch.eye(3))
 
 
 def test_groups_of_zeros_and_groups_at_the_ends_of_the_grid_are_counted() -> None:
@@ -44,7 +44,7 @@ def test_groups_of_zeros_and_groups_at_the_ends_of_the_grid_are_counted() -> Non
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (8, 64)])
-def test_odd_groups_are_those_that_a_look_at_each_code_finds(bits: int, group_size: int) -> None:
+def test_counts_of_odd_groups_equal_those_from_single_codes(bits: int, group_size: int) -> None:
     form = GptqFormat(bits=bits, group_size=group_size, desc_act=False, sym=False, checkpoint_format="gptq")
     codes_OGS = torch.randint(0, 2**bits, (1056, 3, group_size))
     codes_OGS[::2, 0, :: 4 if bits == 4 else 2] = 2**bits - 1
@@ -58,7 +58,7 @@ def test_odd_groups_are_those_that_a_look_at_each_code_finds(bits: int, group_si
     assert solver.odd_groups(packed) == expected
 
 
-def test_packing_keeps_a_weight_that_lies_on_its_grid() -> None:
+def test_packing_preserves_a_weight_on_its_grid() -> None:
     form = GptqFormat(bits=4, group_size=32, desc_act=False, sym=False, checkpoint_format="gptq")
     codes_OI = torch.randint(0, 16, (2080, 64))
     scales_OG, zeros_OG = torch.rand(2080, 2).half().float() + 0.125, torch.randint(1, 16, (2080, 2)).float()
@@ -73,10 +73,10 @@ def test_packing_keeps_a_weight_that_lies_on_its_grid() -> None:
     assert torch.equal(packed.weight_rows(0, 2080), weight_OI)
 
 
-def test_the_solver_takes_our_hessian_and_weights(chain: Chain, tmp_path: Path) -> None:
-    """Driven by hand it chooses what it chooses when GPTQModel accumulates for it; dead channels stay at zero.
+def test_the_solver_accepts_a_hessian_and_weights(chain: Chain, tmp_path: Path) -> None:
+    """The codes equal those with a Hessian accumulated by GPTQModel; weights of dead channels become zero.
 
-    One inverse serves all weights with the same inputs. Without tokens it says that it only rounded.
+    All weights with the same inputs share one inverse. Without tokens the loss says that the weight was only rounded.
     """
     target = "qwen_pipeline_tests.quantization.targets:contract"
     found = run_worker(chain.engine.python, target, {}, log=tmp_path / "log").value

@@ -1,4 +1,4 @@
-"""A spec refuses what no engine does, and survives the way to the worker."""
+"""Specs: refused settings, conversion to JSON, and overrides."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, parse_overrides
+from qwen_pipeline.quantization.job import QuantJob
+from qwen_pipeline.quantization.spec import QuantSpec, parse_overrides
 
 
 @pytest.mark.parametrize(
@@ -25,13 +26,13 @@ from qwen_pipeline.quantization.spec import QuantJob, QuantSpec, parse_overrides
     ],
     ids=str,
 )  # fmt: skip
-def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
+def test_a_wrong_setting_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputRefused, match="(?i)" + "|".join(wrong)) as caught:
         QuantSpec(**wrong)
     assert caught.value.remedy
 
 
-def test_a_job_survives_json() -> None:
+def test_a_job_can_be_restored_from_json() -> None:
     spec = QuantSpec(bits=8, desc_act=True, threads=3, device="cuda")
     job = QuantJob(spec=spec, source=Path("/a"), windows=Path("/b.npy"), work_dir=Path("/c"))
     assert QuantJob.from_json(json.loads(json.dumps(job.to_json()))) == job
@@ -49,14 +50,14 @@ def test_every_setting_is_in_the_json() -> None:
     assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in (base, *others)}) == 6
 
 
-def test_the_first_override_that_is_found_in_a_name_counts() -> None:
+def test_the_first_matching_override_counts() -> None:
     spec = QuantSpec(dynamic={r"\.1\.mlp": {"mse": 2.0}, "down_proj": {"damp_percent": 0.1}})
     assert spec.override("model.layers.1.mlp.down_proj") == {"mse": 2.0}
     assert spec.override("model.layers.0.mlp.down_proj") == {"damp_percent": 0.1}
     assert spec.override("model.layers.0.mlp.up_proj") == {}
 
 
-def test_overrides_of_the_command_line() -> None:
+def test_overrides_are_parsed() -> None:
     assert parse_overrides([r"(?:up|gate):mse=2.4, damp_percent=0.1", "q:mse=0"]) == {
         "(?:up|gate)": {"mse": 2.4, "damp_percent": 0.1},
         "q": {"mse": 0.0},

@@ -62,7 +62,7 @@ def _tower_row(published: PublishedTower) -> list[str]:
         "".join(LETTERS[predict_tower_serving(config, tower, engine, degree=degree).verdict] for degree in DEGREES)
         for engine in TOWER_RULES
     ]
-    cure = f"{padded} (+{(padded - live) / live:.2%})" if padded != live else "as it is"
+    cure = f"{padded} (+{(padded - live) / live:.2%})" if padded != live else "unpadded"
     heads = str(tower.size(config, tower.heads))
     return [published.name, tower.part, str(live), heads, *(f"`{cell}`" for cell in cells), cure]
 

@@ -99,7 +99,7 @@ def test_the_outlook_of_the_72b() -> None:
     assert [row.whole for row in rows] == [True, False, False, False, True]
     assert [row.sizes[0].groups_per_rank for row in rows[:4]] == [(231, 231), (115.5, 116), (57.75, 58), (28.875, 29)]
     assert [row.legal for row in rows] == [True, True, True, True, False]
-    assert rows[0].sentence == "Serves as it is."
+    assert rows[0].sentence == "Serves without padding."
     assert "pad intermediate_size from 29568 to 29696 before quantizing" in rows[1].sentence
     assert "64 attention heads do not divide by 3" in rows[4].sentence
     assert rows[3].sizes[0].extra_percent == pytest.approx(100 * 128 / 29568)

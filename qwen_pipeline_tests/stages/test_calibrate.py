@@ -1,4 +1,4 @@
-"""Calibration tokens as a directory of their own, and what quantizing makes of it."""
+"""Calibration sets: the directory, the check of experts, and quantization with the directory or its text."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, EnvironmentFault
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration, is_prepared, load_calibration
-from qwen_pipeline.quantization.spec import CalibrationSpec, QuantSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
 from qwen_pipeline.stages.quantize import quantize
@@ -36,7 +37,7 @@ def prepared(dense: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     return calibrate(source=dense, text=text, destination=Directory(out), spec=SPEC)
 
 
-def test_the_directory_is_what_would_have_been_drawn(prepared: Artifact, dense: Path, text: Path) -> None:
+def test_the_directory_equals_a_direct_draw(prepared: Artifact, dense: Path, text: Path) -> None:
     drawn = draw_calibration(text, dense, SPEC)
     kept = load_calibration(prepared.path)
     assert is_prepared(prepared.path)
@@ -44,24 +45,23 @@ def test_the_directory_is_what_would_have_been_drawn(prepared: Artifact, dense: 
     assert (kept.spec, kept.lengths) == (SPEC, drawn.lengths)
     assert prepared.manifest.result["statistics"] == drawn.statistics() == kept.statistics()
     assert (prepared.path / PLOT).read_bytes().startswith(b"\x89PNG")
-    assert all(report.passed for report in load_reports(prepared.manifest.result))
+    (report,) = load_reports(prepared.manifest.result)
+    assert (report.outcome, report.detail) == ("skipped", "The model has no experts.")
     require_intact(prepared.path)
 
 
-def test_what_is_there_is_not_made_again(prepared: Artifact, dense: Path, text: Path) -> None:
+def test_a_finished_directory_is_reused(prepared: Artifact, dense: Path, text: Path) -> None:
     assert calibrate(source=dense, text=text, destination=Directory(prepared.path), spec=SPEC).reused
 
 
-def test_other_weights_with_the_same_tokenizer_leave_the_tokens_as_they_are(
-    prepared: Artifact, text: Path, tmp_path: Path
-) -> None:
+def test_the_tokens_do_not_depend_on_the_weights(prepared: Artifact, text: Path, tmp_path: Path) -> None:
     other = tiny_qwen2(tmp_path / "other", intermediate_size=128, seed=5)
     again = calibrate(source=other, text=text, destination=Directory(tmp_path / "out"), spec=SPEC)
     assert again.manifest.derivation.key != prepared.manifest.derivation.key
     assert again.manifest.content_digest == prepared.manifest.content_digest
 
 
-def test_the_chat_template_is_the_fine_tunes_own(dense: Path, tmp_path: Path) -> None:
+def test_the_chat_template_is_that_of_the_fine_tune(dense: Path, tmp_path: Path) -> None:
     talks = tmp_path / "talks.jsonl"
     talks.write_text(
         "\n".join(json.dumps({"messages": [{"role": "user", "content": "Hello " * 40}]}) for _ in range(4))
@@ -78,38 +78,40 @@ def test_the_chat_template_is_the_fine_tunes_own(dense: Path, tmp_path: Path) ->
     assert begins == ["<|im_start|>", "[Hello Hello"]
 
 
-def test_tokens_that_were_changed_are_refused(dense: Path, text: Path, tmp_path: Path) -> None:
+def test_damaged_tokens_are_refused(dense: Path, text: Path, tmp_path: Path) -> None:
     path = calibrate(source=dense, text=text, destination=Directory(tmp_path / "out"), spec=SPEC).path
     content = bytearray((path / FILE).read_bytes())
     content[-1] ^= 1
     (path / FILE).write_bytes(content)
-    with pytest.raises(CheckpointRefused, match="not what its manifest says"):
+    with pytest.raises(CheckpointRefused, match="does not match its manifest"):
         load_calibration(path)
 
 
-def test_quantizing_with_the_directory_or_with_its_text_is_one_derivation(
+def test_quantizing_with_the_directory_or_its_text_is_the_same_derivation(
     prepared: Artifact, dense: Path, text: Path, tmp_path: Path
 ) -> None:
-    """The spec of the directory wins over the default; without the engine nothing else is decided differently."""
+    """The spec of the directory replaces the default; both runs fail at the same point, the missing environment."""
     nothing = WorkerEnvironment(name="gptqmodel", python=Path("/nowhere/python"))
     spec = QuantSpec(group_size=32, samples=4, seq_len=32, seed=3)
-    for calibration, asked in ((prepared.path, QuantSpec(group_size=32)), (text, spec)):
+    for calibration, own_spec in ((prepared.path, QuantSpec(group_size=32)), (text, spec)):
         with pytest.raises(EnvironmentFault, match="nowhere"):
             quantize(
-                source=dense, destination=Directory(tmp_path / "out"), calibration=calibration, spec=asked,
+                source=dense, destination=Directory(tmp_path / "out"), calibration=calibration, spec=own_spec,
                 engine=nothing,
             )  # fmt: skip
 
 
 class TestExperts:
-    """A mixture of experts is asked where the tokens go before anything is quantized."""
+    """Routing of the calibration tokens, counted before anything is quantized."""
 
     @pytest.fixture
     def mixture(self, tmp_path: Path) -> Path:
         return tiny_model("qwen3_moe", tmp_path / "mixture")
 
     @pytest.mark.slow
-    def test_starved_experts_fail_and_are_not_quantized_with(self, mixture: Path, text: Path, tmp_path: Path) -> None:
+    def test_starved_experts_fail_the_check_and_the_directory_is_refused(
+        self, mixture: Path, text: Path, tmp_path: Path
+    ) -> None:
         artifact = calibrate(
             source=mixture, text=text, destination=Directory(tmp_path / "out"), spec=SPEC, min_expert_tokens=10_000
         )
@@ -123,7 +125,7 @@ class TestExperts:
         with pytest.raises(CheckFailed, match="experts_reached"):
             load_calibration(artifact.path)
 
-    def test_every_token_for_every_expert_needs_no_router(self, mixture: Path, text: Path, tmp_path: Path) -> None:
+    def test_all_experts_needs_no_routing(self, mixture: Path, text: Path, tmp_path: Path) -> None:
         artifact = calibrate(
             source=mixture, text=text, destination=Directory(tmp_path / "out"), spec=SPEC, all_experts=True,
             min_expert_tokens=10_000,
@@ -132,7 +134,7 @@ class TestExperts:
         assert report.passed
         assert report.detail == "Every expert will get every token."
 
-    def test_the_worst_expert_is_named_first(self) -> None:
+    def test_the_expert_with_the_fewest_tokens_is_named_first(self) -> None:
         report = check_experts({0: [200, 5], 3: [0, 128]}, 128)
         assert not report.passed
         assert report.measured == 0

@@ -1,5 +1,7 @@
-"""The same weights in vLLM's format, as the package compressed-tensors itself decompresses them where it is there."""
+"""The export stage, against the package compressed-tensors where it is installed, and vLLM."""
 
+import json
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.reports import load_reports
@@ -26,10 +27,7 @@ from qwen_pipeline_tests.tiny import VOCABULARY, tiny_qwen2
 
 @pytest.fixture
 def asymmetric(chain: Chain, tmp_path: Path) -> Path:
-    """The chain's codes with other zero points, in groups that are not in order."""
-    import json
-    import shutil
-
+    """Return a copy of the chain's codes with random zero points and permuted groups."""
     root = Path(shutil.copytree(chain.quantized, tmp_path / "asymmetric"))
     (root / "manifest.json").unlink()
     tensors = load_file(root / "model.safetensors")
@@ -47,7 +45,7 @@ def asymmetric(chain: Chain, tmp_path: Path) -> Path:
 
 
 def test_a_quantized_checkpoint_is_exported_whole(chain: Chain, tmp_path: Path) -> None:
-    artifact = export(source=chain.quantized, destination=Directory(tmp_path / "out"))
+    artifact = export(source=chain.quantized, destination=tmp_path / "out")
     require_intact(artifact.path)
     assert [(report.name, report.passed) for report in load_reports(artifact.manifest.result)] == [
         ("same_weights", True)
@@ -61,19 +59,19 @@ def test_a_quantized_checkpoint_is_exported_whole(chain: Chain, tmp_path: Path) 
 
 
 def test_asymmetric_codes_out_of_order_are_exported(asymmetric: Path, tmp_path: Path) -> None:
-    artifact = export(source=asymmetric, destination=Directory(tmp_path / "out"))
+    artifact = export(source=asymmetric, destination=tmp_path / "out")
     assert load_reports(artifact.manifest.result)[0].passed
     assert any(name.endswith("weight_zero_point") for name in open_checkpoint(artifact.path))
 
 
-def test_one_other_code_is_found(chain: Chain) -> None:
+def test_a_single_different_code_fails_the_check(chain: Chain) -> None:
     quantized = open_checkpoint(chain.quantized)
     exported = as_compressed(quantized)
     name = "model.layers.1.mlp.up_proj.weight_packed"
     words = exported.load(name).clone()
     words[3, 1] ^= 1
-    spoilt = replace(exported.tensors[name], read=lambda start, stop: words[start:stop], stored=None)
-    report = check_weights(quantized, exported.replace(tensors={name: spoilt}))
+    changed = replace(exported.tensors[name], read=lambda start, stop: words[start:stop], stored=None)
+    report = check_weights(quantized, exported.replace(tensors={name: changed}))
     assert not report.passed
     assert "model.layers.1.mlp.up_proj" in report.detail
 
@@ -101,10 +99,10 @@ def test_the_package_decompresses_the_same_weights(chain: Chain, asymmetric: Pat
 @torch.inference_mode()
 def test_transformers_computes_the_same_logits(chain: Chain, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    root = export(source=chain.quantized, destination=Directory(tmp_path / "out")).path
+    root = export(source=chain.quantized, destination=tmp_path / "out").path
     loaded: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
-    model, account = loaded
-    assert not any(account.values()), account
+    model, info = loaded
+    assert not any(info.values()), info
     oracle: Any = AutoModelForCausalLM.from_pretrained(chain.padded, dtype=torch.float32)
     tokens = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
     full = oracle(tokens).logits
@@ -120,10 +118,10 @@ def test_transformers_computes_the_same_logits(chain: Chain, tmp_path: Path) -> 
 @pytest.mark.serve
 @pytest.mark.timeout(1800)
 def test_vllm_serves_it_or_names_the_kernel_that_it_lacks(tmp_path: Path) -> None:
-    """VLLM for CPUs loads it on every rank; its kernel for codes needs AVX-512, its attention heads of 32."""
+    """Serve with vLLM for CPUs, whose kernel for codes needs AVX-512 and whose attention needs heads of 32."""
     model = tiny_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256)
     codes = round_to_codes(model, tmp_path / "codes", group_size=32)
-    root = export(source=codes, destination=Directory(tmp_path / "out")).path
+    root = export(source=codes, destination=tmp_path / "out").path
     prompts = [[5, 6, 7], [40, 41, 42, 43] * 8]
     reference: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
     expected = [

@@ -1,4 +1,4 @@
-"""One pass gives the bytes of two, and a recipe the digest of what it stands for."""
+"""One pass gives the bytes of two, and a recipe has the digest of the stored weights."""
 
 import shutil
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore, Directory
+from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.open import materialize, open_model
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import estimate_resources, merge_and_pad
+from qwen_pipeline.stages.merge_pad import estimate_resources, merge_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.transforms.lora.adapter_set import weighted
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
@@ -25,21 +25,21 @@ GEOMETRY = PaddingSpec(group_size=32, tensor_parallel=2)
 
 
 class Inputs:
-    """A base of three shards, an adapter, and what two stages make of them."""
+    """A base of three shards, an adapter, and the outputs of the two stages."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.base = tiny_qwen2(root / "base", shards=3)
         self.adapter = tiny_adapter(self.base, root / "adapter")
-        self.merged = merge(base=self.base, fine_tune=self.adapter, destination=Directory(root / "merged"))
-        self.padded = pad(source=self.merged.path, destination=Directory(root / "padded"), spec=GEOMETRY)
+        self.merged = merge(base=self.base, fine_tune=self.adapter, destination=root / "merged")
+        self.padded = pad(source=self.merged.path, destination=root / "padded", spec=GEOMETRY)
 
     def one_pass(self, out: Path) -> tuple[Artifact, Artifact]:
-        return merge_and_pad(
+        return merge_pad(
             base=self.base,
             fine_tune=self.adapter,
-            merged=Directory(out / "recipe"),
-            padded=Directory(out / "padded"),
+            merged=out / "recipe",
+            padded=out / "padded",
             spec=GEOMETRY,
         )
 
@@ -49,11 +49,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("first_sight", [True, False])
-def test_one_pass_gives_what_two_passes_give(
-    inputs: Inputs, tmp_path: Path, first_sight: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("unread", [True, False])
+def test_one_pass_gives_the_same_result_as_two(
+    inputs: Inputs, tmp_path: Path, unread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if first_sight:
+    if unread:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     recipe, padded = inputs.one_pass(tmp_path)
 
@@ -69,7 +69,7 @@ def test_one_pass_gives_what_two_passes_give(
     assert all(artifact.reused for artifact in again)
 
 
-def test_a_recipe_reads_like_what_is_stored_and_can_be_stored_later(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_recipe_reads_like_stored_weights_and_can_be_stored_later(inputs: Inputs, tmp_path: Path) -> None:
     recipe, _ = inputs.one_pass(tmp_path)
     stored, computed = open_model(inputs.merged.path), open_model(recipe.path)
     assert all(torch.equal(stored.load(name), computed.load(name)) for name in stored)
@@ -79,12 +79,12 @@ def test_a_recipe_reads_like_what_is_stored_and_can_be_stored_later(inputs: Inpu
     assert filled.manifest.contents == inputs.merged.manifest.contents
     require_intact(recipe.path)
     assert materialize(recipe.path).reused
-    assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=Directory(recipe.path)).reused
+    assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=recipe.path).reused
 
 
-def test_merging_stores_the_weights_of_a_recipe_that_is_there(inputs: Inputs, tmp_path: Path) -> None:
+def test_merging_stores_the_weights_of_an_existing_recipe(inputs: Inputs, tmp_path: Path) -> None:
     recipe, _ = inputs.one_pass(tmp_path)
-    made = merge(base=inputs.base, fine_tune=inputs.adapter, destination=Directory(recipe.path))
+    made = merge(base=inputs.base, fine_tune=inputs.adapter, destination=recipe.path)
     assert made.manifest.contents == inputs.merged.manifest.contents
 
 
@@ -93,28 +93,28 @@ def test_a_recipe_whose_fine_tune_was_changed_is_refused(tmp_path: Path) -> None
     recipe, _ = inputs.one_pass(tmp_path / "out")
     config = inputs.adapter / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(CheckpointRefused, match="which was sha256"):
+    with pytest.raises(CheckpointRefused, match="expected with digest sha256"):
         open_model(recipe.path)
 
 
-def test_a_store_keeps_one_directory_for_both_ways(inputs: Inputs, tmp_path: Path) -> None:
+def test_one_pass_and_two_stages_share_a_directory_of_the_store(inputs: Inputs, tmp_path: Path) -> None:
     slot = CheckpointStore(tmp_path).slot("poet")
-    recipe, padded = merge_and_pad(base=inputs.base, fine_tune=inputs.adapter, merged=slot, padded=slot, spec=GEOMETRY)
+    recipe, padded = merge_pad(base=inputs.base, fine_tune=inputs.adapter, merged=slot, padded=slot, spec=GEOMETRY)
     assert pad(source=recipe.path, destination=slot, spec=GEOMETRY).path == padded.path
     assert merge(base=inputs.base, fine_tune=inputs.adapter, destination=slot).path == recipe.path
     assert open_manifest(recipe.path).recipe is None
     assert pad(source=recipe.path, destination=slot, spec=GEOMETRY).reused
 
 
-def test_a_recipe_of_several_weighted_adapters_reads_like_what_is_stored(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_recipe_of_several_weighted_adapters_reads_like_stored_weights(inputs: Inputs, tmp_path: Path) -> None:
     other = tiny_adapter(inputs.base, tmp_path / "other", r=3, target_modules=["q_proj", "up_proj"])
     both = weighted([inputs.adapter, other], [0.25, -2.0], combination="cat")
-    stored = merge(base=inputs.base, fine_tune=both, destination=Directory(tmp_path / "stored"))
-    recipe, _ = merge_and_pad(
+    stored = merge(base=inputs.base, fine_tune=both, destination=tmp_path / "stored")
+    recipe, _ = merge_pad(
         base=inputs.base,
         fine_tune=both,
-        merged=Directory(tmp_path / "recipe"),
-        padded=Directory(tmp_path / "padded"),
+        merged=tmp_path / "recipe",
+        padded=tmp_path / "padded",
         spec=GEOMETRY,
     )
 
@@ -124,18 +124,20 @@ def test_a_recipe_of_several_weighted_adapters_reads_like_what_is_stored(inputs:
     open_model(recipe.path)
 
 
-def test_a_recipe_one_of_whose_adapters_is_gone_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_recipe_without_one_of_its_adapters_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     other = tiny_adapter(inputs.base, tmp_path / "other", r=3, target_modules=["q_proj"])
-    recipe, _ = merge_and_pad(
+    recipe, _ = merge_pad(
         base=inputs.base,
         fine_tune=weighted([inputs.adapter, other], [], combination="cat"),
-        merged=Directory(tmp_path / "recipe"),
-        padded=Directory(tmp_path / "padded"),
+        merged=tmp_path / "recipe",
+        padded=tmp_path / "padded",
         spec=GEOMETRY,
     )
     shutil.rmtree(other)
 
-    with pytest.raises(CheckpointRefused, match=r"computed from .*other, which was sha256:.* and is gone"):
+    with pytest.raises(
+        CheckpointRefused, match=r"computed from .*other, expected with digest sha256:.*, but it is missing"
+    ):
         open_model(recipe.path)
 
 
@@ -149,27 +151,27 @@ def test_transformers_loads_a_recipe_without_storing_it(inputs: Inputs, tmp_path
     assert not list(recipe.path.glob("*.safetensors"))
 
 
-def test_the_outlay_is_what_is_written(inputs: Inputs) -> None:
-    takes = estimate_resources(inputs.base, GEOMETRY)
-    assert takes
-    assert takes.base_bytes == open_model(inputs.merged.path).nbytes
-    assert takes.padded_bytes == open_model(inputs.padded.path).nbytes
-    ways = {way.name: (way.read_bytes, way.needs.disk_bytes) for way in takes.ways}
+def test_the_estimate_is_what_the_stages_read_and_write(inputs: Inputs) -> None:
+    estimate = estimate_resources(inputs.base, GEOMETRY)
+    assert estimate
+    assert estimate.base_bytes == open_model(inputs.merged.path).nbytes
+    assert estimate.padded_bytes == open_model(inputs.padded.path).nbytes
+    ways = {way.name: (way.read_bytes, way.needs.disk_bytes) for way in estimate.ways}
     assert ways == {
-        "merge": (takes.base_bytes, takes.base_bytes),
-        "merge, then pad": (2 * takes.base_bytes, takes.base_bytes + takes.padded_bytes),
-        "one pass": (takes.base_bytes, takes.padded_bytes),
+        "merge": (estimate.base_bytes, estimate.base_bytes),
+        "merge, then pad": (2 * estimate.base_bytes, estimate.base_bytes + estimate.padded_bytes),
+        "one pass": (estimate.base_bytes, estimate.padded_bytes),
     }
     run = inputs.padded.manifest.run
-    assert run.written_bytes >= takes.padded_bytes
-    assert run.read_bytes >= takes.base_bytes
+    assert run.written_bytes >= estimate.padded_bytes
+    assert run.read_bytes >= estimate.base_bytes
 
 
-def test_what_has_no_weights_here_has_no_outlay(tmp_path: Path) -> None:
+def test_there_is_no_estimate_without_weights(tmp_path: Path) -> None:
     assert estimate_resources(tmp_path, GEOMETRY) is None
 
 
-def test_work_within_measured_work_keeps_its_peak() -> None:
+def test_a_nested_measurement_does_not_reset_the_outer_peak() -> None:
     with measured() as outer:
         held = torch.ones(2**24)
         del held

@@ -1,9 +1,9 @@
-"""A release is made only of what passed, byte for byte, and says where it comes from."""
+"""The publish stage: only validated bytes are released, with their card, report and provenance."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,24 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD
-from qwen_pipeline.checkpoint.manifest import Manifest, dump_manifest, open_manifest
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.manifest import dump_manifest, open_manifest
+from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.store.verify import require_intact
+from qwen_pipeline.config import Settings
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused
+from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.publish import CHECKS, publish
+from qwen_pipeline.status import status_of
 from qwen_pipeline_tests.chain import Chain
+from qwen_pipeline_tests.edited_validations import Change, rewritten, seal
 
 
 def run(chain: Chain, validated: Path, out: Path, **changes: Any) -> Artifact:
     arguments: dict[str, Any] = {
         "quantized": chain.quantized,
         "validated": validated,
-        "destination": Directory(out),
+        "destination": out,
         "base_model": "Qwen/Tiny",
         "fine_tune": "support-bot",
     }
@@ -39,9 +43,7 @@ def release(chain: Chain, validated: Artifact, tmp_path_factory: pytest.TempPath
     return run(chain, validated.path, tmp_path_factory.mktemp("published") / "release")
 
 
-def test_a_release_is_the_checkpoint_its_card_and_its_report(
-    chain: Chain, validated: Artifact, release: Artifact
-) -> None:
+def test_a_release_holds_checkpoint_card_and_report(chain: Chain, validated: Artifact, release: Artifact) -> None:
     for root, folder in ((chain.quantized, ""), (validated.path, "validation/")):
         for path in open_manifest(root).contents.files:
             if not path.startswith("logs/"):
@@ -63,10 +65,8 @@ def test_a_release_is_the_checkpoint_its_card_and_its_report(
     assert run(chain, validated.path, release.path).reused
 
 
-def test_a_release_of_files_with_second_names_shares_none_of_them(
-    chain: Chain, validated: Artifact, tmp_path: Path
-) -> None:
-    """Whoever then writes into the other name of a file changes what was quantized, not what was released."""
+def test_a_release_of_hard_linked_files_has_copies(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
+    """Write into the other hard links of the quantized files: the release does not change."""
     shutil.copytree(chain.quantized, tmp_path / "mutable")
     shutil.copytree(tmp_path / "mutable", tmp_path / "linked", copy_function=os.link)
     release = run(chain, validated.path, tmp_path / "release", quantized=tmp_path / "linked")
@@ -81,7 +81,7 @@ def test_a_release_of_files_with_second_names_shares_none_of_them(
     require_intact(release.path)
 
 
-def test_the_card_says_what_a_hub_and_a_person_need(release: Artifact) -> None:
+def test_the_card_has_the_fields_of_the_hub_and_the_instructions_for_users(release: Artifact) -> None:
     _, front_matter, card = (release.path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front_matter) == {
         "base_model": "Qwen/Tiny",
@@ -115,59 +115,149 @@ def test_provenance_chains_every_digest_and_names_no_directory(chain: Chain, rel
     assert str(chain.merged.parent) not in text
 
 
-def test_a_base_that_is_a_directory_is_named_by_its_last_part(
-    chain: Chain, validated: Artifact, tmp_path: Path
-) -> None:
+def test_a_base_directory_is_named_by_its_last_part(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
     release = run(chain, validated.path, tmp_path / "out", base_model="/models/private/tiny-base")
     texts = [(release.path / file).read_text() for file in ("README.md", "provenance.json")]
     assert all("tiny-base" in text and "/models" not in text for text in texts)
 
 
-def test_no_report_no_release(chain: Chain, tmp_path: Path) -> None:
+def test_nothing_is_published_without_a_validation(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(CheckpointRefused, match=r"has no manifest\.json"):
         run(chain, tmp_path / "absent", tmp_path / "out")
-    with pytest.raises(CheckFailed, match="is a validation of None, not of sha256:"):
+    with pytest.raises(CheckFailed, match="holds a padded output, not a validation of sha256:"):
         run(chain, chain.padded, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-Alter = Callable[[Manifest], Manifest]
+SKIPPED = {"skipped": True, "passed": False, "measured": None, "limit": None}
 
 
-def of_other_bytes(manifest: Manifest) -> Manifest:
-    inputs = {**manifest.derivation.inputs, "candidate": "sha256:" + "0" * 64}
-    return replace(manifest, derivation=replace(manifest.derivation, inputs=inputs))
+def test_a_release_names_the_optional_checks_that_were_skipped(
+    chain: Chain, validated: Artifact, tmp_path: Path
+) -> None:
+    partly = rewritten(validated.path, tmp_path / "partly", {"checks": {"merged_not_worse": SKIPPED}})
+    release = run(chain, partly, tmp_path / "out")
+    words = "checks that ran, with warnings: sample_texts; skipped: merged_not_worse, serves, benchmark_tasks"
+    (passed, _) = load_reports(release.manifest.result)
+    assert passed.detail == f"Passed: 9 of 10 {words}."
+    assert f"before release: passed: 9 of 10 {words}." in (release.path / "README.md").read_text()
 
 
-def failed(manifest: Manifest) -> Manifest:
-    checks = [{**check, "passed": check["name"] != "kl_divergence"} for check in manifest.result["checks"]]
-    return replace(manifest, result={**manifest.result, "checks": checks})
-
-
-def incomplete(manifest: Manifest) -> Manifest:
-    return replace(manifest, result={**manifest.result, "checks": manifest.result["checks"][1:]})
+CANDIDATE = {"candidate": "sha256:" + "0" * 64}
 
 
 @pytest.mark.parametrize(
-    ("alter", "words"),
+    ("change", "words"),
     [
-        (of_other_bytes, r"is a validation of sha256:0{64}, not of sha256:"),
-        (failed, "is not published: kl_divergence: "),
-        (incomplete, "has no report on structure"),
+        ({"checks": {"kl_divergence": {"passed": False}}}, "is not published: kl_divergence: "),
+        ({"checks": {"kl_divergence": SKIPPED}}, "is not published: kl_divergence was skipped: "),
+        ({"checks": {"float16_range": SKIPPED}}, "is not published: float16_range was skipped: "),
+        ({"checks": {"padding_is_silent": SKIPPED}}, "is not published: padding_is_silent was skipped: "),
+        (CANDIDATE, r"is a validation of sha256:0{64}, not of sha256:"),
     ],
 )
-def test_only_a_passed_validation_of_these_bytes_counts(
-    chain: Chain, validated: Artifact, tmp_path: Path, alter: Alter, words: str
+def test_only_a_passed_validation_of_these_bytes_is_published(
+    chain: Chain, validated: Artifact, tmp_path: Path, change: Change, words: str
 ) -> None:
-    altered = Path(shutil.copytree(validated.path, tmp_path / "validated"))
-    (altered / "manifest.json").write_bytes(dump_manifest(alter(validated.manifest)))
+    altered = rewritten(validated.path, tmp_path / "validated", change)
     with pytest.raises(CheckFailed, match=words):
         run(chain, altered, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("files", [("manifest.json",), ("report.json",), ("manifest.json", "report.json")])
+def test_a_failed_check_that_was_edited_to_passed_is_not_published(
+    chain: Chain, validated: Artifact, tmp_path: Path, files: Sequence[str]
+) -> None:
+    failed = rewritten(validated.path, tmp_path / "failed", {"checks": {"kl_divergence": {"passed": False}}})
+    edited = rewritten(failed, tmp_path / "edited", {"checks": {"kl_divergence": {"passed": True}}}, files=files)
+    with pytest.raises(CheckpointRefused, match="edited is damaged: ") as refusal:
+        run(chain, edited, tmp_path / "out")
+    assert refusal.value.remedy == f"Delete {edited} and validate again."
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_edited_candidate_in_the_manifest_is_not_published(
+    chain: Chain, validated: Artifact, tmp_path: Path
+) -> None:
+    """The derivation is not covered by the content digest either."""
+    other = rewritten(validated.path, tmp_path / "other", CANDIDATE)
+    manifest = open_manifest(other)
+    inputs = {**manifest.derivation.inputs, "candidate": open_manifest(chain.quantized).content_digest}
+    edited = replace(manifest, derivation=replace(manifest.derivation, inputs=inputs))
+    (other / "manifest.json").write_bytes(dump_manifest(edited))
+    with pytest.raises(CheckpointRefused, match="its manifest states the candidate sha256:"):
+        run(chain, other, tmp_path / "out")
+
+
+def test_a_validation_that_was_edited_with_its_digests_has_another_content_digest(
+    chain: Chain, validated: Artifact, tmp_path: Path
+) -> None:
+    forged = rewritten(validated.path, tmp_path / "forged", {"checks": {"kl_divergence": {"measured": 0.0}}})
+    release = run(chain, forged, tmp_path / "out")
+    assert release.manifest.derivation.inputs["validated"] != validated.manifest.content_digest
+
+
+REMOVED, TWICE = {"remove": True}, {"twice": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"checks": {"structure": REMOVED}}, "there is no report on structure"),
+        ({"checks": {"structure": TWICE}}, "there are 2 reports on structure"),
+        ({"checks": {"structure": {"name": "other"}}}, "other is no check of a validation"),
+        ({"checks": {"serves": {"skipped": True, "passed": True}}}, "serves is skipped and passed at once"),
+        ({"checks": {"kl_divergence": {"measured": 0.31}}}, "kl_divergence is passed, but 0.31 is beyond its limit"),
+        ({"checks": {"kl_divergence": {"measured": "nan"}}}, "kl_divergence is passed, but nan is beyond its limit"),
+        ({"checks": {"kl_divergence": {"measured": "low"}}}, "kl_divergence compares 'low' with .*, expected two"),
+        ({"checks": {"top1_agreement": {"measured": 0.69}}}, "top1_agreement is passed, but 0.69 is beyond its limit"),
+        ({"checks": {"structure": {"passed": 1}}}, "0.passed: Input should be a valid boolean"),
+        ({"checks": {"structure": {"passed": "true"}}}, "0.passed: Input should be a valid boolean"),
+        ({"checks": {"structure": {"passed": None}}}, "0.passed: Input should be a valid boolean"),
+        ({"checks": {"structure": {"skipped": 0}}}, "0.skipped: Input should be a valid boolean"),
+        ({"checks": {"structure": {"measured": True}}}, "0.measured.float: Input should be a valid number"),
+        ({"checks": {"structure": {"measured": [1]}}}, "0.measured.float: Input should be a valid number"),
+        ({"checks": {"structure": {"severity": "INFO"}}}, "0.severity: Input should be 'ERROR' or 'WARN'"),
+        ({"checks": {"structure": {"detail": 5}}}, "0.detail: Input should be a valid string"),
+        ({"checks": {"structure": {"more": 5}}}, "more"),
+        ({"checks": None}, "checks: Input should be a valid array"),
+        ({"checks": 5}, "checks: Input should be a valid array"),
+        ({"checks": [5]}, "checks.0"),
+        ({"candidate": None}, "candidate: Input should be a valid string"),
+        ({"findings": []}, "findings: "),
+        ({"padding": [{"field": "intermediate_size"}]}, "padding.0.live: Field required"),
+        ({"lineage": "none"}, "lineage: "),
+    ],
+)
+def test_a_malformed_report_is_refused_and_shown_as_damaged(
+    chain: Chain, validated: Artifact, tmp_path: Path, change: Change, words: str
+) -> None:
+    root = tmp_path / "store" / "validated" / "bot" / "0"
+    malformed = rewritten(validated.path, root, change)
+    (root.parent / "latest").symlink_to("0")
+    with pytest.raises(CheckpointRefused, match=words):
+        run(chain, malformed, tmp_path / "out")
+    settings = Settings(base_model="base", workspace=tmp_path)
+    assert status_of(settings, "bot", None).stages["validated"].state == "damaged"
+    with pytest.raises(CheckpointRefused, match=words):
+        load_validation(malformed, open_manifest(malformed))
+    shutil.rmtree(malformed)
+    assert status_of(settings, "bot", None).stages["validated"].state == "missing"
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000])
+def test_a_report_that_is_not_a_json_object_is_refused(
+    chain: Chain, validated: Artifact, tmp_path: Path, data: bytes
+) -> None:
+    broken = Path(shutil.copytree(validated.path, tmp_path / "broken"))
+    seal(broken, data, open_manifest(broken).result)
+    with pytest.raises(CheckpointRefused, match=r"broken is damaged: report\.json"):
+        run(chain, broken, tmp_path / "out")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_file_that_changed_after_validation_is_not_released(
+def test_a_file_that_changed_after_validation_is_not_published(
     chain: Chain, validated: Artifact, tmp_path: Path, file: str
 ) -> None:
     tampered = Path(shutil.copytree(chain.quantized, tmp_path / "tampered"))
@@ -179,14 +269,14 @@ def test_a_file_that_changed_after_validation_is_not_released(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_that_changed_is_not_released(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
+def test_a_changed_report_is_not_published(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
     tampered = Path(shutil.copytree(validated.path, tmp_path / "tampered"))
     (tampered / "report.md").write_text("**Passed.**\n")
     with pytest.raises(CheckpointRefused, match=r"tampered/report\.md is not the file that was validated"):
         run(chain, tampered, tmp_path / "out")
 
 
-def test_copies_share_nothing_that_a_write_could_reach(tmp_path: Path) -> None:
+def test_copies_share_no_bytes_with_the_source(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "below" / "target"
     source.write_bytes(os.urandom(100_000))
     before = source.read_bytes()

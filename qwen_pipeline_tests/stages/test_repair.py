@@ -1,4 +1,4 @@
-"""Repair of what GPTQModel really writes: formats, loading, logits, ranks."""
+"""The repair stage on outputs of GPTQModel: formats, loading, logits, ranks."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.errors import CheckpointRefused
@@ -17,7 +16,7 @@ from qwen_pipeline.evaluation.tensor_parallel.ranks import weight_over_ranks
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.repair import CHECKS, open_quantized, plan, repair
-from qwen_pipeline.stages.validate import validate
+from qwen_pipeline.stages.validate import ValidationInputs, ValidationPlan, validate
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.codes import METHODS, Method, Packing, write_checkpoint_of_codes
@@ -35,7 +34,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """192 MLP channels: 6 groups of 32, which 4 ranks cannot share."""
+    """A model of 192 MLP channels: 6 groups of 32, which do not divide among 4 ranks."""
     root = tmp_path_factory.mktemp("imported") / "live"
     return tiny_qwen2(root, intermediate_size=192, num_key_value_heads=4, head_dim=32)
 
@@ -46,7 +45,7 @@ def imported(live: Path) -> Path:
 
 
 def test_a_real_checkpoint_is_repaired_and_computes_the_same(imported: Path, tmp_path: Path) -> None:
-    artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=4)
+    artifact = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)
     reports = load_reports(artifact.manifest.result)
     assert [report.name for report in reports] == [check.name for check in CHECKS]
     assert all(report.passed for report in reports)
@@ -59,40 +58,36 @@ def test_a_real_checkpoint_is_repaired_and_computes_the_same(imported: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_repaired_checkpoint_is_validated_against_what_was_quantized(
+def test_a_repaired_checkpoint_is_validated_against_its_source_model(
     live: Path, imported: Path, tmp_path: Path
 ) -> None:
-    """Nothing but its manifest says where the repair put its groups; GPTQModel rewrites the tokenizer's files."""
-    repaired = repair(source=imported, destination=Directory(tmp_path / "repaired"), tensor_parallel=4).path
+    """The places of the new groups are known from the manifest alone; GPTQModel rewrites the tokenizer's files."""
+    repaired = repair(source=imported, destination=tmp_path / "repaired", tensor_parallel=4).path
+    text = write_text(tmp_path / "text.jsonl", documents=12, stride=5)
     artifact = validate(
-        reference=live,
-        candidate=repaired,
-        text=write_text(tmp_path / "text.jsonl", documents=12, stride=5),
-        destination=Directory(tmp_path / "validated"),
-        engine=find_environment("gptqmodel").python,
-        tensor_parallel=4,
-        windows=2,
-        seq_len=64,
-        prompts=["Hi"],
+        ValidationInputs(reference=live, candidate=repaired, text=text),
+        plan=ValidationPlan(tensor_parallel=4, windows=2, seq_len=64, prompts=["Hi"]),
+        destination=tmp_path / "validated",
+        engine=find_environment("gptqmodel"),
     )
     found = {report.name: report for report in load_reports(artifact.manifest.result)}
     assert found["tensor_parallel"].passed
     assert found["padding_is_silent"].detail.startswith("All 128 added channels are still zero")
     structure = artifact.manifest.result["findings"]["structure"]
-    assert not [said for said in structure["problems"] if "_proj" in said or "config.json has" in said]
-    assert [at["relative"] < 0.3 for at in structure["errors"]] == [True] * 14
+    assert not [text for text in structure["problems"] if "_proj" in text or "config.json has" in text]
+    assert [error["relative"] < 0.3 for error in structure["errors"]] == [True] * 14
     assert artifact.manifest.result["padding"] == [{"field": "intermediate_size", "live": 192, "padded": 256}]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", ["qwen2_moe", "qwen3_moe"])
-def test_a_real_mixture_whose_experts_straddle_ranks_is_repaired(tmp_path: Path, experts: str) -> None:
-    """Experts of 96 channels are 3 groups of 32 that 2 ranks cannot share, nor a shared expert of 160."""
+def test_a_real_mixture_whose_experts_do_not_divide_is_repaired(tmp_path: Path, experts: str) -> None:
+    """Experts of 96 channels are 3 groups of 32 and do not divide among 2 ranks, nor does a shared expert of 160."""
     sizes: dict[str, Any] = {"num_experts": 4, "num_key_value_heads": 4, "head_dim": 32, "moe_intermediate_size": 96}
     sizes |= {"shared_expert_intermediate_size": 160} if experts == "qwen2_moe" else {}
     live = tiny_model(experts, tmp_path / "live", **sizes)
     imported = quantized_by_gptqmodel(live, tmp_path / "imported", bits=4, group_size=32)
-    artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=2)
+    artifact = repair(source=imported, destination=tmp_path / "out", tensor_parallel=2)
     assert all(report.passed for report in load_reports(artifact.manifest.result))
     plan = load_plan(artifact.manifest.result["padding"])
     widths = {"moe_intermediate_size": (96, 128)}
@@ -109,16 +104,16 @@ def test_a_real_mixture_whose_experts_straddle_ranks_is_repaired(tmp_path: Path,
         assert torch.equal(held[:, size.positions()], weight)
         assert held.count_nonzero() == weight.count_nonzero()
         unrepaired = weight_over_ranks(form.load(before, down), "in", 2).read(0, HIDDEN)
-        assert not torch.equal(unrepaired, weight), "two ranks load it, and scale by others' groups"
+        assert not torch.equal(unrepaired, weight), "two ranks load it, and scale with the wrong groups"
     logits, repaired_logits = logits_of(imported, artifact.path)
     torch.testing.assert_close(repaired_logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_of_the_real_tool(live: Path, tmp_path: Path, name: str) -> None:
+def test_every_format_of_gptqmodel_is_repaired(live: Path, tmp_path: Path, name: str) -> None:
     imported = quantized_by_gptqmodel(live, tmp_path / "imported", **({"bits": 4, "group_size": 32} | FORMATS[name]))
-    artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=4)
+    artifact = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)
     failed = {report.name for report in load_reports(artifact.manifest.result) if not report.passed}
     assert failed == ({"inputs_in_order"} if name == "act_order" else set())
     before, after = logits_of(imported, artifact.path)
@@ -130,7 +125,7 @@ def test_the_demo_model_quantized_unpadded_is_right_on_three_ranks_only_after_re
     """1600 channels are 25 groups of 64; 27 are whole on 3 ranks."""
     base = build_base(tmp_path / "base").path
     imported = quantized_by_gptqmodel(base, tmp_path / "imported", bits=4, group_size=64)
-    artifact = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=3)
+    artifact = repair(source=imported, destination=tmp_path / "out", tensor_parallel=3)
     assert all(report.passed for report in load_reports(artifact.manifest.result))
     logits, repaired_logits = logits_of(imported, artifact.path)
     torch.testing.assert_close(repaired_logits, logits, rtol=1e-4, atol=1e-4)
@@ -145,28 +140,28 @@ def test_the_demo_model_quantized_unpadded_is_right_on_three_ranks_only_after_re
         assert held.count_nonzero() == live.weight_rows(0, 576).count_nonzero()
         assert weight_over_ranks(live, "in", 3).spec.shape == (576, 1584), "16 inputs belong to no rank"
         on_two = weight_over_ranks(live, "in", 2).read(0, 576)
-        assert not torch.equal(on_two, live.weight_rows(0, 576)), "two ranks load it, and scale by others' groups"
+        assert not torch.equal(on_two, live.weight_rows(0, 576)), "two ranks load it, and scale with the wrong groups"
 
 
-def test_the_same_repair_is_free_and_gives_the_same_digest(imported: Path, tmp_path: Path) -> None:
-    first = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=4)
-    again = repair(source=imported, destination=Directory(tmp_path / "out"), tensor_parallel=4)
-    other = repair(source=imported, destination=Directory(tmp_path / "other"), tensor_parallel=4)
+def test_a_repeated_repair_is_reused_and_gives_the_same_digest(imported: Path, tmp_path: Path) -> None:
+    first = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)
+    again = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)
+    other = repair(source=imported, destination=tmp_path / "other", tensor_parallel=4)
     assert again.reused
     assert other.manifest.content_digest == first.manifest.content_digest
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_serves_already_is_carried_unchanged(tmp_path: Path, method: Method) -> None:
+def test_a_checkpoint_that_divides_already_is_carried_unchanged(tmp_path: Path, method: Method) -> None:
     write_checkpoint_of_codes(tmp_path / "in", Packing(method=method, group_size=16), width=64)
-    artifact = repair(source=tmp_path / "in", destination=Directory(tmp_path / "out"), tensor_parallel=4)
+    artifact = repair(source=tmp_path / "in", destination=tmp_path / "out", tensor_parallel=4)
     assert not plan(tmp_path / "in", tensor_parallel=4).changes
     before, after = (open_checkpoint(root) for root in (tmp_path / "in", artifact.path))
     assert all(torch.equal(before.load(name), after.load(name)) for name in before)
     assert (artifact.path / "config.json").read_bytes() == (tmp_path / "in" / "config.json").read_bytes()
 
 
-def test_a_code_that_was_damaged_on_the_way_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_code_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint_of_codes(tmp_path / "in", Packing(method="gptq", group_size=16), width=48)
     from qwen_pipeline.stages import repair as stage
 
@@ -182,14 +177,14 @@ def test_a_code_that_was_damaged_on_the_way_fails_the_proof(tmp_path: Path, monk
         return contents
 
     monkeypatch.setattr(stage, "write_checkpoint", write_and_damage)
-    artifact = repair(source=tmp_path / "in", destination=Directory(tmp_path / "out"), tensor_parallel=2)
+    artifact = repair(source=tmp_path / "in", destination=tmp_path / "out", tensor_parallel=2)
     failed = {report.name: report.detail for report in load_reports(artifact.manifest.result) if not report.passed}
     assert failed.keys() == {"live_weights_identical", "new_weights_are_zero"}
     assert "down_proj: 1 of 1536" in failed["live_weights_identical"]
     assert "up_proj: 1 new" in failed["new_weights_are_zero"]
 
 
-def test_the_names_that_autogptq_gives_are_understood(tmp_path: Path) -> None:
+def test_the_file_names_of_autogptq_are_supported(tmp_path: Path) -> None:
     source = tmp_path / "in"
     write_checkpoint_of_codes(source, Packing(method="gptq", group_size=16), width=48)
     (source / "model.safetensors").rename(source / "gptq_model-4bit-16g.safetensors")
@@ -198,14 +193,14 @@ def test_the_names_that_autogptq_gives_are_understood(tmp_path: Path) -> None:
     del settings["quant_method"]
     (source / "config.json").write_text(json.dumps(config))
     (source / "quantize_config.json").write_text(json.dumps(settings))
-    out = repair(source=source, destination=Directory(tmp_path / "out"), tensor_parallel=2).path
+    out = repair(source=source, destination=tmp_path / "out", tensor_parallel=2).path
     assert {path.name for path in out.iterdir()} == {
         "config.json", "manifest.json", "model.safetensors", "quantize_config.json"
     }  # fmt: skip
     assert json.loads((out / "config.json").read_bytes())["quantization_config"]["quant_method"] == "gptq"
 
 
-def test_shards_keep_their_places_under_the_name_that_loaders_look_for(tmp_path: Path) -> None:
+def test_shards_are_renamed_to_the_names_that_loaders_expect(tmp_path: Path) -> None:
     source = tmp_path / "in"
     write_checkpoint_of_codes(source, Packing(method="gptq", group_size=16), width=48)
     tensors = load_file(source / "model.safetensors")
@@ -218,7 +213,7 @@ def test_shards_keep_their_places_under_the_name_that_loaders_look_for(tmp_path:
         save_file({name: tensors[name] for name in names}, source / file)
     index = {"weight_map": {name: file for file, names in halves.items() for name in names}}
     (source / "gptq_model.safetensors.index.json").write_text(json.dumps(index))
-    out = repair(source=source, destination=Directory(tmp_path / "out"), tensor_parallel=2).path
+    out = repair(source=source, destination=tmp_path / "out", tensor_parallel=2).path
     assert set(open_checkpoint(out).shards.values()) == {"model-1-of-2.safetensors", "model-2-of-2.safetensors"}
 
 
@@ -232,7 +227,7 @@ def test_shards_keep_their_places_under_the_name_that_loaders_look_for(tmp_path:
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, settings: dict[str, Any] | None, named: str) -> None:
+def test_an_unsupported_format_is_refused_by_name(tmp_path: Path, settings: dict[str, Any] | None, named: str) -> None:
     packing = Packing(method="gptq")
     write_checkpoint_of_codes(tmp_path / "in", packing, width=48, config={"quantization_config": settings})
     with pytest.raises(CheckpointRefused, match=named):

@@ -19,12 +19,13 @@ from qwen_pipeline.evaluation.report.markdown import report_markdown
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.progress import Progress
-from qwen_pipeline.quantization.spec import CalibrationSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.calibrate import calibrate
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.validate import CHECKS
+from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, validate_chain
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_model
@@ -37,7 +38,9 @@ def reports(artifact: Artifact) -> dict[str, CheckReport]:
 
 
 def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validated: Artifact) -> None:
-    assert all(report.passed for report in reports(validated).values() if report.name != "sample_texts")
+    found = reports(validated)
+    assert {name for name, report in found.items() if report.skipped} == {"serves", "benchmark_tasks"}
+    assert all(report.passed for name, report in found.items() if not report.skipped and name != "sample_texts")
     assert reports(validated)["padding_is_silent"].measured == pytest.approx(0, abs=1e-9)
     assert validated.manifest.derivation.inputs.keys() == {"base", "reference", "padded", "candidate", "text"}
     assert [step["stage"] for step in validated.manifest.result["lineage"]] == ["padded"]
@@ -46,7 +49,14 @@ def test_a_sound_checkpoint_passes_and_the_report_shows_it(chain: Chain, validat
 
     report = (validated.path / "report.md").read_text()
     assert report.startswith("# Validation report\n\n**Passed: ")
-    for words in ("| quantized |", "| padding_is_silent |", "(perplexity.png)", "(quantization_error.png)", "> Hi"):
+    for words in (
+        "| quantized |",
+        "| padding_is_silent |",
+        "| ⏭️ **skipped** | serves |",
+        "(perplexity.png)",
+        "(quantization_error.png)",
+        "> Hi",
+    ):
         assert words in report
     for file in ("report.json", "perplexity.png", "quantization_error.png"):
         assert (validated.path / file).stat().st_size > 500
@@ -187,7 +197,9 @@ def test_tasks_that_cannot_be_run_fail_their_check_and_the_report_stands(chain: 
     assert found["benchmark_tasks"].blocks
     assert "No scores: " in found["benchmark_tasks"].detail
     assert "cannot be started: No such file" in found["benchmark_tasks"].detail
-    assert all(report.passed for name, report in found.items() if name not in ("benchmark_tasks", "sample_texts"))
+    assert {name for name, report in found.items() if report.skipped} == {"merged_not_worse", "serves"}
+    others = found.keys() - {"merged_not_worse", "serves", "benchmark_tasks", "sample_texts"}
+    assert all(found[name].passed for name in others)
 
 
 def test_a_measurement_that_dies_is_a_fault_of_the_machine_and_no_verdict(chain: Chain, tmp_path: Path) -> None:
@@ -198,10 +210,11 @@ def test_a_measurement_that_dies_is_a_fault_of_the_machine_and_no_verdict(chain:
             for pid in Path("/proc/thread-self/children").read_text().split():
                 os.kill(int(pid), signal.SIGKILL)
 
-    with pytest.raises(EnvironmentFault, match=r"language:measure was killed by SIGKILL.*memory ran out"):
+    with pytest.raises(EnvironmentFault, match=r"worker:measure was killed by SIGKILL.*memory ran out"):
         validate_chain(chain, tmp_path / "out", observe=kill)
+    bare = WorkerEnvironment(name="gptqmodel", python=Path(sys.executable))
     with pytest.raises(EnvironmentFault, match=r"lacks gptqmodel"):
-        validate_chain(chain, tmp_path / "out", engine=Path(sys.executable))
+        validate_chain(chain, tmp_path / "out", engine=bare)
     assert not (tmp_path / "out").exists()
     assert not validate_chain(chain, tmp_path / "out").reused
 
@@ -216,7 +229,7 @@ def test_ranks_that_would_answer_wrongly_are_heard_and_block(chain: Chain, tmp_p
     assert report.measured == 2
     assert "vllm-exllama at 2 answers wrongly without an error: 2 of 14 weights differ" in report.detail
     assert "same next token" in report.detail
-    assert "lmdeploy-turbomind at 2 refuses it: refused: groups of 32: it takes 128" in report.detail
+    assert "lmdeploy-turbomind at 2 refuses it: refused: groups of 32: supported are 128" in report.detail
     page = (out.path / "report.html").read_text()
     assert "On the ranks of each engine" in page
     assert "12 of 14 as the whole" in page

@@ -1,4 +1,4 @@
-"""Text from lines, Parquet, saved datasets and directories reads alike; what is missing is named."""
+"""JSONL, Parquet, saved datasets and directories give the same records; errors name what is missing."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ TALKS = [
 
 
 @pytest.fixture(autouse=True)
-def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+def _offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
     config = pytest.importorskip("datasets").config
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
@@ -65,7 +65,7 @@ def test_every_source_gives_the_same_records(tmp_path: Path, make: Callable[[Pat
     assert str(3 + (make is jsonl)) in text.where(3)
 
 
-def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_content_alone(tmp_path: Path) -> None:
     first = open_text(jsonl(tmp_path)).digest()
     (tmp_path / "again").mkdir()
     copy = jsonl(tmp_path / "again")
@@ -74,7 +74,7 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     assert open_text(copy).digest() != first
 
 
-def test_columns_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_columns_without_text_are_named(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -92,7 +92,7 @@ def test_a_row_without_text_is_named(tmp_path: Path) -> None:
         open_text(tmp_path / "holes.parquet").record(1)
 
 
-def test_splits_without_one_for_training_have_to_be_chosen_from(tmp_path: Path) -> None:
+def test_without_a_training_split_a_split_must_be_named(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
     splits = DatasetDict([("train_sft", Dataset.from_list(TALKS)), ("test_sft", Dataset.from_list(TALKS))])
@@ -102,18 +102,18 @@ def test_splits_without_one_for_training_have_to_be_chosen_from(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet", "/nowhere/at/all", "two words"])
-def test_what_is_neither_there_nor_a_name_is_refused(name: str) -> None:
-    with pytest.raises(InputRefused, match="is not there"):
+def test_a_source_that_neither_exists_nor_is_a_name_is_refused(name: str) -> None:
+    with pytest.raises(InputRefused, match="does not exist"):
         open_text(name)
 
 
 @pytest.mark.parametrize("name", ["owner/name", "owner/name:config@main#train_sft", "imdb"])
-def test_a_dataset_of_a_hub_that_cannot_be_reached_is_the_machines_fault(name: str) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_environment_fault(name: str) -> None:
     with pytest.raises(EnvironmentFault, match="cannot be fetched"):
         open_text(name)
 
 
-def test_the_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = parquet(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(EnvironmentFault, match=r"library datasets, which is missing") as fault:

@@ -1,3 +1,5 @@
+"""Windows of tokens do not overlap and are spread over the whole text."""
+
 import json
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from qwen_pipeline.text.windows import spread, token_windows
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 
-def test_windows_are_whole_spread_and_do_not_overlap(tmp_path: Path) -> None:
+def test_windows_are_full_spread_evenly_and_do_not_overlap(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(ord("a") + i % 26) for i in range(105)))
     tokenizer = tiny_tokenizer()
@@ -20,12 +22,12 @@ def test_windows_are_whole_spread_and_do_not_overlap(tmp_path: Path) -> None:
         token_windows(text, tokenizer, windows=1, seq_len=107)
 
 
-def test_one_window_is_short_where_there_is_no_more() -> None:
+def test_the_only_window_is_short_if_the_text_is() -> None:
     assert spread(range(5), windows=3, seq_len=8) == [[0, 1, 2, 3, 4]]
     assert spread(range(9), windows=3, seq_len=4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_documents_follow_each_other_with_their_ends(tmp_path: Path) -> None:
+def test_records_follow_each_other_with_end_tokens(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
     text.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in ({"text": "ab\u2028c"}, talk)))

@@ -1,3 +1,8 @@
-"""What says that it was imported."""
+"""A package that prints when it is imported, and tells the test through a pipe."""
+
+import os
+from pathlib import Path
 
 print("imported", flush=True)
+if pipe := os.environ.get("IMPORTED"):
+    Path(pipe).write_text("imported")

@@ -1,4 +1,4 @@
-"""What the workers under test run."""
+"""The functions that the workers under test run."""
 
 import atexit
 import os
@@ -25,15 +25,15 @@ def echo(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
 
 
 def leave_traces(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
-    """Leave one file at the exit of the program, one when the interpreter is taken apart, and a word in a buffer."""
+    """Leave a file at exit, one at the interpreter's shutdown, and text in a buffer."""
     atexit.register(Path(spec["exit"]).touch)
     _left.append(_Trace(spec["end"]))
-    sys.stdout.write("said at the very end")
+    sys.stdout.write("printed at the end")
     return {}
 
 
 def end_slowly(spec: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
-    """Wait at the exit for whoever opens a pipe to write, and then end with a code."""
+    """At exit, wait until a pipe is opened for writing, and then end with a code."""
 
     def end() -> None:
         Path(spec["pipe"]).read_bytes()
@@ -85,7 +85,7 @@ def fill_disk(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
 
 
 def lose_a_thread(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
-    """Be a library that ends the process where a thread of it runs out of memory."""
+    """Act as a library that ends the process when one of its threads runs out of memory."""
 
     def work() -> None:
         try:
@@ -100,7 +100,7 @@ def lose_a_thread(_: Mapping[str, Any], __: Observe) -> Mapping[str, Any]:
 
 
 def linger(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
-    """Start a grandchild, write both pids, and stay."""
+    """Start a process, write the pids of both, and keep running."""
     grandchild = subprocess.Popen(["sleep", "600"])
     Path(spec["pids"]).write_text(f"{os.getpid()} {grandchild.pid}")
     observe(Progress(task="linger", done=0, total=1))

@@ -1,4 +1,4 @@
-"""Environments of engines: whole or absent, installed once, their faults readable."""
+"""Environments of engines are complete or absent, are installed once, and have readable errors."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.workers import environments
 from qwen_pipeline.workers.environments import (
-    SEAL,
+    RECORD,
     WorkerEnvironment,
     check_environment,
     find_environment,
@@ -18,7 +18,8 @@ from qwen_pipeline.workers.environments import (
 )
 
 
-def test_the_installed_engine_imports_and_tells_its_versions() -> None:
+@pytest.mark.engine
+def test_the_installed_engine_imports_and_has_its_pinned_versions() -> None:
     versions = check_environment("gptqmodel")
     assert versions["gptqmodel"] == "7.6.0"
     assert versions == find_environment("gptqmodel").versions()
@@ -36,14 +37,14 @@ def test_an_absent_engine_names_the_command_that_installs_it(tmp_path: Path) -> 
     assert "qwen-pipeline engine install gptqmodel" in caught.value.remedy
 
 
-def test_an_environment_without_a_seal_is_not_whole(tmp_path: Path) -> None:
+def test_an_environment_without_a_record_is_incomplete(tmp_path: Path) -> None:
     (tmp_path / "gptqmodel" / "bin").mkdir(parents=True)
     (tmp_path / "gptqmodel" / "bin" / "python").symlink_to(sys.executable)
     with pytest.raises(EnvironmentFault, match="not installed completely"):
         find_environment("gptqmodel", engines=tmp_path)
 
 
-def test_an_environment_of_the_users_own_needs_no_seal() -> None:
+def test_an_environment_that_the_user_names_needs_no_record() -> None:
     assert find_environment("gptqmodel", Path(sys.executable)).python == Path(sys.executable)
     with pytest.raises(EnvironmentFault, match="does not exist"):
         find_environment("gptqmodel", Path("/nowhere/python"))
@@ -54,31 +55,31 @@ def test_an_environment_without_the_engine_is_named() -> None:
         WorkerEnvironment(name="gptqmodel", python=Path(sys.executable)).versions()
 
 
-def test_a_failed_installation_quotes_pip_and_leaves_no_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_installation_quotes_pip_and_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "_requirements", lambda _: f"{tmp_path}/no-such-package-1.0-py3-none-any.whl\n")
     with pytest.raises(EnvironmentFault, match=r"(?s)its last lines:.*no-such-package"):
         install_environment("gptqmodel", engines=tmp_path)
-    assert not (tmp_path / "gptqmodel" / SEAL).exists()
+    assert not (tmp_path / "gptqmodel" / RECORD).exists()
 
 
-def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "engines").write_text("a file")
     with pytest.raises(EnvironmentFault, match="cannot be written"):
         install_environment("gptqmodel", engines=tmp_path / "engines")
 
 
 @pytest.mark.slow
-def test_an_installation_is_layered_sealed_and_done_once(tmp_path: Path) -> None:
-    told: list[Progress] = []
-    found = install_environment("gptqmodel", told.append, engines=tmp_path)
+def test_an_installation_is_layered_recorded_and_done_once(tmp_path: Path) -> None:
+    events: list[Progress] = []
+    found = install_environment("gptqmodel", events.append, engines=tmp_path)
     assert found.versions()["gptqmodel"] == "7.6.0"
     where = "import torch, numpy; print(torch.__file__); print(numpy.__file__)"
     torch_file, numpy_file = subprocess.check_output([found.python, "-c", where], text=True).split()
     assert tmp_path not in Path(torch_file).parents, "torch is shared"
     assert tmp_path in Path(numpy_file).parents, "numpy is the engine's own"
-    assert any("gptqmodel" in event.remark for event in told)
-    assert all(event.done <= event.total for event in told)
+    assert any("gptqmodel" in event.remark for event in events)
+    assert all(event.done <= event.total for event in events)
 
-    told.clear()
-    assert install_environment("gptqmodel", told.append, engines=tmp_path) == found
-    assert not told, "a second installation has nothing to do"
+    events.clear()
+    assert install_environment("gptqmodel", events.append, engines=tmp_path) == found
+    assert not events, "a second installation has nothing to do"

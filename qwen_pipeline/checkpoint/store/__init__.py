@@ -1,0 +1,1 @@
+"""The outputs of stages, each in a directory that its derivation names: built once, verified, never overwritten."""

@@ -1,12 +1,11 @@
-"""Derivations: where a stage's output lives, how it comes into being, and why a second run is free.
+"""Running a stage once for each derivation: its output is found, continued or built, and never overwritten.
 
-An output directory appears under its name only when it is complete: it is built as ``<name>.partial`` under a lock,
-synced, given its manifest last, and renamed. What an attempt resumes from stays until the manifest is there: killed at
-any moment, the next one goes on. Nothing is ever overwritten.
+A directory gets its final name only when it is complete. It is built as ``<name>.partial`` under a lock and synced; its
+manifest is written last, and then it is renamed. Whatever moment an attempt is killed at, the next one continues it,
+since everything it resumes from stays until the manifest is written.
 """
 
 import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Generator, Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.files import sync_directory, write_bytes
+from qwen_pipeline.checkpoint.files import open_locked, sync_directory, write_bytes
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import (
@@ -28,20 +27,23 @@ from qwen_pipeline.checkpoint.manifest import (
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
-from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination, as_destination
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
 
 WORK_DIR = ".workshop"
-"""Where a build keeps what it resumes from, within the partial directory; gone before that gets its name."""
+"""The folder of the partial directory for a build's own resume state; removed before the final rename."""
 _DERIVATION = ".derivation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What a build hands over: digests of what it wrote, what it found out, and the peak memory of its workers.
+    """The outcome of a build, for the manifest.
 
     Attributes:
-        inputs: Digests of the inputs that were not known before the work.
+        contents: Digests of the tensors and files that were written.
+        result: The stage's findings, as JSON values.
+        worker_peak_bytes: Peak resident memory of its worker processes.
+        inputs: Role -> digest of each input that was :data:`UNREAD` before the build.
         recipe: See :class:`Manifest`.
     """
 
@@ -54,42 +56,50 @@ class Built:
 
 def derive(
     derivation: Derivation,
-    destination: Destination,
+    destination: Destination | Path,
     build: Callable[[Path], Built],
     *,
-    appearance: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Artifact:
-    """Return the finished directory of a derivation, building it only if it is not there.
+    """Return the finished directory of a derivation; run ``build`` only if there is none.
 
-    ``build`` writes into the partial directory it is given, which may hold an interrupted attempt at the same
-    derivation.
+    ``build(partial)`` writes the output's files into ``partial`` and returns their digests. It runs under a lock, with
+    no other build of the same output. ``partial`` may hold the files of an interrupted build of the same derivation,
+    which it may continue from; files of any other are removed first. When it returns, the manifest is written and
+    ``partial`` becomes the finished directory in one rename, so that no reader sees half an output.
 
     Args:
-        derivation: What is wanted. An input may be :data:`UNREAD`; the build then says what it was.
-        destination: Where it goes.
-        build: Makes it.
-        appearance: Role -> what an input looks like from outside. Attempts are told apart by it, so that an interrupted
-            one is continued whether or not the digest of the input has become known meanwhile.
+        derivation: The stage, its inputs by digest, its settings and its code version. An input may be
+            :data:`UNREAD`: the build then computes its digest and returns it in :attr:`Built.inputs`.
+        destination: Where the directory goes; a path names that one directory.
+        build: Writes the files.
+        fingerprints: Role -> :func:`fingerprint` of each input that may be unread. They identify an interrupted build,
+            so that it is continued whether or not the input's digest has become known in the meantime.
+
+    Returns:
+        The directory and its manifest, with ``reused=True`` if nothing had to be built.
 
     Raises:
-        DestinationRefused: The directory holds something else.
-        DestinationLocked: Another process is building it.
+        DestinationRefused: The directory holds another output, or files that this pipeline did not write.
+        DestinationLocked: Another process is building the same output.
+        CheckpointRefused: A file of the finished directory is missing or has another size than its manifest says.
         EnvironmentFault: The disk is full.
     """
+    destination = as_destination(destination)
     artifact = find(derivation, destination)
     if not artifact:
-        attempt = replace(derivation, inputs={**derivation.inputs, **(appearance or {})})
+        attempt = replace(derivation, inputs={**derivation.inputs, **(fingerprints or {})})
         artifact = _build_under_lock(attempt, derivation, destination, build)
-    destination.arrived(artifact.path)
+    destination.on_finished(artifact.path)
     return artifact
 
 
-def fill_in(root: Path, build: Callable[[Path], Contents]) -> Artifact:
-    """Have the weights of a recipe written beside it; its manifest says so last, in one step.
+def store_recipe(root: Path, build: Callable[[Path], Contents]) -> Artifact:
+    """Write the weights of a recipe (:class:`Manifest`) into its directory, and then replace the manifest in one step.
 
     Raises:
-        CheckFailed: Other weights came out than the manifest promises.
-        DestinationLocked: Another process is at it.
+        CheckFailed: The weights that were written are not those that the manifest states.
+        DestinationLocked: Another process is writing the directory.
     """
     with _lock(root), _disk_faults(root):
         manifest = open_manifest(root)
@@ -97,8 +107,8 @@ def fill_in(root: Path, build: Callable[[Path], Contents]) -> Artifact:
             contents = build(root)
         if contents.digest != manifest.content_digest:
             raise CheckFailed(
-                f"{root} gives {contents.digest}, where its manifest promises {manifest.content_digest}.",
-                remedy="Compute it where its recipe was made: another processor or torch may round differently.",
+                f"The weights of {root} have the digest {contents.digest}, expected {manifest.content_digest}.",
+                remedy="Store them where the recipe was made: another processor or torch may round differently.",
             )
         stored = replace(manifest, contents=contents, recipe=None, run=figures())
         write_bytes(root / MANIFEST, dump_manifest(stored))
@@ -107,8 +117,8 @@ def fill_in(root: Path, build: Callable[[Path], Contents]) -> Artifact:
 
 
 def find(derivation: Derivation, destination: Destination) -> Artifact | None:
-    """Return the finished directory of a derivation, if every input of it is known and it is there."""
-    return _finished(destination.path_for(derivation), derivation) if derivation.is_settled else None
+    """Return the finished directory of a derivation; None if there is none, or an input is still unread."""
+    return _finished(destination.path_for(derivation), derivation) if derivation.is_complete else None
 
 
 def _finished(out: Path, derivation: Derivation) -> Artifact | None:
@@ -116,7 +126,7 @@ def _finished(out: Path, derivation: Derivation) -> Artifact | None:
         return None
     if not (out / MANIFEST).is_file():
         raise DestinationRefused(
-            f"{out} exists, is not empty and was not made by this pipeline.",
+            f"{out} is not empty and was not made by this pipeline.",
             remedy="Choose a new or an empty directory.",
         )
     manifest = open_manifest(out)
@@ -137,10 +147,10 @@ def _finished(out: Path, derivation: Derivation) -> Artifact | None:
 def _build_under_lock(
     attempt: Derivation, derivation: Derivation, destination: Destination, build: Callable[[Path], Built]
 ) -> Artifact:
-    place = destination.path_for(attempt)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(place.name + PARTIAL)
-    with _lock(place), _disk_faults(partial):
+    out = destination.path_for(attempt)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + PARTIAL)
+    with _lock(out), _disk_faults(partial):
         if found := find(derivation, destination):
             return found
         _prepare(partial, attempt)
@@ -152,19 +162,19 @@ def _build_under_lock(
 
 
 def _prepare(partial: Path, attempt: Derivation) -> None:
-    """Keep an interrupted attempt at the same derivation, discard one at another."""
-    label, wanted = partial / _DERIVATION, f"{FORMAT} {attempt.key}"
-    if partial.exists() and not (label.is_file() and label.read_text() == wanted):
+    """Keep the files of an interrupted attempt at the same derivation; remove those of any other."""
+    label, expected = partial / _DERIVATION, f"{FORMAT} {attempt.key}"
+    if partial.exists() and not (label.is_file() and label.read_text() == expected):
         shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
-    write_bytes(label, wanted.encode())
+    write_bytes(label, expected.encode())
 
 
 def _seal(partial: Path, derivation: Derivation, built: Built, run: RunFigures) -> None:
-    settled = replace(derivation, inputs={**derivation.inputs, **built.inputs})
-    assert settled.is_settled, f"the build of {settled.stage} did not say what its inputs were: {settled.inputs}"
+    complete = replace(derivation, inputs={**derivation.inputs, **built.inputs})
+    assert complete.is_complete, f"the build of {complete.stage} returned no digest for an input: {complete.inputs}"
     manifest = Manifest(
-        derivation=settled,
+        derivation=complete,
         contents=built.contents,
         content_digest=built.contents.digest,
         result=built.result,
@@ -175,7 +185,7 @@ def _seal(partial: Path, derivation: Derivation, built: Built, run: RunFigures) 
 
 
 def _reveal(partial: Path, destination: Destination) -> Artifact:
-    """Give a sealed directory its name, unless the same was made from a copy of the inputs meanwhile."""
+    """Rename a directory with a manifest, unless the same output was made from a copy of the inputs meanwhile."""
     derivation = open_manifest(partial).derivation
     out = destination.path_for(derivation)
     if found := _finished(out, derivation):
@@ -192,13 +202,13 @@ def _reveal(partial: Path, destination: Destination) -> Artifact:
 
 @contextmanager
 def _lock(out: Path) -> Generator[None, None, None]:
-    with out.with_name(out.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DestinationLocked(
-                f"Another process is writing {out}.", remedy="Wait for it to end, or end it, then run again."
-            ) from error
+    try:
+        lock = open_locked(out.with_name(out.name + ".lock"))
+    except BlockingIOError as error:
+        raise DestinationLocked(
+            f"Another process is writing {out}.", remedy="Wait for it to end, or end it, then run again."
+        ) from error
+    with lock:
         yield
 
 
@@ -215,14 +225,14 @@ def _disk_faults(partial: Path) -> Generator[None, None, None]:
         ) from error
 
 
-def _difference(found: Derivation, wanted: Derivation) -> str:
-    if found.stage != wanted.stage:
-        return f"a {found.stage} checkpoint, not a {wanted.stage} one"
+def _difference(found: Derivation, expected: Derivation) -> str:
+    if found.stage != expected.stage:
+        return f"a {found.stage} checkpoint, expected a {expected.stage} one"
     for what, have, want in (
-        ("other inputs", found.inputs, wanted.inputs),
-        ("another spec", found.spec, wanted.spec),
-        ("the work of another code version", found.code_version, wanted.code_version),
+        ("other inputs", found.inputs, expected.inputs),
+        ("another spec", found.spec, expected.spec),
+        ("another code version", found.code_version, expected.code_version),
     ):
         if have != want:
-            return f"a {found.stage} checkpoint of {what}: {json.dumps(have)}, wanted {json.dumps(want)}"
+            return f"a {found.stage} checkpoint of {what}: {json.dumps(have)}, expected {json.dumps(want)}"
     return "another derivation"

@@ -1,4 +1,4 @@
-"""Where outputs live: one directory that the user names, or a place of its own for each derivation below one root."""
+"""Destinations of outputs: a directory that the user names, or a store with one directory for each derivation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +14,33 @@ from qwen_pipeline.checkpoint.manifest import (
 from qwen_pipeline.errors import CheckpointRefused
 
 KEY_LENGTH = 16
-"""Hex digits of a derivation key in a path; the manifest holds and checks all 64."""
+"""Hex digits of a derivation key in a path; the manifest holds all 64, which are compared."""
 PARTIAL = ".partial"
 
 
 class Destination(Protocol):
-    """Where an output goes, once it is known what it is derived from."""
+    """The place for a stage's output: maps a derivation to the path of its finished directory, for :func:`derive`.
 
-    def path_for(self, derivation: Derivation, /) -> Path: ...
+    A :class:`Directory` is one path, for one output. A :class:`Slot` has a path for each derivation of one fine-tune,
+    so that earlier outputs stay. While an output is built, ``<path>.partial`` and ``<path>.lock`` are beside its path.
+    """
 
-    def may_hold(self, stage: str, /) -> bool:
-        """Whether an output of a stage may be there, whatever it was derived from."""
+    def path_for(self, derivation: Derivation, /) -> Path:
+        """Return the finished directory of a derivation, which need not exist."""
         ...
 
-    def arrived(self, path: Path, /) -> None:
-        """Called each time a derivation is wanted and its directory is complete, new or not."""
+    def may_hold(self, stage: str, /) -> bool:
+        """Return whether an output of a stage may exist, of whatever derivation."""
+        ...
+
+    def on_finished(self, path: Path, /) -> None:
+        """React to the finished directory of a requested derivation, whether it was built or found."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Directory(Destination):
-    """One directory that the user named. It must be new, empty, or already hold this very derivation."""
+    """One directory that the user named. It must be absent or empty, or already hold the requested derivation."""
 
     path: Path
 
@@ -44,13 +50,13 @@ class Directory(Destination):
     def may_hold(self, _: str, /) -> bool:
         return self.path.is_dir() and any(self.path.iterdir())
 
-    def arrived(self, _: Path, /) -> None:
+    def on_finished(self, _: Path, /) -> None:
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Slot(Destination):
-    """``<root>/<stage>/<fine-tune>/<key>``, with a link ``latest`` to the one wanted last."""
+    """``<root>/<stage>/<fine-tune>/<key>``, with a link ``latest`` to the derivation that was requested last."""
 
     root: Path
     fine_tune: str
@@ -61,16 +67,27 @@ class Slot(Destination):
     def may_hold(self, stage: str, /) -> bool:
         return any((self.root / stage / self.fine_tune).glob(f"*/{MANIFEST}"))
 
-    def arrived(self, path: Path, /) -> None:
+    def on_finished(self, path: Path, /) -> None:
         scratch = path.parent / ".latest.tmp"
         scratch.unlink(missing_ok=True)
         scratch.symlink_to(path.name)
         scratch.replace(path.parent / "latest")
 
 
+def as_destination(destination: Destination | Path) -> Destination:
+    """Return a destination as it is, and a path as the :class:`Directory` that it names."""
+    return Directory(destination) if isinstance(destination, Path) else destination
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A finished directory. ``reused`` says that it was already there."""
+    """A finished directory: the output of one stage.
+
+    Attributes:
+        path: The directory.
+        manifest: Its manifest: what it was made from, its digests, and the stage's findings.
+        reused: Whether it existed already, so that nothing was computed.
+    """
 
     path: Path
     manifest: Manifest
@@ -79,7 +96,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStore:
-    """Every derivation of every fine-tune below one root."""
+    """The outputs of every stage for every fine-tune, below one root."""
 
     root: Path
 
@@ -87,7 +104,7 @@ class CheckpointStore:
         return Slot(self.root, fine_tune)
 
     def latest(self, stage: str, fine_tune: str) -> Artifact | None:
-        """Return what ``stage`` last produced for a fine-tune, or None; an outdated format counts as nothing."""
+        """Return the output of ``stage`` last requested for a fine-tune; None if absent or of an older format."""
         link = self.root / stage / fine_tune / "latest"
         if not link.is_dir() or is_outdated(link):
             return None
@@ -95,14 +112,18 @@ class CheckpointStore:
         return Artifact(path=path, manifest=open_manifest(path), reused=True)
 
     def finished(self, stage: str, fine_tune: str) -> list[Artifact]:
-        """Return everything ``stage`` ever finished for a fine-tune and that is still there, oldest first."""
+        """Return every output of ``stage`` for a fine-tune, oldest first; those of an older format are skipped."""
         roots = {path.parent.resolve() for path in (self.root / stage / fine_tune).glob(f"*/{MANIFEST}")}
-        whole = [root for root in roots if not root.name.endswith(PARTIAL) and not is_outdated(root)]
-        found = [Artifact(path=root, manifest=open_manifest(root), reused=True) for root in whole]
-        return sorted(found, key=lambda artifact: artifact.manifest.run.started)
+        current = [root for root in roots if not root.name.endswith(PARTIAL) and not is_outdated(root)]
+        artifacts = [Artifact(path=root, manifest=open_manifest(root), reused=True) for root in current]
+        return sorted(artifacts, key=lambda artifact: artifact.manifest.run.started)
 
     def require_latest(self, stage: str, fine_tune: str) -> Artifact:
-        """Like :meth:`latest`, but its absence is an error."""
+        """Return :meth:`latest`.
+
+        Raises:
+            CheckpointRefused: There is none.
+        """
         if found := self.latest(stage, fine_tune):
             return found
         raise CheckpointRefused(

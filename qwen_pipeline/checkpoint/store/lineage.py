@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: what each stage made, and from what, told by digests."""
+"""The lineage of a checkpoint: the output of each stage and its inputs, by digest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from qwen_pipeline.checkpoint.manifest import Manifest, find_manifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one stage made.
+    """One stage in the lineage of a checkpoint.
 
     Attributes:
         inputs: Role -> content digest.
-        spec: The stage's settings; of paths among them only the last part, since a release tells no one's directories.
-        key: The derivation key, which the store's directory is named after.
+        spec: The stage's settings. Absolute paths in it are cut to their last part, since a release is public.
+        key: The derivation key; its first digits name the directory in the store.
     """
 
     stage: str
@@ -32,7 +32,7 @@ _STEP = TypeAdapter(Step)
 
 
 def step_of(manifest: Manifest) -> Step:
-    """Return the step that ended with a manifest."""
+    """Return the step that wrote a manifest."""
     derivation = manifest.derivation
     return Step(
         stage=derivation.stage,
@@ -45,7 +45,7 @@ def step_of(manifest: Manifest) -> Step:
 
 
 def steps_of(*roots: Path) -> list[Step]:
-    """Return the steps that made these directories; one that this pipeline did not make has none."""
+    """Return the steps that made these directories; those that this pipeline did not make are skipped."""
     return [step_of(manifest) for manifest in map(find_manifest, roots) if manifest]
 
 

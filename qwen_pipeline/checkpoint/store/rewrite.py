@@ -1,4 +1,4 @@
-"""A stage that makes one checkpoint of others: what it derives from and what it writes, before a byte moves."""
+"""A stage that makes one checkpoint of others, prepared: its derivation and its lazy output."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,20 +10,20 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
-from qwen_pipeline.checkpoint.store.source import StageInput
+from qwen_pipeline.checkpoint.store.stage_input import StageInput
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.progress import Observe, unobserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """One stage's work on one input, prepared.
+    """One stage's work on its inputs, prepared.
 
     Attributes:
         sources: Role -> input checkpoint.
         others: Role -> digest of each further input.
-        output: What is to be written, lazily.
-        result: Says what the stage found out, once everything is written.
+        output: The checkpoint to write, lazily.
+        result: Returns the stage's findings for the manifest, once everything is written.
         if_not_finite: See :func:`write_checkpoint`.
     """
 
@@ -41,26 +41,27 @@ class Rewrite:
         return self._derivation({role: source.digest for role, source in self.sources.items()})
 
     @property
-    def appearance(self) -> Mapping[str, str]:
-        return {role: source.appearance for role, source in self.sources.items()}
+    def fingerprints(self) -> Mapping[str, str]:
+        """Role -> fingerprint of each source."""
+        return {role: source.fingerprint for role, source in self.sources.items()}
 
     @property
-    def attempt(self) -> Derivation:
-        """The derivation by what its inputs look like."""
-        return self._derivation(self.appearance)
+    def fingerprint(self) -> str:
+        """The derivation key with fingerprints in place of digests: known before the sources are read."""
+        return self._derivation(self.fingerprints).key
 
     @property
     def readers(self) -> list[HashingReader]:
         return [reader for source in self.sources.values() for reader in source.readers]
 
-    def settle(self) -> dict[str, str]:
-        """Return the digest of each source, once the taps are settled."""
-        return {role: source.settle() for role, source in self.sources.items()}
+    def final_digests(self) -> dict[str, str]:
+        """Return role -> digest of each source, once the readers have finished."""
+        return {role: source.final_digest() for role, source in self.sources.items()}
 
     def write(
-        self, destination: Destination, *, task: str, hard_links: bool = False, observe: Observe = unobserved
+        self, destination: Destination | Path, *, task: str, hard_links: bool = False, observe: Observe = unobserved
     ) -> Artifact:
-        """Do the work, unless its result is there."""
+        """Write the output, unless it exists."""
 
         def build(partial: Path) -> Built:
             contents = write_checkpoint(
@@ -72,9 +73,9 @@ class Rewrite:
                 hard_links=hard_links,
                 observe=observe,
             )
-            return Built(contents=contents, result=self.result(), inputs=self.settle())
+            return Built(contents=contents, result=self.result(), inputs=self.final_digests())
 
-        return derive(self.derivation, destination, build, appearance=self.appearance)
+        return derive(self.derivation, destination, build, fingerprints=self.fingerprints)
 
     def _derivation(self, inputs: Mapping[str, str]) -> Derivation:
         return Derivation(

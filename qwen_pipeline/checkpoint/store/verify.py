@@ -1,8 +1,8 @@
-"""Hash a finished directory, or compare it with what its manifest says."""
+"""Hashing a directory, and comparing a finished one with its manifest."""
 
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import contents_of, digest_file, digest_shard
+from qwen_pipeline.checkpoint.digest import digest_file, digest_shard, hash_checkpoint
 from qwen_pipeline.checkpoint.lazy import CONFIG, MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import (
     Contents,
@@ -14,21 +14,21 @@ from qwen_pipeline.errors import CheckpointRefused
 
 
 def contents_of_directory(root: Path) -> Contents:
-    """Hash a directory that a library wrote: all files, and of a checkpoint's shards each tensor."""
+    """Hash a directory that a library wrote: every file, and every tensor if it is a checkpoint."""
     files = _files_below(root)
     if CONFIG not in files or not any(path.endswith(".safetensors") for path in files):
         return Contents(tensors={}, files={path: digest_file(file) for path, file in files.items()})
     checkpoint = open_checkpoint(root)
     shards = set(checkpoint.shards.values())
     digests = {path: (digest_shard if path in shards else digest_file)(file) for path, file in files.items()}
-    return Contents(tensors=contents_of(checkpoint, root).tensors, files=digests)
+    return Contents(tensors=hash_checkpoint(checkpoint, root).tensors, files=digests)
 
 
 def require_intact(root: Path) -> Manifest:
     """Read every file of a finished directory, each byte once, and compare it with the manifest.
 
     Raises:
-        CheckpointRefused: A file is missing, was added or has other bytes.
+        CheckpointRefused: A file is missing, was added or was changed.
     """
     manifest = open_manifest(root)
     expected, files = manifest.contents.files, _files_below(root)
@@ -37,18 +37,18 @@ def require_intact(root: Path) -> Manifest:
     wrong = {path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)}
     if not wrong and shards:
         checkpoint = open_checkpoint(root)
-        tensors = contents_of(checkpoint, root).tensors
+        tensors = hash_checkpoint(checkpoint, root).tensors
         wrong = {checkpoint.shards[name] for name in tensors if tensors[name] != manifest.contents.tensors.get(name)}
     if wrong:
         raise CheckpointRefused(
-            f"{root} is not what its manifest says; these files differ: {', '.join(sorted(wrong)[:5])}.",
+            f"{root} does not match its manifest; these files differ: {', '.join(sorted(wrong)[:5])}.",
             remedy="Delete the directory and run its stage again; the result is the same.",
         )
     return manifest
 
 
 def _files_below(root: Path) -> dict[str, Path]:
-    """Return every file but the manifest and hidden ones, by relative path."""
+    """Return relative path -> file, without the manifest and hidden files."""
     return {
         path.relative_to(root).as_posix(): path
         for path in sorted(root.rglob("*"))

@@ -26,7 +26,7 @@ class WatchedStream(LayerStream):
     def __init__(
         self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, beside: int = 0
     ) -> None:
-        super().__init__(checkpoint, batches, context, beside=beside)
+        super().__init__(checkpoint, batches, context, other_models=beside)
         self.peaks: list[Peak] = []
 
     def run(self, layer: int, module: nn.Module) -> None:

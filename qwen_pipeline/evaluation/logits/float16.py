@@ -23,10 +23,8 @@ def float16_report(quantized: ModelFigures, *, max_activation: float) -> CheckRe
     text, worst = max(loudest.items(), key=lambda item: _loudness(item[1]))
     others = "".join(f" On {other} it is {shown(peak.magnitude)}." for other, peak in loudest.items() if other != text)
     passed = worst.magnitude <= max_activation
-    return CheckReport(
-        name=FLOAT16.name,
+    return FLOAT16.report(
         passed=passed,
-        severity="WARN",
         measured=worst.magnitude,
         limit=max_activation,
         detail=f"The largest activation is at {worst.place} of layer {worst.layer} on {text}; float16 ends at 65504."

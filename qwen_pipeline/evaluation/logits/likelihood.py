@@ -114,7 +114,7 @@ def _passages(batches: Iterator[_Batch]) -> Iterator[list[_Batch]]:
 def _scored(asked: Sequence[Continuation], batches: Sequence[_Batch], stream: LayerStream) -> dict[int, Likelihood]:
     """Multiply by the output head, a block of its rows after the other, only the states that predict scored tokens."""
     context, order = stream.context, [number for batch in batches for numbers in batch.numbers for number in numbers]
-    states = [_predicting(asked, *pair) for pair in zip(batches, stream.leave(), strict=True)]
+    states = [_predicting(asked, *pair) for pair in zip(batches, stream.pop_head_inputs(), strict=True)]
     targets_N = torch.tensor([token for number in order for token in asked[number].targets], device=context.device)
     sums = [Softmax(targets) for targets in targets_N.split(list(map(len, states)))]
     for start, rows_VH in stream.head_blocks():

@@ -14,7 +14,7 @@ from qwen_pipeline.evaluation.findings import QUANTIZED, Findings, origin_of
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.tensor_parallel.findings import COLUMNS
-from qwen_pipeline.reports import CheckReport, shown
+from qwen_pipeline.reports import CheckReport, Outcome, shown
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure.weights import WeightError
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 REPORT = "report.md"
 PERPLEXITY_PLOT, DISTANCE_PLOT, ERROR_PLOT = "perplexity.png", "distance.png", "quantization_error.png"
 LOSS_PLOT = "losses.png"
+_MARKS: Mapping[Outcome, str] = MappingProxyType(
+    {"passed": "✅ passed", "failed": "❌ failed", "warning": "⚠️ warning", "skipped": "⏭️ **skipped**"}
+)
 NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 QUALITY_COLUMNS = ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement")
 SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "came up", "answers equal to Transformers'", "widest gap, nats", "")
@@ -106,16 +109,8 @@ def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int])
 def checks_table(reports: Sequence[CheckReport]) -> str:
     """Return one row a check."""
     return _table(
-        ("", "check", "measured", "limit", ""),
-        [
-            (
-                "✅" if report.passed else "❌" if report.blocks else "⚠️",
-                report.name,
-                *report.figures,
-                report.detail,
-            )
-            for report in reports
-        ],
+        ("outcome", "check", "measured", "limit", "detail"),
+        [(_MARKS[report.outcome], report.name, *report.figures, report.detail) for report in reports],
     )
 
 

@@ -45,7 +45,8 @@ class ModelCard:
         padding: Every size field that padding or a repair widened.
         split: Whether the new channels are parts of live ones; else they are zeros.
         quality: A Markdown table of what validation measured.
-        verdict: How its checks went, in words.
+        verdict: The outcome of its checks, in words.
+        skipped: A sentence for each check that did not run: its name and the reason.
         steps: Lineage, from the first step to the validation.
     """
 
@@ -57,6 +58,7 @@ class ModelCard:
     quality: str
     verdict: str
     steps: Sequence[Step]
+    skipped: Sequence[str] = ()
 
     def render(self) -> str:
         """Return the card: YAML front matter, then Markdown."""
@@ -70,6 +72,7 @@ class ModelCard:
             "## Quality",
             f"Measured on held-out text before release: {self.verdict}. The full report is in"
             " [validation/report.md](validation/report.md).",
+            *(["\n".join(f"- **skipped** {each}" for each in self.skipped)] if self.skipped else []),
             self.quality,
             *self._padding(),
             "## Lineage",

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_pipeline.evaluation.findings import Findings
 from qwen_pipeline.evaluation.report.html import PAGE, render_page
+from qwen_pipeline.evaluation.report.load import REPORT_JSON
 from qwen_pipeline.evaluation.report.markdown import DISTANCE_PLOT, ERROR_PLOT, PERPLEXITY_PLOT, REPORT, render_report
 from qwen_pipeline.evaluation.report.plots import draw_distance, draw_perplexity, draw_quantization_error
 from qwen_pipeline.reports import CheckReport
@@ -37,4 +38,4 @@ def write_report(
     }
     (root / PAGE).write_text(render_page(findings, reports, plots=plots, lineage=lineage, method=method))
     (root / REPORT).write_text(render_report(findings, reports, method=method, more_plots=more_plots))
-    (root / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    (root / REPORT_JSON).write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

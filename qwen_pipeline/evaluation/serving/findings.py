@@ -163,9 +163,7 @@ def first_divergence(answer: ServedCompletion, reference: Sequence[int]) -> Firs
 def serving_report(served: Sequence[ServingFindings] | None, *, max_gap: float) -> CheckReport:
     """Judge all servers together; None means that no engine is configured."""
     if not served:
-        return _report(
-            passed=True, detail="No serving engine is configured (validation.serve.engine), so none was asked."
-        )
+        return SERVED.skipped("No serving engine is configured (validation.serve.engine).")
     faults = [f"{each.name}: {fault}" for each in served for fault in _faults(each, max_gap)]
     lacking = [f"{each.name} {_lack(each)}" for each in served if each.lacking]
     gaps = [part.gap for each in served for part in each.partings if part]
@@ -174,21 +172,17 @@ def serving_report(served: Sequence[ServingFindings] | None, *, max_gap: float) 
     measured, limit = (max(gaps, default=0.0), max_gap) if asked else (None, None)
     engine = served[0].engine
     if faults:
-        return _report(passed=False, detail=f"{engine}: {'; '.join(faults)}.", measured=measured, limit=limit)
+        return SERVED.report(passed=False, detail=f"{engine}: {'; '.join(faults)}.", measured=measured, limit=limit)
     right = [each.name for each in served if not each.lacking]
     heard = f"{engine} serves {', '.join(right)}: {whole} of {asked} answers are Transformers' own" if right else engine
     if gaps:
         heard += f", the others part at ties (widest gap {max(gaps):.2g} nats)"
     if lacking:
-        return CheckReport(
-            name=SERVED.name,
-            passed=False,
-            severity="WARN",
-            measured=measured,
-            limit=limit,
-            detail=f"{heard}. Not served: {'; '.join(lacking)}.",
-        )
-    return _report(passed=True, detail=f"{heard}.", measured=measured, limit=limit)
+        detail = f"{heard}. Not served: {'; '.join(lacking)}."
+        if not asked:
+            return SERVED.skipped(detail)
+        return SERVED.report(passed=False, severity="WARN", measured=measured, limit=limit, detail=detail)
+    return SERVED.report(passed=True, detail=f"{heard}.", measured=measured, limit=limit)
 
 
 def _lack(served: ServingFindings) -> str:
@@ -204,10 +198,6 @@ def _faults(served: ServingFindings, max_gap: float) -> list[str]:
     wide = [(number, part) for number, part in enumerate(served.partings, 1) if part and not part.gap <= max_gap]
     faults = [f"answer {number} is another from token {part.position + 1} on" for number, part in wide]
     return [*faults, *(f"an answer {fault}" for text in served.texts if (fault := degeneration(text)) and wide)]
-
-
-def _report(*, passed: bool, detail: str, measured: float | None = None, limit: float | None = None) -> CheckReport:
-    return CheckReport(name=SERVED.name, passed=passed, detail=detail, measured=measured, limit=limit)
 
 
 _SERVING = TypeAdapter(ServerRun)

@@ -92,13 +92,13 @@ def scores(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
 def tasks_report(plan: "TaskPlan | None", found: Sequence[Score], *, fault: str | None = None) -> CheckReport:
     """Judge the scores, or say why there are none; without a plan nothing was asked."""
     if plan is None:
-        return _report(passed=True, detail="No tasks are configured (validation.lm_eval.tasks), so none was run.")
+        return TASKS.skipped("No tasks are configured (validation.lm_eval.tasks).")
     if not found:
         why = fault or "a model does not load."
-        return _report(passed=False, severity=_severity(plan), detail=f"No scores: {why}")
+        return TASKS.report(passed=False, severity=_severity(plan), detail=f"No scores: {why}")
     if unknown := sorted(plan.minimum.keys() - {score.name for score in found}):
         known = ", ".join(score.name for score in found)
-        return _report(
+        return TASKS.report(
             passed=False,
             severity=_severity(plan),
             detail=f"There is a minimum for {listed(unknown)}, but the scores are {known}.",
@@ -106,7 +106,7 @@ def tasks_report(plan: "TaskPlan | None", found: Sequence[Score], *, fault: str 
     faults = [fault for score in found for fault in _faults(score, plan)]
     worst = max(score.drop for score in found)
     detail = listed(faults) if faults else ", ".join(map(_said, found))
-    return _report(
+    return TASKS.report(
         passed=not faults, severity=_severity(plan), measured=worst, limit=plan.max_drop, detail=f"{detail}."
     )
 
@@ -125,17 +125,6 @@ def _said(score: Score) -> str:
 
 def _severity(plan: TaskPlan) -> Severity:
     return "ERROR" if plan.blocking else "WARN"
-
-
-def _report(
-    *,
-    passed: bool,
-    detail: str,
-    severity: Severity = "ERROR",
-    measured: float | None = None,
-    limit: float | None = None,
-) -> CheckReport:
-    return CheckReport(name=TASKS.name, passed=passed, severity=severity, measured=measured, limit=limit, detail=detail)
 
 
 _RESULTS = TypeAdapter(dict[str, dict[str, dict[str, Any]]])

@@ -169,7 +169,7 @@ def _padded(packed: PackedLinear, matrix: Matrix, zeros: int) -> PackedLinear:
 def _widened(packed: PackedLinear, code: str, by: Widening) -> Tensor:
     tensor: Tensor = getattr(packed, code)
     spec = TensorSpec(dtype="F16" if code == "scales" else "I32", shape=tuple(tensor.shape))
-    wide = packed.format.parts[code].widened(LazyTensor(spec=spec, read=lambda a, b: tensor[a:b]), by)
+    wide = packed.format.code_tensors[code].widened(LazyTensor(spec=spec, read=lambda a, b: tensor[a:b]), by)
     return wide.read(0, wide.spec.rows)
 
 

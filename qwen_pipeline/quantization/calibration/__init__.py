@@ -1,0 +1,1 @@
+"""Calibration: windows of tokens drawn from text, and the tokens that reach each expert."""

@@ -1,10 +1,10 @@
-"""Calibration text as windows of tokens: drawn by seed, packed to one length, named by a digest, kept in a directory.
+"""Calibration sets: windows of tokens of one length, drawn by seed, identified by a digest, saved in a directory.
 
-Records come in an order that depends on the seed and their number only, and are tokenized until the windows are full.
-``stream`` packs them back to back and cuts them into full windows, so that no token is spent on padding; as in
-pretraining, a token sees those before it in its window, also of another record. ``documents`` gives every record a
-window of its own, or several, and fills the last one up: causal attention never looks at what comes after, and the
-mask keeps filling out of the solver's Hessian.
+The order of the records depends only on the seed and their number; they are tokenized until the windows are full.
+``stream`` concatenates them and cuts the result into full windows, so that no position is spent on filling; as in
+pretraining, a token attends to all earlier tokens of its window, including those of other records. ``documents`` gives
+every record one or more windows of its own, and fills the last one up: causal attention ignores later positions, and
+the mask excludes filling from the solver's Hessian.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qwen_pipeline.checkpoint.digest import digest_files, read_tensors
+from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.files import write_bytes
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.manifest import Contents, TensorDigest, find_manifest, open_manifest
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
-from qwen_pipeline.quantization.spec import CalibrationSpec
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.text.records import encode_record, load_tokenizer
 from qwen_pipeline.text.sources import open_text
@@ -41,9 +41,9 @@ class CalibrationSet:
     Attributes:
         input_ids: int32 [S, T].
         attention_mask: uint8 [S, T]: 1 for a token, 0 for filling after the last one.
-        position_ids: int32 [S, T]: place of a token in its record, from 0; so a record begins at each 0.
-        spec: How they were drawn.
-        lengths: Tokens of each record that was drawn, in this order.
+        position_ids: int32 [S, T]: index of a token in its record; a record begins at each 0.
+        spec: The spec with which the windows were drawn.
+        lengths: Tokens of each drawn record, in the order of drawing.
     """
 
     input_ids: "Tensor"
@@ -63,16 +63,16 @@ class CalibrationSet:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, filling left out."""
+        """Number of tokens without filling."""
         return int(self.attention_mask.sum())
 
     @property
     def stream(self) -> list[int]:
-        """All tokens in their order, filling left out."""
+        """All tokens in order, without filling."""
         return self.input_ids[self.attention_mask.bool()].tolist()
 
     def statistics(self) -> dict[str, Any]:
-        """Return what a reader wants to know, as JSON values."""
+        """Return counts of tokens, windows and records, as JSON values."""
         windows, seq_len = self.input_ids.shape
         return {
             "tokens": self.tokens,
@@ -87,7 +87,7 @@ class CalibrationSet:
         }
 
     def save(self, root: Path) -> Contents:
-        """Write the windows into a directory and return their digests."""
+        """Write the windows into a directory; return their digests."""
         from safetensors.torch import save
 
         write_bytes(root / FILE, save(self.tensors))
@@ -95,13 +95,13 @@ class CalibrationSet:
 
 
 def digests(tensors: Mapping[str, "Tensor"]) -> dict[str, TensorDigest]:
-    """Return what identifies each tensor."""
-    held = {name: _held(tensor) for name, tensor in tensors.items()}
-    read = read_tensors(Checkpoint(config={}, tensors=held, shards={}), held, task="digest calibration")
-    return {name: seen.digest for name, seen in read.items()}
+    """Return the digest of each tensor."""
+    in_memory = {name: _in_memory(tensor) for name, tensor in tensors.items()}
+    hashed = hash_tensors(in_memory, task="digest calibration")
+    return {name: tensor.digest for name, tensor in hashed.items()}
 
 
-def _held(tensor: "Tensor") -> LazyTensor:
+def _in_memory(tensor: "Tensor") -> LazyTensor:
     dtype = {"torch.int32": "I32", "torch.uint8": "U8"}[str(tensor.dtype)]
     spec = TensorSpec(dtype=dtype, shape=tuple(tensor.shape))
     return LazyTensor(spec=spec, read=lambda start, stop: tensor[start:stop])
@@ -111,13 +111,13 @@ def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) 
     """Draw windows of tokens, with the tokenizer and the chat template of a checkpoint.
 
     Args:
-        text: A source of text, as :func:`qwen_pipeline.text.sources.open_text` takes it.
+        text: A source of text, as accepted by :func:`qwen_pipeline.text.sources.open_text`.
         checkpoint: The model that will be quantized.
-        spec: How many windows, how long, which records.
+        spec: Number, length and selection of the windows.
 
     Raises:
-        InputRefused: The text is not there or not readable as records, the checkpoint has no tokenizer or no chat
-            template for conversations, or all of the text has too few tokens.
+        InputRefused: The text is missing or not readable as records, the checkpoint has no tokenizer or no chat
+            template for conversations, or the whole text has too few tokens.
     """
     source, tokenizer = open_text(text), load_tokenizer(checkpoint)
     order = shuffled(len(source), spec.seed)
@@ -126,48 +126,51 @@ def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) 
     for tokens in encoded:
         windows.add(tokens)
         if windows.are_full:
-            return windows.finished()
-    held = f"{windows.held} windows" if spec.packing == "documents" else f"{windows.tokens:,} tokens"
+            return windows.build()
+    available = f"{windows.count} windows" if spec.packing == "documents" else f"{windows.tokens:,} tokens"
     raise InputRefused(
-        f"{text} has {held}, but {spec.samples} windows of {spec.seq_len} need"
+        f"{text} has {available}, but {spec.samples} windows of {spec.seq_len} need"
         f" {'as many' if spec.packing == 'documents' else f'{spec.samples * spec.seq_len:,}'}.",
         remedy="Add calibration text, or lower samples or seq_len.",
     )
 
 
 def is_prepared(text: str | Path) -> bool:
-    """Whether a source of calibration is a directory that the stage ``calibration`` finished."""
+    """Return whether a source of calibration is a finished directory of the stage ``calibration``."""
     manifest = find_manifest(Path(text))
     return manifest is not None and manifest.derivation.stage == STAGE
 
 
 def load_calibration(root: Path) -> CalibrationSet:
-    """Read windows back from a finished directory.
+    """Load a calibration set from a finished directory.
 
     Raises:
-        CheckpointRefused: They are not those of the manifest.
-        CheckFailed: A check of the calibration says that quantizing with it would do harm.
+        CheckpointRefused: The windows do not match the digests in the manifest.
+        CheckFailed: The calibration failed a blocking check.
     """
     manifest, file = open_manifest(root), open_safetensors(root / FILE)
     spec = CalibrationSpec(**{name: manifest.derivation.spec[name] for name in CalibrationSpec.fields()})
     tensors = {name: file.load(name) for name in file.specs}
     if digests(tensors) != manifest.contents.tensors:
         raise CheckpointRefused(
-            f"{root / FILE} is not what its manifest says.", remedy="Delete the directory and calibrate again."
+            f"{root / FILE} does not match its manifest.", remedy="Delete the directory and calibrate again."
         )
     for report in load_reports(manifest.result):
         if report.blocks:
-            raise CheckFailed(f"{root} failed the check {report.name}: {report.detail}", remedy="Calibrate again.")
+            raise CheckFailed(
+                f"{root} failed the check {report.name}: {report.detail}",
+                remedy="Delete the directory and calibrate again as the check says.",
+            )
     return CalibrationSet(**tensors, spec=spec, lengths=tuple(manifest.result["lengths"]))
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """Return a permutation of ``range(count)``, the same in every process and version: ordered by hashes."""
+    """Return a permutation of ``range(count)`` in the order of hashes, the same in every process and version."""
     return sorted(range(count), key=lambda index: sha256(f"{seed}:{index}".encode()).digest())
 
 
 class _Windows:
-    """Windows that fill up record by record."""
+    """Windows that are filled record by record."""
 
     def __init__(self, spec: CalibrationSpec, *, filling: int) -> None:
         self._spec, self._filling = spec, filling
@@ -181,13 +184,13 @@ class _Windows:
         return sum(self._lengths)
 
     @property
-    def held(self) -> int:
+    def count(self) -> int:
         return len(self._pieces)
 
     @property
     def are_full(self) -> bool:
         if self._spec.packing == "documents":
-            return self.held >= self._spec.samples
+            return self.count >= self._spec.samples
         return self.tokens >= self._spec.samples * self._spec.seq_len
 
     def add(self, record: list[int]) -> None:
@@ -198,7 +201,7 @@ class _Windows:
             self._stream += record
             self._positions += range(len(record))
 
-    def finished(self) -> CalibrationSet:
+    def build(self) -> CalibrationSet:
         import torch
 
         samples, seq_len = shape = self._spec.samples, self._spec.seq_len

@@ -1,4 +1,4 @@
-"""What calibration text is like, at a glance: how long its records are, and what reaches the experts."""
+"""Plot of a calibration set: lengths of the records, and tokens of each expert."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

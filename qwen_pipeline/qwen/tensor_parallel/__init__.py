@@ -1,0 +1,1 @@
+"""Rules of serving engines for tensor-parallel ranks, and the paddings that satisfy them."""

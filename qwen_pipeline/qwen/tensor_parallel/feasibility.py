@@ -1,4 +1,4 @@
-"""Tell what tensor-parallel degrees would mean for a model before it is padded: sizes, and groups that are cut."""
+"""Feasibility of tensor-parallel degrees for an unpadded model: sizes, and groups that straddle ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from qwen_pipeline.qwen.tensor_parallel.engines import distinct_matrices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeFeasibility:
-    """What one tensor-parallel degree means for one size field.
+    """One size field at one tensor-parallel degree.
 
     Attributes:
-        live: Channels now.
+        live: Channels before padding.
         target: Channels after padding for this degree.
-        groups_per_rank: Quantization groups of ``down_proj`` on each rank, now and after; a fraction is what breaks.
+        groups_per_rank: Quantization groups of ``down_proj`` on each rank, before and after padding. With a fraction,
+            groups straddle ranks.
     """
 
     field: SizeField
@@ -27,18 +28,18 @@ class SizeFeasibility:
 
     @property
     def extra_percent(self) -> float:
-        """How much wider the MLPs of this size become."""
+        """Growth of the MLPs of this size, in percent."""
         return 100 * (self.target - self.live) / self.live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DegreeFeasibility:
-    """What one tensor-parallel degree means for a model.
+    """One model at one tensor-parallel degree.
 
     Attributes:
         sizes: Every size field.
         legal: Whether the padded model serves at this degree: heads and ``o_proj`` divide too.
-        sentence: What would happen, for a reader.
+        sentence: The result in words.
     """
 
     degree: int
@@ -48,25 +49,25 @@ class DegreeFeasibility:
 
     @property
     def whole(self) -> bool:
-        """Whether ranks hold whole groups of every MLP as they are."""
+        """Whether ranks hold whole groups of every MLP without padding."""
         return all(size.target == size.live for size in self.sizes)
 
 
 def assess_degrees(config: Mapping[str, Any], *, group_size: int, degrees: Sequence[int]) -> list[DegreeFeasibility]:
-    """Return what each tensor-parallel degree would mean, the illegal ones included."""
+    """Return the feasibility of each tensor-parallel degree, infeasible ones included."""
     return [_assess_degree(config, group_size, degree) for degree in degrees]
 
 
 def _assess_degree(config: Mapping[str, Any], group_size: int, degree: int) -> DegreeFeasibility:
     sizes = plan_padding(config, group_size=group_size, tensor_parallel=degree).sizes
     obstacles = attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
-    moved = [f"{size.field} from {size.live} to {size.padded}" for size in sizes if size.zeros]
+    padded = [f"{size.field} from {size.live} to {size.padded}" for size in sizes if size.zeros]
     if obstacles:
         sentence = f"Cannot serve: {'; '.join(obstacles)}."
-    elif not moved:
-        sentence = "Serves as it is."
+    elif not padded:
+        sentence = "Serves without padding."
     else:
-        sentence = f"Breaks as it is; pad {' and '.join(moved)} before quantizing."
+        sentence = f"Groups straddle ranks; pad {' and '.join(padded)} before quantizing."
     return DegreeFeasibility(
         degree=degree,
         sizes=tuple(
@@ -85,7 +86,7 @@ def _assess_degree(config: Mapping[str, Any], group_size: int, degree: int) -> D
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """The inputs of one kind of row-parallel layer, such as ``mlp.down_proj``."""
+    """The inputs of one kind of row-parallel layer, such as ``mlp.down_proj``, divided over ranks."""
 
     kind: str
     inputs: int
@@ -94,17 +95,17 @@ class Division:
 
     @property
     def groups_per_rank(self) -> float:
-        """A fraction is what breaks."""
+        """Quantization groups on each rank. With a fraction, groups straddle ranks."""
         return self.inputs / self.group_size / self.ranks
 
     @property
     def is_cut(self) -> list[bool]:
-        """Whether a rank's end, the last one's left out, lies inside a group."""
+        """Whether the end of each rank but the last lies inside a group."""
         return [self.inputs * rank % (self.group_size * self.ranks) != 0 for rank in range(1, self.ranks)]
 
     @property
     def straddling(self) -> set[int]:
-        """The numbers of the groups that lie on more than one rank."""
+        """Numbers of the groups that lie on more than one rank."""
         ends = (self.inputs * rank / self.ranks for rank in range(1, self.ranks))
         return {ceil(end / self.group_size) - 1 for end in ends if end % self.group_size}
 
@@ -115,7 +116,7 @@ class Division:
 
 
 def divisions(config: Config, *, group_size: int, ranks: int) -> list[Division]:
-    """Return how each kind of layer that ranks share by its inputs is divided."""
+    """Return the division of each kind of quantized row-parallel layer."""
     shared = [matrix for matrix in distinct_matrices(config) if matrix.quantized and matrix.split == "rows"]
     widths = dict.fromkeys((matrix.kind, matrix.in_features) for matrix in shared)
     return [Division(kind=kind, inputs=inputs, group_size=group_size, ranks=ranks) for kind, inputs in widths]

@@ -1,4 +1,4 @@
-"""Choosing a padding and a group size by what they cost, for the engines and degrees that will serve a model."""
+"""The cheapest padding and group size with which a model serves on given engines and tensor-parallel degrees."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ GROUP_SIZES = (128, 64, 32)
 SERVES: tuple[ShardingVerdict, ...] = ("ok", "padded at load")
 
 USUAL_ENGINE = "vllm"
+"""The engine to plan for where none is requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +33,14 @@ class Option:
 
     Attributes:
         name: Such as ``groups of 128, padded``.
-        group_size: Of the quantization.
-        plan: What padding would do.
-        config: The config after it.
-        degrees: Tensor-parallel degrees that were asked about, rising.
-        servings: What each engine does at each degree.
+        group_size: Group size of the quantization.
+        plan: The padding.
+        config: The config after padding.
+        degrees: Requested tensor-parallel degrees, ascending.
+        predictions: One for each engine and degree.
         weights: Extra quantized weights, as a fraction of those of the unpadded model.
         rank_bytes: Bytes of weights on each rank at the highest degree.
-        flops: Extra multiplications for a token, as a fraction.
+        flops: Extra multiplications per token, as a fraction.
     """
 
     name: str
@@ -47,34 +48,35 @@ class Option:
     plan: PadPlan
     config: Config
     degrees: tuple[int, ...]
-    servings: tuple[ServingPrediction, ...]
+    predictions: tuple[ServingPrediction, ...]
     weights: float
     rank_bytes: int
     flops: float
 
     @property
     def verdict(self) -> ShardingVerdict:
-        """The worst of what the engines do."""
-        return worst_of(at.verdict for at in self.servings)
+        """The worst verdict of all engines and degrees."""
+        return worst_of(prediction.verdict for prediction in self.predictions)
 
     @property
     def serves(self) -> bool:
+        """Whether every engine serves correctly at every degree."""
         return self.verdict in SERVES
 
     @property
     def obstacle(self) -> str:
-        """Where it fails first and why, in words; empty where it serves."""
-        return _first_obstacle(self.servings)
+        """The first engine and degree that fail, with the reason; empty if it serves."""
+        return _first_obstacle(self.predictions)
 
 
 def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
     """Return the ways to serve a model on these engines at all of their degrees, the best first.
 
-    Each group size is considered as the model is, padded to whole groups, and padded to the smallest widths that all
-    degrees can share. Those that serve come first, by bytes on a rank, then by the size of their groups.
+    Each group size is considered without padding, padded to whole groups, and padded to the smallest widths that all
+    degrees can share. Options that serve come first, by bytes per rank, then by descending group size.
 
     Raises:
-        InputRefused: The family or an engine is unknown, the config lacks a size, or no degree or engine is named.
+        InputRefused: The family or an engine is unknown, the config lacks a size, or ``targets`` lacks a degree.
     """
     degrees = served_degrees(targets)
     found = [
@@ -82,28 +84,37 @@ def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GR
         for group_size in group_sizes
         for name, plan in _plans(config, group_size, lcm(*degrees)).items()
     ]
-    return sorted(found, key=lambda at: (not at.serves and VERDICTS.index(at.verdict), at.rank_bytes, -at.group_size))
+    return sorted(
+        found,
+        key=lambda option: (
+            not option.serves and VERDICTS.index(option.verdict),
+            option.rank_bytes,
+            -option.group_size,
+        ),
+    )
 
 
 def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
-    """Return the best option at the highest lower degree that has one, and the best of those that pad nothing."""
+    """Return the best option at the highest lower degree that has one, and the best one without padding."""
     highest = served_degrees(targets)[-1]
     found: list[Option] = []
     for degree in (degree for degree in range(highest - 1, 0, -1) if highest % degree == 0):
-        lower = {engine: sorted({min(degree, asked) for asked in degrees}) for engine, degrees in targets.items()}
-        serving_ones = [at for at in options(config, lower, group_sizes=group_sizes) if at.serves]
-        unpadded = [at for at in serving_ones if not at.plan.changes]
-        found += serving_ones[:1] if not found else []
+        lower = {
+            engine: sorted({min(degree, requested) for requested in degrees}) for engine, degrees in targets.items()
+        }
+        serving = [option for option in options(config, lower, group_sizes=group_sizes) if option.serves]
+        unpadded = [option for option in serving if not option.plan.changes]
+        found += serving[:1] if not found else []
         if unpadded:
             return found if unpadded[0] in found else [*found, unpadded[0]]
     return found
 
 
 def plan_for(config: Config, spec: PaddingSpec) -> PadPlan:
-    """Return the padding that a spec asks for.
+    """Return the padding of a spec.
 
     Raises:
-        InputRefused: The family cannot be padded, or no padding lets the targets serve.
+        InputRefused: The family cannot be padded, or the model serves on the targets with no padding.
     """
     if spec.targets:
         plan = padding_for(config, spec.targets, group_size=spec.group_size, layout=spec.layout)
@@ -115,29 +126,28 @@ def plan_for(config: Config, spec: PaddingSpec) -> PadPlan:
 
 
 def padding_for(config: Config, targets: Targets, *, group_size: int, layout: Layout = DEFAULT_LAYOUT) -> PadPlan:
-    """Return the least padding after which a model, quantized in groups of ``group_size``, serves on all targets.
+    """Return the smallest padding with which a model, quantized in groups of ``group_size``, serves on all targets.
 
     Raises:
-        InputRefused: None does; the remedy says which group size or degree would.
+        InputRefused: No padding suffices; the remedy names the group sizes or degrees that do.
     """
-    wholly = (at for at in options(config, targets, group_sizes=[group_size]) if _is_whole(at.plan))
-    best = next(wholly)
+    best = next(option for option in options(config, targets, group_sizes=[group_size]) if _is_whole(option.plan))
     if best.serves:
         ranks = best.plan.tensor_parallel
         return plan_padding(config, group_size=group_size, tensor_parallel=ranks, layout=layout)
     raise InputRefused(
-        f"Quantized in groups of {group_size}, however padded, the model does not serve on {best.obstacle}.",
-        remedy=_other_ways(config, targets),
+        f"With groups of {group_size}, no padding makes the model serve on {best.obstacle}.",
+        remedy=_alternatives(config, targets),
     )
 
 
 def obstacle_of(config: Config, targets: Targets, *, group_size: int) -> str:
-    """Return where a model as it is fails first and why, in words; empty where it serves on all targets."""
-    return _first_obstacle(_servings(config, targets, group_size))
+    """Return the first target that an unpadded model fails on, with the reason; empty if it serves on all of them."""
+    return _first_obstacle(_predictions(config, targets, group_size))
 
 
 def quantized_bytes(config: Config, group_size: int) -> int:
-    """Return the bytes of a model's weights after quantization: codes, scales, and what stays in 16 bits."""
+    """Return the bytes of a model's weights after quantization: codes, scales, and weights that stay in 16 bits."""
     bits = sum(_bits(matrix, group_size) * layers for matrix, layers in _counted(config))
     embeddings = required(config, "vocab_size") * required(config, "hidden_size") * (1 if declares_tied(config) else 2)
     return bits // 8 + 2 * embeddings
@@ -149,10 +159,10 @@ def _bits(matrix: Matrix, group_size: int) -> int:
 
 
 def _plans(config: Config, group_size: int, ranks: int) -> dict[str, PadPlan]:
-    """Return the paddings that differ, the least first, by what an option with them is called."""
-    as_it_is = plan_padding(config, group_size=1, tensor_parallel=1)
-    sizes = tuple(replace(size, group_size=group_size) for size in as_it_is.sizes)
-    plans = [("as it is", replace(as_it_is, group_size=group_size, sizes=sizes))]
+    """Return option name -> padding for the paddings that differ, the smallest first."""
+    unpadded = plan_padding(config, group_size=1, tensor_parallel=1)
+    sizes = tuple(replace(size, group_size=group_size) for size in unpadded.sizes)
+    plans = [("unpadded", replace(unpadded, group_size=group_size, sizes=sizes))]
     for name, shared_by in (("padded to whole groups", 1), ("padded", ranks)):
         plan = plan_padding(config, group_size=group_size, tensor_parallel=shared_by)
         plans += [(name, plan)] if _widths(plan) != _widths(plans[-1][1]) else []
@@ -177,32 +187,32 @@ def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Optio
         plan=plan,
         config=wide,
         degrees=tuple(degrees),
-        servings=tuple(_servings(wide, targets, group_size)),
+        predictions=tuple(_predictions(wide, targets, group_size)),
         weights=_weights(wide) / _weights(config) - 1,
         rank_bytes=quantized_bytes(wide, group_size) // degrees[-1],
         flops=_flops(wide) / _flops(config) - 1,
     )
 
 
-def _servings(config: Config, targets: Targets, group_size: int) -> Iterator[ServingPrediction]:
+def _predictions(config: Config, targets: Targets, group_size: int) -> Iterator[ServingPrediction]:
     for engine, degrees in targets.items():
         for degree in degrees:
             yield predict_serving(config, engine, group_size=group_size, degree=degree)
 
 
-def _first_obstacle(servings: Iterable[ServingPrediction]) -> str:
-    failing = next((at for at in servings if at.verdict not in SERVES), None)
+def _first_obstacle(predictions: Iterable[ServingPrediction]) -> str:
+    failing = next((prediction for prediction in predictions if prediction.verdict not in SERVES), None)
     return f"{failing.engine} at TP {failing.degree}: {'; '.join(failing.reasons[:1])}" if failing else ""
 
 
-def _other_ways(config: Config, targets: Targets) -> str:
-    ways: Iterable[Option] = [at for at in options(config, targets) if at.serves] or fewer_ranks(config, targets)
-    named = [f"TP {', '.join(map(str, at.degrees))} with {at.name}" for at in ways]
-    return f"What serves: {'; '.join(dict.fromkeys(named))}." if named else "Name other engines or degrees."
+def _alternatives(config: Config, targets: Targets) -> str:
+    serving = [option for option in options(config, targets) if option.serves] or fewer_ranks(config, targets)
+    named = [f"TP {', '.join(map(str, option.degrees))} with {option.name}" for option in serving]
+    return f"Use {', or '.join(dict.fromkeys(named))}." if named else "Choose other engines or degrees."
 
 
 def _counted(config: Config) -> list[tuple[Matrix, int]]:
-    """Return each kind of matrix with the number of layers that have it."""
+    """Return each kind of matrix with the number of its layers."""
     counts: dict[Matrix, int] = {}
     for layer in range(number_of_layers(config)):
         for matrix in layer_matrices(config, layer):
@@ -215,6 +225,6 @@ def _weights(config: Config) -> int:
 
 
 def _flops(config: Config) -> int:
-    """Return the multiplications of one token in the decoder's matrices; of routed experts only the chosen ones run."""
+    """Return the multiplications per token in the decoder's matrices; only the chosen ones of routed experts run."""
     chosen = int(text_config(config).get("num_experts_per_tok") or 1)
     return sum(m.out_features * m.in_features * (chosen if "*" in m.kind else m.count) * n for m, n in _counted(config))

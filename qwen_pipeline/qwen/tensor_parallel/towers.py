@@ -1,11 +1,11 @@
-"""What serving engines do with vision and audio towers, which are not quantized: rules as data.
+"""Rules of serving engines, as data, for vision and audio towers, which are not quantized.
 
-A tower is shared by its attention heads and by the channels of its MLPs, or every rank holds all of it. The rules were
-read in the sources that they name; what was not found there is ``unknown``. One was run, vLLM for CPUs 0.32.0 with a
-Qwen2.5-VL of 97 channels on 2 ranks: it refuses it, and serves it with the option as well as padded to 98.
+A tower is either split by attention heads and MLP channels, or replicated on every rank. The rules were read in the
+sources that they name; a case that the sources do not settle is ``unknown``. One rule was run: vLLM for CPUs 0.32.0
+refuses a Qwen2.5-VL of 97 channels on 2 ranks, and serves it with the option as well as padded to 98.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm
 from typing import Literal
@@ -22,14 +22,14 @@ Sharing = Literal["shared", "shared if heads divide", "whole"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerRule:
-    """What an engine does with one kind of tower of some families.
+    """The rule of an engine for one kind of tower of some families.
 
     Attributes:
         source: Where the rule was read.
         families: Values of ``model_type``.
-        part: Which of their towers.
-        sharing: Whether ranks share it; ``shared`` refuses heads and widths that the ranks do not divide.
-        option: Arguments of the engine with which every rank holds all of it, if there are any.
+        part: The kind of tower.
+        sharing: Whether ranks share the tower; ``shared`` refuses heads and widths that the degree does not divide.
+        option: Arguments of the engine that replicate the tower on every rank; empty if there are none.
     """
 
     source: str
@@ -73,12 +73,12 @@ TOWER_RULES: Mapping[str, tuple[TowerRule, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerPrediction:
-    """What one engine does with one tower at one degree.
+    """The prediction for one engine and one tower at one degree.
 
     Attributes:
-        reason: Why it is not ``ok``; empty where it is.
-        option: Arguments of the engine with which every rank holds the whole tower, if there are any.
-        is_narrow: Whether padding would help: the heads divide, the channels do not, and a field states their number.
+        reason: Why the verdict is not ``ok``; empty if it is.
+        option: Arguments of the engine that replicate the tower on every rank; empty if there are none.
+        is_narrow: Whether padding helps: the heads divide, the channels do not, and a config field states their number.
     """
 
     engine: str
@@ -94,13 +94,13 @@ class TowerFeasibility:
     """One tower on the engines and degrees that are to serve it.
 
     Attributes:
-        tower: Which.
-        size: What padding on request makes of its MLPs; None where no field of the config states their width.
-        live: Channels of each MLP now; ``padded`` after that.
-        extra: How much more weights and multiplications its MLPs would have, as a fraction.
-        extra_bytes: Of these weights, in 16 bits.
-        servings: What engines do with it as it is.
-        padded_servings: What they do after padding.
+        tower: The tower.
+        size: The padding of its MLPs; None if no config field states their width.
+        live: Channels of each MLP before padding; ``padded`` after it.
+        extra: Extra weights and multiplications of its MLPs after padding, as a fraction.
+        extra_bytes: Bytes of these extra weights, in 16 bits.
+        predictions: One for each engine and degree, before padding.
+        padded_predictions: The same after padding.
     """
 
     tower: Tower
@@ -108,51 +108,54 @@ class TowerFeasibility:
     live: int
     extra: float
     extra_bytes: int
-    servings: tuple[TowerPrediction, ...]
-    padded_servings: tuple[TowerPrediction, ...]
+    predictions: tuple[TowerPrediction, ...]
+    padded_predictions: tuple[TowerPrediction, ...]
 
     @property
     def padded(self) -> int:
+        """Channels of each MLP after padding."""
         return self.size.padded if self.size else self.live
 
-    def refusals(self, servings: Iterable[TowerPrediction]) -> list[str]:
-        """Return a sentence for each refusal, with all that helps."""
-        return [self._refusal(serving) for serving in servings if serving.verdict == "refused"]
+    def refusals(self, *, padded: bool = False) -> list[str]:
+        """Return a sentence for each refusal before (or after) padding, with the remedies."""
+        predictions = self.padded_predictions if padded else self.predictions
+        return [self._refusal(prediction) for prediction in predictions if prediction.verdict == "refused"]
 
-    def _refusal(self, serving: TowerPrediction) -> str:
-        cost = f"+{self.extra:.2%} of their weights, {self.extra_bytes / 1e6:.1f} MB"
-        remedies = [f"pad its MLPs too, with --towers, from {self.live:,} to {self.padded:,} ({cost})"]
-        remedies = remedies * serving.is_narrow + [
-            f"start {serving.engine} with {serving.option}: every rank then holds it whole"
-        ] * bool(serving.option)
+    def _refusal(self, prediction: TowerPrediction) -> str:
+        remedies: list[str] = []
+        if prediction.is_narrow:
+            cost = f"+{self.extra:.2%} of their weights, {self.extra_bytes / 1e6:.1f} MB"
+            remedies.append(f"pad its MLPs with --towers, from {self.live:,} to {self.padded:,} ({cost})")
+        if prediction.option:
+            remedies.append(f"start {prediction.engine} with {prediction.option}, which replicates it on every rank")
         return (
-            f"{serving.engine} at TP {serving.degree} refuses the {self.tower.part} tower: its {serving.reason}. What"
-            f" helps: {', or '.join(remedies) or 'fewer ranks'}."
+            f"{prediction.engine} at TP {prediction.degree} refuses the {self.tower.part} tower: its"
+            f" {prediction.reason}. Remedy: {', or '.join(remedies) or 'use fewer ranks'}."
         )
 
 
 def assess_towers(config: Config, targets: Targets) -> list[TowerFeasibility]:
-    """Return what each tower of a model means for these engines and degrees.
+    """Return the feasibility of each tower of a model on these engines and degrees.
 
     Raises:
-        InputRefused: The config lacks a size of a tower, or no degree or engine is named.
+        InputRefused: The config lacks a size of a tower, or ``targets`` lacks a degree.
     """
     if not towers_of(config):
         return []
     ranks = lcm(*served_degrees(targets))
-    return [_outlook(config, tower, targets, ranks) for tower in towers_of(config)]
+    return [_assess_tower(config, tower, targets, ranks) for tower in towers_of(config)]
 
 
 def tower_obstacles(config: Config, targets: Targets) -> list[str]:
-    """Return a sentence for each tower that an engine refuses as it is, or for one whose sizes are not known."""
+    """Return a sentence for each refusal of an unpadded tower; if the config lacks a size, a sentence that says so."""
     try:
-        return [sentence for at in assess_towers(config, targets) for sentence in at.refusals(at.servings)]
+        return [sentence for tower in assess_towers(config, targets) for sentence in tower.refusals()]
     except InputRefused as refusal:
         return [refusal.what]
 
 
 def predict_tower_serving(config: Config, tower: Tower, engine: str, *, degree: int) -> TowerPrediction:
-    """Return what an engine (``vllm`` or one of its kernels, such as ``vllm-marlin``) does with a tower.
+    """Return the prediction for a tower on an engine: ``vllm`` or one of its kernels, such as ``vllm-marlin``.
 
     Raises:
         InputRefused: The config lacks a size.
@@ -163,7 +166,7 @@ def predict_tower_serving(config: Config, tower: Tower, engine: str, *, degree: 
         return TowerPrediction(engine=engine, degree=degree, verdict="ok")
     if rule is None:
         return TowerPrediction(
-            engine=engine, degree=degree, verdict="unknown", reason="nothing was found on this tower"
+            engine=engine, degree=degree, verdict="unknown", reason="no rule for this tower was found"
         )
     if heads % degree and rule.sharing == "shared if heads divide":
         return TowerPrediction(engine=engine, degree=degree, verdict="ok")
@@ -180,23 +183,23 @@ def predict_tower_serving(config: Config, tower: Tower, engine: str, *, degree: 
     return TowerPrediction(engine=engine, degree=degree, verdict="ok")
 
 
-def _outlook(config: Config, tower: Tower, targets: Targets, ranks: int) -> TowerFeasibility:
+def _assess_tower(config: Config, tower: Tower, targets: Targets, ranks: int) -> TowerFeasibility:
     live = tower.width(config)
     size = next((size for size in tower_sizes(config, ranks=ranks) if size.field == tower.field), None)
     wide = resized_config(config, size, size.padded) if size else config
-    weights = [tower.weights(at, tower.width(at)) for at in (config, wide)]
+    live_weights, padded_weights = (tower.weights(state, tower.width(state)) for state in (config, wide))
     return TowerFeasibility(
         tower=tower,
         size=size,
         live=live,
         extra=size.zeros / live if size else 0.0,
-        extra_bytes=2 * (weights[1] - weights[0]),
-        servings=tuple(_servings(config, tower, targets)),
-        padded_servings=tuple(_servings(wide, tower, targets)),
+        extra_bytes=2 * (padded_weights - live_weights),
+        predictions=tuple(_predictions(config, tower, targets)),
+        padded_predictions=tuple(_predictions(wide, tower, targets)),
     )
 
 
-def _servings(config: Config, tower: Tower, targets: Targets) -> Iterator[TowerPrediction]:
+def _predictions(config: Config, tower: Tower, targets: Targets) -> Iterator[TowerPrediction]:
     for engine, degrees in targets.items():
         yield from (predict_tower_serving(config, tower, engine, degree=degree) for degree in degrees)
 

@@ -1,0 +1,1 @@
+"""Packed codes of quantized layers: their formats, the conversion between them, and repair by added groups."""

@@ -1,9 +1,9 @@
 """The packed codes of compressed-tensors (format ``pack-quantized``), as llm-compressor writes them.
 
 A linear layer is (https://github.com/vllm-project/compressed-tensors, ``pack_quantized``; ``P`` codes fill a word, the
-first inputs from the lowest bits) ``weight_packed`` I32 [O, I / P], ``weight_scale`` [O, G], ``weight_zero_point``
-I32 [O / P, G] unless it is symmetric, ``weight_g_idx`` [I] with act-order, and ``weight_shape`` with [O, I]. All of it
-is GPTQ's second format, transposed; a symmetric code is relative to the middle.
+first inputs in the lowest bits) ``weight_packed`` I32 [O, I / P], ``weight_scale`` [O, G], ``weight_zero_point``
+I32 [O / P, G] unless it is symmetric, ``weight_g_idx`` [I] with act-order, and ``weight_shape``, whose value is
+[O, I]. The tensors are those of ``gptq_v2``, transposed; the zero point of symmetric codes is the middle code.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.gptq import PACKED_BITS, GptqFormat, PackedLinear, in_order
 from qwen_pipeline.transforms.codes.parts import (
-    QUIET_SCALE,
+    ADDED_SCALE,
     UNPACKED,
     WORD_BITS,
     Axis,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedFormat:
-    """What a config says about the codes of compressed-tensors."""
+    """The settings of compressed-tensors codes in a config."""
 
     bits: int
     group_size: int
@@ -45,13 +45,13 @@ class CompressedFormat:
         return ("weight_packed", "weight_scale", "weight_shape", *zeros)
 
     @property
-    def parts(self) -> Mapping[str, CodeTensor]:
-        """How each tensor of a layer counts channels; new ones have the middle code, which is their zero point too."""
+    def code_tensors(self) -> Mapping[str, CodeTensor]:
+        """The channels of each tensor of a layer; added ones have the middle code, which is also their zero point."""
         per_word, middle = WORD_BITS // self.bits, word_of(2 ** (self.bits - 1), self.bits)
         return MappingProxyType(
             {
                 "weight_packed": Elements((Axis("out"), Axis("in", per_word)), middle),
-                "weight_scale": Elements((Axis("out"), Axis("groups")), QUIET_SCALE),
+                "weight_scale": Elements((Axis("out"), Axis("groups")), ADDED_SCALE),
                 "weight_zero_point": Elements((Axis("out", per_word), Axis("groups")), middle),
                 "weight_g_idx": GroupNumbers(),
                 "weight_shape": StatedShape(),
@@ -60,7 +60,7 @@ class CompressedFormat:
         )
 
     def load(self, checkpoint: Checkpoint, module: str) -> PackedLinear:
-        """Read one layer's codes and put them into GPTQ's order."""
+        """Read one layer's codes and repack them in GPTQ's layout."""
         import torch
 
         def optional(code: str, default: "torch.Tensor") -> "torch.Tensor":
@@ -86,11 +86,11 @@ class CompressedFormat:
 
 
 def compressed_format(settings: Mapping[str, Any]) -> CompressedFormat:
-    """Read the format from a model's ``quantization_config``.
+    """Return the format in a model's ``quantization_config``.
 
     Raises:
-        CheckpointRefused: Another format than ``pack-quantized``, more than one scheme, activations that are quantized,
-            or another strategy than groups.
+        CheckpointRefused: The format is not ``pack-quantized``, there is not exactly one scheme, or its weights are not
+            integers of 4 or 8 bits in groups.
     """
     groups = cast("Mapping[str, Any]", settings.get("config_groups") or {})
     schemes = [cast("Mapping[str, Any]", scheme.get("weights") or {}) for scheme in groups.values()]
@@ -105,9 +105,9 @@ def compressed_format(settings: Mapping[str, Any]) -> CompressedFormat:
     fits = len(schemes) == 1 and found["format"] == "pack-quantized" and found["num_bits"] in PACKED_BITS
     if not fits or found["type"] != "int" or found["strategy"] != "group":
         raise CheckpointRefused(
-            f"The compressed-tensors config has {found}, expected one scheme of 4 or 8 bit integers in groups, format"
-            " 'pack-quantized'.",
-            remedy="Name a checkpoint with 4 or 8 bit weights in groups, such as llm-compressor's W4A16.",
+            f"The compressed-tensors config has {found}; expected the format 'pack-quantized' and one scheme of 4 or"
+            " 8 bit integers (type 'int', strategy 'group').",
+            remedy="Use a checkpoint with 4 or 8 bit weights in groups, such as one of llm-compressor's scheme W4A16.",
         )
     return CompressedFormat(
         bits=int(scheme["num_bits"]),

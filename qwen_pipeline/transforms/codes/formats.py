@@ -1,4 +1,4 @@
-"""The formats of packed codes that this package reads, behind one face."""
+"""The formats of packed codes that this package reads, behind one protocol."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,12 +12,14 @@ from qwen_pipeline.transforms.codes.parts import CodeTensor
 
 
 class CodeFormat(Protocol):
-    """How the linear layers of one checkpoint are packed.
+    """The format of the packed linear layers of one checkpoint.
 
     Attributes:
+        bits: Bits of a code.
+        group_size: Inputs of a group; -1 is one group for all inputs.
         desc_act: Whether inputs were quantized in another order than they are stored in (act-order).
-        codes: Endings of the tensors that every packed layer has.
-        parts: Ending of a tensor -> how it counts channels; packed layers and layers that stayed as they were.
+        codes: Suffixes of the tensors that every packed layer has.
+        code_tensors: Suffix of a tensor -> its channels, for packed layers and for layers that were not quantized.
     """
 
     @property
@@ -29,9 +31,9 @@ class CodeFormat(Protocol):
     @property
     def codes(self) -> tuple[str, ...]: ...
     @property
-    def parts(self) -> Mapping[str, CodeTensor]: ...
+    def code_tensors(self) -> Mapping[str, CodeTensor]: ...
     def load(self, checkpoint: Checkpoint, module: str, /) -> PackedLinear:
-        """Read one layer into the one form that weights are computed from."""
+        """Read one layer, whose weight can then be computed by rows."""
         ...
 
 
@@ -39,7 +41,7 @@ def code_format(settings: Mapping[str, Any]) -> CodeFormat:
     """Return the format that a model's ``quantization_config`` describes.
 
     Raises:
-        CheckpointRefused: There is none, or it is not one of the formats that can be read.
+        CheckpointRefused: The checkpoint is not quantized, or the format is not supported.
     """
     method = settings.get("quant_method")
     if method == "gptq":
@@ -49,8 +51,8 @@ def code_format(settings: Mapping[str, Any]) -> CodeFormat:
     if method == "compressed-tensors":
         return compressed_format(settings)
     raise CheckpointRefused(
-        f"The checkpoint is quantized by {method!r}; gptq, awq and compressed-tensors can be read."
+        f"The checkpoint has quant_method {method!r}, expected 'gptq', 'awq' or 'compressed-tensors'."
         if settings
         else "The checkpoint is not quantized: neither config.json nor quantize_config.json has quantization settings.",
-        remedy="Name a checkpoint of packed codes; full precision is padded with: qwen-pipeline pad",
+        remedy="Use a checkpoint of packed codes; to pad one in full precision, run: qwen-pipeline pad",
     )

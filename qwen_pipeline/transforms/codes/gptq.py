@@ -1,4 +1,4 @@
-"""GPTQ's packed codes: what they mean, how they are packed, and the weights they stand for.
+"""GPTQ's packed codes: their layout, and the weights that they encode.
 
 A quantized linear layer of I inputs and O outputs, with G groups of inputs, is four tensors
 (https://github.com/ModelCloud/GPTQModel, ``TorchLinear``; ``P`` codes of ``bits`` bits fill one 32-bit word, lowest
@@ -25,7 +25,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.parts import (
-    QUIET_SCALE,
+    ADDED_SCALE,
     UNPACKED,
     WORD_BITS,
     Axis,
@@ -45,7 +45,7 @@ CODES = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqFormat:
-    """What a config's ``quantization_config`` says about the codes. ``group_size`` -1 is one group for all inputs."""
+    """The settings of GPTQ codes in a ``quantization_config``. ``group_size`` -1 is one group for all inputs."""
 
     bits: int
     group_size: int
@@ -59,7 +59,7 @@ class GptqFormat:
 
     @property
     def stored_zero_offset(self) -> int:
-        """What has to be added to a stored zero point."""
+        """The number to add to a stored zero point."""
         return 1 if self.checkpoint_format == "gptq" else 0
 
     @property
@@ -67,21 +67,21 @@ class GptqFormat:
         return CODES if self.desc_act else CODES[:3]
 
     @property
-    def parts(self) -> Mapping[str, CodeTensor]:
-        """How each tensor of a layer counts channels; new ones have the middle code, which is their zero point too."""
+    def code_tensors(self) -> Mapping[str, CodeTensor]:
+        """The channels of each tensor of a layer; added ones have the middle code, which is also their zero point."""
         middle, per_word = 2 ** (self.bits - 1), self.codes_per_word
         codes = {
             "qweight": Elements((Axis("in", per_word), Axis("out")), word_of(middle, self.bits)),
             "qzeros": Elements(
                 (Axis("groups"), Axis("out", per_word)), word_of(middle - self.stored_zero_offset, self.bits)
             ),
-            "scales": Elements((Axis("groups"), Axis("out")), QUIET_SCALE),
+            "scales": Elements((Axis("groups"), Axis("out")), ADDED_SCALE),
             "g_idx": GroupNumbers(),
         }
         return MappingProxyType({**codes, **UNPACKED})
 
     def load(self, checkpoint: Checkpoint, module: str) -> "PackedLinear":
-        """Read one layer's codes. Some quantizers leave out ``g_idx`` where inputs are in order."""
+        """Read one layer's codes. Some quantizers omit ``g_idx`` if inputs are in order."""
         qweight, qzeros, scales = (checkpoint.load(f"{module}.{code}") for code in CODES[:3])
         inputs = len(qweight) * self.codes_per_word
         name = f"{module}.g_idx"
@@ -92,7 +92,7 @@ class GptqFormat:
         return in_features if self.group_size == -1 else self.group_size
 
     def code_specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """Return dtype and shape of the four tensors of a layer, by the last part of their names."""
+        """Return dtype and shape of the four tensors of a layer, by the suffixes of their names."""
         groups, per_word = ceil(in_features / self.inputs_per_group(in_features)), self.codes_per_word
         return {
             "qweight": TensorSpec(dtype="I32", shape=(in_features // per_word, out_features)),
@@ -103,15 +103,15 @@ class GptqFormat:
 
 
 def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
-    """Read the format from a model's ``config.json``.
+    """Return the format in a model's ``config.json``.
 
     Raises:
-        CheckpointRefused: It is not a GPTQ checkpoint, or one whose codes straddle words (2, 3, 5, 6, 7 bits).
+        CheckpointRefused: The model is not quantized by GPTQ, or not to 4 or 8 bits, or a setting is not supported.
     """
     found = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     method, bits = found.get("quant_method"), found.get("bits")
     checkpoint_format = found.get("checkpoint_format") or found.get("format") or "gptq"
-    remedy = "Name a checkpoint that GPTQ quantized to 4 or 8 bits."
+    remedy = "Use a checkpoint that was quantized to 4 or 8 bits with GPTQ."
     if method != "gptq":
         raise CheckpointRefused(f"config.json has quant_method {method!r}, expected 'gptq'.", remedy=remedy)
     if bits not in PACKED_BITS:
@@ -124,7 +124,7 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
     group_size = found.get("group_size")
     if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
         raise CheckpointRefused(
-            f"config.json has group_size {group_size!r}, expected -1 or more than 0.", remedy=remedy
+            f"config.json has group_size {group_size!r}, expected -1 or a positive integer.", remedy=remedy
         )
     return GptqFormat(
         bits=bits,
@@ -137,7 +137,7 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedLinear:
-    """The four tensors of one layer in memory (about ``bits / 8`` bytes a weight); weights come by rows."""
+    """The four tensors of one layer in memory (about ``bits / 8`` bytes a weight); weights are computed by rows."""
 
     format: GptqFormat
     qweight: "torch.Tensor"
@@ -147,7 +147,7 @@ class PackedLinear:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether groups are consecutive inputs, as they are without act-order."""
+        """True if groups consist of consecutive inputs, which is always so without act-order."""
         import torch
 
         inputs = len(self.g_idx)
@@ -155,9 +155,9 @@ class PackedLinear:
         return torch.equal(self.g_idx, groups_I.to(self.g_idx.device))
 
     def weight_rows(self, start: int, stop: int) -> "torch.Tensor":
-        """Return rows ``start:stop`` of the weight, float32 [stop - start, I], exactly as the codes say.
+        """Return rows ``start:stop`` of the weight without rounding, float32 [stop - start, I].
 
-        A product of a float16 scale and a difference of codes below 2**8 is exact in float32.
+        The product of a float16 scale and a difference of codes below 2**8 is exact in float32.
         """
         codes_IO = unpack_rows(self.qweight[:, start:stop], self.format.bits)
         zeros_GO = self.zeros(start, stop)
@@ -175,14 +175,14 @@ class PackedLinear:
 
 
 def in_order(inputs: int, per_group: int) -> "torch.Tensor":
-    """Return the group of each input, int32 [I], where groups are consecutive."""
+    """Return the group of each input if groups consist of consecutive inputs: int32 [I]."""
     import torch
 
     return torch.arange(inputs, dtype=torch.int32) // per_group
 
 
 def unpack_rows(words: "torch.Tensor", bits: int) -> "torch.Tensor":
-    """Unpack int32 words [R, C] into int32 codes [R * 32 / bits, C]: the first rows come from the lowest bits."""
+    """Unpack int32 words [R, C] into int32 codes [R * 32 / bits, C]; the first rows are in the lowest bits."""
     import torch
 
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)

@@ -1,7 +1,8 @@
-"""A quantized checkpoint made of two: the engine's codes, and the source's everything else.
+"""A quantized checkpoint composed of an engine's codes and the source's remaining tensors and files.
 
-What is not quantized (embeddings, norms, biases, config, tokenizer) is the source's, byte for byte, because engines
-cast it to the dtype they compute in and rewrite the files beside it. Tensors keep the source's order and shards.
+Everything that is not quantized (embeddings, norms, biases, config, tokenizer) is the source's, byte for byte, because
+engines cast tensors to the dtype that they compute in and rewrite the other files. Tensors keep the source's order and
+shards.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.errors import EngineFault
+from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 
@@ -21,18 +22,18 @@ def quantized_checkpoint(
     linears: Collection[Linear],
     quantization_config: Mapping[str, Any],
 ) -> Checkpoint:
-    """Replace the weight of each linear layer by its codes from ``packed``; a layer without codes keeps its weight.
+    """Return ``source`` with the weight of each linear layer replaced by its codes in ``packed``, if it has any.
 
-    A stack of experts is kept whole if one of them has no codes.
+    A stack of experts keeps its weights if one expert has no codes.
 
     Raises:
-        EngineFault: The codes have another dtype or shape than the source's weight gives.
+        WorkerFailed: The codes do not have the dtype or shape that follows from the source's weight.
     """
     form = gptq_format({"quantization_config": quantization_config})
-    unsolved = {linear.tensor for linear in linears if f"{linear.module}.qweight" not in packed}
+    without_codes = {linear.tensor for linear in linears if f"{linear.module}.qweight" not in packed}
     codes: dict[str, dict[str, TensorSpec]] = {}
     for linear in linears:
-        if linear.tensor not in unsolved:
+        if linear.tensor not in without_codes:
             codes.setdefault(linear.tensor, {}).update(
                 {
                     f"{linear.module}.{code}": spec
@@ -58,8 +59,8 @@ def _code(packed: Checkpoint, name: str, spec: TensorSpec) -> LazyTensor:
     found = packed.get(name)
     if found != spec:
         shown = f"{found.dtype} {list(found.shape)}" if found else "missing"
-        raise EngineFault(
+        raise WorkerFailed(
             f"The engine's {name} is {shown}, expected {spec.dtype} {list(spec.shape)}.",
-            remedy="Report this as a defect: the engine writes another format than this pipeline knows.",
+            remedy="Report this as a defect: the engine writes a format that this pipeline does not support.",
         )
     return packed.tensors[name]

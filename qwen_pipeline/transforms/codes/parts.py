@@ -1,7 +1,7 @@
-"""The tensors of a packed layer as far as new channels go: which axis counts what, and which codes stand for zero.
+"""The tensors of a packed layer, and how channels are added to them: the unit of each axis, and the codes of zero.
 
-Channels are added in whole quantization groups, which are whole words as well: no live word is unpacked or rewritten,
-whatever a format means by its bits.
+Channels are added in whole quantization groups, which are also whole words: no live word is unpacked or rewritten,
+regardless of the layout of its bits.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 Dimension = Literal["in", "out"]
 WORD_BITS = 32
-QUIET_SCALE = 2.0**-14
-"""The scale of new channels, whose steps are zero: the smallest normal float16, so that no engine that normalizes by
-the largest scale of a layer meets a new one, and a power of two, so that products with it are exact."""
+ADDED_SCALE = 2.0**-14
+"""The scale of added channels, all of whose weights are zero: the smallest normal float16, so that it is never the
+largest scale of a layer, by which some engines normalize, and a power of two, so that products with it are exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widening:
-    """New channels along one dimension of a layer; ``size.positions()`` says where the live ones go."""
+    """The addition of channels along one dimension of a layer; ``size.positions()`` are those of the live channels."""
 
     dimension: Dimension
     size: PaddedSize
@@ -37,23 +37,23 @@ class CodeTensor(Protocol):
     """One tensor of a packed layer."""
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:
-        """Whether a tensor's shape agrees with the live width."""
+        """Return whether a tensor's shape agrees with the live width."""
         ...
 
     def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
-        """Return the tensor with the new channels in it; itself if it does not count them."""
+        """Return the tensor with the channels added, or unchanged if none of its axes has them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """``per`` channels of ``counts``, or of the inputs of a group, are one element of this axis."""
+    """One axis of a tensor, each of whose elements is ``per`` inputs or outputs, or one group of inputs."""
 
     counts: Literal["in", "out", "groups"]
     per: int = 1
 
     def channels(self, by: Widening) -> int:
-        """Return how many of the channels that are widened one element stands for; 0 if it counts others."""
+        """Return the number of channels of the widened dimension in one element; 0 if the axis is of the other one."""
         if self.counts == "groups":
             return by.size.group_size if by.dimension == "in" else 0
         return self.per if self.counts == by.dimension else 0
@@ -67,9 +67,9 @@ class Elements(CodeTensor):
     fill: float = 0
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:
-        counted = [axis.channels(by) for axis in self.axes]
+        per_element = [axis.channels(by) for axis in self.axes]
         return len(spec.shape) == len(self.axes) and all(
-            length * per == by.size.live for length, per in zip(spec.shape, counted, strict=True) if per
+            length * per == by.size.live for length, per in zip(spec.shape, per_element, strict=True) if per
         )
 
     def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
@@ -81,7 +81,7 @@ class Elements(CodeTensor):
 
 
 class GroupNumbers(CodeTensor):
-    """The group of each input, ``g_idx``: live inputs keep theirs under its new number, new inputs get new groups."""
+    """The group of each input, ``g_idx``: live inputs keep theirs, renumbered; added inputs get added groups."""
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:
         return len(spec.shape) == 1 and (by.dimension == "out" or spec.rows == by.size.live)
@@ -104,16 +104,16 @@ class GroupNumbers(CodeTensor):
 
 
 class StatedShape(CodeTensor):
-    """The shape [out, in] of the weight, stated as a tensor."""
+    """The shape [out, in] of the weight, stored as a tensor."""
 
     def fits(self, spec: TensorSpec, by: Widening) -> bool:  # noqa: ARG002
         return spec.shape == (2,)
 
     def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
         def read(start: int, stop: int) -> "torch.Tensor":
-            stated = tensor.read(0, 2).clone()
-            stated[("out", "in").index(by.dimension)] = by.size.padded
-            return stated[start:stop]
+            shape = tensor.read(0, 2).clone()
+            shape[("out", "in").index(by.dimension)] = by.size.padded
+            return shape[start:stop]
 
         return LazyTensor(spec=tensor.spec, read=read)
 
@@ -121,7 +121,7 @@ class StatedShape(CodeTensor):
 UNPACKED: Mapping[str, CodeTensor] = MappingProxyType(
     {"weight": Elements((Axis("out"), Axis("in"))), "bias": Elements((Axis("out"),))}
 )
-"""The parts of a layer that was not quantized, and the bias of any."""
+"""The weight of a layer that was not quantized, and the bias of any layer."""
 
 
 def widened(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor", *, fill: float = 0) -> LazyTensor:
@@ -146,6 +146,6 @@ def widened(tensor: LazyTensor, axis: int, width: int, positions: "torch.Tensor"
 
 
 def word_of(code: int, bits: int) -> int:
-    """Return the int32 word that holds one code at each of its places."""
+    """Return the int32 word that holds the same code at each position."""
     word = sum(code << shift for shift in range(0, WORD_BITS, bits))
     return word - (word >> (WORD_BITS - 1) << WORD_BITS)

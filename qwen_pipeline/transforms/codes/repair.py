@@ -1,8 +1,8 @@
-"""Widening the MLPs of a quantized checkpoint by whole groups of zero codes, without quantizing again.
+"""Repair of a quantized checkpoint: its MLPs are widened by whole groups of zero codes, without quantizing again.
 
-A rank of a tensor-parallel engine takes its share of ``down_proj``'s inputs and of its groups, each rounded down. Where
-the groups do not divide, the scales that it takes belong to other inputs, and some engines answer wrongly without a
-word. New groups make them divide. Every live code, scale and zero point keeps its bits.
+A rank of a tensor-parallel engine loads its share of ``down_proj``'s inputs and of its groups, each rounded down. If
+the number of groups is not divisible by the ranks, the scales that it loads belong to other inputs, and some engines
+give wrong answers without an error. Added groups make it divisible. Live codes, scales and zero points are unchanged.
 """
 
 from collections.abc import Iterator
@@ -26,29 +26,30 @@ from qwen_pipeline.transforms.codes.parts import Widening
 
 
 def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int, towers: bool = False) -> PadPlan:
-    """Return the whole groups that each size lacks for ``tensor_parallel`` ranks, and channels of ``towers`` if asked.
+    """Return the whole groups to add to each size for ``tensor_parallel`` ranks, and channels to add to ``towers``.
 
     Raises:
-        InputRefused: New groups cannot help, or not all of the way; the remedy says what does.
+        InputRefused: Added groups cannot make the model divisible; the remedy says what can.
     """
     if form.group_size < 1:
         raise InputRefused(
-            "The codes have one scale for all inputs of an output: there are no groups to add.",
-            remedy="Serve it as it is: engines share such layers by their inputs alone.",
+            f"The codes have group_size {form.group_size}, one scale for all inputs: no groups can be added.",
+            remedy="Serve the checkpoint without repair: ranks share such layers by their inputs alone.",
         )
     plan = plan_padding(config, group_size=form.group_size, tensor_parallel=tensor_parallel, layout="groups")
-    torn = [size for size in plan.sizes if size.live % form.group_size]
-    if torn:
+    incomplete = [size for size in plan.sizes if size.live % form.group_size]
+    if incomplete:
         raise InputRefused(
-            listed([f"{size.field} {size.live} is {size.live / form.group_size:g} groups" for size in torn])
-            + f" of {form.group_size}: the last group is not whole, and engines may answer wrongly even on one rank.",
-            remedy="Quantize again from full precision, padded first: qwen-pipeline pad"
+            listed([f"{size.field} {size.live} is {size.live / form.group_size:g} groups" for size in incomplete])
+            + f" of {form.group_size}: the last group is incomplete, and engines may give wrong answers even on one"
+            " rank.",
+            remedy="Pad the full-precision checkpoint and quantize it again: qwen-pipeline pad"
             f" --group-size {form.group_size} --tp {tensor_parallel}, then qwen-pipeline quantize.",
         )
     if obstacles := attention_obstacles(config, group_size=form.group_size, tensor_parallel=tensor_parallel):
         raise InputRefused(
             f"{tensor_parallel} ranks cannot share this model, however wide its MLP is: {listed(obstacles)}.",
-            remedy=_other_ways(config, form.group_size, tensor_parallel),
+            remedy=_alternatives(config, form.group_size, tensor_parallel),
         )
     return with_towers(plan, config, ranks=tensor_parallel) if towers else plan
 
@@ -57,7 +58,7 @@ def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoin
     """Return the checkpoint with every planned size widened, in the codes and in the config.
 
     Raises:
-        CheckpointRefused: A tensor of a layer is missing, is not known, or has another width than the config says.
+        CheckpointRefused: A tensor of a layer is missing or unknown, or its width contradicts the config.
     """
     for size in plan.sizes:
         if size.zeros:
@@ -69,20 +70,20 @@ def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoin
 
 
 def widenings(checkpoint: Checkpoint, size: PaddedSize) -> dict[str, Widening]:
-    """Return the layers that have channels of a size: module -> which of its dimensions they are.
+    """Return the layers to widen for a size: module -> the dimension that has the size's channels.
 
     Raises:
-        CheckpointRefused: A projection is missing, a tensor is unknown, or experts lie in stacks.
+        CheckpointRefused: A projection is missing, a tensor is unknown, or experts are stored in stacks.
     """
     if stacks := [name for name in sized_tensors(checkpoint, size.field) if name.endswith(FUSED)]:
         raise CheckpointRefused(
-            f"These experts lie in stacks, which no format of codes has: {listed(stacks)}.",
-            remedy="Pad the full-precision checkpoint and quantize again.",
+            f"Experts are stored in stacks, which no format of packed codes supports: {listed(stacks)}.",
+            remedy="Pad the full-precision checkpoint and quantize it again.",
         )
     found: dict[str, Widening] = {}
     for name in checkpoint:
-        module, place = name.rpartition(".")[0], parse_name(name, checkpoint.config)
-        channels = channels_of(replace(place, parameter="weight"), checkpoint[name].shape, checkpoint.config)
+        module, parsed = name.rpartition(".")[0], parse_name(name, checkpoint.config)
+        channels = channels_of(replace(parsed, parameter="weight"), checkpoint[name].shape, checkpoint.config)
         if channels and channels.field == size.field:
             dimension = "in" if channels.axis else "out"
             found[module] = Widening(dimension=dimension, size=size)
@@ -90,41 +91,43 @@ def widenings(checkpoint: Checkpoint, size: PaddedSize) -> dict[str, Widening]:
 
 
 def _widened_tensors(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> Iterator[tuple[str, LazyTensor]]:
-    parts = _parts_by_module(checkpoint)
+    modules = _names_by_module(checkpoint)
     wrong: list[str] = []
     for module, by in widenings(checkpoint, size).items():
-        held = parts[module]
-        wrong += [f"{module}.{code} is missing" for code in form.codes if code not in held and "weight" not in held]
-        for ending, name in held.items():
-            part = form.parts.get(ending)
-            if part is None:
+        names = modules[module]
+        wrong += [f"{module}.{code} is missing" for code in form.codes if code not in names and "weight" not in names]
+        for suffix, name in names.items():
+            code_tensor = form.code_tensors.get(suffix)
+            if code_tensor is None:
                 wrong.append(f"{name} is not a tensor of this format")
-            elif not part.fits(checkpoint[name], by):
+            elif not code_tensor.fits(checkpoint[name], by):
                 wrong.append(f"{name} is {list(checkpoint[name].shape)}")
             else:
-                yield name, part.widened(checkpoint.tensors[name], by)
+                yield name, code_tensor.widened(checkpoint.tensors[name], by)
     if wrong:
         raise CheckpointRefused(
             f"The codes do not fit {size.field} {size.live} in groups of {form.group_size} at {form.bits} bits:"
             f" {listed(wrong)}.",
-            remedy="Fetch the checkpoint again. Layers with bits or groups of their own cannot be repaired: pad the"
-            " full-precision checkpoint and quantize again.",
+            remedy="Download the checkpoint again. If its layers differ in bits or group size, it cannot be repaired:"
+            " pad the full-precision checkpoint and quantize it again.",
         )
 
 
-def _parts_by_module(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return module -> ending -> name of each tensor."""
-    parts: dict[str, dict[str, str]] = {}
+def _names_by_module(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return module -> suffix -> name of each tensor."""
+    names: dict[str, dict[str, str]] = {}
     for name in checkpoint:
-        module, _, ending = name.rpartition(".")
-        parts.setdefault(module, {})[ending] = name
-    return parts
+        module, _, suffix = name.rpartition(".")
+        names.setdefault(module, {})[suffix] = name
+    return names
 
 
-def _other_ways(config: Config, group_size: int, tensor_parallel: int) -> str:
+def _alternatives(config: Config, group_size: int, tensor_parallel: int) -> str:
+    """Return a remedy: the degrees that can serve the model, and smaller groups if they would help."""
+
     def serves(degree: int, group_size: int) -> bool:
         return not attention_obstacles(config, group_size=group_size, tensor_parallel=degree)
 
     degrees = [str(degree) for degree in range(1, tensor_parallel) if serves(degree, group_size)]
-    fewer = f"Serve it on fewer ranks ({', '.join(degrees) or 'none fits'})"
+    fewer = f"Serve it on fewer ranks ({', '.join(degrees) or 'no number is possible'})"
     return f"{fewer}, or quantize it again in smaller groups." if serves(tensor_parallel, 1) else f"{fewer}."

@@ -1,8 +1,8 @@
-"""GPTQ's codes as compressed-tensors' ``pack-quantized``, vLLM's own format: the same integers, the other way round.
+"""Conversion of GPTQ's codes to compressed-tensors' ``pack-quantized``, vLLM's own format: the same codes, transposed.
 
 Both formats fill a word from its lowest bits with consecutive inputs; GPTQ has words by outputs, compressed-tensors
-outputs by words (:mod:`qwen_pipeline.transforms.codes.compressed_tensors`). Nothing is computed but transposes, and of
-asymmetric codes the zero points that the older GPTQ format stores less one.
+outputs by words (:mod:`qwen_pipeline.transforms.codes.compressed_tensors`). Tensors are only transposed, except for the
+zero points of asymmetric codes, which the older GPTQ format stores less one.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def as_compressed(quantized: Checkpoint) -> Checkpoint:
     """Return a GPTQ checkpoint in the format ``pack-quantized``.
 
     Raises:
-        CheckpointRefused: It is no GPTQ checkpoint of 4 or 8 bits.
+        CheckpointRefused: The checkpoint is not quantized to 4 or 8 bits with GPTQ.
     """
     form = gptq_format(quantized.config)
     tensors: dict[str, LazyTensor] = {}
@@ -43,9 +43,9 @@ def as_compressed(quantized: Checkpoint) -> Checkpoint:
 
 
 def compressed_config(quantized: Checkpoint, form: GptqFormat) -> dict[str, Any]:
-    """Return the ``quantization_config``; linear layers that are not quantized are named one by one."""
+    """Return the ``quantization_config``, which lists every linear layer that is not quantized."""
     names = (name.removesuffix(".weight") for name in quantized if name.endswith(".weight"))
-    kept = [name for name in names if len(quantized[f"{name}.weight"].shape) == 2 and not _is_embedding(name)]
+    ignored = [name for name in names if len(quantized[f"{name}.weight"].shape) == 2 and not _is_embedding(name)]
     weights = {
         "num_bits": form.bits,
         "type": "int",
@@ -61,7 +61,7 @@ def compressed_config(quantized: Checkpoint, form: GptqFormat) -> dict[str, Any]
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": list(dict.fromkeys([*kept, "lm_head"])),
+        "ignore": list(dict.fromkeys([*ignored, "lm_head"])),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -84,7 +84,7 @@ def _compressed(quantized: Checkpoint, module: str, form: GptqFormat) -> Iterato
 
 
 def _transposed(tensor: LazyTensor) -> LazyTensor:
-    """Turn a matrix round; rows of the result are read as columns of the file."""
+    """Return a matrix transposed; rows of the result are read as columns of the file."""
     rows, columns = tensor.spec.shape
 
     def read(start: int, stop: int) -> "torch.Tensor":

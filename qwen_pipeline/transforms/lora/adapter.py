@@ -1,22 +1,23 @@
-"""A PEFT LoRA as saved on disk: its settings, and what each of its tensors is. Headers only.
+"""A LoRA as PEFT saves it: its settings and the role of each tensor. Only headers are read.
 
-What cannot be merged exactly is refused by name, also settings that nobody has heard of: an adapter is merged
-completely or not at all.
+Settings and tensors that cannot be merged exactly, unknown ones included, are refused with a message that names them:
+an adapter is merged completely or not at all.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from shlex import quote
-from typing import Any, cast
+from typing import Any
 
-from qwen_pipeline.checkpoint.digest import block_ranges, directory_digest, is_finite
+from qwen_pipeline.checkpoint.digest import block_ranges, is_finite
+from qwen_pipeline.checkpoint.digest_cache import directory_digest
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
-from qwen_pipeline.transforms.lora.adapter_tensors import AdapterTensors, Factors, sort_tensors
+from qwen_pipeline.transforms.lora.adapter_tensors import AdapterTensors, Factors, classify_tensors
 from qwen_pipeline.transforms.lora.settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -25,10 +26,14 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """An adapter whose every tensor has one meaning.
+    """An adapter whose settings are supported and whose tensors all have a role.
 
     Attributes:
+        root: The adapter's directory.
         config: The parsed ``adapter_config.json``.
+        settings: The settings that a merge depends on.
+        weights: The tensors of ``adapter_model.safetensors``.
+        tensors: The role of each tensor.
     """
 
     root: Path
@@ -39,12 +44,12 @@ class Adapter:
 
     @property
     def base_name(self) -> str | None:
-        """The base it was trained on, as its trainer called it."""
+        """The path or hub id of the base that it was trained on, as its config states it."""
         return self.config.get("base_model_name_or_path")
 
     @property
     def revision(self) -> str | None:
-        """The revision of the base, if its trainer named one."""
+        """The revision of the base, if its config states one."""
         return self.config.get("revision")
 
     @property
@@ -58,11 +63,11 @@ class Adapter:
         return self.settings.scaling(factors.pattern_key)
 
     def experts(self, factors: Factors) -> int:
-        """Return how many matrices an update consists of."""
+        """Return the number of matrices of an update."""
         return self.shape(factors.down)[0] // self.rank(factors) if factors.layout == "experts" else 1
 
     def update_shape(self, factors: Factors) -> tuple[int, ...]:
-        """Return the shape of one matrix of an update: ``[O, I]``, for a convolution ``[O, ...]`` as its kernel's."""
+        """Return the shape of one matrix of an update: ``[O, I]``, or the kernel's shape of a convolution."""
         up, down = self.shape(factors.up), self.shape(factors.down)
         return (up[1], down[0]) if factors.layout == "embedding" else (up[0], *down[1:])
 
@@ -72,19 +77,19 @@ class Adapter:
         return directory_digest(files)
 
     def rank(self, factors: Factors) -> int:
-        """Return the rank of an update, for stacks of experts of each of their matrices."""
+        """Return the rank of an update; of a stack of experts, the rank of each matrix."""
         return self.settings.rank(factors.pattern_key)
 
-    def grouped(self) -> Iterator[str]:
-        """Yield the modules whose ``lora_B`` is a convolution in groups: each output sees a part of the rank."""
+    def grouped_convolutions(self) -> Iterator[str]:
+        """Yield the modules whose ``lora_B`` is a grouped convolution: each output depends on a part of the rank."""
         for factors in self.tensors.factors.values():
             if factors.layout == "linear" and len(self.shape(factors.down)) == len(up := self.shape(factors.up)) > 2:
-                seen, rank = up[1], self.rank(factors)
-                if seen < rank and rank % seen == 0:
+                group_rank, rank = up[1], self.rank(factors)
+                if group_rank < rank and rank % group_rank == 0:
                     yield factors.parameter.removesuffix(".weight")
 
-    def misshapen(self) -> Iterator[str]:
-        """Yield the tensors whose shapes contradict each other or the settings, as a message names them."""
+    def wrong_shapes(self) -> Iterator[str]:
+        """Yield the tensors whose shapes contradict each other or the settings, with the shapes, for a message."""
         for factors in self.tensors.factors.values():
             if not self._fits(factors):
                 shapes = " and ".join(f"{name} {list(self.shape(name))}" for name in factors.names)
@@ -93,9 +98,10 @@ class Adapter:
             rows = len(self.settings.tokens_of(module))
             if len(self.shape(name)) != 2 or self.shape(name)[0] != rows:
                 yield f"{name} {list(self.shape(name))} (expected {rows} rows)"
-        for name, path in (self.tensors.twins | self.tensors.originals).items():
-            if self.shape(name) != self.shape(self.tensors.saved[path]):
-                yield f"{name} {list(self.shape(name))}"
+        for name, path in (self.tensors.duplicates | self.tensors.originals).items():
+            saved = self.tensors.saved[path]
+            if self.shape(name) != self.shape(saved):
+                yield f"{name} {list(self.shape(name))} (expected {list(self.shape(saved))}, the shape of {saved})"
 
     def _fits(self, factors: Factors) -> bool:
         up, down, rank = self.shape(factors.up), self.shape(factors.down), self.rank(factors)
@@ -109,8 +115,8 @@ class Adapter:
         if not fits:
             return False
         outputs, inputs = self.update_shape(factors)[:2]
-        normed = inputs if factors.layout == "embedding" else outputs
-        return (not factors.magnitude or prod(self.shape(factors.magnitude)) == normed) and (
+        norms = inputs if factors.layout == "embedding" else outputs
+        return (not factors.magnitude or prod(self.shape(factors.magnitude)) == norms) and (
             not factors.bias or self.shape(factors.bias) == (outputs,)
         )
 
@@ -123,41 +129,44 @@ def open_adapter(root: Path) -> Adapter:
     """Open a directory that PEFT's ``save_pretrained`` wrote.
 
     Raises:
-        AdapterRefused: Its weights are pickled or missing, a setting is not supported or not known, a tensor has no
-            meaning under these settings, or another shape than they say.
+        AdapterRefused: The weights are pickled or missing, a setting is unsupported or unknown, or a tensor has no role
+            under these settings or another shape than they imply.
     """
-    config = _load_config(root)
+    config = load_json(root / ADAPTER_CONFIG, refused=AdapterRefused)
     settings = lora_settings(config, source=root / ADAPTER_CONFIG)
     if not (root / ADAPTER_WEIGHTS).is_file():
         raise _no_weights(root)
     weights = open_safetensors(root / ADAPTER_WEIGHTS)
-    tensors = sort_tensors(weights.specs, settings)
-    if tensors.stray or not weights.specs:
+    if not weights.specs:
+        raise AdapterRefused(f"{root / ADAPTER_WEIGHTS} has no tensors.", remedy="Save the adapter again.")
+    tensors = classify_tensors(weights.specs, settings)
+    if tensors.unexplained:
         raise AdapterRefused(
-            f"{root} has tensors that its settings do not explain, or one of a pair without the other: "
-            f"{listed(sorted(tensors.stray)) or 'none at all'}.",
+            f"{root} has tensors that its settings do not explain, or one tensor of a pair without the other: "
+            f"{listed(sorted(tensors.unexplained))}.",
             remedy="Use the adapter_config.json that was saved with these weights, or save the adapter again. If the"
             f" file holds more than LoRA: {MERGE_WITH_PEFT}",
         )
     adapter = Adapter(root=root, config=config, settings=settings, weights=weights, tensors=tensors)
-    if grouped := list(adapter.grouped()):
+    if grouped := list(adapter.grouped_convolutions()):
         raise AdapterRefused(
-            f"{root} updates convolutions that work in groups, whose kernels cannot hold it: {listed(grouped)}.",
-            remedy="Leave them out of target_modules when training; PEFT cannot merge them either.",
+            f"{root} updates grouped convolutions, whose kernels cannot hold the update: {listed(grouped)}.",
+            remedy="Train again without them in target_modules; PEFT cannot merge them either.",
         )
-    if wrong := list(adapter.misshapen()):
+    if wrong := list(adapter.wrong_shapes()):
         raise AdapterRefused(
-            f"{root} has tensors of other shapes than its settings say: {listed(wrong)}.",
-            remedy="Use the adapter_config.json that was saved with these weights; gather sharded weights when saving.",
+            f"{root} has tensors whose shapes contradict its settings: {listed(wrong)}.",
+            remedy="Use the adapter_config.json that was saved with these weights. If the training was sharded, gather"
+            " the weights before saving.",
         )
     return adapter
 
 
 def require_finite(adapter: Adapter) -> None:
-    """Read every tensor once and refuse an adapter with a NaN or an infinity in it.
+    """Read every tensor once and require that all values are finite.
 
     Raises:
-        AdapterRefused: Naming the tensors.
+        AdapterRefused: A tensor has a NaN or an infinity; the message names the tensors.
     """
     broken = [
         name
@@ -166,33 +175,23 @@ def require_finite(adapter: Adapter) -> None:
     ]
     if broken:
         raise AdapterRefused(
-            f"{adapter.root} has values that are not finite in {listed(broken)}.",
-            remedy="The training diverged: use an earlier checkpoint of the adapter.",
+            f"{adapter.root} has NaN or infinite values in {listed(broken)}.",
+            remedy="Use a checkpoint of the adapter from before the training diverged.",
         )
-
-
-def _load_config(root: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((root / ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterRefused(
-            f"{root / ADAPTER_CONFIG} cannot be read: {error}.", remedy="Save or fetch the adapter again."
-        ) from error
-    if not isinstance(config, dict):
-        raise AdapterRefused(f"{root / ADAPTER_CONFIG} is not a JSON object.", remedy="Save the adapter again.")
-    return cast("dict[str, Any]", config)
 
 
 def _no_weights(root: Path) -> AdapterRefused:
     pickles = sorted(path.name for pattern in PICKLES for path in root.glob(pattern))
     if not pickles:
-        return AdapterRefused(f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait for the upload, or fetch it again.")
+        return AdapterRefused(
+            f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait until the upload is complete, or download it again."
+        )
     convert = (
         "from safetensors.torch import save_file; import torch; "
         f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()}}, "
         f"'{ADAPTER_WEIGHTS}')"
     )
     return AdapterRefused(
-        f"{root} holds pickled weights ({', '.join(pickles)}), which can run code when loaded.",
-        remedy=f'Convert them where you trust them: cd {quote(str(root))} && python -c "{convert}"',
+        f"{root} holds pickled weights ({', '.join(pickles)}), which can execute code when they are loaded.",
+        remedy=f'If you trust them, convert them: cd {quote(str(root))} && python -c "{convert}"',
     )

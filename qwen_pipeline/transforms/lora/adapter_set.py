@@ -1,11 +1,11 @@
-"""One adapter, or several that are merged together with weights, as PEFT's ``add_weighted_adapter`` combines them.
+"""One adapter, or a weighted combination of several, as PEFT's ``add_weighted_adapter`` combines them.
 
-``cat`` adds the updates: ``sum(w * scaling * B @ A)``. ``linear`` adds the factors before it multiplies them, each with
-the square root of its weight and scaling: an approximation, which PEFT has because its result is again of one rank.
+``cat`` sums the updates: ``sum(w * scaling * B @ A)``. ``linear`` sums the factors before they are multiplied, each
+with the square root of its weight times scaling: an approximation that keeps the rank, which is why PEFT offers it.
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ Combination = Literal["cat", "linear"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An adapter and its share."""
+    """An adapter and its weight in the sum."""
 
     adapter: Adapter
     weight: float = 1.0
@@ -30,7 +30,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSet:
-    """Adapters in the order in which they are added up."""
+    """Adapters in the order in which they are added."""
 
     members: tuple[Member, ...]
     combination: Combination = "cat"
@@ -41,11 +41,11 @@ class AdapterSet:
 
     @property
     def sidecars(self) -> dict[str, Path]:
-        """The files beside the weights: the last adapter's that has one of a name."""
+        """The files beside the weights; of files with the same name, that of the last adapter."""
         return {path: file for adapter in self.adapters for path, file in adapter.sidecars.items()}
 
     def digest(self) -> str:
-        """Return ``sha256:<hex>`` over every adapter's files and the weights; of a single plain one, its own."""
+        """Return ``sha256:<hex>`` over all adapters' files and weights; the adapter's own if it is one of weight 1."""
         if len(self.members) == 1 and self.members[0].weight == 1:
             return self.adapters[0].digest()
         members = [[member.adapter.digest(), member.weight] for member in self.members]
@@ -58,18 +58,19 @@ def single(adapter: Adapter) -> AdapterSet:
 
 
 def weighted(roots: Sequence[Path], weights: Sequence[float], *, combination: Combination) -> AdapterSet:
-    """Open adapters that are merged together; without weights each counts fully.
+    """Open several adapters as a set; without weights each has weight 1.
 
     Raises:
-        InputRefused: There are not as many weights as adapters.
+        InputRefused: The numbers of weights and adapters differ.
         AdapterRefused: An adapter is refused, or cannot be added to others.
     """
     if weights and len(weights) != len(roots):
         raise InputRefused(
-            f"{len(roots)} adapters have {len(weights)} weights.", remedy="Give each adapter a weight, or none of them."
+            f"Expected one weight for each of {len(roots)} adapters, got {len(weights)}.",
+            remedy="Give one weight for each adapter, or no weights.",
         )
-    shares = weights or [1.0] * len(roots)
-    members = [Member(adapter=open_adapter(root), weight=share) for root, share in zip(roots, shares, strict=True)]
+    factors = weights or [1.0] * len(roots)
+    members = [Member(adapter=open_adapter(root), weight=weight) for root, weight in zip(roots, factors, strict=True)]
     return require_combinable(AdapterSet(members=tuple(members), combination=combination))
 
 
@@ -92,56 +93,56 @@ def is_adapter_set(root: Path) -> bool:
 
 
 def open_set(root: Path) -> AdapterSet:
-    """Open a directory whose ``adapters.toml`` names adapters in directories below it, and their weights.
+    """Open a directory whose ``adapters.toml`` lists adapters in subdirectories, with their weights.
 
     Raises:
-        AdapterRefused: The file is damaged or names a place outside, or an adapter is refused.
+        AdapterRefused: The file is invalid or lists a directory outside, or an adapter is refused.
     """
     file = root / ADAPTER_SET
     try:
-        named = _SetFile.model_validate(tomllib.loads(file.read_text()))
+        parsed = _SetFile.model_validate(tomllib.loads(file.read_text()))
     except (OSError, ValueError) as error:
         raise AdapterRefused(
             f"{file} cannot be read: {error}.",
-            remedy='Write combination_type = "cat", and for each adapter [[adapters]] with path and weight.',
+            remedy='Write combination_type = "cat", and one [[adapters]] table with path and weight for each adapter.',
         ) from error
-    if outside := [entry.path for entry in named.adapters if not _is_below(root, entry.path)]:
+    if outside := [entry.path for entry in parsed.adapters if not _is_subdirectory(root, entry.path)]:
         raise AdapterRefused(
-            f"{file} names {listed(outside)}, which is not a directory below it.",
-            remedy="Put each adapter into a directory of its own beside the file.",
+            f"{file} lists {listed(outside)}; expected a subdirectory of {root}.",
+            remedy=f"Put each adapter into a directory of its own beside {ADAPTER_SET}.",
         )
-    roots, weights = [root / entry.path for entry in named.adapters], [entry.weight for entry in named.adapters]
-    return weighted(roots, weights, combination=named.combination_type)
+    roots, weights = [root / entry.path for entry in parsed.adapters], [entry.weight for entry in parsed.adapters]
+    return weighted(roots, weights, combination=parsed.combination_type)
 
 
 def require_combinable(adapters: AdapterSet) -> AdapterSet:
-    """Return the set if its adapters can be added up with these weights.
+    """Return the set if its adapters can be summed with these weights.
 
     Raises:
-        AdapterRefused: An adapter holds more than low-rank factors, whose weighted sum would mean nothing.
+        AdapterRefused: An adapter holds more than low-rank factors, of which no weighted sum is defined.
     """
     if len(adapters.members) == 1 and adapters.members[0].weight == 1:
         return adapters
     for adapter in adapters.adapters:
-        if found := _more_than_factors(adapter):
+        if parts := _parts_beside_factors(adapter):
             raise AdapterRefused(
-                f"{adapter.root} cannot be weighted or added to others: it has {listed(list(found.values()))}.",
-                remedy="Merge it by itself, and merge the others into the result.",
+                f"{adapter.root} cannot be weighted or added to others, because it has {listed(parts)}.",
+                remedy="Merge this adapter alone, then merge the others into the result.",
             )
     return adapters
 
 
-def _is_below(root: Path, path: str) -> bool:
-    place = (root / path).resolve()
-    return place.is_relative_to(root.resolve()) and place != root.resolve() and place.is_dir()
+def _is_subdirectory(root: Path, path: str) -> bool:
+    directory = (root / path).resolve()
+    return directory.is_relative_to(root.resolve()) and directory != root.resolve() and directory.is_dir()
 
 
-def _more_than_factors(adapter: Adapter) -> Mapping[str, str]:
+def _parts_beside_factors(adapter: Adapter) -> list[str]:
     tensors, settings = adapter.tensors, adapter.settings
-    present = {
-        "dora": ("DoRA's norms (use_dora)", settings.use_dora),
-        "bias": ("biases of its factors (lora_bias)", settings.lora_bias),
-        "saved": (f"whole weights ({listed(list(tensors.saved.values()), limit=2)})", bool(tensors.saved)),
-        "tokens": ("trained tokens (trainable_token_indices)", bool(tensors.tokens)),
+    is_present = {
+        "DoRA norms (use_dora)": settings.use_dora,
+        "biases of its factors (lora_bias)": settings.lora_bias,
+        f"whole weights ({listed(list(tensors.saved.values()), limit=2)})": bool(tensors.saved),
+        "trained tokens (trainable_token_indices)": bool(tensors.tokens),
     }
-    return {name: text for name, (text, is_there) in present.items() if is_there}
+    return [part for part, present in is_present.items() if present]

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter are, by their names: the grammar of PEFT's files, without a look at any base.
+"""The role of each tensor of an adapter by its name: the grammar of PEFT's files, independent of any base.
 
 PEFT names a tensor ``base_model.model.<module>.<part>``. Wrapped parameters of one module are nested, the first
 parameter innermost: ``experts.base_layer.lora_A`` belongs to ``gate_up_proj``, ``experts.lora_A`` to ``down_proj``.
@@ -16,30 +16,30 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _LORA_BIAS = "lora_B.bias"
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _COPIES = ("base_layer.weight", "token_adapter.base_layer.weight")
-"""A frozen weight that PEFT saves along, of an embedding or ``lm_head`` that is a target or was resized."""
+"""A copy of the frozen weight, which PEFT saves of an embedding or ``lm_head`` that is a target or was resized."""
 _BASE_BIAS = "base_layer.bias"
 _PARTS = (*_LINEAR, *_EMBEDDING, *_MAGNITUDES, _LORA_BIAS, _TOKENS, *_COPIES, _BASE_BIAS)
 _SAVED_AGAIN = re.compile(r"(.+?)\.(?:(modules_to_save)|original_module)\.(.+)")
-"""A saved weight once more, and what it was before: PEFT saves them with a resized vocabulary or with biases."""
+"""A duplicate of a saved weight, or its original: PEFT saves both of a resized vocabulary or with trained biases."""
 _NAME = re.compile(
     rf"base_model\.model\.(?:(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})|(?P<whole>.+))"
 )
 
 _STACKS = ("gate_up_proj", "down_proj")
-"""The parameters of a module ``experts``, in the order in which it registers them."""
+"""The parameters of a module ``experts``, in the order of registration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """The tensors of one low-rank update, by their names in the file; the update is ``up @ down``.
+    """The names of the tensors of one low-rank update, which is ``up @ down``.
 
     Attributes:
-        parameter: The path of what is updated, in the model as it was trained: ``model.layers.0.mlp.up_proj.weight``.
-        layout: ``linear``: ``up`` = B ``[O, R]``, ``down`` = A ``[R, I]``, or of a convolution the same with further
-            axes. ``embedding``: ``up`` = A ``[R, O]``, ``down`` = B ``[I, R]``, with the vocabulary as O. ``experts``:
+        parameter: Path of the updated parameter in the trained model, such as ``model.layers.0.mlp.up_proj.weight``.
+        layout: ``linear``: ``up`` = B ``[O, R]``, ``down`` = A ``[R, I]``; for a convolution with further axes.
+            ``embedding``: ``up`` = A ``[R, O]``, ``down`` = B ``[I, R]``, where O is the vocabulary. ``experts``:
             ``up`` = B ``[O, R x E]``, experts innermost; ``down`` = A ``[E x R, I]``, experts outermost.
-        pattern_key: What rank and alpha patterns are matched with.
-        bias: What is added to the module's bias, times the scaling.
+        pattern_key: The path that rank and alpha patterns are matched against.
+        bias: The tensor that, times the scaling, is added to the module's bias.
         magnitude: DoRA's norms.
     """
 
@@ -58,53 +58,53 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterTensors:
-    """Every tensor of an adapter in exactly one place.
+    """The tensors of an adapter by role; every tensor has exactly one.
 
     Attributes:
-        factors: Low-rank updates by the path of the parameter.
-        tokens: Module path -> tensor of the rows ``trainable_token_indices`` that replace the module's own.
+        factors: Parameter path -> its low-rank update.
+        tokens: Module path -> tensor that replaces the rows ``trainable_token_indices`` of the module's weight.
         saved: Parameter path -> tensor that replaces it: biases, saved modules, a resized vocabulary.
-        copies: Module path -> frozen weights of it that were saved along.
-        twins: Tensors that repeat a saved one -> the parameter's path.
-        originals: Tensors that hold what a saved one was before -> the parameter's path.
-        stray: What fits nowhere, as a message names it.
+        copies: Module path -> copies of its frozen weight.
+        duplicates: Tensor that duplicates a saved one -> the parameter's path.
+        originals: Tensor that holds the value of a saved one before training -> the parameter's path.
+        unexplained: Tensors without a role.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict[str, Factors])
     tokens: dict[str, str] = field(default_factory=dict[str, str])
     saved: dict[str, str] = field(default_factory=dict[str, str])
     copies: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    twins: dict[str, str] = field(default_factory=dict[str, str])
+    duplicates: dict[str, str] = field(default_factory=dict[str, str])
     originals: dict[str, str] = field(default_factory=dict[str, str])
-    stray: list[str] = field(default_factory=list[str])
+    unexplained: list[str] = field(default_factory=list[str])
 
 
-def sort_tensors(names: Iterable[str], settings: LoraSettings) -> AdapterTensors:
-    """Return what each tensor is, as far as names and settings say it."""
+def classify_tensors(names: Iterable[str], settings: LoraSettings) -> AdapterTensors:
+    """Return the role of each tensor, which follows from its name and the settings."""
     found = AdapterTensors()
     modules: dict[str, dict[str, str]] = {}
     again: dict[str, re.Match[str]] = {}
     for name in names:
         match = _NAME.fullmatch(name)
         if not match:
-            found.stray.append(name)
+            found.unexplained.append(name)
         elif not (whole := match["whole"]):
             modules.setdefault(match["module"], {})[match["part"]] = name
         elif repeated := _SAVED_AGAIN.fullmatch(whole):
             again[name] = repeated
         else:
-            _save(found, whole, name)
+            _add_saved(found, whole, name)
     for module, parts in sorted(modules.items()):
-        _sort_module(found, module, parts, settings)
+        _classify_module(found, module, parts, settings)
     for name, match in again.items():
-        _pair(found, name, match)
-    found.stray.extend(_unexplained(found, settings))
+        _classify_repeated(found, name, match)
+    found.unexplained.extend(_not_in_settings(found, settings))
     return found
 
 
-def _sort_module(found: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
+def _classify_module(found: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
     if _BASE_BIAS in parts:
-        _save(found, f"{module}.bias", parts.pop(_BASE_BIAS))
+        _add_saved(found, f"{module}.bias", parts.pop(_BASE_BIAS))
     if copies := [parts.pop(part) for part in _COPIES if part in parts]:
         found.copies[module] = copies
     if _TOKENS in parts:
@@ -112,11 +112,11 @@ def _sort_module(found: AdapterTensors, module: str, parts: dict[str, str], sett
     if factors := _factors(module, parts, settings):
         found.factors[factors.parameter] = factors
     else:
-        found.stray.extend(parts.values())
+        found.unexplained.extend(parts.values())
 
 
 def _factors(module: str, parts: Mapping[str, str], settings: LoraSettings) -> Factors | None:
-    """Return a module's update if its tensors are complete: one pair, and with it what the settings demand."""
+    """Return a module's update if its tensors are complete: one pair of factors, and all that the settings add."""
     optional = [part for part in (*_MAGNITUDES, _LORA_BIAS) if part in parts]
     pair = tuple(sorted(parts.keys() - set(optional)))
     path = _parameter(module, settings)
@@ -139,7 +139,7 @@ def _factors(module: str, parts: Mapping[str, str], settings: LoraSettings) -> F
 
 
 def _parameter(module: str, settings: LoraSettings) -> tuple[str, str] | None:
-    """Return the path of the parameter that factors in ``module`` update, and what patterns are matched with."""
+    """Return the path of the parameter that factors in ``module`` update, and the path for matching patterns."""
     owner, depth = module, 0
     while owner.endswith(".base_layer"):
         owner, depth = owner.removesuffix(".base_layer"), depth + 1
@@ -153,27 +153,27 @@ def _parameter(module: str, settings: LoraSettings) -> tuple[str, str] | None:
     return path, path
 
 
-def _save(found: AdapterTensors, path: str, name: str) -> None:
+def _add_saved(found: AdapterTensors, path: str, name: str) -> None:
     if path in found.saved:
-        found.stray.append(name)
+        found.unexplained.append(name)
     found.saved[path] = name
 
 
-def _pair(found: AdapterTensors, name: str, match: re.Match[str]) -> None:
-    """Find the saved weight that a tensor repeats; the adapter's name may be left in front of the parameter's."""
-    module, is_twin, inner = match.groups()
+def _classify_repeated(found: AdapterTensors, name: str, match: re.Match[str]) -> None:
+    """Find the saved weight that a tensor repeats; the adapter's name may precede that of the parameter."""
+    module, is_duplicate, inner = match.groups()
     paths = [f"{module}.{inner}", f"{module}.{inner.partition('.')[2]}"]
     path = next((path for path in paths if path in found.saved), None)
     if path is None:
-        found.stray.append(name)
-    elif is_twin:
-        found.twins[name] = path
+        found.unexplained.append(name)
+    elif is_duplicate:
+        found.duplicates[name] = path
     else:
         found.originals[name] = path
 
 
-def _unexplained(found: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
-    """Yield what no setting asked PEFT to save, and what is there without the tensor that it belongs to."""
+def _not_in_settings(found: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
+    """Yield the tensors that PEFT does not save with these settings, or not without another one that is missing."""
     updated = {factors.parameter.removesuffix(".weight") for factors in found.factors.values()}
     for path, name in found.saved.items():
         module, _, parameter = path.rpartition(".")

@@ -1,4 +1,7 @@
-"""Finding the place in the base for everything that adapters bring; what has none, or not exactly one, is named."""
+"""Assignment of each adapter tensor to the tensors of the base that it changes.
+
+A tensor that cannot be assigned, or not unambiguously, becomes an obstacle of the plan.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.qwen.tensor_slices import TensorSlice, slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-from qwen_pipeline.transforms.lora.lazy_ops import stored
+from qwen_pipeline.transforms.lora.lazy_ops import lazy_tensor
 from qwen_pipeline.transforms.lora.low_rank import LowRank, Term, transposed
 from qwen_pipeline.transforms.lora.plan import MergePlan, TokenRows
 from qwen_pipeline.transforms.lora.updates import Update, combined, updates_of
@@ -19,91 +22,92 @@ if TYPE_CHECKING:
 
 
 def assign(plan: MergePlan, adapters: AdapterSet) -> None:
-    """Enter everything that the adapters bring into the plan, whole weights first: updates are added to them."""
+    """Assign every tensor of the adapters in the plan: whole weights first, since updates are added to them."""
     for adapter in adapters.adapters:
         for parameter, name in adapter.tensors.saved.items():
-            _land_saved(plan, adapter, parameter, name)
+            _assign_saved(plan, adapter, parameter, name)
     groups: dict[tuple[TensorSlice, ...], list[Update]] = {}
     for update in updates_of(adapters):
-        slots = tuple(slices_of(update.factors.parameter, plan.base))
-        if obstacle := _obstacle(plan, update, slots):
+        slices = tuple(slices_of(update.factors.parameter, plan.base))
+        if obstacle := _obstacle(plan, update, slices):
             plan.obstacles.append(f"{update.factors.parameter.removesuffix('.weight')} ({obstacle})")
         else:
-            groups.setdefault(slots, []).append(update)
-    for slots, updates in groups.items():
+            groups.setdefault(slices, []).append(update)
+    for slices, updates in groups.items():
         for update in combined(updates, adapters.combination):
-            _land_update(plan, update, slots)
+            _assign_update(plan, update, slices)
     for adapter in adapters.adapters:
         for module, name in adapter.tensors.tokens.items():
-            _land_tokens(plan, adapter, module, name)
+            _assign_tokens(plan, adapter, module, name)
 
 
-def _land_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) -> None:
-    brought, slots = stored(adapter.weights, name), slices_of(parameter, plan.base)
-    pieces = {slot.name: _piece(brought, slot) for slot in slots}
-    cut = [slot.rows for slot in slots if slot.rows is not None and slot.expert == 0]
-    if cut and brought.spec.shape[:2] != (len(slots) // len(cut), sum(cut)):
+def _assign_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) -> None:
+    saved, slices = lazy_tensor(adapter.weights, name), slices_of(parameter, plan.base)
+    parts = {slice_.name: _part(saved, slice_) for slice_ in slices}
+    rows_of_expert = [slice_.rows for slice_ in slices if slice_.rows is not None and slice_.expert == 0]
+    if rows_of_expert and saved.spec.shape[:2] != (len(slices) // len(rows_of_expert), sum(rows_of_expert)):
         plan.obstacles.append(
-            f"{name} ({list(brought.spec.shape)} where the base has {len(slots)} matrices of experts)"
+            f"{name} (shape {list(saved.spec.shape)}, but the base has {len(slices)} matrices of experts)"
         )
         return
-    if not slots or _alone(slots) > 1 or any(slot.rows and slot.slab is not None for slot in slots):
-        plan.obstacles.append(f"{name} (the base has {len(pieces)} tensors of that name)")
+    if not slices or _whole_tensors(slices) > 1 or any(slice_.rows and slice_.slab is not None for slice_ in slices):
+        plan.obstacles.append(f"{name} (the base has {len(parts)} tensors of that name)")
         return
-    for target, piece in pieces.items():
+    for target, part in parts.items():
         shape = plan.base[target].shape
-        if piece.spec.shape != shape and not plan.can_be_resized(target, piece.spec.shape):
-            plan.obstacles.append(f"{name} ({list(piece.spec.shape)} where {target} is {list(shape)})")
-        elif plan.recipe(target).is_replaced:
-            plan.obstacles.append(f"{name} ({target} is already replaced by another tensor)")
+        if part.spec.shape != shape and not plan.can_be_resized(target, part.spec.shape):
+            plan.obstacles.append(f"{name} (shape {list(part.spec.shape)}, but {target} is {list(shape)})")
+        elif plan.merge_of(target).is_replaced:
+            plan.obstacles.append(f"{name} (another tensor already replaces {target})")
         else:
-            plan.recipe(target).source, plan.recipe(target).is_replaced = piece, True
-            plan.recipe(target).uses.append((adapter, name))
+            merge = plan.merge_of(target)
+            merge.source, merge.is_replaced = part, True
+            merge.adapter_tensors.append((adapter, name))
 
 
-def _piece(brought: LazyTensor, slot: TensorSlice) -> LazyTensor:
-    """Return the part of a whole weight that belongs into a slot."""
-    if len(brought.spec.shape) != 3 or slot == TensorSlice(name=slot.name):
-        return brought
-    if slot.slab is not None:
-        return transposed(brought) if slot.transposed else brought
-    rows = (brought.spec.shape[1] if slot.rows is None else slot.rows, brought.spec.shape[2])
+def _part(saved: LazyTensor, slice_: TensorSlice) -> LazyTensor:
+    """Return the part of a whole weight that is stored at a slice."""
+    if len(saved.spec.shape) != 3 or slice_ == TensorSlice(name=slice_.name):
+        return saved
+    if slice_.slab is not None:
+        return transposed(saved) if slice_.transposed else saved
+    shape = (saved.spec.shape[1] if slice_.rows is None else slice_.rows, saved.spec.shape[2])
 
     def read(start: int, stop: int) -> "torch.Tensor":
-        return brought.read(slot.expert, slot.expert + 1)[0, slot.first + start : slot.first + stop]
+        return saved.read(slice_.expert, slice_.expert + 1)[0, slice_.first + start : slice_.first + stop]
 
-    return LazyTensor(spec=replace(brought.spec, shape=rows), read=read)
+    return LazyTensor(spec=replace(saved.spec, shape=shape), read=read)
 
 
-def _land_update(plan: MergePlan, update: Update, slots: Sequence[TensorSlice]) -> None:
-    for slot in slots:
-        recipe = plan.recipe(slot.name)
-        recipe.is_transposed = slot.transposed
-        recipe.terms.append(_term(update, slot))
-        recipe.uses.extend(use for use in update.uses if use not in recipe.uses)
+def _assign_update(plan: MergePlan, update: Update, slices: Sequence[TensorSlice]) -> None:
+    for slice_ in slices:
+        merge = plan.merge_of(slice_.name)
+        merge.is_transposed = slice_.transposed
+        merge.terms.append(_term(update, slice_))
+        merge.adapter_tensors.extend(used for used in update.adapter_tensors if used not in merge.adapter_tensors)
     if norms := update.factors.magnitude:
-        recipe = plan.recipe(slots[0].name)
-        recipe.norms = stored(update.adapter.weights, norms)
-        recipe.by_column = update.factors.layout == "embedding"
+        merge = plan.merge_of(slices[0].name)
+        merge.norms = lazy_tensor(update.adapter.weights, norms)
+        merge.norms_by_column = update.factors.layout == "embedding"
     if update.factors.bias:
-        _land_bias(plan, update, update.factors.bias)
+        _assign_bias(plan, update, update.factors.bias)
 
 
-def _term(update: Update, slot: TensorSlice) -> Term:
+def _term(update: Update, slice_: TensorSlice) -> Term:
     return Term(
         update=update.low_rank,
         scaling=update.scaling,
-        expert=slot.expert,
-        first=slot.first,
-        onto=slot.onto,
-        rows=update.shape[0] if slot.rows is None else slot.rows,
-        slab=slot.slab,
+        expert=slice_.expert,
+        source_row=slice_.first,
+        target_row=slice_.onto,
+        rows=update.shape[0] if slice_.rows is None else slice_.rows,
+        slab=slice_.slab,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Vector(LowRank):
-    """A bias of factors as an update of one column."""
+    """A ``lora_B.bias`` as an update of one column."""
 
     values: LazyTensor
 
@@ -114,62 +118,64 @@ class _Vector(LowRank):
         return self.values.read(0, 1).new_ones((1, 1))
 
 
-def _land_bias(plan: MergePlan, update: Update, name: str) -> None:
+def _assign_bias(plan: MergePlan, update: Update, name: str) -> None:
     parameter = f"{update.factors.parameter.removesuffix('.weight')}.bias"
-    slots = slices_of(parameter, plan.base)
-    if len(slots) != 1 or slots[0] != TensorSlice(name=slots[0].name):
-        plan.obstacles.append(f"{name} (the base has {len(slots)} tensors {parameter} to add it to)")
+    slices = slices_of(parameter, plan.base)
+    if len(slices) != 1 or slices[0] != TensorSlice(name=slices[0].name):
+        plan.obstacles.append(f"{name} (the base has {len(slices)} tensors {parameter}, to which it would be added)")
         return
-    recipe, values = plan.recipe(slots[0].name), stored(update.adapter.weights, name)
-    recipe.terms.append(Term(update=_Vector(values), scaling=update.scaling, rows=values.spec.rows))
-    recipe.uses.append((update.adapter, name))
+    merge, values = plan.merge_of(slices[0].name), lazy_tensor(update.adapter.weights, name)
+    merge.terms.append(Term(update=_Vector(values), scaling=update.scaling, rows=values.spec.rows))
+    merge.adapter_tensors.append((update.adapter, name))
 
 
-def _land_tokens(plan: MergePlan, adapter: Adapter, module: str, name: str) -> None:
-    slots, indices = slices_of(f"{module}.weight", plan.base), adapter.settings.tokens_of(module)
-    if len(slots) != 1:
-        plan.obstacles.append(f"{name} (the base has {len(slots)} tensors of that name)")
+def _assign_tokens(plan: MergePlan, adapter: Adapter, module: str, name: str) -> None:
+    slices, indices = slices_of(f"{module}.weight", plan.base), adapter.settings.tokens_of(module)
+    if len(slices) != 1:
+        plan.obstacles.append(f"{name} (the base has {len(slices)} tensors of that name)")
         return
-    recipe, rows = plan.recipe(slots[0].name), stored(adapter.weights, name)
-    count, width = recipe.source.spec.shape
+    merge, rows = plan.merge_of(slices[0].name), lazy_tensor(adapter.weights, name)
+    count, width = merge.source.spec.shape
     if rows.spec.shape[1] != width or max(indices) >= count:
-        plan.obstacles.append(f"{name} ({list(rows.spec.shape)} for rows up to {max(indices)} of {[count, width]})")
+        plan.obstacles.append(
+            f"{name} (shape {list(rows.spec.shape)}, rows up to {max(indices)}, but the vocabulary is {[count, width]})"
+        )
         return
-    recipe.tokens = TokenRows(indices=indices, rows=rows)
-    recipe.uses.append((adapter, name))
+    merge.token_rows = TokenRows(indices=indices, rows=rows)
+    merge.adapter_tensors.append((adapter, name))
 
 
-def _obstacle(plan: MergePlan, update: Update, slots: Sequence[TensorSlice]) -> str | None:
-    """Return why an update does not fill its slots exactly: all rows of each of its matrices, once."""
-    if not slots or _alone(slots) > 1:
-        return f"the base has {len(slots)} tensors of that name"
-    if update.factors.magnitude and slots[0].slab is not None:
-        return "DoRA of one expert, where the base stores a stack of them"
+def _obstacle(plan: MergePlan, update: Update, slices: Sequence[TensorSlice]) -> str | None:
+    """Return the reason why an update does not cover all rows of each of its matrices exactly once, or None."""
+    if not slices or _whole_tensors(slices) > 1:
+        return f"the base has {len(slices)} tensors of that name"
+    if update.factors.magnitude and slices[0].slab is not None:
+        return "DoRA of a single expert, but the base stores experts in a stack"
     rows: Counter[int] = Counter()
-    for slot in slots:
-        outputs, *inputs = _matrix(slot, plan.shape(slot.name))
-        rows[slot.expert] += outputs
-        if tuple(inputs) != update.shape[1:] or rows[slot.expert] > update.shape[0]:
-            return _mismatch(plan, update, slot)
+    for slice_ in slices:
+        outputs, *inputs = _matrix_shape(slice_, plan.shape(slice_.name))
+        rows[slice_.expert] += outputs
+        if tuple(inputs) != update.shape[1:] or rows[slice_.expert] > update.shape[0]:
+            return _mismatch(plan, update, slice_)
     if rows != dict.fromkeys(range(update.experts), update.shape[0]):
-        return _mismatch(plan, update, slots[0])
-    if taken := [slot.name for slot in slots if not plan.take(update.adapter, slot)]:
-        return f"{taken[0]} already gets another update"
+        return _mismatch(plan, update, slices[0])
+    if claimed := [slice_.name for slice_ in slices if not plan.claim(update.adapter, slice_)]:
+        return f"another update of this adapter already changes {claimed[0]}"
     return None
 
 
-def _alone(slots: Sequence[TensorSlice]) -> int:
-    """Return how many stored tensors are the parameter, each by itself."""
-    return sum(slot.slab is None and slot.rows is None for slot in slots)
+def _whole_tensors(slices: Sequence[TensorSlice]) -> int:
+    """Return the number of slices that are whole stored tensors."""
+    return sum(slice_.slab is None and slice_.rows is None for slice_ in slices)
 
 
-def _matrix(slot: TensorSlice, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if slot.slab is None:
+def _matrix_shape(slice_: TensorSlice, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if slice_.slab is None:
         return shape
-    outputs, inputs = reversed(shape[1:]) if slot.transposed else shape[1:]
-    return (outputs if slot.rows is None else slot.rows, inputs)
+    outputs, inputs = reversed(shape[1:]) if slice_.transposed else shape[1:]
+    return (outputs if slice_.rows is None else slice_.rows, inputs)
 
 
-def _mismatch(plan: MergePlan, update: Update, slot: TensorSlice) -> str:
+def _mismatch(plan: MergePlan, update: Update, slice_: TensorSlice) -> str:
     experts = f" for each of {update.experts} experts" if update.experts > 1 else ""
-    return f"an update of {list(update.shape)}{experts} where {slot.name} is {list(plan.shape(slot.name))}"
+    return f"the update is {list(update.shape)}{experts}, but {slice_.name} is {list(plan.shape(slice_.name))}"

@@ -1,7 +1,7 @@
-"""DoRA: the merged weight's rows (an embedding's columns) get the norms that were trained (arXiv:2402.09353).
+"""DoRA: the rows of the merged weight, or the columns of an embedding, are scaled to trained norms (arXiv:2402.09353).
 
-PEFT divides by the norm of ``W + scaling * B @ A`` over the inputs of each output; for an embedding over the
-vocabulary, for each of its dimensions. The latter needs all rows before the first can be written: a pass of its own.
+PEFT divides by the norm of ``W + scaling * B @ A``: of a linear layer over the inputs of each output, of an embedding
+over the vocabulary for each dimension. The latter needs all rows before the first can be written: a separate pass.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def renormed_rows(weight: LazyTensor, terms: Sequence[Term], norms: LazyTensor, 
 
 def renormed_columns(weight: LazyTensor, terms: Sequence[Term], norms: LazyTensor, dtype: str) -> LazyTensor:
     """Return ``W + scaling * B @ A`` with each column scaled to its trained norm, rounded once to ``dtype``."""
-    spec, one_at_a_time = replace(weight.spec, dtype=dtype), Lock()
+    spec, lock = replace(weight.spec, dtype=dtype), Lock()
 
     @cache
     def factors() -> "torch.Tensor":
@@ -48,7 +48,7 @@ def renormed_columns(weight: LazyTensor, terms: Sequence[Term], norms: LazyTenso
         return _factors(_trained(norms).double(), squares_I.sqrt()).to(wide_dtype(spec))
 
     def read(start: int, stop: int) -> "torch.Tensor":
-        with one_at_a_time:
+        with lock:
             factors_I = factors()
         w_NI = weight.read(start, stop)
         result_NI = empty(tuple(w_NI.shape), spec.torch_dtype)
@@ -59,9 +59,9 @@ def renormed_columns(weight: LazyTensor, terms: Sequence[Term], norms: LazyTenso
     return LazyTensor(spec=spec, read=read)
 
 
-def _factors(trained: "torch.Tensor", found: "torch.Tensor") -> "torch.Tensor":
-    """Return what to scale with; zero where there is nothing to scale, as in the rows that padding added."""
-    return (trained / found).where(found > 0, 0)
+def _factors(trained: "torch.Tensor", computed: "torch.Tensor") -> "torch.Tensor":
+    """Return the scaling factors; zero where the computed norm is zero, as in the rows that padding added."""
+    return (trained / computed).where(computed > 0, 0)
 
 
 def _trained(norms: LazyTensor) -> "torch.Tensor":

@@ -1,4 +1,4 @@
-"""Taking over a fine-tune: its whole weights, if it is a complete model, and the files that say how it is used."""
+"""Full fine-tunes: the check that one belongs to a base, and the sidecar files of a merged model."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -19,61 +19,63 @@ _LEGAL = ("LICENSE*", "NOTICE*")
 
 
 def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Checkpoint:
-    """Return a full fine-tune of ``base`` with its own tensors, dtypes, config and shards.
+    """Return a full fine-tune unchanged after checking that it is one of ``base``.
 
-    A tied output head may be stored in one of them and not in the other. The vocabulary may be another, if embedding,
-    head and config agree about it.
+    A tied output head may be stored in only one of them. The vocabulary may have another size, if embedding, head and
+    config agree.
 
     Raises:
         QuantizedInputRefused: The fine-tune is quantized.
-        CheckpointRefused: A tensor is missing, is not in the base or has another shape; the message names them.
+        CheckpointRefused: A tensor is missing, is not in the base or has another shape; the message names it.
     """
     require_full_precision(
         fine_tune,
-        because="A fine-tune is padded and quantized later, from its full-precision weights.",
-        remedy="Hand in the model as it was saved before quantization.",
+        because="Padding and quantization need the full-precision weights of a fine-tune.",
+        remedy="Provide the model as it was saved before quantization.",
     )
     tied = {"lm_head.weight"} if is_tied(base) and is_tied(fine_tune) else set[str]()
-    kinds = [str(checkpoint.config.get("model_type")) for checkpoint in (base, fine_tune)]
-    wrong = [f"model_type {kinds[1]} where the base is {kinds[0]}"] if kinds[0] != kinds[1] else []
+    model_types = [str(checkpoint.config.get("model_type")) for checkpoint in (base, fine_tune)]
+    wrong = []
+    if model_types[0] != model_types[1]:
+        wrong = [f"its model_type is {model_types[1]}, but the base's is {model_types[0]}"]
     wrong += [f"{name} is missing" for name in base if name not in fine_tune and name not in tied]
     wrong += [f"{name} is not in the base" for name in fine_tune if name not in base and name not in tied]
     if not wrong:
         reshaped = [name for name, spec in base.items() if name in fine_tune and fine_tune[name].shape != spec.shape]
         resized = _resized_vocabulary(base, fine_tune) if reshaped else ()
         wrong = [
-            f"{name} is {list(fine_tune[name].shape)} where the base has {list(base[name].shape)}"
+            f"{name} is {list(fine_tune[name].shape)}, but {list(base[name].shape)} in the base"
             for name in reshaped
             if name not in resized
         ]
     if wrong:
         raise CheckpointRefused(
-            f"The full fine-tune is not one of this base: {listed(wrong)}.",
-            remedy="Name the base that the model was trained from, and hand in all of its shards. If its vocabulary was"
-            " resized, embedding, head and vocab_size must have as many rows.",
+            f"The full fine-tune does not match this base: {listed(wrong)}.",
+            remedy="Use the base that the model was trained from, and provide all shards of the fine-tune. If the"
+            " vocabulary was resized, the rows of embedding and head must both equal vocab_size.",
         )
     return fine_tune
 
 
 def _resized_vocabulary(base: Checkpoint, fine_tune: Checkpoint) -> Sequence[str]:
-    """Return the embedding and the head, if only their rows differ from the base's and the config counts as many."""
+    """Return embedding and head if they differ from the base's in their rows only, and have ``vocab_size`` of them."""
     names = [name for name in vocabulary_of(fine_tune).names if name in fine_tune]
     shapes = [fine_tune[name].shape for name in names]
-    counted = {rows for rows, *_ in shapes} == config_values(fine_tune.config, "vocab_size")
-    wide = {shape[1:] for shape in shapes} == {base[name].shape[1:] for name in names if name in base}
-    return names if counted and wide else ()
+    same_rows = {rows for rows, *_ in shapes} == config_values(fine_tune.config, "vocab_size")
+    same_width = {shape[1:] for shape in shapes} == {base[name].shape[1:] for name in names if name in base}
+    return names if same_rows and same_width else ()
 
 
 def usage_files(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the sidecars of a merged model: the base's, each overridden by the fine-tune's of the same name.
+    """Return the sidecars of a merged model: the base's, with the fine-tune's of the same name in their place.
 
-    A fine-tune with a vocabulary brings its whole tokenizer: nothing of the base's is mixed into it, such as a chat
-    template that would hide its own. The base's licence stays.
+    A fine-tune with a vocabulary replaces the whole tokenizer of the base, because a leftover file of the base's, such
+    as a chat template, could override the fine-tune's own. The base's licence stays.
     """
     replaced = _TOKENIZER if any(_matches(path, _VOCABULARIES) for path in fine_tune) else ()
     kept = {path: file for path, file in base.items() if not _matches(path, replaced)}
-    brought = {path: file for path, file in fine_tune.items() if not (_matches(path, _LEGAL) and path in base)}
-    return kept | brought
+    added = {path: file for path, file in fine_tune.items() if not (_matches(path, _LEGAL) and path in base)}
+    return kept | added
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Weights that an adapter brings whole: biases, saved modules, vocabularies, and rows of trained tokens."""
+"""Operations on lazy tensors: read from a file, cast, replace rows, compare."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def stored(weights: SafetensorsFile, name: str) -> LazyTensor:
+def lazy_tensor(weights: SafetensorsFile, name: str) -> LazyTensor:
     """Return a tensor of a file, in the file's own dtype."""
 
     def read(start: int, stop: int) -> "torch.Tensor":
@@ -21,8 +21,8 @@ def stored(weights: SafetensorsFile, name: str) -> LazyTensor:
     return LazyTensor(spec=weights.specs[name], read=read)
 
 
-def rounded(tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """Return a tensor in another dtype."""
+def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """Return a tensor rounded to another dtype."""
     spec = replace(tensor.spec, dtype=dtype)
 
     def read(start: int, stop: int) -> "torch.Tensor":
@@ -32,7 +32,7 @@ def rounded(tensor: LazyTensor, dtype: str) -> LazyTensor:
 
 
 def with_rows(tensor: LazyTensor, indices: Sequence[int], rows: LazyTensor) -> LazyTensor:
-    """Return a tensor whose rows ``indices`` are those of ``rows``, in its own dtype."""
+    """Return a tensor with its rows ``indices`` replaced by ``rows``, cast to its own dtype."""
 
     def read(start: int, stop: int) -> "torch.Tensor":
         block = tensor.read(start, stop).clone()
@@ -44,12 +44,12 @@ def with_rows(tensor: LazyTensor, indices: Sequence[int], rows: LazyTensor) -> L
     return LazyTensor(spec=tensor.spec, read=read)
 
 
-def equal_rows(a: LazyTensor, b: LazyTensor) -> int:
-    """Return how many of the rows that both have are the same once rounded to the dtype of ``b``."""
+def count_equal_rows(a: LazyTensor, b: LazyTensor) -> int:
+    """Return the number of rows, of those that both have, that are equal once rounded to the dtype of ``b``."""
     common = replace(a.spec, shape=(min(a.spec.rows, b.spec.rows), *a.spec.shape[1:]))
-    wanted = b.spec.torch_dtype
+    dtype = b.spec.torch_dtype
     return sum(
-        int((a.read(*rows).to(wanted) == b.read(*rows)).flatten(1).all(dim=1).sum()) for rows in block_ranges(common)
+        int((a.read(*rows).to(dtype) == b.read(*rows)).flatten(1).all(dim=1).sum()) for rows in block_ranges(common)
     )
 
 

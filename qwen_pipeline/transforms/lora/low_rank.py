@@ -1,7 +1,7 @@
-"""Low-rank updates of weights, with the same bits whatever rows are asked for together (arXiv:2106.09685).
+"""Low-rank updates of weights, bit for bit the same whichever rows are read together (arXiv:2106.09685).
 
-Sums are computed in float32, for a float32 or float64 result in float64, and rounded once. PEFT rounds the delta first,
-so bf16 results may differ from its in the last bit.
+Sums are computed in float32, or in float64 for a float32 or float64 result, and rounded once. PEFT rounds the delta
+first, so bfloat16 results may differ from PEFT's in the last bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 CELL_ROWS = 64
-"""Rows that are computed together, counted from the top of the whole matrix.
+"""Number of rows that are computed together, counted from the first row of the matrix.
 
-A library may sum in another order when it is given another number of rows. All rows of a cell are always computed,
-whichever are wanted. In float32 a cell also fits the processor's cache, where a block does not.
+A BLAS library may sum in another order for another number of rows, so all rows of a cell are computed even if only some
+are read. In float32 a cell also fits into the processor's cache, which a block does not.
 """
 
 
@@ -34,13 +34,13 @@ class LowRank(Protocol):
         ...
 
     def down(self, expert: int) -> "torch.Tensor":
-        """Return the factor ``[R, I]``, with the axes of a kernel in one."""
+        """Return the factor ``[R, I]``; of a convolution, the axes of the kernel are flattened into I."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SavedFactors(LowRank):
-    """The factors of an adapter, read from its file as they are needed."""
+    """The factors of an adapter, read from its file on demand."""
 
     adapter: Adapter
     factors: Factors
@@ -53,7 +53,7 @@ class SavedFactors(LowRank):
             case "embedding":
                 return weights.load_columns(name, start, stop).T
             case "experts":
-                return _held(self.adapter, name)[start:stop, expert :: self.adapter.experts(self.factors)]
+                return _loaded_factor(self.adapter, name)[start:stop, expert :: self.adapter.experts(self.factors)]
 
     def down(self, expert: int) -> "torch.Tensor":
         weights, name = self.adapter.weights, self.factors.down
@@ -69,29 +69,29 @@ class SavedFactors(LowRank):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """A low-rank update of some rows of one stored matrix.
+    """A low-rank update of consecutive rows of one stored matrix.
 
     Attributes:
-        scaling: What ``up @ down`` is multiplied with.
-        expert: Which matrix of the update.
-        first: The update's first row that lands here.
-        onto: The stored matrix's row that it lands on.
-        rows: How many rows land.
-        slab: The index of the matrix in a stored stack of them; None if it is stored by itself.
+        scaling: The factor of ``up @ down``.
+        expert: Index of the matrix in the update.
+        source_row: First row of the update that is used.
+        target_row: Row of the stored matrix that it is added to.
+        rows: Number of rows.
+        slab: Index of the matrix in a stored stack; None if the matrix is a tensor of its own.
     """
 
     update: LowRank
     scaling: float
     expert: int = 0
-    first: int = 0
-    onto: int = 0
+    source_row: int = 0
+    target_row: int = 0
     rows: int
     slab: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What a term adds to consecutive rows of a matrix, from row ``top`` on."""
+class _LoadedTerm:
+    """The loaded factors of a term for consecutive rows of a matrix, from row ``top`` on."""
 
     top: int
     up: "torch.Tensor"
@@ -108,35 +108,37 @@ class _Loaded:
 def cell_sums(
     w_NI: "torch.Tensor", terms: Sequence[Term], start: int, height: int, wide: "torch.dtype"
 ) -> Iterator[tuple[slice, "torch.Tensor"]]:
-    """Yield the sum of some rows of a matrix and its updates, cell by cell: which rows of ``w_NI``, and their sums.
+    """Yield the sums of rows of a matrix and its updates, one cell at a time, as (rows of ``w_NI``, sums).
+
+    The yielded memory is reused for the next cell.
 
     Args:
-        w_NI: Consecutive rows of the matrix, as views of the caller's tensor if need be.
+        w_NI: Consecutive rows of the matrix; may be a view.
         terms: The updates of this matrix.
         start: The row of the matrix that ``w_NI`` begins with.
-        height: How many rows the whole matrix has.
-        wide: What is computed in. The memory that is yielded is used again for the next cell.
+        height: Number of rows of the whole matrix.
+        wide: The dtype to compute in.
     """
     rows = w_NI.shape[0]
     low, high = start - start % CELL_ROWS, min(-(-(start + rows) // CELL_ROWS) * CELL_ROWS, height)
-    loaded = [part for term in terms if (part := _loaded(term, low, high, wide))]
+    loaded = [part for term in terms if (part := _load_term(term, low, high, wide))]
     cell = empty((CELL_ROWS, w_NI.shape[1]), wide)
     tops = range(low, high, CELL_ROWS)
-    wanted = [slice(max(top - start, 0), min(top + CELL_ROWS - start, rows)) for top in tops]
-    parts = w_NI.split([places.stop - places.start for places in wanted])
-    for top, places, part in zip(tops, wanted, parts, strict=True):
+    requested = [slice(max(top - start, 0), min(top + CELL_ROWS - start, rows)) for top in tops]
+    parts = w_NI.split([span.stop - span.start for span in requested])
+    for top, span, part in zip(tops, requested, parts, strict=True):
         sum_NI = _rows(cell, 0, min(CELL_ROWS, high - top))
-        inside = _rows(sum_NI, start + places.start - top, start + places.stop - top)
+        inside = _rows(sum_NI, start + span.start - top, start + span.stop - top)
         if inside is not sum_NI:
             sum_NI.zero_()
         inside.copy_(part)
         for term in loaded:
             term.add_to(sum_NI, top)
-        yield places, inside
+        yield span, inside
 
 
 def updated(weight: LazyTensor, terms: Sequence[Term], dtype: str) -> LazyTensor:
-    """Return the sum of a weight, or a stack of weights, and its updates, rounded once to ``dtype``."""
+    """Return the sum of a weight (or a stack of weights) and its updates, rounded once to ``dtype``."""
     spec = replace(weight.spec, dtype=dtype)
 
     def read(start: int, stop: int) -> "torch.Tensor":
@@ -154,7 +156,7 @@ def updated(weight: LazyTensor, terms: Sequence[Term], dtype: str) -> LazyTensor
 
 
 def transposed(weight: LazyTensor) -> LazyTensor:
-    """Return a stack of matrices ``[E, O, I]`` as ``[E, I, O]``, or back."""
+    """Return a stack of matrices with the last two axes swapped: ``[E, O, I]`` as ``[E, I, O]``, or back."""
     experts, *matrix = weight.spec.shape
 
     def read(start: int, stop: int) -> "torch.Tensor":
@@ -164,7 +166,7 @@ def transposed(weight: LazyTensor) -> LazyTensor:
 
 
 def wide_dtype(spec: TensorSpec) -> "torch.dtype":
-    """Return what a tensor of this dtype is computed in."""
+    """Return the dtype that a tensor of this dtype is computed in."""
     import torch
 
     return torch.float64 if spec.torch_dtype.itemsize > 2 else torch.float32
@@ -178,16 +180,16 @@ def _add(
 
 
 def _rows(matrix: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
-    """Return rows of a matrix; all of them without asking torch, which hands Python's lock away for a view."""
+    """Return rows of a matrix; if all of them, the matrix itself, because torch releases the GIL to create a view."""
     return matrix if (start, stop) == (0, matrix.shape[0]) else matrix[start:stop]
 
 
-def _loaded(term: Term, low: int, high: int, wide: "torch.dtype") -> _Loaded | None:
-    first, last = max(low, term.onto), min(high, term.onto + term.rows)
+def _load_term(term: Term, low: int, high: int, wide: "torch.dtype") -> _LoadedTerm | None:
+    first, last = max(low, term.target_row), min(high, term.target_row + term.rows)
     if first >= last:
         return None
-    shift = term.first - term.onto
-    return _Loaded(
+    shift = term.source_row - term.target_row
+    return _LoadedTerm(
         top=first,
         up=term.update.up(term.expert, first + shift, last + shift).to(wide),
         down=term.update.down(term.expert).to(wide),
@@ -196,6 +198,6 @@ def _loaded(term: Term, low: int, high: int, wide: "torch.dtype") -> _Loaded | N
 
 
 @lru_cache(maxsize=4)
-def _held(adapter: Adapter, name: str) -> "torch.Tensor":
-    """Return a factor of a stack, whose experts lie in one another; kept, since the next expert needs it too."""
+def _loaded_factor(adapter: Adapter, name: str) -> "torch.Tensor":
+    """Return a factor of a stack; cached because its experts are interleaved, so the next expert needs it again."""
     return adapter.weights.load(name)

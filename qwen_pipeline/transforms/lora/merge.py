@@ -1,4 +1,4 @@
-"""Merging adapters into a base: everything they bring has exactly one place, or nothing is merged."""
+"""The merge of adapters into a base: every adapter tensor is assigned unambiguously, or nothing is merged."""
 
 from dataclasses import dataclass, replace
 
@@ -9,21 +9,21 @@ from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings
 from qwen_pipeline.transforms.lora.adapter import require_finite
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.assignment import assign
-from qwen_pipeline.transforms.lora.completeness import unfulfilled
+from qwen_pipeline.transforms.lora.completeness import completeness_obstacles
 from qwen_pipeline.transforms.lora.plan import MergePlan
-from qwen_pipeline.transforms.lora.vocabulary import finish, separated, start_from_copies, vocabulary_of
+from qwen_pipeline.transforms.lora.vocabulary import apply_plan, start_from_copies, untied, vocabulary_of
 
 NO_PADDING = Paddings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """What merging gives, and which tensors of the adapters land where.
+    """A merged checkpoint, and the tensors of the base that each adapter tensor was merged into.
 
     Attributes:
-        checkpoint: Of the base's width.
-        plan: Of the width that the adapters were trained at.
-        bridge: The padding between the two, if there is any.
+        checkpoint: The merged checkpoint, at the base's width.
+        plan: The merge plan, at the width that the adapters were trained at.
+        bridge: The padding between the two widths; None if they are the same.
     """
 
     checkpoint: Checkpoint
@@ -32,54 +32,54 @@ class Merged:
 
 
 def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING) -> Merged:
-    """Return the base with everything that the adapters bring; all other tensors, shards and the config stay.
+    """Return the base with all adapter tensors merged; all other tensors, shards and the config stay unchanged.
 
-    The config changes where a vocabulary was resized, or embedding and head are no longer one tensor.
+    The config changes only if the vocabulary was resized, or embedding and head are no longer tied.
 
     Args:
-        base: Full-precision weights.
-        adapters: What is merged.
-        paddings: How base and training differ in width.
+        base: A checkpoint in full precision.
+        adapters: The adapters to merge.
+        paddings: The padding of the base and of the model that the adapters were trained on, as far as it is known.
 
     Raises:
         QuantizedInputRefused: The base is quantized.
-        AdapterRefused: A tensor of an adapter has no place in the base, or several, or another shape than its place, or
-            is not finite; or one is missing that the settings promise; or a channel that padding added cannot be left
-            out. Nothing is skipped.
+        AdapterRefused: An adapter tensor matches no tensor of the base, several, or one of another shape, or is not
+            finite; or a tensor that the settings require is missing; or the adapter uses channels that padding added
+            and the base does not have. Nothing is skipped.
     """
     require_full_precision(
         base,
-        because=f"A LoRA is merged into the full-precision weights it belongs to{_named(adapters)}.",
-        remedy="Name the full-precision base; quantize after merging (merge, then pad, then quantize).",
+        because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
+        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
     )
     bridge = padding_bridge(base, adapters, paddings)
-    trained = bridge.enter(base) if bridge else base
-    merged = _planned(trained, adapters)
+    trained = bridge.to_trained_width(base) if bridge else base
+    merged = _merge_same_width(trained, adapters)
     for adapter in adapters.adapters:
         require_finite(adapter)
     if bridge is None:
         return merged
-    bridge.require_silent(merged.plan)
-    return replace(merged, checkpoint=bridge.leave(base, trained, merged.checkpoint), bridge=bridge)
+    bridge.require_added_channels_unused(merged.plan)
+    return replace(merged, checkpoint=bridge.to_base_width(base, trained, merged.checkpoint), bridge=bridge)
 
 
-def _planned(base: Checkpoint, adapters: AdapterSet) -> Merged:
+def _merge_same_width(base: Checkpoint, adapters: AdapterSet) -> Merged:
     vocabulary = vocabulary_of(base)
-    plan = MergePlan(base=separated(base, vocabulary), resizable=vocabulary.names)
+    plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names)
     for adapter in adapters.adapters:
         start_from_copies(plan, vocabulary, adapter)
     assign(plan, adapters)
     for adapter in adapters.adapters:
-        plan.obstacles.extend(unfulfilled(plan, adapter, vocabulary))
+        plan.obstacles.extend(completeness_obstacles(plan, adapter, vocabulary))
     must_tie = any(adapter.settings.ensure_weight_tying for adapter in adapters.adapters)
-    merged = finish(plan, base, vocabulary, must_tie=must_tie)
+    merged = apply_plan(plan, base, vocabulary, must_tie=must_tie)
     plan.obstacles.extend(plan.unused(adapters.adapters) if not plan.obstacles else ())
     if plan.obstacles:
         raise AdapterRefused(
-            f"{len(plan.obstacles)} of what {_roots(adapters)} brings cannot be merged into this base: "
+            f"{len(plan.obstacles)} tensors or modules of {_roots(adapters)} cannot be merged into this base: "
             f"{listed(plan.obstacles)}.",
-            remedy=f"Name the base that the adapter was trained on{_named(adapters)}, and hand in all that was saved."
-            " If it was trained on a padded checkpoint of this base, name that one with --trained-on.",
+            remedy=f"Use the base that the adapter was trained on{_base_names(adapters)}, and provide all files that"
+            " PEFT saved. If it was trained on a padded checkpoint of this base, pass that one as --trained-on.",
         )
     return Merged(checkpoint=merged, plan=plan)
 
@@ -88,6 +88,6 @@ def _roots(adapters: AdapterSet) -> str:
     return ", ".join(str(adapter.root) for adapter in adapters.adapters)
 
 
-def _named(adapters: AdapterSet) -> str:
+def _base_names(adapters: AdapterSet) -> str:
     names = {name for adapter in adapters.adapters if (name := adapter.base_name)}
     return f" ({', '.join(sorted(names))})" if names else ""

@@ -1,4 +1,4 @@
-"""What becomes of each tensor: where it comes from, what is added, how it is scaled, which rows are replaced."""
+"""The merge of each tensor: its source, the updates added to it, the norms it is scaled to, the rows replaced."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,30 +7,33 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.qwen.tensor_slices import TensorSlice
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.dora import renormed_columns, renormed_rows
-from qwen_pipeline.transforms.lora.lazy_ops import rounded, with_rows
+from qwen_pipeline.transforms.lora.lazy_ops import cast, with_rows
 from qwen_pipeline.transforms.lora.low_rank import Term, transposed, updated
-from qwen_pipeline.transforms.lora.updates import Use
+from qwen_pipeline.transforms.lora.updates import AdapterTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
+    """Trained rows of an embedding or a head, which replace the rows ``indices``."""
+
     indices: Sequence[int]
     rows: LazyTensor
 
 
 @dataclass(slots=True, kw_only=True)
 class TensorMerge:
-    """What adapters do to one tensor.
+    """The changes that adapters make to one tensor.
 
     Attributes:
-        source: The base's own tensor, or what an adapter replaces it with.
-        dtype: Of the result: the base's.
+        source: The base's tensor, or the adapter's tensor that replaces it.
+        dtype: The result's dtype, which is the base's.
         terms: Low-rank updates.
-        is_transposed: Whether the stored stack has its matrices transposed.
-        norms: DoRA's trained norms, of rows, or by column.
-        tokens: Rows that are replaced, last of all.
-        is_replaced: Whether an adapter brought the whole weight.
-        uses: The adapters' tensors that land here.
+        is_transposed: Whether the matrices of the stored stack are transposed.
+        norms: DoRA's trained norms, one for each row or column.
+        norms_by_column: Whether ``norms`` has one for each column.
+        token_rows: Rows that are replaced after everything else.
+        is_replaced: Whether an adapter holds the whole weight.
+        adapter_tensors: The adapters' tensors that are used here.
     """
 
     source: LazyTensor
@@ -38,22 +41,22 @@ class TensorMerge:
     terms: list[Term] = field(default_factory=list[Term])
     is_transposed: bool = False
     norms: LazyTensor | None = None
-    by_column: bool = False
-    tokens: TokenRows | None = None
+    norms_by_column: bool = False
+    token_rows: TokenRows | None = None
     is_replaced: bool = False
-    uses: list[Use] = field(default_factory=list[Use])
+    adapter_tensors: list[AdapterTensor] = field(default_factory=list[AdapterTensor])
 
-    def tensor(self) -> LazyTensor:
-        """Return the result; rounding happens once."""
-        result = self._weight()
-        return with_rows(result, self.tokens.indices, self.tokens.rows) if self.tokens else result
+    def result(self) -> LazyTensor:
+        """Return the merged tensor, rounded once."""
+        weight = self._weight()
+        return with_rows(weight, self.token_rows.indices, self.token_rows.rows) if self.token_rows else weight
 
     def _weight(self) -> LazyTensor:
         if self.norms:
-            renormed = renormed_columns if self.by_column else renormed_rows
+            renormed = renormed_columns if self.norms_by_column else renormed_rows
             return renormed(self.source, self.terms, self.norms, self.dtype)
         if not self.terms:
-            return rounded(self.source, self.dtype)
+            return cast(self.source, self.dtype)
         if self.is_transposed:
             return transposed(updated(transposed(self.source), self.terms, self.dtype))
         return updated(self.source, self.terms, self.dtype)
@@ -61,55 +64,59 @@ class TensorMerge:
 
 @dataclass(slots=True, kw_only=True)
 class MergePlan:
-    """The recipes for every tensor that adapters change, and why some of what they bring has no place.
+    """The merge of every tensor that adapters change, and the reasons why some adapter tensors cannot be merged.
 
     Attributes:
-        base: With embedding and head as tensors of their own, even if they are one.
-        resizable: Tensors that may get another number of rows: embedding and head.
+        base: The base, with embedding and head as separate tensors even if they are tied.
+        resizable: Tensors whose number of rows may change: embedding and head.
+        merges: Name of a tensor of the base -> its merge.
         obstacles: One for each tensor or module that cannot be merged, with the reason.
+        claimed: The slices that already get an update: adapter, stored tensor, slab and first row.
     """
 
     base: Checkpoint
     resizable: Sequence[str]
-    recipes: dict[str, TensorMerge] = field(default_factory=dict[str, TensorMerge])
+    merges: dict[str, TensorMerge] = field(default_factory=dict[str, TensorMerge])
     obstacles: list[str] = field(default_factory=list[str])
-    taken: set[tuple[Adapter, str, int | None, int]] = field(default_factory=set[tuple[Adapter, str, int | None, int]])
+    claimed: set[tuple[Adapter, str, int | None, int]] = field(
+        default_factory=set[tuple[Adapter, str, int | None, int]]
+    )
 
-    def recipe(self, name: str) -> TensorMerge:
-        """Return the recipe of a tensor of the base; at first that tensor itself."""
-        if name not in self.recipes:
-            self.recipes[name] = TensorMerge(source=self.base.tensors[name], dtype=self.base[name].dtype)
-        return self.recipes[name]
+    def merge_of(self, name: str) -> TensorMerge:
+        """Return the merge of a tensor of the base, which at first leaves the tensor unchanged."""
+        if name not in self.merges:
+            self.merges[name] = TensorMerge(source=self.base.tensors[name], dtype=self.base[name].dtype)
+        return self.merges[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of what updates of a tensor are added to."""
-        return (self.recipes[name].source.spec if name in self.recipes else self.base[name]).shape
+        """Return the shape of the tensor that updates are added to."""
+        return (self.merges[name].source.spec if name in self.merges else self.base[name]).shape
 
-    def changed(self) -> dict[str, LazyTensor]:
-        """Return every tensor that is no longer the base's own."""
+    def changed_tensors(self) -> dict[str, LazyTensor]:
+        """Return the merged tensors that differ from the base's."""
         return {
-            name: recipe.tensor()
-            for name, recipe in self.recipes.items()
-            if recipe.uses or recipe.tokens or recipe.source is not self.base.tensors[name]
+            name: merge.result()
+            for name, merge in self.merges.items()
+            if merge.adapter_tensors or merge.token_rows or merge.source is not self.base.tensors[name]
         }
 
     def can_be_resized(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor may take this shape: another vocabulary."""
+        """Return whether a tensor may take this shape, which a resized vocabulary gives it."""
         return name in self.resizable and shape[1:] == self.base[name].shape[1:]
 
-    def take(self, adapter: Adapter, slot: TensorSlice) -> bool:
-        """Return whether a slot was still free for an adapter's update, and take it."""
-        key = (adapter, slot.name, slot.slab, slot.onto)
-        free = key not in self.taken
-        self.taken.add(key)
-        return free
+    def claim(self, adapter: Adapter, part: TensorSlice) -> bool:
+        """Claim a slice for an update of an adapter; return False if the adapter has claimed it before."""
+        key = (adapter, part.name, part.slab, part.onto)
+        is_free = key not in self.claimed
+        self.claimed.add(key)
+        return is_free
 
     def unused(self, adapters: Sequence[Adapter]) -> list[str]:
-        """Return the tensors that neither land anywhere nor repeat one that does."""
-        used = {use for recipe in self.recipes.values() for use in recipe.uses}
+        """Return the adapter tensors that are neither merged nor duplicates of one that is."""
+        used = {tensor for merge in self.merges.values() for tensor in merge.adapter_tensors}
         return [
-            f"{name} (nothing is made of it)"
+            f"{name} (not used by any merge)"
             for adapter in adapters
             for name in adapter.weights.specs
-            if (adapter, name) not in used and name not in adapter.tensors.twins | adapter.tensors.originals
+            if (adapter, name) not in used and name not in adapter.tensors.duplicates | adapter.tensors.originals
         ]

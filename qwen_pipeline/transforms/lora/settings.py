@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` says, as far as a merge depends on it; anything else that is set is refused by name."""
+"""The settings of ``adapter_config.json`` that a merge depends on; any other setting in use is refused by name."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from qwen_pipeline.errors import AdapterRefused
 
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of ``init_lora_weights`` that leave the base as it was."""
+"""Values of ``init_lora_weights`` that do not change the base's weights."""
 
 _TRAINING_ONLY = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -21,30 +21,31 @@ _TRAINING_ONLY = (
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
     "fan_in_fan_out",
 )  # fmt: skip
-"""Fields that chose what was trained and how; the saved tensors already show the outcome.
+"""Settings of the training alone; their effect is already in the saved tensors.
 
-``fan_in_fan_out`` is among them because PEFT turns it off for every ``nn.Linear``, and Qwen models have no other kind.
+``fan_in_fan_out`` is one of them because PEFT turns it off for every ``nn.Linear``, and Qwen models use no other kind.
 """
 
 MERGE_WITH_PEFT = (
-    "Merge it with PEFT (PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)) and hand in the result"
+    "Merge it with PEFT (PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)) and use the result"
     " as a full fine-tune."
 )
+_SERVE_AS_ADAPTER = "Serve it as an adapter on top of the base, without merging."
 _UNSUPPORTED: Mapping[str, str] = {
-    "megatron_config": "its modules are sharded by Megatron",
+    "megatron_config": "Megatron sharded its modules",
     "use_qalora": "QA-LoRA pools the inputs of its factors",
-    "layer_replication": "the model it was trained on repeats layers",
+    "layer_replication": "the model that it was trained on repeats layers",
     "use_bdlora": "its factors are block diagonal",
-    "kasa_config": "KaSA truncated the base and puts a diagonal between the factors",
-    "velora_config": "VeLoRA is not verified here",
+    "kasa_config": "KaSA truncates the base's weights and puts a diagonal matrix between the factors",
+    "velora_config": "merging VeLoRA has not been verified",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
 _UNMERGEABLE: Mapping[str, str] = {
-    "alora_invocation_tokens": "an activated LoRA works on some of the tokens only",
-    "arrow_config": "Arrow routes each token to other factors",
+    "alora_invocation_tokens": "an activated LoRA applies to some of the tokens only",
+    "arrow_config": "Arrow chooses other factors for each token",
 }
 _OTHER_METHODS: Mapping[str, str] = {
-    "XLORA": "X-LoRA mixes adapters anew for each token",
+    "XLORA": "X-LoRA mixes adapters differently for each token",
     "PROMPT_TUNING": "prompt tuning adds tokens to the input",
     "MULTITASK_PROMPT_TUNING": "prompt tuning adds tokens to the input",
     "P_TUNING": "P-tuning adds tokens to the input",
@@ -53,20 +54,20 @@ _OTHER_METHODS: Mapping[str, str] = {
     "CPT": "context-aware prompt tuning adds tokens to the input",
     "CARTRIDGE": "a cartridge adds keys and values to the attention",
 }
-"""PEFT types whose effect no weight of the base can hold."""
+"""PEFT types whose effect cannot be expressed as a change of the base's weights, each with the reason."""
 
 INPUT_EMBEDDING = "embed_tokens"
-"""The name that ``trainable_token_indices`` means when it is a list."""
+"""The module that ``trainable_token_indices`` refers to if it is a list."""
 OUTPUT_HEAD = "lm_head"
 
-_INERT: tuple[object, ...] = (None, False, "none", [], {})
+_UNSET: tuple[object, ...] = (None, False, "none", [], {})
 
 _T = TypeVar("_T")
 
 
 @validated_dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """The settings that decide what the tensors of an adapter amount to; names as PEFT has them."""
+    """The settings that determine the effect of an adapter's tensors, under PEFT's names."""
 
     r: PositiveInt
     lora_alpha: FiniteFloat
@@ -99,7 +100,7 @@ class LoraSettings:
         return value
 
     def rank(self, module: str) -> int:
-        """Return the rank of a module; the first pattern that matches decides."""
+        """Return the rank of a module: that of the first matching pattern, else ``r``."""
         return _resolve(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
@@ -108,18 +109,18 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether ``modules_to_save`` means this module or one around it; PEFT compares the ends of paths."""
-        around = [module[: dot.start()] for dot in re.finditer(r"\.", module)]
-        return any(path.endswith(self.modules_to_save) for path in (module, *around))
+        """Return whether ``modules_to_save`` names this module or a parent of it; PEFT compares the ends of paths."""
+        parents = [module[: dot.start()] for dot in re.finditer(r"\.", module)]
+        return any(path.endswith(self.modules_to_save) for path in (module, *parents))
 
     def targets_parameter(self, parameter: str) -> bool:
-        """Whether ``target_parameters`` means this parameter: its whole path, or the end of it after a dot."""
+        """Return whether ``target_parameters`` names this parameter by its whole path, or its end after a dot."""
         return any(parameter == target or parameter.endswith(f".{target}") for target in self.target_parameters)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """Return the trained rows of a module, none if ``trainable_token_indices`` does not name it.
+        """Return the trained rows of a module; none if ``trainable_token_indices`` does not name it.
 
-        Where the head is the embedding, only the embedding is named, and its rows are the head's.
+        If embedding and head are tied, only the embedding is named, and its rows are the head's as well.
         """
         rows = self.trainable_token_indices
         own = next((rows[name] for name in rows if module.endswith(name)), ())
@@ -131,53 +132,57 @@ _MERGED = {"peft_type", "init_lora_weights", *LoraSettings.__dataclass_fields__}
 
 
 def lora_settings(config: Mapping[str, Any], *, source: Path) -> LoraSettings:
-    """Return the settings of a parsed ``adapter_config.json``; ``source`` is named in messages.
+    """Return the settings of a parsed ``adapter_config.json``; ``source`` is its path, for messages.
 
     Raises:
-        AdapterRefused: Another method than LoRA, a setting that is not supported or not known, a damaged value.
+        AdapterRefused: The method is not LoRA, a setting is unsupported or unknown, or a value is invalid.
     """
     _require_lora(config.get("peft_type"), source)
     if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
         raise AdapterRefused(
-            f"{source} was initialised with init_lora_weights={init!r}, which changed the base's own weights.",
-            remedy="Convert it to plain LoRA where it was trained: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+            f"{source} has init_lora_weights={init!r}, which can change the base's weights before training; expected"
+            f" one of {', '.join(map(repr, _PLAIN_INITS))}.",
+            remedy="Convert it to a plain LoRA where it was trained: save_pretrained(...,"
+            " path_initial_model_for_weight_conversion=PATH), where PATH is the adapter saved before training.",
         )
     for name, value in config.items():
-        if name not in _MERGED and name not in _TRAINING_ONLY and value not in _INERT:
+        if name not in _MERGED and name not in _TRAINING_ONLY and value not in _UNSET:
             raise _refusal(name, value, source)
     fields = {name: config[name] for name in LoraSettings.__dataclass_fields__ if config.get(name) is not None}
     try:
         return _LORA_SETTINGS.validate_python(fields)
     except ValueError as error:
-        raise AdapterRefused(f"A value of {source} is damaged: {error}.", remedy="Save the adapter again.") from error
-
-
-def _require_lora(kind: object, source: Path) -> None:
-    if kind == "LORA":
-        return
-    if reason := _OTHER_METHODS.get(str(kind)):
         raise AdapterRefused(
-            f"{source} is of PEFT type {kind!r}: {reason}, which no merged weight can.",
-            remedy="Serve it as an adapter beside the base.",
+            f"{source} has an invalid value: {error}.",
+            remedy="Use the adapter_config.json that PEFT saved with the weights, or save the adapter again.",
+        ) from error
+
+
+def _require_lora(peft_type: object, source: Path) -> None:
+    if peft_type == "LORA":
+        return
+    if reason := _OTHER_METHODS.get(str(peft_type)):
+        raise AdapterRefused(
+            f"{source} has the PEFT type {peft_type!r}, which cannot be merged: {reason}.", remedy=_SERVE_AS_ADAPTER
         )
-    raise AdapterRefused(f"{source} is of PEFT type {kind!r}; only LORA is supported.", remedy=MERGE_WITH_PEFT)
+    raise AdapterRefused(f"{source} has the PEFT type {peft_type!r}, expected 'LORA'.", remedy=MERGE_WITH_PEFT)
 
 
 def _refusal(name: str, value: object, source: Path) -> AdapterRefused:
     if reason := _UNSUPPORTED.get(name):
-        return AdapterRefused(f"{source} has {name}={value!r}: {reason}.", remedy=MERGE_WITH_PEFT)
+        return AdapterRefused(
+            f"{source} has {name}={value!r}, which is not supported here: {reason}.", remedy=MERGE_WITH_PEFT
+        )
     if reason := _UNMERGEABLE.get(name):
         return AdapterRefused(
-            f"{source} has {name}={value!r}: {reason}, which no merged weight can.",
-            remedy="Serve it as an adapter beside the base.",
+            f"{source} has {name}={value!r}, which cannot be merged: {reason}.", remedy=_SERVE_AS_ADAPTER
         )
     return AdapterRefused(
-        f"{source} has {name}={value!r}, a setting that this version does not know.",
-        remedy=f"If it only steered the training, remove it from the file. Otherwise: {MERGE_WITH_PEFT}",
+        f"{source} has {name}={value!r}, a setting that this version does not support.",
+        remedy=f"If it affected the training only, remove it from the file. Otherwise: {MERGE_WITH_PEFT}",
     )
 
 
 def _resolve(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
-    """Return the value of the first pattern that matches the whole path or its end after a dot (PEFT's rule)."""
+    """Return the value of the first pattern that matches the whole path, or its end after a dot, as PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

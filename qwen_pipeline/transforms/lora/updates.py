@@ -1,4 +1,4 @@
-"""Every low-rank update of a set of adapters, by the parameter in memory that it belongs to."""
+"""The low-rank updates of a set of adapters, each of one parameter of the model in memory."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +14,18 @@ from qwen_pipeline.transforms.lora.low_rank import LowRank, SavedFactors
 if TYPE_CHECKING:
     import torch
 
-Use = tuple[Adapter, str]
-"""A tensor of an adapter, by its name."""
+AdapterTensor = tuple[Adapter, str]
+"""An adapter, and the name of one of its tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What is added to one parameter in memory: ``scaling * up @ down`` for each of its matrices.
+    """The update of one parameter in memory: ``scaling * up @ down`` is added to each of its matrices.
 
     Attributes:
-        shape: Of one matrix.
-        uses: The tensors that it is made of.
+        experts: Number of matrices.
+        shape: Shape of one matrix.
+        adapter_tensors: The tensors that the update is computed from.
     """
 
     member: Member
@@ -33,7 +34,7 @@ class Update:
     scaling: float
     experts: int
     shape: tuple[int, ...]
-    uses: tuple[Use, ...]
+    adapter_tensors: tuple[AdapterTensor, ...]
 
     @property
     def adapter(self) -> Adapter:
@@ -42,7 +43,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class FactorSum(LowRank):
-    """Factors added up before they are multiplied, with the square roots of ``parts``' coefficients."""
+    """Factors summed before they are multiplied, each weighted with the square root of its coefficient in ``parts``."""
 
     parts: Sequence[tuple[LowRank, float]]
 
@@ -59,19 +60,19 @@ def sum_of(tensors: Sequence["torch.Tensor"]) -> "torch.Tensor":
 
 
 def updates_of(adapters: AdapterSet) -> Iterator[Update]:
-    """Yield the updates of each adapter, in the order in which they are added."""
+    """Yield the updates of all adapters, in the order in which they are added."""
     for member in adapters.members:
         for factors in member.adapter.tensors.factors.values():
             yield _update(member, factors)
 
 
 def combined(updates: Sequence[Update], combination: Combination) -> Sequence[Update]:
-    """Return the updates of one parameter as they are added to it.
+    """Return the updates to add to one parameter: all of them, or their linear combination.
 
     Raises:
-        AdapterRefused: Factors of different ranks are to be added before they are multiplied.
+        AdapterRefused: The combination is linear, but the factors differ in rank or shape.
     """
-    return updates if combination == "cat" or len(updates) == 1 else [_added(updates)]
+    return updates if combination == "cat" or len(updates) == 1 else [_linear_combination(updates)]
 
 
 def _update(member: Member, factors: Factors) -> Update:
@@ -83,16 +84,16 @@ def _update(member: Member, factors: Factors) -> Update:
         scaling=member.weight * adapter.scaling(factors),
         experts=adapter.experts(factors),
         shape=adapter.update_shape(factors),
-        uses=tuple((adapter, name) for name in factors.names),
+        adapter_tensors=tuple((adapter, name) for name in factors.names),
     )
 
 
-def _added(updates: Sequence[Update]) -> Update:
+def _linear_combination(updates: Sequence[Update]) -> Update:
     first = updates[0]
     if different := _differences(updates):
         raise AdapterRefused(
             f"Adapters of different shapes cannot be combined linearly: {different}.",
-            remedy='Combine them with "cat", which adds the updates themselves.',
+            remedy='Use the combination "cat", which adds the products of the factors instead of the factors.',
         )
     return Update(
         member=first.member,
@@ -101,11 +102,12 @@ def _added(updates: Sequence[Update]) -> Update:
         scaling=1.0,
         experts=first.experts,
         shape=first.shape,
-        uses=tuple(use for update in updates for use in update.uses),
+        adapter_tensors=tuple(used for update in updates for used in update.adapter_tensors),
     )
 
 
 def _differences(updates: Sequence[Update]) -> str | None:
+    """Return one update of each rank and shape, for a message; None if all agree."""
     found: Mapping[object, str] = {
         (update.adapter.rank(update.factors), update.shape, update.experts): f"{update.adapter.root.name} has"
         f" {update.factors.down} {list(update.adapter.shape(update.factors.down))}"

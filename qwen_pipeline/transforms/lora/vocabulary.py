@@ -1,7 +1,7 @@
-"""The embedding and the output head: one tensor or two, of as many rows as the vocabulary has tokens.
+"""The embedding and the output head, tied or separate, with one row for each token of the vocabulary.
 
-Where they are one tensor, an adapter that changes one of them, or both differently, makes them two: that is what it was
-trained as. (PEFT's ``merge_and_unload`` adds an update of either to both.) Where it changes both alike, they stay one.
+If they are tied and an adapter changes only one of them, or each differently, the merge unties them, as they were in
+training. (PEFT's ``merge_and_unload`` adds an update of either to both.) If it changes both alike, they stay tied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from qwen_pipeline.qwen.families import config_paths, is_tied, require_family
 from qwen_pipeline.qwen.names import ParsedName, spellings
 from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
-from qwen_pipeline.transforms.lora.lazy_ops import are_equal, equal_rows, stored
+from qwen_pipeline.transforms.lora.lazy_ops import are_equal, count_equal_rows, lazy_tensor
 from qwen_pipeline.transforms.lora.low_rank import Term
 from qwen_pipeline.transforms.lora.plan import MergePlan, TensorMerge, TokenRows
 
@@ -23,7 +23,7 @@ TIED = "tie_word_embeddings"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """The two tensors of a base, by name; ``tied`` if they are one, whether or not the head is stored as well."""
+    """The names of a base's embedding and head, and whether they are tied; a tied head may be stored as well."""
 
     embedding: str
     head: str
@@ -35,26 +35,27 @@ class Vocabulary:
 
 
 def vocabulary_of(base: Checkpoint) -> Vocabulary:
-    """Return what embedding and head of a base are called, the head also if only the embedding is stored.
+    """Return the names of a base's embedding and head; that of the head even if only the embedding is stored.
 
     Raises:
-        CheckpointRefused: There is no embedding.
+        CheckpointRefused: The base has no embedding.
     """
     family = require_family(base.config)
     embeddings = spellings(ParsedName(part="embedding", module="embed_tokens", parameter="weight"), family)
     embedding = next((name for name in embeddings if name in base), None)
     if embedding is None:
         raise CheckpointRefused(
-            f"The base has no embedding: none of {', '.join(embeddings)}.", remedy="Fetch the checkpoint again."
+            f"The base has no embedding; expected one of {', '.join(embeddings)}.",
+            remedy="Download the checkpoint again.",
         )
     heads = [f"{head}.weight" for head in family.heads]
-    beside = [name for name in heads if embedding.startswith(name.removesuffix("lm_head.weight"))]
-    head = next((name for name in (*heads, *beside) if name in base), beside[0])
+    same_prefix = [name for name in heads if embedding.startswith(name.removesuffix("lm_head.weight"))]
+    head = next((name for name in (*heads, *same_prefix) if name in base), same_prefix[0])
     return Vocabulary(embedding=embedding, head=head, tied=is_tied(base))
 
 
-def separated(base: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
-    """Return the base with a head that is a tensor of its own."""
+def untied(base: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
+    """Return the base with the head as a separate tensor."""
     if not vocabulary.tied:
         return base
     embedding = base.tensors[vocabulary.embedding]
@@ -64,9 +65,9 @@ def separated(base: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
 
 
 def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter) -> None:
-    """Let updates be added to the frozen weights that an adapter brought along: their vocabulary may be another.
+    """Add updates to the copies of frozen weights that an adapter holds, since their vocabulary may be resized.
 
-    A copy that differs in most of its rows is of another model.
+    A copy that differs from the base in most of its rows is an obstacle: it is of another model.
     """
     for module, names in adapter.tensors.copies.items():
         for name in names:
@@ -74,45 +75,48 @@ def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter)
 
 
 def _start_from_copy(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter, module: str, name: str) -> None:
-    target = next((slot.name for slot in slices_of(f"{module}.weight", plan.base)), "")
+    target = next((slice_.name for slice_ in slices_of(f"{module}.weight", plan.base)), "")
     if target not in vocabulary.names:
-        plan.obstacles.append(f"{name} (no embedding of the base)")
+        plan.obstacles.append(f"{name} (it is neither the embedding nor the head of the base)")
         return
-    copy, base = stored(adapter.weights, name), plan.base.tensors[target]
+    copy, base = lazy_tensor(adapter.weights, name), plan.base.tensors[target]
     if copy.spec.shape[1:] != base.spec.shape[1:]:
-        plan.obstacles.append(f"{name} ({list(copy.spec.shape)} where {target} is {list(base.spec.shape)})")
-    elif 2 * equal_rows(copy, base) < min(copy.spec.rows, base.spec.rows):
-        plan.obstacles.append(f"{name} (most of its rows are not those of {target}: it is of another base)")
+        plan.obstacles.append(f"{name} (shape {list(copy.spec.shape)}, but {target} is {list(base.spec.shape)})")
+    elif 2 * count_equal_rows(copy, base) < min(copy.spec.rows, base.spec.rows):
+        plan.obstacles.append(f"{name} (most of its rows differ from {target}: it is of another base)")
     else:
-        starts = vocabulary.names if vocabulary.tied else (target,)
-        for each in starts:
-            if each == target or each not in plan.recipes:
-                plan.recipe(each).source = copy
-        plan.recipe(target).uses.append((adapter, name))
+        targets = vocabulary.names if vocabulary.tied else (target,)
+        for each in targets:
+            if each == target or each not in plan.merges:
+                plan.merge_of(each).source = copy
+        plan.merge_of(target).adapter_tensors.append((adapter, name))
 
 
-def finish(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, must_tie: bool) -> Checkpoint:
-    """Return the base with all that the plan changes; embedding and head become two tensors where they no longer agree.
+def apply_plan(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, must_tie: bool) -> Checkpoint:
+    """Return the base with the plan's changes; embedding and head are untied if they are no longer equal.
 
     Args:
-        plan: With everything landed, and its base :func:`separated`.
-        base: As it was opened.
-        vocabulary: Of the base.
-        must_tie: Whether the adapters were trained with one tensor for both.
+        plan: The complete plan, whose base is :func:`untied`.
+        base: The base as it was opened.
+        vocabulary: The base's embedding and head.
+        must_tie: Whether the adapters were trained with embedding and head tied.
     """
-    embedding, head = (plan.recipe(name) for name in vocabulary.names)
-    if vocabulary.tied and embedding.tokens and not head.tokens:
-        head.tokens = embedding.tokens
+    embedding, head = (plan.merge_of(name) for name in vocabulary.names)
+    if vocabulary.tied and embedding.token_rows and not head.token_rows:
+        head.token_rows = embedding.token_rows
     stay_tied = vocabulary.tied and _are_alike(embedding, head)
     if must_tie and vocabulary.tied and not stay_tied:
-        plan.obstacles.append(f"{vocabulary.head} (ensure_weight_tying, but not trained as {vocabulary.embedding} was)")
+        plan.obstacles.append(
+            f"{vocabulary.head} (ensure_weight_tying is set, but it was trained differently from"
+            f" {vocabulary.embedding})"
+        )
     rows = embedding.source.spec.rows
     if rows != head.source.spec.rows:
         plan.obstacles.append(
-            f"{vocabulary.embedding} ({rows} rows where {vocabulary.head} has {head.source.spec.rows}: a resized"
-            " vocabulary must come with both)"
+            f"{vocabulary.embedding} ({rows} rows, but {vocabulary.head} has {head.source.spec.rows}: an adapter with a"
+            " resized vocabulary must contain both)"
         )
-    changed = plan.changed()
+    changed = plan.changed_tensors()
     config: dict[str, Any] = {}
     if rows != base[vocabulary.embedding].rows:
         config |= dict.fromkeys(config_paths(base.config, "vocab_size"), rows)
@@ -128,23 +132,23 @@ def finish(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, must_ti
 
 def _replaced(base: Checkpoint, tensors: Mapping[str, LazyTensor], fields: Mapping[str, Any]) -> Checkpoint:
     config = base.config
-    for place, value in fields.items():
-        config = _with(config, place.split("."), value)
+    for path, value in fields.items():
+        config = _with_value(config, path.split("."), value)
     return base.replace(tensors=tensors, config=config if fields else None)
 
 
-def _with(config: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
-    """Return the config with ``value`` at the end of ``path``."""
+def _with_value(config: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
+    """Return the config with the field at ``path`` set to ``value``."""
     field, *rest = path
-    return {**config, field: _with(config[field], rest, value) if rest else value}
+    return {**config, field: _with_value(config[field], rest, value) if rest else value}
 
 
 def _are_alike(a: TensorMerge, b: TensorMerge) -> bool:
-    """Return whether two recipes that started from one tensor end in one."""
+    """Return whether two merges give equal tensors; False if DoRA takes part, which is not compared."""
     if a.norms or b.norms or len(a.terms) != len(b.terms):
         return False
     same_source = a.source is b.source or are_equal(a.source, b.source)
-    return same_source and _same_rows(a.tokens, b.tokens) and all(map(_same_update, a.terms, b.terms))
+    return same_source and _same_rows(a.token_rows, b.token_rows) and all(map(_same_update, a.terms, b.terms))
 
 
 def _same_rows(a: TokenRows | None, b: TokenRows | None) -> bool:

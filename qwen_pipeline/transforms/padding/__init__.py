@@ -1,0 +1,1 @@
+"""Padding of MLPs to a width that tensor-parallel ranks can share, and its reverse."""

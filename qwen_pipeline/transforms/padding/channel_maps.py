@@ -1,9 +1,8 @@
-"""Channels of an MLP put on a wider axis, and taken back. Tensor maths only.
+"""Maps from live to padded channels, applied to a tensor or undone. Tensor operations only.
 
-A map ``source_P`` (int64, one entry for each padded channel P) names the live channel that a padded one comes from, in
-rising order; :data:`NEW` is a channel of zeros. Entries that repeat are the parts of one live channel: all of them read
-the same input (:func:`placed`), and each gives a share of the output (:func:`divided`), so that the sum is the live
-channel's.
+A map ``source_P`` (int64, one entry for each padded channel P) holds the index of the live channel that a padded one is
+made from, in ascending order; :data:`NEW` is a channel of zeros. Repeated entries are the parts of one split channel:
+all have its input weights (:func:`placed`), and their output weights sum to its output weights (:func:`divided`).
 """
 
 from typing import TYPE_CHECKING
@@ -18,43 +17,43 @@ NEW = -1
 
 
 def placed(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
-    """Return each padded channel as a copy of its live one; new ones are zero."""
+    """Return the padded channels as copies of the live ones; new ones are zero."""
     shape = list(live.shape)
     shape[axis] = len(source_P)
-    held = (source_P != NEW).nonzero().flatten()
+    copied = (source_P != NEW).nonzero().flatten()
     padded = empty(tuple(shape), live.dtype)
-    return copy_channels(
-        live, source_P[held], padded if len(held) == len(source_P) else padded.zero_(), held, axis=axis
-    )
+    if len(copied) < len(source_P):
+        padded.zero_()
+    return copy_channels(live, source_P[copied], padded, copied, axis=axis)
 
 
 def divided(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
-    """Like :func:`placed`, but the parts of a channel add up to it, exactly and in its own dtype.
+    """Return the padded channels such that the parts of a split one sum to the live one, exactly in its own dtype.
 
-    Each part is half of what the parts before it left, and the last is the rest: for normal numbers another half, for
-    subnormal ones what rounding left.
+    Each part is half of the rest that the parts before it left, and the last part is the whole rest: for normal numbers
+    again a half, for subnormal ones the half plus the rounding error.
     """
     import torch
 
     padded = placed(live, axis, source_P)
     order_P, last_P = _parts(source_P)
-    shared = ((order_P > 0) | ~last_P).nonzero().flatten()
-    parts = padded.index_select(axis, shared)
-    order, last = (_along(axis, parts, of_P[shared]) for of_P in (order_P, last_P))
-    for step in range(int(order.max()) if len(shared) else 0):
+    split = ((order_P > 0) | ~last_P).nonzero().flatten()
+    parts = padded.index_select(axis, split)
+    order, last = (_along(axis, parts, of_P[split]) for of_P in (order_P, last_P))
+    for step in range(int(order.max()) if len(split) else 0):
         half = parts / 2
         rest = torch.where(half + half == parts, half, parts - half)
         parts = torch.where(order > step, rest, torch.where((order == step) & ~last, half, parts))
-    return padded.index_copy_(axis, shared, parts)
+    return padded.index_copy_(axis, split, parts)
 
 
 def gathered(padded: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
-    """Return the live channels; undoes :func:`placed`."""
+    """Return the live channels: the inverse of :func:`placed`."""
     return padded.index_select(axis, first_positions(source_P))
 
 
 def summed(padded: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
-    """Return the live channels, each the sum of its parts, from the last part back; undoes :func:`divided`."""
+    """Return the live channels, each summed from its last part to its first: the inverse of :func:`divided`."""
     import torch
 
     order_P, last_P = _parts(source_P)
@@ -67,13 +66,13 @@ def summed(padded: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torc
 
 
 def first_positions(source_P: "torch.Tensor") -> "torch.Tensor":
-    """Return where each live channel, or its first part, lies: int64, strictly rising."""
+    """Return the position of each live channel, or of its first part: int64, strictly increasing."""
     order_P, _ = _parts(source_P)
     return ((order_P == 0) & (source_P != NEW)).nonzero().flatten()
 
 
 def _parts(source_P: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return for each padded channel which part of its live one it is (0, 1, ...), and whether it is the last."""
+    """Return the index of each padded channel among the parts of its live one (0, 1, ...), and whether it is last."""
     import torch
 
     index_P = torch.arange(len(source_P))
@@ -84,5 +83,5 @@ def _parts(source_P: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
 
 
 def _along(axis: int, tensor: "torch.Tensor", values: "torch.Tensor") -> "torch.Tensor":
-    """Shape one value per channel so that it broadcasts along ``axis``."""
+    """Return one value per channel in a shape that broadcasts along ``axis``."""
     return values.reshape([-1 if dim == axis else 1 for dim in range(tensor.dim())])

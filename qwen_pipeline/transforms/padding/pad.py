@@ -1,7 +1,7 @@
-"""Widening every MLP so that ranks can share it in whole groups, and narrowing it again; its function stays the same.
+"""Padding of every MLP to a width that ranks can share in whole groups, and its reverse; the model's function is kept.
 
-New channels are zeros (``silu(0) * 0`` meets a zero column of ``down_proj``), or they are parts of live channels, which
-then read the same and share what they give (:mod:`~qwen_pipeline.transforms.padding.channel_maps`).
+New channels are zeros (``silu(0) * 0``, and a zero column of ``down_proj``), or parts of live channels, which have the
+same inputs and split the output (:mod:`~qwen_pipeline.transforms.padding.channel_maps`).
 """
 
 from collections.abc import Callable
@@ -16,18 +16,20 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
 from qwen_pipeline.qwen.geometry import PaddedSize, PadPlan, resized_config
 from qwen_pipeline.transforms.padding.channel_maps import NEW, divided, first_positions, gathered, placed, summed
-from qwen_pipeline.transforms.padding.splitting import gives_output, owner_of, split_map
+from qwen_pipeline.transforms.padding.splitting import is_down_projection, mlp_module, split_map
 
 if TYPE_CHECKING:
     import torch
 
-    Put = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+    ChannelOp = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+    """Applies a map of channels, or undoes it: (tensor, axis, map) -> tensor."""
 
 
 def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
     """Return the checkpoint with every planned size padded, in the weights and in the config.
 
-    The source is https://qwen.readthedocs.io, "GPTQ", troubleshooting; its 29568 -> 29696 is reproduced bit for bit.
+    The procedure is that of https://qwen.readthedocs.io, "GPTQ", troubleshooting; its 29568 -> 29696 is reproduced bit
+    for bit.
 
     Raises:
         CheckpointRefused: The MLP weights do not have the live width.
@@ -36,37 +38,37 @@ def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
 
 
 def unpad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
-    """Return the checkpoint that :func:`pad` was given, bit for bit.
+    """Return the checkpoint before :func:`pad`, bit for bit.
 
     Raises:
-        CheckpointRefused: The MLP weights do not have the padded width; or, from a read, padding the result again
-            would not give the checkpoint, because the channels that padding added were changed since.
+        CheckpointRefused: The MLP weights do not have the padded width. Reads raise it if the channels that padding
+            added were changed since, so that padding the result again would not give this checkpoint.
     """
     return _resized(checkpoint, plan, _unpadded, lambda size: size.live)
 
 
 def narrowed(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
-    """Do as :func:`unpad`, whatever became of the channels that padding added: they are left out, or added up."""
+    """Return the checkpoint at the live width without checking the added channels, which are dropped or summed."""
     return _resized(checkpoint, plan, partial(_unpadded, is_checked=False), lambda size: size.live)
 
 
-def changed_channels(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> "torch.Tensor":
-    """Return which channels of a gate or an up are neither zeros nor the live channel again, where padding made them.
+def changed_channels(name: str, tensor: LazyTensor, channels: Channels, size: PaddedSize) -> "torch.Tensor":
+    """Return the added channels of a gate or up projection that are no longer zero or a copy of the live channel.
 
-    Only blocks that padding added channels to are read. The result is bool [halves, P]; of a stack [halves, E, P].
+    Only blocks to which padding added channels are read. The result is bool [halves, P], of a stack [halves, E, P].
     """
     import torch
 
     source = source_map(size, name)
-    if at.axis:
+    if channels.axis:
         blocks: list[torch.Tensor] = []
         for start, stop in block_ranges(tensor.spec):
             padded, rows = tensor.read(start, stop), _rows_of(source, start, stop)
-            again = _mapped(placed, _mapped(gathered, padded, at, rows), at, rows)
-            blocks.append((again != padded).any(dim=3 - at.axis))
-        return torch.cat(blocks).unflatten(1, (at.halves, size.padded)).transpose(0, 1)
+            again = _mapped(placed, _mapped(gathered, padded, channels, rows), channels, rows)
+            blocks.append((again != padded).any(dim=3 - channels.axis))
+        return torch.cat(blocks).unflatten(1, (channels.halves, size.padded)).transpose(0, 1)
     changed_P = torch.zeros(size.padded, dtype=torch.bool)
-    for start, stop in block_ranges(_widened(tensor.spec, at, size.live)):
+    for start, stop in block_ranges(_resized_spec(tensor.spec, channels, size.live)):
         first, last, rows = _padded_rows(source, start, stop)
         if last - first > stop - start:
             padded = tensor.read(first, last)
@@ -80,7 +82,7 @@ def source_map(size: PaddedSize, name: str) -> "torch.Tensor":
     import torch
 
     if size.layout == "split":
-        return split_map(size, owner_of(name))
+        return split_map(size, mlp_module(name))
     return torch.full((size.padded,), NEW).index_copy_(0, size.positions(), torch.arange(size.live))
 
 
@@ -93,30 +95,32 @@ def _resized(
     for size in plan.sizes:
         sized = sized_tensors(checkpoint, size.field)
         if size.zeros:
-            tensors = {name: resize(name, checkpoint.tensors[name], at, size) for name, at in sized.items()}
+            tensors = {name: resize(name, checkpoint.tensors[name], channels, size) for name, channels in sized.items()}
             config = resized_config(checkpoint.config, size, width(size))
             checkpoint = checkpoint.replace(tensors=tensors, config=config)
     return checkpoint
 
 
-def _padded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize) -> LazyTensor:
-    put = divided if gives_output(name) else placed
+def _padded(name: str, tensor: LazyTensor, channels: Channels, size: PaddedSize) -> LazyTensor:
+    apply = divided if is_down_projection(name) else placed
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
-        wanted = source_map(size, name)[start:stop]
-        held = wanted[wanted != NEW]
-        first, last = (int(held[0]), int(held[-1])) if len(held) else (0, -1)
-        return placed(tensor.read(first, last + 1), 0, _counted_from(first, wanted))
+        sources = source_map(size, name)[start:stop]
+        live = sources[sources != NEW]
+        first, last = (int(live[0]), int(live[-1])) if len(live) else (0, -1)
+        return placed(tensor.read(first, last + 1), 0, _counted_from(first, sources))
 
     def read(start: int, stop: int) -> "torch.Tensor":
-        return _mapped(put, tensor.read(start, stop), at, _rows_of(source_map(size, name), start, stop))
+        return _mapped(apply, tensor.read(start, stop), channels, _rows_of(source_map(size, name), start, stop))
 
-    return LazyTensor(spec=_widened(tensor.spec, at, size.padded), read=read if at.axis else read_rows)
+    return LazyTensor(spec=_resized_spec(tensor.spec, channels, size.padded), read=read if channels.axis else read_rows)
 
 
-def _unpadded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize, *, is_checked: bool = True) -> LazyTensor:
+def _unpadded(
+    name: str, tensor: LazyTensor, channels: Channels, size: PaddedSize, *, is_checked: bool = True
+) -> LazyTensor:
     source = source_map(size, name)
-    put, take = (divided, summed) if gives_output(name) else (placed, gathered)
+    apply, undo = (divided, summed) if is_down_projection(name) else (placed, gathered)
 
     def read_rows(start: int, stop: int) -> "torch.Tensor":
         first, last, rows = _padded_rows(source, start, stop)
@@ -128,28 +132,29 @@ def _unpadded(name: str, tensor: LazyTensor, at: Channels, size: PaddedSize, *, 
 
     def read(start: int, stop: int) -> "torch.Tensor":
         padded, rows = tensor.read(start, stop), _rows_of(source, start, stop)
-        live = _mapped(take, padded, at, rows)
+        live = _mapped(undo, padded, channels, rows)
         if is_checked:
-            _require_same(name, _mapped(put, live, at, rows), padded)
+            _require_same(name, _mapped(apply, live, channels, rows), padded)
         return live
 
-    return LazyTensor(spec=_widened(tensor.spec, at, size.live), read=read if at.axis else read_rows)
+    return LazyTensor(spec=_resized_spec(tensor.spec, channels, size.live), read=read if channels.axis else read_rows)
 
 
-def _mapped(put: "Put", block: "torch.Tensor", at: Channels, source: "torch.Tensor") -> "torch.Tensor":
-    """Apply a map of channels to each half of the axis, and to each expert its own."""
+def _mapped(op: "ChannelOp", block: "torch.Tensor", channels: Channels, source: "torch.Tensor") -> "torch.Tensor":
+    """Return a block with a map of channels applied to each half of the axis, or to each expert its own map."""
     import torch
 
     if source.dim() == 2:
-        of_expert = replace(at, axis=at.axis - 1)
-        return torch.stack([_mapped(put, one, of_expert, row) for one, row in zip(block, source, strict=True)])
-    if at.halves == 1:
-        return put(block, at.axis, source)
-    return torch.cat([put(half, at.axis, source) for half in block.chunk(at.halves, dim=at.axis)], dim=at.axis)
+        of_expert = replace(channels, axis=channels.axis - 1)
+        return torch.stack([_mapped(op, matrix, of_expert, row) for matrix, row in zip(block, source, strict=True)])
+    if channels.halves == 1:
+        return op(block, channels.axis, source)
+    halves = block.chunk(channels.halves, dim=channels.axis)
+    return torch.cat([op(half, channels.axis, source) for half in halves], dim=channels.axis)
 
 
 def _padded_rows(source_P: "torch.Tensor", start: int, stop: int) -> "tuple[int, int, torch.Tensor]":
-    """Return the padded rows that live rows ``start:stop`` became: the first, the one after the last, and their map."""
+    """Return the range of padded rows made from the live rows ``start:stop``, and their map: (first, stop, map)."""
     bounds = [0, *first_positions(source_P)[1:].tolist(), len(source_P)]
     return bounds[start], bounds[stop], _counted_from(start, source_P[bounds[start] : bounds[stop]])
 
@@ -159,14 +164,15 @@ def _rows_of(source: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
 
 
 def _counted_from(first: int, source_P: "torch.Tensor") -> "torch.Tensor":
+    """Return a map whose live channels are counted from ``first``."""
     import torch
 
     return torch.where(source_P == NEW, NEW, source_P - first)
 
 
-def _widened(spec: TensorSpec, at: Channels, width: int) -> TensorSpec:
+def _resized_spec(spec: TensorSpec, channels: Channels, width: int) -> TensorSpec:
     shape = list(spec.shape)
-    shape[at.axis] = at.halves * width
+    shape[channels.axis] = channels.halves * width
     return replace(spec, shape=tuple(shape))
 
 
@@ -175,7 +181,7 @@ def _require_same(name: str, again: "torch.Tensor", padded: "torch.Tensor") -> N
 
     if not torch.equal(again, padded):
         raise CheckpointRefused(
-            f"{name} is no longer what padding made: the channels that it added have weights of their own.",
-            remedy="Unpad only what the stage pad wrote. What was trained after padding uses the new channels, so it"
-            " has to stay padded.",
+            f"{name} was changed after padding: the channels that padding added have other values.",
+            remedy="Unpad only checkpoints that the stage pad wrote. A model that was trained after padding uses the"
+            " added channels, so keep it padded.",
         )

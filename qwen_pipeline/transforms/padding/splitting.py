@@ -1,8 +1,8 @@
-"""Which live channels are split, and how that is written down.
+"""The choice of the live channels that the layout ``split`` divides in two, and its encoding in a manifest.
 
-A split channel becomes two: both read what it read, and each gives half of what it gave. Spare width then buys
-accuracy, as in outlier channel splitting (arXiv:1901.09504): where the channel's weight was the largest of its group,
-the group gets a finer scale, and of two codes the second makes up for the rounding of the first.
+Both parts of a split channel have its inputs, and each gives half of its output. The added width improves accuracy, as
+in outlier channel splitting (arXiv:1901.09504): where the channel's weight was the largest of its group, the group
+gets a finer scale, and of two codes the second compensates for the rounding of the first.
 """
 
 import base64
@@ -14,7 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import block_ranges
-from qwen_pipeline.checkpoint.hashing_reader import looking_aside
+from qwen_pipeline.checkpoint.hashing_reader import hashing_paused
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.thread_pool import SharedWork
 from qwen_pipeline.qwen.channels import Channels, sized_tensors
@@ -25,47 +25,50 @@ if TYPE_CHECKING:
     import torch
 
 OUTPUTS = 1024
-"""Outputs that a choice looks at, at most, in cells that are spread evenly. The gains are sums over outputs."""
+"""The most outputs that gains are summed over; of more outputs, evenly spaced cells are sampled."""
 
 OUTPUTS_AT_A_TIME = 16
-"""Of these, groups are compared together: what that takes beside the weights stays in a processor's cache."""
+"""Outputs whose groups are compared together: few enough for the intermediate results to fit a processor's cache."""
 
 
 def choose_splits(checkpoint: Checkpoint, plan: PadPlan) -> PadPlan:
-    """Return the plan with the channels that its ``split`` sizes split: each MLP's are chosen when first asked for.
+    """Return the plan with the split channels of its ``split`` sizes, which are chosen for each MLP on first access.
 
-    They are those whose halving lowers the squares of ``down_proj``'s group scales the most, summed over outputs (over
-    :data:`OUTPUTS` of them where there are more): the expected rounding error of a group is in proportion. Ties go to
-    the first.
+    The chosen channels are those whose halving lowers the squares of ``down_proj``'s group scales the most, summed over
+    outputs (over :data:`OUTPUTS` of them if there are more): the expected rounding error of a group is proportional to
+    them. Ties go to the first channel.
     """
     sizes = [
-        replace(size, splits=Choices(checkpoint, size)) if size.layout == "split" and size.zeros else size
+        replace(size, splits=SplitChoices(checkpoint, size)) if size.layout == "split" and size.zeros else size
         for size in plan.sizes
     ]
     return replace(plan, sizes=tuple(sizes))
 
 
-class Choices(Mapping[str, str]):
-    """MLP, expert or stack of experts -> its split channels, each chosen when first asked for."""
+class SplitChoices(Mapping[str, str]):
+    """Module of an MLP, an expert or a stack of experts -> its encoded split channels, chosen on first access."""
 
     def __init__(self, checkpoint: Checkpoint, size: PaddedSize) -> None:
         sized = sized_tensors(checkpoint, size.field)
         self._checkpoint = checkpoint
         self._size = size
-        self._down = {owner_of(name): (name, at) for name, at in sized.items() if gives_output(name)}
-        self._making: dict[str, SharedWork[torch.Tensor]] = {}
-        self._made: dict[str, str] = {}
+        self._down = {
+            mlp_module(name): (name, channels) for name, channels in sized.items() if is_down_projection(name)
+        }
+        self._running: dict[str, SharedWork[torch.Tensor]] = {}
+        self._chosen: dict[str, str] = {}
         self._lock = Lock()
 
-    def __getitem__(self, owner: str) -> str:
-        if owner not in self._made:
-            name, at = self._down[owner]
+    def __getitem__(self, module: str) -> str:
+        if module not in self._chosen:
+            name, channels = self._down[module]
             with self._lock:
-                making = self._making.setdefault(owner, SharedWork(_gains(self._checkpoint, name, at, self._size)))
-            with looking_aside():
-                self._made[owner] = self._choice(making.all_done(), is_stack=_is_stack(self._checkpoint, name))
-            self._making.pop(owner, None)
-        return self._made[owner]
+                gains = _gains(self._checkpoint, name, channels, self._size)
+                running = self._running.setdefault(module, SharedWork(gains))
+            with hashing_paused():
+                self._chosen[module] = self._choice(running.results(), is_stack=_is_stack(self._checkpoint, name))
+            self._running.pop(module, None)
+        return self._chosen[module]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._down)
@@ -80,24 +83,24 @@ class Choices(Mapping[str, str]):
         return _encoded(_largest(gains_EI, self._size.padded % self._size.live))
 
 
-def split_map(size: PaddedSize, owner: str) -> "torch.Tensor":
-    """Return the map of an MLP's channels, int64 [P], or [E, P] for a stack of experts; parts are neighbours."""
-    return _map_of(size.splits[owner], size.live, size.padded)
+def split_map(size: PaddedSize, module: str) -> "torch.Tensor":
+    """Return the map of an MLP's channels, int64 [P], or [E, P] for a stack of experts; parts are adjacent."""
+    return _map_of(size.splits[module], size.live, size.padded)
 
 
-def owner_of(name: str) -> str:
-    """Return the MLP, the expert or the stack of experts that a tensor of a projection belongs to."""
+def mlp_module(name: str) -> str:
+    """Return the module path of the MLP, the expert or the stack of experts that a projection's tensor belongs to."""
     return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
 
 
-def gives_output(name: str) -> bool:
-    """Whether a tensor has the channels as inputs: what they give is what its columns add up to."""
+def is_down_projection(name: str) -> bool:
+    """Return whether a tensor is the weight whose inputs are the channels: ``down_proj``, or ``fc2`` of a tower."""
     return name.removesuffix(".weight").endswith(("down_proj", "fc2"))
 
 
 @lru_cache(maxsize=4)
 def _map_of(bits: str, live: int, padded: int) -> "torch.Tensor":
-    """Kept for the MLPs in hand, since every block of them asks for it."""
+    """Return the map of decoded channels; cached for the MLPs in progress, since each of their blocks needs it."""
     import torch
 
     chosen_EI = _decoded(bits, live)
@@ -106,11 +109,13 @@ def _map_of(bits: str, live: int, padded: int) -> "torch.Tensor":
     return source.reshape(len(chosen_EI), padded).squeeze(0)
 
 
-def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) -> "list[Callable[[], torch.Tensor]]":
-    """Return what computes each channel's gain, float64 [I]: for each expert, or for parts of the outputs.
+def _gains(
+    checkpoint: Checkpoint, name: str, channels: Channels, size: PaddedSize
+) -> "list[Callable[[], torch.Tensor]]":
+    """Return functions that compute each channel's gain, float64 [I]: one per expert, or one per part of the outputs.
 
-    It is how much halving the channel takes off the squares of group maxima. A weight that is its group's largest gains
-    down to the second largest, or to its own half.
+    The gain is the decrease of the squared group maxima when the channel is halved: from a weight that is its group's
+    largest to the second largest or to half of it, whichever is larger.
     """
     import torch
 
@@ -120,7 +125,7 @@ def _gains(checkpoint: Checkpoint, name: str, at: Channels, size: PaddedSize) ->
 
     def gain_of_expert(number: int) -> "torch.Tensor":
         matrix = checkpoint.load(name, slice(number, number + 1))[0]
-        outputs_OI = matrix if at.axis == 2 else matrix.T
+        outputs_OI = matrix if channels.axis == 2 else matrix.T
         return _gain(outputs_OI[:: ceil(len(outputs_OI) / OUTPUTS)], size.group_size)
 
     rows = checkpoint[name].rows
@@ -138,6 +143,7 @@ def _is_stack(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _gain(weight_OI: "torch.Tensor", group_size: int) -> "torch.Tensor":
+    """Return the gain of each channel, summed over these outputs: float64 [I]."""
     import torch
 
     outputs, live = weight_OI.shape
@@ -151,7 +157,7 @@ def _gain(weight_OI: "torch.Tensor", group_size: int) -> "torch.Tensor":
 
 
 def _largest(gains_EI: "torch.Tensor", count: int) -> "torch.Tensor":
-    """Return which ``count`` channels of each expert gain the most, bool [E, I]."""
+    """Return a mask of the ``count`` channels of each expert with the largest gains: bool [E, I]."""
     import torch
 
     order_EI = gains_EI.sort(dim=1, descending=True, stable=True).indices

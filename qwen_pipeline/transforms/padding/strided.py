@@ -1,4 +1,4 @@
-"""Moving channels by a few strided copies where they lie evenly: a gather moves one number at a time."""
+"""Copies of channels by few strided copies where they are evenly spaced: a gather copies one number at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     import torch
 
 _MOST_RUNS = 64
-"""With more, copying run by run is no faster than a gather."""
+"""The most runs that are copied run by run; with more, a gather is as fast."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``count`` channels, from every ``step``-th place from ``start`` on in either tensor: (source, target)."""
+    """``count`` channels from index ``start`` on, every ``step``-th: (source, target) each."""
 
     count: int
     start: tuple[int, int]
@@ -31,14 +31,14 @@ class Run:
 def copy_channels(
     source: "torch.Tensor", sources: "torch.Tensor", target: "torch.Tensor", targets: "torch.Tensor", *, axis: int
 ) -> "torch.Tensor":
-    """Copy channel ``sources[n]`` of one tensor to channel ``targets[n]`` of the other, for rising indices.
+    """Copy channel ``sources[n]`` of one tensor to channel ``targets[n]`` of the other, which is returned.
 
     Args:
-        source: Where channels come from.
-        sources: int64 ``[N]``, not falling.
-        target: Is changed, and returned.
-        targets: int64 ``[N]``, rising.
-        axis: The axis of the channels in both.
+        source: The tensor to copy from.
+        sources: Its channels, int64 ``[N]``, nondecreasing.
+        target: The tensor to copy into, in place.
+        targets: Its channels, int64 ``[N]``, strictly increasing.
+        axis: The axis of the channels in both tensors.
     """
     runs = list(islice(_runs(sources, targets), _MOST_RUNS + 1))
     if len(runs) > _MOST_RUNS:
@@ -46,7 +46,7 @@ def copy_channels(
             return gather(source, sources, target, axis=axis)
         return target.index_copy_(axis, targets, source.index_select(axis, sources))
     for run in runs:
-        at_source, at_target = ((slice(None),) * axis + (places,) for places in run.slices())
+        at_source, at_target = ((slice(None),) * axis + (along,) for along in run.slices())
         target[at_target] = source[at_source]
     return target
 
@@ -54,7 +54,7 @@ def copy_channels(
 def gather(source: "torch.Tensor", sources: "torch.Tensor", target: "torch.Tensor", *, axis: int) -> "torch.Tensor":
     """Copy channel ``sources[n]`` of one tensor to channel ``n`` of the other, which is returned.
 
-    NumPy copies numbers of any dtype as words of its size, several times as fast as ``index_select`` along rows does.
+    NumPy copies numbers of any dtype as integers of its size, several times as fast as ``index_select`` along rows.
     """
     import numpy as np
     import torch
@@ -65,10 +65,10 @@ def gather(source: "torch.Tensor", sources: "torch.Tensor", target: "torch.Tenso
 
 
 def _runs(sources: "torch.Tensor", targets: "torch.Tensor") -> Iterator[Run]:
-    """Cut pairs of indices, greedily, into runs along which both move by an even step.
+    """Yield the pairs of indices as runs, chosen greedily, along which both indices have a constant step.
 
-    Python counts runs here, not channels, and asks NumPy for each number: every call of torch hands Python's lock to
-    another thread, and waits until it is given back.
+    The loop is over runs, not channels, and reads numbers from NumPy, because a call of torch releases the GIL and then
+    waits to get it back.
     """
     source, target = sources.numpy(), targets.numpy()
     count = len(target)

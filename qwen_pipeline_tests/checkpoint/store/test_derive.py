@@ -1,4 +1,4 @@
-"""Derivations: one directory for one key, found again, never overwritten, never half there."""
+"""A derivation has one directory, which is found again, never overwritten and never incomplete."""
 
 import shutil
 import threading
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.checkpoint.digest import checkpoint_digest
-from qwen_pipeline.checkpoint.files import write_bytes
 from qwen_pipeline.checkpoint.lazy import MANIFEST, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store import derive as module
@@ -17,19 +15,10 @@ from qwen_pipeline.checkpoint.store.destinations import CheckpointStore, Directo
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, DestinationLocked, DestinationRefused
-from qwen_pipeline_tests.checkpoint.test_writer import copy, flip_bit
+from qwen_pipeline_tests.checkpoint.copies import copy, flip_bit, note, write_note
 
 
-def note(text: str) -> Derivation:
-    return Derivation(stage="note", inputs={}, spec={"text": text}, code_version="1")
-
-
-def write_note(partial: Path) -> Built:
-    write_bytes(partial / "note.txt", b"hello")
-    return Built(contents=contents_of_directory(partial))
-
-
-def test_the_store_finds_what_a_stage_produced_last(tmp_path: Path) -> None:
+def test_the_store_finds_the_output_that_was_requested_last(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     assert store.latest("note", "alice") is None
 
@@ -49,10 +38,10 @@ def test_the_store_finds_what_a_stage_produced_last(tmp_path: Path) -> None:
     ("owner", "call", "on"),
     [(module, "write_bytes", MANIFEST), (shutil, "rmtree", WORK_DIR), (Path, "rename", "out.partial")],
 )
-def test_a_build_that_has_ended_is_not_repeated_wherever_the_attempt_dies(
+def test_a_finished_build_is_not_repeated_wherever_the_attempt_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, call: str, on: str
 ) -> None:
-    """Until the manifest is there, all that the next attempt can resume from is too; then it has only to be shown."""
+    """The build's resume state stays until the manifest is written; after that, only the rename is repeated."""
     found: list[bool] = []
 
     def build(partial: Path) -> Built:
@@ -62,16 +51,16 @@ def test_a_build_that_has_ended_is_not_repeated_wherever_the_attempt_dies(
         layer.touch()
         return write_note(partial)
 
-    alive = getattr(owner, call)
+    original = getattr(owner, call)
 
-    def die(path: Path, *rest: object) -> object:
+    def interrupt(path: Path, *rest: object) -> object:
         if path.name == on:
             raise KeyboardInterrupt
-        return alive(path, *rest)
+        return original(path, *rest)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, die)
+        patch.setattr(owner, call, interrupt)
         with pytest.raises(KeyboardInterrupt):
             derive(note("one"), Directory(out), build)
     assert not out.exists()
@@ -80,15 +69,15 @@ def test_a_build_that_has_ended_is_not_repeated_wherever_the_attempt_dies(
     assert {path.name for path in artifact.path.iterdir()} == {"note.txt", "manifest.json"}
 
 
-def test_a_directory_that_holds_something_else_is_refused(sharded: Path, tmp_path: Path) -> None:
+def test_a_directory_with_other_files_or_another_output_is_refused(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(DestinationRefused, match="was not made by this pipeline"):
         copy(sharded, sharded)
     made = derive(note("one"), Directory(tmp_path / "out"), write_note)
-    with pytest.raises(DestinationRefused, match=r'another spec: \{"text": "one"\}, wanted \{"text": "two"\}'):
+    with pytest.raises(DestinationRefused, match=r'another spec: \{"text": "one"\}, expected \{"text": "two"\}'):
         derive(note("two"), Directory(made.path), write_note)
 
 
-def test_an_empty_directory_may_be_named(tmp_path: Path) -> None:
+def test_an_empty_directory_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
 
     assert derive(note("one"), Directory(tmp_path / "out"), write_note).path == tmp_path / "out"
@@ -112,7 +101,7 @@ def test_two_writers_of_one_output_exclude_each_other(tmp_path: Path) -> None:
     assert derive(note("one"), Directory(tmp_path / "out"), write_note).reused
 
 
-def test_the_remains_of_another_derivation_are_discarded(sharded: Path, tmp_path: Path) -> None:
+def test_the_partial_files_of_another_derivation_are_removed(sharded: Path, tmp_path: Path) -> None:
     stale = tmp_path / "out.partial"
     stale.mkdir()
     (stale / "stale.safetensors").write_bytes(b"stale")
@@ -137,19 +126,6 @@ def test_a_truncated_or_missing_file_is_found_without_reading_bytes(sharded: Pat
 
     with pytest.raises(CheckpointRefused, match=r"model-00001-of-00002\.safetensors is missing or has another size"):
         copy(sharded, tmp_path / "out")
-
-
-def test_digests_of_foreign_directories_are_remembered_until_a_file_changes(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = checkpoint_digest(sharded)
-    assert first == copy(sharded, tmp_path / "out").manifest.content_digest
-    assert checkpoint_digest(sharded) == first
-    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 1
-
-    (sharded / "config.json").write_text('{"model_type": "qwen3"}')
-    assert checkpoint_digest(sharded) != first
 
 
 def test_the_key_depends_on_every_field() -> None:

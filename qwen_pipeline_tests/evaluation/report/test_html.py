@@ -34,6 +34,17 @@ def test_what_was_served_and_scored_is_shown(tmp_path: Path) -> None:
     assert "Benchmark tasks" not in without
 
 
+def test_skipped_checks_are_shown_as_skipped_with_the_reason() -> None:
+    found = replace(GOOD, nbytes=dict.fromkeys(GOOD.models, 1))
+    reports = judge(found, Limits())
+    why = "No serving engine is configured (validation.serve.engine)."
+    assert f"| ⏭️ **skipped** | serves |  |  | {why} |" in render_report(found, reports, method="So.")
+    page = render_page(found, reports, plots={}, lineage=[], method="So.")
+    row = f'<td class="name"><code>serves</code></td><td class="number"></td>\n<td class="number"></td><td>{why}</td>'
+    assert f'<tr class="skipped"><td class="name skipped">- skipped</td>\n{row}' in page
+    assert "Passed: 11 of 11 checks that ran; skipped: serves, benchmark_tasks" in page
+
+
 def test_a_served_answer_that_parts_is_shown_beside_transformers_own() -> None:
     parted = replace(SERVED, role="quantized", texts=("Maybe",), partings=(FirstDivergence(position=1, gap=2.5),))
     found = replace(FOUND, nbytes=dict.fromkeys(FOUND.models, 1), served=[parted])

@@ -90,9 +90,16 @@ def test_a_server_that_dies_blocks_and_a_missing_kernel_warns() -> None:
     )
 
 
-def test_without_an_engine_the_report_says_so() -> None:
+def test_serving_that_compared_no_answer_is_skipped() -> None:
+    lacking = replace(GOOD, partings=(), texts=(), fault="x", lacking="the engine has no kernel k")
+    report = serving_report([lacking], max_gap=0.5)
+    assert (report.outcome, report.blocks) == ("skipped", False)
+    assert "the engine has no kernel k" in report.detail
+
+
+def test_without_an_engine_the_check_is_skipped_with_the_reason() -> None:
     report = serving_report([], max_gap=0.5)
-    assert report.passed
+    assert (report.outcome, report.blocks) == ("skipped", False)
     assert "validation.serve.engine" in report.detail
 
 

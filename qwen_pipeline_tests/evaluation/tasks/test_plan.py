@@ -11,7 +11,7 @@ from qwen_pipeline.evaluation.measurement import MEASURING_ENVIRONMENT
 from qwen_pipeline.evaluation.tasks.plan import RUN_TASKS, Score, TaskPlan, load_results, scores, tasks_report
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import run_worker
-from qwen_pipeline_tests.rounding import round_to_codes, spelled_out
+from qwen_pipeline_tests.rounding import round_to_codes, save_dequantized
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
 
 PLAN = TaskPlan(python=Path("python"), versions={}, tasks=["arc"], max_drop=0.02)
@@ -41,8 +41,10 @@ def test_a_minimum_is_demanded_and_a_misspelt_one_is_named() -> None:
     assert unknown.detail == "There is a minimum for arc/accc, but the scores are arc/acc."
 
 
-def test_what_was_not_asked_passes_and_what_was_not_run_does_not() -> None:
-    assert "validation.lm_eval.tasks" in tasks_report(None, []).detail
+def test_tasks_that_are_not_configured_are_skipped_and_tasks_without_scores_fail() -> None:
+    report = tasks_report(None, [])
+    assert (report.outcome, report.blocks) == ("skipped", False)
+    assert "validation.lm_eval.tasks" in report.detail
     assert tasks_report(PLAN, []).blocks
     assert tasks_report(PLAN, [], fault="lm-eval died.").detail == "No scores: lm-eval died."
 
@@ -90,7 +92,7 @@ def test_a_streamed_model_answers_lm_eval_as_its_own_does(family: str, tmp_path:
     """Weights that codes stand for are asked of lm-eval's own class: it cannot load experts that are packed."""
     source = tiny_model(family, tmp_path / "source")
     codes = round_to_codes(source, tmp_path / "codes", group_size=32)
-    plain = spelled_out(source, codes, tmp_path / "plain")
+    plain = save_dequantized(source, codes, tmp_path / "plain")
     spec = {"streamed": str(codes), "plain": str(plain)}
     python = find_environment("lm-eval").python
     target = "qwen_pipeline_tests.evaluation.tasks.in_lm_eval:ask_both"

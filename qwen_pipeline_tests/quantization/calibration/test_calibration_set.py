@@ -1,4 +1,4 @@
-"""Windows of calibration tokens depend on the file, the tokenizer and the seed, and on nothing else."""
+"""Calibration windows: packing, masks, statistics and errors; they depend only on text, tokenizer and seed."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, draw_calibration, shuffled
-from qwen_pipeline.quantization.spec import CalibrationSpec, Packing
+from qwen_pipeline.quantization.calibration.spec import CalibrationSpec, Packing
 from qwen_pipeline.text.records import load_records
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
@@ -50,7 +50,7 @@ def test_records_are_packed_back_to_back_with_an_end_after_text(checkpoint: Path
     assert drawn.attention_mask.all()
 
 
-def test_a_stream_tells_where_each_record_begins(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_stream_marks_where_each_record_begins(checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path, *({"text": "ab" * (n + 1)} for n in range(6)))
     drawn = draw(file, checkpoint, samples=3, seq_len=8)
     expected = [place for length in drawn.lengths for place in range(length)][:24]
@@ -91,7 +91,7 @@ def test_a_conversation_is_written_by_the_chat_template(checkpoint: Path, tmp_pa
     assert drawn.input_ids[0].tolist() == expected
 
 
-def test_the_draw_ignores_and_leaves_alone_the_global_random_state(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_draw_neither_uses_nor_changes_the_global_random_state(checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path, *({"text": f"record number {i}"} for i in range(9)))
     torch.manual_seed(1)
     random.seed(1)
@@ -113,7 +113,7 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert shuffled(8, 42) == [1, 0, 6, 4, 7, 5, 3, 2]
 
 
-def test_the_digest_tells_shapes_masks_and_tokens_apart(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_shapes_masks_and_tokens(checkpoint: Path, tmp_path: Path) -> None:
     drawn = draw(write(tmp_path, {"text": "abcdefghijklmnop"}), checkpoint)
     others = [
         replace(drawn, input_ids=drawn.input_ids.flip(1)),
@@ -123,7 +123,7 @@ def test_the_digest_tells_shapes_masks_and_tokens_apart(checkpoint: Path, tmp_pa
     assert len({drawn.digest, *(other.digest for other in others)}) == 4
 
 
-def test_too_little_text_says_how_much_there_is(checkpoint: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_refused_with_its_amount(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"has 12 tokens, but 2 windows of 8 need 16"):
         draw(write(tmp_path, {"text": "hello"}, {"text": "world"}), checkpoint)
 
@@ -147,7 +147,7 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path: Path, line: str, words: s
         load_records(write(tmp_path, {"text": "fine"}, line))
 
 
-def test_blank_lines_pass_and_are_counted(tmp_path: Path) -> None:
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     assert [record["line"] for record in load_records(write(tmp_path, "", {"text": "a"}, "", {"text": "b"}))] == [2, 4]
 
 

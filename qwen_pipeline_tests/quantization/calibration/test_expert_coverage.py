@@ -1,4 +1,4 @@
-"""Tokens of each expert, against Transformers' own router logits; filling counts for nobody."""
+"""Tokens of each expert, compared with Transformers' own router logits; filling is not counted."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.calibration.expert_coverage import count_expert_tokens, has_experts
 from qwen_pipeline_tests.tiny import load_tiny, tiny_model
 
-PLACE = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
+CPU = ComputeContext(device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-def test_counts_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+def test_counts_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     root = tiny_model(family, tmp_path, dtype=torch.float32)
     ids = torch.arange(48).reshape(3, 16)
     model = load_tiny(root)
@@ -25,7 +25,7 @@ def test_counts_are_those_of_the_whole_model(family: str, tmp_path: Path) -> Non
         n: layer.topk(chosen).indices.flatten().bincount(minlength=layer.shape[1]) for n, layer in enumerate(logits)
     }
 
-    found = count_expert_tokens(open_checkpoint(root), ids, torch.ones_like(ids), PLACE)
+    found = count_expert_tokens(open_checkpoint(root), ids, torch.ones_like(ids), CPU)
 
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
@@ -36,13 +36,13 @@ def test_filling_is_not_counted(tmp_path: Path) -> None:
     ids = torch.arange(32).reshape(2, 16)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    before = count_expert_tokens(checkpoint, ids, mask, PLACE)
+    before = count_expert_tokens(checkpoint, ids, mask, CPU)
     ids[1, 6:] = 250
-    after = count_expert_tokens(checkpoint, ids, mask, PLACE)
+    after = count_expert_tokens(checkpoint, ids, mask, CPU)
     assert all(int(tokens.sum()) == 22 * 2 for tokens in before.values())
     assert all(torch.equal(before[layer], after[layer]) for layer in before)
 
 
-def test_who_has_experts(tmp_path: Path) -> None:
+def test_only_a_mixture_has_experts(tmp_path: Path) -> None:
     assert not has_experts(open_checkpoint(tiny_model("qwen2", tmp_path / "dense")))
     assert has_experts(open_checkpoint(tiny_model("qwen3_moe", tmp_path / "moe")))

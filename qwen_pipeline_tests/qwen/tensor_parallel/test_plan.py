@@ -25,9 +25,9 @@ def test_the_72b_is_padded_by_128_and_keeps_groups_of_128() -> None:
 
 
 def test_fewer_ranks_may_need_no_padding() -> None:
-    padded, as_it_is = fewer_ranks(BIG, {"vllm-marlin": [2, 4, 8]}, group_sizes=[128, 64])
+    padded, unpadded = fewer_ranks(BIG, {"vllm-marlin": [2, 4, 8]}, group_sizes=[128, 64])
     assert (padded.name, padded.degrees) == ("groups of 128, padded", (2, 4))
-    assert (as_it_is.name, as_it_is.degrees) == ("groups of 64, as it is", (2,))
+    assert (unpadded.name, unpadded.degrees) == ("groups of 64, unpadded", (2,))
     assert fewer_ranks(BIG, {"vllm-marlin": [1]}) == []
 
 
@@ -60,7 +60,7 @@ def test_a_padded_option_is_legal_and_no_smaller_padding_is(
         assert size.padded % unit == 0
         assert 0 <= size.zeros < unit
     assert widest.verdict in ("ok", "refused")
-    assert not any("down_proj" in reason for at in widest.servings for reason in at.reasons)
+    assert not any("down_proj" in reason for at in widest.predictions for reason in at.reasons)
     assert all(not at.straddling for at in divisions(widest.config, group_size=group_size, ranks=max(degrees))[-2:])
 
 
@@ -75,10 +75,10 @@ def test_targets_that_no_padding_serves_are_refused_with_what_does() -> None:
     small = config_of("Qwen2.5-0.5B")
     with pytest.raises(InputRefused, match=r"vllm at TP 2: .*o_proj: 448 inputs") as refusal:
         padding_for(small, {"vllm": [2]}, group_size=128)
-    assert "TP 2 with groups of 64, as it is" in refusal.value.remedy
+    assert "TP 2 with groups of 64, unpadded" in refusal.value.remedy
     with pytest.raises(InputRefused, match="14 attention heads do not divide by 4") as refusal:
         padding_for(small, {"vllm": [4]}, group_size=64)
-    assert "TP 2 with groups of 64, as it is" in refusal.value.remedy
+    assert "TP 2 with groups of 64, unpadded" in refusal.value.remedy
 
 
 @pytest.mark.parametrize(

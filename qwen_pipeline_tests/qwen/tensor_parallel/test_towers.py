@@ -60,17 +60,17 @@ def test_vllm_refuses_what_its_ranks_do_not_divide() -> None:
 def test_a_refusal_names_all_that_helps() -> None:
     (said,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [2, 4, 8]})
     assert said == (
-        "vllm at TP 8 refuses the vision tower: its MLPs of 3,420 channels do not divide by 8 ranks. What helps: pad"
-        " its MLPs too, with --towers, from 3,420 to 3,424 (+0.12% of their weights, 1.0 MB), or start vllm with"
-        " --mm-encoder-tp-mode data: every rank then holds it whole."
+        "vllm at TP 8 refuses the vision tower: its MLPs of 3,420 channels do not divide by 8 ranks. Remedy: pad"
+        " its MLPs with --towers, from 3,420 to 3,424 (+0.12% of their weights, 1.0 MB), or start vllm with"
+        " --mm-encoder-tp-mode data, which replicates it on every rank."
     )
     (said,) = tower_obstacles(QWEN2_5_VL_3B, {"sglang": [8]})
     assert "--towers" in said
     assert "--mm-enable-dp-encoder" in said
     (said,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [3]})  # 16 heads: no padding of MLPs helps
-    assert said.endswith("What helps: start vllm with --mm-encoder-tp-mode data: every rank then holds it whole.")
+    assert said.endswith("Remedy: start vllm with --mm-encoder-tp-mode data, which replicates it on every rank.")
     (said,) = tower_obstacles(config_of("qwen3_omni_moe", num_heads=15), {"vllm": [2]})
-    assert said.endswith("its 15 heads do not divide by 2 ranks. What helps: fewer ranks.")
+    assert said.endswith("its 15 heads do not divide by 2 ranks. Remedy: use fewer ranks.")
     (said,) = tower_obstacles(QWEN2_5_VL_3B | {"vision_config": {"num_heads": 16}}, {"vllm": [8]})
     assert said.startswith("vision_config.intermediate_size must be one positive number")
     assert not tower_obstacles({"model_type": "qwen2"}, {"vllm": [8]})
@@ -89,9 +89,9 @@ def test_after_padding_no_width_is_refused(family: str, width: int, degrees: lis
         for section, field in (("vision_config", "intermediate_size"), ("audio_config", "encoder_ffn_dim")):
             level.get(section, {})[field] = width
     for at in assess_towers(config, {engine: degrees}):
-        assert {serving.verdict for serving in at.padded_servings} <= {"ok", "unknown"}
+        assert {prediction.verdict for prediction in at.padded_predictions} <= {"ok", "unknown"}
         assert at.extra == (at.padded - width) / width
-        assert all(serving.is_narrow for serving in at.servings if serving.verdict == "refused")
+        assert all(prediction.is_narrow for prediction in at.predictions if prediction.verdict == "refused")
         hidden = at.tower.size(config, at.tower.hidden)
         rows = len(at.tower.outputs) * (hidden + 1) + hidden
         assert at.extra_bytes == 2 * (at.padded - width) * rows * at.tower.size(config, at.tower.depth)
@@ -117,5 +117,5 @@ def test_published_towers_are_the_defaults_of_transformers(published: PublishedT
 
 
 def test_no_engine_or_degree_is_no_plan() -> None:
-    with pytest.raises(InputRefused, match="No degree or no engine"):
+    with pytest.raises(InputRefused, match="at least one degree"):
         assess_towers(QWEN2_5_VL_3B, {})

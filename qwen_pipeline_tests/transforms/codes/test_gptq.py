@@ -1,4 +1,4 @@
-"""Codes mean what GPTQModel says they mean."""
+"""Weights computed from GPTQ codes equal GPTQModel's, and those of a loop over every code."""
 
 import json
 import subprocess
@@ -21,31 +21,16 @@ from qwen_pipeline.transforms.codes.gptq import (
     pack_rows,
     unpack_rows,
 )
+from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.chain import Chain
 
 MODULES = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj")
 FORMATS: tuple[CheckpointFormat, ...] = ("gptq", "gptq_v2")
-DEQUANTIZE = """
-import json, sys, torch
-from safetensors.torch import load_file, save_file
-from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-source, out, modules, bits, group_size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), *map(int, sys.argv[4:])
-tensors, weights = load_file(source), {}
-for name in modules:
-    codes = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
-    linear = TorchLinear(bits=bits, group_size=group_size, sym=True, desc_act=False, bias=False,
-        in_features=codes["g_idx"].numel(), out_features=codes["scales"].shape[1], register_buffers=True)
-    linear.load_state_dict(codes)
-    linear.qzeros += 0x11111111  # GPTQModel works on the second format
-    linear.scales = linear.scales.float()
-    weights[name] = linear.dequantize_weight().T.contiguous().float()
-save_file(weights, out)
-"""
 
 
 @given(st.data())
 @settings(max_examples=60)
-def test_codes_survive_packing(data: st.DataObject) -> None:
+def test_unpacking_undoes_packing(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([4, 8]))
     words, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
     codes = torch.tensor(
@@ -66,7 +51,7 @@ def test_codes_survive_packing(data: st.DataObject) -> None:
 
 @given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.sampled_from(FORMATS), st.sampled_from([-1, 16, 32]))
 @settings(max_examples=40)
-def test_weights_are_what_a_loop_over_every_code_gives(
+def test_weights_equal_those_of_a_loop_over_every_code(
     seed: int, bits: int, checkpoint_format: CheckpointFormat, group_size: int
 ) -> None:
     """Random zero points and a shuffled ``g_idx``, as in asymmetric checkpoints with ``desc_act``."""
@@ -98,10 +83,10 @@ def test_weights_are_what_a_loop_over_every_code_gives(
     assert torch.equal(packed.weight_rows(start, stop).double(), expected[start:stop])
 
 
-def test_weights_are_gptqmodels(chain: Chain, tmp_path: Path) -> None:
+def test_weights_equal_those_of_gptqmodel(chain: Chain, tmp_path: Path) -> None:
+    script = [chain.engine.python, "-m", "qwen_pipeline_tests.transforms.codes.gptqmodel_weights"]
     arguments = [chain.quantized / "model.safetensors", tmp_path / "weights.safetensors", json.dumps(MODULES), 4, 32]
-    command = [chain.engine.python, "-c", DEQUANTIZE, *arguments]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    subprocess.run([str(part) for part in (*script, *arguments)], cwd=REPOSITORY, check=True, capture_output=True)
     expected = load_file(tmp_path / "weights.safetensors")
 
     checkpoint = open_checkpoint(chain.quantized)
@@ -121,6 +106,6 @@ def test_weights_are_gptqmodels(chain: Chain, tmp_path: Path) -> None:
         ({"quant_method": "gptq", "bits": 4, "group_size": 64, "checkpoint_format": "marlin"}, "'marlin'"),
     ],
 )
-def test_other_formats_are_refused_by_name(quantization: dict[str, Any], words: str) -> None:
+def test_unsupported_formats_are_refused_by_name(quantization: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointRefused, match=words):
         gptq_format({"quantization_config": quantization})

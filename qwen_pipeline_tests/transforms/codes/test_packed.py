@@ -1,4 +1,4 @@
-"""Codes take the place of weights, in the source's order and shards; anything else an engine wrote is left behind."""
+"""Codes replace weights, in the source's order and shards; other tensors that an engine wrote are ignored."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,23 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.errors import EngineFault
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES, gptq_format
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
-from qwen_pipeline_tests.in_memory import spec_of
+from qwen_pipeline_tests.in_memory import checkpoint_of
 from qwen_pipeline_tests.tiny import tiny_qwen2
-
-
-def in_memory(tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
-    def lazy(tensor: torch.Tensor) -> LazyTensor:
-        spec = spec_of(tensor)
-        return LazyTensor(spec=spec, read=lambda start, stop: tensor[start:stop])
-
-    return Checkpoint(
-        config={}, tensors={name: lazy(t) for name, t in tensors.items()}, shards=dict.fromkeys(tensors, "packed")
-    )
 
 
 @pytest.fixture
@@ -34,9 +24,9 @@ def source(tmp_path: Path) -> Checkpoint:
 def codes(linears: list[Linear], bits: int) -> dict[str, torch.Tensor]:
     form = gptq_format({"quantization_config": settings(bits)})
     return {
-        f"{at.module}.{code}": torch.ones(spec.shape, dtype=spec.torch_dtype)
-        for at in linears
-        for code, spec in form.code_specs(at.out_features, at.in_features).items()
+        f"{linear.module}.{code}": torch.ones(spec.shape, dtype=spec.torch_dtype)
+        for linear in linears
+        for code, spec in form.code_specs(linear.out_features, linear.in_features).items()
     }
 
 
@@ -45,11 +35,13 @@ def settings(bits: int) -> dict[str, Any]:
 
 
 def quantized(source: Checkpoint, packed: Mapping[str, torch.Tensor], bits: int = 4) -> Checkpoint:
-    return quantized_checkpoint(source, in_memory(packed), decoder_linears(source), settings(bits))
+    return quantized_checkpoint(
+        source, checkpoint_of(packed, {}, shard="packed"), decoder_linears(source), settings(bits)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_each_weight_becomes_four_tensors_in_its_place(source: Checkpoint, bits: int) -> None:
+def test_each_weight_is_replaced_by_four_tensors(source: Checkpoint, bits: int) -> None:
     linears = decoder_linears(source)
     output = quantized(source, codes(linears, bits) | {"lm_head.extra": torch.ones(1)}, bits)
 
@@ -72,10 +64,10 @@ def test_a_module_without_codes_keeps_its_weight(source: Checkpoint) -> None:
     assert f"{linears[0].module}.qweight" not in output
 
 
-def test_codes_of_another_shape_are_named(source: Checkpoint) -> None:
+def test_codes_of_another_shape_are_refused_by_name(source: Checkpoint) -> None:
     packed = codes(decoder_linears(source), 4)
     name = "model.layers.1.mlp.up_proj.scales"
-    with pytest.raises(EngineFault, match=r"up_proj\.scales is F16 \[1, 96\], expected F16 \[2, 96\]"):
+    with pytest.raises(WorkerFailed, match=r"up_proj\.scales is F16 \[1, 96\], expected F16 \[2, 96\]"):
         quantized(source, packed | {name: packed[name][:1]})
-    with pytest.raises(EngineFault, match=r"up_proj\.scales is missing"):
+    with pytest.raises(WorkerFailed, match=r"up_proj\.scales is missing"):
         quantized(source, {key: tensor for key, tensor in packed.items() if key != name})

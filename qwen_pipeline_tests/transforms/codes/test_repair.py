@@ -1,4 +1,4 @@
-"""Repair moves codes and invents only zeros, in every format, against codes that are read bit by bit."""
+"""Repair in every format moves live codes and adds only zeros, compared with codes that are read bit by bit."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.evaluation.tensor_parallel.repair_proof import prove_repair
 from qwen_pipeline.qwen.geometry import PaddedSize
@@ -22,10 +21,11 @@ from qwen_pipeline_tests.codes import (
     METHODS,
     Codes,
     Packing,
-    pack_at_random,
     read_codes,
+    replace_mlps_by_codes,
     write_checkpoint_of_codes,
 )
+from qwen_pipeline_tests.in_memory import lazy
 from qwen_pipeline_tests.tiny import tiny_model
 
 
@@ -64,7 +64,7 @@ def repaired(root: Path, packing: Packing, *, groups: int, ranks: int, seed: int
 
 @given(packings(), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
 @settings(max_examples=40)
-def test_live_weights_keep_their_bits_and_new_ones_are_zero(
+def test_live_weights_keep_their_bits_and_added_ones_are_zero(
     packing: Packing, groups: int, ranks: int, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,7 +85,7 @@ def test_live_weights_keep_their_bits_and_new_ones_are_zero(
 
 @given(packings(), st.integers(1, 5), st.sampled_from([2, 4]), st.integers(0, 2**31), st.data())
 @settings(max_examples=15)
-def test_any_rows_read_alone_are_the_rows_of_the_whole(
+def test_any_range_of_rows_equals_those_rows_of_the_whole(
     packing: Packing, groups: int, ranks: int, seed: int, data: st.DataObject
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +98,7 @@ def test_any_rows_read_alone_are_the_rows_of_the_whole(
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.sampled_from([32, 64, 128]))
-def test_zero_groups_are_spread_evenly_and_live_ones_stay_whole_and_in_order(
+def test_added_groups_are_spread_evenly_and_live_ones_stay_whole_and_in_order(
     groups: int, ranks: int, unit: int
 ) -> None:
     padded = -(-groups // ranks) * ranks
@@ -108,17 +108,17 @@ def test_zero_groups_are_spread_evenly_and_live_ones_stay_whole_and_in_order(
     positions = size.positions().reshape(groups, unit)
     assert torch.equal(positions - positions[:, :1], torch.arange(unit).expand(groups, unit))
     assert not (positions[:, 0] % unit).any()
-    held = torch.bincount(positions[:, 0] // unit // (padded // ranks), minlength=ranks)
-    assert held.max() - held.min() <= 1
+    groups_of_rank = torch.bincount(positions[:, 0] // unit // (padded // ranks), minlength=ranks)
+    assert groups_of_rank.max() - groups_of_rank.min() <= 1
     assert bool((size.positions().diff() > 0).all())
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_omni_moe_thinker"])
-def test_experts_shared_experts_and_decoders_beside_towers(tmp_path: Path, family: str) -> None:
-    """Heads of 32 channels, so that two ranks share ``o_proj``; widths of 3 and 5 groups of 32, which they cannot."""
+def test_experts_shared_experts_and_decoders_beside_towers_are_repaired(tmp_path: Path, family: str) -> None:
+    """Two ranks can share heads of 32 channels in ``o_proj``, but not widths of 3 and 5 groups of 32."""
     sizes: dict[str, Any] = {"head_dim": 32, "linear_value_head_dim": 32}
     packing = Packing(method="gptq", group_size=32)
-    before = open_checkpoint(pack_at_random(tiny_model(family, tmp_path / "model", **sizes), packing))
+    before = open_checkpoint(replace_mlps_by_codes(tiny_model(family, tmp_path / "model", **sizes), packing))
     form = code_format(before.config["quantization_config"])
     plan = plan_repair(before.config, form, tensor_parallel=2)
     after = repair(before, form, plan)
@@ -133,7 +133,7 @@ def test_experts_shared_experts_and_decoders_beside_towers(tmp_path: Path, famil
         assert required(after.config, size.field) == size.padded
 
 
-def test_one_group_more_is_appended() -> None:
+def test_a_single_added_group_is_appended() -> None:
     size = PaddedSize(field="intermediate_size", places=(), live=29568, padded=29696, layout="groups", group_size=128)
     assert torch.equal(size.positions(), torch.arange(29568))
 
@@ -144,9 +144,8 @@ def test_a_layer_that_was_not_quantized_is_widened_with_zeros(tmp_path: Path) ->
     quantized = open_checkpoint(tmp_path / "model")
     name, weight = "model.layers.0.mlp.down_proj.weight", torch.rand(32, 48)
     kept = {name: tensor for name, tensor in quantized.tensors.items() if ".down_proj." not in name}
-    unpacked = LazyTensor(spec=TensorSpec(dtype="F32", shape=(32, 48)), read=lambda start, stop: weight[start:stop])
     shards = dict.fromkeys([*kept, name], "model.safetensors")
-    before = replace(quantized, tensors={**kept, name: unpacked}, shards=shards)
+    before = replace(quantized, tensors={**kept, name: lazy(weight)}, shards=shards)
     form = code_format(packing.settings)
     after = repair(before, form, plan_repair(before.config, form, tensor_parallel=2))
     assert torch.equal(after.load(name), torch.cat([weight, torch.zeros(32, 16)], dim=1))
@@ -172,7 +171,7 @@ def test_codes_that_do_not_fit_the_config_are_refused_by_name(
         repair(before, form, plan)
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     packing = Packing(method="gptq")
     write_checkpoint_of_codes(tmp_path / "model", packing, width=48)
     whole = open_checkpoint(tmp_path / "model")
@@ -190,7 +189,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         ({"num_attention_heads": 32, "head_dim": 1}, "o_proj has 8 inputs per rank", "smaller groups"),
     ],
 )
-def test_what_groups_cannot_cure_is_refused_with_what_does(
+def test_models_that_added_groups_cannot_repair_are_refused_with_a_remedy_that_can(
     tmp_path: Path, config: dict[str, int], what: str, remedy: str
 ) -> None:
     packing = Packing(method="gptq")

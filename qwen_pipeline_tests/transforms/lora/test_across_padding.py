@@ -1,4 +1,4 @@
-"""Across padding: an adapter of the live model goes into the padded one, and the other way round."""
+"""Merges across padding: an adapter of the live model into the padded one, and the reverse."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import merge_and_pad
+from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -50,7 +50,7 @@ Model = Callable[..., tuple[Path, Path]]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Return a live model and what it was padded to, by family and layout, each made once."""
+    """Return live and padded models by family and layout, each made once."""
     root, made = tmp_path_factory.mktemp("models"), dict[str, tuple[Path, Path]]()
 
     def make(
@@ -59,44 +59,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         key = f"{family}-{layout}-{tie}-{dtype}"
         if key not in made:
             live = tiny_model(family, root / key / "live", tie=tie, dtype=dtype)
-            place = Directory(root / key / "padded")
-            made[key] = (
-                live,
-                pad(
-                    source=live, destination=place, spec=PaddingSpec(group_size=32, tensor_parallel=4, layout=layout)
-                ).path,
-            )
+            spec = PaddingSpec(group_size=32, tensor_parallel=4, layout=layout)
+            made[key] = live, pad(source=live, destination=Directory(root / key / "padded"), spec=spec).path
         return made[key]
 
     return make
 
 
 @pytest.mark.parametrize(("layout", "kind"), INTO_PADDED)
-def test_a_live_adapter_in_a_padded_base_is_what_padding_after_merging_gives(
+def test_merging_a_live_adapter_into_a_padded_base_equals_padding_after_merging(
     tmp_path: Path, model: Model, kind: Kind, layout: Layout
 ) -> None:
     live, padded = model("qwen2_moe" if kind.needs_experts else "qwen2", layout, tie=kind.tied)
     train(kind, live, tmp_path / "adapter")
-    there = merge(base=padded, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "there"))
-    here = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "here"))
-    assert there.manifest.result["padding"]["sizes"][0]["layout"] == layout
-    back = unpad(source=there.path, destination=Directory(tmp_path / "back"))
-    assert back.manifest.content_digest == here.manifest.content_digest
-    (named,) = (at for at in load_reports(there.manifest.result) if at.name == "base_is_the_one_trained_on")
-    assert named.passed
-    assert "padded from" in named.detail
+    into_padded = merge(base=padded, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "into_padded"))
+    into_live = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "into_live"))
+    assert into_padded.manifest.result["padding"]["sizes"][0]["layout"] == layout
+    unpadded = unpad(source=into_padded.path, destination=Directory(tmp_path / "unpadded"))
+    assert unpadded.manifest.content_digest == into_live.manifest.content_digest
+    (report,) = (
+        report for report in load_reports(into_padded.manifest.result) if report.name == "base_is_the_one_trained_on"
+    )
+    assert report.passed
+    assert "padded from" in report.detail
 
 
-def test_an_adapter_of_another_model_is_no_live_adapter_of_a_padded_base(tmp_path: Path, model: Model) -> None:
+def test_an_adapter_of_another_model_does_not_pass_as_one_of_the_live_base(tmp_path: Path, model: Model) -> None:
     _, padded = model("qwen2", "interleave")
     train(Kind(lora=DOWN), tiny_model("qwen2", tmp_path / "other", seed=1), tmp_path / "adapter")
     merged = merge(base=padded, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "merged"))
-    (named,) = (at for at in load_reports(merged.manifest.result) if at.name == "base_is_the_one_trained_on")
-    assert not named.passed
+    (report,) = (
+        report for report in load_reports(merged.manifest.result) if report.name == "base_is_the_one_trained_on"
+    )
+    assert not report.passed
 
 
 def trained(kind: Kind, base: Path, root: Path) -> PeftModel:
-    """Have PEFT save an adapter after three steps of AdamW, which start where PEFT starts."""
+    """Save an adapter with PEFT after three steps of AdamW from PEFT's default initialization."""
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     peft = get_peft_model(load_tiny(base, torch.float32), LoraConfig(**(defaults | dict(kind.lora))))
@@ -112,7 +111,7 @@ def trained(kind: Kind, base: Path, root: Path) -> PeftModel:
 
 @torch.inference_mode()
 def logits_of(model: Any) -> torch.Tensor:
-    """Return float64 logits; the default for experts, a grouped product, knows no float64."""
+    """Return float64 logits; the default for experts, a grouped matrix product, does not support float64."""
     model.set_experts_implementation("eager")
     ids = torch.randint(0, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(7))
     return model.double().eval()(input_ids=ids).logits
@@ -136,7 +135,7 @@ def test_an_adapter_trained_on_a_padded_base_computes_the_same_in_the_live_one(
     assert error < 1e-5 < change / 1e3
 
 
-def test_dropping_what_padding_added_from_the_factors_gives_the_same_bytes(tmp_path: Path, model: Model) -> None:
+def test_dropping_the_added_channels_from_the_factors_gives_the_same_bytes(tmp_path: Path, model: Model) -> None:
     live, padded = model("qwen2", "interleave")
     trained(Kind(lora=MLP), padded, tmp_path / "adapter")
     ours = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "ours"))
@@ -152,11 +151,11 @@ def test_dropping_what_padding_added_from_the_factors_gives_the_same_bytes(tmp_p
     assert ours.manifest.content_digest == cut.manifest.content_digest
 
 
-def test_a_recipe_of_it_is_stored_later(tmp_path: Path, model: Model) -> None:
+def test_a_recipe_of_a_merge_across_padding_can_be_materialized(tmp_path: Path, model: Model) -> None:
     live, padded = model("qwen2", "interleave")
     trained(Kind(lora=DOWN), padded, tmp_path / "adapter")
     stored = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "stored"))
-    recipe, _ = merge_and_pad(
+    recipe, _ = merge_pad(
         base=live,
         fine_tune=tmp_path / "adapter",
         merged=Directory(tmp_path / "recipe"),
@@ -169,7 +168,7 @@ def test_a_recipe_of_it_is_stored_later(tmp_path: Path, model: Model) -> None:
     ("layout", "targets"),
     [("interleave", ["gate_proj", "up_proj"]), ("append", ["gate_up_proj"]), ("split", ["gate_proj"])],
 )
-def test_channels_that_an_adapter_woke_are_refused_by_name(
+def test_an_adapter_that_uses_added_channels_is_refused_by_name(
     tmp_path: Path, model: Model, layout: Layout, targets: list[str]
 ) -> None:
     fused = targets == ["gate_up_proj"]
@@ -185,14 +184,14 @@ def test_channels_that_an_adapter_woke_are_refused_by_name(
     merge(base=padded, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "merged"))
 
 
-def test_a_channel_is_silent_if_one_of_gate_and_up_is(tmp_path: Path, model: Model) -> None:
+def test_an_added_channel_has_no_effect_if_gate_or_up_is_zero(tmp_path: Path, model: Model) -> None:
     live, padded = model("qwen2", "interleave", dtype=torch.float32)
     peft = train(Kind(lora={"target_modules": ["up_proj", "down_proj"]}), padded, tmp_path / "adapter")
     merged = merge(base=live, fine_tune=tmp_path / "adapter", destination=Directory(tmp_path / "merged"))
     assert (logits_of(peft.model) - logits_of(load_tiny(merged.path))).abs().max() < 1e-5
 
 
-def test_the_padded_checkpoint_can_be_named(tmp_path: Path, model: Model) -> None:
+def test_the_padded_checkpoint_can_be_passed_as_trained_on(tmp_path: Path, model: Model) -> None:
     live, padded = model("qwen2", "interleave")
     trained(Kind(lora=DOWN), padded, tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_bytes())

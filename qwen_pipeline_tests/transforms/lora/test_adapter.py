@@ -1,4 +1,4 @@
-"""An adapter is opened completely or refused with the name of what is wrong."""
+"""An adapter is opened completely, or refused with the name of the setting or tensor that is wrong."""
 
 import json
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def _cut(tensors: Tensors, name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [_removed, _renamed, _without_prefix, _duplicated, _flattened, _cut])
-def test_every_tensor_counts(base: Path, adapter: Path, change: Callable[[Tensors, str], None]) -> None:
+def test_a_change_to_any_tensor_is_refused(base: Path, adapter: Path, change: Callable[[Tensors, str], None]) -> None:
     intact = load_file(adapter / ADAPTER_WEIGHTS)
     for name in intact:
         tensors = dict(intact)
@@ -83,7 +83,7 @@ def test_every_tensor_counts(base: Path, adapter: Path, change: Callable[[Tensor
     ],
     ids=lambda lora: next(iter(lora)),
 )
-def test_what_peft_can_save_and_we_cannot_merge_is_refused_by_name(
+def test_settings_that_peft_saves_but_cannot_be_merged_are_refused_by_name(
     base: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     root = tiny_adapter(base, tmp_path / "adapter", **lora)
@@ -106,7 +106,7 @@ def test_what_peft_can_save_and_we_cannot_merge_is_refused_by_name(
         ("setting_of_tomorrow", 16),
     ],
 )
-def test_a_setting_that_was_edited_in_is_refused_by_name(adapter: Path, name: str, value: object) -> None:
+def test_an_unsupported_setting_in_the_file_is_refused_by_name(adapter: Path, name: str, value: object) -> None:
     _edit(adapter, {name: value})
     with pytest.raises(AdapterRefused, match=name.replace("peft_type", "PEFT type")):
         open_adapter(adapter)
@@ -125,14 +125,14 @@ def test_a_setting_that_was_edited_in_is_refused_by_name(adapter: Path, name: st
     ],
     ids=str,
 )
-def test_wrong_numbers_are_refused(adapter: Path, edit: dict[str, Any]) -> None:
+def test_invalid_numbers_are_refused(adapter: Path, edit: dict[str, Any]) -> None:
     _edit(adapter, edit)
     with pytest.raises(AdapterRefused):
         open_adapter(adapter)
 
 
 def test_every_setting_of_the_installed_peft_is_known() -> None:
-    """Each default is accepted, so nobody is refused for a field of a newer PEFT that was left alone."""
+    """Every default is accepted, so no adapter is refused for a field of a newer PEFT that was not set."""
     defaults = json.loads(json.dumps(LoraConfig(r=4).to_dict()))
     assert lora_settings(defaults, source=Path("adapter_config.json")).r == 4, peft.__version__
 
@@ -151,10 +151,10 @@ def test_pickled_weights_are_refused_with_a_conversion_that_works(
     assert len(open_adapter(adapter).tensors.factors) * 2 == len(tensors)
 
 
-def test_what_peft_cannot_merge_is_refused_by_name(tmp_path: Path) -> None:
+def test_adapters_that_peft_cannot_merge_are_refused_by_name(tmp_path: Path) -> None:
     depthwise = tiny_model("qwen3_5_text", tmp_path / "depthwise")
     adapter = tiny_adapter(depthwise, tmp_path / "grouped", target_modules=["conv1d"], r=128, use_dora=True)
-    with pytest.raises(AdapterRefused, match=r"groups.*layers\.0\.linear_attn\.conv1d"):
+    with pytest.raises(AdapterRefused, match=r"grouped convolutions.*layers\.0\.linear_attn\.conv1d"):
         merged_with(depthwise, adapter)
     with pytest.raises(NotImplementedError, match="groups > 1"):
         peft_merge(depthwise, adapter, dtype=torch.float32)
@@ -181,7 +181,7 @@ MODULES = st.sampled_from(
 
 
 @given(patterns=st.dictionaries(PATTERNS, st.integers(1, 99), max_size=5), module=MODULES)
-def test_patterns_are_resolved_as_peft_does(patterns: dict[str, int], module: str) -> None:
+def test_patterns_are_resolved_as_by_peft(patterns: dict[str, int], module: str) -> None:
     settings = LoraSettings(r=100, lora_alpha=100, rank_pattern=patterns)
     key = get_pattern_key(list(patterns), module)
     assert settings.rank(module) == patterns.get(key, 100)

@@ -1,10 +1,10 @@
-"""Family by kind: what we merge is what PEFT merges, and never further from the float64 answer than PEFT is.
+"""Every family and kind of adapter: our merge against PEFT's, never further from the float64 result than PEFT's.
 
-Where bfloat16 can hold every product and sum, both are the float64 answer, bit for bit. Of DoRA, which takes roots,
-that is asked of a float32 model: ours is the float64 answer, rounded once.
+If every product and sum is exact in bfloat16, both equal the float64 result bit for bit. DoRA, which takes roots, is
+compared in a float32 model instead: ours is the float64 result, rounded once.
 
-The figures of the whole matrix are in ``docs/lora.md``; the slow test compares the table there with what it finds, or
-writes it when ``WRITE_LORA_TABLE`` is set.
+The results of the whole matrix are in ``docs/lora.md``; the slow test compares the table there with its own, or writes
+it if ``WRITE_LORA_TABLE`` is set.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from qwen_pipeline.qwen.families import FAMILIES
 from qwen_pipeline_tests import REPOSITORY
-from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, applies, grid, peft_answer, put_on_grid, train
+from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, applies, grid, merged_by_peft, put_on_grid, train
 from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
@@ -52,7 +52,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def merged_state(base: Path, adapter: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """Return what Transformers loads of our merge, in float64, by the names in memory."""
+    """Return the state dict of our merge as Transformers loads it, in float64."""
     merged = merged_with(base, adapter)
     scratch.mkdir()
     save_file(
@@ -63,12 +63,12 @@ def merged_state(base: Path, adapter: Path, scratch: Path) -> dict[str, torch.Te
 
 
 def assert_equal_bits(kind: Kind, base: Path, scratch: Path) -> None:
-    """Assert that ours is the float64 answer rounded once, and PEFT's too where it computes exactly."""
+    """Assert that ours is the float64 result rounded once, and PEFT's as well where it computes exactly."""
     train(kind, base, scratch / "adapter", values=grid)
-    exact = peft_answer(kind, base, scratch / "adapter", torch.float64)
+    exact = merged_by_peft(kind, base, scratch / "adapter", torch.float64)
     ours = merged_state(base, scratch / "adapter", scratch / "merged")
     dtype = torch.bfloat16 if kind.is_computed_exactly else torch.float32
-    theirs = peft_answer(kind, base, scratch / "adapter", dtype) if kind.is_computed_exactly else exact
+    theirs = merged_by_peft(kind, base, scratch / "adapter", dtype) if kind.is_computed_exactly else exact
     assert ours.keys() == exact.keys()
     for name, answer in exact.items():
         rounded = answer.to(dtype).double() if answer.is_floating_point() else answer
@@ -77,10 +77,12 @@ def assert_equal_bits(kind: Kind, base: Path, scratch: Path) -> None:
 
 
 def largest_error(kind: Kind, base: Path, scratch: Path) -> str:
-    """Assert that no tensor of ours is further from float64 than PEFT's; return our largest error as a part of its."""
+    """Assert that no tensor of ours is further from float64 than PEFT's; return our largest error over PEFT's."""
     train(kind, base, scratch / "adapter")
     ours = merged_state(base, scratch / "adapter", scratch / "merged")
-    exact, theirs = (peft_answer(kind, base, scratch / "adapter", dtype) for dtype in (torch.float64, torch.bfloat16))
+    exact, theirs = (
+        merged_by_peft(kind, base, scratch / "adapter", dtype) for dtype in (torch.float64, torch.bfloat16)
+    )
     assert ours.keys() == exact.keys()
     errors = [assert_no_further(name, ours[name], theirs[name], answer) for name, answer in exact.items()]
     our_error, their_error = map(max, zip(*errors, strict=True))
@@ -92,18 +94,18 @@ def exact_base(family: str, kind: Kind, base_of: Base, layout: Layout = "saved")
 
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=list(KINDS))
-def test_every_kind_is_exact_in_a_family_of_its_own(tmp_path: Path, number: int, base_of: Base) -> None:
-    """The first family has the first kind, the last the last: all of them have their turn in the slow test."""
+def test_every_kind_is_exact_in_one_family(tmp_path: Path, number: int, base_of: Base) -> None:
+    """Kinds are spread over the families in order; the slow test runs every kind in every family."""
     kind, first = list(KINDS.values())[number], number * len(LANGUAGE_FAMILIES) // len(KINDS)
-    turns = (*LANGUAGE_FAMILIES[first:], *LANGUAGE_FAMILIES[:first])
-    base = next(base for family in turns if applies(kind, family, base := exact_base(family, kind, base_of)))
+    families = (*LANGUAGE_FAMILIES[first:], *LANGUAGE_FAMILIES[:first])
+    base = next(base for family in families if applies(kind, family, base := exact_base(family, kind, base_of)))
     assert_equal_bits(kind, base, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("family", "layout"), [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)[1:]]
 )
-def test_everything_is_found_in_every_layout(tmp_path: Path, family: str, layout: Layout, base_of: Base) -> None:
+def test_every_tensor_is_found_in_every_layout(tmp_path: Path, family: str, layout: Layout, base_of: Base) -> None:
     kind = EVERYTHING if FAMILIES[family].experts else KINDS["linear"]
     assert_equal_bits(kind, base_of(family, layout, kind), tmp_path)
 
@@ -136,5 +138,5 @@ def cell_of(name: str, family: str, base_of: Base, scratch: Path) -> str:
 
 
 def _without_figures(table: str) -> str:
-    """Blur what another machine may round otherwise."""
+    """Replace the figures, which may differ in rounding on another machine."""
     return re.sub(r"\d\.\d", "n", table)

@@ -1,4 +1,4 @@
-"""Several adapters are added up as PEFT adds them, or refused."""
+"""Several adapters are combined as PEFT combines them, or refused."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from qwen_pipeline.transforms.lora.merge import merge_lora
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
 Combination = Literal["cat", "linear"]
-SHARES = [0.7, -0.4]
+WEIGHTS = [0.7, -0.4]
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +33,34 @@ def pair(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("combination", ["cat", "linear"])
-def test_weights_are_those_of_peft(base: Path, pair: list[Path], combination: Combination) -> None:
-    merged = merge_lora(open_checkpoint(base), weighted(pair, SHARES, combination=combination)).checkpoint
+def test_weighted_merges_equal_those_of_peft(base: Path, pair: list[Path], combination: Combination) -> None:
+    merged = merge_lora(open_checkpoint(base), weighted(pair, WEIGHTS, combination=combination)).checkpoint
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     peft = PeftModel.from_pretrained(model, str(pair[0]), adapter_name="style")
     peft.load_adapter(str(pair[1]), adapter_name="facts")
-    peft.add_weighted_adapter(["style", "facts"], SHARES, "both", combination_type=combination)
+    peft.add_weighted_adapter(["style", "facts"], WEIGHTS, "both", combination_type=combination)
     exact = peft.merge_and_unload(adapter_names=["both"]).state_dict()
     for name in merged:
         assert torch.allclose(merged.load(name).double(), exact[name], rtol=0, atol=2e-7), name
 
 
-def test_the_order_and_the_weights_decide_the_digest(pair: list[Path]) -> None:
-    sets = [weighted(pair, SHARES, combination="cat"), weighted(pair, [], combination="cat")]
-    sets += [weighted(pair, SHARES, combination="linear"), weighted(pair[::-1], SHARES, combination="cat")]
+def test_order_weights_and_combination_change_the_digest(pair: list[Path]) -> None:
+    sets = [weighted(pair, WEIGHTS, combination="cat"), weighted(pair, [], combination="cat")]
+    sets += [weighted(pair, WEIGHTS, combination="linear"), weighted(pair[::-1], WEIGHTS, combination="cat")]
     assert len({each.digest() for each in sets}) == len(sets)
 
 
-def test_what_has_no_weighted_sum_is_refused_by_name(base: Path, pair: list[Path], tmp_path: Path) -> None:
-    unweighable: dict[str, dict[str, Any]] = {
+def test_adapters_without_a_weighted_sum_are_refused_by_name(base: Path, pair: list[Path], tmp_path: Path) -> None:
+    adapters: dict[str, dict[str, Any]] = {
         "use_dora": {"use_dora": True},
         "lm_head": {"modules_to_save": ["lm_head"]},
         "trainable_token_indices": {"trainable_token_indices": [1]},
     }
-    for named, lora in unweighable.items():
+    for named, lora in adapters.items():
         adapter = tiny_adapter(base, tmp_path / named, target_modules=["q_proj"], **lora)
         with pytest.raises(AdapterRefused, match=named):
             weighted([pair[0], adapter], [], combination="cat")
-    with pytest.raises(InputRefused, match="2 adapters have 1 weights"):
+    with pytest.raises(InputRefused, match="one weight for each of 2 adapters, got 1"):
         weighted(pair, [1.0], combination="cat")
 
 
@@ -71,7 +71,7 @@ def test_ranks_that_differ_can_be_added_but_not_combined_linearly(base: Path, pa
         merge_lora(open_checkpoint(base), weighted([pair[0], other], [], combination="linear"))
 
 
-def test_a_file_in_the_inbox_names_adapters_and_weights(base: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_inbox_lists_adapters_and_weights(base: Path, tmp_path: Path) -> None:
     root = tmp_path / "inbox" / "both"
     for seed, name in enumerate(("style", "facts")):
         tiny_adapter(base, root / name, seed=seed, target_modules=["q_proj"])

@@ -1,4 +1,4 @@
-"""A full fine-tune is taken over as it is, if it is one of this base."""
+"""A full fine-tune is used unchanged if it matches the base, and refused otherwise."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from qwen_pipeline.transforms.lora.fine_tune import adopt, usage_files
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model, tiny_qwen2, tiny_qwen3
 
 
-def test_a_deeper_wider_or_other_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_of_another_depth_width_or_family_is_refused_by_name(tmp_path: Path) -> None:
     base = open_checkpoint(tiny_qwen2(tmp_path / "base"))
     deeper = open_checkpoint(tiny_qwen2(tmp_path / "deeper", num_hidden_layers=3))
     wider = open_checkpoint(tiny_qwen2(tmp_path / "wider", intermediate_size=128))
@@ -19,13 +19,13 @@ def test_a_deeper_wider_or_other_model_is_refused_by_name(tmp_path: Path) -> Non
         adopt(base, deeper)
     with pytest.raises(CheckpointRefused, match=r"model\.layers\.2\.\S+ is missing"):
         adopt(deeper, base)
-    with pytest.raises(CheckpointRefused, match=r"up_proj\.weight is \[128, 64\] where the base has \[96, 64\]"):
+    with pytest.raises(CheckpointRefused, match=r"up_proj\.weight is \[128, 64\], but \[96, 64\] in the base"):
         adopt(base, wider)
-    with pytest.raises(CheckpointRefused, match="model_type qwen3 where the base is qwen2"):
+    with pytest.raises(CheckpointRefused, match="its model_type is qwen3, but the base's is qwen2"):
         adopt(base, other)
 
 
-def test_a_tied_head_may_be_stored_in_one_of_them(tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored_in_only_one_of_them(tmp_path: Path) -> None:
     base = open_checkpoint(tiny_qwen2(tmp_path / "base", tie=True))
     both = open_checkpoint(tiny_qwen2(tmp_path / "both"))
     stored = both.replace(config={**both.config, "tie_word_embeddings": True})
@@ -36,7 +36,7 @@ def test_a_tied_head_may_be_stored_in_one_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "tie"), [("qwen2", True), ("qwen3_vl", False), ("qwen2_5_omni_thinker", True)])
-def test_a_vocabulary_may_be_another_if_embedding_head_and_config_agree(tmp_path: Path, family: str, tie: bool) -> None:
+def test_a_vocabulary_may_be_resized_if_embedding_head_and_config_agree(tmp_path: Path, family: str, tie: bool) -> None:
     root = tiny_model(family, tmp_path / "base", tie=tie)
     base, vocabulary = open_checkpoint(root), ("embed_tokens.weight", "lm_head.weight")
     model = load_tiny(root)
@@ -57,7 +57,7 @@ def test_a_quantized_fine_tune_is_refused(tmp_path: Path) -> None:
         adopt(base, quantized)
 
 
-def test_a_fine_tunes_tokenizer_replaces_the_whole_of_the_bases() -> None:
+def test_the_tokenizer_of_a_fine_tune_replaces_all_files_of_the_base_tokenizer() -> None:
     base = _files("base", "tokenizer.json", "vocab.json", "chat_template.jinja", "generation_config.json", "LICENSE")
     assert usage_files(base, {}) == base
     assert usage_files(base, _files("ours", "tokenizer.json", "tokenizer_config.json", "LICENSE")) == {

@@ -1,4 +1,4 @@
-"""Whatever kind an adapter is of: a tensor that was lost, renamed, doubled or reshaped is missed by its name."""
+"""A tensor of any kind of adapter that was lost, renamed, duplicated or reshaped is reported by name."""
 
 import re
 import shutil
@@ -17,14 +17,14 @@ from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 REPEATED = ("original_module.", "modules_to_save.")
-"""What PEFT saves beside a whole trained tensor: without it the merge is the same."""
+"""Duplicates and originals of a saved tensor, which PEFT saves as well: without them the merge is the same."""
 COPY = "base_layer.weight"
-"""The frozen weight that PEFT saves beside factors: the base has it too, unless the vocabulary is another."""
+"""A copy of the frozen weight that PEFT saves with the factors: the base has it too, unless the vocabulary changed."""
 
 
 @pytest.fixture(scope="module", params=["two tensors", "tied", "convolutions"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """Return a base, and an adapter of each kind that it can have, of convolutions by themselves."""
+    """Return a base, and an adapter of each kind that applies to it; convolutions have a base of their own."""
     root, of_convolutions, is_tied = (
         tmp_path_factory.mktemp("trained"),
         request.param == "convolutions",
@@ -49,7 +49,7 @@ def _renamed(tensors: Tensors, name: str) -> None:
     tensors[f"{name}_typo"] = tensors.pop(name)
 
 
-def _doubled(tensors: Tensors, name: str) -> None:
+def _duplicated(tensors: Tensors, name: str) -> None:
     tensors[name.replace("base_model.model.", "base_model.model.copy.")] = tensors[name].clone()
 
 
@@ -57,8 +57,8 @@ def _reshaped(tensors: Tensors, name: str) -> None:
     tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
 
 
-@pytest.mark.parametrize("change", [_removed, _renamed, _doubled, _reshaped])
-def test_no_change_to_a_tensor_goes_unnoticed(
+@pytest.mark.parametrize("change", [_removed, _renamed, _duplicated, _reshaped])
+def test_every_change_to_a_tensor_is_reported_by_name(
     trained: tuple[Path, dict[str, Path]], tmp_path: Path, change: Callable[[Tensors, str], None]
 ) -> None:
     base, adapters = trained
@@ -76,5 +76,5 @@ def test_no_change_to_a_tensor_goes_unnoticed(
             last = module.removesuffix(".base_layer").split(".token_adapter")[0].split(".modules_to_save")[0]
             with pytest.raises(PipelineError) as refusal:
                 merged_with(base, tmp_path)
-            wanted_name = "experts" if ".experts" in last else last.rpartition(".")[2]
-            assert wanted_name in str(refusal.value), (kind, name)
+            expected = "experts" if ".experts" in last else last.rpartition(".")[2]
+            assert expected in str(refusal.value), (kind, name)

@@ -1,4 +1,4 @@
-"""Random settings, saved by PEFT, merged by PEFT and by us."""
+"""Adapters of random settings, saved by PEFT, merged by PEFT and by this package."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_pipeline_tests.adapter_kinds import Kind, peft_answer, train
+from qwen_pipeline_tests.adapter_kinds import Kind, merged_by_peft, train
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LINEARS, tiny_qwen2
 
@@ -25,9 +25,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def loras(draw: st.DrawFn) -> dict[str, Any]:
-    """Return fields of ``LoraConfig`` that PEFT accepts together.
+    """Draw fields of ``LoraConfig`` that PEFT accepts together.
 
-    Patterns are sorted, as PEFT saves them: where two overlap, another order trains what cannot be loaded again.
+    Patterns are sorted, as PEFT saves them: if two overlap, an adapter trained with another order cannot be loaded.
     """
     use_dora = draw(st.booleans())
     return {
@@ -48,7 +48,7 @@ def loras(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=12)
 @given(lora=loras())
-def test_any_settings_merge_as_peft_merges_them(base: Path, lora: dict[str, Any]) -> None:
+def test_adapters_of_any_settings_are_merged_as_by_peft(base: Path, lora: dict[str, Any]) -> None:
     if lora["layers_to_transform"] and not set(lora["target_modules"]) & set(LINEARS):
         lora["layers_to_transform"] = None
     if lora["layers_to_transform"]:
@@ -57,6 +57,6 @@ def test_any_settings_merge_as_peft_merges_them(base: Path, lora: dict[str, Any]
     with tempfile.TemporaryDirectory() as scratch:
         train(kind, base, Path(scratch))
         ours = merged_with(base, Path(scratch))
-        exact, theirs = (peft_answer(kind, base, Path(scratch), dtype) for dtype in (torch.float64, torch.bfloat16))
+        exact, theirs = (merged_by_peft(kind, base, Path(scratch), dtype) for dtype in (torch.float64, torch.bfloat16))
         for name in ours:
             assert_no_further(name, ours.load(name), theirs[name], exact[name])

@@ -1,4 +1,4 @@
-"""LoRA of single experts, as Transformers 4 had them, in either layout of the base."""
+"""LoRA of single experts, as models of Transformers 4 have them, merged into either layout of the base."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import tiny_model
 
 
-def meta_model(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
-    """Return modules named as the tensors are, with an ``nn.Linear`` for each matrix."""
+def module_tree(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """Return a module tree with the tensors' names and an ``nn.Linear`` for each matrix."""
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
@@ -34,9 +34,11 @@ def test_an_adapter_of_single_experts_merges_into_separate_and_stacked_ones(tmp_
     tensors = load_file(separate / "model.safetensors")
     torch.manual_seed(1)
     lora = LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(meta_model(tensors, torch.float32), lora).save_pretrained(str(tmp_path / "adapter"))
+    get_peft_model(module_tree(tensors, torch.float32), lora).save_pretrained(str(tmp_path / "adapter"))
     exact, theirs = (
-        PeftModel.from_pretrained(meta_model(tensors, dtype), str(tmp_path / "adapter")).merge_and_unload().state_dict()
+        PeftModel.from_pretrained(module_tree(tensors, dtype), str(tmp_path / "adapter"))
+        .merge_and_unload()
+        .state_dict()
         for dtype in (torch.float64, torch.bfloat16)
     )
     ours = merged_with(separate, tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Maps of channels: what goes in comes out, bit for bit, however channels are placed and divided."""
+"""Maps of channels are undone bit for bit, however channels are placed and divided."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @st.composite
 def maps(draw: st.DrawFn) -> torch.Tensor:
-    """Any map: parts of a channel are neighbours, zeros anywhere but between them."""
+    """Draw any map: the parts of a channel are adjacent, zeros anywhere but between them."""
     entries: list[int] = []
     for channel in range(draw(st.integers(1, 12))):
         entries += [channel] * draw(st.integers(1, 5)) + [NEW] * draw(st.integers(0, 2))
@@ -20,7 +20,7 @@ def maps(draw: st.DrawFn) -> torch.Tensor:
 
 
 def numbers(live: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Numbers from the largest down to subnormal ones, with signed zeros: random bits, less NaN and infinity."""
+    """Return random bits without NaN and infinity: from the largest numbers to subnormal ones, with signed zeros."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     bits = torch.iinfo(whole)
     generator = torch.Generator().manual_seed(seed)
@@ -34,14 +34,16 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @given(source=maps(), dtype=st.sampled_from(DTYPES), axis=st.integers(0, 2), seed=st.integers(0, 999))
-def test_both_ways_are_the_identity(source: torch.Tensor, dtype: torch.dtype, axis: int, seed: int) -> None:
+def test_a_map_applied_and_undone_is_the_identity(
+    source: torch.Tensor, dtype: torch.dtype, axis: int, seed: int
+) -> None:
     live = numbers(int(source.max()) + 1, dtype, seed).transpose(1, axis).contiguous()
     assert same_bits(gathered(placed(live, axis, source), axis, source), live)
     assert same_bits(summed(divided(live, axis, source), axis, source), live)
 
 
 @given(source=maps(), dtype=st.sampled_from(DTYPES[:3]), seed=st.integers(0, 999))
-def test_parts_add_up_without_rounding_and_new_channels_are_zero(
+def test_parts_sum_without_rounding_and_new_channels_are_zero(
     source: torch.Tensor, dtype: torch.dtype, seed: int
 ) -> None:
     live = numbers(int(source.max()) + 1, dtype, seed)
@@ -57,7 +59,7 @@ def test_parts_add_up_without_rounding_and_new_channels_are_zero(
     assert torch.equal(exact, live.double())
 
 
-def test_by_hand() -> None:
+def test_a_map_worked_out_by_hand() -> None:
     source = torch.tensor([0, NEW, 1, 1, 2, 2, 2])
     live = torch.tensor([[1.0, 2.0, 4.0]])
     assert placed(live, 1, source).tolist() == [[1, 0, 2, 2, 4, 4, 4]]
@@ -67,7 +69,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_smallest_subnormal_is_divided_without_loss(dtype: torch.dtype) -> None:
-    smallest = torch.tensor([[3]], dtype=torch.int16).view(dtype)  # three times the smallest: no half of it exists
+    smallest = torch.tensor([[3]], dtype=torch.int16).view(dtype)  # three times the smallest: its half is not exact
     parts = divided(smallest, 1, torch.tensor([0, 0]))
     assert same_bits(parts.sum(dim=1, keepdim=True, dtype=torch.float64).to(dtype), smallest)
     assert same_bits(summed(parts, 1, torch.tensor([0, 0])), smallest)

@@ -1,4 +1,4 @@
-"""Which channels are split: those that the slow definition finds, expert by expert, and written down compactly."""
+"""The split channels are those of a slow reference implementation, expert by expert, and are stored compactly."""
 
 import base64
 
@@ -7,16 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_pipeline.checkpoint import digest
 from qwen_pipeline.qwen.geometry import dump_plan, plan_padding
 from qwen_pipeline.transforms.padding.splitting import choose_splits, split_map
-from qwen_pipeline_tests.transforms.padding.test_pad import mlp, stack
+from qwen_pipeline_tests.in_memory import blocks_of, random_mlp, random_stack
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def gains(down_HI: torch.Tensor, group_size: int) -> list[float]:
-    """Halve each channel in turn, and see what that takes off the sum of squared group maxima."""
+    """Return the decrease of the sum of squared group maxima when each channel in turn is halved."""
 
     def cost(weight: torch.Tensor) -> float:
         return sum(float(group.abs().amax(dim=1).double().square().sum()) for group in weight.split(group_size, dim=1))
@@ -28,11 +27,10 @@ def gains(down_HI: torch.Tensor, group_size: int) -> list[float]:
 
 @given(width=st.integers(5, 40), group_size=st.sampled_from([4, 8]), block=st.sampled_from([1, 10_000]))
 def test_the_channels_whose_halving_gains_most_are_split(width: int, group_size: int, block: int) -> None:
-    live = mlp(width, 7)
+    live = random_mlp(width, 7)
     plan = choose_splits(live, plan_padding(live.config, group_size=group_size, tensor_parallel=3, layout="split"))
     (size,) = plan.sizes
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digest, "BLOCK_BYTES", block)
+    with blocks_of(block):
         copies = split_map(size, "model.layers.0.mlp").bincount(minlength=width) if size.zeros else torch.ones(width)
     gain = torch.tensor(gains(live.load(DOWN).float(), group_size))
     more, fewer = gain[copies > copies.min()], gain[copies == copies.min()]
@@ -42,8 +40,8 @@ def test_the_channels_whose_halving_gains_most_are_split(width: int, group_size:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_each_expert_of_a_stack_splits_channels_of_its_own(transposed: bool) -> None:
-    live = stack(12, 257, 3, transposed=transposed)
+def test_each_expert_of_a_stack_has_its_own_split_channels(transposed: bool) -> None:
+    live = random_stack(12, 257, 3, transposed=transposed)
     plan = choose_splits(live, plan_padding(live.config, group_size=4, tensor_parallel=4, layout="split"))
     (size,) = plan.sizes
     maps = split_map(size, "model.layers.0.mlp.experts")
@@ -54,8 +52,9 @@ def test_each_expert_of_a_stack_splits_channels_of_its_own(transposed: bool) -> 
         assert torch.equal((maps[expert].bincount() == 2).nonzero().flatten(), best)
 
 
-def test_a_manifest_holds_one_bit_for_a_channel() -> None:
-    live = mlp(100, 3)
+def test_a_manifest_has_one_bit_for_each_channel() -> None:
+    live = random_mlp(100, 3)
     plan = choose_splits(live, plan_padding(live.config, group_size=4, tensor_parallel=8, layout="split"))
     (size,) = dump_plan(plan)["sizes"]
-    assert {owner: len(base64.b64decode(bits)) for owner, bits in size["splits"].items()} == {"model.layers.0.mlp": 13}
+    nbytes = {module: len(base64.b64decode(bits)) for module, bits in size["splits"].items()}
+    assert nbytes == {"model.layers.0.mlp": 13}

@@ -1,4 +1,4 @@
-"""Copying channels run by run gives what moving them one at a time gives."""
+"""Copying channels run by run equals copying them one at a time."""
 
 import torch
 from hypothesis import given
@@ -10,7 +10,7 @@ STEPS = st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 2, 3]), st.sampled_from(
 
 
 @given(steps=STEPS, axis=st.sampled_from([0, 1]))
-def test_runs_copy_what_single_channels_would(steps: list[tuple[int, int]], axis: int) -> None:
+def test_copying_runs_equals_copying_single_channels(steps: list[tuple[int, int]], axis: int) -> None:
     sources, targets = torch.tensor(steps, dtype=torch.int64).reshape(-1, 2).cumsum(0).T
     shape = [3, 3]
     shape[axis] = 130
@@ -24,8 +24,8 @@ def test_runs_copy_what_single_channels_would(steps: list[tuple[int, int]], axis
     assert torch.equal(found, expected)
 
 
-def test_more_runs_than_are_worth_it_are_gathered() -> None:
-    """Steps alternate, so that no run is longer than two."""
+def test_channels_in_too_many_runs_are_gathered() -> None:
+    """Steps alternate, so no run is longer than two."""
     sources = torch.tensor([1, 2] * 100).cumsum(0)
     targets = torch.arange(200)
     source = torch.arange(400.0).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Padding of vision and audio towers: only on request, only zeros, the same function, and undone without a trace."""
+"""Padding of vision and audio towers: only on request, only zeros, the same function, and undone bit for bit."""
 
 import json
 import shutil
@@ -33,15 +33,15 @@ from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import INTERMEDIATE, tiny_model, tiny_qwen2
 from qwen_pipeline_tests.towers import logits_on_an_image, tower_outputs
 
-STATED = [family for family in TOWERS if family != "qwen2_vl"]
-"""Families whose configs state how wide their towers' MLPs are."""
-FEW = [
+WITH_WIDTH_FIELD = [family for family in TOWERS if family != "qwen2_vl"]
+"""Families whose configs have a field for the width of the towers' MLPs."""
+FAST_OR_SLOW = [
     pytest.param(
         family, marks=() if family in ("qwen2_5_vl", "qwen3_omni_moe_thinker", "qwen3_asr") else pytest.mark.slow
     )
-    for family in STATED
+    for family in WITH_WIDTH_FIELD
 ]
-"""All of them, where three of different makes are enough for every run."""
+"""The same families, of which three different ones run always, and the others in slow tests."""
 RANKS = 5
 
 
@@ -57,11 +57,11 @@ class Case:
 
     @property
     def tensors(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """The live and the padded tensors that have channels of a tower, with the axis of the channels."""
+        """Yield the live and the padded tensors that have channels of a tower, with the axis of the channels."""
         live, padded = open_checkpoint(self.live), open_checkpoint(self.padded.path)
         for size in self.sizes:
-            for name, at in sized_tensors(padded, size.field).items():
-                yield live.load(name), padded.load(name), at.axis
+            for name, channels in sized_tensors(padded, size.field).items():
+                yield live.load(name), padded.load(name), channels.axis
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def case(request: pytest.FixtureRequest, cases: dict[str, Case], tmp_path_factor
     return cases[family]
 
 
-@pytest.mark.parametrize("case", STATED, indirect=True)
-def test_towers_become_widths_that_ranks_share_and_new_channels_are_zeros(case: Case) -> None:
+@pytest.mark.parametrize("case", WITH_WIDTH_FIELD, indirect=True)
+def test_towers_are_padded_to_a_width_that_ranks_can_share_and_added_channels_are_zero(case: Case) -> None:
     assert [(size.live, size.padded, size.layout) for size in case.sizes] == [(96, 100, "append")] * len(case.sizes)
     assert len(case.sizes) == len(TOWERS[case.family])
     config, live_config = (json.loads((root / "config.json").read_text()) for root in (case.padded.path, case.live))
@@ -94,22 +94,22 @@ def test_towers_become_widths_that_ranks_share_and_new_channels_are_zeros(case: 
         assert not padded.narrow(axis, INTERMEDIATE, 4).any()
 
 
-@pytest.mark.parametrize("case", STATED, indirect=True)
-def test_float64_outputs_of_towers_stay(case: Case) -> None:
+@pytest.mark.parametrize("case", WITH_WIDTH_FIELD, indirect=True)
+def test_float64_outputs_of_towers_are_unchanged(case: Case) -> None:
     live, padded = tower_outputs(case.live), tower_outputs(case.padded.path)
     assert len(live) == len(case.sizes)
-    for name, given_before in live.items():
-        assert given_before.abs().max() > 0.1
-        assert (padded[name] - given_before).abs().max() < 1e-12
+    for name, before in live.items():
+        assert before.abs().max() > 0.1
+        assert (padded[name] - before).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("case", [f for f in STATED if TOWERS[f][0].part == "vision"], indirect=True)
-def test_float64_logits_on_an_image_stay(case: Case) -> None:
+@pytest.mark.parametrize("case", [f for f in WITH_WIDTH_FIELD if TOWERS[f][0].part == "vision"], indirect=True)
+def test_float64_logits_on_an_image_are_unchanged(case: Case) -> None:
     assert (logits_on_an_image(case.padded.path) - logits_on_an_image(case.live)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("case", ["qwen2_5_vl"], indirect=True)
-def test_a_new_channel_that_is_no_longer_zero_is_heard(case: Case, tmp_path: Path) -> None:
+def test_a_changed_weight_of_a_tower_changes_outputs_and_logits(case: Case, tmp_path: Path) -> None:
     """The outputs that the tests above compare do depend on the towers."""
     root = tiny_model("qwen2_5_vl", tmp_path / "other", dtype=torch.float64)
     tensors = load_file(root / "model.safetensors")
@@ -120,8 +120,8 @@ def test_a_new_channel_that_is_no_longer_zero_is_heard(case: Case, tmp_path: Pat
     assert (logits_on_an_image(root) - logits_on_an_image(case.live)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
-def test_unpadding_gives_back_what_was_padded(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", FAST_OR_SLOW, indirect=True)
+def test_unpadding_undoes_padding_of_towers(case: Case, tmp_path: Path) -> None:
     back = unpad(source=case.padded.path, destination=Directory(tmp_path / "back"))
     same = pad(
         source=case.live, destination=Directory(tmp_path / "same"), spec=PaddingSpec(group_size=1, tensor_parallel=1)
@@ -129,34 +129,34 @@ def test_unpadding_gives_back_what_was_padded(case: Case, tmp_path: Path) -> Non
     assert back.manifest.contents == same.manifest.contents
 
 
-@pytest.mark.parametrize("case", FEW, indirect=True)
-def test_without_the_request_no_tensor_of_a_tower_changes(case: Case, tmp_path: Path) -> None:
-    asked = pad(
+@pytest.mark.parametrize("case", FAST_OR_SLOW, indirect=True)
+def test_without_a_request_no_tensor_of_a_tower_changes(case: Case, tmp_path: Path) -> None:
+    not_requested = pad(
         source=case.live,
         destination=Directory(tmp_path / "out"),
         spec=PaddingSpec(group_size=32, tensor_parallel=RANKS),
     )
-    assert "towers" not in asked.manifest.derivation.spec
+    assert "towers" not in not_requested.manifest.derivation.spec
     same = pad(
         source=case.live, destination=Directory(tmp_path / "same"), spec=PaddingSpec(group_size=1, tensor_parallel=1)
     )
-    live, padded, with_them = (made.manifest.contents.tensors for made in (same, asked, case.padded))
+    live, padded, tower_padded = (made.manifest.contents.tensors for made in (same, not_requested, case.padded))
     channels = {name for size in case.sizes for name in sized_tensors(open_checkpoint(case.live), size.field)}
     assert channels
-    assert all(live[name] == padded[name] != with_them[name] for name in channels)
-    assert {name for name in live if padded[name] != with_them[name]} == channels
+    assert all(live[name] == padded[name] != tower_padded[name] for name in channels)
+    assert {name for name in live if padded[name] != tower_padded[name]} == channels
 
 
 @pytest.mark.parametrize("case", ["qwen3_vl"], indirect=True)
-def test_adapters_cross_the_padding_of_a_tower(case: Case, tmp_path: Path) -> None:
-    """Both ways; what reaches a new channel of a tower without gates is heard, and refused."""
+def test_adapters_are_merged_across_the_padding_of_a_tower(case: Case, tmp_path: Path) -> None:
+    """In both directions; an adapter that changes added channels of a tower without gates is refused."""
     train(Kind(lora={"target_modules": r".*visual.*linear_fc[12]"}), case.live, tmp_path / "live")
-    there, here = (
+    into_padded, into_live = (
         merge(base=base, fine_tune=tmp_path / "live", destination=Directory(tmp_path / name))
-        for base, name in ((case.padded.path, "there"), (case.live, "here"))
+        for base, name in ((case.padded.path, "into_padded"), (case.live, "into_live"))
     )
-    back = unpad(source=there.path, destination=Directory(tmp_path / "back"))
-    assert back.manifest.content_digest == here.manifest.content_digest
+    unpadded = unpad(source=into_padded.path, destination=Directory(tmp_path / "unpadded"))
+    assert unpadded.manifest.content_digest == into_live.manifest.content_digest
 
     train(Kind(lora={"target_modules": r".*visual.*linear_fc2"}), case.padded.path, tmp_path / "padded")
     wide, narrow = (
@@ -166,37 +166,38 @@ def test_adapters_cross_the_padding_of_a_tower(case: Case, tmp_path: Path) -> No
     assert (logits_on_an_image(wide.path) - logits_on_an_image(narrow.path)).abs().max() < 1e-6
     assert (logits_on_an_image(case.live) - logits_on_an_image(narrow.path)).abs().max() > 1e-3
 
-    train(Kind(lora={"target_modules": r".*visual.*linear_fc1"}), case.padded.path, tmp_path / "loud")
+    train(Kind(lora={"target_modules": r".*visual.*linear_fc1"}), case.padded.path, tmp_path / "used")
     with pytest.raises(AdapterRefused, match=r"channels that padding added.*linear_fc1"):
-        merge(base=case.live, fine_tune=tmp_path / "loud", destination=Directory(tmp_path / "none"))
+        merge(base=case.live, fine_tune=tmp_path / "used", destination=Directory(tmp_path / "none"))
 
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized vision-language model whose attention 5 ranks can share, its MLPs of 96 channels not yet."""
+    """Return a quantized vision-language model whose attention 5 ranks can share, but not its MLPs of 96 channels."""
     root = tmp_path_factory.mktemp("codes")
     live = tiny_model("qwen3_vl", root / "live", num_attention_heads=5, num_key_value_heads=5)
     return round_to_codes(live, root / "gptq", group_size=16)
 
 
 def test_repair_pads_towers_on_request(codes: Path, tmp_path: Path) -> None:
-    asked = repair(source=codes, destination=Directory(tmp_path / "asked"), tensor_parallel=RANKS, towers=True)
+    requested = repair(source=codes, destination=Directory(tmp_path / "requested"), tensor_parallel=RANKS, towers=True)
     plain = repair(source=codes, destination=Directory(tmp_path / "plain"), tensor_parallel=RANKS)
-    assert all(report.passed for report in (*load_reports(asked.manifest.result), *load_reports(plain.manifest.result)))
-    sizes = load_plan(asked.manifest.result["padding"]).sizes
+    for artifact in (requested, plain):
+        assert all(report.passed for report in load_reports(artifact.manifest.result))
+    sizes = load_plan(requested.manifest.result["padding"]).sizes
     assert [(size.field, size.live, size.padded) for size in sizes] == [
         ("intermediate_size", 96, 160),
         ("vision_config.intermediate_size", 96, 100),
     ]
-    without, padded = open_checkpoint(plain.path), open_checkpoint(asked.path)
+    without, padded = open_checkpoint(plain.path), open_checkpoint(requested.path)
     of_tower = sized_tensors(padded, "vision_config.intermediate_size")
     assert len(of_tower) == 3  # fc1 with its bias, fc2
-    for name, at in of_tower.items():
-        assert torch.equal(padded.load(name).narrow(at.axis, 0, 96), without.load(name))
-        assert not padded.load(name).narrow(at.axis, 96, 4).any()
-    same, other = (made.manifest.contents.tensors for made in (plain, asked))
+    for name, channels in of_tower.items():
+        assert torch.equal(padded.load(name).narrow(channels.axis, 0, 96), without.load(name))
+        assert not padded.load(name).narrow(channels.axis, 96, 4).any()
+    same, other = (made.manifest.contents.tensors for made in (plain, requested))
     assert {name for name in same if same[name] != other[name]} == of_tower.keys()
-    table = repair_table(load_plan(asked.manifest.result["padding"]))
+    table = repair_table(load_plan(requested.manifest.result["padding"]))
     assert list(table.columns[-1].cells) == ["1.2 -> 2", "19.2 -> 20 channels"]
 
 
@@ -210,8 +211,8 @@ def test_a_quantized_tower_is_not_repaired(codes: Path, tmp_path: Path) -> None:
         repair(source=root, destination=Directory(tmp_path / "out"), tensor_parallel=RANKS, towers=True)
 
 
-def test_new_channels_of_a_tower_that_are_not_zero_fail_the_structure(codes: Path, tmp_path: Path) -> None:
-    """Whether the padded checkpoint is at hand or not: without it the merged one is padded again."""
+def test_nonzero_added_channels_of_a_tower_fail_the_structure_check(codes: Path, tmp_path: Path) -> None:
+    """With the padded checkpoint and without it, where the merged one is padded again."""
     merged = open_checkpoint(codes.parent / "live")
     out = Directory(tmp_path / "padded")
     padded = pad(
@@ -223,8 +224,7 @@ def test_new_channels_of_a_tower_that_are_not_zero_fail_the_structure(codes: Pat
     for before in (open_checkpoint(padded.path), None):
         source = quantized_from(merged, before, open_checkpoint(root), root)
         found = check_structure(source, open_checkpoint(root))
-        tower = [said for said in found.problems if "visual" in said or "config.json" in said]
-        assert not tower
+        assert not [problem for problem in found.problems if "visual" in problem or "config.json" in problem]
     tensors = load_file(root / "model.safetensors")
     (name,) = (name for name in tensors if name.endswith("visual.blocks.0.mlp.linear_fc2.weight"))
     tensors[name][3, 98] = 2**-10
@@ -239,7 +239,7 @@ def test_new_channels_of_a_tower_that_are_not_zero_fail_the_structure(codes: Pat
     }  # fmt: skip
 
 
-def test_widths_that_follow_from_others_cannot_be_padded(tmp_path: Path) -> None:
+def test_widths_that_are_computed_from_other_fields_cannot_be_padded(tmp_path: Path) -> None:
     live = tiny_model("qwen2_vl", tmp_path / "live")
     shared = pad(
         source=live,
@@ -255,7 +255,7 @@ def test_widths_that_follow_from_others_cannot_be_padded(tmp_path: Path) -> None
         )
 
 
-def test_a_model_without_towers_has_none_to_pad(tmp_path: Path) -> None:
+def test_padding_towers_of_a_model_without_towers_is_refused(tmp_path: Path) -> None:
     live = tiny_qwen2(tmp_path / "live")
     with pytest.raises(InputRefused, match="qwen2 has no vision or audio tower"):
         pad(
@@ -265,7 +265,7 @@ def test_a_model_without_towers_has_none_to_pad(tmp_path: Path) -> None:
         )
 
 
-def test_a_tower_that_does_not_fit_its_config_is_named(tmp_path: Path) -> None:
+def test_a_missing_tensor_of_a_tower_is_refused_by_name(tmp_path: Path) -> None:
     live = tiny_model("qwen3_asr", tmp_path / "live")
     tensors = load_file(live / "model.safetensors")
     name = next(name for name in tensors if name.endswith("audio_tower.layers.0.fc2.weight"))
@@ -280,7 +280,7 @@ def test_a_tower_that_does_not_fit_its_config_is_named(tmp_path: Path) -> None:
 
 
 @given(width=st.integers(1, 10_000), ranks=st.integers(1, 16))
-def test_a_tower_gets_the_least_width_that_ranks_share(width: int, ranks: int) -> None:
+def test_a_tower_is_padded_to_the_least_width_that_ranks_can_share(width: int, ranks: int) -> None:
     config = {**QWEN2_5_VL_3B, "vision_config": {**QWEN2_5_VL_3B["vision_config"], "intermediate_size": width}}
     decoder = plan_padding(config, group_size=128, tensor_parallel=ranks)
     plan = with_towers(decoder, config, ranks=ranks)
@@ -297,7 +297,7 @@ def test_a_tower_gets_the_least_width_that_ranks_share(width: int, ranks: int) -
     assert towers_of(config)[0].weights(config, size.padded) >= towers_of(config)[0].weights(config, width)
 
 
-def test_the_published_width_of_qwen2_5_vl_needs_four_channels_for_8_ranks() -> None:
+def test_the_published_width_of_qwen2_5_vl_needs_four_more_channels_for_8_ranks() -> None:
     plan = with_towers(plan_padding(QWEN2_5_VL_3B, group_size=128, tensor_parallel=8), QWEN2_5_VL_3B, ranks=8)
     assert [(size.field, size.live, size.padded) for size in plan.sizes] == [
         ("intermediate_size", 11008, 11264),

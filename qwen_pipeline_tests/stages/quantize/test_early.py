@@ -1,4 +1,4 @@
-"""How an engine is started: while the stage prepares, to be ended by a refusal, and with the GPUs of its spec alone."""
+"""Start of a quantizer: while the stage prepares, ended by a refusal, and with only the GPUs of its spec visible."""
 
 import sys
 from collections.abc import Generator, Mapping
@@ -16,21 +16,21 @@ from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain, write_text
-from qwen_pipeline_tests.workers.test_parent import is_running
+from qwen_pipeline_tests.workers.processes import is_running
 
 
-def test_too_little_text_ends_the_engine_that_was_started(
+def test_a_refusal_ends_the_quantizer_that_was_started(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
 
     @contextmanager
-    def noting(python: Path, target: str, **options: Any) -> Generator[Worker, None, None]:
+    def recording(python: Path, target: str, **options: Any) -> Generator[Worker, None, None]:
         with started_worker(python, target, **options) as worker:
             started.append(worker.process.pid)
             yield worker
 
-    monkeypatch.setattr(stage, "started_worker", noting)
+    monkeypatch.setattr(stage, "started_worker", recording)
     with pytest.raises(InputRefused, match="1000 windows"):
         quantize(
             source=chain.padded,
@@ -45,16 +45,16 @@ def test_too_little_text_ends_the_engine_that_was_started(
 
 
 @pytest.mark.parametrize(("visible", "seen"), [(None, "0,1"), ("3,5,7", "3,5"), ("", "")])
-def test_an_engine_sees_as_many_gpus_as_its_spec_says(
+def test_a_quantizer_sees_only_the_gpus_of_its_spec(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, seen: str
 ) -> None:
     class Started(Exception):
         pass
 
-    def note(*_: object, env: Mapping[str, str], **__: object) -> None:
+    def record(*_: object, env: Mapping[str, str], **__: object) -> None:
         raise Started(env["CUDA_VISIBLE_DEVICES"])
 
-    monkeypatch.setattr(stage, "started_worker", note)
+    monkeypatch.setattr(stage, "started_worker", record)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -1,4 +1,4 @@
-"""A quantization that is killed again and again, in a process forked for each attempt."""
+"""Repeated kills of a quantization, in a process forked for each attempt."""
 
 import os
 import random
@@ -22,14 +22,14 @@ from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.environments import WorkerEnvironment
 
-PATIENCE_SECONDS = 60
-"""How long the last of a killed family may take to end: a GPU's memory is given back first."""
+END_SECONDS = 60
+"""Longest time until all processes of a killed attempt have ended: memory of a GPU is released first."""
 Victim = Literal["stage", "worker"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A checkpoint to quantize, again and again."""
+    """A quantization that is repeated."""
 
     source: Path
     calibration: Path
@@ -37,33 +37,35 @@ class Work:
     engine: WorkerEnvironment
 
     def do(self, out: Path, writing: int) -> None:
-        """Quantize into ``out``; write a line for each event."""
+        """Quantize into ``out``; write a line for each event to a file descriptor."""
         quantize(
             source=self.source,
             destination=Directory(out),
             calibration=self.calibration,
             spec=self.spec,
             engine=self.engine,
-            observe=partial(tell, writing),
+            observe=partial(write_event, writing),
         )
 
 
-def tell(writing: int, event: Progress) -> None:
+def write_event(writing: int, event: Progress) -> None:
     os.write(writing, f"{event.task.split()[0]} {event.done}\n".encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """Whom to kill, and when: so many seconds after an event."""
+    """The process to kill, and the time: ``linger`` seconds after an event."""
 
     victim: Victim
     event: int
     linger: float
 
     @classmethod
-    def drawn(cls, moment: random.Random, events: int) -> "Kill":
+    def drawn(cls, generator: random.Random, events: int) -> "Kill":
         return cls(
-            victim=moment.choice(get_args(Victim)), event=moment.randrange(events), linger=moment.uniform(0, 0.1)
+            victim=generator.choice(get_args(Victim)),
+            event=generator.randrange(events),
+            linger=generator.uniform(0, 0.1),
         )
 
 
@@ -73,12 +75,12 @@ class Attempt:
 
     Attributes:
         code: Its exit code.
-        events: How many it told.
+        events: Number of events that it reported.
         finished: Layers that were on disk when it began.
-        layers: Those that it solved, one entry for each linear layer.
-        victim: Who was killed; nobody if it was through before.
-        task: What it was doing then.
-        digest: Of what it made, if it got through.
+        layers: Layers that it solved, one entry for each linear layer.
+        victim: The process that was killed; None if the run completed before.
+        task: Its task at that time.
+        digest: Content digest of the output, if the run completed.
     """
 
     code: int
@@ -92,10 +94,10 @@ class Attempt:
 
 
 def attempt(work: Work, out: Path, kill: Kill | None = None) -> Attempt:
-    """Quantize in a forked process, and kill it, or its worker.
+    """Quantize in a forked process, and kill it or its worker.
 
     Raises:
-        AssertionError: Something of it survives, or it left half a checkpoint.
+        AssertionError: One of its processes survives, or it left an incomplete checkpoint.
     """
     began, finished = time.monotonic(), len(list(out.parent.glob(f"{out.name}.partial/{WORK_DIR}/packed/layer-*.json")))
     reading, writing = os.pipe()
@@ -111,20 +113,20 @@ def attempt(work: Work, out: Path, kill: Kill | None = None) -> Attempt:
         finally:
             os._exit(code)
     os.close(writing)
-    events, layers, family = 0, list[int](), list[int]()
+    events, layers, processes = 0, list[int](), list[int]()
     victim: Victim | None = None
     task: str | None = None
-    with os.fdopen(reading) as told:
-        for events, line in enumerate(told, start=1):
-            doing, _, done = line.partition(" ")
-            layers += [int(done)] if doing == "quantize" else []
+    with os.fdopen(reading) as lines:
+        for events, line in enumerate(lines, start=1):
+            current, _, done = line.partition(" ")
+            layers += [int(done)] if current == "quantize" else []
             if kill and events == kill.event + 1:
                 time.sleep(kill.linger)
-                family, task = [stage, *descendants(stage)], doing
-                victim = kill.victim if len(family) > 1 else "stage"
-                os.kill(family[1] if victim == "worker" else stage, signal.SIGKILL)
+                processes, task = [stage, *descendants(stage)], current
+                victim = kill.victim if len(processes) > 1 else "stage"
+                os.kill(processes[1] if victim == "worker" else stage, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(stage, 0)[1])
-    require_ended(family)
+    require_ended(processes)
     if out.exists():
         require_intact(out)
     return Attempt(
@@ -148,15 +150,15 @@ def descendants(pid: int) -> list[int]:
     return [*children, *(grandchild for child in children for grandchild in descendants(child))]
 
 
-def require_ended(family: Sequence[int]) -> None:
-    """Wait for processes to end; one that has, and was not asked for its exit code yet, counts as ended."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while left := [pid for pid in family if runs(pid)]:
+def require_ended(processes: Sequence[int], *, seconds: float = END_SECONDS) -> None:
+    """Wait for processes to end; a zombie counts as ended."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in processes if is_running(pid)]:
         assert time.monotonic() < deadline, f"orphans: {left}"
         time.sleep(0.01)
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -173,20 +175,20 @@ def survive(
     within: float = 1.0,
     until: float = inf,
 ) -> Iterator[Attempt]:
-    """Kill until there were ``kills`` deaths; whatever gets through has to be what the undisturbed run made.
+    """Yield attempts until ``kills`` of them were killed; each output must equal that of the undisturbed run.
 
-    Each run is killed within a share ``within`` of the undisturbed run's events, if it takes that many. A run after a
-    death begins at the layer after the last one that was on disk then. The last run is let through, as is
-    the one that is under way at the moment ``until`` of the monotonic clock.
+    Each run is killed within a share ``within`` of the undisturbed run's events, unless it completes earlier. A run
+    after a kill begins at the layer after the last one that was on disk. The last run is not killed; neither is the run
+    that is in progress at the time ``until`` of the monotonic clock.
     """
-    moment, deaths, out = random.Random(seed), 0, root / "run-0"
+    generator, deaths, out = random.Random(seed), 0, root / "run-0"
     events = ceil(within * undisturbed.events)
     for number in count():
         more = deaths < kills and time.monotonic() < until
-        found = attempt(work, out, Kill.drawn(moment, events) if more else None)
+        found = attempt(work, out, Kill.drawn(generator, events) if more else None)
         deaths += found.digest is None
         yield found
-        assert found.digest or found.victim, "a run failed that nobody killed"
+        assert found.digest or found.victim, "a run failed without being killed"
         assert not found.layers or min(found.layers) >= found.finished, "a finished layer was quantized again"
         if found.digest:
             assert found.digest == undisturbed.digest

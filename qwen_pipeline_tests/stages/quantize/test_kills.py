@@ -1,9 +1,10 @@
-"""SIGKILL while the layer loop quantizes: nobody sees half a checkpoint, nobody survives, the digest stays the same.
+"""SIGKILL while the layer loop quantizes: no incomplete checkpoint is visible, no process survives, digests are equal.
 
-``KILLS`` in the environment says how many there are. ``python -m qwen_pipeline_tests.stages.test_quantize_kills SOURCE
-TEXT``, run by the engine's own python, does the same to any model on a CPU or a GPU, and writes an account after each
-attempt. Its workers are forked instead of started, unless ``--spawn`` is given: they do not import the engine again,
-which is most of a small model's time, and everything else of them is real. Several can run side by side.
+The environment variable ``KILLS`` sets the number of kills.
+``python -m qwen_pipeline_tests.stages.quantize.test_kills SOURCE TEXT``, run by the python of the quantizer's
+environment, does the same with any model on a CPU or a GPU, and writes a summary after each attempt. Its workers are
+forked instead of started, unless ``--spawn`` is given: they do not import the quantizer again, which takes most of the
+time with a small model, and are otherwise unchanged. Several such programs can run at the same time.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device
 from qwen_pipeline.workers import child, parent
 from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests import REPOSITORY
-from qwen_pipeline_tests.stages.kills import Attempt, Victim, Work, attempt, survive
+from qwen_pipeline_tests.stages.quantize.kills import Attempt, Victim, Work, attempt, survive
 
 SPEC = QuantSpec(engine="layerwise", group_size=32, samples=4, seq_len=32, batch_size=4, threads=1, device="cpu")
 
@@ -53,7 +54,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_kills_change_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+def test_kills_do_not_change_the_digest(source: Path, text: Path, tmp_path: Path) -> None:
     work = Work(source=source, calibration=text, spec=SPEC, engine=find_environment("gptqmodel"))
     undisturbed = attempt(work, tmp_path / "undisturbed")
     attempts = list(survive(work, tmp_path, undisturbed, kills=int(os.environ.get("KILLS", "20"))))
@@ -62,20 +63,20 @@ def test_kills_change_nothing(source: Path, text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_may_be_forked_and_an_account_is_given(source: Path, text: Path, tmp_path: Path) -> None:
-    out, sizes = tmp_path / "account.json", ["--group-size", "32", "--seq-len", "32", "--device", "cpu"]
+def test_workers_can_be_forked_and_a_summary_is_written(source: Path, text: Path, tmp_path: Path) -> None:
+    out, sizes = tmp_path / "summary.json", ["--group-size", "32", "--seq-len", "32", "--device", "cpu"]
     subprocess.run(
         [find_environment("gptqmodel").python, "-m", __name__, source, text, "--kills", "4", "--out", out, *sizes],
         cwd=REPOSITORY, check=True, timeout=300,
     )  # fmt: skip
-    told = json.loads(out.read_text())
-    assert told["kills"] == 4
-    assert told["same_digest"]
-    assert told["runs_through"] >= 1
+    summary = json.loads(out.read_text())
+    assert summary["kills"] == 4
+    assert summary["same_digest"]
+    assert summary["runs_through"] >= 1
 
 
 class Forked:
-    """A worker as ``subprocess.Popen`` starts it, forked from this process, which has imported the engine."""
+    """A worker like those of ``subprocess.Popen``, forked from this process, which has imported the quantizer."""
 
     def __init__(self, command: Sequence[str], **how: Any) -> None:
         reading, writing = os.pipe()
@@ -120,28 +121,28 @@ class Forked:
         return self.returncode
 
 
-def account(spec: QuantSpec, undisturbed: Attempt, attempts: Sequence[Attempt]) -> Mapping[str, Any]:
-    """Return what is known after the last attempt."""
-    killed = [at for at in attempts if not at.digest]
+def summarize(spec: QuantSpec, undisturbed: Attempt, attempts: Sequence[Attempt]) -> Mapping[str, Any]:
+    """Summarize the attempts."""
+    killed = [each for each in attempts if not each.digest]
     return {
         "spec": spec.to_json(),
         "undisturbed": {"seconds": undisturbed.seconds, "digest": undisturbed.digest},
         "kills": len(killed),
-        "victims": Counter(at.victim for at in killed),
-        "tasks": Counter(at.task for at in killed),
+        "victims": Counter(each.victim for each in killed),
+        "tasks": Counter(each.task for each in killed),
         "runs_through": len(attempts) - len(killed),
-        "same_digest": all(at.digest == undisturbed.digest for at in attempts if at.digest),
-        "resumed": sum(at.finished > 0 for at in attempts),
-        "layers_taken_up": sum(at.finished for at in attempts),
-        "layers_quantized": sum(len(set(at.layers)) for at in attempts),
-        "seconds": round(sum(at.seconds for at in attempts), 1),
-        "attempts": [{**asdict(at), "layers": sorted(set(at.layers))} for at in attempts],
+        "same_digest": all(each.digest == undisturbed.digest for each in attempts if each.digest),
+        "resumed": sum(each.finished > 0 for each in attempts),
+        "layers_taken_up": sum(each.finished for each in attempts),
+        "layers_quantized": sum(len(set(each.layers)) for each in attempts),
+        "seconds": round(sum(each.seconds for each in attempts), 1),
+        "attempts": [{**asdict(each), "layers": sorted(set(each.layers))} for each in attempts],
     }
 
 
 @contextmanager
 def forking() -> Generator[None]:
-    """Have workers forked from this process."""
+    """Fork workers from this process."""
     import_module("gptqmodel")
     popen = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
     with patch.object(parent, "subprocess", popen):
@@ -153,46 +154,51 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=inf, help="kill no more after that; the run at hand ends")
-    parser.add_argument("--seed", type=int, default=20, help="of the kills")
-    parser.add_argument("--within", type=float, default=1.0, help="share of a run's events that a kill may wait for")
+    parser.add_argument("--minutes", type=float, default=inf, help="time after which no run is killed")
+    parser.add_argument("--seed", type=int, default=20, help="seed of the kills")
+    parser.add_argument("--within", type=float, default=1.0, help="latest kill, as a share of a run's events")
     parser.add_argument("--spawn", action="store_true", help="start workers instead of forking them")
     parser.add_argument("--device", choices=get_args(Device), default=default_device())
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=64, help="tokens in each")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where each has a directory")
-    parser.add_argument("--out", type=Path, default=Path("quantize-kills.json"), help="the account")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="parent of a scratch directory"
+    )
+    parser.add_argument("--out", type=Path, default=Path("quantize-kills.json"), help="file of the summary")
     return parser.parse_args()
 
 
 def main() -> None:
-    asked = arguments()
-    until = time.monotonic() + 60 * asked.minutes
-    asked.scratch.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU must not initialise it: children are forked
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.scratch / "compiled-kernels"))
-    torch.set_num_threads(1)  # a fork would lose the others
-    chosen = {name: getattr(asked, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
+    options = arguments()
+    until = time.monotonic() + 60 * options.minutes
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not initialise CUDA before a fork
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.scratch / "compiled-kernels"))
+    torch.set_num_threads(1)  # other threads would not survive a fork
+    chosen = {name: getattr(options, name) for name in ("group_size", "samples", "seq_len", "batch_size", "device")}
     spec = QuantSpec(engine="layerwise", threads=1, **chosen)
-    here = WorkerEnvironment(name="gptqmodel", python=Path(sys.executable))
-    work = Work(source=asked.source, calibration=asked.text, spec=spec, engine=here)
-    with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="kills-") as scratch:
+    this_environment = WorkerEnvironment(name="gptqmodel", python=Path(sys.executable))
+    work = Work(source=options.source, calibration=options.text, spec=spec, engine=this_environment)
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="kills-") as scratch:
         root = Path(scratch)
-        with nullcontext() if asked.spawn else forking():
+        with nullcontext() if options.spawn else forking():
             undisturbed = attempt(work, root / "undisturbed")
-            assert undisturbed.digest, "the undisturbed run failed; if for the GPU's sake, try --spawn"
+            assert undisturbed.digest, "the undisturbed run failed; if the GPU is the cause, try --spawn"
             print(f"undisturbed: {undisturbed.seconds} s, {undisturbed.digest}", flush=True)
             attempts: list[Attempt] = []
-            drawn = {"kills": asked.kills, "seed": asked.seed, "within": asked.within, "until": until}
+            drawn = {"kills": options.kills, "seed": options.seed, "within": options.within, "until": until}
             for found in survive(work, root, undisturbed, **drawn):
                 attempts.append(found)
-                told = account(spec, undisturbed, attempts)
-                write_bytes(asked.out, json.dumps(told, indent=1).encode() + b"\n")
-                what = f"killed {found.victim} during {found.task}" if found.victim else "let through"
-                print(f"{told['kills']} kills: {what}, {found.finished} layers taken up, {found.seconds} s", flush=True)
-    print("every run that got through has the undisturbed digest")
+                summary = summarize(spec, undisturbed, attempts)
+                write_bytes(options.out, json.dumps(summary, indent=1).encode() + b"\n")
+                outcome = f"killed {found.victim} during {found.task}" if found.victim else "not killed"
+                print(
+                    f"{summary['kills']} kills: {outcome}, {found.finished} layers resumed, {found.seconds} s",
+                    flush=True,
+                )
+    print("every run that completed has the digest of the undisturbed run")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""A cache of the digests of directories without a manifest: bases from a hub, adapters from a trainer.
+
+Hashing a base costs one read of it, so its digests are cached, keyed by the path, size, inode and modification time of
+every file. Rewriting a file and restoring its time on purpose defeats the cache, but not the verification before a
+release.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, digest_file, digest_files, hash_tensors
+from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, canonical_sha256, find_manifest
+from qwen_pipeline.progress import Observe, unobserved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedCheckpoint:
+    """The hash results of a checkpoint: of every tensor, and of the files beside the weights."""
+
+    tensors: HashedTensors
+    files: Mapping[str, FileDigest]
+
+    @property
+    def digest(self) -> str:
+        """The content digest."""
+        return Contents(tensors={name: tensor.digest for name, tensor in self.tensors.items()}, files=self.files).digest
+
+
+_HASHED = TypeAdapter(HashedCheckpoint)
+
+
+def _user_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "qwen-pipeline" / "digests-4"
+
+
+@dataclass(frozen=True, slots=True)
+class DigestCache:
+    """Hash results in one file for each checkpoint and for each single file.
+
+    Args:
+        directory: Where they are kept, by default in the user's cache (``XDG_CACHE_HOME``).
+    """
+
+    directory: Path = field(default_factory=_user_cache)
+
+    def find(self, root: Path, checkpoint: Checkpoint | None = None) -> HashedCheckpoint | None:
+        """Return the hash results of a model directory from its manifest or the cache; None if it has to be read.
+
+        Args:
+            root: The directory.
+            checkpoint: The directory as it was opened, if not by :func:`open_checkpoint`.
+        """
+        if manifest := find_manifest(root):
+            contents = manifest.contents
+            return HashedCheckpoint(
+                tensors={name: HashedTensor(digest=digest) for name, digest in contents.tensors.items()},
+                files={path: file for path, file in contents.files.items() if isinstance(file, FileDigest)},
+            )
+        entry = self._entry(_files_of(root, open_checkpoint(root) if checkpoint is None else checkpoint))
+        return _HASHED.validate_json(entry.read_bytes()) if entry.is_file() else None
+
+    def add(self, root: Path, checkpoint: Checkpoint, tensors: HashedTensors) -> HashedCheckpoint:
+        """Keep the hash results of a directory that has no manifest, and return them with those of its files."""
+        hashed = HashedCheckpoint(tensors=tensors, files=digest_files({CONFIG: root / CONFIG, **checkpoint.sidecars}))
+        _write(self._entry(_files_of(root, checkpoint)), _HASHED.dump_json(hashed))
+        return hashed
+
+    def sha256(self, path: Path) -> str:
+        """Return the hex SHA-256 of a file, which is read once."""
+        entry = self._entry([path])
+        if not entry.is_file():
+            _write(entry, digest_file(path).sha256.encode())
+        return entry.read_text()
+
+    def _entry(self, files: Iterable[Path]) -> Path:
+        return self.directory / _stat_key(files)
+
+
+def checkpoint_digest(root: Path, *, checkpoint: Checkpoint | None = None, observe: Observe = unobserved) -> str:
+    """Return the content digest of a model directory: from its manifest, from the cache, or by reading it once.
+
+    Args:
+        root: The directory.
+        checkpoint: The directory as it was opened, if not by :func:`open_checkpoint`: under other names, or with more
+            sidecars.
+        observe: Called with the progress.
+    """
+    cache = DigestCache()
+    if known := cache.find(root, checkpoint):
+        return known.digest
+    checkpoint = open_checkpoint(root) if checkpoint is None else checkpoint
+    tensors = hash_tensors(checkpoint.tensors, task=f"digest {root.name}", observe=observe)
+    return cache.add(root, checkpoint, tensors).digest
+
+
+def directory_digest(files: Mapping[str, Path]) -> str:
+    """Return a digest of files by their bytes, relative path -> file: ``sha256:<hex>``. Each file is read once."""
+    cache = DigestCache()
+    return "sha256:" + canonical_sha256({relative: cache.sha256(path) for relative, path in files.items()})
+
+
+def fingerprint(root: Path) -> str:
+    """Return a value that changes with a model directory, without reading its weights.
+
+    It is the content digest if a manifest states it, and else a digest of every file's path, size, inode and
+    modification time.
+    """
+    if manifest := find_manifest(root):
+        return manifest.content_digest
+    return f"files:{_stat_key(_files_of(root, open_checkpoint(root)))}"
+
+
+def _files_of(root: Path, checkpoint: Checkpoint) -> set[Path]:
+    return {*(root / shard for shard in checkpoint.shards.values()), root / CONFIG, *checkpoint.sidecars.values()}
+
+
+def _stat_key(files: Iterable[Path]) -> str:
+    stats = [(str(path.resolve()), path.stat()) for path in sorted(files)]
+    return canonical_sha256([[path, s.st_size, s.st_ino, s.st_mtime_ns] for path, s in stats])
+
+
+def _write(entry: Path, data: bytes) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    scratch = entry.with_suffix(f".{os.getpid()}")
+    scratch.write_bytes(data)
+    scratch.replace(entry)

@@ -1,0 +1,160 @@
+"""Read a finished validation back, from nothing but what its content digest covers.
+
+No digest covers ``result`` in a manifest. What decides a release therefore comes from ``report.json``, whose SHA-256 is
+part of the content digest, and the manifest must agree with it.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from qwen_pipeline.checkpoint.manifest import FileDigest, Manifest
+from qwen_pipeline.checkpoint.store.lineage import Step
+from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.evaluation.checks import AGREEMENT, CHECKS, MERGED_NOT_WORSE, PADDING, SAMPLES
+from qwen_pipeline.evaluation.figures import ModelFigures
+from qwen_pipeline.evaluation.report.model_card import Widened
+from qwen_pipeline.evaluation.serving.findings import SERVED
+from qwen_pipeline.evaluation.tasks.plan import TASKS
+from qwen_pipeline.reports import CheckReport, load_reports
+
+REPORT_JSON = "report.json"
+OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE, SAMPLES))
+"""Checks that a configuration may leave out; :data:`PADDING` is left out of a model that is not padded."""
+MINIMUM = frozenset({AGREEMENT.name})
+"""Checks whose limit is a minimum. Every other limit is a maximum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedPadding:
+    twins: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedStructure:
+    padding: ReportedPadding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedFindings:
+    """The findings that a model card repeats."""
+
+    models: dict[str, ModelFigures]
+    nbytes: dict[str, int]
+    structure: ReportedStructure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationReport:
+    """The contents of ``report.json`` that decide a release or enter its card.
+
+    Attributes:
+        candidate: Content digest of the quantized checkpoint.
+        checks: One report for each promised check.
+        padding: Every size field that padding or a repair widened.
+        lineage: The steps that made the reference.
+    """
+
+    candidate: str
+    checks: list[CheckReport]
+    findings: ReportedFindings
+    padding: list[Widened]
+    lineage: list[Step]
+
+    @property
+    def obstacles(self) -> list[str]:
+        """The reasons not to publish: blocking checks that failed, and required checks that were skipped."""
+        optional = OPTIONAL if self.padding else OPTIONAL | {PADDING.name}
+        return [
+            f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}"
+            for check in self.checks
+            if check.blocks or (check.skipped and check.name not in optional)
+        ]
+
+
+_REPORT = TypeAdapter(ValidationReport)
+
+
+def load_validation(root: Path, manifest: Manifest) -> ValidationReport:
+    """Read the report of a finished validation.
+
+    Raises:
+        CheckpointRefused: The report is missing, is not the file that the manifest names, disagrees with the rest of
+            the manifest, has a value of an unexpected type, or contradicts itself.
+    """
+    data = _read_report(root, manifest)
+    try:
+        result = json.loads(data)
+        report = _REPORT.validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(root, f"{REPORT_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(root, f"{REPORT_JSON} is not JSON ({error})") from error
+    if _text(result) != _text(manifest.result):
+        raise _damaged(root, f"its manifest states another result than its {REPORT_JSON}")
+    if (stated := manifest.derivation.inputs.get("candidate")) != report.candidate:
+        raise _damaged(root, f"its manifest states the candidate {stated}, its {REPORT_JSON} {report.candidate}")
+    checks = load_reports(result, source=str(root))
+    if faults := _faults(checks):
+        raise _damaged(root, listed(faults))
+    return replace(report, checks=checks)
+
+
+def _read_report(root: Path, manifest: Manifest) -> bytes:
+    file, stated = root / REPORT_JSON, manifest.contents.files.get(REPORT_JSON)
+    if not isinstance(stated, FileDigest):
+        raise _damaged(root, f"its manifest has no SHA-256 of a {REPORT_JSON}")
+    if not file.is_file():
+        raise _damaged(root, f"{REPORT_JSON} is missing")
+    data = file.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != stated.sha256:
+        raise _damaged(root, f"{REPORT_JSON} has the SHA-256 {found}, its manifest states {stated.sha256}")
+    return data
+
+
+def _faults(reports: Sequence[CheckReport]) -> list[str]:
+    """Return what makes reports no outcome of a validation: each promised check must be there once, and consistent."""
+    names, promised = Counter(report.name for report in reports), {check.name for check in CHECKS}
+    return [
+        *(f"there is no report on {name}" for name in sorted(promised - names.keys())),
+        *(f"{name} is no check of a validation" for name in sorted(names.keys() - promised)),
+        *(f"there are {count} reports on {name}" for name, count in names.items() if count > 1),
+        *(fault for report in reports if (fault := _contradiction(report))),
+    ]
+
+
+def _contradiction(report: CheckReport) -> str | None:
+    if report.skipped and report.passed:
+        return f"{report.name} is skipped and passed at once"
+    if not report.passed or report.measured is None or report.limit is None:
+        return None
+    measured, limit = _number(report.measured), _number(report.limit)
+    if measured is None or limit is None:
+        return f"{report.name} compares {report.measured!r} with {report.limit!r}, expected two numbers"
+    if measured >= limit if report.name in MINIMUM else measured <= limit:
+        return None
+    return f"{report.name} is passed, but {report.measured} is beyond its limit {report.limit}"
+
+
+def _number(value: float | str) -> float | None:
+    """Return a figure as a number; JSON has the ones that are not finite as text."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    """Return JSON in which ``1``, ``1.0`` and ``true`` differ, unlike in a comparison of the values."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _damaged(root: Path, why: str) -> CheckpointRefused:
+    return CheckpointRefused(f"{root} is damaged: {why}.", remedy=f"Delete {root} and validate again.")

@@ -1,0 +1,74 @@
+"""Requirements on a checkpoint that are checked before a quantizer starts."""
+
+import re
+from collections.abc import Sequence
+
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.qwen.linears import Linear
+
+
+def require_quantizable(checkpoint: Checkpoint, linears: Sequence[Linear], spec: QuantSpec) -> None:
+    """Require that a quantizer can quantize the checkpoint with this spec, and that a kernel can load the codes.
+
+    Raises:
+        InputRefused: A size, a window length, a layer type or an override does not fit; the message names it.
+    """
+    _require_whole_words(linears, spec)
+    _require_positions(checkpoint, spec)
+    _require_maskable(linears, spec)
+    _require_no_dense_layers_beside_experts(linears, spec)
+    _require_matching_overrides(linears, spec)
+
+
+def _require_whole_words(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    """Refuse partial groups and partial 32-bit words, which quantizers write but kernels cannot load."""
+    for linear in linears:
+        for axis, size, unit in (("in", linear.in_features, spec.group_size), ("out", linear.out_features, 32)):
+            if size % unit:
+                raise InputRefused(
+                    f"{linear.module} has {axis}_features {size}, which is not a multiple of {unit}.",
+                    remedy=f"Pad the checkpoint first: qwen-pipeline pad --group-size {spec.group_size}; "
+                    "for hidden or head sizes choose a smaller group size.",
+                )
+
+
+def _require_positions(checkpoint: Checkpoint, spec: QuantSpec) -> None:
+    positions = checkpoint.config.get("max_position_embeddings", spec.seq_len)
+    if spec.seq_len > positions:
+        raise InputRefused(
+            f"seq_len is {spec.seq_len}, but the model has {positions} positions; the quantizer would truncate every"
+            " window.",
+            remedy=f"Set seq_len to at most {positions}.",
+        )
+
+
+def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    has_experts = any(linear.is_expert for linear in linears)
+    if spec.packing == "documents" and has_experts and spec.engine != "layerwise":
+        raise InputRefused(
+            "packing is 'documents', but experts receive tokens without their windows, so GPTQModel would calibrate"
+            " them with filling too.",
+            remedy="Set packing to 'stream', or engine to 'layerwise'.",
+        )
+
+
+def _require_no_dense_layers_beside_experts(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    """Refuse mixtures of experts with dense layers for GPTQModel: it stops at them, or does not quantize their MLPs."""
+    has_experts = any(linear.is_expert for linear in linears)
+    dense = [linear.layer for linear in linears if linear.kind == "mlp.down_proj"]
+    if has_experts and dense and spec.engine == "gptqmodel":
+        raise InputRefused(
+            f"Layer {dense[0]} of this mixture of experts is dense, which GPTQModel's own loop does not support.",
+            remedy="Set engine to 'layerwise'.",
+        )
+
+
+def _require_matching_overrides(linears: Sequence[Linear], spec: QuantSpec) -> None:
+    for pattern in spec.dynamic:
+        if not any(re.search(pattern, linear.module) for linear in linears):
+            raise InputRefused(
+                f"dynamic {pattern!r} matches no module name, such as {linears[0].module}.",
+                remedy="Correct the expression.",
+            )

@@ -1,0 +1,1 @@
+"""Tests of the stage ``quantize``, with the real quantizers and tiny models."""

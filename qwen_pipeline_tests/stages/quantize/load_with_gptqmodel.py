@@ -1,0 +1,25 @@
+"""Load SOURCE with Transformers and QUANTIZED with GPTQModel on a GPU; print the KL divergence."""
+
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    library: Any = import_module("gptqmodel")
+    ids = torch.arange(256).reshape(4, 64)
+    candidate = library.GPTQModel.load(sys.argv[2], device="cuda:0", backend=library.BACKEND.GPTQ_TORCH).model
+    reference: Any = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    with torch.inference_mode():
+        exact = reference(ids).logits.double().log_softmax(-1)
+        close = candidate(ids.cuda()).logits.double().cpu().log_softmax(-1)
+    print()
+    print(json.dumps({"kl": (exact.exp() * (exact - close)).sum(-1).mean().item()}))
+
+
+if __name__ == "__main__":
+    main()
