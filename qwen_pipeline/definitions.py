@@ -3,9 +3,22 @@
 import dagster as dg
 
 from qwen_pipeline.config import Settings, load_settings
-from qwen_pipeline.defs.assets import fine_tune_assets
+from qwen_pipeline.defs.assets import (
+    base_model,
+    fine_tune,
+    merged_and_padded_checkpoints,
+    merged_checkpoint,
+    padded_checkpoint,
+)
 from qwen_pipeline.defs.import_assets import imported_checkpoint, repaired_checkpoint
 from qwen_pipeline.defs.jobs import process_fine_tune, repair_imported, validate_and_publish
+from qwen_pipeline.defs.quantization_assets import (
+    calibration_tokens,
+    published_checkpoint,
+    quantized_checkpoint,
+    unpadded_quantized_checkpoint,
+    validated_checkpoint,
+)
 from qwen_pipeline.defs.resources import StepRunner, configured_resources
 from qwen_pipeline.defs.schedules import nightly
 from qwen_pipeline.defs.sensors import fine_tune_inbox, import_inbox
@@ -22,6 +35,19 @@ def code_location(settings: Settings, steps: StepRunner | None = None) -> dg.Def
         schedules=[nightly],
         resources={**configured_resources(settings), "steps": steps or StepRunner()},
     )
+
+
+def fine_tune_assets(settings: Settings) -> list[dg.AssetsDefinition]:
+    """Return the assets that the settings require, from the base model to the release."""
+    merging_and_padding = (
+        [merged_checkpoint, padded_checkpoint] if settings.store.merged else [merged_and_padded_checkpoints]
+    )
+    assets = [base_model, fine_tune, *merging_and_padding, calibration_tokens, quantized_checkpoint]
+    if not settings.validation.unpadded:
+        return [*assets, validated_checkpoint, published_checkpoint]
+    baseline = unpadded_quantized_checkpoint
+    measured = validated_checkpoint.map_asset_specs(lambda spec: spec.merge_attributes(deps=[baseline]))
+    return [*assets, baseline, measured, published_checkpoint]
 
 
 @dg.definitions
