@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import dagster as dg
@@ -53,7 +53,7 @@ def _config_type(annotation: Any) -> Any:
     if origin in (Union, UnionType):
         return _config_type(next(argument for argument in arguments if argument is not NoneType))
     if origin is tuple:
-        return list[_config_type(arguments[0])]
+        return GenericAlias(list, (_config_type(arguments[0]),))
     if origin is Mapping:
         return dict[str, Any]
     if _is_section(annotation):

@@ -68,8 +68,8 @@ def test_an_invalid_override_is_refused_by_dagster_or_by_the_settings(site: Site
 
 
 def test_the_config_schema_describes_every_setting(site: Site) -> None:
-    definitions = code_location(site.settings)
-    schema = definitions.get_repository_def().get_top_level_resources()["settings"].config_schema.as_field()
+    repository = code_location(site.settings).get_repository_def()
+    schema: Any = repository.get_top_level_resources()["settings"].config_schema.as_field()
     fields = schema.config_type.fields
     assert fields.keys() == Settings.model_fields.keys() - {"workspace", "inbox", "imports", "owners"}
     assert fields["base_revision"].description == "Commit, tag or branch of a base model on the hub."
