@@ -1,4 +1,4 @@
-"""Settings say what they mean, and refuse by name what they do not know."""
+"""Settings: where they are read from, their defaults, and error messages that name the setting at fault."""
 
 import subprocess
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.config import FILE_VARIABLE, load_settings, require_setting
+from qwen_pipeline.config import FILE_VARIABLE, load_settings, require_setting, settings_from_values
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 
 
 @pytest.fixture
 def settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty settings file that this process reads."""
+    """Return an empty settings file that this process reads."""
     file = tmp_path / "qwen_pipeline.toml"
     file.touch()
     monkeypatch.setenv(FILE_VARIABLE, str(file))
@@ -43,13 +43,13 @@ def test_calibration_is_a_path_or_the_name_of_a_dataset(settings_file: Path, wri
     assert load_settings().calibration.source == source
 
 
-def test_calibration_is_a_directory_if_there_is_one(settings_file: Path) -> None:
+def test_the_name_of_an_existing_directory_is_a_path(settings_file: Path) -> None:
     (settings_file.parent / "chats").mkdir()
     settings_file.write_text('calibration = "chats"\n')
     assert load_settings().calibration.source == str(settings_file.parent / "chats")
 
 
-def test_paths_start_at_the_file(settings_file: Path) -> None:
+def test_paths_are_relative_to_the_settings_file(settings_file: Path) -> None:
     settings_file.write_text('workspace = "w"\ncalibration = "chats.jsonl"\n[validation]\ntext = "/abs/held-out.txt"\n')
     settings = load_settings()
     assert settings.inbox == settings_file.parent / "w" / "inbox"
@@ -57,7 +57,7 @@ def test_paths_start_at_the_file(settings_file: Path) -> None:
     assert settings.validation.text == Path("/abs/held-out.txt")
 
 
-def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_takes_precedence_over_the_file(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings_file.write_text("[quantization]\nbits = 8\ngroup_size = 64\n")
     monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "4")
     monkeypatch.setenv("QWEN_PIPELINE_BASE_NAMES", '["a/b"]')
@@ -66,7 +66,7 @@ def test_the_environment_wins(settings_file: Path, monkeypatch: pytest.MonkeyPat
     assert settings.base_names == ("a/b",)
 
 
-def test_targets_say_how_many_ranks_share_a_model(settings_file: Path) -> None:
+def test_targets_determine_the_number_of_ranks(settings_file: Path) -> None:
     settings_file.write_text("[padding.targets]\nvllm = [2, 8]\nlmdeploy-turbomind = [3]\n")
     padding = load_settings().padding_spec
     assert padding.targets == {"vllm": (2, 8), "lmdeploy-turbomind": (3,)}
@@ -89,14 +89,14 @@ def test_targets_say_how_many_ranks_share_a_model(settings_file: Path) -> None:
         ("[padding.targets]\nvlm = [2]", "padding.targets", "No engine is called 'vlm'"),
         ("[padding.targets]\nvllm = []", "padding.targets.vllm", "at least 1 item"),
         ("[padding.targets]\nvllm = [0]", "padding.targets.vllm.0 is 0", "greater than 0"),
-        ("[padding]\ntensor_parallel = 8\ntargets = { vllm = [2] }", "padding", "Drop tensor_parallel, or targets"),
+        ("[padding]\ntensor_parallel = 8\ntargets = { vllm = [2] }", "padding", "Remove tensor_parallel, or targets"),
         ("[quantization]\nbits = 5", "bits is 5", "4, 8"),
         ("base_model = ", "not valid TOML", "Invalid value"),
         ("[validation.serve]\nengine = 'llama'", "validation.serve.engine is 'llama'", "'vllm'"),
         ("[validation.overrides.poet]\nmax_kl = 1", "no limit 'max_kl' for poet", "Did you mean max_mean_kl"),
     ],
 )
-def test_what_is_wrong_is_named(settings_file: Path, text: str, named: str, hint: str) -> None:
+def test_an_error_names_the_setting_and_gives_a_hint(settings_file: Path, text: str, named: str, hint: str) -> None:
     settings_file.write_text(text)
     with pytest.raises(InputRefused) as refusal:
         load_settings()
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_named(settings_file: Path, text: str, named: str, hint
         ("QWEN_PIPELINE_OWNERS", "team:x", "owners"),
     ],
 )
-def test_a_wrong_variable_is_named(
+def test_an_error_names_an_invalid_environment_variable(
     settings_file: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, named: str
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -121,13 +121,13 @@ def test_a_wrong_variable_is_named(
         load_settings()
 
 
-def test_a_named_file_must_be_there(settings_file: Path) -> None:
+def test_a_settings_file_named_in_the_environment_must_exist(settings_file: Path) -> None:
     settings_file.unlink()
-    with pytest.raises(InputRefused, match="is not there"):
+    with pytest.raises(InputRefused, match="does not exist"):
         load_settings()
 
 
-def test_a_fine_tune_may_have_limits_of_its_own(settings_file: Path) -> None:
+def test_overrides_apply_to_one_fine_tune_alone(settings_file: Path) -> None:
     settings_file.write_text(
         "[validation.limits]\nmax_mean_kl = 0.05\n[validation.overrides.poet]\nmin_top1_agreement = 0.5"
     )
@@ -136,19 +136,34 @@ def test_a_fine_tune_may_have_limits_of_its_own(settings_file: Path) -> None:
     assert validation.limits_of("other") == validation.limits_of(None) == Limits(max_mean_kl=0.05)
 
 
-def test_an_engine_that_is_wanted_but_not_installed_is_named(settings_file: Path) -> None:
+def test_a_serving_engine_that_is_not_installed_is_reported(settings_file: Path) -> None:
     assert load_settings().serving_plan() is None
     settings_file.write_text("[validation.serve]\nengine = 'vllm'\n[engines.vllm]\npython = '/nowhere/python'")
     with pytest.raises(EnvironmentFault, match="/nowhere/python does not exist"):
         load_settings().serving_plan()
 
 
-def test_a_missing_setting_says_how_to_add_it(settings_file: Path) -> None:
+def test_the_error_about_a_missing_setting_shows_how_to_add_it(settings_file: Path) -> None:
     with pytest.raises(InputRefused) as refusal:
         require_setting(load_settings().base_model, "base_model", '"Qwen/Qwen2.5-7B"')
     assert f'{settings_file}: base_model = "Qwen/Qwen2.5-7B"' in refusal.value.remedy
 
 
-def test_settings_are_read_without_torch() -> None:
+def test_settings_are_loaded_without_importing_torch() -> None:
     code = "import sys, qwen_pipeline.config; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_given_settings_ignore_the_file_and_the_environment(
+    settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_file.write_text("base_revision = 'main'\n[validation.overrides.poet]\nmax_mean_kl = 0.5\n")
+    monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "8")
+    assert settings_from_values({"base_model": "a/b"}) == settings_from_values({}).model_copy(
+        update={"base_model": "a/b"}
+    )
+    assert settings_from_values({}).base_revision is None
+    assert settings_from_values({}).quantization.bits == 4
+    with pytest.raises(InputRefused, match="bits is 5") as refusal:
+        settings_from_values({"quantization": {"bits": 5}})
+    assert refusal.value.remedy

@@ -30,7 +30,7 @@ def run_demo(*, base: str | None, observe: Observe) -> CommandResult:
     Raises:
         InputRefused: ``qwen_pipeline.toml`` of this directory was not written by the demo.
     """
-    from qwen_pipeline.runner.headless import look_into_inbox, run_fine_tune
+    from qwen_pipeline.runner.headless import evaluate_inbox_sensor, run_fine_tune
 
     settings = _write_settings(base)
     home = settings.workspace / "demo"
@@ -39,10 +39,10 @@ def run_demo(*, base: str | None, observe: Observe) -> CommandResult:
     texts = write_texts(home)
     settings.inbox.mkdir(parents=True, exist_ok=True)
     train_adapter(base=model, texts=texts.training, out=settings.inbox / FINE_TUNE, observe=observe)
-    ticks = look_into_inbox(settings)
+    ticks = evaluate_inbox_sensor(settings)
     for tick, remark in enumerate(ticks, 1):
         observe(Progress(task="inbox", done=tick, total=len(ticks), remark=remark))
-    outcome = run_fine_tune(settings, FINE_TUNE, watch=observe)
+    outcome = run_fine_tune(settings, FINE_TUNE, observe=observe)
     artifacts = [*built, *outcome.artifacts]
     if outcome.fault:
         return CommandResult(data=_data(artifacts), view=_results(artifacts), fault=outcome.fault)

@@ -38,7 +38,7 @@ def run(
     is_path = "/" in fine_tune or fine_tune in (".", "..")
     arrival = Inbox(settings.inbox).link(Path(fine_tune)) if is_path else Inbox(settings.inbox).require(fine_tune)
     with progress_bars() as observe:
-        outcome = run_fine_tune(settings, arrival.name, watch=observe)
+        outcome = run_fine_tune(settings, arrival.name, observe=observe)
     return _outcome(outcome)
 
 
@@ -53,7 +53,7 @@ def publish(fine_tune: str) -> CommandResult:
     from qwen_pipeline.runner.headless import publish_fine_tune
 
     with progress_bars() as observe:
-        return _outcome(publish_fine_tune(load_settings(), fine_tune, watch=observe))
+        return _outcome(publish_fine_tune(load_settings(), fine_tune, observe=observe))
 
 
 @command(app, "status", examples=["qwen-pipeline status", "qwen-pipeline status --json | jq '.fine_tunes[].name'"])
@@ -96,10 +96,10 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> 
     login.
     """
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.runner.dagster_home import become_server
+    from qwen_pipeline.runner.dagster_home import exec_server
 
     settings, url = load_settings(), f"http://127.0.0.1:{port}"
-    return CommandResult(data={"url": url}, view=[f"Opening {url}"], then=lambda: become_server(settings, port=port))
+    return CommandResult(data={"url": url}, view=[f"Opening {url}"], then=lambda: exec_server(settings, port=port))
 
 
 def _outcome(outcome: "Outcome") -> CommandResult:

@@ -1,4 +1,4 @@
-"""Where settings are read from: one file, and the environment."""
+"""The location of the settings file and the names of environment variables."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,10 @@ INTERNAL = {FILE_VARIABLE, PREFIX + "MESSAGES_FD", PREFIX + "PARENT"}
 
 
 def config_file() -> Path:
-    """The settings file, whether or not it is there."""
+    """Return the absolute path of the settings file, which need not exist."""
     return Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE)).expanduser().absolute()
 
 
 def beside_config(path: Path) -> Path:
+    """Resolve a relative path against the directory of the settings file."""
     return config_file().parent / path.expanduser()

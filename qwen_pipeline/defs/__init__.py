@@ -1,1 +1,1 @@
-"""The pipeline as Dagster sees it. Nothing outside this room, ``definitions`` and two commands imports Dagster."""
+"""Dagster definitions: assets, checks, partitions, jobs, sensors, schedules and resources."""

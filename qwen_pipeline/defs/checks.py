@@ -1,6 +1,6 @@
-"""What a stage promised to check, and what it found, in Dagster's terms.
+"""The checks of a stage as Dagster's asset checks.
 
-The checks run inside the step that makes the asset: the stage has the bytes in hand, and a blocking failure ends the
+They run inside the step that materializes the asset: the stage has the bytes at hand, and a blocking failure fails the
 step, so that nothing downstream starts.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from qwen_pipeline.defs.metadata import significant
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.reports import CheckReport, CheckSpec
 
@@ -18,7 +19,7 @@ def asset_check_specs(
 ) -> list[dg.AssetCheckSpec]:
     """Declare the checks of a partitioned asset.
 
-    Without ``partitions_def`` Dagster forgets which partition failed; it still calls that parameter a preview.
+    Without ``partitions_def``, Dagster does not store which partition failed. The parameter is still in preview.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)
@@ -30,13 +31,24 @@ def asset_check_specs(
         ]
 
 
-def asset_check_result(report: CheckReport, partition: str) -> dg.AssetCheckResult:
-    """Return the result for Dagster, which has no skipped checks: they warn, so that nothing is stopped."""
-    figures = {"measured": report.measured, "limit": report.limit, "partition": partition}
+def asset_check_result(report: CheckReport, partition: str, asset: dg.AssetKey | None = None) -> dg.AssetCheckResult:
+    """Return the result of a check. A skipped check is a warning, which never blocks.
+
+    Dagster has a status "Skipped" for a check without a result, but derives it from the status of the run: the check is
+    shown as in progress until the run ends, and as "Execution failed" if any other step fails. It also has no place for
+    the reason.
+    """
+    figures = {
+        "outcome": report.outcome,
+        "measured": significant(report.measured),
+        "limit": significant(report.limit),
+        "partition": partition,
+    }
     return dg.AssetCheckResult(
+        asset_key=asset,
         passed=report.passed,
         check_name=report.name,
-        severity=dg.AssetCheckSeverity("WARN" if report.skipped else report.severity),
+        severity=dg.AssetCheckSeverity.WARN if report.skipped else dg.AssetCheckSeverity(report.severity),
         description=f"Skipped: {report.detail}" if report.skipped else report.detail,
         metadata={key: value for key, value in figures.items() if value is not None},
     )

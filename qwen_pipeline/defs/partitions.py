@@ -1,4 +1,4 @@
-"""One partition per fine-tune and one per imported checkpoint, added when it arrives."""
+"""Dynamic partitions: one per fine-tune and one per imported checkpoint, added when its upload is found."""
 
 import dagster as dg
 

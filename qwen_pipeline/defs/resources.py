@@ -1,158 +1,105 @@
-"""What every step needs: the settings, the places they name, and a way to say how far it is and what went wrong."""
+"""Resources of the assets: directories, settings, and the execution of a step.
+
+The first two can be configured in the launchpad or with ``dg.EnvVar``. The values that a code location starts with are
+those of the settings file and the environment.
+"""
+
+# pyright: reportMissingTypeArgument=false
+# Dagster's own spelling of a resource that is its own value has no type argument.
 
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore, Slot
-from qwen_pipeline.config import Settings, config_file, require_setting
-from qwen_pipeline.errors import InputRefused, PipelineError
-from qwen_pipeline.models.hub import find_base, load_config
+from qwen_pipeline.config import Settings, settings_from_values
+from qwen_pipeline.defs.config_schema import config_fields, config_values, resource_class
+from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
-from qwen_pipeline.qwen.geometry import require_towers
-from qwen_pipeline.qwen.tensor_parallel.plan import padding_for
-from qwen_pipeline.stages import calibrate, quantize
-from qwen_pipeline.stages.merge import merge
-from qwen_pipeline.stages.merge_pad import merge_pad
-from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
+
+_NOT_OF_A_RUN = {"workspace", "inbox", "imports", "owners"}
+"""Settings that :class:`WorkspaceResource` holds, and those that only the code location reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """The resource of every asset.
+class WorkspaceResource(dg.ConfigurableResource):
+    """Directories of uploads and of finished checkpoints."""
 
-    Attributes:
-        watch: Sees the same progress as Dagster's log.
-        pauses: Seconds to wait before each further attempt of a step after a fault of the machine.
-    """
-
-    settings: Settings
-    watch: Observe = unobserved
-    pauses: tuple[int, ...] = (30, 120)
+    root: str = Field(description="Root of all files that the pipeline writes; checkpoints are below `store`.")
+    inbox: str = Field(description="Directory into which fine-tunes are uploaded, one subdirectory each.")
+    imports: str = Field(description="Directory into which quantized checkpoints are uploaded, one subdirectory each.")
 
     @property
     def store(self) -> CheckpointStore:
-        return CheckpointStore(self.settings.store_root)
+        return CheckpointStore(Path(self.root) / "store")
 
     @property
-    def inbox(self) -> Inbox:
-        return Inbox(self.settings.inbox)
+    def fine_tunes(self) -> Inbox:
+        return Inbox(Path(self.inbox))
 
     @property
-    def imports(self) -> Inbox:
-        return Inbox(self.settings.imports)
-
-    @property
-    def base_name(self) -> str:
-        return require_setting(self.settings.base_model, "base_model", '"Qwen/Qwen2.5-7B-Instruct"')
-
-    @property
-    def base(self) -> Path:
-        return find_base(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
-
-    @property
-    def calibration_text(self) -> str:
-        """A source of text: what is a path is there, what is a dataset is not looked up yet."""
-        source = require_setting(self.settings.calibration.source, "calibration", '"calibration.jsonl"')
-        if Path(source).is_absolute() and not Path(source).exists():
-            raise InputRefused(f"The setting calibration names {source}, which is not there.", remedy="Correct it.")
-        return source
-
-    @property
-    def text(self) -> Path:
-        return _require_file(self.settings.validation.text, "validation.text", "held-out.txt")
-
-    @property
-    def engine(self) -> WorkerEnvironment:
-        return find_environment(self.settings.quantization.environment, self.settings.engine_python())
-
-    def require_ready(self) -> None:
-        """Raise now what a setting or an environment that is missing would raise hours later."""
-        for needed in ("base_name", "calibration_text", "text", "engine"):
-            getattr(self, needed)
-        self.settings.serving_plan()
-        padding = self.settings.padding
-        if padding.targets or padding.towers:
-            config = load_config(self.base_name, revision=self.settings.base_revision, beside=config_file().parent)
-            if padding.targets:
-                padding_for(config, padding.targets, group_size=self.settings.quantization.group_size)
-            if padding.towers:
-                require_towers(config, ranks=self.settings.padding_spec.ranks)
-        self.settings.task_plan()
+    def quantized_imports(self) -> Inbox:
+        return Inbox(Path(self.imports))
 
     def slot(self, context: dg.AssetExecutionContext) -> Slot:
+        """Return the destination of the context's partition."""
         return self.store.slot(context.partition_key)
 
     def latest(self, context: dg.AssetExecutionContext, stage: str) -> Artifact:
-        """What a stage upstream last made of the context's fine-tune."""
+        """Return the latest output of an upstream stage for the context's partition."""
         return self.store.require_latest(stage, context.partition_key)
 
-    def merged(self, context: dg.AssetExecutionContext, observe: Observe) -> Artifact:
-        """Merge the context's fine-tune; where merged weights are not stored, pad it in the same pass."""
-        settings, slot = self.settings, self.slot(context)
-        fine_tune = self.inbox.require(context.partition_key).path
-        base_names = (self.base_name, *settings.base_names)
-        hard_links = settings.store.hard_links
-        if settings.store.merged:
-            return merge(
-                base=self.base,
-                fine_tune=fine_tune,
-                destination=slot,
-                base_names=base_names,
-                base_revision=settings.base_revision,
-                hard_links=hard_links,
-                observe=observe,
-            )
-        recipe, _ = merge_pad(
-            base=self.base,
-            fine_tune=fine_tune,
-            merged=slot,
-            padded=slot,
-            base_names=base_names,
-            base_revision=settings.base_revision,
-            spec=settings.padding_spec,
-            hard_links=hard_links,
-            observe=observe,
-        )
-        return recipe
 
-    def quantized(
-        self, context: dg.AssetExecutionContext, observe: Observe, *, source: str, stage: str = quantize.STAGE
-    ) -> Artifact:
-        """Quantize what the stage ``source`` last made of the context's fine-tune, on its calibration tokens."""
-        return quantize.quantize(
-            source=self.latest(context, source).path,
-            destination=self.slot(context),
-            calibration=self.latest(context, calibrate.STAGE).path,
-            spec=self.settings.quantization,
-            engine=self.engine,
-            stage=stage,
-            observe=observe,
-        )
+class PipelineSettings(dg.ConfigurableResource):
+    """The settings of the pipeline, as in `qwen_pipeline.toml`. A field without a value has its default."""
+
+    def resolve(self, workspace: WorkspaceResource) -> Settings:
+        """Return the validated settings.
+
+        Raises:
+            InputRefused: A value is invalid.
+        """
+        directories = {"workspace": workspace.root, "inbox": workspace.inbox, "imports": workspace.imports}
+        return settings_from_values({**self.model_dump(exclude_none=True), **directories})
+
+
+@dataclass(frozen=True, slots=True)
+class StepRunner:
+    """Execution of a step: progress in the log, faults as failures, and retries.
+
+    Attributes:
+        observe: Receives the same progress as the log.
+        retry_delays: Seconds to wait before each retry of a step that failed because of its environment, such as a full
+            disk.
+    """
+
+    observe: Observe = unobserved
+    retry_delays: tuple[int, ...] = (30, 120)
 
     @contextmanager
-    def step(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
-        """Run a stage: its progress goes to the log, its named faults become Dagster's failures.
+    def run(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
+        """Yield an observer that logs progress; turn a fault into Dagster's failure.
 
-        Only a fault that another attempt may not meet again is retried.
+        Only a fault that may not recur is retried.
         """
-        say = as_lines(context.log.info)
+        log = as_lines(context.log.info)
 
         def observe(progress: Progress) -> None:
-            say(progress)
-            self.watch(progress)
+            log(progress)
+            self.observe(progress)
 
         try:
             yield observe
         except PipelineError as fault:
-            if fault.retryable and context.retry_number < len(self.pauses):
+            delays = self.retry_delays
+            if fault.retryable and context.retry_number < len(delays):
                 context.log.warning(str(fault))
-                pause = self.pauses[context.retry_number]
-                raise dg.RetryRequested(len(self.pauses), seconds_to_wait=pause) from fault
+                raise dg.RetryRequested(len(delays), seconds_to_wait=delays[context.retry_number]) from fault
             raise dg.Failure(
                 description=str(fault),
                 metadata={"fault": type(fault).__name__, "what": fault.what, "remedy": fault.remedy},
@@ -160,8 +107,15 @@ class Pipeline:
             ) from fault
 
 
-def _require_file(path: Path | None, key: str, example: str) -> Path:
-    file = require_setting(path, key, f'"{example}"')
-    if not file.is_file():
-        raise InputRefused(f"The setting {key} names {file}, which is not a file.", remedy="Correct it.")
-    return file
+Steps = dg.ResourceParam[StepRunner]
+_ConfiguredSettings = resource_class(PipelineSettings, config_fields(Settings, without=_NOT_OF_A_RUN))
+
+
+def configured_resources(settings: Settings) -> dict[str, Any]:
+    """Return the resources by key, configured with the values of ``settings``."""
+    return {
+        "workspace": WorkspaceResource(
+            root=str(settings.workspace), inbox=str(settings.inbox), imports=str(settings.imports)
+        ),
+        "settings": _ConfiguredSettings(**config_values(settings, without=_NOT_OF_A_RUN)),
+    }

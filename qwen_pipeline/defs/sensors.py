@@ -1,4 +1,4 @@
-"""Arrivals: exactly one run for each content of each fine-tune or import, once it is complete."""
+"""The sensors of the two inboxes: exactly one run for each content of each upload, once it is complete."""
 
 import json
 
@@ -6,76 +6,76 @@ import dagster as dg
 
 from qwen_pipeline.defs.jobs import process_fine_tune, repair_imported
 from qwen_pipeline.defs.partitions import FINE_TUNES, IMPORTS
-from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.defs.resources import WorkspaceResource
 from qwen_pipeline.models.inbox import Arrival, Inbox
 
 ARRIVAL_TAG = "qwen_pipeline/arrival"
-"""A run's tag ``<fine-tune>@<content digest>``; runs from the command line carry it as well."""
+"""Tag of a run: ``<fine-tune>@<content digest>``. Runs that are started from the command line have it as well."""
 
-_GAVE_UP = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+_UNSUCCESSFUL = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 
 
 @dg.sensor(
     job=process_fine_tune,
     minimum_interval_seconds=15,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Processes each fine-tune that is complete in the inbox, and again when its content changes.",
+    description="Processes each fine-tune in the inbox once its upload is complete, and again if its content changes.",
 )
-def fine_tune_inbox(context: dg.SensorEvaluationContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.SensorResult:
-    return _ask_for_runs(context, pipeline.inbox, FINE_TUNES)
+def fine_tune_inbox(context: dg.SensorEvaluationContext, workspace: WorkspaceResource) -> dg.SensorResult:
+    return _evaluate(context, workspace.fine_tunes, FINE_TUNES)
 
 
 @dg.sensor(
     job=repair_imported,
     minimum_interval_seconds=15,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Repairs each quantized checkpoint that is complete among the imports, and again when it changes.",
+    description="Repairs each imported checkpoint once its upload is complete, and again if its content changes.",
 )
-def import_inbox(context: dg.SensorEvaluationContext, pipeline: dg.ResourceParam[Pipeline]) -> dg.SensorResult:
-    return _ask_for_runs(context, pipeline.imports, IMPORTS)
+def import_inbox(context: dg.SensorEvaluationContext, workspace: WorkspaceResource) -> dg.SensorResult:
+    return _evaluate(context, workspace.quantized_imports, IMPORTS)
 
 
-def _ask_for_runs(
+def _evaluate(
     context: dg.SensorEvaluationContext, inbox: Inbox, partitions: dg.DynamicPartitionsDefinition
 ) -> dg.SensorResult:
-    """Ask for a run of every arrival that is settled: marked complete, or unchanged since the tick before.
+    """Request a run of every upload that is complete: marked as complete, or unchanged since the previous tick.
 
-    The cursor holds the fingerprint of everything that was there at the last tick, and whether it was taken.
+    The cursor holds, for each upload of this tick, its fingerprint and whether it has been processed (``taken``).
     """
-    before = json.loads(context.cursor or "{}")
-    now: dict[str, dict[str, object]] = {}
+    previous = json.loads(context.cursor or "{}")
+    current: dict[str, dict[str, object]] = {}
     requests: list[dg.RunRequest] = []
     waiting: list[str] = []
-    for arrival in inbox.arrivals():
+    for upload in inbox.arrivals():
         try:
-            fingerprint, obstacle = arrival.fingerprint, arrival.obstacle()
+            fingerprint, obstacle = upload.fingerprint, upload.obstacle()
         except OSError:
-            fingerprint, obstacle = "", "its files come and go"
-        seen = before.get(arrival.name, {})
-        is_known = seen.get("fingerprint") == fingerprint
-        is_taken = is_known and bool(seen["taken"])
+            fingerprint, obstacle = "", "the upload is still changing"
+        entry = previous.get(upload.name, {})
+        is_unchanged = entry.get("fingerprint") == fingerprint
+        is_processed = is_unchanged and bool(entry["taken"])
         if obstacle:
-            waiting.append(f"{arrival.name[:100]!r}: {obstacle}")
-        elif not (is_known or arrival.is_marked_complete):
-            waiting.append(f"{arrival.name!r}: it may still be changing; looking again at the next tick")
-        elif not is_taken:
-            requests += _run_requests(context.instance, arrival)
-            is_taken = True
-        now[arrival.name] = {"fingerprint": fingerprint, "taken": is_taken}
+            waiting.append(f"{upload.name[:100]!r}: {obstacle}")
+        elif not (is_unchanged or upload.is_marked_complete):
+            waiting.append(f"{upload.name!r}: the upload may still be changing; checking again at the next tick")
+        elif not is_processed:
+            requests += _run_requests(context.instance, upload)
+            is_processed = True
+        current[upload.name] = {"fingerprint": fingerprint, "taken": is_processed}
     for reason in waiting:
         context.log.info(reason)
     return dg.SensorResult(
         run_requests=requests,
         dynamic_partitions_requests=[partitions.build_add_request([str(r.partition_key) for r in requests])],
         skip_reason=None if requests else "; ".join(waiting) or f"Nothing new in {inbox.root}.",
-        cursor=json.dumps(now, sort_keys=True),
+        cursor=json.dumps(current, sort_keys=True),
     )
 
 
-def _run_requests(instance: dg.DagsterInstance, arrival: Arrival) -> list[dg.RunRequest]:
-    """One request, or none if this very content was given a run by hand."""
-    key = f"{arrival.name}@{arrival.digest}"
+def _run_requests(instance: dg.DagsterInstance, upload: Arrival) -> list[dg.RunRequest]:
+    """Return one request, or none if this content already has a run that did not fail."""
+    key = f"{upload.name}@{upload.digest}"
     runs = instance.get_runs(filters=dg.RunsFilter(tags={ARRIVAL_TAG: key}))
-    if any(run.status not in _GAVE_UP for run in runs):
+    if any(run.status not in _UNSUCCESSFUL for run in runs):
         return []
-    return [dg.RunRequest(partition_key=arrival.name, run_key=key, tags={ARRIVAL_TAG: key})]
+    return [dg.RunRequest(partition_key=upload.name, run_key=key, tags={ARRIVAL_TAG: key})]

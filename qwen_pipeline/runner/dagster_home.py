@@ -10,17 +10,17 @@ import dagster as dg
 
 from qwen_pipeline.config import Settings
 
-SHIPPED = Path(__file__).parent
+_DEFAULTS = Path(__file__).parent
 
 
 def dagster_home(settings: Settings) -> Path:
-    """Return ``DAGSTER_HOME`` if it is set, else the workspace's own, made with its ``dagster.yaml`` when it is new."""
+    """Return ``DAGSTER_HOME`` if it is set, or the workspace's own, which is created if it is missing."""
     if home := os.environ.get("DAGSTER_HOME"):
         return Path(home)
     own = settings.dagster_home
     own.mkdir(parents=True, exist_ok=True)
     if not (own / "dagster.yaml").exists():
-        (own / "dagster.yaml").write_bytes((SHIPPED / "dagster.yaml").read_bytes())
+        (own / "dagster.yaml").write_bytes((_DEFAULTS / "dagster.yaml").read_bytes())
     return own
 
 
@@ -28,11 +28,13 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
     return dg.DagsterInstance.from_config(str(dagster_home(settings)))
 
 
-def become_server(settings: Settings, *, port: int) -> NoReturn:
-    """Turn this process into the web UI and the daemon, on this machine's loopback, talking on standard error."""
-    command = [sys.executable, "-m", "dagster", "dev", "-w", str(SHIPPED / "workspace.yaml")]
+def exec_server(settings: Settings, *, port: int) -> NoReturn:
+    """Replace this process by the web UI and the daemon, which listen on the loopback interface and log to stderr."""
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(_DEFAULTS / "workspace.yaml")]
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and Dagster then SIGTERM too
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # ignored in a shell's background jobs, where Dagster then ignores SIGTERM as well
     sys.stdout.flush()
     os.dup2(sys.stderr.fileno(), 1)
     os.execve(command[0], [*command, *address], {**os.environ, "DAGSTER_HOME": str(dagster_home(settings).resolve())})

@@ -1,4 +1,4 @@
-"""One fine-tune through the whole graph in this process: same instance and same store as the server's, no daemon."""
+"""Runs in the current process, with the instance and the store of the server but without a daemon."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,29 +11,30 @@ from qwen_pipeline import errors
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.config import Settings
-from qwen_pipeline.defs.build import code_location
+from qwen_pipeline.config.inputs import require_ready
+from qwen_pipeline.definitions import code_location
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
-from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.defs.resources import StepRunner, configured_resources
 from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
 from qwen_pipeline.errors import CheckFailed, PipelineError
-from qwen_pipeline.models.inbox import require_name
+from qwen_pipeline.models.inbox import Inbox, require_name
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline.runner.orphaned_runs import PROCESS_TAG, end_orphaned_runs, this_process
 
 
 class StepCrashed(Exception):
-    """A step ended in an exception that nobody foresaw. The text is its traceback."""
+    """A step failed with an unexpected exception. The message is its traceback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run left behind.
+    """The outcome of a run.
 
     Attributes:
-        artifacts: What the stages made or found, in the order of the graph, up to where it stopped.
-        fault: Why it stopped, if it did.
+        artifacts: The outputs of the stages that finished, new or reused, in the order of the graph.
+        fault: The reason why the run stopped early, if it did.
     """
 
     fine_tune: str
@@ -42,45 +43,52 @@ class Outcome:
     fault: BaseException | None
 
 
-def run_fine_tune(settings: Settings, fine_tune: str, *, watch: Observe = unobserved) -> Outcome:
-    """Materialize every asset of one partition.
+def run_fine_tune(settings: Settings, fine_tune: str, *, observe: Observe = unobserved) -> Outcome:
+    """Materialize all assets of one fine-tune.
 
     Raises:
-        InputRefused: The fine-tune is not in the inbox or not complete, or a setting is missing.
-        EnvironmentFault: The engine's environment is not there.
+        InputRefused: The fine-tune is not in the inbox or is not complete, or a setting is missing or invalid.
+        EnvironmentFault: The environment of a configured engine is not installed.
     """
-    pipeline = Pipeline(settings, watch, pauses=())
-    arrival = pipeline.inbox.require(fine_tune)
-    pipeline.require_ready()
-    return materialize(pipeline, fine_tune, tags={ARRIVAL_TAG: f"{fine_tune}@{arrival.digest}"})
+    upload = Inbox(settings.inbox).require(fine_tune)
+    require_ready(settings)
+    tags = {ARRIVAL_TAG: f"{fine_tune}@{upload.digest}"}
+    return materialize(settings, fine_tune, observe=observe, tags=tags)
 
 
-def publish_fine_tune(settings: Settings, fine_tune: str, *, watch: Observe = unobserved) -> Outcome:
-    """Materialize the release alone, from what the store last held."""
-    return materialize(Pipeline(settings, watch, pauses=()), require_name(fine_tune), only=["published_checkpoint"])
+def publish_fine_tune(settings: Settings, fine_tune: str, *, observe: Observe = unobserved) -> Outcome:
+    """Materialize the release alone, from the latest outputs in the store."""
+    return materialize(settings, require_name(fine_tune), only=["published_checkpoint"], observe=observe)
 
 
-def look_into_inbox(settings: Settings) -> list[str]:
-    """Have the real sensor look twice, as the daemon would, and return what it says each time."""
-    pipeline, cursor, said = Pipeline(settings), None, list[str]()
+def evaluate_inbox_sensor(settings: Settings) -> list[str]:
+    """Evaluate the sensor of the inbox twice, as the daemon would, and return its messages."""
+    definitions, cursor, messages = code_location(settings), None, list[str]()
+    workspace = configured_resources(settings)["workspace"]
     with open_instance(settings) as instance:
         for _ in range(2):
             context = dg.build_sensor_context(
-                instance, cursor, definitions=code_location(pipeline), resources={"pipeline": pipeline}
+                instance, cursor, definitions=definitions, resources={"workspace": workspace}
             )
             result = cast("dg.SensorResult", fine_tune_inbox(context))
             cursor = result.cursor
-            asked = [f"a run of {request.run_key} is asked for" for request in result.run_requests or ()]
-            said += asked or [str(result.skip_reason.skip_message if result.skip_reason else "nothing new")]
-    return said
+            requested = [f"requested a run of {request.run_key}" for request in result.run_requests or ()]
+            messages += requested or [str(result.skip_reason.skip_message if result.skip_reason else "nothing new")]
+    return messages
 
 
 def materialize(
-    pipeline: Pipeline, fine_tune: str, *, only: Sequence[str] = (), tags: Mapping[str, str] | None = None
+    settings: Settings,
+    fine_tune: str,
+    *,
+    only: Sequence[str] = (),
+    observe: Observe = unobserved,
+    tags: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Materialize all assets of one partition, or ``only`` some by name, and say what came of it."""
-    job = code_location(pipeline).resolve_job_def(process_fine_tune.name)
-    with open_instance(pipeline.settings) as instance:
+    """Materialize all assets of one partition, or ``only`` those with the given names. Nothing is retried."""
+    definitions = code_location(settings, StepRunner(observe, retry_delays=()))
+    with open_instance(settings) as instance:
+        job = definitions.resolve_job_def(process_fine_tune.name)
         end_orphaned_runs(instance)
         instance.add_dynamic_partitions(FINE_TUNES.name or "", [fine_tune])
         result = job.execute_in_process(
@@ -97,23 +105,24 @@ def materialize(
 
 
 def _artifacts(result: dg.ExecuteInProcessResult) -> list[Artifact]:
-    """The directories that this run reports, read back from disk."""
-    found: list[Artifact] = []
+    """Return the artifacts that the run materialized, with their manifests read from disk."""
+    artifacts: list[Artifact] = []
     for event in result.get_asset_materialization_events():
         metadata = event.materialization.metadata
         if "derivation" in metadata:
             path = Path(str(metadata["path"].value))
-            found.append(Artifact(path=path, manifest=open_manifest(path), reused=bool(metadata["reused"].value)))
-    return found
+            artifacts.append(Artifact(path=path, manifest=open_manifest(path), reused=bool(metadata["reused"].value)))
+    return artifacts
 
 
 def _fault(result: dg.ExecuteInProcessResult) -> BaseException:
+    """Return the fault of the first step that failed, as the exception that its stage raised."""
     for event in result.get_step_failure_events():
         failure = event.step_failure_data
-        stated = failure.user_failure_data.metadata if failure.user_failure_data else {}
-        if "fault" in stated:
-            kind: type[PipelineError] = getattr(errors, str(stated["fault"].value), PipelineError)
-            return kind(str(stated["what"].value), remedy=str(stated["remedy"].value))
+        metadata = failure.user_failure_data.metadata if failure.user_failure_data else {}
+        if "fault" in metadata:
+            kind: type[PipelineError] = getattr(errors, str(metadata["fault"].value), PipelineError)
+            return kind(str(metadata["what"].value), remedy=str(metadata["remedy"].value))
         if check := _blocking_failure(result):
             return check
         if failure.error:
@@ -121,12 +130,12 @@ def _fault(result: dg.ExecuteInProcessResult) -> BaseException:
             if cause.cls_name == dg.DagsterExecutionInterruptedError.__name__:
                 return KeyboardInterrupt()
             return StepCrashed(f"{event.step_key}: {cause.message.strip()}\n{failure.error.to_string()}")
-    return StepCrashed("The run ended without a reason; its log is in the UI.")
+    return StepCrashed("The run failed without a step failure. Open the UI and read its log.")
 
 
 def _blocking_failure(result: dg.ExecuteInProcessResult) -> CheckFailed | None:
     for check in result.get_asset_check_evaluations():
         if check.blocking and not check.passed and check.severity is dg.AssetCheckSeverity.ERROR:
             what = f"The check {check.check_name} of {check.asset_key.to_user_string()} failed: {check.description}"
-            return CheckFailed(what, remedy="Correct what it names, then run again: what is finished is kept.")
+            return CheckFailed(what, remedy="Correct the cause, then run again: finished stages are reused.")
     return None

@@ -1,4 +1,4 @@
-"""The tiny site."""
+"""The fixture ``site``."""
 
 from qwen_pipeline_tests.site import site
 

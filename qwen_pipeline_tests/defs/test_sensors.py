@@ -1,4 +1,4 @@
-"""Arrivals: complete uploads only, and exactly one run for each content."""
+"""The inbox sensor: only complete uploads are run, and each content exactly once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,40 +6,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from qwen_pipeline.defs.build import code_location
-from qwen_pipeline.defs.resources import Pipeline
-from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
+from qwen_pipeline.defs.sensors import ARRIVAL_TAG
 from qwen_pipeline.models.inbox import MARKER
+from qwen_pipeline_tests.defs.ticks import Daemon
 from qwen_pipeline_tests.site import Site
-
-
-class Daemon:
-    """Ticks the sensor as Dagster's daemon does: it keeps the cursor, adds partitions and drops known run keys."""
-
-    def __init__(self, site: Site, instance: dg.DagsterInstance) -> None:
-        self.pipeline, self.instance = Pipeline(site.settings), instance
-        self.definitions = code_location(self.pipeline)
-        self.cursor: str | None = None
-        self.run_keys: set[str] = set()
-        self.skipped = ""
-
-    def tick(self) -> list[str]:
-        """Return the partitions that this tick starts a run of."""
-        context = dg.build_sensor_context(
-            self.instance, self.cursor, definitions=self.definitions, resources={"pipeline": self.pipeline}
-        )
-        result = fine_tune_inbox(context)
-        assert isinstance(result, dg.SensorResult)
-        self.cursor = result.cursor
-        self.skipped = str(result.skip_reason.skip_message) if result.skip_reason else ""
-        for request in result.dynamic_partitions_requests or ():
-            self.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
-        started = [run for run in result.run_requests or () if run.run_key not in self.run_keys]
-        self.run_keys |= {str(run.run_key) for run in started}
-        return [str(run.partition_key) for run in started]
-
-    def ticks(self, count: int) -> list[list[str]]:
-        return [self.tick() for _ in range(count)]
 
 
 @pytest.fixture
@@ -53,35 +23,35 @@ def daemon(site: Site, instance: dg.DagsterInstance) -> Daemon:
     return Daemon(site, instance)
 
 
-def test_an_empty_inbox_is_no_news(daemon: Daemon) -> None:
+def test_an_empty_inbox_requests_no_run(daemon: Daemon) -> None:
     assert daemon.tick() == []
-    assert "Nothing new" in daemon.skipped
+    assert "Nothing new" in daemon.skip_message
 
 
-def test_an_upload_that_holds_still_for_a_tick_runs_once(site: Site, daemon: Daemon) -> None:
+def test_an_upload_that_is_unchanged_for_a_tick_runs_once(site: Site, daemon: Daemon) -> None:
     site.drop()
     assert daemon.tick() == []
-    assert "may still be changing" in daemon.skipped
+    assert "may still be changing" in daemon.skip_message
     assert daemon.ticks(3) == [["poet"], [], []]
     assert daemon.instance.get_dynamic_partitions("fine_tunes") == ["poet"]
 
 
-def test_a_marked_upload_runs_at_once(site: Site, daemon: Daemon) -> None:
+def test_an_upload_that_is_marked_complete_runs_immediately(site: Site, daemon: Daemon) -> None:
     (site.drop() / MARKER).touch()
     assert daemon.ticks(2) == [["poet"], []]
 
 
-def test_a_half_written_upload_waits_with_its_reason(site: Site, daemon: Daemon) -> None:
+def test_an_incomplete_upload_waits_and_the_reason_is_shown(site: Site, daemon: Daemon) -> None:
     weights = site.drop() / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     assert daemon.ticks(3) == [[], [], []]
-    assert "adapter_model.safetensors" in daemon.skipped
+    assert "adapter_model.safetensors" in daemon.skip_message
     weights.write_bytes(whole)
     assert daemon.ticks(3) == [[], ["poet"], []]
 
 
-def test_new_content_is_a_new_run_and_equal_content_is_not(site: Site, daemon: Daemon) -> None:
+def test_changed_content_starts_a_new_run_and_equal_content_does_not(site: Site, daemon: Daemon) -> None:
     upload = site.drop()
     assert daemon.ticks(2) == [[], ["poet"]]
     (upload / "adapter_config.json").touch()
@@ -90,7 +60,7 @@ def test_new_content_is_a_new_run_and_equal_content_is_not(site: Site, daemon: D
     assert daemon.ticks(3) == [[], ["poet"], []]
 
 
-def test_a_tick_that_is_lost_loses_nothing_and_repeats_nothing(site: Site, daemon: Daemon) -> None:
+def test_a_repeated_tick_neither_loses_nor_repeats_a_run(site: Site, daemon: Daemon) -> None:
     site.drop()
     daemon.tick()
     cursor = daemon.cursor
@@ -99,18 +69,18 @@ def test_a_tick_that_is_lost_loses_nothing_and_repeats_nothing(site: Site, daemo
     assert daemon.ticks(2) == [[], []]
 
 
-def test_hostile_names_are_skipped_visibly_and_do_not_stop_the_others(site: Site, daemon: Daemon) -> None:
+def test_invalid_names_are_reported_and_do_not_stop_other_uploads(site: Site, daemon: Daemon) -> None:
     site.drop()
     for name in ("a b", "a..b", "--help", "x" * 200):
         (site.inbox.root / name).symlink_to(site.inbox.root / "poet")
     assert daemon.tick() == []
     for name in ("a b", "a..b", "--help", "xxx"):
-        assert f"{name}" in daemon.skipped
+        assert f"{name}" in daemon.skip_message
     assert daemon.ticks(2) == [["poet"], []]
     assert daemon.instance.get_dynamic_partitions("fine_tunes") == ["poet"]
 
 
-def test_content_that_was_run_by_hand_is_not_run_again(site: Site, daemon: Daemon) -> None:
+def test_content_that_was_run_manually_is_not_run_again(site: Site, daemon: Daemon) -> None:
     site.drop()
     arrival = site.inbox.require("poet")
     job = daemon.definitions.resolve_job_def("process_fine_tune")
@@ -120,7 +90,7 @@ def test_content_that_was_run_by_hand_is_not_run_again(site: Site, daemon: Daemo
     assert daemon.ticks(3) == [[], [], []]
 
 
-def test_an_upload_that_vanishes_is_forgotten(site: Site, daemon: Daemon, tmp_path: Path) -> None:
+def test_an_upload_that_is_removed_and_restored_runs_as_a_new_one(site: Site, daemon: Daemon, tmp_path: Path) -> None:
     upload = site.drop()
     daemon.tick()
     upload.rename(tmp_path / "poet")

@@ -1,4 +1,4 @@
-"""What stops a run, where, and what the reader is told. No engine is needed to get that far."""
+"""Steps without a quantizer: materializations, faults, retries, and merging and padding in a single pass."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
+from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory
-from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.defs.resources import StepRunner
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.runner.dagster_home import open_instance
@@ -26,10 +27,10 @@ def steps(site: Site, outcome: Outcome) -> dict[str, str]:
     return {step.step_key: step.status.value for step in stats if step.status}
 
 
-def test_merging_and_padding_arrive_in_the_instance(site: Site) -> None:
+def test_merging_and_padding_are_stored_in_the_instance(site: Site) -> None:
     site.drop()
     selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
-    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    outcome = materialize(site.settings, FINE_TUNE, only=selection)
     assert outcome.fault is None
     with open_instance(site.settings) as instance:
         for artifact in outcome.artifacts:
@@ -43,10 +44,10 @@ def test_merging_and_padding_arrive_in_the_instance(site: Site) -> None:
             assert stored.metadata["inputs"].value == dict(artifact.manifest.derivation.inputs)
 
 
-def test_an_incomplete_upload_goes_no_further(site: Site) -> None:
+def test_an_incomplete_upload_stops_the_run(site: Site) -> None:
     (site.drop() / "adapter_model.safetensors").unlink()
     selection = ["base_model", "fine_tune", "merged_checkpoint"]
-    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    outcome = materialize(site.settings, FINE_TUNE, only=selection)
     assert steps(site, outcome) == {"base_model": "SUCCESS", "fine_tune": "FAILURE"}
     assert isinstance(outcome.fault, CheckFailed)
     assert "complete" in outcome.fault.what
@@ -56,25 +57,25 @@ def test_an_incomplete_upload_goes_no_further(site: Site) -> None:
     assert (record.partition, record.status.value) == (FINE_TUNE, "FAILED")
 
 
-def test_quantized_weights_are_not_padded_and_the_order_is_named(site: Site, tmp_path: Path) -> None:
+def test_padding_quantized_weights_is_refused_with_the_right_order(site: Site, tmp_path: Path) -> None:
     quantized = tiny_qwen2(tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
 
     def build(partial: Path) -> Built:
         shutil.copytree(quantized, partial, dirs_exist_ok=True)
         return Built(contents=contents_of_directory(partial))
 
-    pipeline = Pipeline(site.settings)
-    derive(Derivation(stage="merged", inputs={}, spec={}, code_version="1"), pipeline.store.slot(FINE_TUNE), build)
-    outcome = materialize(pipeline, FINE_TUNE, only=["padded_checkpoint"])
+    slot = CheckpointStore(site.settings.store_root).slot(FINE_TUNE)
+    derive(Derivation(stage="merged", inputs={}, spec={}, code_version="1"), slot, build)
+    outcome = materialize(site.settings, FINE_TUNE, only=["padded_checkpoint"])
     assert isinstance(outcome.fault, QuantizedInputRefused)
     assert "merge, then pad, then quantize" in outcome.fault.what
     assert "Pad the merged" in outcome.fault.remedy
-    assert not list(pipeline.settings.store_root.glob("padded/*/*"))
+    assert not list(site.settings.store_root.glob("padded/*/*"))
 
 
 @pytest.mark.parametrize("fault", [InputRefused("no", remedy="yes"), CheckFailed("bad", remedy="better")])
-def test_what_another_attempt_would_meet_again_fails_at_once(site: Site, fault: PipelineError) -> None:
-    with pytest.raises(dg.Failure) as failure, Pipeline(site.settings).step(dg.build_asset_context()):
+def test_a_permanent_fault_is_not_retried(fault: PipelineError) -> None:
+    with pytest.raises(dg.Failure) as failure, StepRunner().run(dg.build_asset_context()):
         raise fault
     assert not failure.value.allow_retries
     assert failure.value.description == str(fault)
@@ -82,12 +83,12 @@ def test_what_another_attempt_would_meet_again_fails_at_once(site: Site, fault: 
 
 
 @pytest.mark.parametrize(("faults", "success"), [(1, True), (2, True), (3, False)])
-def test_a_fault_of_the_machine_is_tried_again_twice(site: Site, faults: int, success: bool) -> None:
+def test_a_temporary_fault_is_retried_twice(faults: int, success: bool) -> None:
     attempts: list[int] = []
 
     @dg.asset
     def disk(context: dg.AssetExecutionContext) -> None:
-        with Pipeline(site.settings, pauses=(0, 0)).step(context):
+        with StepRunner(retry_delays=(0, 0)).run(context):
             attempts.append(context.retry_number)
             if len(attempts) <= faults:
                 raise EnvironmentFault("the disk is full", remedy="free space")
@@ -96,21 +97,20 @@ def test_a_fault_of_the_machine_is_tried_again_twice(site: Site, faults: int, su
     assert attempts == list(range(min(faults, 2) + 1))
 
 
-def test_without_stored_merged_weights_one_pass_makes_both_and_the_padded_asset_finds_its_own(site: Site) -> None:
+def test_without_stored_merged_weights_one_step_materializes_both_checkpoints(site: Site) -> None:
     site.drop()
     site.configure("\n[store]\nmerged = false\n")
     selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
-    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    outcome = materialize(site.settings, FINE_TUNE, only=selection)
     assert outcome.fault is None
     recipe, padded = outcome.artifacts
     assert recipe.manifest.recipe
     assert not list(recipe.path.glob("*.safetensors"))
-    assert padded.reused
+    assert not padded.reused
     assert padded.manifest.derivation.inputs == {"source": recipe.manifest.content_digest}
 
 
-def test_towers_are_padded_where_the_settings_ask_for_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one pass, where both the recipe's asset and the padded one have to ask for the same."""
+def test_towers_are_padded_if_the_settings_say_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(site.root / "base")
     tiny_model("qwen3_vl", site.root / "base")
     site.drop()
@@ -118,17 +118,16 @@ def test_towers_are_padded_where_the_settings_ask_for_it(site: Site, monkeypatch
     monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", "true")
     site.configure("\n[store]\nmerged = false\n")
     selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
-    outcome = materialize(Pipeline(site.settings), FINE_TUNE, only=selection)
+    outcome = materialize(site.settings, FINE_TUNE, only=selection)
     assert outcome.fault is None
     _, padded = outcome.artifacts
-    assert padded.reused
     assert [(size.field, size.padded) for size in load_plan(padded.manifest.result["padding"]).sizes] == [
         ("intermediate_size", 160),
         ("vision_config.intermediate_size", 100),
     ]
     states: list[str] = []
-    for asked in ("true", "false"):
-        monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", asked)
+    for towers in ("true", "false"):
+        monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", towers)
         (found,) = fine_tune_statuses(site.settings)
         states.append(found.stages["padded"].state)
     assert states == ["done", "stale"]

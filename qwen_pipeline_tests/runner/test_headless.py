@@ -1,4 +1,4 @@
-"""A real LoRA of a tiny model through the whole graph, with the real engine and no server."""
+"""Headless runs: a real LoRA of a tiny model through the whole graph, with the real engine and without a server."""
 
 import json
 import os
@@ -12,16 +12,15 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from qwen_pipeline.defs.assets import GROUP
-from qwen_pipeline.defs.build import code_location
-from qwen_pipeline.defs.resources import Pipeline
+from qwen_pipeline.definitions import code_location
+from qwen_pipeline.defs.stage_assets import FINE_TUNE_GROUP
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline.runner.headless import Outcome, publish_fine_tune, run_fine_tune
 from qwen_pipeline.status import STAGES, status_of
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
-from qwen_pipeline_tests.defs.test_schedules import requested
+from qwen_pipeline_tests.defs.ticks import nightly_requests
 from qwen_pipeline_tests.site import FINE_TUNE, Site, make_site
 
 pytestmark = pytest.mark.slow
@@ -36,7 +35,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """A site whose only fine-tune went all the way."""
+    """Run the only fine-tune of a site from upload to release."""
     site = make_site(tmp_path_factory.mktemp("headless") / "site")
     site.drop()
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         for name, value in site.environment.items():
             patch.setenv(name, value)
         progress: list[Progress] = []
-        yield Finished(site, run_fine_tune(site.settings, FINE_TUNE, watch=progress.append), progress)
+        yield Finished(site, run_fine_tune(site.settings, FINE_TUNE, observe=progress.append), progress)
 
 
 def states(site: Site) -> dict[str, str]:
@@ -60,13 +59,13 @@ def test_every_stage_is_done(finished: Finished) -> None:
     assert (outcome.artifacts[-1].path / "README.md").is_file()
 
 
-def test_whoever_watches_sees_layers(finished: Finished) -> None:
+def test_the_observer_receives_progress_by_layer(finished: Finished) -> None:
     assert {event.done for event in finished.progress if event.unit == "layers"} >= {1}
 
 
 def test_every_check_is_stored_with_its_partition(finished: Finished) -> None:
-    graph = code_location(Pipeline(finished.site.settings)).resolve_asset_graph()
-    keys = {key for key in graph.asset_check_keys if graph.get(key.asset_key).group_name == GROUP}
+    graph = code_location(finished.site.settings).resolve_asset_graph()
+    keys = {key for key in graph.asset_check_keys if graph.get(key.asset_key).group_name == FINE_TUNE_GROUP}
     with open_instance(finished.site.settings) as instance:
         records = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys))
     assert records.keys() == keys
@@ -91,17 +90,17 @@ def test_a_second_run_makes_nothing_new(finished: Finished) -> None:
     assert again.data["release"] == str(finished.outcome.artifacts[-1].path)
 
 
-def test_the_night_has_nothing_to_do_until_a_setting_changes(
+def test_the_nightly_schedule_requests_nothing_until_a_setting_changes(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_instance(finished.site.settings) as instance:
-        assert requested(finished.site, instance) == []
+        assert nightly_requests(finished.site, instance) == []
         monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "8")
         assert states(finished.site)["quantized"] == "stale"
-        assert [name for name, _ in requested(finished.site, instance)] == [FINE_TUNE]
+        assert [name for name, _ in nightly_requests(finished.site, instance)] == [FINE_TUNE]
 
 
-def test_limits_of_its_own_ask_for_a_new_verdict_of_that_fine_tune_alone(
+def test_overridden_limits_make_the_validation_of_that_fine_tune_stale(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__OVERRIDES", '{"another": {"max_mean_kl": 0.9}}')
@@ -147,7 +146,7 @@ def test_a_run_killed_in_any_stage_ends_in_the_same_digests(finished: Finished, 
     assert [stage["content_digest"] for stage in again.data["stages"]] == undisturbed
 
 
-def test_the_model_without_padding_is_made_and_measured_where_asked_for(
+def test_the_unpadded_model_is_quantized_and_measured_if_configured(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__UNPADDED", "true")
@@ -159,7 +158,7 @@ def test_the_model_without_padding_is_made_and_measured_where_asked_for(
     assert "quantized without padding" in (made["validated"].path / "report.md").read_text()
 
 
-def test_a_failed_limit_stops_the_release_everywhere(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_limit_stops_every_way_to_a_release(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_PIPELINE_VALIDATION__LIMITS__MAX_MEAN_KL", "0")
     ended = qwen_pipeline("run", FINE_TUNE, "--json")
     assert (ended.code, ended.data["error"]["kind"]) == (1, "CheckFailed")

@@ -1,0 +1,66 @@
+"""The inputs that settings name: base model, calibration text, held-out text and the quantizer's environment."""
+
+from pathlib import Path
+
+from qwen_pipeline.config.file import config_file
+from qwen_pipeline.config.loading import require_setting
+from qwen_pipeline.config.settings import Settings
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.models.hub import find_base, load_config
+from qwen_pipeline.qwen.geometry import require_towers
+from qwen_pipeline.qwen.tensor_parallel.plan import padding_for
+from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
+
+
+def base_model_name(settings: Settings) -> str:
+    return require_setting(settings.base_model, "base_model", '"Qwen/Qwen2.5-7B-Instruct"')
+
+
+def base_model_path(settings: Settings) -> Path:
+    """Return the directory of the base model, which is downloaded from the hub if it is not cached."""
+    return find_base(base_model_name(settings), revision=settings.base_revision, beside=config_file().parent)
+
+
+def calibration_source(settings: Settings) -> str:
+    """Return the source of the calibration text. A path must exist; the name of a dataset is not looked up here."""
+    source = require_setting(settings.calibration.source, "calibration", '"calibration.jsonl"')
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise InputRefused(
+            f"The setting calibration names {source}, which does not exist.", remedy="Correct the setting."
+        )
+    return source
+
+
+def held_out_text(settings: Settings) -> Path:
+    file = require_setting(settings.validation.text, "validation.text", '"held-out.txt"')
+    if not file.is_file():
+        raise InputRefused(
+            f"The setting validation.text names {file}, which is not a file.", remedy="Correct the setting."
+        )
+    return file
+
+
+def quantizer_environment(settings: Settings) -> WorkerEnvironment:
+    return find_environment(settings.quantization.environment, settings.engine_python())
+
+
+def require_ready(settings: Settings) -> None:
+    """Check every input before a run, so that a missing one is reported now and not hours later.
+
+    Raises:
+        InputRefused: A required setting is missing, names a file that does not exist, or does not fit the base model.
+        EnvironmentFault: The environment of a configured engine is not installed.
+    """
+    name = base_model_name(settings)
+    calibration_source(settings)
+    held_out_text(settings)
+    quantizer_environment(settings)
+    settings.serving_plan()
+    padding = settings.padding
+    if padding.targets or padding.towers:
+        config = load_config(name, revision=settings.base_revision, beside=config_file().parent)
+        if padding.targets:
+            padding_for(config, padding.targets, group_size=settings.quantization.group_size)
+        if padding.towers:
+            require_towers(config, ranks=settings.padding_spec.ranks)
+    settings.task_plan()

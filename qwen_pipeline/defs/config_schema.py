@@ -1,0 +1,77 @@
+"""Dagster's config schema of the settings, derived from their types and docstrings.
+
+The launchpad then shows and completes every setting, and a setting is documented in one place.
+"""
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import GenericAlias, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import dagster as dg
+from pydantic import BaseModel, Field, create_model
+
+from qwen_pipeline.config import Settings
+
+Resource = TypeVar("Resource", bound="dg.ConfigurableResource[Any]")
+ConfigFields = dict[str, Any]
+"""Name of a setting -> (type, field), as ``pydantic.create_model`` takes them."""
+
+_ATTRIBUTE = re.compile(r"^    (\w+): ([^\n]*(?:\n        [^\n]*)*)", re.MULTILINE)
+
+
+def config_fields(model: type, *, without: Collection[str] = ()) -> ConfigFields:
+    """Return name -> (type, field) of each setting of a section. Every field is optional."""
+    hints, descriptions = get_type_hints(model), _descriptions(model)
+    return {
+        name: (_config_type(hints[name]) | None, Field(default=None, description=descriptions.get(name)))
+        for name in _field_names(model)
+        if name not in without
+    }
+
+
+def resource_class(base: type[Resource], config: ConfigFields) -> type[Resource]:
+    """Return a subclass of a resource with further fields, under the same name and documentation."""
+    return create_model(base.__name__, __base__=base, __module__=base.__module__, __doc__=base.__doc__, **config)
+
+
+def config_values(settings: Settings, *, without: set[str]) -> dict[str, Any]:
+    """Return the values of settings as config; a setting that another one replaces is left out."""
+    values = settings.model_dump(mode="json", exclude=without)
+    if settings.padding.targets:
+        del values["padding"]["tensor_parallel"]
+    return values
+
+
+def _config_type(annotation: Any) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Path or origin is Literal:
+        return str
+    if origin in (Union, UnionType):
+        return _config_type(next(argument for argument in arguments if argument is not NoneType))
+    if origin is tuple:
+        return GenericAlias(list, (_config_type(arguments[0]),))
+    if origin is Mapping:
+        return dict[str, Any]
+    if _is_section(annotation):
+        return create_model(annotation.__name__, __base__=dg.Config, **config_fields(annotation))
+    return annotation
+
+
+def _is_section(annotation: type) -> bool:
+    return is_dataclass(annotation) or issubclass(annotation, BaseModel)
+
+
+def _field_names(model: type) -> list[str]:
+    if issubclass(model, BaseModel):
+        return list(model.model_fields)
+    return [field.name for field in fields(model)]
+
+
+def _descriptions(model: type) -> dict[str, str]:
+    """Return name -> description of each attribute that a docstring lists."""
+    attributes = _ATTRIBUTE.findall(inspect.getdoc(model) or "")
+    return {name: " ".join(text.replace("``", "`").split()) for name, text in attributes}

@@ -1,0 +1,217 @@
+"""The assets from calibration tokens to a published checkpoint."""
+
+# pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
+# Dagster recognizes MaterializeResult in a signature only without its type argument.
+
+import dagster as dg
+
+from qwen_pipeline.config.inputs import (
+    base_model_name,
+    base_model_path,
+    calibration_source,
+    held_out_text,
+    quantizer_environment,
+)
+from qwen_pipeline.defs.assets import merged_checkpoint, padded_checkpoint
+from qwen_pipeline.defs.metadata import (
+    artifact_metadata,
+    evidence_markdown,
+    inline_plot,
+    loss_table,
+)
+from qwen_pipeline.defs.partitions import FINE_TUNES
+from qwen_pipeline.defs.resources import PipelineSettings, Steps, WorkspaceResource
+from qwen_pipeline.defs.stage_assets import FINE_TUNE_GROUP, stage_asset, stage_result
+from qwen_pipeline.evaluation.regression import NOT_WORSE
+from qwen_pipeline.evaluation.report.html import PAGE
+from qwen_pipeline.evaluation.report.markdown import report_markdown
+from qwen_pipeline.quantization.evidence import EVIDENCE
+from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, validate
+from qwen_pipeline.status import against_last_release, calibration_of, version_before
+
+
+@stage_asset(calibrate, deps=[padded_checkpoint], kinds={"huggingface", "pytorch"}, of="tokens", pool="gpu")
+def calibration_tokens(
+    context: dg.AssetExecutionContext,
+    workspace: WorkspaceResource,
+    settings: PipelineSettings,
+    steps: Steps,
+) -> dg.MaterializeResult:
+    """The tokens that calibrate the quantization: text in the fine-tune's own chat template, drawn with a fixed seed.
+
+    A mixture-of-experts model is run on them once, layer by layer. If an expert receives too few tokens, the check
+    `experts_reached` fails before anything is quantized.
+    """
+    with steps.run(context) as observe:
+        config = settings.resolve(workspace)
+        artifact = calibrate.calibrate(
+            source=workspace.latest(context, pad.STAGE).path,
+            text=calibration_source(config),
+            destination=workspace.slot(context),
+            spec=config.quantization.calibration,
+            all_experts=config.quantization.all_experts,
+            min_expert_tokens=config.calibration.min_expert_tokens,
+            device=config.quantization.device,
+            observe=observe,
+        )
+    statistics = artifact.manifest.result["statistics"]
+    return stage_result(
+        artifact,
+        context.partition_key,
+        statistics=dg.MetadataValue.json(statistics),
+        experts=dg.MetadataValue.json(artifact.manifest.result["experts"]),
+        tokens=statistics["tokens"],
+        plot=dg.MetadataValue.md(inline_plot(artifact.path / calibrate.PLOT)),
+    )
+
+
+@stage_asset(quantize, deps=[padded_checkpoint, calibration_tokens], kinds={"pytorch", "qwen"}, pool="gpu")
+def quantized_checkpoint(
+    context: dg.AssetExecutionContext,
+    workspace: WorkspaceResource,
+    settings: PipelineSettings,
+    steps: Steps,
+) -> dg.MaterializeResult:
+    """The padded checkpoint with the weights of its linear layers as GPTQ codes and scales.
+
+    The quantizer runs in a process and a Python environment of its own. Steps that use the GPU share the pool `gpu`, so
+    that one runs at a time.
+    """
+    with steps.run(context) as observe:
+        config = settings.resolve(workspace)
+        artifact = quantize.quantize(
+            source=workspace.latest(context, pad.STAGE).path,
+            destination=workspace.slot(context),
+            calibration=workspace.latest(context, calibrate.STAGE).path,
+            spec=config.quantization,
+            engine=quantizer_environment(config),
+            observe=observe,
+        )
+    previous = version_before(workspace.store, context.partition_key, artifact)
+    return stage_result(
+        artifact,
+        context.partition_key,
+        worst_modules=loss_table(artifact.manifest.result["losses"]),
+        evidence=dg.MetadataValue.path(artifact.path / EVIDENCE),
+        evidence_summary=dg.MetadataValue.json(artifact.manifest.result["evidence"]),
+        evidence_plot=dg.MetadataValue.md(evidence_markdown(artifact, previous)),
+    )
+
+
+@dg.asset(
+    deps=[merged_checkpoint, calibration_tokens],
+    partitions_def=FINE_TUNES,
+    group_name=FINE_TUNE_GROUP,
+    kinds={"pytorch", "qwen"},
+    code_version=quantize.CODE_VERSION,
+    pool="gpu",
+)
+def unpadded_quantized_checkpoint(
+    context: dg.AssetExecutionContext,
+    workspace: WorkspaceResource,
+    settings: PipelineSettings,
+    steps: Steps,
+) -> dg.MaterializeResult:
+    """The merged checkpoint, quantized without padding, as a baseline for the cost of padding.
+
+    It exists only with the setting `validation.unpadded = true`. Validation measures it beside the other checkpoints.
+    It is never published, so its own quality blocks nothing.
+    """
+    with steps.run(context) as observe:
+        config = settings.resolve(workspace)
+        artifact = quantize.quantize(
+            source=workspace.latest(context, merge.STAGE).path,
+            destination=workspace.slot(context),
+            calibration=workspace.latest(context, calibrate.STAGE).path,
+            spec=config.quantization,
+            engine=quantizer_environment(config),
+            stage=quantize.UNPADDED_STAGE,
+            observe=observe,
+        )
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.manifest.content_digest), metadata=artifact_metadata(artifact)
+    )
+
+
+@stage_asset(
+    validate,
+    deps=[merged_checkpoint, quantized_checkpoint],
+    kinds={"report", "matplotlib"},
+    pool="gpu",
+    more_checks=[NOT_WORSE],
+)
+def validated_checkpoint(
+    context: dg.AssetExecutionContext,
+    workspace: WorkspaceResource,
+    settings: PipelineSettings,
+    steps: Steps,
+) -> dg.MaterializeResult:
+    """The validation of the quantized checkpoint, with its report in the metadata.
+
+    It checks the structure and that the checkpoint loads without a missing tensor. It measures perplexity and KL
+    divergence against the merged checkpoint on held-out text, and compares answers side by side. If a serving engine is
+    configured, it also compares that engine's answers.
+    """
+    with steps.run(context) as observe:
+        config = settings.resolve(workspace)
+        validation, store, name = config.validation, workspace.store, context.partition_key
+        quantized = workspace.latest(context, quantize.STAGE)
+        previous = version_before(store, name, quantized)
+        inputs = validate.ValidationInputs(
+            reference=workspace.latest(context, merge.STAGE).path,
+            candidate=quantized.path,
+            text=held_out_text(config),
+            base=base_model_path(config),
+            padded=workspace.latest(context, pad.STAGE).path,
+            unpadded=workspace.latest(context, quantize.UNPADDED_STAGE).path if validation.unpadded else None,
+            calibration=calibration_of(store, name, quantized),
+            before=previous.path if previous else None,
+        )
+        plan = validate.ValidationPlan(
+            tensor_parallel=config.padding.tensor_parallel,
+            targets=validation.declared or config.padding.declared,
+            limits=validation.limits_of(name),
+            prompts=validation.prompts,
+            windows=validation.windows,
+            seq_len=validation.seq_len,
+            serving=config.serving_plan(),
+            tasks=config.task_plan(),
+        )
+        artifact = validate.validate(
+            inputs,
+            plan=plan,
+            destination=workspace.slot(context),
+            engine=quantizer_environment(config),
+            observe=observe,
+        )
+    return stage_result(
+        artifact,
+        name,
+        more_reports=[against_last_release(store, name, artifact)],
+        report=dg.MetadataValue.md(report_markdown(artifact.path)),
+        page=dg.MetadataValue.path(artifact.path / PAGE),
+    )
+
+
+@stage_asset(publish, deps=[quantized_checkpoint, validated_checkpoint], kinds={"huggingface", "qwen"})
+def published_checkpoint(
+    context: dg.AssetExecutionContext,
+    workspace: WorkspaceResource,
+    settings: PipelineSettings,
+    steps: Steps,
+) -> dg.MaterializeResult:
+    """The release: the quantized checkpoint with its model card and validation report, ready to serve.
+
+    However it is started, publishing reads the validation reports and requires that all blocking checks passed for
+    exactly these bytes.
+    """
+    with steps.run(context) as observe:
+        artifact = publish.publish(
+            quantized=workspace.latest(context, quantize.STAGE).path,
+            validated=workspace.latest(context, validate.STAGE).path,
+            destination=workspace.slot(context),
+            base_model=base_model_name(settings.resolve(workspace)),
+            fine_tune=context.partition_key,
+            observe=observe,
+        )
+    return stage_result(artifact, context.partition_key)
