@@ -5,8 +5,8 @@ The launchpad then shows and completes every setting, and a setting is documente
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,14 +23,18 @@ ConfigFields = dict[str, Any]
 _ATTRIBUTE = re.compile(r"^    (\w+): ([^\n]*(?:\n        [^\n]*)*)", re.MULTILINE)
 
 
-def config_fields(model: type, *, without: Collection[str] = ()) -> ConfigFields:
-    """Return name -> (type, field) of each setting of a section. Every field is optional."""
+def config_fields(model: type, values: Mapping[str, Any]) -> ConfigFields:
+    """Return name -> (type, field) of each setting of a section that has a value, which becomes its default."""
     hints, descriptions = get_type_hints(model), _descriptions(model)
-    return {
-        name: (_config_type(hints[name]) | None, Field(default=None, description=descriptions.get(name)))
-        for name in _field_names(model)
-        if name not in without
-    }
+    fields: ConfigFields = {}
+    for name, value in values.items():
+        description = descriptions.get(name)
+        if _is_section(hints[name]):
+            section = _section(hints[name], value)
+            fields[name] = (section, Field(default=section(), description=description))
+        else:
+            fields[name] = (_config_type(hints[name]) | None, Field(default=value, description=description))
+    return fields
 
 
 def resource_class(base: type[Resource], config: ConfigFields) -> type[Resource]:
@@ -39,10 +43,10 @@ def resource_class(base: type[Resource], config: ConfigFields) -> type[Resource]
 
 
 def config_values(settings: Settings, *, without: set[str]) -> dict[str, Any]:
-    """Return the values of settings as config; a setting that another one replaces is left out."""
+    """Return the values of settings as config. One that excludes the value of another is None."""
     values = settings.model_dump(mode="json", exclude=without)
     if settings.padding.targets:
-        del values["padding"]["tensor_parallel"]
+        values["padding"]["tensor_parallel"] = None
     return values
 
 
@@ -56,19 +60,15 @@ def _config_type(annotation: Any) -> Any:
         return GenericAlias(list, (_config_type(arguments[0]),))
     if origin is Mapping:
         return dict[str, Any]
-    if _is_section(annotation):
-        return create_model(annotation.__name__, __base__=dg.Config, **config_fields(annotation))
     return annotation
 
 
-def _is_section(annotation: type) -> bool:
-    return is_dataclass(annotation) or issubclass(annotation, BaseModel)
+def _section(model: type, values: Mapping[str, Any]) -> type[dg.Config]:
+    return create_model(model.__name__, __base__=dg.Config, **config_fields(model, values))
 
 
-def _field_names(model: type) -> list[str]:
-    if issubclass(model, BaseModel):
-        return list(model.model_fields)
-    return [field.name for field in fields(model)]
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and (is_dataclass(annotation) or issubclass(annotation, BaseModel))
 
 
 def _descriptions(model: type) -> dict[str, str]:

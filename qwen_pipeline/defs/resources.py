@@ -56,7 +56,7 @@ class WorkspaceResource(dg.ConfigurableResource):
 
 
 class PipelineSettings(dg.ConfigurableResource):
-    """The settings of the pipeline, as in `qwen_pipeline.toml`. A field without a value has its default."""
+    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override each setting by itself."""
 
     def resolve(self, workspace: WorkspaceResource) -> Settings:
         """Return the validated settings.
@@ -108,14 +108,14 @@ class StepRunner:
 
 
 Steps = dg.ResourceParam[StepRunner]
-_ConfiguredSettings = resource_class(PipelineSettings, config_fields(Settings, without=_NOT_OF_A_RUN))
 
 
 def configured_resources(settings: Settings) -> dict[str, Any]:
     """Return the resources by key, configured with the values of ``settings``."""
+    values = config_values(settings, without=_NOT_OF_A_RUN)
     return {
         "workspace": WorkspaceResource(
             root=str(settings.workspace), inbox=str(settings.inbox), imports=str(settings.imports)
         ),
-        "settings": _ConfiguredSettings(**config_values(settings, without=_NOT_OF_A_RUN)),
+        "settings": resource_class(PipelineSettings, config_fields(Settings, values))(),
     }
