@@ -54,6 +54,8 @@ def validate(
     Limits, prompts, the amount of text, serving and, unless given here, targets come from the validation section of
     qwen_pipeline.toml.
     """
+    from dataclasses import replace
+
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target
     from qwen_pipeline.stages import validate as stage
@@ -72,19 +74,15 @@ def validate(
         calibration=calibration,
         before=before,
     )
+    plan = replace(
+        configured.validation_plan(fine_tune, serving=serving),
+        tensor_parallel=tp,
+        targets=[Target.parse(text) for text in target or ()] or settings.declared,
+    )
     return run_stage(
         lambda observe: stage.validate(
             inputs,
-            plan=stage.ValidationPlan(
-                tensor_parallel=tp,
-                targets=[Target.parse(text) for text in target or ()] or settings.declared,
-                limits=settings.limits_of(fine_tune),
-                prompts=settings.prompts,
-                windows=settings.windows,
-                seq_len=settings.seq_len,
-                serving=serving,
-                tasks=configured.task_plan(),
-            ),
+            plan=plan,
             destination=out or candidate.resolve().with_name(f"{candidate.resolve().name}-validation"),
             engine=find_environment(QuantSpec(engine=engine).environment, engine_python),
             observe=observe,

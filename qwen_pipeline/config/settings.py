@@ -13,6 +13,7 @@ from pydantic_settings import (
 
 from qwen_pipeline.config.file import PREFIX, config_file
 from qwen_pipeline.config.sections import Calibration, ConfiguredPath, Engine, Padding, Store, Validation
+from qwen_pipeline.evaluation.plan import ValidationPlan
 from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
@@ -112,6 +113,24 @@ class Settings(BaseSettings):
             return None
         found = find_environment("lm-eval", self.engine_python("lm-eval"))
         return TaskPlan(python=found.python, versions=found.versions(), **dict(lm_eval))
+
+    def validation_plan(self, fine_tune: str | None, *, serving: ServingPlan | None) -> ValidationPlan:
+        """Return the plan of a fine-tune's validation; without a fine-tune, with the general limits.
+
+        Raises:
+            EnvironmentFault: lm-eval is not installed.
+        """
+        validation = self.validation
+        return ValidationPlan(
+            tensor_parallel=self.padding.tensor_parallel,
+            targets=validation.declared or self.padding.declared,
+            limits=validation.limits_of(fine_tune),
+            prompts=validation.prompts,
+            windows=validation.windows,
+            seq_len=validation.seq_len,
+            serving=serving,
+            tasks=self.task_plan(),
+        )
 
     @classmethod
     def settings_customise_sources(

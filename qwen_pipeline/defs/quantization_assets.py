@@ -167,19 +167,9 @@ def validated_checkpoint(
             calibration=calibration_of(store, name, quantized),
             before=previous.path if previous else None,
         )
-        plan = validate.ValidationPlan(
-            tensor_parallel=config.padding.tensor_parallel,
-            targets=validation.declared or config.padding.declared,
-            limits=validation.limits_of(name),
-            prompts=validation.prompts,
-            windows=validation.windows,
-            seq_len=validation.seq_len,
-            serving=config.serving_plan(),
-            tasks=config.task_plan(),
-        )
         artifact = validate.validate(
             inputs,
-            plan=plan,
+            plan=config.validation_plan(name, serving=config.serving_plan()),
             destination=workspace.slot(context),
             engine=quantizer_environment(config),
             observe=observe,

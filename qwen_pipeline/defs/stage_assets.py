@@ -1,4 +1,4 @@
-"""What the assets have in common: a decorator for the asset of a stage, and the results that steps return."""
+"""Code that the assets share: a decorator for the asset of a stage, and the results that steps return."""
 
 # pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
 # Dagster recognizes MaterializeResult in a signature only without its type argument.

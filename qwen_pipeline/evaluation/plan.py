@@ -54,7 +54,7 @@ class ValidationInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationPlan:
-    """What a validation measures, and the limits that its checks apply.
+    """The measurements of a validation, and the limits that its checks apply.
 
     Attributes:
         tensor_parallel: Number of ranks that are to serve the candidate.
@@ -80,7 +80,7 @@ class ValidationPlan:
     device: Literal["cpu", "cuda"] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides the report, for the identity of a validation."""
+        """Return the settings that decide the report, for the identity of a validation."""
         return {
             "limits": asdict(self.limits),
             "device": self.device,

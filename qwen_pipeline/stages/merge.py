@@ -173,7 +173,7 @@ def _bridge_spec(merged: Merged) -> dict[str, Any]:
 
 
 def _way_back(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
-    """Return what unpadding needs, if the merged checkpoint is padded as its base is."""
+    """Return the data that unpadding needs, if the merged checkpoint is padded as its base is."""
     if base is None or (merged.bridge is None and _changes_padded_tensors(merged, base.plan)):
         return {}
     config = base.live_config if merged.checkpoint.config_bytes else None

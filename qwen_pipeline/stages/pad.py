@@ -99,7 +99,7 @@ def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
 
 
 def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
-    """Return what unpadding needs: the map of the channels, and the text of the config before."""
+    """Return the data that unpadding needs: the map of the channels, and the text of the config before."""
     config = live.config_bytes.decode() if live.config_bytes and plan.changes else None
     return {"padding": dump_plan(plan), "live_config": config}
 

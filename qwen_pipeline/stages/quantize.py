@@ -67,10 +67,9 @@ def quantize(
 ) -> Artifact:
     """Quantize a full-precision checkpoint to GPTQ codes.
 
-    The derivation holds the digest of the calibration tokens, the whole spec, and the versions of the quantizer. The
-    quantizer ``layerwise`` resumes an interrupted attempt at the layer that was interrupted, and so does GPTQModel's
-    own loop for the families that it supports; AutoGPTQ starts again. A quantizer that has finished is not run again.
-    Its process starts to import while the tokens are drawn, unless the output may exist already.
+    ``layerwise`` resumes an interrupted attempt at the layer that was interrupted, and so does GPTQModel's own loop for
+    the families that it supports; AutoGPTQ starts again. A quantizer that has finished is not run again. Its process
+    starts to import while the tokens are drawn, unless the output may exist already.
 
     Args:
         source: The merged and padded checkpoint.
@@ -113,8 +112,8 @@ def quantize(
             laps=laps,
             observe=observe,
         )
-        derived_from = {**spec.to_json(), "versions": versions}
-        derivation = Derivation(stage=stage, inputs=inputs, spec=derived_from, code_version=CODE_VERSION)
+        settings = {**spec.to_json(), "versions": versions}
+        derivation = Derivation(stage=stage, inputs=inputs, spec=settings, code_version=CODE_VERSION)
         return derive(derivation, destination, quantization.build)
 
 

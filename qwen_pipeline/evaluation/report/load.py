@@ -120,7 +120,7 @@ def _read_report(root: Path, manifest: Manifest) -> bytes:
 
 
 def _faults(reports: Sequence[CheckReport]) -> list[str]:
-    """Return what makes reports no outcome of a validation: each promised check must be there once, and consistent."""
+    """Return the faults of a list of reports: each promised check must be there once, and be consistent."""
     names, promised = Counter(report.name for report in reports), {check.name for check in CHECKS}
     return [
         *(f"there is no report on {name}" for name in sorted(promised - names.keys())),

@@ -30,7 +30,7 @@ SERVED = CheckSpec(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPlan:
-    """What is served, and with which engine.
+    """The checkpoints that are served, and the engine that serves them.
 
     Attributes:
         python: The interpreter of an environment with the engine.
@@ -52,7 +52,7 @@ class ServingPlan:
     module: str = MODULE
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides the answers, for the identity of a validation."""
+        """Return the settings that decide the answers, for the identity of a validation."""
         return {
             "engine": self.engine,
             "versions": dict(self.versions),

@@ -89,7 +89,7 @@ def _compared(
 
 
 def _lacking(fault: str) -> str | None:
-    """Return what the machine lacks if the engine was built without a kernel for it, else None."""
+    """Name the CPU feature that the engine was built without a kernel for, or return None."""
     kernel = _NO_KERNEL.search(fault)
     if kernel is None:
         return None

@@ -44,7 +44,7 @@ class TaskPlan:
     blocking: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides the scores and the verdict, for the identity of a validation."""
+        """Return the settings that decide the scores and the verdict, for the identity of a validation."""
         fields = asdict(self)
         del fields["python"]
         return fields | {"include": None if self.include is None else str(self.include)}
