@@ -28,7 +28,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import keep, table
 from benchmarks.stalls import Ledger
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint
-from qwen_pipeline.evaluation.logits.activation_range import WatchedStream
+from qwen_pipeline.evaluation.logits.activation_range import PeakStream
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel
@@ -45,7 +45,7 @@ COMPUTING: Mapping[str, tuple[type, str]] = {
     "enter": (LayerStream, "__init__"),
     "read rows of the embedding": (ModelWeights, "rows"),
     "build layers": (LayeredModel, "build"),
-    "run layers": (WatchedStream, "run"),
+    "run layers": (PeakStream, "run"),
     "wait for tensors": (Prefetcher, "__next__"),
 }
 """Steps of the computing thread, each without the steps within it."""

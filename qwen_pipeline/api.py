@@ -1,4 +1,4 @@
-"""Functions of the Python API that are not stages; ``import qwen_pipeline as qp`` has them beside the stages."""
+"""Functions of the Python API that are not stages."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from qwen_pipeline.checkpoint.manifest import find_manifest
-from qwen_pipeline.evaluation.loading import complaints_of, fault_of, load_with, loading_options
+from qwen_pipeline.evaluation.loading import fault_of, load_with, loading_options, unloaded_tensors
 from qwen_pipeline.models.open import open_model
 
 
@@ -32,8 +32,8 @@ def load_model(root: str) -> nn.Module:
         model, info = load(root, config, **loading_options(config, device="cpu"))
     except Exception as error:
         raise NotLoaded(fault_of(error)) from error
-    if complaints := complaints_of(info):
-        raise NotLoaded(complaints)
+    if not_loaded := unloaded_tensors(info):
+        raise NotLoaded(not_loaded)
     return model.eval()
 
 

@@ -1,6 +1,6 @@
-"""``qwen-pipeline``: the same stages, store and graph as in Dagster, from a terminal.
+"""``qwen-pipeline``: the stages, store and asset graph of Dagster, from a terminal.
 
-Commands import what computes when they run, so that ``--help`` stays fast.
+Commands import heavy libraries only when they run, so that ``--help`` stays fast.
 """
 
 from typing import Annotated

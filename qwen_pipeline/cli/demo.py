@@ -1,4 +1,4 @@
-"""``qwen-pipeline demo``: a small base and fine-tune through the real sensor and graph, then the wrong order."""
+"""``qwen-pipeline demo``: run a small base and fine-tune through the sensor and the graph, then in the wrong order."""
 
 import json
 import tempfile
@@ -107,7 +107,7 @@ def _stage(artifacts: Sequence[Artifact], stage: str) -> Artifact:
 
 
 def _perplexity(artifacts: Sequence[Artifact]) -> dict[str, float]:
-    """Return stage -> perplexity of its model on held-out text, as validation measured it."""
+    """Return stage -> perplexity of its model on held-out text, as measured by validation."""
     results = (artifact.manifest.result for artifact in artifacts)
     models = next((result["findings"]["models"] for result in results if "findings" in result), {})
     return {role: figures["perplexity"] for role, figures in models.items()}

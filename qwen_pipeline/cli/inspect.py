@@ -1,4 +1,4 @@
-"""``qwen-pipeline inspect``: describe a fine-tune, the base tensors that it changes, and what would be refused."""
+"""``qwen-pipeline inspect``: describe a fine-tune and the base tensors that it changes, or say why it is refused."""
 
 import json
 import re
@@ -32,10 +32,10 @@ def inspect(
     base: Annotated[Path | None, typer.Option(help="Base to merge into.")] = None,
     trained_on: TrainedOn = None,
 ) -> CommandResult:
-    """Describe a fine-tune and what it was trained on, and with --base the tensors of the base that it changes.
+    """Describe a fine-tune and its base, and with --base the tensors of the base that it changes.
 
     FINE_TUNE is a directory with a LoRA, with several LoRAs and an adapters.toml, or with a full model. A fine-tune
-    that cannot be merged exactly is refused with merge's message and exit code 2.
+    that cannot be merged exactly is refused with the same message as by merge, and exit code 2.
     """
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
     from qwen_pipeline.cli.tables import size
@@ -83,10 +83,10 @@ def _declared(root: Path) -> dict[str, Any]:
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the other effects of a merge into this base."""
+    """Return sentences about other effects of a merge into this base."""
     bridged = {
-        "live": "Trained on the model that this base was padded from: the base is unpadded to merge, then padded again"
-        " by its own map.",
+        "live": "Trained on the model that this base was padded from: the base is unpadded for the merge, then padded"
+        " again in the same way.",
         "padded": "Trained on a padded checkpoint of this base: the channels that padding added are left out.",
     }
     remarks = [bridged[data["trained"]]] if data["trained"] else []

@@ -10,20 +10,20 @@ import typer
 
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 
-TEXT_FORMATS = 'JSONL of {"text"} or {"messages"}, Parquet, or a dataset of the hub'
-ENGINE_HELP = "Quantization engine: our layer loop with GPTQModel's solver, or a library's own loop."
+TEXT_FORMATS = 'JSONL of {"text"} or {"messages"}, Parquet, or a dataset on the hub'
+ENGINE_HELP = "Quantization engine: this package's layer loop with GPTQModel's solver, or a library's own loop."
 RANKS_HELP = "Tensor-parallel ranks, each of which must get whole groups."
 TOWERS_HELP = "Also pad vision and audio towers, to widths that all ranks can share."
 GROUP_SIZE_HELP = "Consecutive input channels that share one scale."
 
 Source = Annotated[Path, typer.Option("--in", help="Input checkpoint.")]
-Out = Annotated[Path, typer.Option(help="New or empty directory. Running the same work again reuses its result.")]
+Out = Annotated[Path, typer.Option(help="New or empty directory. Running the same command again reuses the result.")]
 BaseCheckpoint = Annotated[Path, typer.Option(help="Full-precision base checkpoint.")]
 TrainedOn = Annotated[
     Path | None,
     typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if its settings do not name it."),
 ]
-EnginePython = Annotated[Path | None, typer.Option(help="Python of an environment that has the engine.")]
+EnginePython = Annotated[Path | None, typer.Option(help="Python interpreter of an environment with the engine.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,8 @@ class FieldOption:
     """An option that differs from its field in name or form.
 
     Attributes:
-        flag: Such as ``--tp``; None for the field's own name.
-        parse: Converts the texts of a repeatable option to the field's value; None if the option has the field's type.
+        flag: The option's name, such as ``--tp``; None if it is the field's name.
+        parse: Converts the values of a repeatable option to the field's value; None if the option has the field's type.
     """
 
     help: str
@@ -45,7 +45,7 @@ class SpecOptions:
     """Annotation that makes a command's parameter a spec whose fields are options of the command.
 
     Types and defaults are those of the fields. A flag that is off by default has no ``--no-`` form. A default that
-    depends on the machine is not shown.
+    depends on the machine is not shown in the help.
 
     Attributes:
         spec: A dataclass.

@@ -17,15 +17,16 @@ app = typer.Typer()
 def run(
     fine_tune: str,
     store_merged: Annotated[
-        bool | None, typer.Option(help="Store the merged weights, or merge and pad in one pass; default: the settings.")
+        bool | None,
+        typer.Option(help="Store merged weights, or merge and pad in one pass; default: store.merged."),
     ] = None,
 ) -> CommandResult:
-    """Take one fine-tune all the way: merge, pad, calibrate, quantize, validate, publish.
+    """Run one fine-tune through all stages: merge, pad, calibrate, quantize, validate, publish.
 
     FINE_TUNE is the name of a directory in the inbox, or the path of a directory elsewhere.
 
-    Uses the graph, store and Dagster instance of the UI, in this process and without a daemon. Results that are up to
-    date are reused; an interrupted run continues where it stopped.
+    It uses the asset graph, store and Dagster instance of the UI, in this process and without a daemon. Results that
+    are up to date are reused; an interrupted run continues where it stopped.
     """
     from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.config import load_settings
@@ -46,7 +47,7 @@ def run(
 def publish(fine_tune: str) -> CommandResult:
     """Release the quantized checkpoint of FINE_TUNE, if its validation passed.
 
-    The check reports are read again here: a failed check cannot be bypassed.
+    The check reports are read again, so that a failed check cannot be bypassed.
     """
     from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.config import load_settings
@@ -68,7 +69,7 @@ def status() -> CommandResult:
     return CommandResult(
         data={"fine_tunes": status_data(fine_tunes), "imports": status_data(imports)},
         view=[
-            status_table(fine_tunes) if fine_tunes else f"No fine-tune yet: copy one into {settings.inbox}.",
+            status_table(fine_tunes) if fine_tunes else f"No fine-tunes yet: copy one into {settings.inbox}.",
             *([status_table(imports, "import")] if imports else []),
         ],
     )
@@ -80,7 +81,7 @@ def demo(
         str | None, typer.Option(help="Directory or hub id of a base to use instead of the small one.")
     ] = None,
 ) -> CommandResult:
-    """Train a LoRA on a small model and take it all the way to a published checkpoint, in minutes."""
+    """Train a LoRA on a small model and run it through all stages to a published checkpoint, in minutes."""
     from qwen_pipeline.cli.demo import run_demo
     from qwen_pipeline.cli.progress_bars import progress_bars
 
@@ -90,7 +91,7 @@ def demo(
 
 @command(app, "ui", examples=["qwen-pipeline ui", "qwen-pipeline ui --port 3001"])
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000) -> CommandResult:
-    """Open Dagster's web UI and its daemon, which watches the inbox. Stop it with Ctrl-C.
+    """Start Dagster's web UI and its daemon, which watches the inbox. Stop them with Ctrl-C.
 
     The UI has no login, so it listens on this machine only; reach it from elsewhere through ssh or a proxy with a
     login.

@@ -1,4 +1,4 @@
-"""``qwen-pipeline plan``: predict how serving engines handle a model, and choose its padding and group size."""
+"""``qwen-pipeline plan``: predict how serving engines shard a model, and choose its padding and group size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,17 +32,17 @@ def plan(
     tp: Annotated[list[int], typer.Option(help="Tensor-parallel degree; repeatable.")] = [2, 4, 8],  # noqa: B006
     group_size: Annotated[int, typer.Option(help=GROUP_SIZE_HELP)] = PaddingSpec().group_size,
     engine: Annotated[list[str] | None, typer.Option(help="Serving engine; repeatable. Default: vllm.")] = None,
-    max_extra: Annotated[float, typer.Option(help="Most extra weights that padding may add, in percent.")] = 100.0,
-    rank_memory: Annotated[float | None, typer.Option(help="Most GB of weights per rank.")] = None,
+    max_extra: Annotated[float, typer.Option(help="Maximum of extra weights from padding, in percent.")] = 100.0,
+    rank_memory: Annotated[float | None, typer.Option(help="Maximum GB of weights per rank.")] = None,
     towers: Annotated[bool, typer.Option("--towers", help="Also plan to pad vision and audio towers.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw groups over ranks into this .png or .svg.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the results; default: the workspace.")] = None,
 ) -> CommandResult:
-    """Predict what tensor parallelism does to a model in each serving engine, and choose the cheapest remedy.
+    """Predict the effect of tensor parallelism on a model in each serving engine, and choose the cheapest remedy.
 
-    MODEL is a model directory, a config.json or a hub id; no weights are needed. The options that serve on the engines
-    at all of the degrees are compared by their cost: padding, smaller groups, fewer ranks. With weights, the disk,
-    memory and open files that merging and padding need are compared with those of this machine.
+    MODEL is a model directory, a config.json or a hub id; no weights are needed. Padding, smaller groups and
+    fewer ranks are compared by cost, if they serve at all degrees on all engines. For a model with weights, the disk
+    space, memory and open files that merging and padding need are compared with those of this machine.
     """
     from qwen_pipeline.checkpoint.memory_budget import available_at
     from qwen_pipeline.cli.plan_views import plan_data, plan_view, resource_data, resource_view
@@ -51,8 +51,9 @@ def plan(
     from qwen_pipeline.stages.merge_pad import estimate_resources
 
     request = PaddingSpec(group_size=group_size, tensor_parallel=max(tp), towers=towers)
-    found = _compare(load_config(model), request, sorted(set(tp)), engine, max_extra=max_extra, rank_memory=rank_memory)
-    data, view = plan_data(found), plan_view(found)
+    config = load_config(model)
+    result = _compare(config, request, sorted(set(tp)), engine, max_extra=max_extra, rank_memory=rank_memory)
+    data, view = plan_data(result), plan_view(result)
     if estimate := estimate_resources(Path(model), request):
         directory = out or load_settings().store_root
         available = available_at(directory)
@@ -61,7 +62,7 @@ def plan(
     if picture:
         from qwen_pipeline.evaluation.tensor_parallel.plot import draw_ranks
 
-        draw_ranks(found.divisions, picture)
+        draw_ranks(result.divisions, picture)
         data["picture"] = str(picture)
         view.append(f"Picture: {picture}")
     return CommandResult(data=data, view=view)
@@ -76,7 +77,7 @@ def _compare(
     max_extra: float,
     rank_memory: float | None,
 ) -> "PlanResult":
-    """Compare the ways to serve a model on engines, without any the usual one, at all degrees."""
+    """Compare the ways to serve a model at all degrees on the engines, by default on the usual one."""
     from math import lcm
 
     from qwen_pipeline.cli.plan_views import PlanResult
@@ -125,7 +126,7 @@ def _remark(option: "Option", max_extra: float, rank_memory: float | None) -> st
 def _divisions(
     config: dict[str, Any], chosen: "Option | None", group_size: int, ranks: int
 ) -> "list[tuple[str, Division]]":
-    """Return the captioned divisions that the end of a rank cuts or that change; all of them if there are none."""
+    """Return the captioned divisions in which a rank's end cuts a group, or which change; if there are none, all."""
     from qwen_pipeline.qwen.tensor_parallel.feasibility import divisions
 
     before = divisions(config, group_size=group_size, ranks=ranks)

@@ -20,7 +20,7 @@ from qwen_pipeline.qwen.tensor_parallel.towers import TowerFeasibility
 from qwen_pipeline.stages.merge_pad import ResourceEstimate
 
 PICTURE_COLUMNS = 72
-"""Width of the bars in the terminal picture; every rank gets the same share of it."""
+"""Width of the bars in the terminal picture; every rank has the same share of it."""
 WHOLE, CUT = "green", "bold dark_orange"
 END, CUT_END = "\N{BOX DRAWINGS LIGHT VERTICAL}", "\N{BOX DRAWINGS LIGHT DIAGONAL CROSS}"
 
@@ -32,7 +32,7 @@ class PlanResult:
     """The ways to serve a model, and the predictions for it without padding.
 
     Attributes:
-        request: Group size, highest degree and towers as requested.
+        request: The requested group size, highest degree and towers.
         targets: Serving engine -> degrees.
         options: Ways to serve all targets, the best first.
         remarks: Option name -> why the option is not acceptable; empty if it is.
@@ -40,8 +40,8 @@ class PlanResult:
         chosen: The best acceptable option.
         towers: Vision and audio towers on the targets.
         degrees: Sizes of the unpadded model at each degree.
-        predictions: Each engine at each degree, for the unpadded model; all degrees of an engine follow each other.
-        divisions: Captioned divisions of row-parallel layers over ranks, to be drawn.
+        predictions: Each engine at each degree, for the unpadded model; the degrees of an engine are consecutive.
+        divisions: Captioned divisions of row-parallel layers over ranks, for the picture.
     """
 
     request: PaddingSpec
@@ -170,7 +170,7 @@ def _verdict(verdict: str) -> Text:
 
 
 def rank_picture(rows: Sequence[tuple[str, Division]]) -> Text:
-    """Draw two lines for each captioned division: its groups, and below them the ranks with the groups that they hold.
+    """Draw two lines for each captioned division: its groups, and below them the ranks with their numbers of groups.
 
     Neighbouring groups have different shades where the width allows it. A group that straddles two ranks is orange, and
     so is the end of the rank that cuts it.
@@ -185,7 +185,7 @@ def rank_picture(rows: Sequence[tuple[str, Division]]) -> Text:
 
 
 def group_line(division: Division, columns: int) -> Text:
-    """Draw the groups of a division as a bar of so many columns."""
+    """Draw the groups of a division as a bar of ``columns`` characters."""
     line, straddling, groups = Text(" "), division.straddling, len(division.groups())
     for column in range(columns):
         first = column * division.inputs // columns // division.group_size
@@ -226,7 +226,7 @@ def _tower_data(towers: Sequence[TowerFeasibility], *, padded: bool) -> list[dic
 
 
 def _tower_table(towers: Sequence[TowerFeasibility], *, padded: bool) -> Table:
-    """Return a row for each tower and engine, with the widths after padding if that was requested."""
+    """Return a table with a row for each tower and engine, with the widths after padding if that was requested."""
     degrees = sorted({prediction.degree for tower in towers for prediction in tower.predictions})
     table = Table(
         "tower", "engine", "MLP width", "extra weights", "extra FLOPs", *(f"TP {degree}" for degree in degrees)
@@ -266,7 +266,7 @@ def resource_data(estimate: ResourceEstimate, available: AvailableResources, dir
 def resource_view(
     estimate: ResourceEstimate, available: AvailableResources, directory: Path
 ) -> tuple[Table, *tuple[Text, ...]]:
-    """Return the same as a table, with the machine's resources in its last row, and the reasons for refusals below."""
+    """Return the same data as a table, with the machine's resources in its last row, and the reasons for refusals."""
     table = Table(
         *("", "reads", "disk", "memory", "open files", "here"), title=f"Writing to {directory}", title_justify="left"
     )

@@ -13,9 +13,9 @@ from qwen_pipeline.progress import Observe, as_lines
 
 @contextmanager
 def progress_bars() -> Generator[Observe, None, None]:
-    """Show the progress of the stages that the body runs.
+    """Show the progress of the stages that run within the ``with`` block.
 
-    Standard error is duplicated first, because Dagster redirects it to keep logs.
+    Standard error is duplicated first, because Dagster redirects it into its logs.
     """
     with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
         console = Console(file=stderr)

@@ -1,4 +1,4 @@
-"""``qwen-pipeline quantize`` and ``export``: from full-precision weights to codes, and from one format to another."""
+"""``qwen-pipeline quantize`` and ``export``: full-precision weights to codes, and codes to another format."""
 
 from pathlib import Path
 from typing import Annotated
@@ -39,10 +39,10 @@ QUANTIZATION_OPTIONS = SpecOptions(
         "engine": ENGINE_HELP,
         **CALIBRATION_HELP,
         "all_experts": ALL_EXPERTS_HELP,
-        "batch_size": "Windows per forward pass; other sizes give other bytes.",
+        "batch_size": "Windows per forward pass; it affects the bytes of the result.",
         "threads": "Threads of one CPU operation; default: all cores.",
-        "device": "Default: a GPU where the machine has one.",
-        "gpus": "GPUs for GPTQModel's own loop; other numbers give other bytes.",
+        "device": "Default: a GPU if the machine has one.",
+        "gpus": "GPUs for GPTQModel's own loop; it affects the bytes of the result.",
     },
 )
 
@@ -59,14 +59,14 @@ def quantize(
     source: Source,
     out: Out,
     calibration: Annotated[
-        str, typer.Option(help=f"Directory that calibrate wrote, or text as for calibrate: {TEXT_FORMATS}.")
+        str, typer.Option(help=f"Directory that calibrate wrote, or calibration text: {TEXT_FORMATS}.")
     ],
     spec: Annotated[QuantSpec, QUANTIZATION_OPTIONS],
     engine_python: EnginePython = None,
 ) -> CommandResult:
-    """Quantize a checkpoint with GPTQ, in a process of its own. Pad it first.
+    """Quantize a checkpoint with GPTQ, in a separate process. Pad it first.
 
-    The same input, settings and versions give the same bytes. A module that could only be rounded fails the check.
+    The same input, settings and versions give the same bytes. A module that could only be rounded fails a check.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import quantize as stage

@@ -1,4 +1,4 @@
-"""``qwen-pipeline repair``: make a checkpoint that was quantized without padding serve on more ranks."""
+"""``qwen-pipeline repair``: make a checkpoint quantized without padding serve on more ranks."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,9 +31,9 @@ def repair(
 ) -> CommandResult:
     """Make a quantized CHECKPOINT serve on more ranks, by adding whole groups of zero codes to its MLPs.
 
-    Nothing is requantized. GPTQ (4 and 8 bit, also asymmetric and with act-order), AWQ (gemm) and compressed-tensors
-    (pack-quantized). Every live weight is proven to keep its bits in the shards that the ranks will hold. A checkpoint
-    that cannot be repaired with groups is refused with the alternative.
+    Nothing is quantized again. Supported are GPTQ (4 and 8 bits, also asymmetric and with act-order), AWQ (gemm) and
+    compressed-tensors (pack-quantized). Every live weight is proven to keep its bits in the ranks' shards. A checkpoint
+    that cannot be repaired with groups is refused, and the message names an alternative.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.cli.tables import repair_table

@@ -39,7 +39,7 @@ class CommandResult:
     Attributes:
         data: The object that ``--json`` prints.
         view: Tables and lines for people, printed one below the other.
-        fault: Why the command did not complete; ``data`` and ``view`` then hold its partial result.
+        fault: The reason why the command did not complete; ``data`` and ``view`` are then its partial result.
         then: Called after the result is printed.
     """
 
@@ -70,7 +70,7 @@ def command(app: typer.Typer, name: str, *, examples: Sequence[str]) -> Callable
 
         @wraps(function)
         def command(*, as_json: bool, debug: bool, **arguments: Any) -> None:
-            raise typer.Exit(_deliver(lambda: run(arguments), as_json=as_json, debug=debug))
+            raise typer.Exit(_run_and_print(lambda: run(arguments), as_json=as_json, debug=debug))
 
         shown = [*_command_line(parameters.values()), _flag("as_json", AsJson), _flag("debug", Debug)]
         command.__signature__ = inspect.Signature(shown)  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,7 +82,7 @@ def command(app: typer.Typer, name: str, *, examples: Sequence[str]) -> Callable
 
 
 def _command_line(parameters: Iterable[inspect.Parameter]) -> Iterator[inspect.Parameter]:
-    """Yield the parameters of a command as Typer is to see them: all by keyword, specs as their options."""
+    """Yield the parameters for Typer: all keyword-only, with each spec expanded into its options."""
     for parameter in parameters:
         if options := spec_options(parameter):
             yield from options.parameters()
@@ -94,7 +94,7 @@ def _flag(name: str, annotation: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
 
-def _deliver(command: Callable[[], CommandResult], *, as_json: bool, debug: bool) -> int:
+def _run_and_print(command: Callable[[], CommandResult], *, as_json: bool, debug: bool) -> int:
     """Run a command, print its result and its error, and return the exit code."""
     try:
         result = command()

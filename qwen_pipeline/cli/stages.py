@@ -28,22 +28,22 @@ app = typer.Typer()
 
 CombinationChoice = Literal["cat", "linear"]
 Adapters = Annotated[
-    list[Path], typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint; repeat it for more LoRAs.")
+    list[Path], typer.Option(help="PEFT LoRA directory, or a full fine-tuned checkpoint; repeatable for LoRAs.")
 ]
 Weights = Annotated[list[float] | None, typer.Option(help="Weight of the adapter at the same position.")]
 Combination = Annotated[
     CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
 ]
 BaseNames = Annotated[list[str] | None, typer.Option(help="A name by which the adapter may refer to the base.")]
-BaseRevision = Annotated[str | None, typer.Option(help="The base's commit, if adapters name theirs.")]
+BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base, compared with the adapter's.")]
 
 CALIBRATION_HELP = {
-    "samples": "Windows of calibration tokens.",
+    "samples": "Number of calibration windows.",
     "seq_len": "Tokens per window.",
     "seed": "Seed for the choice of records.",
     "packing": "Pack records one after the other (stream), or each into windows of its own (documents).",
 }
-ALL_EXPERTS_HELP = "Give every token to every expert (not autogptq)."
+ALL_EXPERTS_HELP = "Give every token to every expert (not supported by autogptq)."
 
 
 @command(
@@ -66,9 +66,9 @@ def merge(
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
-    Every adapter tensor must match a base tensor; anything that cannot be merged exactly is refused by name. A LoRA
-    trained on a padded checkpoint merges into the unpadded base, one trained on the unpadded base into a padded
-    checkpoint.
+    Every adapter tensor must match a base tensor; the first that cannot be merged exactly is named and refused. A LoRA
+    trained on a padded checkpoint merges into the unpadded base, and one trained on the unpadded base merges into a
+    padded checkpoint.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import merge as stage
@@ -103,9 +103,9 @@ def merge_pad(
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
 ) -> CommandResult:
-    """Merge and pad in one pass: merged weights are never stored, padded weights are the same as from two passes.
+    """Merge and pad in one pass: merged weights are never stored; padded weights equal those of two passes.
 
-    The recipe has the merged checkpoint's digests; `materialize` stores its weights later.
+    The recipe records the merged checkpoint's digests; `materialize` can store its weights later.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages.merge_pad import merge_pad
@@ -136,7 +136,7 @@ def materialize(recipe: Path) -> CommandResult:
 def pad(source: Source, out: Out, spec: Annotated[PaddingSpec, PADDING_OPTIONS]) -> CommandResult:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. Run this before quantize.
 
-    The model computes the same as before; one that needs no padding keeps its width. A quantized checkpoint is
+    The model computes the same function; one that needs no padding keeps its width. A quantized checkpoint is
     refused: its codes and scales can no longer be widened.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
@@ -173,12 +173,12 @@ def calibrate(
     all_experts: Annotated[bool, typer.Option("--all-experts", help=ALL_EXPERTS_HELP)] = False,
     min_expert_tokens: Annotated[
         int | None,
-        typer.Option(help=f"Tokens that each expert of a mixture needs; default: the settings' ({MIN_EXPERT_TOKENS})."),
+        typer.Option(help=f"Tokens that each expert must receive; default: the settings' ({MIN_EXPERT_TOKENS})."),
     ] = None,
 ) -> CommandResult:
-    """Draw the tokens that a model will be quantized with, in its own chat template, and check their coverage.
+    """Draw the tokens that calibrate a quantization, in the model's chat template, and check their coverage of experts.
 
-    For a mixture of experts every layer's router is run once: an expert that gets too few tokens fails the check.
+    For a mixture of experts, every layer's router runs once; an expert that gets too few tokens fails the check.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.config import load_settings
@@ -208,7 +208,7 @@ def _fine_tune(
 
 
 def run_stage(stage: "Callable[[Observe], Artifact]") -> CommandResult:
-    """Run a stage with progress bars, and return its artifact and checks; a check that blocks is the fault."""
+    """Run a stage with progress bars, and return its artifact and checks; a blocking failure becomes the fault."""
     from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.cli.tables import artifact_data, artifact_table, blocking_failure, check_table
 

@@ -50,7 +50,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
 
 
 def artifact_table(artifacts: Iterable[Artifact], perplexity: Mapping[str, float] | None = None) -> Table:
-    """Return a row for each artifact, with the perplexity of its model where that is known."""
+    """Return a table with a row for each artifact, and the perplexity of its model if known."""
     table = Table("stage", "size", "digest", "seconds", "peak memory", "added memory", "perplexity", "")
     for artifact in artifacts:
         manifest = artifact.manifest
@@ -68,7 +68,7 @@ def artifact_table(artifacts: Iterable[Artifact], perplexity: Mapping[str, float
 
 
 def check_table(artifacts: Sequence[Artifact]) -> Group:
-    """Return a row for each check, then a count of the outcomes, then the details of all checks that did not pass."""
+    """Return a table of the checks, the counts of outcomes, and the details of all checks that did not pass."""
     table = Table("stage", Column("check", no_wrap=True), "outcome", "measured", "limit")
     details: list[Text] = []
     counts: Counter[Outcome] = Counter()
@@ -79,8 +79,8 @@ def check_table(artifacts: Sequence[Artifact]) -> Group:
             counts[report.outcome] += 1
             if not report.passed:
                 details.append(Text.assemble(_OUTCOMES[report.outcome], f" {stage} {report.name}: {report.detail}"))
-    found = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome])
-    return Group(table, Text(f"{counts.total()} checks: {found or 'none'}."), *details)
+    summary = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome])
+    return Group(table, Text(f"{counts.total()} checks: {summary or 'none'}."), *details)
 
 
 def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
@@ -96,7 +96,7 @@ def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
 
 
 def status_table(statuses: Sequence["FineTuneStatus"], title: str = "fine-tune") -> Table:
-    """Return a row for each fine-tune (or import) with the state of every stage."""
+    """Return a table with a row for each fine-tune (or import) and the state of every stage."""
     stages = list(statuses[0].stages)
     table = Table(title, *stages, "remark")
     for status in statuses:
@@ -121,7 +121,7 @@ def status_data(statuses: Sequence["FineTuneStatus"]) -> list[dict[str, Any]]:
 
 
 def feasibility_table(rows: Sequence["DegreeFeasibility"], group_size: int) -> Table:
-    """Return a row for each size at each tensor-parallel degree."""
+    """Return a table with a row for each size at each tensor-parallel degree."""
     table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "result")
     for row in rows:
         for number, size in enumerate(row.sizes):
@@ -139,7 +139,7 @@ def feasibility_table(rows: Sequence["DegreeFeasibility"], group_size: int) -> T
 
 
 def change_table(changes: Sequence["Change"]) -> Table:
-    """Return a row for each figure of the quantized model, before and now."""
+    """Return a table with a row for each figure of the quantized model, before and now."""
     table = Table("quantized model", "before", "now", "change")
     for change in changes:
         relative = f"{change.now / change.before - 1:+.2%}" if change.before else ""
@@ -148,7 +148,7 @@ def change_table(changes: Sequence["Change"]) -> Table:
 
 
 def repair_table(plan: "PadPlan") -> Table:
-    """Return a row for each size with the groups that a repair adds."""
+    """Return a table with a row for each size and the groups that a repair adds."""
     ranks = plan.tensor_parallel
     table = Table("size", "width", "repaired", "extra", f"groups of {plan.group_size}", f"on each of {ranks} ranks")
     for size in plan.sizes:

@@ -35,13 +35,8 @@ def validate(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="Base checkpoint, to compare perplexities with.")] = None,
     padded: Annotated[Path | None, typer.Option(help="Padded checkpoint that the candidate was made from.")] = None,
-    unpadded: Annotated[
-        Path | None, typer.Option(help="Reference quantized without padding, to measure the cost of padding.")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Directory that calibrate wrote: also look in its text for activations beyond float16."),
-    ] = None,
+    unpadded: Annotated[Path | None, typer.Option(help="Reference quantized without padding, as a baseline.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Output of calibrate, to measure activations on.")] = None,
     before: Annotated[Path | None, typer.Option(help="Previous quantized version, to compare losses with.")] = None,
     engine: Annotated[QuantizerName, typer.Option(help=ENGINE_HELP)] = _DEFAULTS.engine,
     engine_python: EnginePython = None,
@@ -51,7 +46,7 @@ def validate(
 ) -> CommandResult:
     """Compare a quantized checkpoint with the one it was made from, and write a report.
 
-    Limits, prompts, the amount of text, serving and, unless given here, targets come from the validation section of
+    Limits, prompts, the amount of text, serving and (unless given here) targets come from the section validation of
     qwen_pipeline.toml.
     """
     from dataclasses import replace

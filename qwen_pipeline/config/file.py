@@ -10,7 +10,7 @@ INTERNAL = {FILE_VARIABLE, PREFIX + "MESSAGES_FD", PREFIX + "PARENT"}
 
 
 def config_file() -> Path:
-    """Return the absolute path of the settings file, which need not exist."""
+    """Return the absolute path of the settings file, which may not exist."""
     return Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE)).expanduser().absolute()
 
 

@@ -1,4 +1,4 @@
-"""The inputs that settings name: base model, calibration text, held-out text and the quantizer's environment."""
+"""The inputs that the settings name: base model, calibration and held-out text, and the quantizer's environment."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def base_model_path(settings: Settings) -> Path:
 
 
 def calibration_source(settings: Settings) -> str:
-    """Return the source of the calibration text. A path must exist; the name of a dataset is not looked up here."""
+    """Return the source of the calibration text. An absolute path must exist; a dataset is not looked up here."""
     source = require_setting(settings.calibration.source, "calibration", '"calibration.jsonl"')
     if Path(source).is_absolute() and not Path(source).exists():
         raise InputRefused(

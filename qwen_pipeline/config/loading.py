@@ -1,4 +1,4 @@
-"""Loading of settings, with an error message for each that is unknown or invalid."""
+"""Loading of settings, with an error message for an unknown or invalid one."""
 
 import os
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ def load_settings() -> Settings:
 
 
 class _GivenSettings(Settings):
-    """Settings from values alone, without the file and the environment."""
+    """Settings from given values only, without the file and the environment."""
 
     @classmethod
     def settings_customise_sources(
@@ -60,7 +60,7 @@ class _GivenSettings(Settings):
 
 
 def settings_from_values(values: Mapping[str, Any]) -> Settings:
-    """Validate settings that are given as values; neither the file nor the environment is read.
+    """Validate settings given as values; neither the file nor the environment is read.
 
     Raises:
         InputRefused: A key is unknown, or a value is invalid.
@@ -105,7 +105,7 @@ def _explain(error: ErrorDetails) -> str:
 
 
 def _known_beside(loc: tuple[int | str, ...]) -> list[str]:
-    """Return the fields of the section that holds a key; within a table, those of the type of its values."""
+    """Return the fields of the section that a key belongs to; within a table, those of the type of its values."""
     section: Any = Settings
     for part in loc[:-1]:
         if field := _fields(section).get(str(part)):

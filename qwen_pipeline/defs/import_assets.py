@@ -1,4 +1,4 @@
-"""The assets from a checkpoint that was quantized elsewhere to a repaired one."""
+"""The assets from a checkpoint quantized elsewhere to the repaired one."""
 
 # pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
 # Dagster recognizes MaterializeResult in a signature only without its type argument.

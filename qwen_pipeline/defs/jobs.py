@@ -1,4 +1,4 @@
-"""The jobs: a fine-tune from upload to release, its validation and release alone, and the repair of an import."""
+"""The jobs: a fine-tune from upload to release, only its validation and release, and the repair of an import."""
 
 import dagster as dg
 

@@ -53,7 +53,7 @@ def inline_plot(path: Path) -> str:
 
 
 def evidence_markdown(quantized: Artifact, previous: Artifact | None) -> str:
-    """Return Markdown with the quantization evidence of each layer, compared with the previous version if any."""
+    """Return Markdown with the quantization evidence of each layer, compared with any previous version."""
     from qwen_pipeline.quantization.evidence import PLOT, compare_evidence, load_evidence
     from qwen_pipeline.quantization.plot import draw_evidence
 

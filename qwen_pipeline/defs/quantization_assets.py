@@ -39,7 +39,7 @@ def calibration_tokens(
 ) -> dg.MaterializeResult:
     """The tokens that calibrate the quantization: text in the fine-tune's own chat template, drawn with a fixed seed.
 
-    A mixture-of-experts model is run on them once, layer by layer. If an expert receives too few tokens, the check
+    A mixture-of-experts model runs on them once, layer by layer. If an expert receives too few tokens, the check
     `experts_reached` fails before anything is quantized.
     """
     with steps.run(context) as observe:
@@ -114,8 +114,8 @@ def unpadded_quantized_checkpoint(
 ) -> dg.MaterializeResult:
     """The merged checkpoint, quantized without padding, as a baseline for the cost of padding.
 
-    It exists only with the setting `validation.unpadded = true`. Validation measures it beside the other checkpoints.
-    It is never published, so its own quality blocks nothing.
+    It exists only with the setting `validation.unpadded = true`. Validation measures it with the other checkpoints. It
+    is never published, so its own quality blocks nothing.
     """
     with steps.run(context) as observe:
         config = settings.resolve(workspace)
@@ -192,8 +192,8 @@ def published_checkpoint(
 ) -> dg.MaterializeResult:
     """The release: the quantized checkpoint with its model card and validation report, ready to serve.
 
-    However it is started, publishing reads the validation reports and requires that all blocking checks passed for
-    exactly these bytes.
+    Regardless of how it is started, publishing reads the validation reports and requires that all blocking checks
+    passed for exactly these bytes.
     """
     with steps.run(context) as observe:
         artifact = publish.publish(

@@ -1,11 +1,11 @@
 """Resources of the assets: directories, settings, and the execution of a step.
 
-The first two can be configured in the launchpad or with ``dg.EnvVar``. The values that a code location starts with are
-those of the settings file and the environment.
+The first two can be configured in the launchpad or with ``dg.EnvVar``. Their initial values come from the settings file
+and the environment of the code location.
 """
 
 # pyright: reportMissingTypeArgument=false
-# Dagster's own spelling of a resource that is its own value has no type argument.
+# As in Dagster's documentation, a ConfigurableResource that is its own value has no type argument.
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
 
-_NOT_OF_A_RUN = {"workspace", "inbox", "imports", "owners"}
+_NOT_RUN_CONFIG = {"workspace", "inbox", "imports", "owners"}
 """Settings that :class:`WorkspaceResource` holds, and those that only the code location reads."""
 
 
@@ -56,7 +56,7 @@ class WorkspaceResource(dg.ConfigurableResource):
 
 
 class PipelineSettings(dg.ConfigurableResource):
-    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override each setting by itself."""
+    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override any of them."""
 
     def resolve(self, workspace: WorkspaceResource) -> Settings:
         """Return the validated settings.
@@ -70,10 +70,10 @@ class PipelineSettings(dg.ConfigurableResource):
 
 @dataclass(frozen=True, slots=True)
 class StepRunner:
-    """Execution of a step: progress in the log, faults as failures, and retries.
+    """Execution of a step: progress in the log, faults as Dagster failures, and retries.
 
     Attributes:
-        observe: Receives the same progress as the log.
+        observe: Receives the progress, as the log does.
         retry_delays: Seconds to wait before each retry of a step that failed because of its environment, such as a full
             disk.
     """
@@ -83,7 +83,7 @@ class StepRunner:
 
     @contextmanager
     def run(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
-        """Yield an observer that logs progress; turn a fault into Dagster's failure.
+        """Yield an observer that logs progress; convert a fault into a Dagster failure.
 
         Only a fault that may not recur is retried.
         """
@@ -112,7 +112,7 @@ Steps = dg.ResourceParam[StepRunner]
 
 def configured_resources(settings: Settings) -> dict[str, Any]:
     """Return the resources by key, configured with the values of ``settings``."""
-    values = config_values(settings, without=_NOT_OF_A_RUN)
+    values = config_values(settings, without=_NOT_RUN_CONFIG)
     return {
         "workspace": WorkspaceResource(
             root=str(settings.workspace), inbox=str(settings.inbox), imports=str(settings.imports)

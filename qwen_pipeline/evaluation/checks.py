@@ -14,7 +14,7 @@ from qwen_pipeline.reports import CheckReport, CheckSpec
 STRUCTURE = CheckSpec(
     name="structure",
     description="Every expected tensor is present with the right shape and dtype, and there are no others; scales are"
-    " finite and positive; every group of codes decodes to the weights that it was made from; config, tokenizer, chat"
+    " finite and positive; every group of codes decodes to its original weights; config, tokenizer, chat"
     " template and generation config agree; tensors that were not quantized are unchanged.",
 )
 LOADS = CheckSpec(
@@ -97,7 +97,7 @@ def _structure(findings: Findings) -> CheckReport:
 def _loading(findings: Findings) -> CheckReport:
     faults = [f"{role}: {model.fault}" for role, model in findings.models.items() if model.fault]
     unplaced = [f"{role}: {model.unplaced}" for role, model in findings.models.items() if model.unplaced]
-    unknown = (
+    advice = (
         "Transformers does not support packed experts and would initialize them randomly: serve the checkpoint with an"
         " engine that supports them."
     )
@@ -107,7 +107,7 @@ def _loading(findings: Findings) -> CheckReport:
         limit=0,
         detail=listed(faults)
         if faults
-        else f"{unknown} {listed(unplaced)}"
+        else f"{advice} {listed(unplaced)}"
         if unplaced
         else f"{', '.join(findings.models)}: every tensor was loaded.",
         severity="ERROR" if faults else "WARN",
@@ -210,7 +210,7 @@ def _ranks(findings: Findings) -> CheckReport:
 
 
 def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:
-    """Return the faults of a target: none of its kernels may compute wrong answers, and at least one must serve."""
+    """Return the faults of a target: no kernel of it may give wrong answers, and at least one must serve."""
     if wrong := [row.sentence for row in rows if row.answers_wrongly]:
         return wrong
     return [row.sentence for row in rows] if all(row.refuses for row in rows) else []

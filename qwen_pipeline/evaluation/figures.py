@@ -1,4 +1,4 @@
-"""The figures that the worker measures for each model, as they cross the process boundary and enter reports."""
+"""The figures that the worker measures for each model, as sent between processes and stored in reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """KL in nats over the tokens of every window from position ``first`` to the next stretch."""
+    """KL in nats over a range of positions in every window, from ``first`` to the next stretch."""
 
     first: int
     mean: float
@@ -19,7 +19,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceFigures:
-    """KL(reference || candidate) over all predicted tokens in nats, and the share of equal most likely tokens.
+    """KL(reference || candidate) over all predicted tokens in nats, and the share of equal top-1 predictions.
 
     ``by_position`` is the mean over windows at each position, and ``stretches`` the distribution over ranges of
     positions: they show whether the divergence grows along the context.
@@ -48,8 +48,9 @@ class ModelFigures:
     """The figures of one model.
 
     Attributes:
-        fault: Why Transformers did not load it completely; then there are no other figures.
-        unplaced: Why Transformers cannot load the packed experts of a valid checkpoint; the streamed figures exist.
+        fault: The reason why Transformers did not load it completely; there are then no other figures.
+        unplaced: The reason why Transformers cannot load the packed experts of a valid checkpoint; streamed figures
+            exist.
         perplexity: ``exp`` of the mean negative log-likelihood of every token but the first of each window.
         tokens: Number of predicted tokens.
         linears: Class name of the linear layers that Transformers loaded -> their number.
@@ -58,7 +59,7 @@ class ModelFigures:
         peaks: The largest activation of each layer on the windows.
         calibration_peaks: The largest activation of each layer on the calibration tokens, if requested.
         answers: Token ids of the greedy answer to each prompt, if requested.
-        unanswered: Why a requested answer is missing.
+        unanswered: The reason why a requested answer is missing.
     """
 
     fault: str | None = None

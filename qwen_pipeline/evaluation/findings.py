@@ -24,7 +24,7 @@ _ORIGINS = {
     QUANTIZED: (PADDED, MERGED, BASE),
     UNPADDED_QUANTIZED: (MERGED, BASE),
 }
-"""Role -> the roles it was made from, the latest first."""
+"""Role -> the roles that it was made from, the latest first."""
 SIGNIFICANT_DIGITS = 6
 """Precision of stored floats: further digits of a sum depend on the number of threads."""
 
@@ -34,15 +34,15 @@ class Findings:
     """The findings of one validation.
 
     Attributes:
-        structure: The quantized checkpoint compared with the one it was made from.
-        models: Role -> figures, in the order in which the models are made; base, padded and unpadded may be absent.
+        structure: Comparison of the quantized checkpoint with the one it was made from.
+        models: Role -> figures, in the order of the stages; base, padded and quantized unpadded may be absent.
         nbytes: Role -> size of its tensors in bytes.
         samples: Answers of the merged and the quantized model.
         parallel: Feasibility of the requested tensor-parallel degree; None if the group size is unknown.
         targets: Findings for each target engine; empty if the group size is unknown.
         served: Findings of a real serving engine; empty if none is configured.
         tasks: Scores in benchmark tasks; empty if none are configured.
-        tasks_fault: Why configured tasks have no scores.
+        tasks_fault: The reason why configured tasks have no scores.
     """
 
     structure: "Structure"
@@ -84,7 +84,7 @@ def origin_of(role: str, models: Mapping[str, ModelFigures]) -> str | None:
 
 
 def rounded(value: Any) -> Any:
-    """Round every float in a JSON value to :data:`SIGNIFICANT_DIGITS`; replace those that are not finite by text."""
+    """Round every float in a JSON value to :data:`SIGNIFICANT_DIGITS`; replace those that are not finite with text."""
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isfinite(value) else str(value)
     if isinstance(value, Mapping):

@@ -42,8 +42,8 @@ class OpenedModels:
     Attributes:
         roots: Role -> directory.
         checkpoints: Role -> checkpoint.
-        tokenizer: The reference's.
-        measurement: What the worker measures, without shardings.
+        tokenizer: The reference's tokenizer.
+        measurement: The measurement of the worker, without shardings.
     """
 
     roots: Mapping[str, Path]
@@ -61,12 +61,12 @@ def gather_findings(
     logs: Path,
     observe: Observe,
 ) -> tuple[Findings, int]:
-    """Measure everything that a plan asks for; return the findings and the peak memory of the worker in bytes.
+    """Make all measurements of a plan; return the findings and the peak memory of the worker in bytes.
 
     Args:
         models: The opened models.
-        plan: What to measure.
-        candidate: The directory of the quantized checkpoint, whose manifest says what a repair added.
+        plan: The plan.
+        candidate: The directory of the quantized checkpoint, whose manifest records the groups that a repair added.
         engine: An environment in which Transformers can load the candidate.
         logs: The directory for the logs of workers and servers.
         observe: Called with the progress of each step.
@@ -104,7 +104,7 @@ def gather_findings(
 def _targets(
     source: Checkpoint, candidate: Checkpoint, targets: Sequence[Target], observe: Observe
 ) -> list[TargetFindings]:
-    """Return the findings for each target; none if the config does not describe codes, which the structure reports."""
+    """Return the findings for each target; none if the config describes no codes, which the structure check reports."""
     try:
         return find_targets(source, candidate, targets, observe=observe)
     except CheckpointRefused:
@@ -145,7 +145,7 @@ def _completions(figures: ModelFigures, stops: Collection[int], tokenizer: Any) 
 def _serve(
     plan: ServingPlan, models: OpenedModels, figures: Mapping[str, ModelFigures], logs: Path, observe: Observe
 ) -> list[ServingFindings]:
-    """Serve checkpoints; a padded one must answer like the merged one, whose function it computes."""
+    """Serve checkpoints; a padded one must answer like the merged one, because they compute the same function."""
     return serve_all(
         plan,
         models=models.roots,
@@ -158,7 +158,7 @@ def _serve(
 
 
 def _with_scores(findings: Findings, plan: TaskPlan, models: OpenedModels, logs: Path, observe: Observe) -> Findings:
-    """Run benchmark tasks; the reason why they cannot be run is a finding too."""
+    """Run benchmark tasks; if they cannot be run, the reason is a finding too."""
     spec = {
         "models": {role: str(models.roots[role]) for role in (MERGED, QUANTIZED)},
         "tasks": list(plan.tasks),

@@ -1,11 +1,11 @@
-"""The limits on how far a quantized model may be from the model it was made from."""
+"""The limits on the difference between a quantized model and the model it was made from."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Thresholds of the checks. A 135M model at 4 bits passes the defaults; larger models stay far below them.
+    """Thresholds of the checks. A 135M model at 4 bits passes the defaults; larger models pass them easily.
 
     Attributes:
         max_perplexity_ratio: Perplexity of the quantized model over that of the merged one.

@@ -1,8 +1,8 @@
 """Check from headers alone that Transformers loads every tensor of a checkpoint.
 
-Transformers' own loader decides: it renames prefixes, stacks experts and replaces quantized layers. It receives a model
-on the meta device and expanded tensors, which have the dtype and shape but one element of memory, so that only headers
-are read. (Qwen4's n-gram tables are the exception: Transformers keeps them in CPU memory.)
+Transformers' own loader does the check: it renames prefixes, stacks experts and replaces quantized layers. It gets a
+model on the meta device and expanded tensors, which have the dtype and shape but the memory of one element, so that
+only headers are read. (Qwen4's n-gram tables are the exception: Transformers keeps them in CPU memory.)
 """
 
 import re
@@ -30,9 +30,9 @@ class Placement:
     """The outcome of loading a checkpoint's tensors.
 
     Attributes:
-        fault: Why Transformers does not load it completely.
-        unplaced: Instead of a fault, why Transformers cannot load a valid checkpoint: it does not support packed
-            experts, initializes them randomly, and only logs that. Engines that support them serve it.
+        fault: The reason why Transformers does not load it completely.
+        unplaced: Instead of a fault, the reason why Transformers cannot load a valid checkpoint: it does not support
+            packed experts, initializes them randomly, and only logs that. Engines that support them can serve it.
         linears: Class name of the linear layers -> their number.
     """
 
@@ -47,7 +47,7 @@ def loading_options(config: Any, *, device: str) -> dict[str, Any]:
         "dtype": torch.float32,
         "device_map": device,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # so that the loading info names them
+        "ignore_mismatched_sizes": True,  # the loading info lists them instead
         **kernel_of(config),
     }
 
@@ -78,17 +78,17 @@ def place_tensors(root: Path) -> Placement:
         raise
     except Exception as error:
         return Placement(fault=fault_of(error))
-    if complaints := complaints_of(info):
+    if not_loaded := unloaded_tensors(info):
         keys = [str(key) for found in info.values() for key in found or ()]
         packed = all(map(_OF_EXPERTS.fullmatch, keys)) and any(key.endswith(".qweight") for key in keys)
-        return Placement(unplaced=complaints, linears=linears_of(model)) if packed else Placement(fault=complaints)
+        return Placement(unplaced=not_loaded, linears=linears_of(model)) if packed else Placement(fault=not_loaded)
     return Placement(linears=linears_of(model))
 
 
 def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Call the ``from_pretrained`` of the base class.
 
-    Qwen2.5-Omni overrides it: its own loads speaker files beside the weights and returns no loading info.
+    Qwen2.5-Omni overrides it: the override also loads speaker files, and returns no loading info.
     """
     from transformers import PreTrainedModel
 
@@ -97,21 +97,21 @@ def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any,
 
 
 def kernel_of(config: Any) -> dict[str, Any]:
-    """Return the argument with which Transformers loads codes with :data:`KERNEL`; none for full precision."""
+    """Return the arguments that make Transformers load codes with :data:`KERNEL`; none for full precision."""
     from transformers import GPTQConfig
 
     quantization = getattr(config, "quantization_config", None)
     return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend=KERNEL)} if quantization else {}
 
 
-def complaints_of(info: dict[str, Collection[object]]) -> str:
-    """Return a sentence that names the tensors that were not loaded; empty if all were."""
+def unloaded_tensors(info: dict[str, Collection[object]]) -> str:
+    """Return a sentence that lists the tensors that were not loaded; empty if all were."""
     found = [f"{kind}: {_first(keys)}" for kind, keys in sorted(info.items()) if keys]
     return f"Not every tensor was loaded; {'; '.join(found)}." if found else ""
 
 
 def linears_of(model: nn.Module) -> dict[str, int]:
-    """Count a model's linear layers by class, which shows the kernels that run."""
+    """Count a model's linear layers by class, which identifies the kernels that run."""
     names = [name for module in model.modules() if (name := type(module).__name__).endswith("Linear")]
     return {name: names.count(name) for name in sorted(set(names))}
 

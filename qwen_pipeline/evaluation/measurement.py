@@ -1,4 +1,4 @@
-"""The measurement that is sent to the worker."""
+"""The measurement as it is sent to the worker."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ MEASURING_ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Models, and what to measure for each.
+    """Models, and the measurements of each.
 
     Attributes:
         models: Role -> directory.
@@ -20,8 +20,8 @@ class Measurement:
         answering: Roles that answer the prompts.
         windows: Token ids; every token but the first of each window is predicted.
         prompts: Token ids of each prompt.
-        device: Where predictions are computed, in float32: ``cpu`` or ``cuda``.
-        calibration: Windows of token ids, of one length, that the quantized model was quantized on; only its
+        device: The device that computes predictions, in float32: ``cpu`` or ``cuda``.
+        calibration: Windows of token ids, all of the same length, that calibrated the quantized model; only its
             activations are measured on them.
         shardings: Shardings that change the weights of the quantized model
             (:mod:`~qwen_pipeline.evaluation.tensor_parallel.simulate`); each is compared on one window with the model

@@ -1,4 +1,4 @@
-"""The checkpoint from which a quantized one was made, with the padding and repairs that manifests record."""
+"""The checkpoint that a quantized one was made from, with the padding and repairs that manifests record."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ from qwen_pipeline.qwen.geometry import PadPlan, load_plan, plan_between, resize
 from qwen_pipeline.transforms.padding.pad import pad
 
 QUANTIZED_STAGE, REPAIRED = "quantized", "repaired"
-"""The stage that makes codes, and the one that adds groups to them."""
+"""The stage that computes codes, and the one that adds groups to them."""
 
 
 def quantized_from(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> Checkpoint:
     """Return the weights that became the codes of ``quantized`` at ``root``.
 
-    They are those of the padded checkpoint or, if it is not given, those of the merged one with interleaved zeros as in
-    Qwen's documentation; plus the groups that a repair added to the codes.
+    They are the weights of the padded checkpoint or, if it is not given, of the merged one with interleaved zeros as in
+    Qwen's documentation, plus the groups that a repair added to the codes.
     """
     before, repaired = padded or merged, _repair_of(root)
     config = quantized.config
@@ -36,21 +36,21 @@ def widened(merged: Mapping[str, Any], quantized: Mapping[str, Any]) -> list[dic
 
 
 def require_padded(merged: Checkpoint, padded: Checkpoint | None, quantized: Checkpoint, root: Path) -> None:
-    """Require the padded checkpoint if the pipeline made one: only its manifest has the positions of new channels.
+    """Require the padded checkpoint if the pipeline made one: only its manifest records the positions of new channels.
 
     Raises:
         InputRefused: The candidate was quantized from a padded checkpoint that is not given.
     """
     manifest = find_manifest(root)
-    ours = manifest is not None and manifest.derivation.stage == QUANTIZED_STAGE
-    if ours and not padded and widened(merged.config, quantized.config):
+    is_ours = manifest is not None and manifest.derivation.stage == QUANTIZED_STAGE
+    if is_ours and not padded and widened(merged.config, quantized.config):
         raise InputRefused(
-            f"{root} was quantized from a padded checkpoint, which has the positions of the new channels.",
+            f"{root} was quantized from a padded checkpoint, whose manifest records the positions of the new channels.",
             remedy="Pass the padded checkpoint: --padded DIR",
         )
 
 
-def require_twin(
+def require_unpadded_baseline(
     unpadded: Checkpoint, merged: Checkpoint, quantized: Checkpoint, *, root: Path, merged_digest: str, candidate: Path
 ) -> None:
     """Require that ``unpadded`` at ``root`` differs from ``quantized`` by padding only.

@@ -1,4 +1,4 @@
-"""The inputs of a validation, and the plan that says what is measured and which limits apply."""
+"""The inputs of a validation, and the plan of its measurements and limits."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +30,10 @@ class ValidationInputs:
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it, a candidate that was
             made elsewhere is compared with the reference padded by zeros, and the effect of padding on predictions is
             not measured. The channels that a repair added are read from the candidate's manifest.
-        unpadded: The reference, quantized like the candidate but without padding, to measure the cost of padding.
+        unpadded: The reference quantized like the candidate but without padding, to measure the cost of padding.
         calibration: The output of the stage ``calibration`` that the candidate was quantized on. Activations are
-            measured on as many windows of it too; without it on held-out text only.
-        before: The previous quantized version, whose losses are drawn beside those of the candidate.
+            then also measured on its tokens, on as many windows as of held-out text.
+        before: The previous quantized version, whose losses are plotted with those of the candidate.
     """
 
     reference: Path
@@ -57,16 +57,16 @@ class ValidationPlan:
     """The measurements of a validation, and the limits that its checks apply.
 
     Attributes:
-        tensor_parallel: Number of ranks that are to serve the candidate.
-        targets: Engines and numbers of ranks that are to serve it; by default any engine that shares it evenly among
-            ``tensor_parallel`` ranks and does nothing else.
+        tensor_parallel: Number of ranks that will serve the candidate.
+        targets: Engines and numbers of ranks that will serve it; by default any engine, which only shards it evenly
+            among ``tensor_parallel`` ranks.
         limits: The thresholds of the checks.
         prompts: Prompts that the merged and the quantized model answer side by side.
         windows: Maximum number of windows of text.
         seq_len: Tokens in a window.
-        serving: Which checkpoints to serve with a real engine, and how; by default none.
-        tasks: Which benchmark tasks to run, and the limits of their scores; by default none.
-        device: Where predictions are computed; by default a GPU if there is one.
+        serving: The checkpoints to serve with a real engine, and the engine; by default none.
+        tasks: The benchmark tasks to run, and the limits of their scores; by default none.
+        device: The device that computes predictions; by default a GPU if there is one.
     """
 
     tensor_parallel: int = 1
@@ -80,7 +80,7 @@ class ValidationPlan:
     device: Literal["cpu", "cuda"] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that decide the report, for the identity of a validation."""
+        """Return the settings that affect the report, for the identity of a validation."""
         return {
             "limits": asdict(self.limits),
             "device": self.device,

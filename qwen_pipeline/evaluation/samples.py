@@ -1,4 +1,4 @@
-"""Answers to sample prompts, and the detection of degenerate ones, as broken quantized models give them."""
+"""Answers to sample prompts, and the detection of degenerate answers, which broken quantized models give."""
 
 import re
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ DEFAULT_PROMPTS = (
     " neighbour brings three of the runaways back, while two lambs are born in the barn. Count step by step how many"
     " animals the farmer has at noon, and end with the number.",
 )
-"""Three of fewer than 50 tokens and one of more: some engines switch kernels there, and a fault may be in one only."""
+"""Three prompts of fewer than 50 tokens and one of more: some engines switch kernels there, and one may be faulty."""
 MAX_NEW_TOKENS = 48
 MAX_PHRASE_WORDS = 12
 MIN_REPEATS = 4
 MIN_RUN = 8
 RULERS = tuple(".-=_*#")
-"""Characters of rulers, headings and ellipses: repeating them is not a fault."""
+"""Characters of rulers, headings and ellipses: their repetition is not a fault."""
 _RUN = re.compile(rf"([^\s{re.escape(''.join(RULERS))}])\1{{{MIN_RUN - 1},}}")
 
 
@@ -62,7 +62,7 @@ class Sample:
 
     @property
     def fault(self) -> str | None:
-        """The fault of the candidate's answer that the reference's does not have, or None."""
+        """A fault of the candidate's answer that the reference's answer does not have, or None."""
         reference, candidate = self.reference, self.candidate
         if candidate is None or (reference is not None and reference.degeneration):
             return None
@@ -95,7 +95,7 @@ def degeneration(text: str) -> str | None:
 
 
 def _repetition(tokens: Sequence[int], text: str) -> str | None:
-    """Return how the last tokens repeat (in texts without spaces, or as special tokens), or None; rulers may repeat."""
+    """Return the way in which the last tokens repeat, such as special tokens, or None; rulers may repeat."""
     for length in range(1, MAX_PHRASE_WORDS + 1):
         period = tokens[-length:]
         repeats = 1

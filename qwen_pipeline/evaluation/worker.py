@@ -1,7 +1,7 @@
 """The worker that measures checkpoints. It runs under the Python of an engine's environment.
 
-Plain Transformers decides from headers alone whether a checkpoint is complete. All other figures, including answers,
-come from the streamed forward, which needs the memory of one layer.
+Transformers itself checks from headers alone whether a checkpoint is complete. All other figures, including answers,
+come from a streamed forward pass, which needs the memory of one layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,14 +35,14 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     _require_loaders()
     measurement = Measurement.from_json(spec)
     figures = {role: _placed(role, root, observe) for role, root in measurement.models.items()}
-    whole = {role: open_model(Path(measurement.models[role])) for role, found in figures.items() if not found.fault}
+    loaded = {role: open_model(Path(measurement.models[role])) for role, found in figures.items() if not found.fault}
     context = ComputeContext(device=torch.device(measurement.device), dtype=torch.float32)
-    if measurement.reference in whole:
+    if measurement.reference in loaded:
         measured = evaluate(
-            whole,
+            loaded,
             [torch.tensor(window) for window in measurement.windows],
             reference=measurement.reference,
-            compared=[role for role in measurement.compared if role in whole],
+            compared=[role for role in measurement.compared if role in loaded],
             context=context,
             observe=observe,
         )
@@ -50,11 +50,11 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
             role: replace(found, unplaced=figures[role].unplaced, linears=figures[role].linears)
             for role, found in measured.items()
         }
-    if measurement.calibration and QUANTIZED in whole:
+    if measurement.calibration and QUANTIZED in loaded:
         windows = list(map(torch.tensor, measurement.calibration))
-        peaks = activation_peaks(whole[QUANTIZED], windows, context, observe=observe)
+        peaks = activation_peaks(loaded[QUANTIZED], windows, context, observe=observe)
         figures[QUANTIZED] = replace(figures[QUANTIZED], calibration_peaks=peaks)
-    answering = {role: whole[role] for role in measurement.answering if role in whole}
+    answering = {role: loaded[role] for role in measurement.answering if role in loaded}
     for role, answer in _answered(answering, measurement, context, observe).items():
         figures[role] = replace(figures[role], **answer)
     if measurement.shardings and not figures[QUANTIZED].fault:
@@ -79,9 +79,9 @@ def _placed(role: str, root: str, observe: Observe) -> ModelFigures:
 def _answered(
     models: Mapping[str, Checkpoint], measurement: Measurement, context: ComputeContext, observe: Observe
 ) -> dict[str, dict[str, Any]]:
-    """Generate answers, the reference's last: it uses the other model's answers as drafts.
+    """Generate answers; the reference comes last and uses the other model's answers as drafts.
 
-    Any error is a finding: the other figures are valid without answers.
+    Any error is a finding, since the other figures are valid without answers.
     """
     found: dict[str, dict[str, Any]] = {}
     drafts: Sequence[Sequence[int]] = ()

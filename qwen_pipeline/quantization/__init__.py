@@ -1,1 +1,1 @@
-"""Quantization: specs, quantizers (an own layer loop, GPTQModel, AutoGPTQ), and the evidence that they leave."""
+"""Quantization: specs, quantizers (this package's layer loop, GPTQModel, AutoGPTQ), and per-module evidence."""

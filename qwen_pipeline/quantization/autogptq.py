@@ -1,7 +1,7 @@
 """AutoGPTQ 0.7.1 (https://github.com/AutoGPTQ/AutoGPTQ, archived), pinned in ``workers/requirements/autogptq.txt``.
 
-It quantizes on CUDA only, and writes its losses only to its logger. Its codes are GPTQ codes like GPTQModel's; the
-stage uses these and ignores its configs and its zero biases.
+It quantizes on CUDA only, and writes its losses only to its logger. Its codes have the
+same format as GPTQModel's; the stage reads the codes and ignores its configs and its zero biases.
 """
 
 import csv
@@ -25,7 +25,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``.
 
     Returns:
-        ``seconds``: of importing the library, loading, quantizing and saving.
+        ``seconds``: those of importing the library, loading, quantizing and saving.
 
     Raises:
         EnvironmentFault: There is no CUDA device.
@@ -112,7 +112,7 @@ class LossReader(logging.Handler):
             self._current, self._layers = (int(begun["number"]) - 1, begun["module"]), int(begun["layers"])
         elif solved := self._LOSS.search(message):
             layer, module = self._current
-            # its Hessian and its mean are per window, those of the other quantizers per token
+            # AutoGPTQ's Hessian and mean are per window, those of the other quantizers per token
             loss = float(solved["loss"]) / self._job.spec.seq_len**2
             self._rows.append((layer, module, loss))
             remark = f"layers.{layer}.{module} loss {loss:.10f}"

@@ -1,4 +1,4 @@
-"""The result of a quantizer's process, kept beside its checkpoint: a quantizer that has finished is not run again."""
+"""The result of a quantizer's process, saved in its working directory so that a finished quantizer is not run again."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,18 +12,18 @@ _FILE = "delivery.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOutput:
-    """A finished ``job.packed``.
+    """The result of a quantizer whose checkpoint ``job.packed`` is finished.
 
     Attributes:
         worker: The result of the quantizer's process.
-        seconds: Time from its task to its result.
+        seconds: Time from sending the job to receiving the result.
     """
 
     worker: WorkerResult
     seconds: float
 
     def save(self, job: QuantJob) -> None:
-        """Write the result, once all of ``job.packed`` is on the disk."""
+        """Write the result, after all of ``job.packed`` is on disk."""
         sync_tree(job.packed)
         write_bytes(job.work_dir / _FILE, json.dumps(asdict(self)).encode())
 

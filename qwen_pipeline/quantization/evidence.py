@@ -1,4 +1,4 @@
-"""Per-module evidence of a quantization: figures of the solver's log and counts of the codes, kept as a table.
+"""Per-module evidence of a quantization: figures of the solver's log and counts of the codes, stored as a table.
 
 The table is one of the logs of a quantized checkpoint: it holds times and memory, so it is not part of the content.
 """
@@ -32,7 +32,7 @@ class ModuleEvidence:
         kind: Path of the module in its decoder layer.
         loss: Squared output error per calibration token, as estimated by the solver; None if it is not finite or the
             module was only rounded.
-        damp: Share of the mean Hessian diagonal that was added; above the spec's value if that did not suffice.
+        damp: Share of the mean Hessian diagonal that was added; above the spec's value if that was not enough.
         tokens: Calibration tokens that reached the module.
         rounded: Whether the solver gave up and rounded to nearest.
         seconds: Duration of solving and packing. This and the fields below are None if they are not known.
@@ -62,7 +62,7 @@ def gather_evidence(
     output: Checkpoint, linears: Sequence[Linear], losses: Sequence[ModuleEvidence]
 ) -> list[ModuleEvidence]:
     """Add counts of the codes to the rows of the solver's log; modules that lack a row or codes are left out."""
-    from qwen_pipeline.quantization.solver import odd_groups
+    from qwen_pipeline.quantization.solver import zero_and_saturated_groups
 
     form, logged = gptq_format(output.config), {row.module: row for row in losses}
     gathered: dict[str, ModuleEvidence] = {}
@@ -71,7 +71,7 @@ def gather_evidence(
         row = logged[linear.module]
         zero, saturated = row.zero_groups, row.saturated_groups
         if zero is None or saturated is None:
-            zero, saturated = odd_groups(form.load(output, linear.module))
+            zero, saturated = zero_and_saturated_groups(form.load(output, linear.module))
         groups = linear.out_features * linear.in_features // form.inputs_per_group(linear.in_features)
         gathered[linear.module] = replace(row, groups=groups, zero_groups=zero, saturated_groups=saturated)
 
@@ -150,7 +150,7 @@ class EvidenceComparison:
     Attributes:
         modules: Number of modules with a loss in both.
         mean_ratio: Geometric mean of loss now / loss before.
-        worst: Module -> ratio, in order of falling ratio.
+        worst: Module -> ratio, in order of descending ratio.
     """
 
     modules: int
@@ -170,11 +170,11 @@ def compare_evidence(
     """Compare the losses of modules that are in both."""
     earlier = {row.module: row.loss for row in before}
     ratios = {row.module: row.loss / old for row in now if row.loss and (old := earlier.get(row.module))}
-    falling = sorted(ratios.items(), key=lambda item: -item[1])
+    descending = sorted(ratios.items(), key=lambda item: -item[1])
     return EvidenceComparison(
         modules=len(ratios),
         mean_ratio=_geometric_mean(list(ratios.values())) if ratios else None,
-        worst=dict(falling[:worst]),
+        worst=dict(descending[:worst]),
     )
 
 
@@ -201,4 +201,4 @@ _COLUMNS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "zero_groups": (_optional(int), "Int64"),
     "saturated_groups": (_optional(int), "Int64"),
 }
-"""Column of the table -> how its text is read, and its dtype in a data frame."""
+"""Column of the table -> the function that reads its text, and its dtype in a data frame."""

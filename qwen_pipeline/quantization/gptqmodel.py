@@ -37,7 +37,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     definite), GPTQModel logs ``losses.NOT_SOLVED`` as the loss, and the check of the stage fails.
 
     Returns:
-        ``seconds``: of importing the library, loading, quantizing and saving.
+        ``seconds``: those of importing the library, loading, quantizing and saving.
 
     Raises:
         EnvironmentFault: The spec requires CUDA and there is no GPU, or the run cannot be resumed from saved layers.
@@ -47,7 +47,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     require_device(job.spec)
     use_work_dir(job)
     os.chdir(job.work_dir)  # the library writes ./logs
-    os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # with one, its loader cannot start
+    os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, (job.spec.threads + 1) // 2))  # its loader cannot start with one
     torch.set_num_threads(job.spec.threads)
 
     laps = Stopwatch()
@@ -80,7 +80,7 @@ def _load_model(job: QuantJob) -> Any:
             sym=job.spec.sym,
             desc_act=job.spec.desc_act,
             act_group_aware=job.spec.act_group_aware and not job.spec.desc_act,
-            dynamic={f".*(?:{pattern})": dict(own) for pattern, own in job.spec.dynamic.items()} or None,
+            dynamic={f".*(?:{pattern})": dict(override) for pattern, override in job.spec.dynamic.items()} or None,
             damp_percent=job.spec.damp_percent,
             mse=job.spec.mse,
             moe=settings.MoEConfig(routing=settings.ExpertsRoutingBypass()) if job.spec.all_experts else None,
@@ -123,8 +123,8 @@ def patch_solver() -> None:
 def patch_thread_pool() -> None:
     """Make GPTQModel's threads report an error before they end the process.
 
-    GPTQModel also raises the error in the thread that waits for the result; without this patch it is a race which of
-    the two happens first.
+    GPTQModel also raises the error in the thread that waits for the result; without this patch, which of the
+    two happens first is a race.
     """
     threads: Any = import_module("gptqmodel.utils.threadx").DeviceThreadPool
 
@@ -147,9 +147,9 @@ def _call_or_report(task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> A
 
 @contextmanager
 def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
-    """Save finished layers in ``root``, and resume after those that are there, if GPTQModel supports it.
+    """Save finished layers in ``root``, and resume after those already saved, if GPTQModel supports it.
 
-    Support depends on the family and the settings; see its ``validate_checkpoint_support``. Hidden states are saved
+    Support depends on the family and the settings; see ``validate_checkpoint_support`` there. Hidden states are saved
     too, so this is done :data:`CHECKPOINTS` times in a run, not after each layer.
 
     Raises:
@@ -161,7 +161,7 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
     except NotImplementedError:
         yield None
         return
-    for attempt in root.glob("attempt-*"):  # what an attempt that was killed had offloaded
+    for attempt in root.glob("attempt-*"):  # weights that a killed attempt had offloaded
         shutil.rmtree(attempt)
     patch_object_store()
     interval = ceil(_layers(model.model.config) / CHECKPOINTS)
@@ -181,7 +181,7 @@ def _resuming(model: Any, root: Path) -> Generator[Any, None, None]:
 
 
 def patch_object_store() -> None:
-    """Make GPTQModel verify an object of its store once per run, not six times whenever it adds one."""
+    """Make GPTQModel verify each object of its store once per run, instead of six times per object added."""
     store: Any = import_module("gptqmodel.looper.checkpoint_store").CheckpointStore
     verify, verified = store.object_path, set[Path]()
 
@@ -200,7 +200,7 @@ def _layers(config: Any) -> int:
 
 
 def _patch_log(config: Any, peaks: Path, observe: Observe) -> None:
-    """Report the loss of each module, and append the highest GPU and host memory so far to ``peaks``, a line each.
+    """Report the loss of each module, and append the peaks of GPU and host memory so far to the file ``peaks``.
 
     GPTQModel's callbacks name layers and modules; only its table of results has losses.
     """
@@ -222,7 +222,7 @@ def _patch_log(config: Any, peaks: Path, observe: Observe) -> None:
 def _add_peaks(quant_log: Path, peaks: Path) -> None:
     """Add the columns of memory peaks to the library's table."""
     with peaks.open(newline="") as file:
-        bytes_of = {(layer, module): found for layer, module, *found in csv.reader(file)}
+        bytes_of = {(layer, module): nbytes for layer, module, *nbytes in csv.reader(file)}
     with quant_log.open(newline="") as file:
         header, *rows = csv.reader(file)
     layer, module = header.index("layer"), header.index("module")

@@ -29,10 +29,10 @@ STEPS = (
     ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     ("mlp.shared_expert.down_proj",),
 )
-"""Linear layers that share one input, in the order in which data passes them; a decoder layer has some of these."""
+"""Linear layers that share one input, in the order in which data passes through them; no decoder layer has them all."""
 
 LAST_OF_MIXERS = (("self_attn.o_proj",), ("linear_attn.out_proj",))
-"""Steps after which attention of either kind need not be computed again for the layer."""
+"""The last step of each kind of attention; after it, attention need not be computed again for the layer."""
 
 EXPERTS = "mlp.experts"
 
@@ -56,7 +56,7 @@ def require_known(linears: Sequence[Linear]) -> None:
     """Require that each linear layer is an expert or belongs to one of :data:`STEPS`.
 
     Raises:
-        InputRefused: Some do not; the message names them.
+        InputRefused: A linear layer is neither; the message names it.
     """
     known = {kind for step in STEPS for kind in step}
     if other := {linear.kind for linear in linears if linear.kind not in known and not linear.is_expert}:
@@ -92,8 +92,8 @@ def input_groups(
                 stream.cache_outputs(layer, module, step[0], captured)
     if experts := [linear for linear in linears if linear.is_expert]:
         inputs = ExpertInputs.capture(stream, masks, layer, module, all_experts=all_experts)
-        for number, own in groupby(experts, key=_expert_number):
-            yield from _expert_groups(module.get_submodule(EXPERTS), number, list(own), inputs)
+        for number, group in groupby(experts, key=_expert_number):
+            yield from _expert_groups(module.get_submodule(EXPERTS), number, list(group), inputs)
 
 
 def _expert_number(linear: Linear) -> int:
@@ -135,7 +135,7 @@ class ExpertInputs:
     def capture(
         cls, stream: LayerStream, masks: Sequence[Tensor], layer: int, module: nn.Module, *, all_experts: bool
     ) -> "ExpertInputs":
-        """Capture them in a forward pass that ends at the experts; they are stored as the hidden states are."""
+        """Capture the inputs in a forward pass that ends at the experts; they are stored like the hidden states."""
         context, batches = stream.context, list[tuple[Tensor, Tensor]]()
         for (x_NH, chosen_NK, *_), mask_N in zip(stream.inputs_within(layer, module, EXPERTS), masks, strict=True):
             tokens_NH = context.offload(_masked(x_NH, mask_N), copies=len(masks))

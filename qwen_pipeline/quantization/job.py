@@ -17,8 +17,8 @@ class QuantJob:
 
     Attributes:
         source: The checkpoint to quantize.
-        windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``. Beside it is ``mask``, uint8, which is 0
-            for filling.
+        windows: A ``.npy`` file of token ids, int32 ``[samples, seq_len]``. ``mask`` is next to it, uint8, 0 for
+            pad tokens.
         work_dir: A directory for all files of the quantizer.
     """
 
@@ -59,7 +59,7 @@ class QuantJob:
 def use_work_dir(job: QuantJob) -> None:
     """Direct temporary files of libraries, such as offloaded weights, to the working directory.
 
-    Called in the quantizer's process. The disk of the working directory has room for a model; that of the system's
+    Called in the quantizer's process. The disk of the working directory has space for a model; the system's
     temporary directory may not.
     """
     scratch = job.work_dir / "tmp"
@@ -71,7 +71,7 @@ def require_device(spec: QuantSpec) -> None:
     """Require the devices of the spec; called in the quantizer's process.
 
     Raises:
-        EnvironmentFault: The spec requires CUDA, and torch sees fewer GPUs than the spec requires.
+        EnvironmentFault: The spec requires CUDA, and torch sees fewer GPUs than that.
     """
     import torch  # the command line reads specs without it
 

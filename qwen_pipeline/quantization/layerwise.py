@@ -1,11 +1,11 @@
-"""The quantizer ``layerwise``: an own layer loop over GPTQModel's solver, with one decoder layer in memory at a time.
+"""The quantizer ``layerwise``: this package's layer loop over GPTQModel's solver, with one decoder layer in memory.
 
-A layer is quantized one input group at a time (:mod:`~qwen_pipeline.quantization.input_groups`). One whole forward pass
-of the quantized layer then computes the inputs of the next layer. The outputs of attention are cached once it is
-quantized, so that the products of a layer cost about one and a half forward passes.
+A layer is quantized one input group at a time (:mod:`~qwen_pipeline.quantization.input_groups`). A complete forward
+pass of the quantized layer then computes the inputs of the next layer. The outputs of attention are cached once it is
+quantized, so that the matrix products of a layer cost about one and a half forward passes.
 
-A finished layer is a shard, and a record of figures written after it. An interrupted run continues after the finished
-layers.
+Each finished layer is stored as a shard, followed by a record of its figures. An interrupted run continues after the
+last finished layer.
 """
 
 import csv
@@ -55,7 +55,7 @@ class LayerRecord:
         sha256: Digest of the shard.
         modules: Rows of the solver's log.
         seconds: Duration of ``load`` (reading the weights), ``capture`` (inputs and Hessians), ``solve``, and
-            ``forward`` (the whole pass that computes the inputs of the next layer).
+            ``forward`` (the complete pass that computes the inputs of the next layer).
     """
 
     sha256: str
@@ -71,7 +71,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, continuing after the layers that are finished.
 
     Returns:
-        ``layers``: seconds, by part, and highest GPU memory of each layer. ``seconds``: of the whole run, by part.
+        ``layers``: seconds by part and peak GPU memory of each layer. ``seconds``: those of the whole run, by part.
 
     Raises:
         EnvironmentFault: The spec requires CUDA and there is no GPU.
@@ -109,7 +109,7 @@ class LayerLoop:
     Args:
         source: A full-precision checkpoint.
         windows_ST: Token ids.
-        mask_ST: The tokens that count for calibration; those after the last one of a window are filling.
+        mask_ST: The tokens that are used for calibration; the others are pad tokens at the end of a window.
         spec: Settings of the quantization.
         out: An existing directory; layers that are finished there are not quantized again.
 
@@ -165,7 +165,7 @@ class LayerLoop:
         return records
 
     def _use_finished(self, count: int) -> None:
-        """Have the first ``count`` layers computed from their codes."""
+        """Make the stream read the first ``count`` layers from their codes."""
         _write_index(self._out, count, self._spec)
         if count:
             quantization = self._spec.quantization_config("layerwise")
@@ -177,7 +177,7 @@ class LayerLoop:
     def _quantize_layer(
         self, module: nn.Module, linears: Sequence[Linear], clock: "LayerClock", report: Report
     ) -> tuple[dict[str, Tensor], list[ModuleEvidence]]:
-        """Replace the weights of a layer by the dequantized codes; return the codes and their figures."""
+        """Replace the weights of a layer with the dequantized codes; return the codes and their figures."""
         tensors: dict[str, Tensor] = {}
         rows: list[ModuleEvidence] = []
         for group in input_groups(self.stream, self._masks, module, linears, all_experts=self._spec.all_experts):
@@ -213,7 +213,7 @@ def _write_dequantized(weight_OI: Tensor, solved: Solved) -> None:
 
 
 class LayerClock(Stopwatch):
-    """Seconds of a layer, and the highest GPU memory since it began; a lap waits for the GPU."""
+    """Measures the seconds of a layer's parts and its peak GPU memory; a lap waits for the GPU."""
 
     def __init__(self, context: ComputeContext) -> None:
         self._on_gpu = context.device.type == "cuda"

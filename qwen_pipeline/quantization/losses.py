@@ -36,7 +36,7 @@ def loss_json(row: ModuleEvidence) -> dict[str, Any]:
 
 
 def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleEvidence]:
-    """Read the log; rows come in the order of ``linears``, modules without a row are left out.
+    """Read the log; rows are in the order of ``linears``, and modules without a row are left out.
 
     The columns from ``time`` on may be missing. A loss that is a word (``rtn fallback``) or at least
     :data:`NOT_SOLVED` means that the module was rounded to nearest.
@@ -63,7 +63,7 @@ def _read_row(row: dict[str, str], linear: Linear) -> ModuleEvidence:
 
 
 def _read_loss(loss: str) -> float:
-    """Read a loss; a word stands for rounding, so it counts as infinite."""
+    """Read a loss; a word means that the module was rounded, so its loss is infinite."""
     try:
         return float(loss)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Plots of a quantization by layer: the solver's losses beside those of an earlier version, odd groups, seconds."""
+"""Plots of a quantization by layer: losses compared with an earlier version, zero and saturated groups, seconds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +25,13 @@ def draw_losses(quantized: Path, before: Sequence[ModuleEvidence], path: Path) -
     now = load_evidence(quantized)
     draw_evidence(now, path, before=before, seconds=False)
     compared = compare_evidence(before, now).sentence("the version before") if before else "No version before is known."
-    return f"Loss of the solver and odd groups, by layer. {compared}"
+    return f"Loss of the solver, and zero and saturated groups, by layer. {compared}"
 
 
 def draw_evidence(
     rows: Sequence[ModuleEvidence], path: Path, *, before: Sequence[ModuleEvidence] = (), seconds: bool = True
 ) -> None:
-    """Draw the table. Experts of a layer are one point, their median; losses of ``before`` are dashed."""
+    """Draw the rows by layer. The experts of a layer are one point, their median; losses of ``before`` are dashed."""
     now, earlier = (to_frame(each).assign(line=lambda frame: frame["kind"].map(_line_of)) for each in (rows, before))
     panels = 3 if seconds else 2
     figure = Figure(figsize=(7.2, 2.2 * panels), layout="constrained")

@@ -13,7 +13,7 @@ def require_quantizable(checkpoint: Checkpoint, linears: Sequence[Linear], spec:
     """Require that a quantizer can quantize the checkpoint with this spec, and that a kernel can load the codes.
 
     Raises:
-        InputRefused: A size, a window length, a layer type or an override does not fit; the message names it.
+        InputRefused: A size, the window length, a layer type or an override is not supported; the message names it.
     """
     _require_whole_words(linears, spec)
     _require_positions(checkpoint, spec)
@@ -49,13 +49,13 @@ def _require_maskable(linears: Sequence[Linear], spec: QuantSpec) -> None:
     if spec.packing == "documents" and has_experts and spec.engine != "layerwise":
         raise InputRefused(
             "packing is 'documents', but experts receive tokens without their windows, so GPTQModel would calibrate"
-            " them with filling too.",
+            " them with pad tokens too.",
             remedy="Set packing to 'stream', or engine to 'layerwise'.",
         )
 
 
 def _require_no_dense_layers_beside_experts(linears: Sequence[Linear], spec: QuantSpec) -> None:
-    """Refuse mixtures of experts with dense layers for GPTQModel: it stops at them, or does not quantize their MLPs."""
+    """Refuse mixtures of experts with dense layers for GPTQModel: it fails at them, or does not quantize their MLPs."""
     has_experts = any(linear.is_expert for linear in linears)
     dense = [linear.layer for linear in linears if linear.kind == "mlp.down_proj"]
     if has_experts and dense and spec.engine == "gptqmodel":

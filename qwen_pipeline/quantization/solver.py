@@ -1,6 +1,6 @@
-"""GPTQModel's solver, called directly and with an own Hessian; no other module depends on its interface.
+"""GPTQModel's solver, called directly with a Hessian computed here; no other module depends on its interface.
 
-The interface changes between releases, so the parts that are used here have contract tests
+The interface changes between releases, so the parts used here have contract tests
 (``quantization/test_solver.py``).
 """
 
@@ -53,7 +53,7 @@ class Hessian:
         self.tokens += len(x_NI)
 
     def pop_mean(self) -> Tensor:
-        """Return the mean and release the sum; the caller owns the memory. Without tokens it is the identity."""
+        """Return the mean and release the sum; the caller owns the memory. Without tokens, the mean is the identity."""
         mean_II, self.total = self.total, None
         if mean_II is None:
             return torch.eye(self.inputs)
@@ -105,7 +105,7 @@ def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> I
             rounded_OI, scales_OG, zeros_OG, g_idx, _, loss, damp, _ = solver.quantize()
         solver.free()
         packed = pack(rounded_OI, scales_OG, zeros_OG, g_idx, form)
-        zero, saturated = odd_groups(packed)
+        zero, saturated = zero_and_saturated_groups(packed)
         yield Solved(packed=packed, loss=float(loss), damp=float(damp), zero_groups=zero, saturated_groups=saturated)
 
 
@@ -173,7 +173,7 @@ def pack(rounded_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, g_idx: Tensor,
     )
 
 
-def odd_groups(packed: PackedLinear) -> tuple[int, int]:
+def zero_and_saturated_groups(packed: PackedLinear) -> tuple[int, int]:
     """Count the groups of zeros, and the groups with at least a quarter of their codes at the ends of the grid.
 
     All codes of a 32-bit word are tested together: a code is at an end of the grid if all its bits are equal.

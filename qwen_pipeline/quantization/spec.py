@@ -1,4 +1,4 @@
-"""Settings of a quantization: everything that decides the bytes that a quantizer writes."""
+"""Settings of a quantization: everything that determines the bytes that a quantizer writes."""
 
 import os
 import re
@@ -31,18 +31,17 @@ def default_device() -> Device:
 class QuantSpec:
     """Settings of a quantization. Two runs with equal specs, inputs and versions write the same bytes.
 
-    Sums of floats depend on how the work is divided, so ``batch_size``, ``threads``, ``device`` and ``gpus`` are
-    included.
+    Sums of floats depend on the division of the work, so ``batch_size``, ``threads``, ``device`` and ``gpus`` are part
+    of it.
 
     Attributes:
         engine: The quantizer: ``layerwise`` is this package's own loop over GPTQModel's solver, the others are
             libraries.
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, as the fast serving kernels require.
-        desc_act: Whether columns are quantized in the order of falling activation (slower to serve under tensor
-            parallelism).
-        act_group_aware: Whether groups are quantized in the order of falling activation, which leaves every group in
-            its place and costs nothing to serve. Ignored with ``desc_act``; not supported by AutoGPTQ.
+        desc_act: Whether columns are quantized by descending activation (slower to serve under tensor parallelism).
+        act_group_aware: Whether groups are quantized by descending activation, which keeps every group in its place
+            and costs nothing to serve. Ignored with ``desc_act``; not supported by AutoGPTQ.
         damp_percent: Share of the mean Hessian diagonal that is added to it.
         dynamic: Regular expression, searched for in the module's name -> settings of the module (GPTQModel's
             ``dynamic``). Only :data:`OVERRIDES`, which do not change the format of the codes; the first match counts.
@@ -91,19 +90,19 @@ class QuantSpec:
         if self.engine == "autogptq":
             self._require_supported_by_autogptq()
         self._require_valid_overrides()
-        _ = self.calibration  # checks its own settings
+        _ = self.calibration  # validates its settings
 
     def _require_supported_by_autogptq(self) -> None:
         unsupported = (
-            (self.packing == "documents", "AutoGPTQ does not mask filling, but packing is 'documents'."),
-            (self.all_experts, "AutoGPTQ calibrates experts only with the tokens routed to them, all_experts is set."),
+            (self.packing == "documents", "AutoGPTQ does not mask pad tokens, but packing is 'documents'."),
+            (self.all_experts, "AutoGPTQ calibrates experts only on tokens routed to them, but all_experts is set."),
             (self.mse != 0, f"AutoGPTQ does not search for scales, but mse is {self.mse}."),
             (not self.act_group_aware, "AutoGPTQ never reorders groups, but act_group_aware is set to false."),
             (bool(self.dynamic), "AutoGPTQ has the same settings for all modules, but dynamic is set."),
         )
-        for is_set, what in unsupported:
+        for is_set, reason in unsupported:
             if is_set:
-                raise InputRefused(what, remedy="Leave this setting at its default, or choose another engine.")
+                raise InputRefused(reason, remedy="Leave this setting at its default, or choose another engine.")
 
     def _require_valid_overrides(self) -> None:
         for pattern, settings in self.dynamic.items():
@@ -123,8 +122,8 @@ class QuantSpec:
             require_at_least(f"dynamic {pattern!r} mse", settings.get("mse", self.mse), low=0)
 
     def override(self, module: str) -> Mapping[str, float]:
-        """Return the settings that a module overrides."""
-        return next((own for pattern, own in self.dynamic.items() if re.search(pattern, module)), {})
+        """Return the overrides that apply to a module."""
+        return next((settings for pattern, settings in self.dynamic.items() if re.search(pattern, module)), {})
 
     @property
     def environment(self) -> EnvironmentName:
@@ -133,7 +132,7 @@ class QuantSpec:
 
     @property
     def calibration(self) -> CalibrationSpec:
-        """The settings that decide which tokens are drawn."""
+        """The settings that determine which tokens are drawn."""
         return CalibrationSpec(**{name: getattr(self, name) for name in CalibrationSpec.fields()})
 
     def to_json(self) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class QuantSpec:
         """Return the ``quantization_config`` of ``config.json`` that Transformers, vLLM and GPTQModel can load.
 
         Args:
-            quantizer: Producer of the codes, as ``name:version``; GPTQModel requires it of asymmetric checkpoints.
+            quantizer: Producer of the codes, as ``name:version``; GPTQModel requires it to load asymmetric codes.
         """
         return {
             "quant_method": "gptq",

@@ -11,9 +11,7 @@ def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> Non
 
 def require_share(name: str, value: float) -> None:
     if not 0 < value < 1:
-        raise InputRefused(
-            f"{name} is {value}, expected a value between 0 and 1, both excluded.", remedy=f"Set {name} to 0.05."
-        )
+        raise InputRefused(f"{name} is {value}, expected a value above 0 and below 1.", remedy=f"Set {name} to 0.05.")
 
 
 def require_at_least(name: str, value: float, *, low: float) -> None:

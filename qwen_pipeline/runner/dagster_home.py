@@ -14,14 +14,14 @@ _DEFAULTS = Path(__file__).parent
 
 
 def dagster_home(settings: Settings) -> Path:
-    """Return ``DAGSTER_HOME`` if it is set, or the workspace's own, which is created if it is missing."""
+    """Return ``DAGSTER_HOME`` if it is set, else the workspace's home, which is created if it is missing."""
     if home := os.environ.get("DAGSTER_HOME"):
         return Path(home)
-    own = settings.dagster_home
-    own.mkdir(parents=True, exist_ok=True)
-    if not (own / "dagster.yaml").exists():
-        (own / "dagster.yaml").write_bytes((_DEFAULTS / "dagster.yaml").read_bytes())
-    return own
+    directory = settings.dagster_home
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "dagster.yaml").exists():
+        (directory / "dagster.yaml").write_bytes((_DEFAULTS / "dagster.yaml").read_bytes())
+    return directory
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
@@ -29,12 +29,11 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
 
 
 def exec_server(settings: Settings, *, port: int) -> NoReturn:
-    """Replace this process by the web UI and the daemon, which listen on the loopback interface and log to stderr."""
+    """Replace this process with the web UI, on the loopback interface, and the daemon; both log to stderr."""
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(_DEFAULTS / "workspace.yaml")]
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # ignored in a shell's background jobs, where Dagster then ignores SIGTERM as well
+    # a shell's background jobs ignore SIGINT, and Dagster would then ignore SIGTERM too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()
     os.dup2(sys.stderr.fileno(), 1)
     os.execve(command[0], [*command, *address], {**os.environ, "DAGSTER_HOME": str(dagster_home(settings).resolve())})

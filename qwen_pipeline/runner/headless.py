@@ -57,12 +57,12 @@ def run_fine_tune(settings: Settings, fine_tune: str, *, observe: Observe = unob
 
 
 def publish_fine_tune(settings: Settings, fine_tune: str, *, observe: Observe = unobserved) -> Outcome:
-    """Materialize the release alone, from the latest outputs in the store."""
+    """Materialize only the release, from the latest outputs in the store."""
     return materialize(settings, require_name(fine_tune), only=["published_checkpoint"], observe=observe)
 
 
 def evaluate_inbox_sensor(settings: Settings) -> list[str]:
-    """Evaluate the sensor of the inbox twice, as the daemon would, and return its messages."""
+    """Evaluate the sensor of the inbox twice, like the daemon, and return its messages."""
     definitions, cursor, messages = code_location(settings), None, list[str]()
     workspace = configured_resources(settings)["workspace"]
     with open_instance(settings) as instance:
@@ -85,7 +85,7 @@ def materialize(
     observe: Observe = unobserved,
     tags: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Materialize all assets of one partition, or ``only`` those with the given names. Nothing is retried."""
+    """Materialize all assets of one partition, or only those named in ``only``. Nothing is retried."""
     definitions = code_location(settings, StepRunner(observe, retry_delays=()))
     with open_instance(settings) as instance:
         job = definitions.resolve_job_def(process_fine_tune.name)

@@ -1,1 +1,1 @@
-"""Stages of the pipeline: each derives one finished directory from others and reports on checks of its output."""
+"""Stages of the pipeline: each derives a finished directory from its inputs and reports on checks of its output."""

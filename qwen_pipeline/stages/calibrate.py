@@ -1,4 +1,4 @@
-"""``padded + text -> calibration``: the tokens that a model is quantized with, and how many reach each expert."""
+"""``padded + text -> calibration``: the tokens on which a model is calibrated, and their number at each expert."""
 
 import csv
 import sys
@@ -46,15 +46,15 @@ def calibrate(
 ) -> Artifact:
     """Draw calibration tokens with a model's tokenizer and chat template, and save them.
 
-    The content digest covers only the tokens: with equal tokens, outputs quantized with them stay up to date.
+    The content digest covers only the tokens: while they are equal, checkpoints quantized with them stay up to date.
 
     Args:
         source: The checkpoint that will be quantized.
         text: A file of records, a directory, or the name of a dataset: see :mod:`qwen_pipeline.text.sources`.
-        destination: Where to write the tokens.
+        destination: The output directory.
         spec: Number, length and selection of the windows.
-        all_experts: Whether the quantizer will give every token to every expert, so that routing does not matter.
-        min_expert_tokens: Tokens that each expert needs to pass the check.
+        all_experts: Whether the quantizer will calibrate every expert on every token, regardless of the router.
+        min_expert_tokens: Tokens that each expert must receive to pass the check.
         device: Device on which the routers of a mixture are computed; by default a GPU if there is one.
         observe: Receives progress for each layer of a mixture.
 
@@ -99,14 +99,14 @@ def check_experts(experts: Mapping[int, Sequence[int]], least: int, *, is_mixtur
 
     Args:
         experts: Layer -> tokens of each expert; empty if every expert gets every token.
-        least: Tokens that each expert needs.
+        least: Tokens that each expert must receive.
         is_mixture: Whether the model has experts.
     """
     if not is_mixture:
         return EXPERTS_REACHED.skipped("The model has no experts.")
     if not experts:
         return EXPERTS_REACHED.report(passed=True, detail="Every expert will get every token.")
-    starved = [
+    too_few = [
         (count, f"layer {layer} expert {expert} gets {count}")
         for layer, tokens in experts.items()
         for expert, count in enumerate(tokens)
@@ -114,15 +114,15 @@ def check_experts(experts: Mapping[int, Sequence[int]], least: int, *, is_mixtur
     ]
     total = sum(map(len, experts.values()))
     detail = f"Each of {total} experts gets at least {least} tokens."
-    if starved:
-        worst = listed([which for _, which in sorted(starved)])
+    if too_few:
+        worst = listed([description for _, description in sorted(too_few)])
         detail = (
-            f"{len(starved)} of {total} experts get fewer than {least} tokens: {worst}."
+            f"{len(too_few)} of {total} experts get fewer than {least} tokens: {worst}."
             " Calibrate with more samples, with text closer to the model's use, or with all experts"
             " (all_experts gives each of them every token)."
         )
     fewest = min(count for tokens in experts.values() for count in tokens)
-    return EXPERTS_REACHED.report(passed=not starved, detail=detail, measured=float(fewest), limit=float(least))
+    return EXPERTS_REACHED.report(passed=not too_few, detail=detail, measured=float(fewest), limit=float(least))
 
 
 def _count_expert_tokens(

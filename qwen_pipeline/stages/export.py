@@ -1,4 +1,4 @@
-"""``quantized -> exported``: the same codes in ``pack-quantized`` of compressed-tensors, vLLM's native format."""
+"""``quantized -> exported``: the same codes as compressed-tensors (``pack-quantized``), vLLM's native format."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from qwen_pipeline.transforms.codes.to_compressed_tensors import as_compressed
 STAGE = "exported"
 CODE_VERSION = "1"
 SAME_WEIGHTS = CheckSpec(
-    name="same_weights", description="Codes, zero points, scales and groups, read back, are those of the source."
+    name="same_weights", description="Codes, zero points, scales and groups, read back, equal those of the source."
 )
 CHECKS = (SAME_WEIGHTS,)
 
@@ -27,7 +27,7 @@ def export(*, source: Path, destination: Destination | Path, observe: Observe = 
 
     Args:
         source: A GPTQ checkpoint.
-        destination: Where the exported checkpoint goes.
+        destination: The output directory.
         observe: Called with the progress.
 
     Raises:
@@ -54,7 +54,7 @@ def check_weights(quantized: Checkpoint, exported: Checkpoint) -> CheckReport:
     """Report on :data:`SAME_WEIGHTS`, module by module."""
     modules = [name.removesuffix(".qweight") for name in quantized if name.endswith(".qweight")]
     different = list(_different_modules(quantized, exported, modules))
-    remedy = "Export again; if it persists, report it as a defect."
+    remedy = "Export again; if the difference persists, report it as a defect."
     return report_on_modules(SAME_WEIGHTS, total=len(modules), bad=different, remedy=remedy)
 
 

@@ -1,4 +1,4 @@
-"""``base + fine-tune -> merged``: one full-precision checkpoint of a base and an adapter, adapters or a whole model."""
+"""``base + fine-tune -> merged``: one full-precision checkpoint of a base and its adapters or fine-tuned model."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -38,12 +38,12 @@ CHECKS = (TENSORS_USED, BASE_MATCHES, FINITE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownBase:
-    """A base model, and what adapters may call it.
+    """A base model, with the names by which adapters may refer to it.
 
     Attributes:
-        root: Its directory.
-        names: Every name that it is known under; if empty, the name of the directory is compared.
-        revision: Its commit, tag or branch.
+        root: The directory.
+        names: Every name of the base; if empty, the directory's name is compared.
+        revision: The commit, tag or branch.
     """
 
     root: Path
@@ -66,12 +66,12 @@ def merge(
 
     Args:
         base: A full-precision model directory.
-        fine_tune: A directory with a PEFT LoRA, with several adapters and a file of their weights, or with a whole
-            fine-tuned model, whose tensors are then the result. Or a set of adapters.
-        destination: Where the merged checkpoint goes.
-        base_names: Every name that the base is known under. If given, an adapter that names another base fails a
-            check; if not, the directory's name is compared, and a difference is only a warning.
-        base_revision: The base's commit, tag or branch. An adapter that names another one fails the same check.
+        fine_tune: A directory with a PEFT LoRA, with several adapters and a file of their weights, or with a complete
+            fine-tuned model, whose tensors are then the result; or a set of adapters.
+        destination: The output directory.
+        base_names: Every name of the base. If given, an adapter that names another base fails a check; if not, the
+            directory's name is compared, and a difference is only a warning.
+        base_revision: The base's commit, tag or branch. An adapter that names another revision fails the same check.
         padded: The padded checkpoint that the adapter was trained on, if the adapter does not name it.
         hard_links: Whether a shard that the fine-tune does not change may be a hard link to the base's file.
         observe: Called with the progress.
@@ -80,14 +80,14 @@ def merge(
         InputRefused: The fine-tune does not fit the base exactly, or one of them is quantized.
         CheckFailed: A merged weight is not finite.
     """
-    work = prepare(
+    rewrite = prepare(
         KnownBase(root=base, names=base_names, revision=base_revision),
         fine_tune,
         padded=padded,
         read_now=as_destination(destination).may_hold(STAGE),
         observe=observe,
     )
-    artifact = work.write(destination, task="merge", hard_links=hard_links, observe=observe)
+    artifact = rewrite.write(destination, task="merge", hard_links=hard_links, observe=observe)
     return materialize(artifact.path, observe=observe) if artifact.manifest.recipe else artifact
 
 
@@ -133,7 +133,7 @@ def prepare(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Merge:
-    """One kind of merge, to become a :class:`Rewrite`; ``reports`` is called once the weights are written."""
+    """A checked merge of either kind of fine-tune; ``reports`` is called once the weights are written."""
 
     output: Checkpoint
     summary: Mapping[str, Any]
@@ -152,7 +152,7 @@ def _merge_adapters(base: KnownBase, source: StageInput, adapters: AdapterSet, p
 
     return _Merge(
         output=merged.checkpoint,
-        summary=_adapter_summary(merged, adapters) | _way_back(merged, padded_model(base.root)),
+        summary=_adapter_summary(merged, adapters) | _unpad_data(merged, padded_model(base.root)),
         reports=reports,
         spec={"base_revision": base.revision, **_bridge_spec(merged)},
         others={"fine_tune": adapters.digest()},
@@ -172,8 +172,8 @@ def _bridge_spec(merged: Merged) -> dict[str, Any]:
     return {"trained": bridge.trained, "padding": dump_plan(bridge.plan)} if bridge else {}
 
 
-def _way_back(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
-    """Return the data that unpadding needs, if the merged checkpoint is padded as its base is."""
+def _unpad_data(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
+    """Return the data that unpadding needs, if the merged checkpoint is padded like its base."""
     if base is None or (merged.bridge is None and _changes_padded_tensors(merged, base.plan)):
         return {}
     config = base.live_config if merged.checkpoint.config_bytes else None
@@ -226,7 +226,7 @@ def _model_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
             detail=f"All {count} tensors were matched to the {len(parent)} of the base, by name and shape,"
             " before anything was written.",
         ),
-        BASE_MATCHES.report(passed=True, detail=f"A whole model, with the base's tensors and shapes{exception}."),
+        BASE_MATCHES.report(passed=True, detail=f"A complete model, with the base's tensors and shapes{exception}."),
     ]
 
 
@@ -236,24 +236,24 @@ def base_report(base: KnownBase, adapters: AdapterSet, *, is_padded_base: bool =
     Args:
         base: The base that the adapters are merged into.
         adapters: The adapters.
-        is_padded_base: Whether they were trained on a checkpoint that this base was padded to.
+        is_padded_base: Whether they were trained on a checkpoint that was padded from this base.
     """
     unnamed = [] if is_padded_base else [each for each in adapters.adapters if not _is_named(each, base)]
-    strangers = [adapter for adapter in unnamed if not _names_padding_source(adapter, base.root)]
+    unrelated = [adapter for adapter in unnamed if not _names_padding_source(adapter, base.root)]
     is_other_revision = not all(may_be_same_revision(each.revision, base.revision) for each in adapters.adapters)
-    if strangers:
-        detail = "The adapter names another base: make sure that it was trained on this one, and register the name."
+    if unrelated:
+        detail = "The adapter names another base: if it was trained on this one, add the name to base_names."
     elif is_other_revision:
         detail = "The adapter names another revision of this base: set base_revision to the one it was trained on."
     elif is_padded_base:
-        detail = "The adapter was trained on a checkpoint that this base was padded to."
+        detail = "The adapter was trained on a checkpoint that was padded from this base."
     elif unnamed:
-        detail = "The adapter names the checkpoint that this base was padded from, says the base's manifest."
+        detail = "The base's manifest says that the base was padded from the checkpoint that the adapter names."
     else:
         detail = "The adapter names this base."
     known = ", ".join(sorted(base.names) or [base.root.name])
     return BASE_MATCHES.report(
-        passed=not strangers and not is_other_revision,
+        passed=not unrelated and not is_other_revision,
         severity="ERROR" if base.names or is_other_revision else "WARN",
         measured=", ".join(sorted({_declared_base(adapter) for adapter in adapters.adapters})),
         limit=known + (f" at {base.revision}" if base.revision else ""),
@@ -273,7 +273,7 @@ def _is_named(adapter: Adapter, base: KnownBase) -> bool:
 
 
 def _names_padding_source(adapter: Adapter, base: Path) -> bool:
-    """Check whether a base was padded from the checkpoint that an adapter names, if its digest is known here."""
+    """Check whether a base was padded from the checkpoint that an adapter names; false if its digest is not cached."""
     padded, named = padded_model(base), Path(adapter.base_name or "")
     if padded is None or not adapter.base_name or not (named / CONFIG).is_file():
         return False
@@ -282,7 +282,7 @@ def _names_padding_source(adapter: Adapter, base: Path) -> bool:
 
 
 def may_be_same_revision(one: str | None, other: str | None) -> bool:
-    """Check whether two revisions can be the same: a commit may be shortened, or be the target of a branch."""
+    """Check whether two revisions can be the same: a commit may be abbreviated, or be the target of a branch."""
     if not one or not other or bool(_COMMIT.fullmatch(one)) != bool(_COMMIT.fullmatch(other)):
         return True
     return one.startswith(other) or other.startswith(one) if _COMMIT.fullmatch(one) else one == other
@@ -292,5 +292,5 @@ def _finite_report(merged: Checkpoint) -> CheckReport:
     return FINITE.report(
         passed=True,
         measured=f"{len(merged)} of {len(merged)}",
-        detail="Every block was tested as it was written; a NaN or an infinity would have ended the stage.",
+        detail="Every block was tested as it was written; a NaN or an infinity would have stopped the stage.",
     )

@@ -1,4 +1,4 @@
-"""``base + fine-tune -> merged, padded`` in one pass: merged weights are digested in memory, padded ones are stored."""
+"""``base + fine-tune -> merged, padded`` in one pass: merged weights are only hashed, padded ones are stored."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -38,14 +38,14 @@ def merge_pad(
 ) -> tuple[Artifact, Artifact]:
     """Merge a fine-tune and pad the result, and store only the padded weights.
 
-    Both artifacts have the content digests that the two stages would give them one after the other. The merged one is
-    a recipe (:func:`open_model`), unless a stored one exists.
+    Both artifacts have the content digests that the two stages would give them. The merged one is a recipe
+    (:func:`open_model`), unless its weights are already stored.
 
     Args:
         base: See :func:`merge.merge`.
         fine_tune: See :func:`merge.merge`.
-        merged: Where the recipe goes.
-        padded: Where the padded checkpoint goes.
+        merged: The output directory of the recipe.
+        padded: The output directory of the padded checkpoint.
         base_names: See :func:`merge.merge`.
         base_revision: See :func:`merge.merge`.
         spec: See :func:`pad.pad`.
@@ -72,7 +72,7 @@ def merge_pad(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassEstimate:
-    """The needs of one way to a merged or a padded checkpoint: bytes read, disk and memory."""
+    """The needs of one way to make a merged or a padded checkpoint: bytes read, disk and memory."""
 
     name: str
     read_bytes: int
@@ -81,9 +81,10 @@ class PassEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceEstimate:
-    """The sizes that decide the cost of merging into a model and padding it.
+    """The sizes that determine the cost of merging into a model and padding it.
 
-    Two stages read base and merged weights and store both results; one pass reads the base and stores the padded ones.
+    Two stages read the base and the merged weights, and store both outputs. One pass reads the base, and stores the
+    padded weights.
     """
 
     base_bytes: int
@@ -105,7 +106,7 @@ class ResourceEstimate:
 
 
 def estimate_resources(root: Path, spec: PaddingSpec) -> ResourceEstimate | None:
-    """Estimate the cost of merging into a model and padding it; None unless its weights are here and can be padded.
+    """Estimate the cost of merging into a model and padding it; None if it has no weights here or cannot be padded.
 
     The estimate is for a fine-tune that changes every tensor; others cost no more.
     """
@@ -124,7 +125,7 @@ def estimate_resources(root: Path, spec: PaddingSpec) -> ResourceEstimate | None
 
 
 class _UnstoredMerge:
-    """A merged checkpoint whose weights are not stored: first the source of a padded one, then a recipe."""
+    """A merged checkpoint whose weights are not stored: the source of the padded one, and then a recipe."""
 
     def __init__(self, merging: Rewrite, destination: Destination, recipe: Mapping[str, str]) -> None:
         self._merging, self._destination, self._recipe = merging, destination, recipe
@@ -138,7 +139,7 @@ class _UnstoredMerge:
         )
 
     def recipe(self) -> Artifact:
-        """Return the finished directory without weights; if it is new, the readers must have read every tensor."""
+        """Return the finished directory without weights; to create it, the readers must have read every tensor."""
         derivation = replace(self._merging.derivation, inputs={**self._merging.final_digests(), **self._merging.others})
         return derive(derivation, self._destination, self._write)
 

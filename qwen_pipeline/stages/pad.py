@@ -33,8 +33,8 @@ CONFIG_FOLLOWS = CheckSpec(
 )
 ATTENTION_DIVIDES = CheckSpec(
     name="attention_divides",
-    description="Attention heads and o_proj groups, which padding cannot change, divide by the degree; and so do"
-    " towers, which are padded on request.",
+    description="Attention heads and o_proj groups, which padding cannot change, divide by the degree, and so do"
+    " towers, which are padded only on request.",
     blocking=False,
 )
 CHECKS = (WIDTH_DIVIDES, PADDING_IS_SILENT, CONFIG_FOLLOWS, ATTENTION_DIVIDES)
@@ -52,19 +52,20 @@ def pad(
 ) -> Artifact:
     """Pad a full-precision checkpoint so that it can be quantized in groups and served by several ranks.
 
-    A width that divides already is valid: the weights are then carried unchanged. The manifest holds what undoing the
-    padding needs.
+    If every width already divides, the weights are copied unchanged. The manifest records the data that unpadding
+    needs.
 
     Args:
         source: The merged checkpoint, stored or a recipe.
-        destination: Where the padded checkpoint goes.
-        spec: The geometry.
+        destination: The output directory.
+        spec: The target geometry.
         hard_links: Whether a shard that padding does not change may be a hard link to the source's file.
         observe: Called with the progress.
 
     Raises:
         QuantizedInputRefused: The input is quantized; padding comes before quantization.
-        InputRefused: The family cannot be padded, weights and config disagree, or no padding lets the targets serve.
+        InputRefused: The family cannot be padded, weights and config disagree, or padding cannot make the targets
+            serve.
     """
     read_now = as_destination(destination).may_hold(STAGE)
     live = open_input("source", source, open_root=open_model, read_now=read_now, observe=observe)
@@ -84,7 +85,7 @@ def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
     padded = pad_checkpoint(live, plan)
     reports = [
         _width_report(plan, spec.ranks),
-        _silent_report(live, plan, spec.layout),
+        _zero_effect_report(live, plan, spec.layout),
         _config_report(live, padded, plan),
         _attention_report(padded.config, spec),
     ]
@@ -94,12 +95,12 @@ def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
         spec=spec.to_json(),
         sources={"source": source},
         output=padded,
-        result=lambda: {**_way_back(live, plan), "checks": dump_reports(reports)},
+        result=lambda: {**_unpad_data(live, plan), "checks": dump_reports(reports)},
     )
 
 
-def _way_back(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
-    """Return the data that unpadding needs: the map of the channels, and the text of the config before."""
+def _unpad_data(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
+    """Return the data that unpadding needs: the map of the channels, and the original text of the config."""
     config = live.config_bytes.decode() if live.config_bytes and plan.changes else None
     return {"padding": dump_plan(plan), "live_config": config}
 
@@ -121,7 +122,7 @@ def _width_report(plan: PadPlan, ranks: int) -> CheckReport:
     )
 
 
-def _silent_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckReport:
+def _zero_effect_report(live: Checkpoint, plan: PadPlan, layout: Layout) -> CheckReport:
     count = sum(len(sized_tensors(live, size.field)) for size in plan.sizes)
     return PADDING_IS_SILENT.report(
         passed=True,

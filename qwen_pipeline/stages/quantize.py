@@ -1,4 +1,4 @@
-"""``padded -> quantized``: a quantizer computes codes in its own process; this stage checks and writes them."""
+"""``padded -> quantized``: a quantizer computes codes in its own process; this stage writes and checks them."""
 
 import functools
 import os
@@ -68,12 +68,12 @@ def quantize(
     """Quantize a full-precision checkpoint to GPTQ codes.
 
     ``layerwise`` resumes an interrupted attempt at the layer that was interrupted, and so does GPTQModel's own loop for
-    the families that it supports; AutoGPTQ starts again. A quantizer that has finished is not run again. Its process
-    starts to import while the tokens are drawn, unless the output may exist already.
+    the families that it supports; AutoGPTQ starts over. A quantizer that has finished is not run again. Its process
+    starts importing while the tokens are drawn, unless the output may already exist.
 
     Args:
         source: The merged and padded checkpoint.
-        destination: Where to write the quantized checkpoint.
+        destination: The output directory.
         calibration: A directory that the stage ``calibration`` wrote, whose calibration spec then replaces that of
             ``spec``; or text to draw tokens from: see :mod:`qwen_pipeline.text.sources`.
         spec: Settings of the quantization.
@@ -82,8 +82,8 @@ def quantize(
         observe: Receives progress for each module.
 
     Raises:
-        QuantizedInputRefused: The source is quantized already.
-        InputRefused: Sizes that cannot be packed, a spec the model cannot serve, too little calibration text.
+        QuantizedInputRefused: The source is already quantized.
+        InputRefused: A size cannot be packed, the spec does not fit the model, or there is too little calibration text.
         EnvironmentFault: The quantizer's environment, the GPU, memory or disk space is missing.
         CheckFailed: A loss is NaN, or the calibration failed one of its own checks.
     """
@@ -128,7 +128,7 @@ def _open_source(source: Path) -> tuple[Checkpoint, list[Linear]]:
 
 
 def _prepared_tokens(calibration: str | Path, spec: QuantSpec) -> tuple[CalibrationSet | None, QuantSpec]:
-    """Load the tokens if they were drawn by a stage; return them, and the spec with their calibration settings."""
+    """Load the tokens if a stage drew them; return them, and the spec with their calibration settings."""
     if not is_prepared(calibration):
         return None, spec
     tokens = load_calibration(Path(calibration))
@@ -136,7 +136,7 @@ def _prepared_tokens(calibration: str | Path, spec: QuantSpec) -> tuple[Calibrat
 
 
 def _enter_worker(workers: ExitStack, spec: QuantSpec, engine: WorkerEnvironment) -> Worker:
-    """Start the quantizer's process, which ends with ``workers``."""
+    """Start the quantizer's process, which ends when ``workers`` is closed."""
     target = f"qwen_pipeline.quantization.{spec.engine}:quantize_directory"
     environment = worker_environment(spec)
     return workers.enter_context(started_worker(engine.python, target, packages=[engine.module], env=environment))
@@ -144,7 +144,7 @@ def _enter_worker(workers: ExitStack, spec: QuantSpec, engine: WorkerEnvironment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Quantization:
-    """A quantization that is to be built.
+    """A quantization, ready to be built.
 
     Attributes:
         config: The ``quantization_config`` of the output.
@@ -196,7 +196,7 @@ class _Quantization:
         )
 
     def _run(self, worker: Worker, job: QuantJob, log: Path) -> EngineOutput:
-        """Have the quantizer do the job; its process may still be ending when this returns."""
+        """Run the job in the quantizer's process, which may still be exiting when this returns."""
         result = worker.deliver(job.to_json(), log=log, observe=self.observe)
         output = EngineOutput(worker=result, seconds=self.laps.lap("worker"))
         output.save(job)
@@ -205,7 +205,7 @@ class _Quantization:
     def _write(
         self, job: QuantJob, losses: Sequence[ModuleEvidence], partial: Path
     ) -> tuple[Contents, list[ModuleEvidence]]:
-        """Write the checkpoint and its logs; the evidence is gathered meanwhile."""
+        """Write the checkpoint and its logs, and gather the evidence at the same time."""
         quantized = quantized_checkpoint(self.checkpoint, open_checkpoint(job.packed), self.linears, self.config)
         with ThreadPoolExecutor(1) as pool:
             gathering = pool.submit(_save_evidence, quantized, self.linears, losses, partial)
@@ -220,7 +220,7 @@ def _open_work_dir(
 ) -> tuple[QuantJob, EngineOutput | None]:
     """Create the working directory, or reuse that of an interrupted attempt.
 
-    The output of a quantizer that has finished is kept, or else the state that the quantizer can resume from.
+    The output of a finished quantizer is kept; without one, the state that the quantizer can resume from.
     """
     import numpy as np
 
@@ -253,7 +253,7 @@ def _save_evidence(
 def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     """Return variables that limit threads and visible GPUs.
 
-    GPTQModel uses all GPUs that it sees, and another number of them gives other bytes.
+    GPTQModel uses all visible GPUs, and a different number of GPUs gives different bytes.
     """
     threads = str(spec.threads)
     gpus = spec.gpus if spec.device == "cuda" else 0
@@ -265,9 +265,9 @@ def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
 def _seconds(laps: Stopwatch, output: EngineOutput) -> dict[str, Any]:
     """Return the seconds of the quantizer (``engine``) and of this stage (``stage``), by part.
 
-    Time of the worker that the quantizer does not account for counts as the stage's. The import includes all packages
-    that the quantizer needs, such as torch; the part of it that ran while the stage prepared is ``both``, and counts as
-    the stage's only.
+    Worker time that the quantizer does not report counts as the stage's. The import includes all packages that the
+    quantizer needs, such as torch; the part of it that overlapped with the stage's preparation is ``both``, and counts
+    only as the stage's.
     """
     worker = output.worker
     own: Mapping[str, float] = worker.value["seconds"]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STAGE = "repaired"
 CODE_VERSION = "1"
 SETTINGS = ("quantize_config.json", "quant_config.json")
-"""Files in which quantizers repeat their settings, or state them if ``config.json`` does not."""
+"""Files in which quantizers repeat the settings of ``config.json``, or write them instead."""
 
 WHOLE_GROUPS = CheckSpec(
     name="whole_groups_on_every_rank", description="Every rank holds whole quantization groups of every MLP."
@@ -36,16 +36,16 @@ LIVE_IDENTICAL = CheckSpec(
     name="live_weights_identical",
     description="Every weight of the source, read back and sharded over the ranks, has the same bits as before.",
 )
-NEW_SILENT = CheckSpec(name="new_weights_are_zero", description="Every new weight dequantizes to exactly zero.")
+NEW_ZERO = CheckSpec(name="new_weights_are_zero", description="Every new weight dequantizes to exactly zero.")
 CONFIG_FOLLOWS = CheckSpec(
     name="config_follows_weights", description="The config states the new widths; nothing else changed."
 )
 IN_ORDER = CheckSpec(
     name="inputs_in_order",
-    description="Groups are consecutive inputs; with act-order only some engines can shard them over ranks.",
+    description="Groups are consecutive inputs; with act-order, only some engines can shard them over ranks.",
     blocking=False,
 )
-CHECKS = (WHOLE_GROUPS, LIVE_IDENTICAL, NEW_SILENT, CONFIG_FOLLOWS, IN_ORDER)
+CHECKS = (WHOLE_GROUPS, LIVE_IDENTICAL, NEW_ZERO, CONFIG_FOLLOWS, IN_ORDER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +53,10 @@ class Quantized:
     """A quantized checkpoint as its quantizer wrote it.
 
     Attributes:
-        checkpoint: Its tensors; the config holds the quantization settings, wherever they were stated, and the files
-            that state them are sidecars.
-        form: The format of its codes.
-        stem: The file name of its weights without suffixes, such as ``model``, or AutoGPTQ's ``gptq_model-4bit-128g``.
+        checkpoint: The tensors. The config contains the quantization settings, whichever file they come from; settings
+            files are sidecars.
+        form: The format of the codes.
+        stem: The file name of the weights without suffixes, such as ``model``, or AutoGPTQ's ``gptq_model-4bit-128g``.
     """
 
     checkpoint: Checkpoint
@@ -74,7 +74,7 @@ def open_quantized(root: Path) -> Quantized:
     checkpoint = open_checkpoint(root, stem=stem)
     files = {name: root / name for name in SETTINGS if (root / name).is_file()}
     checkpoint = checkpoint.replace(sidecars={**checkpoint.sidecars, **files})
-    settings = checkpoint.config.get("quantization_config") or _stated_beside(files)
+    settings = checkpoint.config.get("quantization_config") or _settings_in(files)
     form = code_format(settings)
     if settings != checkpoint.config.get("quantization_config"):
         checkpoint = checkpoint.replace(config={**checkpoint.config, "quantization_config": dict(settings)})
@@ -82,12 +82,12 @@ def open_quantized(root: Path) -> Quantized:
 
 
 def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
-    """Return the content digest of a checkpoint as quantizers write it; it is read once and cached."""
+    """Return the content digest of a checkpoint as quantizers write it. Weights are read once; the digest is cached."""
     return checkpoint_digest(root, checkpoint=open_quantized(root).checkpoint, observe=observe)
 
 
 def remembered_quantized_digest(root: Path) -> str | None:
-    """Return the cached content digest, or None; no weights are read.
+    """Return the content digest if it is cached, else None; no weights are read.
 
     Raises:
         CheckpointRefused: The checkpoint is not quantized, or its format is not supported.
@@ -100,9 +100,9 @@ def plan(source: Path, *, tensor_parallel: int, towers: bool = False) -> PadPlan
     """Plan a repair from headers alone; raises the errors of :func:`repair`."""
     quantized = open_quantized(source)
     config, form = quantized.checkpoint.config, quantized.form
-    found = plan_repair(config, form, tensor_parallel=tensor_parallel, towers=towers)
-    repair_checkpoint(quantized.checkpoint, form, found)
-    return found
+    pad_plan = plan_repair(config, form, tensor_parallel=tensor_parallel, towers=towers)
+    repair_checkpoint(quantized.checkpoint, form, pad_plan)
+    return pad_plan
 
 
 def repair(
@@ -113,41 +113,41 @@ def repair(
     towers: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
-    """Add whole groups of zero codes to the MLPs of a quantized checkpoint, so that ``tensor_parallel`` ranks share it.
+    """Add whole groups of zero codes to a quantized checkpoint's MLPs, so that ``tensor_parallel`` ranks can share it.
 
-    The weights are computed from the codes, before and after, and compared bit for bit. A checkpoint that divides
-    already is valid: it is carried unchanged.
+    The weights that the codes decode to, before and after, are compared bit for bit. A checkpoint that already divides
+    is copied unchanged.
 
     Args:
         source: A quantized checkpoint (GPTQ, AWQ or compressed-tensors).
-        destination: Where the repaired checkpoint goes.
-        tensor_parallel: Ranks that are to serve it.
-        towers: Whether to widen the MLPs of vision and audio towers too, which hold weights and not codes.
+        destination: The output directory.
+        tensor_parallel: Number of ranks that will serve it.
+        towers: Whether to also widen the MLPs of vision and audio towers, which have weights instead of codes.
         observe: Called with the progress.
 
     Raises:
         CheckpointRefused: The checkpoint is not quantized, or its tensors do not fit its config.
-        InputRefused: New groups cannot make this model divide; the remedy says what can.
+        InputRefused: New groups cannot make this model divide; the remedy names an alternative.
     """
     quantized = open_quantized(source)
     before, form = quantized.checkpoint, quantized.form
-    found = plan_repair(before.config, form, tensor_parallel=tensor_parallel, towers=towers)
-    after = _named_for_loaders(repair_checkpoint(before, form, found), quantized.stem)
+    pad_plan = plan_repair(before.config, form, tensor_parallel=tensor_parallel, towers=towers)
+    after = _named_for_loaders(repair_checkpoint(before, form, pad_plan), quantized.stem)
 
     def build(partial: Path) -> Built:
         from qwen_pipeline.evaluation.tensor_parallel.repair_proof import prove_repair
 
         contents = write_checkpoint(after, partial, task="repair", observe=observe)
-        changed = {module: by for size in found.sizes for module, by in widenings(before, size).items()}
+        changed = {module: by for size in pad_plan.sizes for module, by in widenings(before, size).items()}
         proof = prove_repair(before, open_checkpoint(partial), form, changed, ranks=tensor_parallel, observe=observe)
         reports = [
-            _groups_report(found),
+            _groups_report(pad_plan),
             _identical_report(proof, tensor_parallel),
-            _silent_report(proof),
-            _config_report(before.config, after.config, found),
+            _zeros_report(proof),
+            _config_report(before.config, after.config, pad_plan),
             _order_report(proof, tensor_parallel),
         ]
-        return Built(contents=contents, result={"padding": dump_plan(found), "checks": dump_reports(reports)})
+        return Built(contents=contents, result={"padding": dump_plan(pad_plan), "checks": dump_reports(reports)})
 
     derivation = Derivation(
         stage=STAGE,
@@ -159,23 +159,23 @@ def repair(
 
 
 def _named_for_loaders(checkpoint: Checkpoint, stem: str) -> Checkpoint:
-    """Rename the shards to ``model*``, the names that Transformers and engines load."""
+    """Rename the shards to ``model*``, as Transformers and serving engines expect."""
     return replace(checkpoint, shards={name: shard.replace(stem, STEM, 1) for name, shard in checkpoint.shards.items()})
 
 
 def _stem(root: Path) -> str:
-    """Return the file name of the weights without suffixes: ``model``, unless there is one set of another name."""
+    """Return the file name of the weights without suffixes: ``model``, unless there is one set with another name."""
     indices = [path.name.removesuffix(INDEX.removeprefix(STEM)) for path in root.glob("*.safetensors.index.json")]
     files = [path.name.removesuffix(SINGLE_SHARD.removeprefix(STEM)) for path in root.glob("*.safetensors")]
     stems = indices or files
     return stems[0] if len(stems) == 1 else STEM
 
 
-def _stated_beside(files: Mapping[str, Path]) -> Mapping[str, Any]:
+def _settings_in(files: Mapping[str, Path]) -> Mapping[str, Any]:
     for file in files.values():
-        stated = load_json(file)
-        method = "awq" if "w_bit" in stated else "gptq"
-        return {"quant_method": method, **stated}
+        settings = load_json(file)
+        method = "awq" if "w_bit" in settings else "gptq"
+        return {"quant_method": method, **settings}
     return {}
 
 
@@ -200,12 +200,12 @@ def _identical_report(proof: "RepairFindings", ranks: int) -> CheckReport:
         measured=f"{proof.live_weights:,} weights",
         detail=f"{listed(proof.changed)}. Report this as a defect."
         if proof.changed
-        else f"Each was computed from the codes before, and from those of {ranks} ranks after, and compared.",
+        else f"The codes before, and the shards of {ranks} ranks after, decode to the same bits.",
     )
 
 
-def _silent_report(proof: "RepairFindings") -> CheckReport:
-    return NEW_SILENT.report(
+def _zeros_report(proof: "RepairFindings") -> CheckReport:
+    return NEW_ZERO.report(
         passed=not proof.nonzero,
         measured=f"{proof.new_weights:,} weights",
         detail=f"{listed(proof.nonzero)}. Report this as a defect."

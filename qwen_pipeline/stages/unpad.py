@@ -19,22 +19,22 @@ STAGE = "unpadded"
 CODE_VERSION = "1"
 IS_WHAT_WAS_PADDED = CheckSpec(
     name="is_what_was_padded",
-    description="Tensors, config and the files beside them have the digest of the checkpoint that was padded.",
+    description="Tensors, config and other files have the digest of the checkpoint that was padded.",
 )
 CHECKS = (IS_WHAT_WAS_PADDED,)
 
 
 def unpad(*, source: Path, destination: Destination | Path, observe: Observe = unobserved) -> Artifact:
-    """Undo the stage pad.
+    """Undo the stage ``pad``.
 
     Args:
         source: A padded checkpoint.
-        destination: Where the unpadded checkpoint goes.
+        destination: The output directory.
         observe: Called with the progress.
 
     Raises:
         InputRefused: The manifest has no padding map.
-        CheckpointRefused: The source has no manifest, or was changed since it was written.
+        CheckpointRefused: The source has no manifest, or has changed since it was written.
     """
     padded, manifest = open_checkpoint(source), open_manifest(source)
     live = _live(padded, manifest, source)
@@ -56,7 +56,7 @@ def unpad(*, source: Path, destination: Destination | Path, observe: Observe = u
 def _live(padded: Checkpoint, manifest: Manifest, source: Path) -> Checkpoint:
     if "live_config" not in manifest.result:
         raise InputRefused(
-            f"{source} is a {manifest.derivation.stage} checkpoint whose manifest does not say how to undo padding.",
+            f"{source} is a {manifest.derivation.stage} checkpoint whose manifest has no data for unpadding.",
             remedy="Pass a directory that the stage pad of this version wrote.",
         )
     live = unpad_checkpoint(padded, load_plan(manifest.result["padding"]))

@@ -1,4 +1,4 @@
-"""``quantized -> validated``: measure a quantized checkpoint against the model it was made from."""
+"""``quantized -> validated``: measurements of a quantized checkpoint against the model it was made from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, UNPADDE
 from qwen_pipeline.evaluation.gather import OpenedModels, gather_findings
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.measurement import Measurement
-from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_twin, widened
+from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_unpadded_baseline, widened
 from qwen_pipeline.evaluation.plan import DEFAULT_PLAN, INPUT_OF_ROLE, ValidationInputs, ValidationPlan
 from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of
@@ -49,16 +49,16 @@ __all__ = [
 STAGE = "validated"
 CODE_VERSION = "11"
 ENGINE = "gptqmodel"
-"""The library that Transformers loads GPTQ checkpoints with, whichever engine made them."""
+"""The library with which Transformers loads GPTQ checkpoints, whichever quantizer made them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
-    """Inputs that were read and found to fit each other.
+    """Inputs that were opened and that belong together.
 
     Attributes:
         digests: Name of an input in the derivation -> digest.
-        evidence_before: Losses of the previous version; empty if it is not given.
+        evidence_before: Evidence of the previous version; empty if none is given.
     """
 
     inputs: ValidationInputs
@@ -77,12 +77,12 @@ def validate(
 ) -> Artifact:
     """Check and measure a quantized checkpoint, and write a report with the verdict.
 
-    The directory is finished even if checks fail: the reports say which, and the caller decides.
+    The directory is finished even if checks fail: its reports say which, and the caller decides what follows.
 
     Args:
         inputs: The checkpoints and the text.
-        plan: What to measure, and the limits.
-        destination: Where the report goes.
+        plan: The measurements and the limits.
+        destination: The output directory.
         engine: An environment in which Transformers can load the candidate.
         observe: Called for each window and module.
 
@@ -119,7 +119,7 @@ def validate(
 
 
 def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -> _Prepared:
-    """Open everything, and refuse inputs that do not belong together before anything is computed."""
+    """Open the inputs, and refuse those that do not belong together before anything is computed."""
     roots = inputs.models
     checkpoints = {role: open_model(root) for role, root in roots.items()}
     require_full_precision(
@@ -133,8 +133,10 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
     require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], inputs.candidate)
     digests = {INPUT_OF_ROLE[role]: checkpoint_digest(root, observe=observe) for role, root in roots.items()}
     if inputs.unpadded:
-        twins = (checkpoints[role] for role in (UNPADDED_QUANTIZED, MERGED, QUANTIZED))
-        require_twin(*twins, root=inputs.unpadded, merged_digest=digests["reference"], candidate=inputs.candidate)
+        trio = (checkpoints[role] for role in (UNPADDED_QUANTIZED, MERGED, QUANTIZED))
+        require_unpadded_baseline(
+            *trio, root=inputs.unpadded, merged_digest=digests["reference"], candidate=inputs.candidate
+        )
     calibration = _load_calibration(inputs.calibration, inputs.candidate) if inputs.calibration else None
     if calibration:
         digests["calibration"] = calibration.digest

@@ -34,7 +34,7 @@ ROWS = [
 ]
 
 
-def test_odd_groups_are_counted_from_the_codes(chain: Chain) -> None:
+def test_zero_and_saturated_groups_are_counted_from_the_codes(chain: Chain) -> None:
     """The oracle unpacks a nibble at a time; some groups are made zero or saturated."""
     output = open_checkpoint(chain.quantized)
     linears = decoder_linears(open_checkpoint(chain.padded))

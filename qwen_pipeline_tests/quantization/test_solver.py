@@ -1,4 +1,4 @@
-"""Contract tests of GPTQModel's solver; Hessians, packing, and counts of odd groups."""
+"""Contract tests of GPTQModel's solver; Hessians, packing, and counts of zero and saturated groups."""
 
 from pathlib import Path
 
@@ -40,11 +40,11 @@ def test_groups_of_zeros_and_groups_at_the_ends_of_the_grid_are_counted() -> Non
     g_idx = (torch.arange(64) // 32)[order]
     ones_OG = torch.ones(32, 2)
     packed = pack((codes_OI - 8.0)[:, order], ones_OG, 8 * ones_OG, g_idx, form)
-    assert solver.odd_groups(packed) == (1, 1)
+    assert solver.zero_and_saturated_groups(packed) == (1, 1)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (8, 64)])
-def test_counts_of_odd_groups_equal_those_from_single_codes(bits: int, group_size: int) -> None:
+def test_counts_of_zero_and_saturated_groups_equal_those_from_single_codes(bits: int, group_size: int) -> None:
     form = GptqFormat(bits=bits, group_size=group_size, desc_act=False, sym=False, checkpoint_format="gptq")
     codes_OGS = torch.randint(0, 2**bits, (1056, 3, group_size))
     codes_OGS[::2, 0, :: 4 if bits == 4 else 2] = 2**bits - 1
@@ -55,7 +55,7 @@ def test_counts_of_odd_groups_equal_those_from_single_codes(bits: int, group_siz
     expected = ((codes_OGS == zeros_OG[..., None]).all(dim=2).sum(), (4 * ends_OG >= group_size).sum())
     weight_OI = (codes_OGS - zeros_OG[..., None]).flatten(1).float()
     packed = pack(weight_OI, torch.ones(1056, 3), zeros_OG.float(), torch.arange(3 * group_size) // group_size, form)
-    assert solver.odd_groups(packed) == expected
+    assert solver.zero_and_saturated_groups(packed) == expected
 
 
 def test_packing_preserves_a_weight_on_its_grid() -> None:

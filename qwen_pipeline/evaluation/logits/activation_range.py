@@ -1,4 +1,4 @@
-"""The largest activation of each layer: float16 ends at 65504, and engines answer ``!!!!`` beyond it.
+"""The largest activation of each layer: beyond 65504, the maximum of float16, engines answer ``!!!!``.
 
 Every input and output of a layer's matrix products is measured. This includes the product of gate and up, which
 overflows first, in dense MLPs and in experts, regardless of the names of a family's modules.
@@ -20,13 +20,13 @@ _PRODUCTS = ("linear", "matmul", "mm", "bmm", "grouped_mm", "_grouped_mm", "grou
 UNNAMED = "a product of two activations"
 
 
-class WatchedStream(LayerStream):
+class PeakStream(LayerStream):
     """A layer stream that records the largest activation of each layer in ``peaks``."""
 
     def __init__(
-        self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, beside: int = 0
+        self, checkpoint: Checkpoint, batches: Sequence[Tensor], context: ComputeContext, *, other_models: int = 0
     ) -> None:
-        super().__init__(checkpoint, batches, context, other_models=beside)
+        super().__init__(checkpoint, batches, context, other_models=other_models)
         self.peaks: list[Peak] = []
 
     def run(self, layer: int, module: nn.Module) -> None:

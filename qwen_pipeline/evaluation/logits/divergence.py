@@ -72,7 +72,7 @@ class Softmax:
         return self._highest + self.total.log()
 
     def update(self, first: int, values_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a block; return the factor of earlier sums [N], and the weights ``exp(z - m)`` of the block [N, V]."""
+        """Add a block; return the factor for earlier sums [N], and the weights ``exp(z - m)`` of the block [N, V]."""
         best_N, place_N = values_NV.max(dim=1)
         self.top = torch.where(best_N > self._highest, first + place_N, self.top)
         highest_N = torch.maximum(self._highest, best_N)

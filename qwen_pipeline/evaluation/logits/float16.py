@@ -16,7 +16,7 @@ FLOAT16 = CheckSpec(
 def float16_report(quantized: ModelFigures, *, max_activation: float) -> CheckReport:
     """Report on :data:`FLOAT16` by the largest activation on any text; NaN counts as the largest.
 
-    The model must have been measured on at least one text.
+    At least one text must have been measured.
     """
     texts = {"held-out text": quantized.peaks, "its calibration tokens": quantized.calibration_peaks}
     largest = {text: max(peaks, key=_magnitude) for text, peaks in texts.items() if peaks}

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations of contexts, with one decoder layer in memory at a time.
 
-All requests go through a layer before the next one is read. Requests with the same input tokens, such as the one-token
-choices of a question, share one sequence.
+All requests go through a layer before the next layer is read. Requests with the same input tokens, such as the
+one-token choices of a question, share one sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
 PASS_TOKENS = 65_536
-"""Maximum number of tokens in a pass, whose hidden states are kept: 2.1 GB at a hidden size of 8192."""
+"""Maximum number of tokens in a pass; their hidden states stay in memory: 2.1 GB at a hidden size of 8192."""
 LIKELIHOOD_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens in a batch, by device; at least one sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """Tokens, and the number of last ones that are scored: at least one, and never the first."""
+    """Tokens, of which the last ``scored`` are scored: at least one, and never the first token."""
 
     tokens: tuple[int, ...]
     scored: int
@@ -63,7 +63,7 @@ def log_likelihoods(
 
     Args:
         model: Full precision or GPTQ codes, of any Qwen family.
-        continuations: The continuations, in any order; the results have the same order.
+        continuations: The continuations; the results are in the same order.
         context: Device and dtype of the computation.
         observe: Called for each layer.
 

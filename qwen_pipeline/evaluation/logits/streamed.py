@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak, Stretch
-from qwen_pipeline.evaluation.logits.activation_range import WatchedStream
+from qwen_pipeline.evaluation.logits.activation_range import PeakStream
 from qwen_pipeline.evaluation.logits.divergence import Predictions
 from qwen_pipeline.layerwise.forward import LayerStream, advance, logit_blocks
 from qwen_pipeline.layerwise.model import ComputeContext
@@ -32,15 +32,16 @@ def evaluate(
     """Score every token but the first of each window, and compare each prediction with the reference's.
 
     Args:
-        models: Role -> checkpoint, full precision or GPTQ codes, all of one depth and vocabulary.
-        windows: Token ids [T], all of one length.
+        models: Role -> checkpoint, full precision or GPTQ codes, all with the same depth and vocabulary.
+        windows: Token ids [T], all of the same length.
         reference: The role with which others are compared.
         compared: Roles to compare with the reference.
         context: Device and dtype of the computation.
         observe: Called for each layer.
     """
     batches = _batches(windows, context)
-    streams = {role: WatchedStream(model, batches, context, beside=len(models) - 1) for role, model in models.items()}
+    others = len(models) - 1
+    streams = {role: PeakStream(model, batches, context, other_models=others) for role, model in models.items()}
     drift: dict[str, list[float]] = {role: [] for role in models}
     for layer in advance(list(streams.values())):
         for role in compared:
@@ -67,10 +68,10 @@ def evaluate(
 def activation_peaks(
     model: Checkpoint, windows: Sequence[Tensor], context: ComputeContext, *, observe: Observe = unobserved
 ) -> tuple[Peak, ...]:
-    """Return the largest activation of each layer; windows [T] are all of one length."""
-    stream = WatchedStream(model, _batches(windows, context), context)
+    """Return the largest activation of each layer; all windows [T] have the same length."""
+    stream = PeakStream(model, _batches(windows, context), context)
     for layer in advance([stream]):
-        observe(Progress(task="watch activations", done=layer + 1, total=len(stream.parts), unit="layers"))
+        observe(Progress(task="measure activations", done=layer + 1, total=len(stream.parts), unit="layers"))
     return tuple(stream.peaks)
 
 

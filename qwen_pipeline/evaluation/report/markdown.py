@@ -38,7 +38,7 @@ _IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w.-]+\.png)\)\n*")
 def render_report(
     findings: Findings, reports: Sequence[CheckReport], *, method: str, more_plots: Mapping[str, str] = NO_PLOTS
 ) -> str:
-    """Return the report, which links the plots beside it; ``more_plots`` maps captions to file names."""
+    """Return the report, which links to the plots in its directory; ``more_plots`` maps captions to file names."""
     sections = [
         "# Validation report",
         f"**{verdict(reports).capitalize()}.**",
@@ -106,7 +106,7 @@ def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> 
 
 
 def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
-    """Return a table of models: size, perplexity, its change in the last step, divergence from the merged model."""
+    """Return a table of models: size, perplexity and its change by the last step, divergence from the merged model."""
     return _table(QUALITY_COLUMNS, quality_rows(models, nbytes))
 
 
@@ -187,7 +187,7 @@ def score_rows(findings: Findings) -> list[Sequence[str]]:
 
 
 def changed_limits(limits: Limits) -> str:
-    """Return a sentence that names the limits that differ from the defaults; empty if there are none."""
+    """Return a sentence that lists the limits that differ from the defaults; empty if there are none."""
     defaults = asdict(DEFAULT_LIMITS)
     changed = [
         f"{name} {shown(value)} (default {shown(defaults[name])})"
@@ -209,7 +209,7 @@ def _side_by_side(sample: Sample) -> str:
 
 
 def kernels(findings: Findings) -> str:
-    """Return the number and class of each model's linear layers, which shows the kernels that ran."""
+    """Return the number and class of each model's linear layers, which identifies the kernels that ran."""
     return "; ".join(
         f"{role}: " + ", ".join(f"{count} {name}" for name, count in model.linears.items())
         for role, model in findings.models.items()

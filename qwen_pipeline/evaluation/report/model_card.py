@@ -40,12 +40,12 @@ class ModelCard:
 
     Attributes:
         name: The fine-tune's name.
-        base_model: Hub id of the base, or a directory, of which the card shows the last part only.
+        base_model: Hub id of the base, or a directory, of which the card shows only the name.
         config: The quantized checkpoint's ``config.json``.
         padding: Every size field that padding or a repair widened.
-        split: Whether the new channels are parts of split ones; else they are zeros.
+        split: Whether the new channels are parts of split channels; if not, they are zeros.
         quality: A Markdown table of the measurements.
-        verdict: The outcome of its checks, in words.
+        verdict: The outcome of the checks, in words.
         skipped: A sentence for each check that did not run: its name and the reason.
         steps: The lineage, from the first step to the validation.
     """
@@ -76,7 +76,7 @@ class ModelCard:
             self.quality,
             *self._padding(),
             "## Lineage",
-            "Each content digest covers tensors and files, but not times or machines; the same inputs give the same"
+            "A content digest covers tensors and files, but not times or machines; the same inputs give the same"
             " digest. Settings are in [provenance.json](provenance.json).",
             self._lineage(),
         ]
@@ -148,10 +148,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     def _padding(self) -> list[str]:
         if not self.padding:
             return []
-        towers = [at for at in self.padding if at.field in get_args(TowerField)]
+        towers = [size for size in self.padding if size.field in get_args(TowerField)]
         sentences = [
-            *self._decoder_padding([at for at in self.padding if at not in towers]),
-            *(f"E{_widened(at)[1:]}: zeros at the end, so that ranks can share the tower." for at in towers),
+            *self._decoder_padding([size for size in self.padding if size not in towers]),
+            *(f"E{_widened(size)[1:]}: zeros at the end, so that ranks can share the tower." for size in towers),
             "Adapters trained on this checkpoint do not fit the unpadded base.",
         ]
         return ["## Padding", " ".join(sentences)]
@@ -161,7 +161,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
             return []
         widths = " and ".join(map(_widened, padding))
         added = (
-            "The added channels are parts of split ones, whose sum equals the original channel."
+            "The added channels are parts of split channels; the parts add up to the original channel."
             if self.split
             else "The added channels are zeros. They change no output: silu(0) x 0 = 0 is multiplied by zero columns of"
             " `down_proj`, and validation found all of them to be exactly zero."
@@ -188,8 +188,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
         )
 
 
-def _widened(at: Widened) -> str:
-    return f"each {_SIZE_NAMES[at.field]} has {at.padded} channels instead of the base's {at.live}"
+def _widened(size: Widened) -> str:
+    return f"each {_SIZE_NAMES[size.field]} has {size.padded} channels instead of the base's {size.live}"
 
 
 def serving_degrees(config: Mapping[str, Any]) -> list[int]:

@@ -10,7 +10,7 @@ from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save
 
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
-    """Draw a waterfall chart: the first model's perplexity, then the change by each stage."""
+    """Draw a waterfall chart: the first model's perplexity, then the change at each stage."""
     known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
     figure = Figure(figsize=(7.2, 0.8 + 0.46 * len(known)), layout="constrained")
     axes = quiet_axes(figure)

@@ -25,7 +25,7 @@ def write_report(
 ) -> None:
     """Write the reports of :func:`render_page` and :func:`render_report`, the plots and ``result`` into ``root``.
 
-    ``more_plots`` (caption -> file name) exist already.
+    The files of ``more_plots`` (caption -> file name) already exist.
     """
     draw_perplexity(findings, root / PERPLEXITY_PLOT)
     draw_distance(findings, root / DISTANCE_PLOT)

@@ -1,1 +1,1 @@
-"""Serving with a real engine, and comparison of its answers."""
+"""Serving with a real engine, and comparison of its answers with those of Transformers."""

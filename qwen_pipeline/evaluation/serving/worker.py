@@ -31,7 +31,7 @@ SERVER_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Defaults for the server's environment variables. By default vLLM would bind each rank to its own NUMA node."""
+"""Defaults for the server's environment variables. vLLM itself would bind each rank to its own NUMA node."""
 LIKELIEST = 5
 ANSWER_SECONDS = 600
 STOP_SECONDS = 20
@@ -81,7 +81,7 @@ def _server(job: ServerJob, log: Path) -> Generator[tuple[subprocess.Popen[bytes
 
 
 def _threads(degree: int) -> int:
-    """Return the threads of a rank: with more threads than cores, they would spin and wait in every product."""
+    """Return the number of threads of a rank; with more threads than cores, they would spin in every product."""
     return max(1, len(os.sched_getaffinity(0)) // degree)
 
 
@@ -152,7 +152,7 @@ def _token_id(name: str) -> int:
 
 
 def _cause(log: Path) -> str | None:
-    """Return the first exception in the log, as it causes later ones; if it has no message, add the line before."""
+    """Return the first exception in the log, which causes later ones; without a message, the line before is added."""
     before = ""
     for line in (_PREFIX.sub("", each) for each in log.read_text(errors="replace").splitlines()):
         if found := _EXCEPTION.fullmatch(line):

@@ -1,6 +1,6 @@
-"""Check a quantized checkpoint against the full-precision one that it was made from, by headers and by codes.
+"""Check a quantized checkpoint against the full-precision one that it was made from, by its headers and codes.
 
-Nothing is loaded into a model: every tensor is accounted for, and every code is dequantized.
+No model is loaded: the header of every tensor is compared, and every code is dequantized.
 """
 
 import json
@@ -27,14 +27,14 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear, gptq_format
 
-SAVERS_FIELDS = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
+FIELDS_OF_SAVING = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
 """Config fields that describe how a checkpoint was saved; all others describe what it computes."""
 
 MAX_RELATIVE_ERROR = 0.5
-"""Rounding to 4 bits gives about 0.1; beyond this limit the codes are those of another weight, as of another layer."""
+"""Rounding to 4 bits gives about 0.1; beyond this limit the codes are of another weight, such as another layer's."""
 
 MAX_SATURATED = 0.25
-"""Share of codes at the ends of their range: usually one or two in a group, and a fifth if scales are halved."""
+"""Largest share of codes at the ends of their range: usually one or two in a group, a fifth if scales are halved."""
 
 Expected = Mapping[str, tuple[TensorSpec, ...]]
 """Tensor name -> the allowed dtypes and shapes."""
@@ -112,7 +112,7 @@ def _expected(source: Checkpoint, linears: Sequence[Linear], form: GptqFormat) -
 
 
 def _config_problems(source: Mapping[str, Any], candidate: Mapping[str, Any]) -> Iterator[str]:
-    for field in sorted(source.keys() - SAVERS_FIELDS):
+    for field in sorted(source.keys() - FIELDS_OF_SAVING):
         if field not in candidate:
             yield f"config.json has no {field}, expected {source[field]!r}."
         elif candidate[field] != source[field]:
@@ -120,14 +120,14 @@ def _config_problems(source: Mapping[str, Any], candidate: Mapping[str, Any]) ->
 
 
 def _sidecar_problems(source: Checkpoint, candidate: Checkpoint) -> Iterator[str]:
-    """Compare tokenizer, chat template and generation config, which decide answers too; only JSON layout may differ."""
+    """Compare tokenizer, chat template and generation config, which affect answers too; only JSON layout may differ."""
     for path in sorted(source.sidecars.keys() | candidate.sidecars.keys()):
         if path not in candidate.sidecars:
             yield f"{path} is missing."
         elif path not in source.sidecars:
             yield f"{path} is unexpected."
         elif _parsed(source.sidecars[path]) != _parsed(candidate.sidecars[path]):
-            yield f"{path} differs from the fine-tune's."
+            yield f"{path} differs from the fine-tune's file."
 
 
 def _parsed(sidecar: Path) -> Any:

@@ -1,12 +1,12 @@
-"""Detect quantization groups whose scale or codes do not belong to the weights that they were made from.
+"""Detect quantization groups whose scale or codes do not represent the weights that they were made from.
 
-One group is a few dozen weights of one output: negligible in a layer's norm, but visible in answers. Two figures
+One group is a few dozen weights of one output: negligible in a layer's norm, but noticeable in answers. Two figures
 distinguish a wrong group from rounding, given the group's weights ``w`` and its dequantized codes ``v``:
 
 - its error ``||w - v|| / ||w||``. The norm of a group of small weights counts as at least a tenth of the row's: GPTQ
   compensates there for the rounding of groups of large weights.
 - its gain ``<w, v> / <v, v>``, the factor by which its scale is too small. It is used only if ``w`` has both signs:
-  symmetric codes reach 7 of 15 steps up, and a group without a negative weight is clipped there.
+  symmetric codes reach only 7 of 15 steps above zero, and a group without negative weights is clipped there.
 
 Groups of zeros are checked by :func:`~qwen_pipeline.evaluation.structure.weights.check_padding`.
 
@@ -14,7 +14,7 @@ GPTQ compensates for the rounding of earlier channels in later ones, so codes do
 in 221,184 groups of SmolLM2-135M at 4 bits in groups of 64 (GPTQModel 7.6), and in tiny dense and MoE models: errors up
 to 0.45, gains from 0.79 to 1.10. In a fine-tune of it (1.8 million groups), outputs with massive activations compensate
 much more in their last groups: errors up to 1.40, gains down to 0.34, never above 1.17. So a scale that is halved or
-quadrupled can be distinguished from a correct one; a doubled one cannot, judged by its group alone.
+quadrupled can be distinguished from a correct one; a doubled one cannot, from its group alone.
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ from qwen_pipeline.transforms.codes.gptq import PackedLinear, unpack_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightError:
-    """``relative`` is ``||W - Wq|| / ||W||`` in the Frobenius norm; 0 for a weight of zeros."""
+    """The error of a weight: ``relative`` is ``||W - Wq|| / ||W||`` in the Frobenius norm; 0 for a weight of zeros."""
 
     module: str
     layer: int
@@ -27,28 +27,28 @@ class WeightError:
 
 @dataclass(slots=True)
 class RowsAndColumns:
-    """Special rows [O] and columns [I] of a weight, bool: those of zeros, and those equal to their predecessor.
+    """Rows [O] and columns [I] of a weight that are zero or equal the previous one, bool.
 
     Attributes:
         zero_rows: Rows of zeros; ``zero_columns`` likewise.
-        twin_rows: Rows that equal the previous row; ``twin_columns`` likewise.
+        duplicate_rows: Rows that equal the previous row; ``duplicate_columns`` likewise.
     """
 
     zero_rows: torch.Tensor
     zero_columns: torch.Tensor
-    twin_rows: torch.Tensor
-    twin_columns: torch.Tensor
+    duplicate_rows: torch.Tensor
+    duplicate_columns: torch.Tensor
     _last_row: torch.Tensor | None = None
 
     @classmethod
     def of_shape(cls, out_features: int, in_features: int) -> "RowsAndColumns":
-        twin_columns = torch.ones(in_features, dtype=torch.bool)
-        twin_columns[:1] = False
+        duplicate_columns = torch.ones(in_features, dtype=torch.bool)
+        duplicate_columns[:1] = False
         return cls(
             zero_rows=torch.ones(out_features, dtype=torch.bool),
             zero_columns=torch.ones(in_features, dtype=torch.bool),
-            twin_rows=torch.zeros(out_features, dtype=torch.bool),
-            twin_columns=twin_columns,
+            duplicate_rows=torch.zeros(out_features, dtype=torch.bool),
+            duplicate_columns=duplicate_columns,
         )
 
     def update(self, start: int, block_OI: torch.Tensor) -> None:
@@ -56,10 +56,10 @@ class RowsAndColumns:
         stop = start + len(block_OI)
         self.zero_rows[start:stop] = vector_norm(block_OI, ord=inf, dim=1) == 0
         self.zero_columns.logical_and_(vector_norm(block_OI, ord=inf, dim=0) == 0)
-        self.twin_rows[start + 1 : stop] = (block_OI[1:] == block_OI[:-1]).all(dim=1)
+        self.duplicate_rows[start + 1 : stop] = (block_OI[1:] == block_OI[:-1]).all(dim=1)
         if self._last_row is not None:
-            self.twin_rows[start] = torch.equal(block_OI[0], self._last_row)
-        self.twin_columns[1:].logical_and_((block_OI[:, 1:] == block_OI[:, :-1]).all(dim=0))
+            self.duplicate_rows[start] = torch.equal(block_OI[0], self._last_row)
+        self.duplicate_columns[1:].logical_and_((block_OI[:, 1:] == block_OI[:, :-1]).all(dim=0))
         self._last_row = block_OI[-1].clone()
 
 
@@ -123,8 +123,8 @@ def check_padding(comparisons: Mapping[tuple[int, str], WeightComparison]) -> Pa
 
     Channels of zeros are recognized by a zero row in gate and up and a zero column in down; they must stay exactly 0.
     Parts of a split channel are recognized by rows and columns that equal the previous ones: they read the same input,
-    so their gate and up rows must stay equal. Their columns in down need not: GPTQ compensates in the second for the
-    rounding of the first.
+    so their gate and up rows must stay equal. Their columns in down need not: GPTQ
+    compensates in the second for the rounding of the first.
 
     Args:
         comparisons: (layer, kind) -> comparison; MLPs without one of the three are skipped.
@@ -137,15 +137,15 @@ def check_padding(comparisons: Mapping[tuple[int, str], WeightComparison]) -> Pa
         if not (gate and up and down):
             continue
         zero = gate.before.zero_rows & up.before.zero_rows & down.before.zero_columns
-        twin = gate.before.twin_rows & up.before.twin_rows & down.before.twin_columns & ~zero
+        duplicate = gate.before.duplicate_rows & up.before.duplicate_rows & down.before.duplicate_columns & ~zero
         findings.channels += int(zero.sum())
-        findings.twins += int(twin.sum())
+        findings.twins += int(duplicate.sum())
         for weight, added, kept, state in (
             (gate, zero, gate.after.zero_rows, "zero"),
             (up, zero, up.after.zero_rows, "zero"),
             (down, zero, down.after.zero_columns, "zero"),
-            (gate, twin, gate.after.twin_rows, "equal to their twins"),
-            (up, twin, up.after.twin_rows, "equal to their twins"),
+            (gate, duplicate, gate.after.duplicate_rows, "equal to the previous channel"),
+            (up, duplicate, up.after.duplicate_rows, "equal to the previous channel"),
         ):
             if changed := (added & ~kept).nonzero().flatten().tolist():
                 findings.audible.append(

@@ -1,4 +1,4 @@
-"""Benchmark tasks of lm-eval: the plan, the scores of the merged and the quantized model, and the check of them."""
+"""Benchmark tasks of lm-eval: the plan, the scores of the merged and the quantized model, and their check."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,13 +25,13 @@ class TaskPlan:
 
     Attributes:
         python: The interpreter of an environment with lm-eval.
-        versions: Versions of the packages that compute.
+        versions: Versions of the packages that affect the scores.
         tasks: Names of tasks, groups or tags.
-        include: A directory of further task files.
+        include: A directory with custom task files.
         limit: Number of examples of each task; None for all.
         max_drop: Allowed difference of the quantized model's score from the merged model's, in the unit of the metric.
         minimum: ``task/metric`` -> the minimum score of the quantized model (the maximum if lower is better).
-        blocking: Whether a failure stops the release; else it warns.
+        blocking: Whether a failure stops the release; if not, it is a warning.
     """
 
     python: Path
@@ -44,7 +44,7 @@ class TaskPlan:
     blocking: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that decide the scores and the verdict, for the identity of a validation."""
+        """Return the settings that affect the scores and the verdict, for the identity of a validation."""
         fields = asdict(self)
         del fields["python"]
         return fields | {"include": None if self.include is None else str(self.include)}
@@ -59,7 +59,7 @@ class Score:
         more_is_better: Whether a higher value is better.
         merged: The merged model's score.
         quantized: The quantized model's score.
-        stderr: Standard error of the latter, if lm-eval computes one.
+        stderr: Standard error of the quantized model's score, if lm-eval computes one.
     """
 
     name: str
@@ -90,12 +90,12 @@ def scores(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
 
 
 def tasks_report(plan: "TaskPlan | None", found: Sequence[Score], *, fault: str | None = None) -> CheckReport:
-    """Report on :data:`TASKS` by the scores, or by the reason why there are none; skipped without a plan."""
+    """Report on :data:`TASKS` with the scores, or with the reason why there are none; skipped without a plan."""
     if plan is None:
         return TASKS.skipped("No tasks are configured (validation.lm_eval.tasks).")
     if not found:
-        why = fault or "a model did not load."
-        return TASKS.report(passed=False, severity=_severity(plan), detail=f"No scores: {why}")
+        reason = fault or "a model did not load."
+        return TASKS.report(passed=False, severity=_severity(plan), detail=f"No scores: {reason}")
     if unknown := sorted(plan.minimum.keys() - {score.name for score in found}):
         known = ", ".join(score.name for score in found)
         return TASKS.report(

@@ -1,7 +1,7 @@
 """A layer-streamed checkpoint as a model of lm-eval. Imported only under the Python of lm-eval's environment.
 
-The requests of all tasks go through a layer together before the next one is read, so that a model needs the memory of
-one layer and of the hidden states. Every family is supported, including packed experts. Tokenization and the end of
+The requests of all tasks go through a layer together before the next layer is read, so that a model needs the memory
+of one layer and of the hidden states. Every family is supported, including packed experts. Tokenization and the end of
 answers follow lm-eval's own ``HFLM``.
 """
 
@@ -29,18 +29,18 @@ from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline.text.records import load_tokenizer
 
 ANSWER_TOKENS = 256
-"""Default maximum of tokens in an answer, as in HFLM."""
+"""Default maximum number of tokens in an answer, as in HFLM."""
 ANSWERS = 16
 """Answers that are decoded together; each has its own key-value cache."""
 _IRRELEVANT = {"do_sample", "temperature", "top_k", "top_p"}
-"""Arguments without effect on greedy answers."""
+"""Arguments that do not affect greedy answers."""
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of its continuation."""
 
 
 class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
-    """A checkpoint, stored or a recipe, that scores continuations and answers greedily.
+    """A model of lm-eval that scores continuations and answers greedily; its checkpoint may be a recipe.
 
     Args:
         root: The directory of the checkpoint and its tokenizer.

@@ -1,6 +1,6 @@
 """The worker that runs lm-eval tasks on checkpoints. It runs under the Python of lm-eval's environment.
 
-It is offline: data sets must be cached or local files.
+It works offline: datasets must be cached or local files.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Check a checkpoint against its target engines: their rules, and the weights that their ranks compute with."""
+"""Check a checkpoint against its target engines: the engines' rules, and the weights that their ranks compute with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +38,7 @@ def find_targets(
     Args:
         source: The checkpoint that was quantized, which determines the layers.
         candidate: Its codes, whose shapes must be those of ``source``.
-        targets: The engines and degrees at which it is to be served.
+        targets: The engines and degrees that will serve it.
         observe: Called for each layer.
 
     Raises:
@@ -90,21 +90,22 @@ def with_divergences(
 def assess_targets(config: Config, degree: int, targets: Sequence[Target]) -> DegreeFeasibility | None:
     """Return the feasibility of the targets' highest degree, or else of ``degree``; None if the config has no codes.
 
-    Some engines can share groups that others cannot, so the targets decide if there are any.
+    Some engines can share groups that others cannot, so declared targets take precedence.
     """
     try:
         group_size = max(gptq_format(config).group_size, 1)
         (found,) = assess_degrees(
-            config, group_size=group_size, degrees=[max([at.degree for at in targets] or [degree])]
+            config, group_size=group_size, degrees=[max([target.degree for target in targets] or [degree])]
         )
-        obstacles = [obstacle_of(config, {at.engine: [at.degree]}, group_size=group_size) for at in targets]
-        of_towers = [each for at in targets for each in tower_obstacles(config, {at.engine: [at.degree]})]
+        requested = [{target.engine: [target.degree]} for target in targets]
+        obstacles = [obstacle_of(config, each, group_size=group_size) for each in requested]
+        of_towers = [obstacle for each in requested for obstacle in tower_obstacles(config, each)]
     except PipelineError:
         return None
     if not targets:
         return found
-    if named := "; ".join(filter(None, obstacles)):
-        return replace(found, legal=False, sentence=" ".join([f"Cannot be served by {named}.", *of_towers]))
+    if refusals := "; ".join(filter(None, obstacles)):
+        return replace(found, legal=False, sentence=" ".join([f"Cannot be served by {refusals}.", *of_towers]))
     if of_towers:
         return replace(found, sizes=(), legal=False, sentence=" ".join(of_towers))
     return replace(found, sizes=(), legal=True, sentence="Every target engine serves at every requested degree.")

@@ -9,7 +9,7 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures
 from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict, kernels_of
 
 ANY_ENGINE = "any engine"
-"""A loader that only shards evenly; it is the target if no engine is declared."""
+"""A loader that only shards evenly: the target if no engine is declared."""
 
 COLUMNS = ("engine", "ranks", "engine rules", "weights on ranks", "KL(unsharded ‖ sharded)")
 
@@ -19,7 +19,7 @@ ShardedModules = tuple[int, Sequence[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """An engine, or a family of kernels such as ``vllm``, and a number of ranks that are to serve a checkpoint."""
+    """An engine, or a family of kernels such as ``vllm``, and the number of ranks that will serve a checkpoint."""
 
     engine: str
     degree: int
@@ -43,11 +43,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """A way in which a loader shards a checkpoint's packed layers.
+    """The way in which a loader shards a checkpoint's packed layers.
 
     Attributes:
         ranks: Number of ranks.
-        pads_mlps: Whether whole groups of zeros are appended to MLPs until all ranks hold equally many.
+        pads_mlps: Whether whole groups of zeros are appended to MLPs until all ranks hold the same number.
         halves_groups: Whether experts' groups are halved, with their scales repeated, until they fit a rank.
     """
 
@@ -92,7 +92,7 @@ class TargetFindings:
         kernel: The engine whose rules apply.
         verdict: The verdict of the rules.
         reasons: The reasons for the verdict.
-        found: The weights on its ranks; None if it refuses the checkpoint or shards no layers.
+        found: The weights on the ranks; None if the kernel refuses the checkpoint or shards no layers.
     """
 
     target: Target

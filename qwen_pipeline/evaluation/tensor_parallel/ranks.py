@@ -1,8 +1,8 @@
 """The shard of a packed layer on each rank of a tensor-parallel engine, and the weight that all ranks compute with.
 
-Loaders shard by rows or columns: of L elements and for n ranks, rank r takes ``L // n`` from ``r * (L // n)`` on, of
-codes and scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). No rank
-takes the remainder. A rank applies its scales to its inputs in order: for I inputs in groups of g it has ``I // g``
+Loaders shard by rows or columns: of L elements, rank r of n gets ``L // n``, starting at ``r * (L // n)``, of codes and
+scales alike (vLLM's ``PackedvLLMParameter`` and ``GroupQuantScaleParameter``; SGLang's are copies). No rank
+gets the remainder. A rank applies its scales to its inputs in order: for I inputs in groups of g it has ``I // g``
 scales, so that after a group which straddles two ranks, inputs are multiplied by the scales of other groups.
 """
 

@@ -1,4 +1,4 @@
-"""The proof of a repair: compare each widened layer, as the ranks hold it, with the original."""
+"""Proof of a repair: a comparison of each widened layer, as sharded over ranks, with the original."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

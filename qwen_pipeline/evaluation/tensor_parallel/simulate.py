@@ -1,10 +1,10 @@
 """Simulate the ranks of a tensor-parallel engine: the weights that they compute with, and the resulting divergence.
 
-Each packed layer is sharded like the loader does it (after appending whole groups of zeros to MLPs or halving experts'
-groups, if the engine does that). The shard of every rank is dequantized as on the rank, and compared with the unsharded
-weight on slices: groups run along the inputs, so a few outputs of a row-parallel layer cover all of them, and the
-outputs at the edges of each shard show the boundaries in a column-parallel layer. At a time, memory holds the codes of
-one layer.
+Each packed layer is sharded as by the engine's loader (after appending whole groups of zeros to MLPs or halving
+experts' groups, if the engine does that). The shard of every rank is dequantized as on the rank, and compared with the
+unsharded weight on slices: groups run along the inputs, so a few outputs of a row-parallel layer cover all of them, and
+the outputs at the edges of each shard cover the boundaries in a column-parallel layer. Memory holds the codes of one
+layer at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,10 +64,10 @@ def compare_shardings(
 
 
 def over_ranks(candidate: Checkpoint, modules: Sequence[str], ranks: int) -> Checkpoint:
-    """Return a checkpoint equivalent to all ranks: each input of ``modules`` is multiplied by the scale on its rank.
+    """Return a checkpoint equivalent to all ranks together: inputs of ``modules`` have the scales of their ranks.
 
-    Sums over ranks are sums of the same products in another order, so that one model with these weights predicts what
-    all ranks predict together.
+    Sums over ranks are sums of the same products in another order, so one model with these weights makes the
+    predictions of all ranks together.
     """
     form = gptq_format(candidate.config)
 

@@ -1,10 +1,10 @@
 """Calibration sets: windows of tokens of one length, drawn by seed, identified by a digest, saved in a directory.
 
 The order of the records depends only on the seed and their number; they are tokenized until the windows are full.
-``stream`` concatenates them and cuts the result into full windows, so that no position is spent on filling; as in
+``stream`` concatenates them and cuts the result into full windows, so that it needs no pad tokens; as in
 pretraining, a token attends to all earlier tokens of its window, including those of other records. ``documents`` gives
-every record one or more windows of its own, and fills the last one up: causal attention ignores later positions, and
-the mask excludes filling from the solver's Hessian.
+every record one or more windows of its own, and fills the last one with pad tokens: causal attention ignores later
+positions, and the mask excludes them from the solver's Hessian.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ class CalibrationSet:
 
     Attributes:
         input_ids: int32 [S, T].
-        attention_mask: uint8 [S, T]: 1 for a token, 0 for filling after the last one.
+        attention_mask: uint8 [S, T]: 1 for a token, 0 for a pad token after the last one.
         position_ids: int32 [S, T]: index of a token in its record; a record begins at each 0.
         spec: The spec with which the windows were drawn.
         lengths: Tokens of each drawn record, in the order of drawing.
@@ -63,12 +63,12 @@ class CalibrationSet:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens without filling."""
+        """Number of tokens, without pad tokens."""
         return int(self.attention_mask.sum())
 
     @property
     def stream(self) -> list[int]:
-        """All tokens in order, without filling."""
+        """All tokens in order, without pad tokens."""
         return self.input_ids[self.attention_mask.bool()].tolist()
 
     def statistics(self) -> dict[str, Any]:
@@ -122,21 +122,25 @@ def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) 
     source, tokenizer = open_text(text), load_tokenizer(checkpoint)
     order = shuffled(len(source), spec.seed)
     encoded = (encode_record(source.record(index), tokenizer, where=source.where(index)) for index in order)
-    windows = _Windows(spec, filling=_filling(tokenizer))
+    windows = _Windows(spec, pad_token=_pad_token(tokenizer))
     for tokens in encoded:
         windows.add(tokens)
         if windows.are_full:
             return windows.build()
-    available = f"{windows.count} windows" if spec.packing == "documents" else f"{windows.tokens:,} tokens"
+    shortage = (
+        f"{windows.count} windows of up to {spec.seq_len} tokens, expected {spec.samples}."
+        if spec.packing == "documents"
+        else f"{windows.tokens:,} tokens, but {spec.samples} windows of {spec.seq_len} need"
+        f" {spec.samples * spec.seq_len:,}."
+    )
     raise InputRefused(
-        f"{text} has {available}, but {spec.samples} windows of {spec.seq_len} need"
-        f" {'as many' if spec.packing == 'documents' else f'{spec.samples * spec.seq_len:,}'}.",
+        f"{text} has {shortage}",
         remedy="Add calibration text, or lower samples or seq_len.",
     )
 
 
 def is_prepared(text: str | Path) -> bool:
-    """Return whether a source of calibration is a finished directory of the stage ``calibration``."""
+    """Return whether a calibration source is a finished output of the stage ``calibration``."""
     manifest = find_manifest(Path(text))
     return manifest is not None and manifest.derivation.stage == STAGE
 
@@ -172,8 +176,8 @@ def shuffled(count: int, seed: int) -> list[int]:
 class _Windows:
     """Windows that are filled record by record."""
 
-    def __init__(self, spec: CalibrationSpec, *, filling: int) -> None:
-        self._spec, self._filling = spec, filling
+    def __init__(self, spec: CalibrationSpec, *, pad_token: int) -> None:
+        self._spec, self._pad_token = spec, pad_token
         self._pieces: list[list[int]] = []
         self._stream: list[int] = []
         self._positions: list[int] = []
@@ -212,7 +216,7 @@ class _Windows:
         else:
             rows = self._pieces[:samples]
             position_ids = torch.arange(seq_len, dtype=torch.int32).repeat(samples, 1)
-        input_ids = torch.full(shape, self._filling, dtype=torch.int32)
+        input_ids = torch.full(shape, self._pad_token, dtype=torch.int32)
         attention_mask = torch.zeros(shape, dtype=torch.uint8)
         for window, mask, row in zip(input_ids, attention_mask, rows, strict=True):
             window[: len(row)] = torch.tensor(row, dtype=torch.int32)
@@ -231,7 +235,7 @@ def _cut(record: list[int], length: int) -> Iterator[list[int]]:
         yield record[start : start + length]
 
 
-def _filling(tokenizer: Any) -> int:
+def _pad_token(tokenizer: Any) -> int:
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 

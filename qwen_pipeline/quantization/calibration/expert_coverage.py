@@ -20,7 +20,7 @@ from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import decoder_linears
 
 COVERAGE_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens in a batch, by device; a batch has at least one window."""
+"""Tokens in a batch, by device; at least one window."""
 
 
 def measure_coverage(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Settings that decide which tokens a model is calibrated with."""
+"""Settings that determine the tokens on which a model is calibrated."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -7,7 +7,7 @@ from qwen_pipeline.quantization.validators import require_at_least, require_choi
 
 Packing = Literal["stream", "documents"]
 MIN_EXPERT_TOKENS = 128
-"""With fewer tokens than inputs in a group, a Hessian cannot tell the group's inputs apart."""
+"""With fewer tokens than a group has inputs, the Hessian of those inputs is singular."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class CalibrationSpec:
     Attributes:
         samples: Number of windows of tokens.
         seq_len: Tokens per window.
-        seed: Decides which records are drawn, and their order.
+        seed: Determines which records are drawn, and their order.
         packing: ``stream`` fills the windows with one record after another, ``documents`` gives each record windows of
             its own.
     """

@@ -57,10 +57,10 @@ def test_an_override_that_matches_no_module_is_refused(source: Path, calibration
     assert "dwon_proj" in fault.what
 
 
-def test_filling_for_experts_is_refused(calibration: Path, tmp_path: Path) -> None:
+def test_pad_tokens_for_experts_are_refused(calibration: Path, tmp_path: Path) -> None:
     source = tiny_model("qwen3_moe", tmp_path / "mixture", moe_intermediate_size=64)
     fault = refused(source, calibration, tmp_path, replace(SPEC, packing="documents"))
-    assert "filling" in fault.what
+    assert "pad tokens" in fault.what
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
