@@ -10,9 +10,9 @@ from threading import Lock
 from blake3 import blake3
 
 LEAF_BYTES = 2**20
-"""Bytes of every leaf but the last. A MUST of the format."""
+"""Bytes of every leaf but the last; fixed by the format."""
 MAX_PARTIAL_LEAVES = 64
-"""The limit of leaves with missing parts: two for each of the threads that a tensor is read with, and some spare."""
+"""Maximum number of leaves with missing parts: two for each thread that reads a tensor, and some spare."""
 
 
 class TreeHash:

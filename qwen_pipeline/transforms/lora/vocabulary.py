@@ -61,7 +61,7 @@ def untied(base: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
     embedding = base.tensors[vocabulary.embedding]
     if vocabulary.head in base:
         return base.replace(tensors={vocabulary.head: embedding})
-    return base.with_tensor(vocabulary.head, embedding, beside=vocabulary.embedding)
+    return base.with_tensor(vocabulary.head, embedding, after=vocabulary.embedding)
 
 
 def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter) -> None:
