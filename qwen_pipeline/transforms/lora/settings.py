@@ -21,7 +21,7 @@ _TRAINING_ONLY = (
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
     "fan_in_fan_out",
 )  # fmt: skip
-"""Settings of the training alone; their effect is already in the saved tensors.
+"""Settings that matter in training only; their effect is already in the saved tensors.
 
 ``fan_in_fan_out`` is one of them because PEFT turns it off for every ``nn.Linear``, and Qwen models use no other kind.
 """
