@@ -1,8 +1,8 @@
 """Prefetching of tensors from disk to a device, before they are requested, within a memory budget.
 
-A few threads read blocks into buffers that are reused, page-locked for a GPU, and copy each block on a CUDA stream
-of their own: disk, bus and arithmetic work at the same time, and the host holds at most two blocks per
-thread. Tensors are started in the order in which they are requested, regardless of the layer or model they belong to.
+A few threads read blocks into buffers that are reused, page-locked for a GPU, and copy each block on a separate CUDA
+stream: disk, bus and arithmetic work at the same time, and the host holds at most two blocks per thread. Tensors are
+started in the order in which they are requested, regardless of the layer or model they belong to.
 """
 
 import threading

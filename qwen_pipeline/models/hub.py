@@ -75,21 +75,21 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str]) ->
         RevisionNotFoundError,
     )
 
-    what = f"{repository} at revision {revision or 'main'}"
+    snapshot = f"{repository} at revision {revision or 'main'}"
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise InputRefused(
-            f"{what} is gated: the hub requires that you accept its terms.",
+            f"{snapshot} is gated: the hub requires that you accept its terms.",
             remedy=f"Accept them at https://huggingface.co/{repository} and set HF_TOKEN.",
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputRefused(
-            f"The hub has no {what}, or this account may not read it.",
+            f"The hub has no {snapshot}, or this account may not read it.",
             remedy="Check base_model and base_revision; for a private repository set HF_TOKEN.",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentFault(
-            f"{what} is not in the hub's cache and cannot be downloaded: {error}",
+            f"{snapshot} is not in the hub's cache and cannot be downloaded: {error}",
             remedy="Connect to the hub, or set base_model to a directory that holds the model.",
         ) from error

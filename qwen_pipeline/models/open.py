@@ -144,6 +144,6 @@ def _require_unchanged(root: Path, manifest: Manifest, role: str, path: Path, di
 
 def _changed(root: Path, path: Path, expected: str, found: str) -> CheckpointRefused:
     return CheckpointRefused(
-        f"The weights of {root} are computed from {path}, expected with digest {expected}, but it is {found}.",
+        f"The weights of {root} are computed from {path}, whose digest must be {expected}, but it is {found}.",
         remedy="Restore it, or merge again from the current base and fine-tune.",
     )

@@ -1,6 +1,6 @@
 """The linear layers of a Qwen decoder that are quantized, as stored in a checkpoint, and their weights.
 
-An expert that is stored in a stack is a linear layer here, as any other: a view of the stack.
+An expert that is stored in a stack is a linear layer like any other here: a view of the stack.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """Stored locations of a model's in-memory parameters: a whole tensor, a part of one, or several tensors.
 
-Memory and file differ only for experts: a stack in memory may be stored as one matrix per expert and projection, a
+The two layouts differ only for experts: a stack in memory may be stored as one matrix per expert and projection, a
 single expert's matrix may be rows of a stored stack, and a stack may be stored with its matrices transposed.
 """
 

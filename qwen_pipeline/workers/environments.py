@@ -89,13 +89,13 @@ class WorkerEnvironment:
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
         command = [str(self.python), "-P", "-c", code, *(packages or _ENVIRONMENTS[self.name].distributions)]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
+            completed = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             raise EnvironmentFault(
                 f"{self.python} lacks {self.name}: {lines[-1]}", remedy=_install_remedy(self.name)
             ) from error
-        return json.loads(found.stdout)
+        return json.loads(completed.stdout)
 
 
 def find_environment(name: str, python: Path | None = None, *, engines: Path = ENVIRONMENTS_ROOT) -> WorkerEnvironment:

@@ -22,7 +22,7 @@ class Destination(Protocol):
     """The place for a stage's output: maps a derivation to the path of its finished directory, for :func:`derive`.
 
     A :class:`Directory` is one path, for one output. A :class:`Slot` has a path for each derivation of one fine-tune,
-    so that earlier outputs stay. While an output is built, ``<path>.partial`` and ``<path>.lock`` are beside its path.
+    so that earlier outputs stay. While an output is built, ``<path>.partial`` and ``<path>.lock`` are next to its path.
     """
 
     def path_for(self, derivation: Derivation, /) -> Path:

@@ -109,7 +109,7 @@ def open_set(root: Path) -> AdapterSet:
     if outside := [entry.path for entry in parsed.adapters if not _is_subdirectory(root, entry.path)]:
         raise AdapterRefused(
             f"{file} lists {listed(outside)}; expected a subdirectory of {root}.",
-            remedy=f"Put each adapter into a directory of its own beside {ADAPTER_SET}.",
+            remedy=f"Put each adapter into a directory of its own next to {ADAPTER_SET}.",
         )
     roots, weights = [root / entry.path for entry in parsed.adapters], [entry.weight for entry in parsed.adapters]
     return weighted(roots, weights, combination=parsed.combination_type)

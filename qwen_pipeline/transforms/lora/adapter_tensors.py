@@ -81,38 +81,38 @@ class AdapterTensors:
 
 def classify_tensors(names: Iterable[str], settings: LoraSettings) -> AdapterTensors:
     """Return the role of each tensor, which follows from its name and the settings."""
-    found = AdapterTensors()
+    tensors = AdapterTensors()
     modules: dict[str, dict[str, str]] = {}
     repeated: dict[str, re.Match[str]] = {}
     for name in names:
         match = _NAME.fullmatch(name)
         if not match:
-            found.without_role.append(name)
+            tensors.without_role.append(name)
         elif not (whole := match["whole"]):
             modules.setdefault(match["module"], {})[match["part"]] = name
         elif repeated_match := _REPEATED.fullmatch(whole):
             repeated[name] = repeated_match
         else:
-            _add_saved(found, whole, name)
+            _add_saved(tensors, whole, name)
     for module, parts in sorted(modules.items()):
-        _classify_module(found, module, parts, settings)
+        _classify_module(tensors, module, parts, settings)
     for name, match in repeated.items():
-        _classify_repeated(found, name, match)
-    found.without_role.extend(_not_in_settings(found, settings))
-    return found
+        _classify_repeated(tensors, name, match)
+    tensors.without_role.extend(_not_in_settings(tensors, settings))
+    return tensors
 
 
-def _classify_module(found: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
+def _classify_module(tensors: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
     if _BASE_BIAS in parts:
-        _add_saved(found, f"{module}.bias", parts.pop(_BASE_BIAS))
+        _add_saved(tensors, f"{module}.bias", parts.pop(_BASE_BIAS))
     if copies := [parts.pop(part) for part in _COPIES if part in parts]:
-        found.copies[module] = copies
+        tensors.copies[module] = copies
     if _TOKENS in parts:
-        found.tokens[module] = parts.pop(_TOKENS)
+        tensors.tokens[module] = parts.pop(_TOKENS)
     if factors := _factors(module, parts, settings):
-        found.factors[factors.parameter] = factors
+        tensors.factors[factors.parameter] = factors
     else:
-        found.without_role.extend(parts.values())
+        tensors.without_role.extend(parts.values())
 
 
 def _factors(module: str, parts: Mapping[str, str], settings: LoraSettings) -> Factors | None:
@@ -153,40 +153,40 @@ def _parameter(module: str, settings: LoraSettings) -> tuple[str, str] | None:
     return path, path
 
 
-def _add_saved(found: AdapterTensors, path: str, name: str) -> None:
-    if path in found.saved:
-        found.without_role.append(name)
-    found.saved[path] = name
+def _add_saved(tensors: AdapterTensors, path: str, name: str) -> None:
+    if path in tensors.saved:
+        tensors.without_role.append(name)
+    tensors.saved[path] = name
 
 
-def _classify_repeated(found: AdapterTensors, name: str, match: re.Match[str]) -> None:
+def _classify_repeated(tensors: AdapterTensors, name: str, match: re.Match[str]) -> None:
     """Find the saved weight that a tensor repeats; the adapter's name may precede that of the parameter."""
     module, is_duplicate, inner = match.groups()
     paths = [f"{module}.{inner}", f"{module}.{inner.partition('.')[2]}"]
-    path = next((path for path in paths if path in found.saved), None)
+    path = next((path for path in paths if path in tensors.saved), None)
     if path is None:
-        found.without_role.append(name)
+        tensors.without_role.append(name)
     elif is_duplicate:
-        found.duplicates[name] = path
+        tensors.duplicates[name] = path
     else:
-        found.originals[name] = path
+        tensors.originals[name] = path
 
 
-def _not_in_settings(found: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
+def _not_in_settings(tensors: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
     """Yield the tensors that PEFT does not save with these settings, or only with another one, which is missing."""
-    updated = {factors.parameter.removesuffix(".weight") for factors in found.factors.values()}
-    for path, name in found.saved.items():
+    updated = {factors.parameter.removesuffix(".weight") for factors in tensors.factors.values()}
+    for path, name in tensors.saved.items():
         module, _, parameter = path.rpartition(".")
         is_bias = parameter == "bias" and (
             settings.bias == "all" or (settings.bias == "lora_only" and module in updated)
         )
         if not is_bias and not settings.saves(module) and _leaf(module) not in (INPUT_EMBEDDING, OUTPUT_HEAD):
             yield name
-    for module, name in found.tokens.items():
+    for module, name in tensors.tokens.items():
         if not settings.tokens_of(module) or module in updated:
             yield name
-    for module, names in found.copies.items():
-        if module not in updated | found.tokens.keys():
+    for module, names in tensors.copies.items():
+        if module not in updated | tensors.tokens.keys():
             yield from names
 
 

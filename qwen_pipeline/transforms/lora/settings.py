@@ -123,8 +123,8 @@ class LoraSettings:
         If embedding and head are tied, only the embedding is named, and its rows are the head's as well.
         """
         rows = self.trainable_token_indices
-        own = next((rows[name] for name in rows if module.endswith(name)), ())
-        return own or (self.tokens_of(INPUT_EMBEDDING) if module.endswith(OUTPUT_HEAD) else ())
+        named = next((rows[name] for name in rows if module.endswith(name)), ())
+        return named or (self.tokens_of(INPUT_EMBEDDING) if module.endswith(OUTPUT_HEAD) else ())
 
 
 _LORA_SETTINGS = TypeAdapter(LoraSettings)

@@ -86,9 +86,9 @@ def _start_from_copy(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter, 
         plan.obstacles.append(f"{name} (most of its rows differ from {target}: a copy of another base)")
     else:
         targets = vocabulary.names if vocabulary.tied else (target,)
-        for each in targets:
-            if each == target or each not in plan.merges:
-                plan.merge_of(each).source = copy
+        for tensor in targets:
+            if tensor == target or tensor not in plan.merges:
+                plan.merge_of(tensor).source = copy
         plan.merge_of(target).adapter_tensors.append((adapter, name))
 
 
