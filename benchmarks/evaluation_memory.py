@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from benchmarks.machine import describe_machine
 from benchmarks.models import WIDTHS, Widths, linears, write_base
 from benchmarks.report import RESULTS, keep
-from qwen_pipeline.plotting import BETTER, INK, WORSE, quiet_axes, save_plot
+from qwen_pipeline.plotting import BETTER, INK, WORSE, add_axes, save_plot
 from qwen_pipeline_tests.rounding import round_to_codes
 
 VOCABULARY = 8192
@@ -115,7 +115,7 @@ def _run(code: str, base: Path, codes: Path) -> tuple[float, float]:
 def draw(rows: Sequence[Row], most: float, path: Path) -> None:
     """Draw both curves on logarithmic axes, and the bound for this package."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = quiet_axes(figure)
+    axes = add_axes(figure)
     depths = [row.layers for row in rows]
     for label, values, color in (
         ("Transformers, one whole model", [row.transformers for row in rows], WORSE),

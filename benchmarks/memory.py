@@ -122,10 +122,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     """Plot peaks against the model's bytes: a line for each contender."""
     from matplotlib.figure import Figure
 
-    from qwen_pipeline.plotting import INK, PALETTE, quiet_axes, save_plot
+    from qwen_pipeline.plotting import INK, PALETTE, add_axes, save_plot
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = quiet_axes(figure)
+    axes = add_axes(figure)
     names = list(dict.fromkeys(name for size in report["sizes"] for name in size["peaks"]))
     own = {contender.name for contender in own_commands(1)}
     markers, ends = "osD^vP", list[tuple[tuple[float, float], str, str]]()

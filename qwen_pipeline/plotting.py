@@ -14,7 +14,7 @@ PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a
 """One colour for each kind of layer: cool for attention, warm for MLPs, of about equal lightness."""
 
 
-def quiet_axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
+def add_axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
     """Add the ``row``-th of ``rows`` axes, stacked from the top, in the common style."""
     axes = figure.add_subplot(rows, 1, row)
     axes.patch.set_alpha(0)

@@ -77,7 +77,7 @@ class TransferRate:
         return f"{moved / seconds / 1e9:.2f} GB/s{rest}"
 
 
-def as_lines(log: Callable[[str], None], *, seconds: float = 5.0) -> Observe:
+def logging_observer(log: Callable[[str], None], *, seconds: float = 5.0) -> Observe:
     """Return an observer that logs each layer and the end of each task, and other events every ``seconds`` at most."""
     logged: dict[str, int] = {}
     last = -seconds

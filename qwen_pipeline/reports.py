@@ -41,7 +41,7 @@ class CheckSpec:
         )
 
     def skipped(self, detail: str) -> "CheckReport":
-        """Return that this check did not run, with the reason. It neither blocks nor counts as passed."""
+        """Return a report that this check did not run, with the reason. It neither blocks nor counts as passed."""
         severity: Severity = "ERROR" if self.blocking else "WARN"
         return CheckReport(name=self.name, passed=False, skipped=True, detail=detail, severity=severity)
 
@@ -117,7 +117,7 @@ def load_reports(result: Mapping[str, Any], *, source: str = "A manifest") -> li
     """Return the reports of a manifest's ``result``; ``source`` is its name in an error message.
 
     Raises:
-        CheckpointRefused: A report lacks a field, has one too many, or has a value of another type.
+        CheckpointRefused: A report lacks a field, has an unknown one, or has a value of another type.
     """
     checks = result.get("checks", [])
     try:

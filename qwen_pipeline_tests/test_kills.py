@@ -130,7 +130,7 @@ def test_a_hundred_kills_do_not_change_the_result(
 ) -> None:
     monkeypatch.setattr(digest, "BLOCK_BYTES", 4096)
     moment = random.Random(SEED)
-    monkeypatch.setattr(writer, "outgrows_cache", lambda _: moment.random() < 0.5)
+    monkeypatch.setattr(writer, "exceeds_page_cache", lambda _: moment.random() < 0.5)
     deaths, attempts = 0, 0
     measured: dict[str, tuple[int, float, dict[str, str]]] = {}
     for work in works:

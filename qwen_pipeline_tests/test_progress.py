@@ -2,12 +2,12 @@
 
 import pytest
 
-from qwen_pipeline.progress import Progress, TransferRate, as_lines, describe
+from qwen_pipeline.progress import Progress, TransferRate, describe, logging_observer
 
 
 def test_layers_are_logged_once_bytes_at_intervals_and_the_end_always() -> None:
     lines: list[str] = []
-    observe = as_lines(lines.append, seconds=3600)
+    observe = logging_observer(lines.append, seconds=3600)
     for done in range(1, 4):
         observe(Progress(task="merge", done=done * 10**9, total=3 * 10**9, unit="bytes"))
         observe(Progress(task="quantize", done=done, total=3, unit="layers"))

@@ -1,4 +1,4 @@
-"""Memory of blocks, reused: the kernel takes longer to provide a new page than the arithmetic on its bytes takes.
+"""Reuse of the memory of blocks: the kernel takes longer to provide a new page than the arithmetic on its bytes takes.
 
 Within :func:`recycling`, a block's memory goes back to the thread's pool as soon as nothing refers to it. Elsewhere
 :func:`empty` allocates.
@@ -36,7 +36,7 @@ class BufferPool:
         self._spare: list[torch.Tensor] = []
 
     def take(self, nbytes: int) -> "torch.Tensor":
-        """Return ``nbytes`` of uninitialised memory as uint8. If larger than a block, it is not reused."""
+        """Return ``nbytes`` of uninitialised memory as uint8; memory larger than a block is not reused."""
         import torch
 
         if nbytes > BLOCK_BYTES:

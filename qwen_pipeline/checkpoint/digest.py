@@ -25,7 +25,7 @@ ROW_ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashedTensor:
-    """The hash result of a tensor. ``finite``: it has no NaN and no infinity; None if that was not checked."""
+    """The hash result of a tensor. ``finite`` is whether it has no NaN and no infinity; None if unchecked."""
 
     digest: TensorDigest
     finite: bool | None = None
@@ -75,7 +75,7 @@ def hash_checkpoint(checkpoint: Checkpoint, root: Path, *, observe: Observe = un
 def hash_tensors(
     tensors: Mapping[str, LazyTensor], *, task: str, observe: Observe = unobserved
 ) -> dict[str, HashedTensor]:
-    """Read and hash tensors, as fast as the disk and all cores allow."""
+    """Read and hash tensors on all cores."""
     hashers = {name: TensorHasher(tensor.spec) for name, tensor in tensors.items()}
     meter = Meter(task, sum(tensor.spec.nbytes for tensor in tensors.values()), observe)
     blocks = ((name, block) for name, tensor in tensors.items() for block in blocks_of(tensor))

@@ -20,7 +20,7 @@ from qwen_pipeline.progress import Observe, unobserved
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashedCheckpoint:
-    """The hash results of a checkpoint: of every tensor, and of the files beside the weights."""
+    """The hash results of a checkpoint: of every tensor, and of the files other than weights."""
 
     tensors: HashedTensors
     files: Mapping[str, FileDigest]
@@ -44,7 +44,7 @@ class DigestCache:
     """Hash results in one file for each checkpoint and for each single file.
 
     Args:
-        directory: Where they are kept, by default in the user's cache (``XDG_CACHE_HOME``).
+        directory: The directory of the files, by default in the user's cache (``XDG_CACHE_HOME``).
     """
 
     directory: Path = field(default_factory=_user_cache)
@@ -54,7 +54,7 @@ class DigestCache:
 
         Args:
             root: The directory.
-            checkpoint: The directory as it was opened, if not by :func:`open_checkpoint`.
+            checkpoint: The opened directory, if it was not opened by :func:`open_checkpoint`.
         """
         if manifest := find_manifest(root):
             contents = manifest.contents
@@ -66,7 +66,7 @@ class DigestCache:
         return _HASHED.validate_json(entry.read_bytes()) if entry.is_file() else None
 
     def add(self, root: Path, checkpoint: Checkpoint, tensors: HashedTensors) -> HashedCheckpoint:
-        """Keep the hash results of a directory that has no manifest, and return them with those of its files."""
+        """Add the hash results of a directory without a manifest, and return them with those of its files."""
         hashed = HashedCheckpoint(tensors=tensors, files=digest_files({CONFIG: root / CONFIG, **checkpoint.sidecars}))
         _write(self._entry(_files_of(root, checkpoint)), _HASHED.dump_json(hashed))
         return hashed
@@ -87,8 +87,8 @@ def checkpoint_digest(root: Path, *, checkpoint: Checkpoint | None = None, obser
 
     Args:
         root: The directory.
-        checkpoint: The directory as it was opened, if not by :func:`open_checkpoint`: under other names, or with more
-            sidecars.
+        checkpoint: The opened directory, if it was not opened by :func:`open_checkpoint` but with other tensor names or
+            more sidecars.
         observe: Called with the progress.
     """
     cache = DigestCache()

@@ -22,7 +22,7 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointRefused: The file cannot be read, or is not a JSON object; or another class, if ``refused`` says so.
+        CheckpointRefused: The file cannot be read, or is not a JSON object. ``refused`` may be another class.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -45,7 +45,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def open_locked(path: Path, *, wait: bool = False) -> BinaryIO:
-    """Open a lock file, created if absent, and take an exclusive ``flock`` on it, which ends when it is closed.
+    """Open a lock file, created if absent, with an exclusive ``flock`` that is held until the file is closed.
 
     Raises:
         BlockingIOError: Another process holds the lock, and ``wait`` is False.

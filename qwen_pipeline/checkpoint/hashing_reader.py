@@ -1,4 +1,4 @@
-"""Hashing a checkpoint while it is read for another purpose, so that its bytes move once."""
+"""Hashing a checkpoint while it is read for another purpose, so that its bytes are read only once."""
 
 import threading
 from collections.abc import Generator
@@ -36,7 +36,7 @@ class HashingReader:
         )
 
     def skip_unchanged(self, output: Checkpoint) -> None:
-        """Do not hash the tensors that an output has unchanged: they are hashed when they are written."""
+        """Skip the tensors that an output contains unchanged, which are hashed when they are written."""
         for name, tensor in output.tensors.items():
             if self._is_unchanged(name, tensor):
                 self._hashers.pop(name, None)
@@ -55,7 +55,7 @@ class HashingReader:
         return {name: self._results[name] for name in self._source}
 
     def finish(self, output: Checkpoint, written: HashedTensors, *, task: str, observe: Observe = unobserved) -> None:
-        """Complete the results: take those of unchanged tensors from the output, and read what was not read yet.
+        """Complete the results: take those of unchanged tensors from the output, and read the remaining tensors.
 
         Args:
             output: The checkpoint that was computed from this one.
@@ -72,8 +72,10 @@ class HashingReader:
             self._results |= hash_tensors(missing, task=task, observe=observe)
 
     def _is_unchanged(self, name: str, tensor: LazyTensor) -> bool:
-        own = self.checkpoint.tensors.get(name)
-        return own is not None and (tensor is own or (own.stored is not None and tensor.stored is own.stored))
+        source = self.checkpoint.tensors.get(name)
+        return source is not None and (
+            tensor is source or (source.stored is not None and tensor.stored is source.stored)
+        )
 
     def _hashed_on_read(self, name: str, tensor: LazyTensor) -> LazyTensor:
         def read(start: int, stop: int) -> "torch.Tensor":
@@ -94,7 +96,7 @@ _thread = _Thread()
 
 @contextmanager
 def hashing_paused() -> Generator[None, None, None]:
-    """Hash nothing that this thread reads within the body: parts of tensors, out of order."""
+    """Within the body, do not hash what this thread reads, which are parts of tensors, out of order."""
     _thread.is_paused = True
     try:
         yield

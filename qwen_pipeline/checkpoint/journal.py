@@ -1,7 +1,7 @@
 """The journal of a directory that is being written: a line for each tensor that an attempt finished.
 
 Lines are appended without a sync. After a power cut a line may be missing, or the bytes that it describes: the next
-attempt hashes the bytes again and finds both.
+attempt hashes the bytes again and so detects either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ class Journal:
 
 
 def verify_finished(files: Mapping[Path, Sequence[FinishedTensor]], *, task: str, observe: Observe) -> set[str]:
-    """Hash tensors again, file -> its tensors; return the names of those that still have the journal's digest."""
+    """Hash the finished tensors of files again; return the names of those that still have the journal's digest."""
     tensors: dict[str, LazyTensor] = {}
     expected: dict[str, FinishedTensor] = {}
     for path, finished in files.items():

@@ -1,7 +1,7 @@
 """Checkpoints whose names, dtypes and shapes are known at once, and whose bytes are read on request, by rows.
 
 Transformations build a new :class:`Checkpoint` from an old one (:meth:`Checkpoint.replace`), so that merge and pad
-compose, and every shape is checked before the first byte moves.
+compose, and every shape is checked before any tensor is read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,9 +29,9 @@ SIDECARS = (
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
     "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-"""Files that describe how a model is used rather than what it computes. Every stage carries them along unchanged.
+"""Files that describe how a model is used rather than what it computes. Every stage copies them unchanged.
 
-``spk_dict.pt`` holds the voices of Qwen2.5-Omni, which Transformers does not load without; it is never opened here.
+``spk_dict.pt`` holds the voices of Qwen2.5-Omni, without which Transformers does not load it; it is never opened here.
 """
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -58,9 +58,9 @@ class LazyTensor:
 
     Attributes:
         spec: Its dtype and shape.
-        read: Returns rows. A row has the same bytes whatever block it is read in. The caller may keep the memory, but
-            must not change it.
-        stored: The tensor of a file that this one is, unchanged, if there is one.
+        read: Returns rows. A row has the same bytes regardless of the block it is read in. The caller may keep the
+            memory, but must not change it.
+        stored: The stored tensor that it is identical to; None if it is computed.
     """
 
     spec: TensorSpec
@@ -85,7 +85,7 @@ def stored_tensor(file: SafetensorsFile, name: str) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint(Mapping[str, TensorSpec]):
-    """A mapping of tensor names to specs, with the config, the shard of each tensor, and the files beside the weights.
+    """A mapping of tensor names to specs, with the config, the shard of each tensor, and the other files.
 
     Attributes:
         config: The parsed ``config.json``.
@@ -148,20 +148,20 @@ class Checkpoint(Mapping[str, TensorSpec]):
             left_behind=self.left_behind,
         )
 
-    def with_tensor(self, name: str, tensor: LazyTensor, *, beside: str) -> "Checkpoint":
-        """Return this checkpoint with one more tensor, right after the tensor ``beside`` and in the same shard.
+    def with_tensor(self, name: str, tensor: LazyTensor, *, after: str) -> "Checkpoint":
+        """Return this checkpoint with one more tensor, right after the tensor ``after`` and in the same shard.
 
         Raises:
-            KeyError: There is no tensor ``beside``, or there is a tensor ``name`` already.
+            KeyError: There is no tensor ``after``, or there is a tensor ``name`` already.
         """
-        if beside not in self.tensors or name in self.tensors:
-            raise KeyError(f"{name} cannot be added beside {beside}")
+        if after not in self.tensors or name in self.tensors:
+            raise KeyError(f"{name} cannot be added after {after}")
         tensors: dict[str, LazyTensor] = {}
-        for each, present in self.tensors.items():
-            tensors[each] = present
-            if each == beside:
+        for existing_name, existing in self.tensors.items():
+            tensors[existing_name] = existing
+            if existing_name == after:
                 tensors[name] = tensor
-        return replace(self, tensors=tensors, shards={**self.shards, name: self.shards[beside]})
+        return replace(self, tensors=tensors, shards={**self.shards, name: self.shards[after]})
 
 
 def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
@@ -258,7 +258,7 @@ def _no_weights(root: Path) -> CheckpointRefused:
 
 
 def _relative_files(root: Path) -> list[str]:
-    """Return the files below ``root``, sorted, without hidden ones; links are followed, as in the cache of the hub."""
+    """Return the sorted files below ``root`` without hidden ones; links, as in the hub's cache, are followed."""
     return sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")

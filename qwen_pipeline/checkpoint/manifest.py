@@ -1,7 +1,7 @@
 """The manifest of a finished directory: what it was derived from, and the digests of everything in it.
 
-``content_digest`` covers tensors (name, dtype, shape, bytes) and the files beside them. It does not cover the shard
-layout, logs, times or the host: the same inputs give the same digest on every machine.
+``content_digest`` covers tensors (name, dtype, shape, bytes) and all files other than weights. It does not cover the
+shard layout, logs, times or the host: the same inputs give the same digest on every machine.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from qwen_pipeline.errors import CheckpointRefused
 
 FORMAT = "qwen-pipeline/manifest/4"
 OUTDATED = tuple(f"qwen-pipeline/manifest/{version}" for version in (1, 2, 3))
-"""Older formats. They hash tensors in another way, so that their digests cannot be compared with those of this one."""
+"""Older formats, whose digests of tensors are computed differently and cannot be compared with those of this one."""
 UNREAD = "unread"
 """The placeholder for the digest of an input that is computed while the input is read; never in a manifest."""
 LOGS = "logs/"
@@ -70,11 +70,11 @@ class Contents:
     @property
     def digest(self) -> str:
         """The content digest, ``sha256:<hex>``: over tensors and files, independent of shard layout and file order."""
-        beside = {
+        other_files = {
             path: file.sha256 for path, file in self.files.items() if is_content(path) and isinstance(file, FileDigest)
         }
         tensors = {name: [t.dtype, list(t.shape), t.tree_blake3] for name, t in self.tensors.items()}
-        return "sha256:" + canonical_sha256({"tensors": tensors, "files": beside})
+        return "sha256:" + canonical_sha256({"tensors": tensors, "files": other_files})
 
     @property
     def nbytes(self) -> int:
@@ -83,13 +83,13 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Derivation:
-    """Everything that decides the bytes of a stage's output. Its key names the output in a store.
+    """Everything that determines the bytes of a stage's output. Its key names the output in a store.
 
     Attributes:
         stage: Name of the output, such as ``merged``.
         inputs: Role -> content digest, such as ``base`` -> ``sha256:...``; :data:`UNREAD` if it is not known yet.
         spec: The stage's settings as JSON values.
-        code_version: Version of the stage's code. It is raised whenever the same inputs and spec give other bytes.
+        code_version: Version of the stage's code. It is raised whenever the same inputs and spec give different bytes.
     """
 
     stage: str
@@ -110,7 +110,7 @@ class Derivation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFigures:
-    """Time, memory and bytes moved of a derivation, and its environment; never part of a digest.
+    """Time, memory, and bytes read and written by a derivation, and its environment; never part of a digest.
 
     Attributes:
         seconds: Wall clock time of the derivation.
@@ -141,12 +141,13 @@ class Manifest:
     it. The format is docs/format.md.
 
     Attributes:
-        derivation: What the directory was made from. Its key decides whether a later run can reuse the directory.
+        derivation: The stage, inputs and settings that the directory was made from. Its key decides whether a later run
+            can reuse the directory.
         contents: Digests of every tensor and file.
         content_digest: ``contents.digest``. Later stages name this output by it.
         result: The stage's findings as JSON values: the padding map, per-module losses, check reports.
-        recipe: Role -> path of what the weights are computed from, if they are not stored here; ``contents.tensors``
-            has the digests of the computed weights.
+        recipe: Role -> path of each input that the weights are computed from, if they are not stored here;
+            ``contents.tensors`` has the digests of the computed weights.
         run: Time, memory and environment of the run.
         format: Version of the format.
     """
@@ -210,7 +211,7 @@ def is_outdated(root: Path) -> bool:
 
 
 def is_content(path: str) -> bool:
-    """Return whether a file's digest is part of the content digest; weights are, by tensor, and logs are not."""
+    """Return whether a file counts towards the content digest; weights count by tensor, and logs do not count."""
     return not (path.endswith(".safetensors") or path in (INDEX, MANIFEST) or path.startswith(LOGS))
 
 

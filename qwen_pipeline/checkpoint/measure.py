@@ -1,4 +1,4 @@
-"""Wall clock time, bytes moved and peak resident memory of a piece of work."""
+"""Wall clock time, bytes read and written, and peak resident memory of a computation."""
 
 import resource
 import time
@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.manifest import RunFigures, describe_environment
 
 
 class Stopwatch:
-    """Seconds of each part of a piece of work; those of a part that is repeated are added up."""
+    """Seconds spent in each part of a computation; those of a repeated part are added up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -26,7 +26,7 @@ class Stopwatch:
 
 
 class Figures(Protocol):
-    """Returns the figures so far; ``worker_peak_bytes`` is the peak of a worker process."""
+    """A function that returns the figures so far; ``worker_peak_bytes`` is the peak of a worker process."""
 
     def __call__(self, *, worker_peak_bytes: int = 0) -> RunFigures: ...
 

@@ -1,4 +1,4 @@
-"""The disk, memory and open files that writing a checkpoint takes, from headers alone, and those that are available."""
+"""Disk, memory and open files: those that writing a checkpoint takes, from headers alone, and those available."""
 
 import resource
 import shutil
@@ -16,16 +16,16 @@ from qwen_pipeline.errors import EnvironmentFault
 BLOCKS_PER_THREAD = 6
 """The source's rows, the update and the sum in float32 (twice as wide), the result, and the padded result."""
 LEAVES_PER_THREAD = 8
-"""Partial leaves of tree hashes: two for each of the hashes of what is read, merged and padded, and two spare."""
+"""Partial leaves of tree hashes: two each for the read, the merged and the padded tensor, and two spare."""
 FILES_PER_THREAD = 2
 """One to read from, one to write to."""
-FILES_BESIDE = 8
+OTHER_FILES = 8
 """Journal, lock, headers, directories and a progress display."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceNeeds:
-    """The needs of a stage beyond what the process already has: bytes of disk and of memory, and open files.
+    """The resources that a stage needs in addition to those in use: bytes of disk and of memory, and open files.
 
     Memory is ``threads x (6 x max(8 MiB, the longest row) + 8 MiB)``. It does not depend on the model's depth.
     """
@@ -36,13 +36,13 @@ class ResourceNeeds:
 
 
 def estimate_needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> ResourceNeeds:
-    """Return the needs of writing so many bytes with this machine's cores."""
+    """Return the needs of writing ``disk_bytes`` on all cores of this machine."""
     threads = pool_size()
     return ResourceNeeds(
         disk_bytes=disk_bytes,
         memory_bytes=threads
         * (BLOCKS_PER_THREAD * max(BLOCK_BYTES, longest_row_bytes) + LEAVES_PER_THREAD * LEAF_BYTES),
-        open_files=threads * FILES_PER_THREAD + FILES_BESIDE,
+        open_files=threads * FILES_PER_THREAD + OTHER_FILES,
     )
 
 
@@ -75,7 +75,7 @@ def available_at(out: Path) -> AvailableResources:
 
 
 def require_resources(needs: ResourceNeeds, out: Path) -> None:
-    """Check that this machine has what writing into ``out`` takes.
+    """Check that this machine has the resources for writing into ``out``.
 
     Raises:
         EnvironmentFault: Disk space, memory or open files do not suffice; the message has the numbers.
@@ -88,19 +88,20 @@ def shortages(needs: ResourceNeeds, available: AvailableResources, out: Path) ->
     """Yield an error for each resource that does not suffice for writing into ``out``."""
     if needs.disk_bytes > available.disk_bytes:
         yield EnvironmentFault(
-            f"{out} needs {needs.disk_bytes / 1e9:.2f} GB more, its disk has {available.disk_bytes / 1e9:.2f} GB free.",
+            f"{out} needs {needs.disk_bytes / 1e9:.2f} GB more, "
+            f"but its disk has {available.disk_bytes / 1e9:.2f} GB free.",
             remedy="Free disk space or choose another destination; finished tensors are kept and not written again.",
         )
     if available.memory_bytes is not None and needs.memory_bytes > available.memory_bytes:
         yield EnvironmentFault(
             f"Writing {out} takes {needs.memory_bytes / 1e6:.0f} MB of memory, "
-            f"{available.memory_bytes / 1e6:.0f} MB are available.",
-            remedy="End other programs, or run with fewer cores (taskset): memory is proportional to them.",
+            f"but only {available.memory_bytes / 1e6:.0f} MB are available.",
+            remedy="Close other programs, or run on fewer cores (taskset): memory is proportional to their number.",
         )
     if available.open_files is not None and needs.open_files > available.open_files:
         yield EnvironmentFault(
-            f"Writing {out} takes {needs.open_files} open files, the limit is {available.open_files}.",
-            remedy=f"Raise it: ulimit -n {needs.open_files}.",
+            f"Writing {out} takes {needs.open_files} open files, but the limit is {available.open_files}.",
+            remedy=f"Raise the limit: ulimit -n {needs.open_files}.",
         )
 
 
@@ -113,7 +114,7 @@ def available_memory() -> int | None:
 def control_group_memory(
     *, membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Return the bytes that the limits of this process's control groups (version 2) leave it; None without a limit.
+    """Return the bytes left within the limits of this process's control groups (version 2); None without a limit.
 
     Page cache counts as free, since the kernel reclaims it. Every group up to the root may have a limit.
     """

@@ -21,13 +21,13 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def max_cached_bytes() -> int | None:
-    """Return how many bytes of a checkpoint may stay in the page cache; None if no limit of memory is known."""
+    """Return the bytes of a checkpoint that may stay in the page cache; None if the available memory is unknown."""
     memory = available_memory()
     return None if memory is None else int(memory * CACHE_SHARE)
 
 
-def outgrows_cache(nbytes: int) -> bool:
-    """Return whether a checkpoint of so many bytes is larger than what may stay in the page cache."""
+def exceeds_page_cache(nbytes: int) -> bool:
+    """Return whether a checkpoint of ``nbytes`` is too large to stay in the page cache."""
     limit = max_cached_bytes()
     return limit is not None and nbytes > limit
 
@@ -53,8 +53,8 @@ REQUEST_BYTES = 128 * 2**10
 def read_ahead(files: Iterable[Path]) -> Thread | None:
     """Ask the kernel to read files into the page cache, in this order and up to a limit, without waiting for it.
 
-    The bytes do not count as read by this process. Returns the thread that asks, which need not be joined; None where
-    the system does not support that.
+    The bytes do not count as read by this process. Return the requesting thread, which need not be joined; None where
+    the system does not support such requests.
     """
     if not hasattr(os, "posix_fadvise"):
         return None

@@ -175,7 +175,7 @@ def _checked_file(path: Path, header: dict[str, Any], *, data_start: int, size: 
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"the entry of tensor {name!r} is incomplete ({error!r})") from error
         if spec.dtype not in ITEM_BYTES:
-            raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; known are {', '.join(ITEM_BYTES)}")
+            raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; expected one of {', '.join(ITEM_BYTES)}")
         if not all(isinstance(n, int) and n >= 0 for n in (*spec.shape, begin, end)):
             raise _damaged(path, f"tensor {name!r} has a shape or offset that is not a natural number")
         if end - begin != spec.nbytes:

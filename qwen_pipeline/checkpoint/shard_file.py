@@ -1,4 +1,4 @@
-"""A shard that several threads write, at any offset, and that can be continued after a kill."""
+"""A shard that several threads write, at any offset, and that can be resumed after the process was killed."""
 
 import os
 import stat
@@ -44,7 +44,7 @@ class ShardFile:
         return self._path if self.is_finished else self._scratch
 
     def begin(self, missing: Collection[str]) -> None:
-        """Open the file to write the missing tensors; those that an earlier attempt completed stay."""
+        """Open the file to write the missing tensors; those that an earlier attempt completed are kept."""
         if self.is_finished:
             self._path.replace(self._scratch)
         if not self._is_resumable():

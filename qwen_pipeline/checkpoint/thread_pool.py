@@ -1,7 +1,7 @@
 """Running jobs on a few threads, started in order.
 
-Each block is read, computed, hashed and written by one thread from beginning to end, so what is in memory is a few
-blocks for each thread, whatever the size of a tensor. Reading, arithmetic, hashing and writing all release the GIL.
+Each block is read, computed, hashed and written by one thread from beginning to end, so memory holds a few blocks
+for each thread, regardless of the size of a tensor. Reading, arithmetic, hashing and writing all release the GIL.
 """
 
 import os
@@ -19,7 +19,7 @@ T = TypeVar("T")
 CALLER, NOT_STARTED = -1, sys.maxsize
 """In place of a job's number: the calling thread, and a job that could not be taken."""
 MAX_THREADS = 18
-"""Each of them holds 56 MiB (:mod:`~qwen_pipeline.checkpoint.memory_budget`): just less than 1 GiB in all."""
+"""Each of them holds 56 MiB (:mod:`~qwen_pipeline.checkpoint.memory_budget`): just under 1 GiB in all."""
 TICK_SECONDS = 0.2
 """The interval at which ``tick`` of :func:`map_ordered` is called."""
 
@@ -126,8 +126,8 @@ def _run_jobs(pool: _ThreadPool[T], do: Callable[[T], None]) -> None:
     with recycling(BufferPool()):
         number = NOT_STARTED
         try:
-            while taken := pool.next_job():
-                number, job = taken
+            while numbered_job := pool.next_job():
+                number, job = numbered_job
                 do(job)
                 number = NOT_STARTED
         except BaseException as error:

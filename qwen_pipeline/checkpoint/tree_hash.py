@@ -1,7 +1,7 @@
 """The digest of a tensor: BLAKE3 over the BLAKE3 of each of its leaves, so that all cores can hash one tensor.
 
-Leaves are blocks of 1 MiB (docs/format.md), whatever blocks a tensor is read, computed or written in. No thread waits
-for another: the parts of a leaf are kept until the last one is added. A core with AVX-512 hashes 6 GB/s this way;
+Leaves are blocks of 1 MiB (docs/format.md), regardless of the blocks that a tensor is read or written in. No thread
+waits for another: the parts of a leaf are kept until the last one is added. A core with AVX-512 hashes 6 GB/s this way;
 SHA-256 with its own instructions reaches 1.7 (https://github.com/BLAKE3-team/BLAKE3).
 """
 
@@ -10,9 +10,9 @@ from threading import Lock
 from blake3 import blake3
 
 LEAF_BYTES = 2**20
-"""Bytes of every leaf but the last. A MUST of the format."""
+"""Bytes of every leaf but the last; fixed by the format."""
 MAX_PARTIAL_LEAVES = 64
-"""The limit of leaves with missing parts: two for each of the threads that a tensor is read with, and some spare."""
+"""Maximum number of leaves with missing parts: two for each thread that reads a tensor, and some spare."""
 
 
 class TreeHash:

@@ -1,7 +1,7 @@
-"""Stream a checkpoint to disk, block by block over a few threads, in memory that does not grow with the model.
+"""Stream a checkpoint to disk, block by block on a few threads, in memory that does not grow with the model.
 
-A tensor whose bytes are on disk enters a journal. A later attempt hashes the tensors that the journal names and
-continues after them. A shard in which nothing changed is not written at all where the disk can share its blocks.
+Each tensor whose bytes are on disk is recorded in a journal. A later attempt verifies these tensors and writes the
+rest. A shard in which nothing changed is not written at all where the file system can share its blocks.
 """
 
 import json
@@ -18,7 +18,7 @@ from qwen_pipeline.checkpoint.journal import FinishedTensor, Journal, verify_fin
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, SINGLE_SHARD, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents
 from qwen_pipeline.checkpoint.memory_budget import needs_of, require_resources
-from qwen_pipeline.checkpoint.page_cache import outgrows_cache
+from qwen_pipeline.checkpoint.page_cache import exceeds_page_cache
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, as_bytes
 from qwen_pipeline.checkpoint.shard_file import ShardFile
 from qwen_pipeline.checkpoint.thread_pool import map_ordered
@@ -42,7 +42,7 @@ def write_checkpoint(
     the same derivation; the tensors that it finished are verified and kept.
 
     Args:
-        checkpoint: What to write.
+        checkpoint: The checkpoint to write.
         out: An existing directory.
         task: Name of the progress.
         readers: Readers of the inputs. They are finished at the end; their results so far survive an interruption.
@@ -63,7 +63,7 @@ def write_checkpoint(
     for reader in readers:
         reader.finish(checkpoint, writer.results, task=f"{task}: hash unread tensors", observe=observe)
     files = {shard: digest_shard(out / shard) for shard in writer.shards}
-    files |= {path: digest_file(out / path) for path in write_files_beside(checkpoint, out)}
+    files |= {path: digest_file(out / path) for path in write_config_and_sidecars(checkpoint, out)}
     files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out)}
     return Contents(tensors={name: writer.results[name].digest for name in writer.names}, files=files)
 
@@ -101,7 +101,7 @@ class _CheckpointWriter:
         self.results: dict[str, HashedTensor] = {}
         self._journal = Journal(out)
         self._finished = self._journal.read()
-        cached = not outgrows_cache(checkpoint.nbytes)
+        cached = not exceeds_page_cache(checkpoint.nbytes)
         self._files = {
             shard: ShardFile(out / shard, {name: checkpoint[name] for name in names}, cached=cached)
             for shard, names in self.shards.items()
@@ -109,7 +109,7 @@ class _CheckpointWriter:
         self._lock = Lock()
 
     def share_unchanged(self, *, hard_links: bool) -> None:
-        """Share the file of each shard in which nothing changed, where the disk can."""
+        """Share the file of each shard in which nothing changed, where the file system can."""
         for shard in self.shards:
             source = self._unchanged_file(shard)
             if source and share_file(source.path, self._out / shard, hard_links=hard_links):
@@ -171,7 +171,7 @@ class _CheckpointWriter:
         return loaded.nbytes
 
     def _finish(self, tensor: _UnfinishedTensor) -> None:
-        """Enter a tensor whose every block was written and hashed into the journal."""
+        """Record a tensor in the journal after its last block was written and hashed."""
         result = tensor.hasher.result
         assert result, f"{tensor.name} was not written to its end"
         passed = {reader.name: found for reader in self._readers if (found := reader.result(tensor.name))}
@@ -216,7 +216,7 @@ class _CheckpointWriter:
         require_resources(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
 
 
-def write_files_beside(checkpoint: Checkpoint, out: Path) -> list[str]:
+def write_config_and_sidecars(checkpoint: Checkpoint, out: Path) -> list[str]:
     """Write config and sidecars; return their relative paths."""
     dumped = json.dumps(checkpoint.config, indent=2, ensure_ascii=False).encode() + b"\n"
     write_bytes(out / CONFIG, checkpoint.config_bytes or dumped)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen_pipeline import progress
-from qwen_pipeline.progress import Observe, as_lines
+from qwen_pipeline.progress import Observe, logging_observer
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def progress_bars() -> Generator[Observe, None, None]:
     with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
         console = Console(file=stderr)
         if not console.is_terminal:
-            yield as_lines(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+            yield logging_observer(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
             return
         columns = (
             TextColumn("{task.description}", markup=False),

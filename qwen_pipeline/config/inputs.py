@@ -18,7 +18,7 @@ def base_model_name(settings: Settings) -> str:
 
 def base_model_path(settings: Settings) -> Path:
     """Return the directory of the base model, which is downloaded from the hub if it is not cached."""
-    return find_base(base_model_name(settings), revision=settings.base_revision, beside=config_file().parent)
+    return find_base(base_model_name(settings), revision=settings.base_revision, relative_to=config_file().parent)
 
 
 def calibration_source(settings: Settings) -> str:
@@ -58,7 +58,7 @@ def require_ready(settings: Settings) -> None:
     settings.serving_plan()
     padding = settings.padding
     if padding.targets or padding.towers:
-        config = load_config(name, revision=settings.base_revision, beside=config_file().parent)
+        config = load_config(name, revision=settings.base_revision, relative_to=config_file().parent)
         if padding.targets:
             padding_for(config, padding.targets, group_size=settings.quantization.group_size)
         if padding.towers:

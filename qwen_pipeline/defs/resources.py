@@ -21,7 +21,7 @@ from qwen_pipeline.config import Settings, settings_from_values
 from qwen_pipeline.defs.config_schema import config_fields, config_values, resource_class
 from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.models.inbox import Inbox
-from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
+from qwen_pipeline.progress import Observe, Progress, logging_observer, unobserved
 
 _OF_THE_GRAPH: Mapping[str, Any] = {"store": {"merged"}, "validation": {"unpadded"}}
 """Settings that decide which assets exist. They are read when the code location is loaded; no run can change them."""
@@ -102,7 +102,7 @@ class StepRunner:
 
         Only a fault that may not recur is retried.
         """
-        log = as_lines(context.log.info)
+        log = logging_observer(context.log.info)
 
         def observe(progress: Progress) -> None:
             log(progress)

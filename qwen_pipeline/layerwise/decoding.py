@@ -73,7 +73,7 @@ class Decoder(LayeredModel):
         *,
         stops: Collection[int],
         limit: int,
-        ends: Callable[[Sequence[int]], bool] = lambda _: False,
+        is_complete: Callable[[Sequence[int]], bool] = lambda _: False,
         drafts: Sequence[Sequence[int]] = (),
         observe: Observe = unobserved,
     ) -> list[tuple[int, ...]]:
@@ -83,7 +83,7 @@ class Decoder(LayeredModel):
             prompts: Token ids of each prompt.
             stops: Tokens that end an answer; they are part of it.
             limit: Maximum number of tokens of an answer.
-            ends: Returns whether an answer is complete, given its tokens; called after each step.
+            is_complete: Returns whether an answer is complete, given its tokens; called after each step.
             drafts: A proposal for each answer, such as the answer of another model. Drafts do not change the answers;
                 the tokens that a draft predicts correctly are decoded in one step.
             observe: Receives the length of the longest answer after each step.
@@ -100,7 +100,9 @@ class Decoder(LayeredModel):
             running = [
                 sequence
                 for sequence in running
-                if len(sequence.answer) < limit and sequence.answer[-1] not in stops and not ends(sequence.answer)
+                if len(sequence.answer) < limit
+                and sequence.answer[-1] not in stops
+                and not is_complete(sequence.answer)
             ]
             longest = max(len(sequence.answer) for sequence in sequences)
             observe(Progress(task="answer", done=longest if running else limit, total=limit, unit="tokens"))
@@ -137,8 +139,8 @@ class Decoder(LayeredModel):
         sequence.cached += len(sequence.uncached)
         if agreed < len(draft):  # states of linear attention cannot be truncated
             sequence.cache, sequence.cached = self.meta_model.new_cache(), 0
-        ends = [number for number, token in enumerate(choices[:agreed]) if token in stops]
-        sequence.answer += choices[: min([*ends, agreed]) + 1]
+        last = next((number for number, token in enumerate(choices[:agreed]) if token in stops), agreed)
+        sequence.answer += choices[: last + 1]
         sequence.draft = ()
 
     def _argmax(self, hidden_NH: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class Decoder(LayeredModel):
         return self._head or self.head_blocks()
 
     def _reserve(self, numel: int) -> bool:
-        """Reserve memory for so many elements; return False if it exceeds the budget."""
+        """Reserve memory for ``numel`` elements; return False if it exceeds the budget."""
         if (nbytes := numel * self.context.dtype.itemsize) > self._budget:
             return False
         self._budget -= nbytes

@@ -142,8 +142,8 @@ class LayerStream(LayeredModel):
         """Return the input of the output head for each batch, [B, T, H]; the hidden states are removed."""
         inputs: list[Tensor] = []
         for batch in self._batches:
-            own = self.meta_model.head_inputs(batch, self.context.fetch(self.hidden.pop(0)))
-            inputs.append(self.context.offload(own, copies=self._copies))
+            head_input = self.meta_model.head_inputs(batch, self.context.fetch(self.hidden.pop(0)))
+            inputs.append(self.context.offload(head_input, copies=self._copies))
         return inputs
 
 
@@ -192,7 +192,7 @@ def logit_blocks(streams: Sequence[LayerStream], context: ComputeContext) -> Ite
     heads = [stream.weights.checkpoint.tensors[stream.weights.head] for stream in streams]
     head_inputs = [stream.pop_head_inputs() for stream in streams]
     ranges = list(block_ranges(max((head.spec for head in heads), key=lambda spec: spec.nbytes)))
-    rows = context.load_each([head.part(*ends) for ends in ranges for head in heads])
+    rows = context.load_each([head.part(*rows_of) for rows_of in ranges for head in heads])
     for start, _ in ranges:
         blocks = [next(rows) for _ in heads]
         for batch, hidden in enumerate(zip(*head_inputs, strict=True)):
@@ -216,8 +216,8 @@ def _deduplicated(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) 
     if not earlier:
         return arguments
     return [
-        {name: first.get(name) if _equal(value, first.get(name)) else value for name, value in own.items()}
-        for own, first in zip(arguments, earlier, strict=True)
+        {name: first.get(name) if _equal(value, first.get(name)) else value for name, value in values.items()}
+        for values, first in zip(arguments, earlier, strict=True)
     ]
 
 

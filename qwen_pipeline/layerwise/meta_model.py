@@ -53,11 +53,13 @@ class MetaModel:
         self._device = device
         self.layers: list[nn.Module] = list(self._decoder.layers)
         self._recorders = [_Recorder(layer) for layer in self.layers]
-        self._embedding = _Rows(weights, dtype)
+        self._embedding = _LazyEmbedding(weights, dtype)
         replacements: dict[str, nn.Module] = {"layers": nn.ModuleList(self._recorders), "embed_tokens": self._embedding}
         for name, child in self._decoder.named_children():
-            real = replacements.get(name) or _real(name, child, weights, self._decoder.config, device, dtype)
-            setattr(self._decoder, name, real)
+            child_with_weights = replacements.get(name) or _with_weights(
+                name, child, weights, self._decoder.config, device, dtype
+            )
+            setattr(self._decoder, name, child_with_weights)
         self._decoder.eval()
 
     def new_cache(self) -> Any:
@@ -112,7 +114,7 @@ class _Recorder(nn.Module):
             self._output = None
 
 
-class _Rows(nn.Module):
+class _LazyEmbedding(nn.Module):
     """An embedding that reads only the rows that a batch needs."""
 
     def __init__(self, weights: ModelWeights, dtype: torch.dtype) -> None:
@@ -142,10 +144,10 @@ def _decoder_on_meta(config: Mapping[str, Any]) -> Any:
     return next(m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers"))
 
 
-def _real(
+def _with_weights(
     name: str, child: nn.Module, weights: ModelWeights, config: Any, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """Return a child other than the layers with its weights; one without any (rotary embeddings) is created anew."""
+    """Return a child other than the layers with its weights; one without any (rotary embeddings) is rebuilt."""
     if child.state_dict():
         return fill(child, weights.part(name, child).load(device=device, dtype=dtype))
     return type(child)(config).to(device)

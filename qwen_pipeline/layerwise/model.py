@@ -90,7 +90,7 @@ class LayeredModel:
         """
         head = self.weights.checkpoint.tensors[self.weights.head]
         ranges = list(block_ranges(head.spec))
-        rows = self.context.load_each([head.part(*ends) for ends in ranges])
+        rows = self.context.load_each([head.part(*rows_of) for rows_of in ranges])
         return zip((start for start, _ in ranges), rows, strict=True)
 
 

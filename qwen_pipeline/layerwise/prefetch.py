@@ -1,8 +1,8 @@
 """Prefetching of tensors from disk to a device, before they are requested, within a memory budget.
 
-A few threads read blocks into buffers that are reused, page-locked for a GPU, and copy each block on a CUDA stream
-besides the computing one: disk, bus and arithmetic work at the same time, and the host holds at most two blocks per
-thread. Tensors are started in the order in which they are requested, regardless of the layer or model they belong to.
+A few threads read blocks into buffers that are reused, page-locked for a GPU, and copy each block on a separate CUDA
+stream: disk, bus and arithmetic work at the same time, and the host holds at most two blocks per thread. Tensors are
+started in the order in which they are requested, regardless of the layer or model they belong to.
 """
 
 import threading
@@ -110,7 +110,7 @@ class Prefetcher(Iterator[Tensor]):
             del pending
 
     def _reserve(self, nbytes: int) -> bool:
-        """Wait until so many bytes fit into the budget, and reserve them; return False if the prefetcher was closed."""
+        """Wait until ``nbytes`` fit into the budget, and reserve them; return False if the prefetcher was closed."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_over or self._held + nbytes <= self._budget or (self._requested and not self._held)
@@ -155,6 +155,6 @@ class Prefetcher(Iterator[Tensor]):
         return block.load()
 
     def _wait_for_copies(self, copying: "deque[tuple[Any, Tensor]]", *, at_most: int) -> None:
-        """Wait until at most so many blocks are being copied; the buffers of the others can be reused."""
+        """Wait until at most ``at_most`` blocks are being copied; the buffers of the others can be reused."""
         while len(copying) > at_most:
             copying.popleft()[0].synchronize()

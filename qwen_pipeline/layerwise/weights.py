@@ -1,8 +1,8 @@
 """Parameters of modules, computed from the stored tensors of a checkpoint.
 
-The two differ. The names of a language model have a prefix that depends on the family; experts that Transformers keeps
-in one tensor may be stored one by one, or transposed; a quantized linear layer is stored as codes, and its weight is
-dequantized on the device.
+Parameters and stored tensors differ. The names of a language model have a prefix that depends on the family; experts
+that Transformers keeps in one tensor may be stored one by one, or transposed; a quantized linear layer is stored as
+codes, and its weight is dequantized on the device.
 """
 
 import copy
@@ -25,7 +25,7 @@ from qwen_pipeline.qwen.names import decoder_prefix
 from qwen_pipeline.transforms.codes.gptq import CODES, PackedLinear, gptq_format
 
 READERS = 8
-"""Reading threads; a single one does not keep a fast disk busy."""
+"""Reading threads; a single thread does not keep a fast disk busy."""
 GAP_BYTES, RUN_BYTES = 128 * 2**10, 2**20
 """Largest gap between two requested rows of an embedding that is read along with them, and largest size of one read."""
 
@@ -57,7 +57,7 @@ class ModuleWeights:
     """Converters of all parameters of one module, by name.
 
     Attributes:
-        integers: Parameter -> dtype, of those that are not floating point.
+        integers: Parameter -> dtype, for those that are not floating point.
     """
 
     checkpoint: Checkpoint
@@ -92,11 +92,11 @@ class ModuleWeights:
         """
         parameters: dict[str, Tensor] = {}
         for name, converter in self.converters.items():
-            own_dtype = self.integers.get(name, dtype)
+            target_dtype = self.integers.get(name, dtype)
             if converter.is_stored:
-                parameters[name] = take(*converter.stored).to(device, own_dtype, copy=device.type == "cpu")
+                parameters[name] = take(*converter.stored).to(device, target_dtype, copy=device.type == "cpu")
             else:
-                parameters[name] = torch.empty(converter.shape, dtype=own_dtype, device=device)
+                parameters[name] = torch.empty(converter.shape, dtype=target_dtype, device=device)
                 converter.write(parameters[name], lambda each: take(each).to(device))
         return parameters
 
@@ -227,14 +227,15 @@ _HALVES = ("gate_proj", "up_proj")
 
 def fill(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a module on the meta device, with these parameters."""
-    real = copy.deepcopy(module)
-    real.load_state_dict(parameters, assign=True)
-    return real.eval().requires_grad_(requires_grad=False)
+    filled = copy.deepcopy(module)
+    filled.load_state_dict(parameters, assign=True)
+    return filled.eval().requires_grad_(requires_grad=False)
 
 
 def pipelined(steps: Sequence[tuple[Callable[[], T], Callable[[T], U]]]) -> Iterator[U]:
-    """Yield ``use(read())`` for each ``(read, use)``; the next ``read`` runs in a thread, from the end of this ``use``.
+    """Yield ``use(read())`` for each ``(read, use)``.
 
+    The next ``read`` starts in a thread once the ``use`` before it has returned.
     No reference to a yielded value is kept here, so its memory is freed when the caller drops it.
     """
     with ThreadPoolExecutor(1) as pool:

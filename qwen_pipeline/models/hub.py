@@ -15,33 +15,33 @@ FILE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.ti
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def find_base(name: str, *, revision: str | None = None, beside: Path = Path()) -> Path:
+def find_base(name: str, *, revision: str | None = None, relative_to: Path = Path()) -> Path:
     """Return the directory of a base model, downloading it from the hub unless it is in the local hub cache.
 
     Args:
         name: A directory, or a hub id such as ``Qwen/Qwen2.5-72B-Instruct``.
         revision: Commit, tag or branch of a hub repository. Only a commit always refers to the same bytes.
-        beside: The directory that relative paths are resolved against.
+        relative_to: The directory that relative paths are resolved against.
 
     Raises:
         InputRefused: The name is neither a directory nor a hub id, or this account may not read the repository or
             revision, or it does not exist.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the snapshot.
     """
-    directory = beside / Path(name).expanduser()
+    directory = relative_to / Path(name).expanduser()
     if directory.is_dir():
         return directory
     _require_hub_id(name, directory)
     return _snapshot(name, revision, FILE_PATTERNS)
 
 
-def load_config(name: str, *, revision: str | None = None, beside: Path = Path()) -> dict[str, Any]:
+def load_config(name: str, *, revision: str | None = None, relative_to: Path = Path()) -> dict[str, Any]:
     """Return a model's config, downloading only ``config.json`` if ``name`` is a hub id.
 
     Args:
         name: A directory, a file or a hub id.
         revision: Commit, tag or branch of a hub repository.
-        beside: The directory that relative paths are resolved against.
+        relative_to: The directory that relative paths are resolved against.
 
     Raises:
         InputRefused: The name is neither a directory, a file nor a hub id, or this account may not read the repository
@@ -49,7 +49,7 @@ def load_config(name: str, *, revision: str | None = None, beside: Path = Path()
         CheckpointRefused: The file is missing or is not JSON.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the file.
     """
-    path = beside / Path(name).expanduser()
+    path = relative_to / Path(name).expanduser()
     if not path.exists():
         _require_hub_id(name, path)
         path = _snapshot(name, revision, (CONFIG,))
@@ -75,21 +75,21 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str]) ->
         RevisionNotFoundError,
     )
 
-    what = f"{repository} at revision {revision or 'main'}"
+    snapshot = f"{repository} at revision {revision or 'main'}"
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise InputRefused(
-            f"{what} is gated: the hub requires that you accept its terms.",
+            f"{snapshot} is gated: the hub requires that you accept its terms.",
             remedy=f"Accept them at https://huggingface.co/{repository} and set HF_TOKEN.",
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputRefused(
-            f"The hub has no {what}, or this account may not read it.",
+            f"The hub has no {snapshot}, or this account may not read it.",
             remedy="Check base_model and base_revision; for a private repository set HF_TOKEN.",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentFault(
-            f"{what} is not in the hub's cache and cannot be downloaded: {error}",
+            f"{snapshot} is not in the hub's cache and cannot be downloaded: {error}",
             remedy="Connect to the hub, or set base_model to a directory that holds the model.",
         ) from error

@@ -124,8 +124,8 @@ class Inbox:
             return arrival
         known = ", ".join(other.name for other in self.arrivals()) or "none"
         raise InputRefused(
-            f"There is no fine-tune {name!r} in {self.root}; those in it: {known}.",
-            remedy=f"Copy its directory to {arrival.path}, or give its path instead of a name.",
+            f"There is no fine-tune {name!r} in {self.root}; it has: {known}.",
+            remedy=f"Copy its directory to {arrival.path}, or pass its path instead of a name.",
         )
 
     def require(self, name: str) -> Arrival:

@@ -26,7 +26,7 @@ from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.transforms.lora.across_padding import Paddings
 from qwen_pipeline.transforms.lora.adapter import is_adapter, open_adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
-from qwen_pipeline.transforms.lora.fine_tune import adopt
+from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
 from qwen_pipeline.transforms.lora.merge import merge_lora
 
 
@@ -49,7 +49,7 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
 
 
 def open_model(root: Path) -> Checkpoint:
-    """Open a model directory whose weights are stored, or a recipe, whose manifest has their inputs.
+    """Open a model directory with stored weights, or a recipe, whose manifest names the inputs of its weights.
 
     Raises:
         CheckpointRefused: See :func:`open_checkpoint`; or the recipe's base or fine-tune is missing or was changed.
@@ -63,7 +63,7 @@ def open_model(root: Path) -> Checkpoint:
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
     else:
-        merged = adopt(parent, child)
+        merged = require_fine_tune_of(parent, child)
     return Checkpoint(
         config=merged.config,
         config_bytes=(root / CONFIG).read_bytes(),
@@ -144,6 +144,6 @@ def _require_unchanged(root: Path, manifest: Manifest, role: str, path: Path, di
 
 def _changed(root: Path, path: Path, expected: str, found: str) -> CheckpointRefused:
     return CheckpointRefused(
-        f"The weights of {root} are computed from {path}, expected with digest {expected}, but it is {found}.",
+        f"The weights of {root} are computed from {path}, whose digest must be {expected}, but it is {found}.",
         remedy="Restore it, or merge again from the current base and fine-tune.",
     )

@@ -41,22 +41,22 @@ def padded_model(root: Path) -> PaddedModel | None:
     )
 
 
-def trained_on(adapters: AdapterSet, named: Path | None = None) -> PaddedModel | None:
-    """Return the padded checkpoint that adapters were trained on: ``named``, or the one that their configs name.
+def trained_on(adapters: AdapterSet, root: Path | None = None) -> PaddedModel | None:
+    """Return the padded checkpoint that adapters were trained on: that in ``root``, or the one that their configs name.
 
     Raises:
-        InputRefused: ``named`` has no padding map.
+        InputRefused: ``root`` has no padding map.
         AdapterRefused: The adapters' configs name checkpoints that were padded differently.
     """
-    if named:
-        if found := padded_model(named):
+    if root:
+        if found := padded_model(root):
             return found
         raise InputRefused(
-            f"{named} has no padding map: it is not padded, or was not padded by this pipeline.",
+            f"{root} has no padding map: it is not padded, or was not padded by this pipeline.",
             remedy="Pass the directory that the stage pad wrote as --trained-on, or omit the option.",
         )
     roots = {Path(name) for adapter in adapters.adapters if (name := adapter.base_name)}
-    models = [model for root in sorted(roots) if (model := padded_model(root))]
+    models = [model for path in sorted(roots) if (model := padded_model(path))]
     if any(model.plan != models[0].plan for model in models):
         raise AdapterRefused(
             f"The adapters were trained on differently padded models: {', '.join(str(m.root) for m in models)}.",

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_pipeline.plotting import INK, PALETTE, WORSE, quiet_axes, save_plot
+from qwen_pipeline.plotting import INK, PALETTE, WORSE, add_axes, save_plot
 from qwen_pipeline.quantization.evidence import EVIDENCE, ModuleEvidence, compare_evidence, load_evidence, to_frame
 
 
@@ -35,7 +35,7 @@ def draw_evidence(
     now, earlier = (to_frame(each).assign(line=lambda frame: frame["kind"].map(_line_of)) for each in (rows, before))
     panels = 3 if seconds else 2
     figure = Figure(figsize=(7.2, 2.2 * panels), layout="constrained")
-    axes = quiet_axes(figure, panels, 1)
+    axes = add_axes(figure, panels, 1)
     lines = list(dict.fromkeys(now["line"]))
     for line, color in zip(lines, PALETTE * (1 + len(lines) // len(PALETTE)), strict=False):
         _draw(axes, _by_layer(now[now["line"] == line], "loss", "median"), color, label=line)
@@ -44,7 +44,7 @@ def draw_evidence(
         axes.set_yscale("log")
     axes.set_ylabel("loss (dashed: before)" if before else "loss", color=INK, fontsize=9)
 
-    axes = quiet_axes(figure, panels, 2)
+    axes = add_axes(figure, panels, 2)
     for name, color in (("saturated", WORSE), ("zero", PALETTE[0])):
         share = (100 * now[f"{name}_groups"] / now["groups"]).astype("float64")
         _draw(axes, _by_layer(now.assign(share=share), "share", "mean"), color, label=name)
@@ -52,7 +52,7 @@ def draw_evidence(
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
 
     if seconds:
-        axes = quiet_axes(figure, panels, 3)
+        axes = add_axes(figure, panels, 3)
         _draw(axes, _by_layer(now, "seconds", "sum"), PALETTE[2])
         axes.set_ylabel("solver's seconds", color=INK, fontsize=9)
         axes.set_ylim(bottom=0)

@@ -35,8 +35,8 @@ def sized_tensors(checkpoint: Checkpoint, field: SizeField) -> dict[str, Channel
 
     Raises:
         InputRefused: The family is unknown, or the config has different values of ``field``.
-        CheckpointRefused: A projection is missing, is stored twice or has another width than in the config, or a
-            tensor is unknown; the message names them.
+        CheckpointRefused: A projection is missing, is stored twice or does not have the width in the config, or
+            a tensor is unknown; the message names them.
     """
     config, names = checkpoint.config, parse_names(checkpoint)
     width = required(config, field)
@@ -74,7 +74,7 @@ def channels_of(parsed: ParsedName, shape: tuple[int, ...], config: Config) -> C
     if parsed.module in FUSED:
         return _stacked_channels(parsed.module, shape, int(text_config(config)["hidden_size"]))
     owner, _, projection = parsed.module.rpartition(".")
-    size_field = _size_field(owner) if projection in _PROJECTIONS else None  # a router is not one
+    size_field = _size_field(owner) if projection in _PROJECTIONS else None  # routers have no such channels
     if size_field is None or (parsed.parameter == "bias" and projection == "down_proj"):
         return None
     return Channels(field=size_field, axis=1 if projection == "down_proj" else 0)

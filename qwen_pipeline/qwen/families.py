@@ -20,7 +20,7 @@ SizeField = Literal[DecoderField, TowerField]
 ModelPart = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "audio", "talker", "vocoder"]
 """The part of a model that owns a tensor. ``mtp`` is a draft head whose layers are built from the decoder's config."""
 Mixer = Literal["attention", "next", "3.5", "4"]
-"""Token mixer: full attention, or gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4) beside it."""
+"""Token mixers: full attention alone, or also gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4)."""
 
 _VISION: Mapping[str, ModelPart] = {"visual.": "vision", "model.visual.": "vision"}
 _AUDIO: Mapping[str, ModelPart] = {
@@ -173,7 +173,7 @@ def _family(config: Config) -> Family:
 
 
 def stored_head(checkpoint: Checkpoint) -> str | None:
-    """Return the name of the stored output head; None if the embedding is the head, tied or for lack of another."""
+    """Return the name of the stored output head; None if the embedding is used, as tied or for lack of a head."""
     if declares_tied(checkpoint.config):
         return None
     names = (f"{head}.weight" for head in _family(checkpoint.config).heads)

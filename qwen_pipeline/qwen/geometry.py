@@ -122,7 +122,8 @@ def plan_padding(
     Routed experts and shared experts have separate sizes. Towers are not padded: see :func:`with_towers`.
 
     Raises:
-        InputRefused: The family is unknown, the config has no size or different ones, or a number is not positive.
+        InputRefused: The family is unknown, the config lacks a size or has different values of it, or a number is not
+            positive.
     """
     unit = _unit(group_size, tensor_parallel)
     sizes = _sizes(config, lambda _, live: _round_up(live, unit), group_size, layout)
@@ -146,7 +147,7 @@ def require_towers(config: Mapping[str, Any], *, ranks: int) -> None:
 
     Raises:
         InputRefused: The model has no tower, its config lacks a width, or ``ranks`` does not divide a width that is
-            derived from other sizes, so that no config field can state another.
+            derived from other sizes, so that no config field can change it.
     """
     if not (towers := towers_of(config)):
         raise InputRefused(
@@ -158,7 +159,7 @@ def require_towers(config: Mapping[str, Any], *, ranks: int) -> None:
         if tower.field is None and width % ranks:
             raise InputRefused(
                 f"The {tower.part} tower's MLPs have {width} channels, {tower.hidden} times mlp_ratio, which {ranks}"
-                " ranks cannot share; no config field can state another width.",
+                " ranks cannot share; no config field can change it.",
                 remedy="Serve on a number of ranks that divides the width, or replicate the tower on every rank.",
             )
 
@@ -192,7 +193,7 @@ def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[st
 
 
 def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_parallel: int) -> list[str]:
-    """Return sentences on why ranks cannot share attention; padding the MLP does not help."""
+    """Return the reasons why ranks cannot share attention, as sentences; padding the MLP does not help."""
     if obstacles := head_obstacles(config, tensor_parallel):
         return obstacles
     outputs = [
@@ -210,20 +211,20 @@ def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_pa
 
 
 def head_obstacles(config: Mapping[str, Any], tensor_parallel: int) -> list[str]:
-    """Return sentences on the heads that ranks cannot share.
+    """Return the reasons why ranks cannot share the heads, as sentences.
 
     Key-value heads are replicated if there are fewer of them than ranks, as in vLLM and SGLang.
     """
     heads, kv_heads, _ = head_geometry(config)
     obstacles: list[str] = []
     if heads % tensor_parallel:
-        obstacles.append(f"{heads} attention heads do not divide by {tensor_parallel}")
+        obstacles.append(f"{heads} attention heads are not divisible by {tensor_parallel}")
     if kv_heads % tensor_parallel and tensor_parallel % kv_heads:
         obstacles.append(f"{kv_heads} key-value heads can be neither divided nor replicated over {tensor_parallel}")
     if any(is_linear_attention(config, layer) for layer in range(number_of_layers(config))):
         counts = {kind: required(config, f"linear_num_{kind}_heads") for kind in ("key", "value")}
         obstacles += [
-            f"{count} linear-attention {kind} heads do not divide by {tensor_parallel}"
+            f"{count} linear-attention {kind} heads are not divisible by {tensor_parallel}"
             for kind, count in counts.items()
             if count % tensor_parallel
         ]

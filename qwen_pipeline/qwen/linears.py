@@ -1,6 +1,6 @@
 """The linear layers of a Qwen decoder that are quantized, as stored in a checkpoint, and their weights.
 
-Experts that are stored in stacks are linear layers like all others here: each is a view of its stack.
+An expert that is stored in a stack is a linear layer like any other here: a view of the stack.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Linear:
         layer: Number of the decoder layer.
         kind: Path inside the layer, such as ``mlp.experts.7.gate_proj``.
         tensor: Name of the stored tensor that holds the weight.
-        expert_slice: The part of that tensor that is the weight; None if it is all of it.
+        expert_slice: The part of that tensor that is the weight; None if it is the whole tensor.
     """
 
     module: str
@@ -68,8 +68,8 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
 
     Raises:
         InputRefused: The family is unknown.
-        CheckpointRefused: A tensor is unknown, or a weight is missing or has another shape than in the config; the
-            message names them.
+        CheckpointRefused: A tensor is unknown, or a weight is missing or does not have the shape in the config;
+            the message names them.
     """
     names, config = parse_names(checkpoint), checkpoint.config
     prefix = decoder_prefix(checkpoint)
@@ -78,15 +78,15 @@ def decoder_linears(checkpoint: Checkpoint) -> list[Linear]:
     for layer in range(number_of_layers(config)):
         for kind, matrix in _quantized(layer_matrices(config, layer)):
             module = f"{prefix}layers.{layer}.{kind}"
-            own, stack = (
+            unstacked, stack = (
                 names.get(ParsedName(part="decoder", layer=layer, module=path, parameter="weight"))
                 for path in (kind, stack_of(kind) or "")
             )
-            if not (tensor := own or stack):
+            if not (tensor := unstacked or stack):
                 wrong.append(f"{module} is missing")
                 continue
             shape = checkpoint[tensor].shape
-            expert_slice = None if own else _expert_slice(kind, matrix, shape, config)
+            expert_slice = None if unstacked else _expert_slice(kind, matrix, shape, config)
             if shape != (expert_slice.stack if expert_slice else (matrix.out_features, matrix.in_features)):
                 wrong.append(
                     f"{tensor} is {list(shape)}, expected {matrix.out_features} x {matrix.in_features} for {module}"

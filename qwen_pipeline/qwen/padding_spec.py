@@ -23,7 +23,7 @@ class PaddingSpec:
         group_size: Consecutive input channels that will share one scale.
         tensor_parallel: Ranks, each of which gets whole quantization groups of every MLP.
         targets: Engines and degrees to serve, in place of ``tensor_parallel``: MLPs become no wider than these need.
-        layout: Where the new channels go: halves of live ones, or zeros between the live ones or after them.
+        layout: Content and position of the new channels: halves of live ones, or zeros between or after the live ones.
         towers: Whether the MLPs of vision and audio towers are padded too, to widths that all ranks can share.
     """
 
@@ -65,6 +65,6 @@ def served_degrees(targets: Targets) -> list[int]:
     if not degrees or not all(targets.values()):
         raise InputRefused(
             f"Targets must give each engine at least one degree, got {dict(targets)}.",
-            remedy="Name an engine and its degrees, such as vllm at 8.",
+            remedy="Pass an engine and its degrees, such as vllm at 8.",
         )
     return degrees

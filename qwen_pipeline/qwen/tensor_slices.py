@@ -1,7 +1,7 @@
 """Stored locations of a model's in-memory parameters: a whole tensor, a part of one, or several tensors.
 
-The two differ only for experts: a stack in memory may be stored as one matrix per expert and projection, a single
-expert's matrix may be rows of a stored stack, and a stack may be stored with its matrices transposed.
+The two layouts differ only for experts: a stack in memory may be stored as one matrix per expert and projection, a
+single expert's matrix may be rows of a stored stack, and a stack may be stored with its matrices transposed.
 """
 
 from collections.abc import Iterator
@@ -21,24 +21,24 @@ class TensorSlice:
     Attributes:
         name: The stored tensor.
         expert: Index of the matrix in the parameter in memory.
-        first: First row of that matrix in this slice.
-        slab: Index of the matrix in the stored tensor; None if that is not a stack.
-        onto: Row of the stored matrix that corresponds to ``first``.
+        first_row: First row of that matrix in this slice.
+        stack_index: Index of the matrix in the stored tensor; None if that is not a stack.
+        stored_row: Row of the stored matrix that corresponds to ``first_row``.
         rows: Number of rows; None for all.
         transposed: Whether the stored matrices are transposed.
     """
 
     name: str
     expert: int = 0
-    first: int = 0
-    slab: int | None = None
-    onto: int = 0
+    first_row: int = 0
+    stack_index: int | None = None
+    stored_row: int = 0
     rows: int | None = None
     transposed: bool = False
 
 
 def slices_of(parameter: str, checkpoint: Checkpoint) -> list[TensorSlice]:
-    """Return the stored slices of an in-memory parameter: none if it is not stored, overlapping ones if it is twice.
+    """Return the stored slices of an in-memory parameter: empty if it is not stored, overlapping if it is stored twice.
 
     Args:
         parameter: Such as ``model.layers.0.self_attn.q_proj.weight`` or ``model.layers.0.mlp.experts.gate_up_proj``.
@@ -65,20 +65,20 @@ def _whole_tensor(parsed: ParsedName, name: str, checkpoint: Checkpoint) -> Iter
         return
     transposed = _is_transposed(parsed, name, checkpoint)
     for expert in range(checkpoint[name].shape[0]):
-        yield TensorSlice(name=name, expert=expert, slab=expert, transposed=transposed)
+        yield TensorSlice(name=name, expert=expert, stack_index=expert, transposed=transposed)
 
 
 def _unstacked_experts(parsed: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
     """Yield the single-expert tensors that a stack in memory is stored as."""
     projections = ("down_proj",) if parsed.module == DOWN else ("gate_proj", "up_proj")
     for expert in range(number_of_experts(checkpoint.config)):
-        first = 0
+        first_row = 0
         for projection in projections:
             part = replace(parsed, module=f"mlp.experts.{expert}.{projection}")
             for name in _stored_names(part, checkpoint):
                 rows = checkpoint[name].shape[0]
-                yield TensorSlice(name=name, expert=expert, first=first, rows=rows)
-                first += rows
+                yield TensorSlice(name=name, expert=expert, first_row=first_row, rows=rows)
+                first_row += rows
 
 
 def _stack_rows(parsed: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSlice]:
@@ -95,8 +95,8 @@ def _stack_rows(parsed: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSl
         if int(expert) < checkpoint[name].shape[0]:
             yield TensorSlice(
                 name=name,
-                slab=int(expert),
-                onto=rows if projection == "up_proj" else 0,
+                stack_index=int(expert),
+                stored_row=rows if projection == "up_proj" else 0,
                 rows=rows,
                 transposed=transposed,
             )

@@ -15,7 +15,7 @@ from qwen_pipeline.qwen.layers import required
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tower:
-    """An encoder of equal layers beside the decoder.
+    """A vision or audio encoder of equal layers.
 
     Attributes:
         part: Its modality.

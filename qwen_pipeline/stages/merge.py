@@ -19,7 +19,7 @@ from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-from qwen_pipeline.transforms.lora.fine_tune import adopt, usage_files
+from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars, require_fine_tune_of
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
 
 STAGE = "merged"
@@ -118,7 +118,7 @@ def prepare(
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         merge = _adopt_model(parent, child)
-    output = merge.output.replace(sidecars=usage_files(parent.sidecars, child.sidecars))
+    output = merge.output.replace(sidecars=merged_sidecars(parent.sidecars, child.sidecars))
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
@@ -161,7 +161,7 @@ def _merge_adapters(base: KnownBase, source: StageInput, adapters: AdapterSet, p
 
 def _adopt_model(parent: Checkpoint, child: Checkpoint) -> _Merge:
     return _Merge(
-        output=adopt(parent, child),
+        output=require_fine_tune_of(parent, child),
         summary={"kind": "full", "tensors": len(child)},
         reports=lambda: _model_reports(parent, child),
     )

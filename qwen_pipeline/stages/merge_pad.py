@@ -13,7 +13,7 @@ from qwen_pipeline.checkpoint.store.derive import Built, derive, find
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
-from qwen_pipeline.checkpoint.writer import write_files_beside
+from qwen_pipeline.checkpoint.writer import write_config_and_sidecars
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.open import open_model, recipe_of
 from qwen_pipeline.progress import Observe, unobserved
@@ -144,7 +144,9 @@ class _UnstoredMerge:
         return derive(derivation, self._destination, self._write)
 
     def _write(self, partial: Path) -> Built:
-        files = digest_files({path: partial / path for path in write_files_beside(self._merging.output, partial)})
+        files = digest_files(
+            {path: partial / path for path in write_config_and_sidecars(self._merging.output, partial)}
+        )
         tensors = {name: tensor.digest for name, tensor in self._reader.results.items()}
         contents = Contents(tensors=tensors, files=files)
         return Built(contents=contents, result=self._merging.result(), recipe=self._recipe)

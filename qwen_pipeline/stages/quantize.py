@@ -197,7 +197,7 @@ class _Quantization:
 
     def _run(self, worker: Worker, job: QuantJob, log: Path) -> EngineOutput:
         """Run the job in the quantizer's process, which may still be exiting when this returns."""
-        result = worker.deliver(job.to_json(), log=log, observe=self.observe)
+        result = worker.run_task(job.to_json(), log=log, observe=self.observe)
         output = EngineOutput(worker=result, seconds=self.laps.lap("worker"))
         output.save(job)
         return output

@@ -38,7 +38,7 @@ def load_records(file: Path) -> list[Mapping[str, Any]]:
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """Load the tokenizer beside a checkpoint's weights.
+    """Load the tokenizer in a checkpoint's directory.
 
     Raises:
         InputRefused: There is no tokenizer, or it cannot be loaded.

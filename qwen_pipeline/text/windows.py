@@ -28,7 +28,7 @@ def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> 
 
 
 def spread(tokens: Sequence[int], *, windows: int, seq_len: int) -> list[list[int]]:
-    """Return up to ``windows`` windows of tokens, spread evenly; of a shorter text, one with all its tokens."""
+    """Return up to ``windows`` windows of tokens, spread evenly; a text shorter than one gives a single one."""
     available = max(len(tokens) // seq_len, 1)
     count = min(windows, available)
     starts = (index * available // count * seq_len for index in range(count))

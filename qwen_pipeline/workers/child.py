@@ -1,4 +1,4 @@
-"""The worker process: imports the target, calls it with its task, and reports progress, result or error.
+"""The worker process, which imports the target, calls it with its task, and reports progress, the result or an error.
 
 It runs under the Python of another environment, and ends when its parent ends.
 """
@@ -27,7 +27,7 @@ WorkerFunction = Callable[[Mapping[str, Any], Observe], Mapping[str, Any]]
 _MESSAGES_FD = "QWEN_PIPELINE_MESSAGES_FD"
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""In messages of CUDA's libraries, and of the RuntimeError that torch raises for host memory."""
+"""Words in the messages of CUDA's libraries, and of the RuntimeError that torch raises for host memory."""
 
 
 def main(target: str, *packages: str) -> None:
@@ -61,9 +61,10 @@ def _call(target: str, packages: Sequence[str]) -> int:
 
 
 def report(error: Exception) -> PipelineError | None:
-    """Send the parent an error of this package or of the machine, and return it as one of this package; else None.
+    """Send the parent an error of this package or of the machine, and return it as a :class:`PipelineError`.
 
-    For errors that a target raises, and for those in threads of a library that ends the process after one.
+    Return None for any other error. Call it for errors that a target raises, and for those in threads of a library that
+    ends the process after one.
     """
     fault = error if isinstance(error, PipelineError) else _machine_fault(error)
     if fault and _MESSAGES_FD in os.environ:

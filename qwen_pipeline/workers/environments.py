@@ -2,7 +2,7 @@
 
 ``<sys.prefix>/engines/<name>`` is a virtual environment with a ``.pth`` file that adds the main environment's
 site-packages. The packages that ``requirements/<name>.txt`` pins are installed in it and shadow those of the main one.
-A record is written last: an environment without it is the rest of an interrupted installation.
+A record is written last: an environment without it is left over from an interrupted installation.
 """
 
 import hashlib
@@ -89,17 +89,17 @@ class WorkerEnvironment:
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
         command = [str(self.python), "-P", "-c", code, *(packages or _ENVIRONMENTS[self.name].distributions)]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
+            completed = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             raise EnvironmentFault(
                 f"{self.python} lacks {self.name}: {lines[-1]}", remedy=_install_remedy(self.name)
             ) from error
-        return json.loads(found.stdout)
+        return json.loads(completed.stdout)
 
 
 def find_environment(name: str, python: Path | None = None, *, engines: Path = ENVIRONMENTS_ROOT) -> WorkerEnvironment:
-    """Return an engine's environment: the installed one, or the one whose ``python`` the user names.
+    """Return an engine's environment: the installed one, or that of the given ``python``.
 
     Raises:
         InputRefused: There is no engine of that name.
@@ -222,7 +222,7 @@ def _run(command: list[str], lock: int, progress: _InstallProgress) -> None:
 
 @contextmanager
 def _lock(engines: Path, name: str) -> Generator[int, None, None]:
-    """Hold the lock on an engine's installation, once no other process does; yield its descriptor."""
+    """Wait for the lock on an engine's installation and hold it; yield its descriptor."""
     try:
         engines.mkdir(parents=True, exist_ok=True)
         lock = open_locked(engines / f".{name}.lock", wait=True)

@@ -1,8 +1,8 @@
-"""Running one function in another Python environment, in a process group that is always ended.
+"""Running one function in another Python environment, in a process group that is always terminated.
 
 The function's spec is sent as JSON on standard input. Progress, the result or an error come back as JSON lines on a
 separate pipe, and the output of libraries goes to a log file. A worker may be started before its task is known: it
-imports its packages, and waits.
+imports its packages and waits.
 """
 
 import json
@@ -64,16 +64,16 @@ def started_worker(
     """Start a process that will call ``target``, a ``package.module:function`` of a spec and an observer.
 
     It imports the function's module and the packages, and waits for its task. After the body, the process and all that
-    it started are ended; they also end when the thread that started it does.
+    it started are terminated; so they are when the thread that started it ends.
 
     The worker imports this copy of the package. The directory that contains it is put at the *end* of the other
-    interpreter's path, so that the environment's own versions of shared dependencies win.
+    interpreter's path, so that the environment's own versions of shared dependencies take precedence.
 
     Args:
         python: The interpreter.
         target: The function.
         packages: Packages to import after the function's own module.
-        env: Environment variables beside those of this process.
+        env: Environment variables in addition to those of this process.
 
     Raises:
         EnvironmentFault: The interpreter cannot be started.
@@ -103,7 +103,7 @@ def started_worker(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A process that waits for its only task.
+    """A process that waits for a task, and ends after it.
 
     Attributes:
         target: The function that it calls.
@@ -118,12 +118,12 @@ class Worker:
     printed: int
 
     def run(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
-        """Run its task and wait for the process to end: see :meth:`deliver` and :meth:`require_end`."""
-        result = self.deliver(spec, log=log, observe=observe)
+        """Run its task and wait for the process to end: see :meth:`run_task` and :meth:`require_end`."""
+        result = self.run_task(spec, log=log, observe=observe)
         self.require_end(log=log)
         return result
 
-    def deliver(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
+    def run_task(self, spec: Mapping[str, Any], *, log: Path, observe: Observe = unobserved) -> WorkerResult:
         """Run its task and return the result as soon as it arrives, while the process may still be ending.
 
         Args:
@@ -152,7 +152,7 @@ class Worker:
 
         Raises:
             EnvironmentFault: The process was killed.
-            WorkerFailed: The process ended with an error, although it had delivered its result.
+            WorkerFailed: The process ended with an error, after it had sent its result.
         """
         if code := self.process.wait():
             raise _ended(self.target, code, log, "after")

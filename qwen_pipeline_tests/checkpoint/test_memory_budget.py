@@ -32,12 +32,15 @@ def test_small_needs_are_accepted(tmp_path: Path) -> None:
     [
         (
             ResourceNeeds(disk_bytes=10**18, memory_bytes=1, open_files=1),
-            r"needs 1000000000\.00 GB more, its disk has \d",
+            r"needs 1000000000\.00 GB more, but its disk has \d",
         ),
-        (ResourceNeeds(disk_bytes=1, memory_bytes=10**15, open_files=1), r"takes 1000000000 MB of memory, \d+ MB are"),
+        (
+            ResourceNeeds(disk_bytes=1, memory_bytes=10**15, open_files=1),
+            r"takes 1000000000 MB of memory, but only \d+ MB are",
+        ),
         (
             ResourceNeeds(disk_bytes=1, memory_bytes=1, open_files=10**9),
-            r"takes 1000000000 open files, the limit is \d+",
+            r"takes 1000000000 open files, but the limit is \d+",
         ),
     ],
 )
@@ -105,5 +108,5 @@ def test_the_smallest_limit_counts_and_cache_is_free(
 def test_a_control_group_limits_the_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = groups(tmp_path, {"job/step": ("50000000", 40000000, 0)})
     monkeypatch.setattr(memory_budget, "control_group_memory", lambda: control_group_memory(**paths))
-    with pytest.raises(EnvironmentFault, match="takes 11 MB of memory, 10 MB are available"):
+    with pytest.raises(EnvironmentFault, match="takes 11 MB of memory, but only 10 MB are available"):
         require_resources(ResourceNeeds(disk_bytes=1, memory_bytes=11 * 10**6, open_files=1), tmp_path)

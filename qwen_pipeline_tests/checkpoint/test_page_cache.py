@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.checkpoint import page_cache
-from qwen_pipeline.checkpoint.page_cache import outgrows_cache, write_uncached
+from qwen_pipeline.checkpoint.page_cache import exceeds_page_cache, write_uncached
 from qwen_pipeline_tests.checkpoint.cached import cached_pages
 
 DATA = os.urandom(2**20 + 1)
@@ -56,4 +56,4 @@ def test_bytes_on_disk_are_not_in_the_cache(tmp_path: Path) -> None:
 def test_a_quarter_of_the_available_memory_is_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     for memory, outgrown in ((4 * 10**9, True), (4 * 10**9 + 8, False), (None, False)):
         monkeypatch.setattr(page_cache, "available_memory", lambda left=memory: left)
-        assert outgrows_cache(10**9 + 1) == outgrown
+        assert exceeds_page_cache(10**9 + 1) == outgrown

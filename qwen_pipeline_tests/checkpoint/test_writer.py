@@ -42,7 +42,7 @@ def test_a_checkpoint_written_past_the_page_cache_has_the_same_files(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = copy(sharded, tmp_path / "cached")
-    monkeypatch.setattr(writer, "outgrows_cache", lambda _: True)
+    monkeypatch.setattr(writer, "exceeds_page_cache", lambda _: True)
 
     uncached = copy(sharded, tmp_path / "uncached")
 
@@ -124,7 +124,7 @@ def test_too_little_disk_space_is_refused_with_numbers_before_the_first_byte(sha
     vast = LazyTensor(spec=TensorSpec(dtype="F32", shape=(10**15,)), read=never)
     checkpoint = open_checkpoint(sharded).replace(tensors={"a.weight": vast})
 
-    with pytest.raises(EnvironmentFault, match=r"4000000\.\d\d GB more, its disk has \d+\.\d\d GB free"):
+    with pytest.raises(EnvironmentFault, match=r"4000000\.\d\d GB more, but its disk has \d+\.\d\d GB free"):
         writer.write_checkpoint(checkpoint, tmp_path, task="")
     assert not list(tmp_path.glob("*.safetensors*"))
 

@@ -52,7 +52,7 @@ def test_targets_that_padding_cannot_serve_are_refused_before_anything_is_writte
     site.drop()
     refused = qwen_pipeline("run", "poet", "--json")
     assert refused.code == 2
-    assert "4 attention heads do not divide by 3" in refused.data["error"]["what"]
+    assert "4 attention heads are not divisible by 3" in refused.data["error"]["what"]
     assert "TP 1 with groups of" in refused.data["error"]["remedy"]
     assert not site.settings.store_root.exists()
 

@@ -56,7 +56,7 @@ def test_plan_chooses_for_an_engine_within_a_budget(model: Path) -> None:
 def test_plan_offers_fewer_ranks_if_no_option_serves(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("Qwen2.5-0.5B")))
     text = " ".join(qwen_pipeline("plan", tmp_path, "--tp", 4).out.split())
-    assert "14 attention heads do not divide by 4" in text
+    assert "14 attention heads are not divisible by 4" in text
     assert "With fewer ranks: TP 2, groups of 64, unpadded." in text
 
 

@@ -105,7 +105,7 @@ def test_widths_that_ranks_cannot_share_block_and_heads_warn() -> None:
     assert "pad intermediate_size from 96 to 128" in width.detail
     heads = failed(replace(GOOD, parallel=assess_degrees(CONFIG, group_size=32, degrees=[3])[0]))["tensor_parallel"]
     assert not heads.blocks
-    assert "4 attention heads do not divide by 3" in heads.detail
+    assert "4 attention heads are not divisible by 3" in heads.detail
     assert failed(replace(GOOD, parallel=None))["tensor_parallel"].blocks
 
 

@@ -89,7 +89,7 @@ def test_each_of_several_stop_tokens_ends_an_answer(qwen2: Path, tmp_path: Path)
 
 def test_an_answer_ends_when_the_callback_says_so(qwen2: Path) -> None:
     free = plain_answers(qwen2)
-    cut = streamed_answers(open_checkpoint(qwen2), ends=lambda tokens: len(tokens) == 2)
+    cut = streamed_answers(open_checkpoint(qwen2), is_complete=lambda tokens: len(tokens) == 2)
     assert cut == [answer[:2] for answer in free]
 
 

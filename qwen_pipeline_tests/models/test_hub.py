@@ -10,14 +10,14 @@ from qwen_pipeline.models.hub import find_base
 
 def test_a_directory_is_returned_unchanged(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    assert find_base("base", beside=tmp_path) == tmp_path / "base"
+    assert find_base("base", relative_to=tmp_path) == tmp_path / "base"
     assert find_base(str(tmp_path / "base")) == tmp_path / "base"
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/base", "a/b/c", "../x", ""])
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointRefused, match="neither a directory"):
-        find_base(name or "not an id", beside=tmp_path)
+        find_base(name or "not an id", relative_to=tmp_path)
 
 
 def test_without_a_connection_an_environment_fault_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

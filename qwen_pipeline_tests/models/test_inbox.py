@@ -98,7 +98,7 @@ def test_hidden_directories_and_files_are_not_arrivals(upload: Path) -> None:
 
 
 def test_a_missing_fine_tune_is_refused_with_a_list_of_those_present(upload: Path) -> None:
-    with pytest.raises(InputRefused, match="those in it: poet"):
+    with pytest.raises(InputRefused, match="it has: poet"):
         Inbox(upload.parent).require("pet")
     (upload / "adapter_config.json").unlink()
     with pytest.raises(InputRefused, match="not complete"):

@@ -93,7 +93,7 @@ def test_degrees_of_the_72b() -> None:
     assert [row.legal for row in rows] == [True, True, True, True, False]
     assert rows[0].sentence == "Serves without padding."
     assert "pad intermediate_size from 29568 to 29696 before quantizing" in rows[1].sentence
-    assert "64 attention heads do not divide by 3" in rows[4].sentence
+    assert "64 attention heads are not divisible by 3" in rows[4].sentence
     assert rows[3].sizes[0].extra_percent == pytest.approx(100 * 128 / 29568)
 
 

@@ -93,7 +93,7 @@ def test_a_recipe_whose_fine_tune_was_changed_is_refused(tmp_path: Path) -> None
     recipe, _ = inputs.one_pass(tmp_path / "out")
     config = inputs.adapter / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(CheckpointRefused, match="expected with digest sha256"):
+    with pytest.raises(CheckpointRefused, match="whose digest must be sha256"):
         open_model(recipe.path)
 
 
@@ -136,7 +136,7 @@ def test_a_recipe_without_one_of_its_adapters_is_refused(inputs: Inputs, tmp_pat
     shutil.rmtree(other)
 
     with pytest.raises(
-        CheckpointRefused, match=r"computed from .*other, expected with digest sha256:.*, but it is missing"
+        CheckpointRefused, match=r"computed from .*other, whose digest must be sha256:.*, but it is missing"
     ):
         open_model(recipe.path)
 

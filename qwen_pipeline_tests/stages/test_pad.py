@@ -64,7 +64,7 @@ def test_attention_that_does_not_divide_is_a_warning(tmp_path: Path) -> None:
     report = reports_of(padded)["attention_divides"]
     assert not report.passed
     assert not report.blocks
-    assert "4 attention heads do not divide by 3" in str(report.measured)
+    assert "4 attention heads are not divisible by 3" in str(report.measured)
 
 
 def test_targets_decide_the_padded_width(tmp_path: Path) -> None:

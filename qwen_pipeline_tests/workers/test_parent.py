@@ -135,7 +135,7 @@ def test_a_result_arrives_before_the_worker_has_ended(log: Path, tmp_path: Path,
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with started_worker(PYTHON, f"{TARGETS}:end_slowly", env={"PYTHONPATH": ROOT}) as worker:
-        assert worker.deliver({"pipe": str(pipe), "code": code}, log=log).value == {}
+        assert worker.run_task({"pipe": str(pipe), "code": code}, log=log).value == {}
         assert worker.process.poll() is None
         pipe.write_bytes(b"")
         with pytest.raises(WorkerFailed, match="exit code 3 after its result") if code else nullcontext():

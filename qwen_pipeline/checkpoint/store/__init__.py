@@ -1,1 +1,1 @@
-"""The outputs of stages, each in a directory that its derivation names: built once, verified, never overwritten."""
+"""The outputs of stages, each in a directory named by its derivation: built once, verified, never overwritten."""

@@ -1,8 +1,8 @@
 """Running a stage once for each derivation: its output is found, continued or built, and never overwritten.
 
 A directory gets its final name only when it is complete. It is built as ``<name>.partial`` under a lock and synced; its
-manifest is written last, and then it is renamed. Whatever moment an attempt is killed at, the next one continues it,
-since everything it resumes from stays until the manifest is written.
+manifest is written last, and then it is renamed. An attempt that was killed at any moment is continued by the next one,
+since the files it resumes from are kept until the manifest is written.
 """
 
 import errno
@@ -66,12 +66,12 @@ def derive(
     ``build(partial)`` writes the output's files into ``partial`` and returns their digests. It runs under a lock, with
     no other build of the same output. ``partial`` may hold the files of an interrupted build of the same derivation,
     which it may continue from; files of any other are removed first. When it returns, the manifest is written and
-    ``partial`` becomes the finished directory in one rename, so that no reader sees half an output.
+    ``partial`` becomes the finished directory in one rename, so that no reader sees a partial output.
 
     Args:
         derivation: The stage, its inputs by digest, its settings and its code version. An input may be
             :data:`UNREAD`: the build then computes its digest and returns it in :attr:`Built.inputs`.
-        destination: Where the directory goes; a path names that one directory.
+        destination: The place for the directory, or its path.
         build: Writes the files.
         fingerprints: Role -> :func:`fingerprint` of each input that may be unread. They identify an interrupted build,
             so that it is continued whether or not the input's digest has become known in the meantime.
@@ -82,7 +82,7 @@ def derive(
     Raises:
         DestinationRefused: The directory holds another output, or files that this pipeline did not write.
         DestinationLocked: Another process is building the same output.
-        CheckpointRefused: A file of the finished directory is missing or has another size than its manifest says.
+        CheckpointRefused: A file of the finished directory is missing or does not have the size in its manifest.
         EnvironmentFault: The disk is full.
     """
     destination = as_destination(destination)
@@ -138,7 +138,7 @@ def _finished(out: Path, derivation: Derivation) -> Artifact | None:
     for path, file in manifest.contents.files.items():
         if not (out / path).is_file() or (out / path).stat().st_size != file.bytes:
             raise CheckpointRefused(
-                f"{out / path} is missing or has another size than the manifest's {file.bytes:,} bytes.",
+                f"{out / path} is missing or does not have the {file.bytes:,} bytes that the manifest states.",
                 remedy="Delete the directory and run its stage again; the result is the same.",
             )
     return Artifact(path=out, manifest=manifest, reused=True)
@@ -228,11 +228,11 @@ def _disk_faults(partial: Path) -> Generator[None, None, None]:
 def _difference(found: Derivation, expected: Derivation) -> str:
     if found.stage != expected.stage:
         return f"a {found.stage} checkpoint, expected a {expected.stage} one"
-    for what, have, want in (
+    for part, actual, requested in (
         ("other inputs", found.inputs, expected.inputs),
         ("another spec", found.spec, expected.spec),
         ("another code version", found.code_version, expected.code_version),
     ):
-        if have != want:
-            return f"a {found.stage} checkpoint of {what}: {json.dumps(have)}, expected {json.dumps(want)}"
+        if actual != requested:
+            return f"a {found.stage} checkpoint of {part}: {json.dumps(actual)}, expected {json.dumps(requested)}"
     return "another derivation"

@@ -22,7 +22,7 @@ class Destination(Protocol):
     """The place for a stage's output: maps a derivation to the path of its finished directory, for :func:`derive`.
 
     A :class:`Directory` is one path, for one output. A :class:`Slot` has a path for each derivation of one fine-tune,
-    so that earlier outputs stay. While an output is built, ``<path>.partial`` and ``<path>.lock`` are beside its path.
+    so that earlier outputs stay. While an output is built, ``<path>.partial`` and ``<path>.lock`` are next to its path.
     """
 
     def path_for(self, derivation: Derivation, /) -> Path:
@@ -30,11 +30,11 @@ class Destination(Protocol):
         ...
 
     def may_hold(self, stage: str, /) -> bool:
-        """Return whether an output of a stage may exist, of whatever derivation."""
+        """Return whether an output of a stage may exist, of any derivation."""
         ...
 
     def on_finished(self, path: Path, /) -> None:
-        """React to the finished directory of a requested derivation, whether it was built or found."""
+        """Record that the finished directory of a derivation was requested, whether it was built or found."""
         ...
 
 
@@ -75,7 +75,7 @@ class Slot(Destination):
 
 
 def as_destination(destination: Destination | Path) -> Destination:
-    """Return a destination as it is, and a path as the :class:`Directory` that it names."""
+    """Return a destination unchanged, and a path as a :class:`Directory`."""
     return Directory(destination) if isinstance(destination, Path) else destination
 
 
@@ -85,7 +85,7 @@ class Artifact:
 
     Attributes:
         path: The directory.
-        manifest: Its manifest: what it was made from, its digests, and the stage's findings.
+        manifest: Its manifest, with inputs, digests and the stage's findings.
         reused: Whether it existed already, so that nothing was computed.
     """
 

@@ -1,4 +1,4 @@
-"""A stage that makes one checkpoint of others, prepared: its derivation and its lazy output."""
+"""A prepared stage that computes one checkpoint from others: its derivation and its lazy output."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from qwen_pipeline.progress import Observe, unobserved
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """One stage's work on its inputs, prepared.
+    """A prepared stage that computes one checkpoint from its inputs.
 
     Attributes:
         sources: Role -> input checkpoint.

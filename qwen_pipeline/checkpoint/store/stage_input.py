@@ -1,4 +1,4 @@
-"""The inputs of a stage. Their digests are known, or are computed while the stage reads them: no extra read."""
+"""The inputs of a stage, whose digests are known, or are computed while the stage reads them, without an extra read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class StageInput:
         checkpoint: The checkpoint to read from.
         digest: Its content digest, or :data:`UNREAD`.
         fingerprint: See :func:`fingerprint`.
-        readers: Hash the checkpoint, and what it is computed from, while it is read; empty if the digest is known.
+        readers: Hash the checkpoint, and its own inputs, while it is read; empty if the digest is known.
         final_digest: Returns the content digest, once the readers have finished.
     """
 

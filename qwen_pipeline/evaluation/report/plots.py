@@ -6,14 +6,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, UNPADDED_QUANTIZED, Findings, origin_of
-from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, quiet_axes, save_plot
+from qwen_pipeline.plotting import BETTER, INK, PALETTE, WORSE, add_axes, save_plot
 
 
 def draw_perplexity(findings: Findings, path: Path) -> None:
     """Draw a waterfall chart: the first model's perplexity, then the change at each stage."""
     known = [(role, p) for role, model in findings.models.items() if (p := model.perplexity) and isfinite(p)]
     figure = Figure(figsize=(7.2, 0.8 + 0.46 * len(known)), layout="constrained")
-    axes = quiet_axes(figure)
+    axes = add_axes(figure)
     rows, perplexities = {role: row for row, (role, _) in enumerate(known)}, dict(known)
     for row, (role, perplexity) in enumerate(known):
         origin = origin_of(role, findings.models)
@@ -39,7 +39,7 @@ def draw_perplexity(findings: Findings, path: Path) -> None:
 def draw_distance(findings: Findings, path: Path) -> None:
     """Draw the divergence of predictions along the context, and of hidden states after each layer."""
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
-    axes = quiet_axes(figure, 2, 1)
+    axes = add_axes(figure, 2, 1)
     divergence = findings.models[QUANTIZED].divergence
     stretches = divergence.stretches if divergence else ()
     positions = [stretch.first for stretch in stretches]
@@ -53,7 +53,7 @@ def draw_distance(findings: Findings, path: Path) -> None:
     axes.set_xlabel("position in the window", color=INK, fontsize=9)
     axes.set_ylabel("KL(merged ‖ quantized), nats", color=INK, fontsize=9)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    axes = quiet_axes(figure, 2, 2)
+    axes = add_axes(figure, 2, 2)
     for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0]), (UNPADDED_QUANTIZED, PALETTE[-1])):
         drift = findings.models[role].drift if role in findings.models else ()
         if any(drift):
@@ -71,7 +71,7 @@ def draw_quantization_error(findings: Findings, path: Path) -> None:
     """Draw the relative error of each weight by layer."""
     errors = findings.structure.errors
     figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-    axes = quiet_axes(figure)
+    axes = add_axes(figure)
     kinds = list(dict.fromkeys(error.kind for error in errors))
     for kind, color in zip(kinds, PALETTE * (1 + len(kinds) // len(PALETTE)), strict=False):
         points = [(error.layer, error.relative) for error in errors if error.kind == kind]

@@ -136,7 +136,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         answers = decoder.answers(
             [self.tok_encode(context)[limit - self.max_length :] for context in contexts],
             stops={*stop_tokens(self._model), self.eot_token_id},
-            ends=lambda tokens: any(stop in self.tokenizer.decode(tokens) for stop in stops),
+            is_complete=lambda tokens: any(stop in self.tokenizer.decode(tokens) for stop in stops),
             limit=limit,
             observe=self._observe,
         )

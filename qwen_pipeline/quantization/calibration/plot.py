@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qwen_pipeline.plotting import INK, PALETTE, WORSE, quiet_axes, save_plot
+from qwen_pipeline.plotting import INK, PALETTE, WORSE, add_axes, save_plot
 
 
 def draw_calibration_plot(
@@ -15,14 +15,14 @@ def draw_calibration_plot(
     """Draw the histogram of record lengths and, for a mixture, the tokens of each expert by layer."""
     rows = 2 if experts else 1
     figure = Figure(figsize=(7.2, 2.6 * rows), layout="constrained")
-    axes = quiet_axes(figure, rows, 1)
+    axes = add_axes(figure, rows, 1)
     bins = statistics["record_tokens_histogram"]
     axes.bar(range(len(bins)), [each["records"] for each in bins], width=0.85, color=PALETTE[0], alpha=0.85)
     axes.set_xticks(range(len(bins)), [f"≤ {each['up_to']:,}" for each in bins])
     axes.set_xlabel("tokens of a record", color=INK, fontsize=9)
     axes.set_ylabel("records", color=INK, fontsize=9)
     if experts:
-        axes = quiet_axes(figure, rows, 2)
+        axes = add_axes(figure, rows, 2)
         for layer, tokens in experts.items():
             axes.plot(
                 [layer] * len(tokens), tokens, linestyle="", marker="o", markersize=2.6, alpha=0.5, color=PALETTE[1]

@@ -28,7 +28,7 @@ class ServingEngine:
         source: Where the rules were read.
         group_sizes: Supported group sizes.
         straddling: Verdict for a row-parallel layer whose groups straddle ranks.
-        partial: Verdict for a layer that is not a whole number of groups even on one rank; None: as ``straddling``.
+        partial: Verdict for a layer that is not a whole number of groups even on one rank; None means ``straddling``.
         tiles: Pairs (inputs, outputs). The shape of a layer on a rank must be a multiple of at least one pair.
         misfit: Verdict for a layer that fits no pair.
         pads_mlps: Whether MLPs of whole groups are widened by whole groups at load, so that ranks can share them.
@@ -153,8 +153,8 @@ def predict_serving(config: Config, engine: str, *, group_size: int, degree: int
     """
     matrices = distinct_matrices(config)
     predictions = [_predict_kernel(config, matrices, kernel, group_size, degree) for kernel in kernels_of(engine)]
-    able = [prediction for prediction in predictions if prediction.verdict != "refused"] or predictions[:1]
-    worst = max(able, key=lambda prediction: VERDICTS.index(prediction.verdict))
+    candidates = [prediction for prediction in predictions if prediction.verdict != "refused"] or predictions[:1]
+    worst = max(candidates, key=lambda prediction: VERDICTS.index(prediction.verdict))
     if worst.engine == engine:
         return worst
     return replace(worst, engine=engine, reasons=tuple(f"{worst.engine}, {reason}" for reason in worst.reasons))
@@ -183,7 +183,7 @@ def _predict_kernel(
 def _refusals(config: Config, rules: ServingEngine, group_size: int, degree: int) -> list[_Finding]:
     """Return the reasons to refuse the whole model, which do not depend on single layers."""
     sizes = ", ".join(map(str, rules.group_sizes))
-    reasons = [f"groups of {group_size}: supported are {sizes}"] if group_size not in rules.group_sizes else []
+    reasons = [f"groups of {group_size}: expected {sizes}"] if group_size not in rules.group_sizes else []
     return [_Finding("refused", reason) for reason in (*reasons, *head_obstacles(config, degree))]
 
 
@@ -194,7 +194,7 @@ def distinct_matrices(config: Config) -> list[Matrix]:
 
 
 def _finding(
-    config: Config, rules: ServingEngine, matrix: Matrix, beside: Sequence[Matrix], group_size: int, degree: int
+    config: Config, rules: ServingEngine, matrix: Matrix, matrices: Sequence[Matrix], group_size: int, degree: int
 ) -> _Finding | None:
     if not matrix.quantized:
         return None
@@ -205,11 +205,11 @@ def _finding(
     size = matrix.in_features if matrix.split == "rows" else matrix.out_features
     replicated = matrix.kind in ("self_attn.k_proj", "self_attn.v_proj")
     if size % shared_by and not replicated:
-        return _Finding("refused", f"{matrix.kind}: {size} channels do not divide by {degree} ranks")
+        return _Finding("refused", f"{matrix.kind}: {size} channels are not divisible by {degree} ranks")
     inputs = matrix.in_features // shared_by if matrix.split == "rows" else matrix.in_features
     if inputs % group_size:
         return _straddled(rules, matrix, inputs, group_size)
-    outputs = _outputs(config, matrix, beside, shared_by)
+    outputs = _outputs(config, matrix, matrices, shared_by)
     if not any(inputs % k == 0 and outputs % n == 0 for k, n in rules.tiles):
         tiles = " or ".join(f"{k} x {n}" for k, n in rules.tiles)
         return _Finding(rules.misfit, f"{matrix.kind}: {inputs} x {outputs} per rank is not a multiple of {tiles}")
@@ -229,12 +229,12 @@ def _straddled(rules: ServingEngine, matrix: Matrix, inputs: int, group_size: in
     return _Finding(rules.straddling if whole else rules.partial or rules.straddling, groups)
 
 
-def _outputs(config: Config, matrix: Matrix, beside: Sequence[Matrix], shared_by: int) -> int:
-    """Return the outputs on one rank, counting projections that engines fuse with it and replicated key-value heads."""
+def _outputs(config: Config, matrix: Matrix, matrices: Sequence[Matrix], shared_by: int) -> int:
+    """Return the outputs on one rank, including fused projections and replicated key-value heads."""
     if matrix.split != "columns":
         return matrix.out_features
     if matrix.kind.startswith("self_attn."):
         _, kv_heads, head_dim = head_geometry(config)
-        queries = next(m.out_features for m in beside if m.kind == "self_attn.q_proj")
+        queries = next(m.out_features for m in matrices if m.kind == "self_attn.q_proj")
         return queries // shared_by + 2 * head_dim * max(kv_heads // shared_by, 1)
     return matrix.out_features // shared_by * max(len(matrix.fused), 1)

@@ -78,7 +78,8 @@ class TowerPrediction:
     Attributes:
         reason: Why the verdict is not ``ok``; empty if it is.
         option: Arguments of the engine that replicate the tower on every rank; empty if there are none.
-        is_narrow: Whether padding helps: the heads divide, the channels do not, and a config field states their number.
+        padding_helps: Whether padding avoids the refusal: heads are divisible, channels are not, and a config field
+            states their number.
     """
 
     engine: str
@@ -86,7 +87,7 @@ class TowerPrediction:
     verdict: ShardingVerdict
     reason: str = ""
     option: str = ""
-    is_narrow: bool = False
+    padding_helps: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ class TowerFeasibility:
 
     def _refusal(self, prediction: TowerPrediction) -> str:
         remedies: list[str] = []
-        if prediction.is_narrow:
+        if prediction.padding_helps:
             cost = f"+{self.extra:.2%} of their weights, {self.extra_bytes / 1e6:.1f} MB"
             remedies.append(f"pad its MLPs with --towers, from {self.live:,} to {self.padded:,} ({cost})")
         if prediction.option:
@@ -176,9 +177,9 @@ def predict_tower_serving(config: Config, tower: Tower, engine: str, *, degree: 
             engine=engine,
             degree=degree,
             verdict="refused",
-            reason=f"{shared} do not divide by {degree} ranks",
+            reason=f"{shared} are not divisible by {degree} ranks",
             option=rule.option,
-            is_narrow=not heads % degree and tower.field is not None,
+            padding_helps=not heads % degree and tower.field is not None,
         )
     return TowerPrediction(engine=engine, degree=degree, verdict="ok")
 

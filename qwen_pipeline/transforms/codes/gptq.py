@@ -108,9 +108,9 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
     Raises:
         CheckpointRefused: The model is not quantized by GPTQ, or not to 4 or 8 bits, or a setting is not supported.
     """
-    found = cast("Mapping[str, Any]", config.get("quantization_config") or {})
-    method, bits = found.get("quant_method"), found.get("bits")
-    checkpoint_format = found.get("checkpoint_format") or found.get("format") or "gptq"
+    settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
+    method, bits = settings.get("quant_method"), settings.get("bits")
+    checkpoint_format = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     remedy = "Use a checkpoint that was quantized to 4 or 8 bits with GPTQ."
     if method != "gptq":
         raise CheckpointRefused(f"config.json has quant_method {method!r}, expected 'gptq'.", remedy=remedy)
@@ -121,7 +121,7 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
             f"config.json has checkpoint_format {checkpoint_format!r}, expected one of {get_args(CheckpointFormat)}.",
             remedy=remedy,
         )
-    group_size = found.get("group_size")
+    group_size = settings.get("group_size")
     if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
         raise CheckpointRefused(
             f"config.json has group_size {group_size!r}, expected -1 or a positive integer.", remedy=remedy
@@ -129,8 +129,8 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
     return GptqFormat(
         bits=bits,
         group_size=group_size,
-        desc_act=bool(found.get("desc_act", False)),
-        sym=bool(found.get("sym", True)),
+        desc_act=bool(settings.get("desc_act", False)),
+        sym=bool(settings.get("sym", True)),
         checkpoint_format=checkpoint_format,
     )
 

@@ -22,7 +22,7 @@ def quantized_checkpoint(
     linears: Collection[Linear],
     quantization_config: Mapping[str, Any],
 ) -> Checkpoint:
-    """Return ``source`` with the weight of each linear layer replaced by its codes in ``packed``, if it has any.
+    """Return ``source`` with the weight of each linear layer replaced by its codes in ``packed``, if there are any.
 
     A stack of experts keeps its weights if one expert has no codes.
 

@@ -36,11 +36,11 @@ class Widening:
 class CodeTensor(Protocol):
     """One tensor of a packed layer."""
 
-    def fits(self, spec: TensorSpec, by: Widening) -> bool:
+    def fits(self, spec: TensorSpec, widening: Widening) -> bool:
         """Return whether a tensor's shape agrees with the live width."""
         ...
 
-    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+    def widened(self, tensor: LazyTensor, widening: Widening) -> LazyTensor:
         """Return the tensor with the channels added, or unchanged if none of its axes has them."""
         ...
 
@@ -52,11 +52,11 @@ class Axis:
     counts: Literal["in", "out", "groups"]
     per: int = 1
 
-    def channels(self, by: Widening) -> int:
-        """Return the number of channels of the widened dimension in one element; 0 if the axis is of the other one."""
+    def channels(self, widening: Widening) -> int:
+        """Return the number of channels of the widened dimension in one element; 0 if the axis does not count it."""
         if self.counts == "groups":
-            return by.size.group_size if by.dimension == "in" else 0
-        return self.per if self.counts == by.dimension else 0
+            return widening.size.group_size if widening.dimension == "in" else 0
+        return self.per if self.counts == widening.dimension else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +66,38 @@ class Elements(CodeTensor):
     axes: tuple[Axis, ...]
     fill: float = 0
 
-    def fits(self, spec: TensorSpec, by: Widening) -> bool:
-        per_element = [axis.channels(by) for axis in self.axes]
+    def fits(self, spec: TensorSpec, widening: Widening) -> bool:
+        per_element = [axis.channels(widening) for axis in self.axes]
         return len(spec.shape) == len(self.axes) and all(
-            length * per == by.size.live for length, per in zip(spec.shape, per_element, strict=True) if per
+            length * per == widening.size.live for length, per in zip(spec.shape, per_element, strict=True) if per
         )
 
-    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+    def widened(self, tensor: LazyTensor, widening: Widening) -> LazyTensor:
         for index, axis in enumerate(self.axes):
-            if per := axis.channels(by):
-                positions = by.size.positions()[::per] // per
-                return widened(tensor, index, by.size.padded // per, positions, fill=self.fill)
+            if per := axis.channels(widening):
+                positions = widening.size.positions()[::per] // per
+                return widened(tensor, index, widening.size.padded // per, positions, fill=self.fill)
         return tensor
 
 
 class GroupNumbers(CodeTensor):
     """The group of each input, ``g_idx``: live inputs keep theirs, renumbered; added inputs get added groups."""
 
-    def fits(self, spec: TensorSpec, by: Widening) -> bool:
-        return len(spec.shape) == 1 and (by.dimension == "out" or spec.rows == by.size.live)
+    def fits(self, spec: TensorSpec, widening: Widening) -> bool:
+        return len(spec.shape) == 1 and (widening.dimension == "out" or spec.rows == widening.size.live)
 
-    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+    def widened(self, tensor: LazyTensor, widening: Widening) -> LazyTensor:
         import torch
 
-        if by.dimension == "out":
+        if widening.dimension == "out":
             return tensor
-        spec = replace(tensor.spec, shape=(by.size.padded,))
+        spec = replace(tensor.spec, shape=(widening.size.padded,))
 
         def read(start: int, stop: int) -> "torch.Tensor":
-            positions = by.size.positions()
-            groups = torch.arange(by.size.padded) // by.size.group_size
-            new_number = groups[positions[:: by.size.group_size]]
-            groups[positions] = new_number[tensor.read(0, by.size.live).long()]
+            positions = widening.size.positions()
+            groups = torch.arange(widening.size.padded) // widening.size.group_size
+            new_number = groups[positions[:: widening.size.group_size]]
+            groups[positions] = new_number[tensor.read(0, widening.size.live).long()]
             return groups[start:stop].to(spec.torch_dtype)
 
         return LazyTensor(spec=spec, read=read)
@@ -106,13 +106,13 @@ class GroupNumbers(CodeTensor):
 class StatedShape(CodeTensor):
     """The shape [out, in] of the weight, stored as a tensor."""
 
-    def fits(self, spec: TensorSpec, by: Widening) -> bool:  # noqa: ARG002
+    def fits(self, spec: TensorSpec, widening: Widening) -> bool:  # noqa: ARG002
         return spec.shape == (2,)
 
-    def widened(self, tensor: LazyTensor, by: Widening) -> LazyTensor:
+    def widened(self, tensor: LazyTensor, widening: Widening) -> LazyTensor:
         def read(start: int, stop: int) -> "torch.Tensor":
             shape = tensor.read(0, 2).clone()
-            shape[("out", "in").index(by.dimension)] = by.size.padded
+            shape[("out", "in").index(widening.dimension)] = widening.size.padded
             return shape[start:stop]
 
         return LazyTensor(spec=tensor.spec, read=read)

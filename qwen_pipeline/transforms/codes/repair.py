@@ -29,7 +29,7 @@ def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int, tower
     """Return the whole groups to add to each size for ``tensor_parallel`` ranks, and channels to add to ``towers``.
 
     Raises:
-        InputRefused: Added groups cannot make the model divisible; the remedy says what can.
+        InputRefused: Added groups cannot make the model divisible; the remedy names alternatives.
     """
     if form.group_size < 1:
         raise InputRefused(
@@ -48,7 +48,7 @@ def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int, tower
         )
     if obstacles := attention_obstacles(config, group_size=form.group_size, tensor_parallel=tensor_parallel):
         raise InputRefused(
-            f"{tensor_parallel} ranks cannot share this model, however wide its MLP is: {listed(obstacles)}.",
+            f"{tensor_parallel} ranks cannot share this model, whatever the width of its MLP: {listed(obstacles)}.",
             remedy=_alternatives(config, form.group_size, tensor_parallel),
         )
     return with_towers(plan, config, ranks=tensor_parallel) if towers else plan
@@ -93,17 +93,17 @@ def widenings(checkpoint: Checkpoint, size: PaddedSize) -> dict[str, Widening]:
 def _widened_tensors(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize) -> Iterator[tuple[str, LazyTensor]]:
     modules = _names_by_module(checkpoint)
     wrong: list[str] = []
-    for module, by in widenings(checkpoint, size).items():
+    for module, widening in widenings(checkpoint, size).items():
         names = modules[module]
         wrong += [f"{module}.{code} is missing" for code in form.codes if code not in names and "weight" not in names]
         for suffix, name in names.items():
             code_tensor = form.code_tensors.get(suffix)
             if code_tensor is None:
                 wrong.append(f"{name} is not a tensor of this format")
-            elif not code_tensor.fits(checkpoint[name], by):
+            elif not code_tensor.fits(checkpoint[name], widening):
                 wrong.append(f"{name} is {list(checkpoint[name].shape)}")
             else:
-                yield name, code_tensor.widened(checkpoint.tensors[name], by)
+                yield name, code_tensor.widened(checkpoint.tensors[name], widening)
     if wrong:
         raise CheckpointRefused(
             f"The codes do not fit {size.field} {size.live} in groups of {form.group_size} at {form.bits} bits:"

@@ -1,8 +1,8 @@
 """Conversion of GPTQ's codes to compressed-tensors' ``pack-quantized``, vLLM's own format: the same codes, transposed.
 
-Both formats fill a word from its lowest bits with consecutive inputs; GPTQ has words by outputs, compressed-tensors
-outputs by words (:mod:`qwen_pipeline.transforms.codes.compressed_tensors`). Tensors are only transposed, except for the
-zero points of asymmetric codes, which the older GPTQ format stores less one.
+Both formats fill a word from its lowest bits with consecutive inputs; GPTQ stores [words, outputs],
+compressed-tensors [outputs, words] (:mod:`qwen_pipeline.transforms.codes.compressed_tensors`). Tensors are only
+transposed, except for the zero points of asymmetric codes, which the older GPTQ format stores minus one.
 """
 
 from collections.abc import Iterator

@@ -62,7 +62,7 @@ class PaddingBridge:
         """Return a merged checkpoint at the base's width; tensors that no adapter changed are the base's own.
 
         Args:
-            base: The base as it was opened.
+            base: The unmodified base.
             before: The base at the width of ``merged``.
             merged: ``before`` with the adapters merged.
         """

@@ -130,7 +130,7 @@ def open_adapter(root: Path) -> Adapter:
 
     Raises:
         AdapterRefused: The weights are pickled or missing, a setting is unsupported or unknown, or a tensor has no role
-            under these settings or another shape than they imply.
+            under these settings or a shape that contradicts them.
     """
     config = load_json(root / ADAPTER_CONFIG, refused=AdapterRefused)
     settings = lora_settings(config, source=root / ADAPTER_CONFIG)
@@ -140,10 +140,10 @@ def open_adapter(root: Path) -> Adapter:
     if not weights.specs:
         raise AdapterRefused(f"{root / ADAPTER_WEIGHTS} has no tensors.", remedy="Save the adapter again.")
     tensors = classify_tensors(weights.specs, settings)
-    if tensors.unexplained:
+    if tensors.without_role:
         raise AdapterRefused(
-            f"{root} has tensors that its settings do not explain, or one tensor of a pair without the other: "
-            f"{listed(sorted(tensors.unexplained))}.",
+            f"{root} has tensors that its settings do not account for, or one tensor of a pair without the other: "
+            f"{listed(sorted(tensors.without_role))}.",
             remedy="Use the adapter_config.json that was saved with these weights, or save the adapter again. If the"
             f" file holds more than LoRA: {MERGE_WITH_PEFT}",
         )

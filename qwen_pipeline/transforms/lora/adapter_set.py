@@ -41,11 +41,11 @@ class AdapterSet:
 
     @property
     def sidecars(self) -> dict[str, Path]:
-        """The files beside the weights; of files with the same name, that of the last adapter."""
+        """The files other than weights; of those with the same name, that of the last adapter."""
         return {path: file for adapter in self.adapters for path, file in adapter.sidecars.items()}
 
     def digest(self) -> str:
-        """Return ``sha256:<hex>`` over all adapters' files and weights; the adapter's own if it is one of weight 1."""
+        """Return ``sha256:<hex>`` over all adapters and weights; for one adapter of weight 1, its own digest."""
         if len(self.members) == 1 and self.members[0].weight == 1:
             return self.adapters[0].digest()
         members = [[member.adapter.digest(), member.weight] for member in self.members]
@@ -109,7 +109,7 @@ def open_set(root: Path) -> AdapterSet:
     if outside := [entry.path for entry in parsed.adapters if not _is_subdirectory(root, entry.path)]:
         raise AdapterRefused(
             f"{file} lists {listed(outside)}; expected a subdirectory of {root}.",
-            remedy=f"Put each adapter into a directory of its own beside {ADAPTER_SET}.",
+            remedy=f"Put each adapter into a directory of its own next to {ADAPTER_SET}.",
         )
     roots, weights = [root / entry.path for entry in parsed.adapters], [entry.weight for entry in parsed.adapters]
     return weighted(roots, weights, combination=parsed.combination_type)
@@ -119,12 +119,12 @@ def require_combinable(adapters: AdapterSet) -> AdapterSet:
     """Return the set if its adapters can be summed with these weights.
 
     Raises:
-        AdapterRefused: An adapter holds more than low-rank factors, of which no weighted sum is defined.
+        AdapterRefused: An adapter holds more than low-rank factors, for which no weighted sum is defined.
     """
     if len(adapters.members) == 1 and adapters.members[0].weight == 1:
         return adapters
     for adapter in adapters.adapters:
-        if parts := _parts_beside_factors(adapter):
+        if parts := _other_parts(adapter):
             raise AdapterRefused(
                 f"{adapter.root} cannot be weighted or added to others, because it has {listed(parts)}.",
                 remedy="Merge this adapter alone, then merge the others into the result.",
@@ -137,7 +137,8 @@ def _is_subdirectory(root: Path, path: str) -> bool:
     return directory.is_relative_to(root.resolve()) and directory != root.resolve() and directory.is_dir()
 
 
-def _parts_beside_factors(adapter: Adapter) -> list[str]:
+def _other_parts(adapter: Adapter) -> list[str]:
+    """Return the parts of an adapter other than low-rank factors."""
     tensors, settings = adapter.tensors, adapter.settings
     is_present = {
         "DoRA norms (use_dora)": settings.use_dora,

@@ -1,4 +1,4 @@
-"""The role of each tensor of an adapter by its name: the grammar of PEFT's files, independent of any base.
+"""The role of each tensor of an adapter by its name in PEFT's files, independent of any base.
 
 PEFT names a tensor ``base_model.model.<module>.<part>``. Wrapped parameters of one module are nested, the first
 parameter innermost: ``experts.base_layer.lora_A`` belongs to ``gate_up_proj``, ``experts.lora_A`` to ``down_proj``.
@@ -16,11 +16,11 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _LORA_BIAS = "lora_B.bias"
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _COPIES = ("base_layer.weight", "token_adapter.base_layer.weight")
-"""A copy of the frozen weight, which PEFT saves of an embedding or ``lm_head`` that is a target or was resized."""
+"""A copy of the frozen weight, which PEFT saves for an embedding or ``lm_head`` that is a target or was resized."""
 _BASE_BIAS = "base_layer.bias"
 _PARTS = (*_LINEAR, *_EMBEDDING, *_MAGNITUDES, _LORA_BIAS, _TOKENS, *_COPIES, _BASE_BIAS)
-_SAVED_AGAIN = re.compile(r"(.+?)\.(?:(modules_to_save)|original_module)\.(.+)")
-"""A duplicate of a saved weight, or its original: PEFT saves both of a resized vocabulary or with trained biases."""
+_REPEATED = re.compile(r"(.+?)\.(?:(modules_to_save)|original_module)\.(.+)")
+"""A duplicate of a saved weight, or its original: PEFT saves both for a resized vocabulary and for trained biases."""
 _NAME = re.compile(
     rf"base_model\.model\.(?:(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})|(?P<whole>.+))"
 )
@@ -35,7 +35,7 @@ class Factors:
 
     Attributes:
         parameter: Path of the updated parameter in the trained model, such as ``model.layers.0.mlp.up_proj.weight``.
-        layout: ``linear``: ``up`` = B ``[O, R]``, ``down`` = A ``[R, I]``; for a convolution with further axes.
+        layout: ``linear``: ``up`` = B ``[O, R]``, ``down`` = A ``[R, I]``; with further axes for a convolution.
             ``embedding``: ``up`` = A ``[R, O]``, ``down`` = B ``[I, R]``, where O is the vocabulary. ``experts``:
             ``up`` = B ``[O, R x E]``, experts innermost; ``down`` = A ``[E x R, I]``, experts outermost.
         pattern_key: The path that rank and alpha patterns are matched against.
@@ -67,7 +67,7 @@ class AdapterTensors:
         copies: Module path -> copies of its frozen weight.
         duplicates: Tensor that duplicates a saved one -> the parameter's path.
         originals: Tensor that holds the value of a saved one before training -> the parameter's path.
-        unexplained: Tensors without a role.
+        without_role: Tensors without a role.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict[str, Factors])
@@ -76,43 +76,43 @@ class AdapterTensors:
     copies: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     duplicates: dict[str, str] = field(default_factory=dict[str, str])
     originals: dict[str, str] = field(default_factory=dict[str, str])
-    unexplained: list[str] = field(default_factory=list[str])
+    without_role: list[str] = field(default_factory=list[str])
 
 
 def classify_tensors(names: Iterable[str], settings: LoraSettings) -> AdapterTensors:
     """Return the role of each tensor, which follows from its name and the settings."""
-    found = AdapterTensors()
+    tensors = AdapterTensors()
     modules: dict[str, dict[str, str]] = {}
-    again: dict[str, re.Match[str]] = {}
+    repeated: dict[str, re.Match[str]] = {}
     for name in names:
         match = _NAME.fullmatch(name)
         if not match:
-            found.unexplained.append(name)
+            tensors.without_role.append(name)
         elif not (whole := match["whole"]):
             modules.setdefault(match["module"], {})[match["part"]] = name
-        elif repeated := _SAVED_AGAIN.fullmatch(whole):
-            again[name] = repeated
+        elif repeated_match := _REPEATED.fullmatch(whole):
+            repeated[name] = repeated_match
         else:
-            _add_saved(found, whole, name)
+            _add_saved(tensors, whole, name)
     for module, parts in sorted(modules.items()):
-        _classify_module(found, module, parts, settings)
-    for name, match in again.items():
-        _classify_repeated(found, name, match)
-    found.unexplained.extend(_not_in_settings(found, settings))
-    return found
+        _classify_module(tensors, module, parts, settings)
+    for name, match in repeated.items():
+        _classify_repeated(tensors, name, match)
+    tensors.without_role.extend(_not_in_settings(tensors, settings))
+    return tensors
 
 
-def _classify_module(found: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
+def _classify_module(tensors: AdapterTensors, module: str, parts: dict[str, str], settings: LoraSettings) -> None:
     if _BASE_BIAS in parts:
-        _add_saved(found, f"{module}.bias", parts.pop(_BASE_BIAS))
+        _add_saved(tensors, f"{module}.bias", parts.pop(_BASE_BIAS))
     if copies := [parts.pop(part) for part in _COPIES if part in parts]:
-        found.copies[module] = copies
+        tensors.copies[module] = copies
     if _TOKENS in parts:
-        found.tokens[module] = parts.pop(_TOKENS)
+        tensors.tokens[module] = parts.pop(_TOKENS)
     if factors := _factors(module, parts, settings):
-        found.factors[factors.parameter] = factors
+        tensors.factors[factors.parameter] = factors
     else:
-        found.unexplained.extend(parts.values())
+        tensors.without_role.extend(parts.values())
 
 
 def _factors(module: str, parts: Mapping[str, str], settings: LoraSettings) -> Factors | None:
@@ -153,40 +153,40 @@ def _parameter(module: str, settings: LoraSettings) -> tuple[str, str] | None:
     return path, path
 
 
-def _add_saved(found: AdapterTensors, path: str, name: str) -> None:
-    if path in found.saved:
-        found.unexplained.append(name)
-    found.saved[path] = name
+def _add_saved(tensors: AdapterTensors, path: str, name: str) -> None:
+    if path in tensors.saved:
+        tensors.without_role.append(name)
+    tensors.saved[path] = name
 
 
-def _classify_repeated(found: AdapterTensors, name: str, match: re.Match[str]) -> None:
+def _classify_repeated(tensors: AdapterTensors, name: str, match: re.Match[str]) -> None:
     """Find the saved weight that a tensor repeats; the adapter's name may precede that of the parameter."""
     module, is_duplicate, inner = match.groups()
     paths = [f"{module}.{inner}", f"{module}.{inner.partition('.')[2]}"]
-    path = next((path for path in paths if path in found.saved), None)
+    path = next((path for path in paths if path in tensors.saved), None)
     if path is None:
-        found.unexplained.append(name)
+        tensors.without_role.append(name)
     elif is_duplicate:
-        found.duplicates[name] = path
+        tensors.duplicates[name] = path
     else:
-        found.originals[name] = path
+        tensors.originals[name] = path
 
 
-def _not_in_settings(found: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
-    """Yield the tensors that PEFT does not save with these settings, or not without another one that is missing."""
-    updated = {factors.parameter.removesuffix(".weight") for factors in found.factors.values()}
-    for path, name in found.saved.items():
+def _not_in_settings(tensors: AdapterTensors, settings: LoraSettings) -> Iterator[str]:
+    """Yield the tensors that PEFT does not save with these settings, or only with another one, which is missing."""
+    updated = {factors.parameter.removesuffix(".weight") for factors in tensors.factors.values()}
+    for path, name in tensors.saved.items():
         module, _, parameter = path.rpartition(".")
         is_bias = parameter == "bias" and (
             settings.bias == "all" or (settings.bias == "lora_only" and module in updated)
         )
         if not is_bias and not settings.saves(module) and _leaf(module) not in (INPUT_EMBEDDING, OUTPUT_HEAD):
             yield name
-    for module, name in found.tokens.items():
+    for module, name in tensors.tokens.items():
         if not settings.tokens_of(module) or module in updated:
             yield name
-    for module, names in found.copies.items():
-        if module not in updated | found.tokens.keys():
+    for module, names in tensors.copies.items():
+        if module not in updated | tensors.tokens.keys():
             yield from names
 
 

@@ -1,6 +1,6 @@
 """Assignment of each adapter tensor to the tensors of the base that it changes.
 
-A tensor that cannot be assigned, or not unambiguously, becomes an obstacle of the plan.
+A tensor that cannot be assigned unambiguously becomes an obstacle of the plan.
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ def _assign_saved(plan: MergePlan, adapter: Adapter, parameter: str, name: str) 
             f"{name} (shape {list(saved.spec.shape)}, but the base has {len(slices)} matrices of experts)"
         )
         return
-    if not slices or _whole_tensors(slices) > 1 or any(slice_.rows and slice_.slab is not None for slice_ in slices):
+    if not slices or _whole_tensors(slices) > 1 or _has_stack_rows(slices):
         plan.obstacles.append(f"{name} (the base has {len(parts)} tensors of that name)")
         return
     for target, part in parts.items():
@@ -69,12 +69,12 @@ def _part(saved: LazyTensor, slice_: TensorSlice) -> LazyTensor:
     """Return the part of a whole weight that is stored at a slice."""
     if len(saved.spec.shape) != 3 or slice_ == TensorSlice(name=slice_.name):
         return saved
-    if slice_.slab is not None:
+    if slice_.stack_index is not None:
         return transposed(saved) if slice_.transposed else saved
     shape = (saved.spec.shape[1] if slice_.rows is None else slice_.rows, saved.spec.shape[2])
 
     def read(start: int, stop: int) -> "torch.Tensor":
-        return saved.read(slice_.expert, slice_.expert + 1)[0, slice_.first + start : slice_.first + stop]
+        return saved.read(slice_.expert, slice_.expert + 1)[0, slice_.first_row + start : slice_.first_row + stop]
 
     return LazyTensor(spec=replace(saved.spec, shape=shape), read=read)
 
@@ -98,10 +98,10 @@ def _term(update: Update, slice_: TensorSlice) -> Term:
         update=update.low_rank,
         scaling=update.scaling,
         expert=slice_.expert,
-        source_row=slice_.first,
-        target_row=slice_.onto,
+        source_row=slice_.first_row,
+        target_row=slice_.stored_row,
         rows=update.shape[0] if slice_.rows is None else slice_.rows,
-        slab=slice_.slab,
+        stack_index=slice_.stack_index,
     )
 
 
@@ -149,7 +149,7 @@ def _obstacle(plan: MergePlan, update: Update, slices: Sequence[TensorSlice]) ->
     """Return the reason why an update does not cover all rows of each of its matrices exactly once, or None."""
     if not slices or _whole_tensors(slices) > 1:
         return f"the base has {len(slices)} tensors of that name"
-    if update.factors.magnitude and slices[0].slab is not None:
+    if update.factors.magnitude and slices[0].stack_index is not None:
         return "DoRA of a single expert, but the base stores experts in a stack"
     rows: Counter[int] = Counter()
     for slice_ in slices:
@@ -166,11 +166,16 @@ def _obstacle(plan: MergePlan, update: Update, slices: Sequence[TensorSlice]) ->
 
 def _whole_tensors(slices: Sequence[TensorSlice]) -> int:
     """Return the number of slices that are whole stored tensors."""
-    return sum(slice_.slab is None and slice_.rows is None for slice_ in slices)
+    return sum(slice_.stack_index is None and slice_.rows is None for slice_ in slices)
+
+
+def _has_stack_rows(slices: Sequence[TensorSlice]) -> bool:
+    """Return whether a slice is a part of the rows of a stored stack's matrix."""
+    return any(slice_.rows and slice_.stack_index is not None for slice_ in slices)
 
 
 def _matrix_shape(slice_: TensorSlice, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if slice_.slab is None:
+    if slice_.stack_index is None:
         return shape
     outputs, inputs = reversed(shape[1:]) if slice_.transposed else shape[1:]
     return (outputs if slice_.rows is None else slice_.rows, inputs)

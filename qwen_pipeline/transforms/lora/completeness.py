@@ -14,7 +14,7 @@ _ALWAYS_LOADED = ("decoder", "embedding", "norm", "head")
 
 
 def completeness_obstacles(plan: MergePlan, adapter: Adapter, vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield the tensors that PEFT saves but are missing, and duplicates with other values, each with the reason."""
+    """Yield missing tensors that PEFT would have saved, and duplicates with other values, each with the reason."""
     yield from _missing_weights(plan, adapter)
     yield from _missing_biases(plan, adapter)
     yield from _missing_tokens(adapter, vocabulary)
@@ -37,14 +37,14 @@ def _missing_weights(plan: MergePlan, adapter: Adapter) -> Iterator[str]:
         module = module.partition(".experts")[0]
         is_required = settings.saves(module) or (settings.bias == "all" and parameter == "bias")
         if is_required and name not in saved and parse_name(name, config).part in {*trained, *_ALWAYS_LOADED}:
-            yield f"{name} (the settings save it, but it is missing)"
+            yield f"{name} (required by the settings, but missing)"
 
 
 def _missing_biases(plan: MergePlan, adapter: Adapter) -> Iterator[str]:
     if adapter.settings.bias == "lora_only":
         biases = [f"{parameter.removesuffix('.weight')}.bias" for parameter in adapter.tensors.factors]
         for name in sorted(_stored_names(plan, biases) - _stored_names(plan, adapter.tensors.saved)):
-            yield f"{name} (bias is lora_only, but it is missing)"
+            yield f"{name} (required by bias=lora_only, but missing)"
 
 
 def _missing_tokens(adapter: Adapter, vocabulary: Vocabulary) -> Iterator[str]:
@@ -53,7 +53,7 @@ def _missing_tokens(adapter: Adapter, vocabulary: Vocabulary) -> Iterator[str]:
     for name, rows in adapter.settings.trainable_token_indices.items():
         is_shared = vocabulary.tied and rows in present
         if not is_shared and not any(module.endswith(name) for module in modules):
-            yield f"{name} (trainable_token_indices names it, but its rows are missing)"
+            yield f"{name} (in trainable_token_indices, but its rows are missing)"
 
 
 def _missing_vocabulary(plan: MergePlan, adapter: Adapter, vocabulary: Vocabulary) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _missing_vocabulary(plan: MergePlan, adapter: Adapter, vocabulary: Vocabular
         present = _stored_names(plan, [*tensors.saved, *tensors.factors, *(f"{module}.weight" for module in modules)])
         for name in vocabulary.names:
             if name not in present:
-                yield f"{name} (missing, but {tensors.saved[implicit[0]]} is there as part of a resized vocabulary)"
+                yield f"{name} (missing, but {tensors.saved[implicit[0]]} is present as part of a resized vocabulary)"
 
 
 def _stored_names(plan: MergePlan, parameters: Iterable[str]) -> set[str]:

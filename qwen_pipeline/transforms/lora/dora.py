@@ -1,6 +1,6 @@
 """DoRA: the rows of the merged weight, or the columns of an embedding, are scaled to trained norms (arXiv:2402.09353).
 
-PEFT divides by the norm of ``W + scaling * B @ A``: of a linear layer over the inputs of each output, of an embedding
+PEFT divides by the norm of ``W + scaling * B @ A``: for a linear layer over the inputs of each output, for an embedding
 over the vocabulary for each dimension. The latter needs all rows before the first can be written: a separate pass.
 """
 

@@ -18,8 +18,8 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _LEGAL = ("LICENSE*", "NOTICE*")
 
 
-def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Checkpoint:
-    """Return a full fine-tune unchanged after checking that it is one of ``base``.
+def require_fine_tune_of(base: Checkpoint, fine_tune: Checkpoint) -> Checkpoint:
+    """Return a full fine-tune unchanged after checking that it is a fine-tune of ``base``.
 
     A tied output head may be stored in only one of them. The vocabulary may have another size, if embedding, head and
     config agree.
@@ -66,7 +66,7 @@ def _resized_vocabulary(base: Checkpoint, fine_tune: Checkpoint) -> Sequence[str
     return names if same_rows and same_width else ()
 
 
-def usage_files(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> dict[str, Path]:
+def merged_sidecars(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> dict[str, Path]:
     """Return the sidecars of a merged model: the base's, with the fine-tune's of the same name in their place.
 
     A fine-tune with a vocabulary replaces the whole tokenizer of the base, because a leftover file of the base's, such

@@ -45,7 +45,7 @@ def with_rows(tensor: LazyTensor, indices: Sequence[int], rows: LazyTensor) -> L
 
 
 def count_equal_rows(a: LazyTensor, b: LazyTensor) -> int:
-    """Return the number of rows, of those that both have, that are equal once rounded to the dtype of ``b``."""
+    """Return the number of common rows that are equal after rounding to the dtype of ``b``."""
     common = replace(a.spec, shape=(min(a.spec.rows, b.spec.rows), *a.spec.shape[1:]))
     dtype = b.spec.torch_dtype
     return sum(

@@ -1,4 +1,4 @@
-"""Low-rank updates of weights, bit for bit the same whichever rows are read together (arXiv:2106.09685).
+"""Low-rank updates of weights, bit for bit independent of the rows that are read together (arXiv:2106.09685).
 
 Sums are computed in float32, or in float64 for a float32 or float64 result, and rounded once. PEFT rounds the delta
 first, so bfloat16 results may differ from PEFT's in the last bit.
@@ -77,7 +77,7 @@ class Term:
         source_row: First row of the update that is used.
         target_row: Row of the stored matrix that it is added to.
         rows: Number of rows.
-        slab: Index of the matrix in a stored stack; None if the matrix is a tensor of its own.
+        stack_index: Index of the matrix in a stored stack; None if the matrix is a tensor of its own.
     """
 
     update: LowRank
@@ -86,7 +86,7 @@ class Term:
     source_row: int = 0
     target_row: int = 0
     rows: int
-    slab: int | None = None
+    stack_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +144,12 @@ def updated(weight: LazyTensor, terms: Sequence[Term], dtype: str) -> LazyTensor
     def read(start: int, stop: int) -> "torch.Tensor":
         rows = weight.read(start, stop)
         result = empty(tuple(rows.shape), spec.torch_dtype)
-        if not any(term.slab is not None for term in terms):
+        if not any(term.stack_index is not None for term in terms):
             _add(rows.view(len(rows), -1), terms, result.view(len(rows), -1), start, spec)
             return result
-        for slab in range(start, stop):
-            own = [term for term in terms if term.slab == slab]
-            _add(rows[slab - start], own, result[slab - start], 0, replace(spec, shape=spec.shape[1:]))
+        for index in range(start, stop):
+            matrix_terms = [term for term in terms if term.stack_index == index]
+            _add(rows[index - start], matrix_terms, result[index - start], 0, replace(spec, shape=spec.shape[1:]))
         return result
 
     return LazyTensor(spec=spec, read=read)

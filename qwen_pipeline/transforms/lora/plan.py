@@ -71,7 +71,7 @@ class MergePlan:
         resizable: Tensors whose number of rows may change: embedding and head.
         merges: Name of a tensor of the base -> its merge.
         obstacles: One for each tensor or module that cannot be merged, with the reason.
-        claimed: The slices that already get an update: adapter, stored tensor, slab and first row.
+        claimed: The slices that already get an update: adapter, stored tensor, stack index and stored row.
     """
 
     base: Checkpoint
@@ -83,7 +83,7 @@ class MergePlan:
     )
 
     def merge_of(self, name: str) -> TensorMerge:
-        """Return the merge of a tensor of the base, which at first leaves the tensor unchanged."""
+        """Return the merge of a tensor of the base; a new one leaves the tensor unchanged."""
         if name not in self.merges:
             self.merges[name] = TensorMerge(source=self.base.tensors[name], dtype=self.base[name].dtype)
         return self.merges[name]
@@ -106,7 +106,7 @@ class MergePlan:
 
     def claim(self, adapter: Adapter, part: TensorSlice) -> bool:
         """Claim a slice for an update of an adapter; return False if the adapter has claimed it before."""
-        key = (adapter, part.name, part.slab, part.onto)
+        key = (adapter, part.name, part.stack_index, part.stored_row)
         is_free = key not in self.claimed
         self.claimed.add(key)
         return is_free

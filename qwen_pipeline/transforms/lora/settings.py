@@ -21,7 +21,7 @@ _TRAINING_ONLY = (
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
     "fan_in_fan_out",
 )  # fmt: skip
-"""Settings of the training alone; their effect is already in the saved tensors.
+"""Settings that matter in training only; their effect is already in the saved tensors.
 
 ``fan_in_fan_out`` is one of them because PEFT turns it off for every ``nn.Linear``, and Qwen models use no other kind.
 """
@@ -123,8 +123,8 @@ class LoraSettings:
         If embedding and head are tied, only the embedding is named, and its rows are the head's as well.
         """
         rows = self.trainable_token_indices
-        own = next((rows[name] for name in rows if module.endswith(name)), ())
-        return own or (self.tokens_of(INPUT_EMBEDDING) if module.endswith(OUTPUT_HEAD) else ())
+        named = next((rows[name] for name in rows if module.endswith(name)), ())
+        return named or (self.tokens_of(INPUT_EMBEDDING) if module.endswith(OUTPUT_HEAD) else ())
 
 
 _LORA_SETTINGS = TypeAdapter(LoraSettings)

@@ -35,7 +35,7 @@ class Vocabulary:
 
 
 def vocabulary_of(base: Checkpoint) -> Vocabulary:
-    """Return the names of a base's embedding and head; that of the head even if only the embedding is stored.
+    """Return the names of a base's embedding and head; the head has a name even if only the embedding is stored.
 
     Raises:
         CheckpointRefused: The base has no embedding.
@@ -61,13 +61,13 @@ def untied(base: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
     embedding = base.tensors[vocabulary.embedding]
     if vocabulary.head in base:
         return base.replace(tensors={vocabulary.head: embedding})
-    return base.with_tensor(vocabulary.head, embedding, beside=vocabulary.embedding)
+    return base.with_tensor(vocabulary.head, embedding, after=vocabulary.embedding)
 
 
 def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter) -> None:
     """Add updates to the copies of frozen weights that an adapter holds, since their vocabulary may be resized.
 
-    A copy that differs from the base in most of its rows is an obstacle: it is of another model.
+    A copy that differs from the base in most of its rows is an obstacle: it belongs to another model.
     """
     for module, names in adapter.tensors.copies.items():
         for name in names:
@@ -77,18 +77,18 @@ def start_from_copies(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter)
 def _start_from_copy(plan: MergePlan, vocabulary: Vocabulary, adapter: Adapter, module: str, name: str) -> None:
     target = next((slice_.name for slice_ in slices_of(f"{module}.weight", plan.base)), "")
     if target not in vocabulary.names:
-        plan.obstacles.append(f"{name} (it is neither the embedding nor the head of the base)")
+        plan.obstacles.append(f"{name} (neither the embedding nor the head of the base)")
         return
     copy, base = lazy_tensor(adapter.weights, name), plan.base.tensors[target]
     if copy.spec.shape[1:] != base.spec.shape[1:]:
         plan.obstacles.append(f"{name} (shape {list(copy.spec.shape)}, but {target} is {list(base.spec.shape)})")
     elif 2 * count_equal_rows(copy, base) < min(copy.spec.rows, base.spec.rows):
-        plan.obstacles.append(f"{name} (most of its rows differ from {target}: it is of another base)")
+        plan.obstacles.append(f"{name} (most of its rows differ from {target}: a copy of another base)")
     else:
         targets = vocabulary.names if vocabulary.tied else (target,)
-        for each in targets:
-            if each == target or each not in plan.merges:
-                plan.merge_of(each).source = copy
+        for tensor in targets:
+            if tensor == target or tensor not in plan.merges:
+                plan.merge_of(tensor).source = copy
         plan.merge_of(target).adapter_tensors.append((adapter, name))
 
 
@@ -97,7 +97,7 @@ def apply_plan(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, mus
 
     Args:
         plan: The complete plan, whose base is :func:`untied`.
-        base: The base as it was opened.
+        base: The unmodified base.
         vocabulary: The base's embedding and head.
         must_tie: Whether the adapters were trained with embedding and head tied.
     """
@@ -144,7 +144,7 @@ def _with_value(config: Mapping[str, Any], path: Sequence[str], value: object) -
 
 
 def _are_alike(a: TensorMerge, b: TensorMerge) -> bool:
-    """Return whether two merges give equal tensors; False if DoRA takes part, which is not compared."""
+    """Return whether two merges give equal tensors; False if DoRA is involved, which is not compared."""
     if a.norms or b.norms or len(a.terms) != len(b.terms):
         return False
     same_source = a.source is b.source or are_equal(a.source, b.source)

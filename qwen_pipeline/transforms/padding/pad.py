@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def pad(checkpoint: Checkpoint, plan: PadPlan) -> Checkpoint:
     """Return the checkpoint with every planned size padded, in the weights and in the config.
 
-    The procedure is that of https://qwen.readthedocs.io, "GPTQ", troubleshooting; its 29568 -> 29696 is reproduced bit
-    for bit.
+    The procedure is that of https://qwen.readthedocs.io, "GPTQ", troubleshooting; its example, 29568 -> 29696, is
+    reproduced bit for bit.
 
     Raises:
         CheckpointRefused: The MLP weights do not have the live width.
@@ -141,7 +141,7 @@ def _unpadded(
 
 
 def _mapped(op: "ChannelOp", block: "torch.Tensor", channels: Channels, source: "torch.Tensor") -> "torch.Tensor":
-    """Return a block with a map of channels applied to each half of the axis, or to each expert its own map."""
+    """Return a block with a map applied to each half of the channels, or with each expert's map applied to it."""
     import torch
 
     if source.dim() == 2:

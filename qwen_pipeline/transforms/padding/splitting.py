@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 OUTPUTS = 1024
-"""The most outputs that gains are summed over; of more outputs, evenly spaced cells are sampled."""
+"""Maximum number of outputs that gains are summed over; of more outputs, evenly spaced cells are sampled."""
 
 OUTPUTS_AT_A_TIME = 16
 """Outputs whose groups are compared together: few enough for the intermediate results to fit a processor's cache."""
@@ -132,7 +132,7 @@ def _gains(
     if _is_stack(checkpoint, name):
         return [partial(gain_of_expert, number) for number in range(rows)]
     if rows <= OUTPUTS:
-        return [partial(gain, *ends) for ends in block_ranges(checkpoint[name])]
+        return [partial(gain, *rows_of) for rows_of in block_ranges(checkpoint[name])]
     cells = OUTPUTS // CELL_ROWS
     starts = [cell * rows // cells // CELL_ROWS * CELL_ROWS for cell in range(cells)]
     return [partial(gain, start, start + CELL_ROWS) for start in starts]

@@ -1,4 +1,4 @@
-"""Copies of channels by few strided copies where they are evenly spaced: a gather copies one number at a time."""
+"""Copies of evenly spaced channels by a few strided copies, since a gather copies one number at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_MOST_RUNS = 64
-"""The most runs that are copied run by run; with more, a gather is as fast."""
+_MAX_RUNS = 64
+"""Maximum number of runs that are copied run by run; with more, a gather is as fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ def copy_channels(
         targets: Its channels, int64 ``[N]``, strictly increasing.
         axis: The axis of the channels in both tensors.
     """
-    runs = list(islice(_runs(sources, targets), _MOST_RUNS + 1))
-    if len(runs) > _MOST_RUNS:
+    runs = list(islice(_runs(sources, targets), _MAX_RUNS + 1))
+    if len(runs) > _MAX_RUNS:
         if len(targets) == target.shape[axis]:
             return gather(source, sources, target, axis=axis)
         return target.index_copy_(axis, targets, source.index_select(axis, sources))
     for run in runs:
-        at_source, at_target = ((slice(None),) * axis + (along,) for along in run.slices())
-        target[at_target] = source[at_source]
+        source_index, target_index = ((slice(None),) * axis + (channels,) for channels in run.slices())
+        target[target_index] = source[source_index]
     return target
 
 

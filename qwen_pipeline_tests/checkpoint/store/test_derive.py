@@ -124,7 +124,7 @@ def test_a_truncated_or_missing_file_is_found_without_reading_bytes(sharded: Pat
     made = copy(sharded, tmp_path / "out")
     (made.path / "model-00001-of-00002.safetensors").write_bytes(b"")
 
-    with pytest.raises(CheckpointRefused, match=r"model-00001-of-00002\.safetensors is missing or has another size"):
+    with pytest.raises(CheckpointRefused, match=r"model-00001-of-00002\.safetensors is missing or does not have the"):
         copy(sharded, tmp_path / "out")
 
 

@@ -51,7 +51,7 @@ def test_partial_groups_on_one_rank() -> None:
 
 def test_indivisible_heads_are_refused_and_key_value_heads_replicated() -> None:
     assert (
-        "64 attention heads do not divide by 3"
+        "64 attention heads are not divisible by 3"
         in predict_serving(QWEN2_72B, "vllm-cpu", group_size=128, degree=3).reasons[0]
     )
     wide = QWEN2_72B | {"intermediate_size": 16 * 128 * 15}

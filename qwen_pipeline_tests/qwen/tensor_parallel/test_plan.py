@@ -75,7 +75,7 @@ def test_targets_that_no_padding_serves_are_refused_with_an_alternative() -> Non
     with pytest.raises(InputRefused, match=r"vllm at TP 2: .*o_proj: 448 inputs") as refusal:
         padding_for(small, {"vllm": [2]}, group_size=128)
     assert "TP 2 with groups of 64, unpadded" in refusal.value.remedy
-    with pytest.raises(InputRefused, match="14 attention heads do not divide by 4") as refusal:
+    with pytest.raises(InputRefused, match="14 attention heads are not divisible by 4") as refusal:
         padding_for(small, {"vllm": [4]}, group_size=64)
     assert "TP 2 with groups of 64, unpadded" in refusal.value.remedy
 

@@ -60,7 +60,7 @@ def test_vllm_refuses_heads_and_widths_that_ranks_do_not_divide() -> None:
 def test_a_refusal_names_every_remedy() -> None:
     (sentence,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [2, 4, 8]})
     assert sentence == (
-        "vllm at TP 8 refuses the vision tower: its MLPs of 3,420 channels do not divide by 8 ranks. Remedy: pad"
+        "vllm at TP 8 refuses the vision tower: its MLPs of 3,420 channels are not divisible by 8 ranks. Remedy: pad"
         " its MLPs with --towers, from 3,420 to 3,424 (+0.12% of their weights, 1.0 MB), or start vllm with"
         " --mm-encoder-tp-mode data, which replicates it on every rank."
     )
@@ -70,7 +70,7 @@ def test_a_refusal_names_every_remedy() -> None:
     (sentence,) = tower_obstacles(QWEN2_5_VL_3B, {"vllm": [3]})  # 16 heads: no padding of MLPs helps
     assert sentence.endswith("Remedy: start vllm with --mm-encoder-tp-mode data, which replicates it on every rank.")
     (sentence,) = tower_obstacles(config_of("qwen3_omni_moe", num_heads=15), {"vllm": [2]})
-    assert sentence.endswith("its 15 heads do not divide by 2 ranks. Remedy: use fewer ranks.")
+    assert sentence.endswith("its 15 heads are not divisible by 2 ranks. Remedy: use fewer ranks.")
     (sentence,) = tower_obstacles(QWEN2_5_VL_3B | {"vision_config": {"num_heads": 16}}, {"vllm": [8]})
     assert sentence.startswith("vision_config.intermediate_size must be one positive number")
     assert not tower_obstacles({"model_type": "qwen2"}, {"vllm": [8]})
@@ -91,7 +91,7 @@ def test_after_padding_no_width_is_refused(family: str, width: int, degrees: lis
     for tower in assess_towers(config, {engine: degrees}):
         assert {prediction.verdict for prediction in tower.padded_predictions} <= {"ok", "unknown"}
         assert tower.extra == (tower.padded - width) / width
-        assert all(prediction.is_narrow for prediction in tower.predictions if prediction.verdict == "refused")
+        assert all(prediction.padding_helps for prediction in tower.predictions if prediction.verdict == "refused")
         hidden = tower.tower.size(config, tower.tower.hidden)
         rows = len(tower.tower.outputs) * (hidden + 1) + hidden
         assert tower.extra_bytes == 2 * (tower.padded - width) * rows * tower.tower.size(config, tower.tower.depth)

@@ -185,7 +185,11 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     ("config", "what", "remedy"),
     [
         ({"intermediate_size": 40}, "40 is 2.5 groups of 16", "qwen-pipeline pad --group-size 16 --tp 4"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 6}, "6 attention heads do not divide by 4", r"1, 2, 3\b"),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 6},
+            "6 attention heads are not divisible by 4",
+            r"1, 2, 3\b",
+        ),
         ({"num_attention_heads": 32, "head_dim": 1}, "o_proj has 8 inputs per rank", "smaller groups"),
     ],
 )
