@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.evaluation.limits import Limits as Limits
     from qwen_pipeline.evaluation.plan import ValidationInputs as ValidationInputs
     from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
+    from qwen_pipeline.evaluation.report.frame import report_frame
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.status import status_frame
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
+    checks = report_frame
     evidence = evidence_frame
     fine_tune_status = status_frame
     open_checkpoint = open_model
@@ -79,6 +81,7 @@ _API = {
     "ValidationPlan": "evaluation.plan:ValidationPlan",
     "WorkerFailed": "errors:WorkerFailed",
     "calibrate": "stages.calibrate:calibrate",
+    "checks": "evaluation.report.frame:report_frame",
     "evidence": "quantization.evidence:evidence_frame",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",

@@ -33,7 +33,7 @@ def code_location(settings: Settings, steps: StepRunner | None = None) -> dg.Def
         jobs=[process_fine_tune, validate_and_publish, repair_imported],
         sensors=[fine_tune_inbox, import_inbox],
         schedules=[nightly],
-        resources={**configured_resources(settings), "steps": steps or StepRunner()},
+        resources={**configured_resources(settings), "steps": (steps or StepRunner()).as_resource()},
     )
 
 

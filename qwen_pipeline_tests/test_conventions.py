@@ -11,7 +11,7 @@ from qwen_pipeline_tests import REPOSITORY
 
 PACKAGE = REPOSITORY / "qwen_pipeline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FUNCTION_LINES, PARAMETERS, MODULES_IN_A_FOLDER, TITLE_CHARACTERS = 60, 10, 18, 120
+FUNCTION_LINES, PARAMETERS, MODULES_IN_A_FOLDER = 60, 10, 18
 QUESTION_WORDS = re.compile(r"(What|Whether|How|Where|Who|When|Which|Why|Return what)\b")
 PEOPLE = re.compile(r"\b(whoever|nobody|somebody|everybody)\b", re.IGNORECASE)
 
@@ -46,8 +46,9 @@ def docstrings(path: Path) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
     for function in functions(path):
-        assert (function.end_lineno or 0) - function.lineno < FUNCTION_LINES, function.name
-        assert is_command(function) or len(parameters(function)) <= PARAMETERS, function.name
+        if not is_command(function):
+            assert (function.end_lineno or 0) - function.lineno < FUNCTION_LINES, function.name
+            assert len(parameters(function)) <= PARAMETERS, function.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -42,8 +42,8 @@ def resource_class(base: type[Resource], config: ConfigFields) -> type[Resource]
     return create_model(base.__name__, __base__=base, __module__=base.__module__, __doc__=base.__doc__, **config)
 
 
-def config_values(settings: Settings, *, without: set[str]) -> dict[str, Any]:
-    """Return the values of settings as config; ``tensor_parallel``, which ``targets`` excludes, is then None."""
+def config_values(settings: Settings, *, without: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of settings as config. One that excludes the value of another is None."""
     values = settings.model_dump(mode="json", exclude=without)
     if settings.padding.targets:
         values["padding"]["tensor_parallel"] = None

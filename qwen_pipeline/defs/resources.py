@@ -7,11 +7,11 @@ and the environment of the code location.
 # pyright: reportMissingTypeArgument=false
 # As in Dagster's documentation, a ConfigurableResource that is its own value has no type argument.
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dagster as dg
 from pydantic import Field
@@ -23,8 +23,11 @@ from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline.progress import Observe, Progress, as_lines, unobserved
 
-_NOT_RUN_CONFIG = {"workspace", "inbox", "imports", "owners"}
-"""Settings that :class:`WorkspaceResource` holds, and those that only the code location reads."""
+_OF_THE_GRAPH: Mapping[str, Any] = {"store": {"merged"}, "validation": {"unpadded"}}
+"""Settings that decide which assets exist. They are read when the code location is loaded; no run can change them."""
+
+_NOT_OF_A_RUN: Mapping[str, Any] = {"workspace": True, "inbox": True, "imports": True, "owners": True, **_OF_THE_GRAPH}
+"""Settings that are not in the config of a run: also those that :class:`WorkspaceResource` holds, and the owners."""
 
 
 class WorkspaceResource(dg.ConfigurableResource):
@@ -56,7 +59,13 @@ class WorkspaceResource(dg.ConfigurableResource):
 
 
 class PipelineSettings(dg.ConfigurableResource):
-    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override any of them."""
+    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override each setting by itself.
+
+    `store.merged` and `validation.unpadded` are not among them: they decide which assets exist. To change them, edit
+    the file and reload the code location.
+    """
+
+    of_the_graph: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def resolve(self, workspace: WorkspaceResource) -> Settings:
         """Return the validated settings.
@@ -65,7 +74,9 @@ class PipelineSettings(dg.ConfigurableResource):
             InputRefused: A value is invalid.
         """
         directories = {"workspace": workspace.root, "inbox": workspace.inbox, "imports": workspace.imports}
-        return settings_from_values({**self.model_dump(exclude_none=True), **directories})
+        values = self.model_dump(exclude_none=True)
+        graph = {section: {**values[section], **fixed} for section, fixed in self.of_the_graph.items()}
+        return settings_from_values({**values, **graph, **directories})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +91,10 @@ class StepRunner:
 
     observe: Observe = unobserved
     retry_delays: tuple[int, ...] = (30, 120)
+
+    def as_resource(self) -> dg.ResourceDefinition:
+        """Return a resource without config whose value is this object, with a description for the UI."""
+        return dg.ResourceDefinition(lambda _: self, description="Execution of a step: progress, faults and retries.")
 
     @contextmanager
     def run(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
@@ -112,10 +127,12 @@ Steps = dg.ResourceParam[StepRunner]
 
 def configured_resources(settings: Settings) -> dict[str, Any]:
     """Return the resources by key, configured with the values of ``settings``."""
-    values = config_values(settings, without=_NOT_RUN_CONFIG)
+    values = config_values(settings, without=_NOT_OF_A_RUN)
+    settings_of_a_run = resource_class(PipelineSettings, config_fields(Settings, values))
+    settings_of_a_run.of_the_graph = settings.model_dump(mode="json", include=_OF_THE_GRAPH)
     return {
         "workspace": WorkspaceResource(
             root=str(settings.workspace), inbox=str(settings.inbox), imports=str(settings.imports)
         ),
-        "settings": resource_class(PipelineSettings, config_fields(Settings, values))(),
+        "settings": settings_of_a_run(),
     }

@@ -37,6 +37,7 @@ class QuantSpec:
     Attributes:
         engine: The quantizer: ``layerwise`` is this package's own loop over GPTQModel's solver, the others are
             libraries.
+        bits: Bits of a code, 4 or 8.
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, as the fast serving kernels require.
         desc_act: Whether columns are quantized by descending activation (slower to serve under tensor parallelism).
@@ -44,10 +45,16 @@ class QuantSpec:
             and costs nothing to serve. Ignored with ``desc_act``; not supported by AutoGPTQ.
         damp_percent: Share of the mean Hessian diagonal that is added to it.
         dynamic: Regular expression, searched for in the module's name -> settings of the module (GPTQModel's
-            ``dynamic``). Only :data:`OVERRIDES`, which do not change the format of the codes; the first match counts.
+            ``dynamic``). Only ``damp_percent`` and ``mse``, which do not change the format of the codes; the first
+            match counts.
         mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 uses the extreme values.
-        samples: With ``seq_len``, ``seed`` and ``packing``: see :class:`CalibrationSpec`.
+        samples: Number of windows of calibration tokens.
+        seq_len: Tokens per calibration window.
+        seed: Decides which records of the calibration text are drawn, and their order.
+        packing: ``stream`` fills the windows with one record after another, ``documents`` gives each record windows of
+            its own.
         all_experts: Whether every expert is calibrated with every token, regardless of the router.
+        batch_size: Number of windows per forward pass.
         threads: Threads of one CPU operation.
         device: ``cpu`` computes in float32, ``cuda`` in 16 bit (the checkpoint's dtype; AutoGPTQ in float16).
         gpus: Number of GPUs, the first ones that are visible. GPTQModel's own loop distributes windows and modules

@@ -1,5 +1,6 @@
 """The configurable resources: their values, their config schema, and overrides in a run."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -68,11 +69,39 @@ def test_an_invalid_override_is_refused_by_dagster_or_by_the_settings(site: Site
         resolve(site.settings, {"quantization": {"bits": 5}})
 
 
+@pytest.mark.parametrize(
+    ("section", "setting", "value"), [("store", "merged", False), ("validation", "unpadded", True)]
+)
+def test_a_run_cannot_override_a_setting_that_decides_which_assets_exist(
+    site: Site, section: str, setting: str, value: bool
+) -> None:
+    job = code_location(site.settings).resolve_job_def("process_fine_tune")
+    config = {"resources": {"settings": {"config": {section: {setting: value}}}}}
+    with pytest.raises(
+        dg.DagsterInvalidConfigError, match=rf'unexpected config entry "{setting}" at path .*:{section}'
+    ):
+        dg.validate_run_config(job, config)
+
+
 def test_the_config_schema_describes_every_setting(site: Site) -> None:
-    repository = code_location(site.settings).get_repository_def()
-    schema: Any = repository.get_top_level_resources()["settings"].config_schema.as_field()
-    fields = schema.config_type.fields
-    assert fields.keys() == Settings.model_fields.keys() - {"workspace", "inbox", "imports", "owners"}
-    assert fields["base_revision"].description == "Commit, tag or branch of a base model on the hub."
-    padding = fields["padding"].config_type.fields
-    assert padding["towers"].description.startswith("Whether the MLPs of vision and audio towers")
+    schemas = {
+        name: resource.config_schema.as_field()
+        for name, resource in code_location(site.settings).get_repository_def().get_top_level_resources().items()
+    }
+    described = {".".join(path): field.description for path, field in fields_below(schemas["settings"], ())}
+    assert {path for path in described if "." not in path} == Settings.model_fields.keys() - {
+        "workspace",
+        "inbox",
+        "imports",
+        "owners",
+    }
+    assert described["base_revision"] == "Commit, tag or branch of a base model on the hub."
+    assert described["padding.towers"].startswith("Whether the MLPs of vision and audio towers")
+    assert [path for path, text in described.items() if not text or ":class:" in text or ":data:" in text] == []
+
+
+def fields_below(field: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (path, field) of each field of a config type, and of those below it."""
+    for name, inner in getattr(field.config_type, "fields", {}).items():
+        yield (*path, name), inner
+        yield from fields_below(inner, (*path, name))
