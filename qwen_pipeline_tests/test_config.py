@@ -86,7 +86,7 @@ def test_targets_determine_the_number_of_ranks(settings_file: Path) -> None:
         ("[engines.gptqmodel]\npyton = 'x'", "engines.gptqmodel.pyton", "python"),
         ("[quantization]\nbits = 'four'", "quantization.bits is 'four'", "valid integer"),
         ("[padding]\ntensor_parallel = 0", "padding.tensor_parallel is 0", "greater than or equal to 1"),
-        ("[padding.targets]\nvlm = [2]", "padding.targets", "There is no serving engine 'vlm'"),
+        ("[padding.targets]\nvlm = [2]", "padding.targets.vlm is 'vlm'", "There is no serving engine 'vlm'"),
         ("[padding.targets]\nvllm = []", "padding.targets.vllm", "at least 1 item"),
         ("[padding.targets]\nvllm = [0]", "padding.targets.vllm.0 is 0", "greater than 0"),
         ("[padding]\ntensor_parallel = 8\ntargets = { vllm = [2] }", "padding", "Remove tensor_parallel, or targets"),

@@ -35,7 +35,7 @@ def inspect(
     """Describe a fine-tune and its base, and with --base the tensors of the base that it changes.
 
     FINE_TUNE is a directory with a LoRA, with several LoRAs and an adapters.toml, or with a full model. A fine-tune
-    that cannot be merged exactly is refused with the same message as by merge, and exit code 2.
+    that cannot be merged exactly is refused with the message of merge and exit code 2.
     """
     from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
     from qwen_pipeline.cli.tables import size

@@ -32,7 +32,7 @@ def plan(
     tp: Annotated[list[int], typer.Option(help="Tensor-parallel degree; repeatable.")] = [2, 4, 8],  # noqa: B006
     group_size: Annotated[int, typer.Option(help=GROUP_SIZE_HELP)] = PaddingSpec().group_size,
     engine: Annotated[list[str] | None, typer.Option(help="Serving engine; repeatable. Default: vllm.")] = None,
-    max_extra: Annotated[float, typer.Option(help="Maximum of extra weights from padding, in percent.")] = 100.0,
+    max_extra: Annotated[float, typer.Option(help="Maximum extra weights from padding, in percent.")] = 100.0,
     rank_memory: Annotated[float | None, typer.Option(help="Maximum GB of weights per rank.")] = None,
     towers: Annotated[bool, typer.Option("--towers", help="Also plan to pad vision and audio towers.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw groups over ranks into this .png or .svg.")] = None,

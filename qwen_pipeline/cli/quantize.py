@@ -39,10 +39,10 @@ QUANTIZATION_OPTIONS = SpecOptions(
         "engine": ENGINE_HELP,
         **CALIBRATION_HELP,
         "all_experts": ALL_EXPERTS_HELP,
-        "batch_size": "Windows per forward pass; it affects the bytes of the result.",
+        "batch_size": "Windows per forward pass; affects the bytes of the result.",
         "threads": "Threads of one CPU operation; default: all cores.",
         "device": "Default: a GPU if the machine has one.",
-        "gpus": "GPUs for GPTQModel's own loop; it affects the bytes of the result.",
+        "gpus": "GPUs for GPTQModel's own loop; affects the bytes of the result.",
     },
 )
 

@@ -66,9 +66,9 @@ def merge(
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
-    Every adapter tensor must match a base tensor; the first that cannot be merged exactly is named and refused. A LoRA
-    trained on a padded checkpoint merges into the unpadded base, and one trained on the unpadded base merges into a
-    padded checkpoint.
+    Every adapter tensor must match a base tensor; a fine-tune that cannot be merged exactly is refused with the reason.
+    A LoRA trained on a padded checkpoint merges into the unpadded base, and one trained on the unpadded base merges
+    into a padded checkpoint.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import merge as stage

@@ -94,14 +94,19 @@ def _is_unknown_variable(name: str) -> bool:
 
 
 def _variable(error: ErrorDetails) -> str:
-    return PREFIX + "__".join(str(part).upper() for part in error["loc"])
+    return PREFIX + "__".join(part.upper() for part in _path(error))
+
+
+def _path(error: ErrorDetails) -> list[str]:
+    """Return the keys from the top level to the invalid value; Pydantic marks an invalid key with ``[key]``."""
+    return [str(part) for part in error["loc"] if part != "[key]"]
 
 
 def _explain(error: ErrorDetails) -> str:
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(_path(error))
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"The setting {key} does not exist.{suggestion(str(error['loc'][-1]), _known_beside(error['loc']))}"
-    return f"The setting {key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+    return f"The setting {key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:].rstrip('.')}."
 
 
 def _known_beside(loc: tuple[int | str, ...]) -> list[str]:

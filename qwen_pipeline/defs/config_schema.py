@@ -43,7 +43,7 @@ def resource_class(base: type[Resource], config: ConfigFields) -> type[Resource]
 
 
 def config_values(settings: Settings, *, without: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of settings as config. One that excludes the value of another is None."""
+    """Return the values of settings as config; ``tensor_parallel``, which ``targets`` excludes, is then None."""
     values = settings.model_dump(mode="json", exclude=without)
     if settings.padding.targets:
         values["padding"]["tensor_parallel"] = None

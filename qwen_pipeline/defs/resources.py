@@ -23,11 +23,11 @@ from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline.progress import Observe, Progress, logging_observer, unobserved
 
-_OF_THE_GRAPH: Mapping[str, Any] = {"store": {"merged"}, "validation": {"unpadded"}}
-"""Settings that decide which assets exist. They are read when the code location is loaded; no run can change them."""
+_GRAPH_SETTINGS: Mapping[str, Any] = {"store": {"merged"}, "validation": {"unpadded"}}
+"""Settings that determine which assets exist. They are read when the code location is loaded, not by runs."""
 
-_NOT_OF_A_RUN: Mapping[str, Any] = {"workspace": True, "inbox": True, "imports": True, "owners": True, **_OF_THE_GRAPH}
-"""Settings that are not in the config of a run: also those that :class:`WorkspaceResource` holds, and the owners."""
+_NOT_RUN_CONFIG = {**dict.fromkeys(("workspace", "inbox", "imports", "owners"), True), **_GRAPH_SETTINGS}
+"""Settings that are not part of a run's config: also those of :class:`WorkspaceResource`, and the owners."""
 
 
 class WorkspaceResource(dg.ConfigurableResource):
@@ -59,13 +59,13 @@ class WorkspaceResource(dg.ConfigurableResource):
 
 
 class PipelineSettings(dg.ConfigurableResource):
-    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override each setting by itself.
+    """The settings of the pipeline, as in `qwen_pipeline.toml`. A run may override any of them.
 
-    `store.merged` and `validation.unpadded` are not among them: they decide which assets exist. To change them, edit
-    the file and reload the code location.
+    `store.merged` and `validation.unpadded` are not included, because they determine which assets exist. To change
+    them, edit the file and reload the code location.
     """
 
-    of_the_graph: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    graph_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def resolve(self, workspace: WorkspaceResource) -> Settings:
         """Return the validated settings.
@@ -75,7 +75,7 @@ class PipelineSettings(dg.ConfigurableResource):
         """
         directories = {"workspace": workspace.root, "inbox": workspace.inbox, "imports": workspace.imports}
         values = self.model_dump(exclude_none=True)
-        graph = {section: {**values[section], **fixed} for section, fixed in self.of_the_graph.items()}
+        graph = {section: {**values[section], **fixed} for section, fixed in self.graph_settings.items()}
         return settings_from_values({**values, **graph, **directories})
 
 
@@ -127,12 +127,12 @@ Steps = dg.ResourceParam[StepRunner]
 
 def configured_resources(settings: Settings) -> dict[str, Any]:
     """Return the resources by key, configured with the values of ``settings``."""
-    values = config_values(settings, without=_NOT_OF_A_RUN)
-    settings_of_a_run = resource_class(PipelineSettings, config_fields(Settings, values))
-    settings_of_a_run.of_the_graph = settings.model_dump(mode="json", include=_OF_THE_GRAPH)
+    values = config_values(settings, without=_NOT_RUN_CONFIG)
+    run_settings = resource_class(PipelineSettings, config_fields(Settings, values))
+    run_settings.graph_settings = settings.model_dump(mode="json", include=_GRAPH_SETTINGS)
     return {
         "workspace": WorkspaceResource(
             root=str(settings.workspace), inbox=str(settings.inbox), imports=str(settings.imports)
         ),
-        "settings": settings_of_a_run(),
+        "settings": run_settings(),
     }

@@ -69,5 +69,5 @@ def test_only_outputs_of_the_pad_stage_can_be_unpadded(tmp_path: Path) -> None:
         unpad(source=live, destination=tmp_path / "back")
     padded = pad(source=live, destination=tmp_path / "padded", spec=SPEC).path
     back = unpad(source=padded, destination=tmp_path / "back").path
-    with pytest.raises(InputRefused, match="does not say how to undo padding"):
+    with pytest.raises(InputRefused, match="has no data for unpadding"):
         unpad(source=back, destination=tmp_path / "again")

@@ -127,7 +127,7 @@ def _sidecar_problems(source: Checkpoint, candidate: Checkpoint) -> Iterator[str
         elif path not in source.sidecars:
             yield f"{path} is unexpected."
         elif _parsed(source.sidecars[path]) != _parsed(candidate.sidecars[path]):
-            yield f"{path} differs from the fine-tune's file."
+            yield f"{path} differs from the fine-tune's."
 
 
 def _parsed(sidecar: Path) -> Any:
