@@ -94,7 +94,11 @@ class StepRunner:
 
     def as_resource(self) -> dg.ResourceDefinition:
         """Return a resource without config whose value is this object, with a description for the UI."""
-        return dg.ResourceDefinition(lambda _: self, description="Execution of a step: progress, faults and retries.")
+
+        def step_runner(_: dg.InitResourceContext) -> "StepRunner":
+            return self
+
+        return dg.ResourceDefinition(step_runner, description="Execution of a step: progress, faults and retries.")
 
     @contextmanager
     def run(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
