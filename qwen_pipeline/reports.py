@@ -122,10 +122,13 @@ def load_reports(result: Mapping[str, Any], *, source: str = "A manifest") -> li
     checks = result.get("checks", [])
     try:
         _REPORTS.validate_json(json.dumps(checks), strict=True)
-        return [CheckReport(**check) for check in checks]
-    except (TypeError, ValidationError) as error:
+        reports = [CheckReport(**check) for check in checks]
+        for report in reports:
+            _ = report.figures  # an integer may be too large for a float
+    except (TypeError, OverflowError, ValidationError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise CheckpointRefused(
             f"{source} has damaged check reports: {'.'.join(map(str, ('checks', *first['loc'])))}: {first['msg']}.",
             remedy="Delete the directory and run its stage again; the result is the same.",
         ) from error
+    return reports

@@ -231,7 +231,7 @@ def against_last_release(store: CheckpointStore, fine_tune: str, validated: Arti
     released = [
         release
         for release in store.finished(publish.STAGE, fine_tune)
-        if release.manifest.derivation.inputs["quantized"] != candidate
+        if release.manifest.derivation.inputs.get("quantized") != candidate
     ]
     return compare(load_verdict(released[-1].path) if released else None, load_verdict(validated.path))
 

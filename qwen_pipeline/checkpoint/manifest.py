@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -193,10 +193,14 @@ def open_manifest(root: Path) -> Manifest:
         manifest = _MANIFEST.validate_json(data)
     except ValidationError as error:
         raise _damaged(path, str(error)) from error
-    if manifest.content_digest != manifest.contents.digest:
-        raise _damaged(
-            path, f"its content_digest is {manifest.content_digest}, its entries give {manifest.contents.digest}"
-        )
+    if outside := [name for name in manifest.contents.files if not _is_below(name)]:
+        raise _damaged(path, f"it names {outside[0]!r}, which is not a path below its directory")
+    try:
+        digest, _ = manifest.contents.digest, manifest.derivation.key
+    except ValueError as error:
+        raise _damaged(path, f"it has a value without canonical JSON ({error})") from error
+    if manifest.content_digest != digest:
+        raise _damaged(path, f"its content_digest is {manifest.content_digest}, its entries give {digest}")
     return manifest
 
 
@@ -233,8 +237,14 @@ def _format(data: bytes) -> str | None:
     """Return the format that a manifest states, before it is validated."""
     try:
         return json.loads(data)["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _is_below(name: str) -> bool:
+    """Return whether a relative path stays below the directory that it is joined to."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _version(package: str) -> str | None:

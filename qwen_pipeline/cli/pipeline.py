@@ -117,6 +117,5 @@ def _outcome(outcome: "Outcome") -> CommandResult:
     }
     view = [artifact_table(artifacts), check_table(artifacts)] if artifacts else []
     if release:
-        (validation, *_) = load_reports(release.manifest.result)
-        view += [validation.detail, f"Released: {release.path}"]
+        view += [*(report.detail for report in load_reports(release.manifest.result)[:1]), f"Released: {release.path}"]
     return CommandResult(data=data, view=view, fault=outcome.fault)

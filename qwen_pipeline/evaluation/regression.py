@@ -1,14 +1,13 @@
 """Compare a validation with that of the last release of the same fine-tune."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
+from qwen_pipeline.checkpoint.manifest import find_manifest
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import QUANTIZED
+from qwen_pipeline.evaluation.report.load import RELEASED_JSON, REPORT_JSON, load_release, load_validation
 from qwen_pipeline.reports import CheckReport, CheckSpec, shown
 
 NOT_WORSE = CheckSpec(
@@ -42,14 +41,23 @@ def load_verdict(root: Path) -> ValidationVerdict:
 
     Raises:
         InputRefused: The directory has no validation report.
+        CheckpointRefused: The report is damaged or was edited.
     """
-    folder = next((folder for folder in (root, root / "validation") if (folder / "report.json").is_file()), None)
-    if folder is None:
+    manifest = find_manifest(root)
+    files = manifest.contents.files if manifest else {}
+    if manifest and REPORT_JSON in files:
+        report = load_validation(root, manifest)
+    elif manifest and RELEASED_JSON in files:
+        report = load_release(root, manifest)
+    else:
         raise InputRefused(
             f"{root} has no validation report.", remedy="Pass a directory that `validate` or `publish` wrote."
         )
-    result: Mapping[str, Any] = json.loads((folder / "report.json").read_bytes())
-    return ValidationVerdict(quantized=load_figures(result["findings"]["models"])[QUANTIZED], text=result["text"])
+    if QUANTIZED not in report.findings.models:
+        raise CheckpointRefused(
+            f"{root} is damaged: its findings have no {QUANTIZED} model.", remedy=f"Delete {root} and make it again."
+        )
+    return ValidationVerdict(quantized=report.findings.models[QUANTIZED], text=report.text)
 
 
 def changes(before: ValidationVerdict, now: ValidationVerdict) -> list[Change]:
@@ -65,7 +73,9 @@ def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> Check
     if released.text != now.text:
         return NOT_WORSE.skipped("The last release was measured on another text.")
     found = changes(released, now)
-    growth = next((change.now / change.before for change in found if change.figure == "perplexity"), None)
+    growth = next(
+        (change.now / change.before for change in found if change.figure == "perplexity" and change.before), None
+    )
     if growth is None:
         return NOT_WORSE.report(passed=False, detail="Not compared: one of the two models did not load.")
     moved = ", ".join(f"{change.figure} {shown(change.before)} -> {shown(change.now)}" for change in found)

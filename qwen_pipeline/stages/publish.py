@@ -117,6 +117,8 @@ def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> 
     released: dict[str, FileDigest] = {}
     done, total = 0, sum(file.bytes for file in files.values())
     for path, file in files.items():
+        if not (root / path).is_file():
+            raise _other_file(root / path)
         copy_file(root / path, out / path)
         released[path] = digest_file(out / path)
         found = released[path] if isinstance(file, FileDigest) else digest_shard(out / path)
@@ -135,7 +137,7 @@ def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> 
 
 def _other_file(path: Path) -> CheckpointRefused:
     return CheckpointRefused(
-        f"{path} is not the file that was validated.",
+        f"{path} is {'not the file that was validated' if path.is_file() else 'missing'}.",
         remedy=f"Delete {path.parent} and run its stage again; the result is the same.",
     )
 

@@ -95,3 +95,25 @@ def test_an_older_format_is_refused_by_name_and_counts_as_absent(tmp_path: Path,
         open_manifest(made.path)
     assert store.latest("note", "alice") is None
     assert store.finished("note", "alice") == []
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"format": []}'])
+def test_what_is_not_a_manifest_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / MANIFEST).write_bytes(data)
+    with pytest.raises(CheckpointRefused, match=r"manifest\.json is damaged: format "):
+        open_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/hostname", "a/../../b", ""])
+def test_a_manifest_names_only_files_below_its_directory(tmp_path: Path, name: str) -> None:
+    value = json.loads(GOLDEN.read_bytes())
+    value["contents"]["files"][name] = value["contents"]["files"]["config.json"]
+    (tmp_path / MANIFEST).write_text(json.dumps(value))
+    with pytest.raises(CheckpointRefused, match="which is not a path below its directory"):
+        open_manifest(tmp_path)
+
+
+def test_a_spec_without_canonical_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(GOLDEN.read_bytes().replace(b'"base_names": []', b'"base_names": NaN'))
+    with pytest.raises(CheckpointRefused, match="a value without canonical JSON"):
+        open_manifest(tmp_path)

@@ -19,6 +19,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.config import Settings
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused
+from qwen_pipeline.evaluation.regression import load_verdict
 from qwen_pipeline.evaluation.report.load import load_validation
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.publish import CHECKS, publish
@@ -227,6 +228,24 @@ REMOVED, TWICE = {"remove": True}, {"twice": True}
         ({"checks": {"kl_divergence": {"measured": "nan"}}}, "kl_divergence is passed, but nan is beyond its limit"),
         ({"checks": {"kl_divergence": {"measured": "low"}}}, "kl_divergence compares 'low' with .*, expected two"),
         ({"checks": {"top1_agreement": {"measured": 0.69}}}, "top1_agreement is passed, but 0.69 is beyond its limit"),
+        (
+            {"checks": {"kl_divergence": {"measured": None}}},
+            "kl_divergence is passed without a measured value, but has the limit",
+        ),
+        ({"checks": {"kl_divergence": {"measured": 10**400}}}, "checks: int too large to convert to float"),
+        (
+            {"checks": {"kl_divergence": {"measured": 5.0, "limit": 9.0}}},
+            "kl_divergence has the limit 9.0, but its spec gives 0.3",
+        ),
+        (
+            {"checks": {"structure": {"passed": False, "severity": "WARN"}}},
+            "structure is a warning, but a failure of it blocks",
+        ),
+        (
+            {"checks": {"serves": {"passed": True, "skipped": False}}},
+            "serves is passed, but its findings say that it did not run",
+        ),
+        ({"text": None}, "text: Input should be a valid string"),
         ({"checks": {"structure": {"passed": 1}}}, "0.passed: Input should be a valid boolean"),
         ({"checks": {"structure": {"passed": "true"}}}, "0.passed: Input should be a valid boolean"),
         ({"checks": {"structure": {"passed": None}}}, "0.passed: Input should be a valid boolean"),
@@ -257,6 +276,8 @@ def test_a_malformed_report_is_refused_and_shown_as_damaged(
     assert status_of(settings, "bot", None).stages["validated"].state == "damaged"
     with pytest.raises(CheckpointRefused, match=words):
         load_validation(malformed, open_manifest(malformed))
+    with pytest.raises(CheckpointRefused, match=words):
+        load_verdict(malformed)
     shutil.rmtree(malformed)
     assert status_of(settings, "bot", None).stages["validated"].state == "missing"
 
@@ -289,6 +310,26 @@ def test_a_changed_report_is_not_published(chain: Chain, validated: Artifact, tm
     (tampered / "report.md").write_text("**Passed.**\n")
     with pytest.raises(CheckpointRefused, match=r"tampered/report\.md is not the file that was validated"):
         run(chain, tampered, tmp_path / "out")
+
+
+def test_a_missing_file_is_named(chain: Chain, validated: Artifact, tmp_path: Path) -> None:
+    partly = Path(shutil.copytree(validated.path, tmp_path / "partly"))
+    (partly / "report.md").unlink()
+    with pytest.raises(CheckpointRefused, match=r"partly/report\.md is missing"):
+        run(chain, partly, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("edited", [{"candidate": "sha256:" + "0" * 64}, {"text": "sha256:1"}])
+def test_the_figures_of_a_release_are_those_that_its_manifest_covers(
+    validated: Artifact, release: Artifact, tmp_path: Path, edited: Change
+) -> None:
+    assert load_verdict(release.path) == load_verdict(validated.path)
+    copy = Path(shutil.copytree(release.path, tmp_path / "copy"))
+    report = copy / "validation" / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_bytes()) | edited))
+    with pytest.raises(CheckpointRefused, match=r"validation/report\.json has the SHA-256"):
+        load_verdict(copy)
 
 
 def test_copies_share_no_bytes_with_the_source(tmp_path: Path) -> None:

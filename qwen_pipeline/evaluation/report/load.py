@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,34 +20,18 @@ from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.evaluation.checks import AGREEMENT, CHECKS, MERGED_NOT_WORSE, PADDING, SAMPLES
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.report.model_card import Widened
+from qwen_pipeline.evaluation.report.rejudge import ReportedFindings, contradictions
 from qwen_pipeline.evaluation.serving.findings import SERVED
 from qwen_pipeline.evaluation.tasks.plan import TASKS
 from qwen_pipeline.reports import CheckReport, load_reports
 
 REPORT_JSON = "report.json"
+RELEASED_JSON = f"validation/{REPORT_JSON}"
+"""The report in a release, which contains its validation."""
 OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE, SAMPLES))
 """Checks that a configuration may leave out; :data:`PADDING` is left out of a model that is not padded."""
 MINIMUM = frozenset({AGREEMENT.name})
 """Checks whose limit is a minimum. Every other limit is a maximum."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportedPadding:
-    twins: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportedStructure:
-    padding: ReportedPadding
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportedFindings:
-    """The findings that a model card repeats."""
-
-    models: dict[str, ModelFigures]
-    nbytes: dict[str, int]
-    structure: ReportedStructure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +40,15 @@ class ValidationReport:
 
     Attributes:
         candidate: Content digest of the quantized checkpoint.
+        text: Digest of the held-out text.
         checks: One report for each promised check.
+        findings: The findings that the checks are about.
         padding: Every size field that padding or a repair widened.
         lineage: The steps that made the reference.
     """
 
     candidate: str
+    text: str
     checks: list[CheckReport]
     findings: ReportedFindings
     padding: list[Widened]
@@ -70,7 +57,8 @@ class ValidationReport:
     @property
     def obstacles(self) -> list[str]:
         """The reasons not to publish: blocking checks that failed, and required checks that were skipped."""
-        optional = OPTIONAL if self.padding else OPTIONAL | {PADDING.name}
+        silent = self.findings.structure.padding
+        optional = OPTIONAL if self.padding or silent.channels or silent.twins else OPTIONAL | {PADDING.name}
         return [
             f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}"
             for check in self.checks
@@ -78,7 +66,27 @@ class ValidationReport:
         ]
 
 
-_REPORT = TypeAdapter(ValidationReport)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedModels:
+    models: dict[str, ModelFigures]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedReport:
+    """The figures in the validation report of a release; an earlier version may have had other checks.
+
+    Attributes:
+        candidate: Content digest of the quantized checkpoint.
+        text: Digest of the held-out text.
+    """
+
+    candidate: str
+    text: str
+    findings: ReleasedModels
+
+
+_Report = TypeVar("_Report")
+_REPORT, _RELEASED = TypeAdapter(ValidationReport), TypeAdapter(ReleasedReport)
 
 
 def load_validation(root: Path, manifest: Manifest) -> ValidationReport:
@@ -88,35 +96,54 @@ def load_validation(root: Path, manifest: Manifest) -> ValidationReport:
         CheckpointRefused: The report is missing, is not the file that the manifest names, disagrees with the rest of
             the manifest, has a value of an unexpected type, or contradicts itself.
     """
-    data = _read_report(root, manifest)
+    data = _read_report(root, REPORT_JSON, manifest)
+    result, report = _parse(root, data, _REPORT)
+    if _text(result) != _text(manifest.result):
+        raise _damaged(root, f"its manifest states another result than its {REPORT_JSON}")
+    _require_candidate(root, manifest, "candidate", report.candidate)
+    checks = load_reports(result, source=str(root))
+    if faults := _faults(checks) or contradictions(checks, report.findings, manifest.derivation.spec):
+        raise _damaged(root, listed(faults))
+    return replace(report, checks=checks)
+
+
+def load_release(root: Path, manifest: Manifest) -> ReleasedReport:
+    """Read the figures of a release from the validation report that it contains.
+
+    Raises:
+        CheckpointRefused: The report is missing, is not the file that the manifest names, has a value of an unexpected
+            type, or is of another checkpoint than the manifest states.
+    """
+    _, report = _parse(root, _read_report(root, RELEASED_JSON, manifest), _RELEASED)
+    _require_candidate(root, manifest, "quantized", report.candidate)
+    return report
+
+
+def _read_report(root: Path, name: str, manifest: Manifest) -> bytes:
+    file, stated = root / name, manifest.contents.files.get(name)
+    if not isinstance(stated, FileDigest):
+        raise _damaged(root, f"its manifest has no SHA-256 of a {name}")
+    if not file.is_file():
+        raise _damaged(root, f"{name} is missing")
+    data = file.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != stated.sha256:
+        raise _damaged(root, f"{name} has the SHA-256 {found}, its manifest states {stated.sha256}")
+    return data
+
+
+def _parse(root: Path, data: bytes, kind: TypeAdapter[_Report]) -> tuple[dict[str, Any], _Report]:
     try:
-        result = json.loads(data)
-        report = _REPORT.validate_json(data)
+        return json.loads(data), kind.validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(root, f"{REPORT_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(root, f"{REPORT_JSON} is not JSON ({error})") from error
-    if _text(result) != _text(manifest.result):
-        raise _damaged(root, f"its manifest states another result than its {REPORT_JSON}")
-    if (stated := manifest.derivation.inputs.get("candidate")) != report.candidate:
-        raise _damaged(root, f"its manifest states the candidate {stated}, its {REPORT_JSON} {report.candidate}")
-    checks = load_reports(result, source=str(root))
-    if faults := _faults(checks):
-        raise _damaged(root, listed(faults))
-    return replace(report, checks=checks)
 
 
-def _read_report(root: Path, manifest: Manifest) -> bytes:
-    file, stated = root / REPORT_JSON, manifest.contents.files.get(REPORT_JSON)
-    if not isinstance(stated, FileDigest):
-        raise _damaged(root, f"its manifest has no SHA-256 of a {REPORT_JSON}")
-    if not file.is_file():
-        raise _damaged(root, f"{REPORT_JSON} is missing")
-    data = file.read_bytes()
-    if (found := hashlib.sha256(data).hexdigest()) != stated.sha256:
-        raise _damaged(root, f"{REPORT_JSON} has the SHA-256 {found}, its manifest states {stated.sha256}")
-    return data
+def _require_candidate(root: Path, manifest: Manifest, role: str, candidate: str) -> None:
+    if (stated := manifest.derivation.inputs.get(role)) != candidate:
+        raise _damaged(root, f"its manifest states the {role} {stated}, its {REPORT_JSON} {candidate}")
 
 
 def _faults(reports: Sequence[CheckReport]) -> list[str]:
@@ -133,8 +160,10 @@ def _faults(reports: Sequence[CheckReport]) -> list[str]:
 def _contradiction(report: CheckReport) -> str | None:
     if report.skipped and report.passed:
         return f"{report.name} is skipped and passed at once"
-    if not report.passed or report.measured is None or report.limit is None:
+    if not report.passed or report.limit is None:
         return None
+    if report.measured is None:
+        return f"{report.name} is passed without a measured value, but has the limit {report.limit}"
     measured, limit = _number(report.measured), _number(report.limit)
     if measured is None or limit is None:
         return f"{report.name} compares {report.measured!r} with {report.limit!r}, expected two numbers"
@@ -147,7 +176,7 @@ def _number(value: float | str) -> float | None:
     """Return a figure as a number; JSON has the ones that are not finite as text."""
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
