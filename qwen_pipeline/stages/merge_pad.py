@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest import digest_files
@@ -67,7 +68,7 @@ def merge_pad(
     source = open_input("source", stored.path, open_root=open_model) if stored else unstored.source
     padding = replace(pad.prepare(source, spec), if_not_finite=merging.if_not_finite)
     artifact = padding.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
-    return stored or unstored.recipe(), artifact
+    return stored or unstored.recipe, artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +136,12 @@ class _UnstoredMerge:
             digest=UNREAD,
             fingerprint=merging.fingerprint,
             readers=(self._reader, *merging.readers),
-            final_digest=lambda: self.recipe().manifest.content_digest,
+            final_digest=lambda: self.recipe.manifest.content_digest,
         )
 
+    @cached_property
     def recipe(self) -> Artifact:
-        """Return the finished directory without weights; to create it, the readers must have read every tensor."""
+        """The finished directory without weights; to create it, the readers must have read every tensor."""
         derivation = replace(self._merging.derivation, inputs={**self._merging.final_digests(), **self._merging.others})
         return derive(derivation, self._destination, self._write)
 

@@ -106,6 +106,7 @@ def test_without_stored_merged_weights_one_step_materializes_both_checkpoints(si
     recipe, padded = outcome.artifacts
     assert recipe.manifest.recipe
     assert not list(recipe.path.glob("*.safetensors"))
+    assert not recipe.reused
     assert not padded.reused
     assert padded.manifest.derivation.inputs == {"source": recipe.manifest.content_digest}
 
