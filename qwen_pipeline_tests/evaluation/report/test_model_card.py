@@ -22,7 +22,7 @@ def test_a_padded_tower_is_distinguished_from_the_decoder() -> None:
     said = "Each MLP of the vision tower has 3424 channels instead of the base's 3420: zeros at the end, so that ranks"
     both = card(DECODER, TOWER, intermediate_size=3424)
     assert "Each MLP has 11264 channels instead of the base's 11008, so that tensor-parallel ranks" in both
-    assert f"whose sum equals the original channel. {said} can share the tower. Adapters" in both
+    assert f"the parts add up to the original channel. {said} can share the tower. Adapters" in both
     assert f"## Padding\n\n{said}" in card(TOWER, intermediate_size=3424)
     assert "vision tower" not in card(DECODER, intermediate_size=3424)
 

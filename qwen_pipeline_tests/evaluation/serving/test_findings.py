@@ -70,8 +70,8 @@ def test_ties_pass_and_large_gaps_block() -> None:
     )
     assert wrong.blocks
     assert wrong.detail == (
-        "vllm: padded on 3 ranks: answer 1 differs from token 2 on; padded on 3 ranks: an answer has a run of 12"
-        " times '!'."
+        "vllm: padded on 3 ranks: answer 1 differs from token 2 on; padded on 3 ranks: an answer contains '!' 12"
+        " times in a row."
     )
 
 
