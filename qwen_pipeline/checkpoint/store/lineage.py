@@ -53,10 +53,6 @@ def dump_step(step: Step) -> dict[str, Any]:
     return _STEP.dump_python(step, mode="json")
 
 
-def load_step(value: Mapping[str, Any]) -> Step:
-    return _STEP.validate_python(value)
-
-
 def _without_directories(value: Any) -> Any:
     if isinstance(value, str) and PurePath(value).is_absolute():
         return PurePath(value).name
