@@ -56,8 +56,8 @@ def convert(
 ) -> Artifact:
     """Write the weights of a trainer's checkpoint as safetensors, with config, tokenizer and adapter settings.
 
-    Read are state dicts of ``torch.save`` (one file or shards, and an adapter's ``non_lora_state_dict.bin``), DeepSpeed's
-    ZeRO 1 to 3, and ``torch.distributed.checkpoint`` (FSDP). No code of theirs is run.
+    Read are state dicts of ``torch.save`` (one file or shards, and an adapter's ``non_lora_state_dict.bin``),
+    DeepSpeed's ZeRO 1 to 3, and ``torch.distributed.checkpoint`` (FSDP). No code of theirs is run.
 
     Args:
         source: A file, a trainer's directory, or the directory of one step in it.
@@ -224,9 +224,7 @@ def _checkpoint(weights: TrainedWeights, home: _Home) -> Checkpoint:
     )
 
 
-def _input(
-    read: Checkpoint, home: _Home, files: Collection[Path], *, read_now: bool, observe: Observe
-) -> StageInput:
+def _input(read: Checkpoint, home: _Home, files: Collection[Path], *, read_now: bool, observe: Observe) -> StageInput:
     """Return the source as an input whose digest covers its weights, config and sidecars, whatever their layout."""
     beside = {home.config_name: home.root / home.config_name, **read.sidecars}
     before = stat_key({*files, *beside.values()})
