@@ -55,15 +55,16 @@ class ValidationReport:
     lineage: list[Step]
 
     @property
-    def obstacles(self) -> list[str]:
-        """The reasons not to publish: blocking checks that failed, and required checks that were skipped."""
+    def blocking(self) -> list[CheckReport]:
+        """The checks that prevent a release: blocking ones that failed, and required ones that were skipped."""
         silent = self.findings.structure.padding
         optional = OPTIONAL if self.padding or silent.channels or silent.twins else OPTIONAL | {PADDING.name}
-        return [
-            f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}"
-            for check in self.checks
-            if check.blocks or (check.skipped and check.name not in optional)
-        ]
+        return [check for check in self.checks if check.blocks or (check.skipped and check.name not in optional)]
+
+    @property
+    def obstacles(self) -> list[str]:
+        """The reasons not to publish, one for each of the :attr:`blocking` checks."""
+        return [f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}" for check in self.blocking]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
