@@ -223,7 +223,7 @@ def _stage_status(
 
 
 def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:
-    """Compare a validation with that of the last release of other bytes, the one that is being served."""
+    """Compare a validation with that of the last release of different weights, the one that is being served."""
     candidate = validated.manifest.derivation.inputs["candidate"]
     released = [
         release
@@ -241,7 +241,7 @@ def calibration_of(store: CheckpointStore, fine_tune: str, quantized: Artifact) 
 
 
 def version_before(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Artifact | None:
-    """Return the last quantized checkpoint of other bytes made before this one, if the store still has it."""
+    """Return the last quantized checkpoint of different weights made before this one, if the store still has it."""
     made = [
         each
         for each in store.finished(quantize.STAGE, fine_tune)
