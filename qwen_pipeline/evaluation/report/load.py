@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from qwen_pipeline.checkpoint.files import parse_json
 from qwen_pipeline.checkpoint.manifest import FileDigest, Manifest
 from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.errors import CheckpointRefused, listed
@@ -134,11 +135,11 @@ def _read_report(root: Path, name: str, manifest: Manifest) -> bytes:
 
 def _parse(root: Path, data: bytes, kind: TypeAdapter[_Report]) -> tuple[dict[str, Any], _Report]:
     try:
-        return json.loads(data), kind.validate_json(data)
+        return parse_json(data), kind.validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(root, f"{REPORT_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(root, f"{REPORT_JSON} is not JSON ({error})") from error
 
 
