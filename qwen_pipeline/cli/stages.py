@@ -10,6 +10,8 @@ from qwen_pipeline.cli.options import (
     PADDING_OPTIONS,
     TEXT_FORMATS,
     BaseCheckpoint,
+    BaseDequantize,
+    BaseNf4,
     Out,
     Source,
     SpecOptions,
@@ -63,6 +65,8 @@ def merge(
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
     trained_on: TrainedOn = None,
+    base_dequantize: BaseDequantize = False,
+    base_nf4: BaseNf4 = None,
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
@@ -72,6 +76,7 @@ def merge(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import merge as stage
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
     return run_stage(
         lambda observe: stage.merge(
@@ -80,6 +85,7 @@ def merge(
             destination=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
+            base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
             padded=trained_on,
             observe=observe,
         )
@@ -100,6 +106,8 @@ def merge_pad(
     combine: Combination = "cat",
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
+    base_dequantize: BaseDequantize = False,
+    base_nf4: BaseNf4 = None,
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
 ) -> CommandResult:
@@ -109,6 +117,7 @@ def merge_pad(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages.merge_pad import merge_pad
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
     return run_stage(
         lambda observe: merge_pad(
@@ -118,6 +127,7 @@ def merge_pad(
             padded=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
+            base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
             spec=spec,
             observe=observe,
         )[1]
@@ -133,7 +143,12 @@ def materialize(recipe: Path) -> CommandResult:
 
 
 @command(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
-def pad(source: Source, out: Out, spec: Annotated[PaddingSpec, PADDING_OPTIONS]) -> CommandResult:
+def pad(
+    source: Source,
+    out: Out,
+    spec: Annotated[PaddingSpec, PADDING_OPTIONS],
+    base_dequantize: BaseDequantize = False,
+) -> CommandResult:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. Run this before quantize.
 
     The model computes the same function; one that needs no padding keeps its width. A quantized checkpoint is
@@ -142,7 +157,11 @@ def pad(source: Source, out: Out, spec: Annotated[PaddingSpec, PADDING_OPTIONS])
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import pad as stage
 
-    return run_stage(lambda observe: stage.pad(source=source, destination=Directory(out), spec=spec, observe=observe))
+    return run_stage(
+        lambda observe: stage.pad(
+            source=source, destination=Directory(out), spec=spec, dequantize=base_dequantize, observe=observe
+        )
+    )
 
 
 @command(app, "unpad", examples=["qwen-pipeline unpad --in padded/ --out merged-again/"])

@@ -23,6 +23,7 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.transforms.codes.base_weights import base_weights
 from qwen_pipeline.transforms.lora.across_padding import Paddings
 from qwen_pipeline.transforms.lora.adapter import is_adapter, open_adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
@@ -59,7 +60,8 @@ def open_model(root: Path) -> Checkpoint:
         return open_checkpoint(root)
     base = Path(manifest.recipe["base"])
     _require_unchanged(root, manifest, "base", base, checkpoint_digest)
-    parent, child = open_model(base), _fine_tune_of(root, manifest, manifest.recipe)
+    parent = base_weights(manifest.derivation.spec).of(open_model(base))
+    child = _fine_tune_of(root, manifest, manifest.recipe)
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
     else:

@@ -10,13 +10,14 @@ from qwen_pipeline.checkpoint.digest_cache import DigestCache
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
-from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
+from qwen_pipeline.checkpoint.store.stage_input import open_input
 from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
 from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars, require_fine_tune_of
@@ -44,11 +45,13 @@ class KnownBase:
         root: The directory.
         names: Every name of the base; if empty, the directory's name is compared.
         revision: The commit, tag or branch.
+        weights: The way to read its weights.
     """
 
     root: Path
     names: Collection[str] = ()
     revision: str | None = None
+    weights: BaseWeights = AS_STORED
 
 
 def merge(
@@ -59,6 +62,7 @@ def merge(
     base_names: Collection[str] = (),
     base_revision: str | None = None,
     padded: Path | None = None,
+    base_weights: BaseWeights = AS_STORED,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -73,6 +77,7 @@ def merge(
             directory's name is compared, and a difference is only a warning.
         base_revision: The base's commit, tag or branch. An adapter that names another revision fails the same check.
         padded: The padded checkpoint that the adapter was trained on, if the adapter does not name it.
+        base_weights: The way to read the base: by default as it is stored.
         hard_links: Whether a shard that the fine-tune does not change may be a hard link to the base's file.
         observe: Called with the progress.
 
@@ -81,7 +86,7 @@ def merge(
         CheckFailed: A merged weight is not finite.
     """
     rewrite = prepare(
-        KnownBase(root=base, names=base_names, revision=base_revision),
+        KnownBase(root=base, names=base_names, revision=base_revision, weights=base_weights),
         fine_tune,
         padded=padded,
         read_now=as_destination(destination).may_hold(STAGE),
@@ -109,10 +114,10 @@ def prepare(
         observe: Called with the progress.
     """
     sources = {"base": open_input("base", base.root, read_now=read_now, observe=observe)}
-    parent = sources["base"].checkpoint
+    parent = base.weights.of(sources["base"].checkpoint)
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
     if isinstance(child, AdapterSet):
-        merge = _merge_adapters(base, sources["base"], child, padded)
+        merge = _merge_adapters(base, parent, child, padded, base_digest=sources["base"].final_digest)
     else:
         assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
@@ -122,7 +127,11 @@ def prepare(
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec={"base_names": sorted(base.names), **merge.spec},
+        spec={
+            "base_names": sorted(base.names),
+            **base.weights.spec(sources["base"].checkpoint),
+            **merge.spec,
+        },
         sources=sources,
         others=merge.others,
         output=output,
@@ -142,12 +151,19 @@ class _Merge:
     others: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def _merge_adapters(base: KnownBase, source: StageInput, adapters: AdapterSet, padded: Path | None) -> _Merge:
-    merged = merge_lora(source.checkpoint, adapters, paddings=paddings_of(base.root, adapters, padded=padded))
+def _merge_adapters(
+    base: KnownBase,
+    parent: Checkpoint,
+    adapters: AdapterSet,
+    padded: Path | None,
+    *,
+    base_digest: Callable[[], str],
+) -> _Merge:
+    merged = merge_lora(parent, adapters, paddings=paddings_of(base.root, adapters, padded=padded))
     model = trained_on(adapters, padded) if merged.bridge else None
 
     def reports() -> list[CheckReport]:
-        is_padded_base = model is not None and model.live_digest == source.final_digest()
+        is_padded_base = model is not None and model.live_digest == base_digest()
         return [_adapter_use_report(adapters, merged), base_report(base, adapters, is_padded_base=is_padded_base)]
 
     return _Merge(

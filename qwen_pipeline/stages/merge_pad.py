@@ -21,6 +21,7 @@ from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.tensor_parallel.plan import plan_for
 from qwen_pipeline.stages import merge, pad
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 
@@ -34,6 +35,7 @@ def merge_pad(
     base_names: Collection[str] = (),
     base_revision: str | None = None,
     spec: PaddingSpec = pad.DEFAULT_SPEC,
+    base_weights: BaseWeights = AS_STORED,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:
@@ -50,6 +52,7 @@ def merge_pad(
         base_names: See :func:`merge.merge`.
         base_revision: See :func:`merge.merge`.
         spec: See :func:`pad.pad`.
+        base_weights: See :func:`merge.merge`.
         hard_links: Whether a shard that neither step changes may be a hard link to the base's file.
         observe: Called with the progress.
 
@@ -61,7 +64,7 @@ def merge_pad(
         CheckFailed: A merged weight is not finite.
     """
     merged = as_destination(merged)
-    known_base = merge.KnownBase(root=base, names=base_names, revision=base_revision)
+    known_base = merge.KnownBase(root=base, names=base_names, revision=base_revision, weights=base_weights)
     merging = merge.prepare(known_base, fine_tune, read_now=merged.may_hold(merge.STAGE), observe=observe)
     stored = find(merging.derivation, merged)
     unstored = _UnstoredMerge(merging, merged, recipe_of(base, fine_tune))
