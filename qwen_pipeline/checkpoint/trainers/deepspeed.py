@@ -56,7 +56,7 @@ class _Ranks:
 
 
 def is_zero(root: Path) -> bool:
-    return any(_MODEL.fullmatch(path.name) for path in root.glob("*_states.pt"))
+    return any(_MODEL.fullmatch(path.name) or _OPTIMIZER.fullmatch(path.name) for path in root.glob("*_states.pt"))
 
 
 def open_zero(root: Path) -> TrainedWeights:

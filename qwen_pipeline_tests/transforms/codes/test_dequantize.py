@@ -1,4 +1,4 @@
-"""Quantized models read in full precision: the weights of Transformers, compressed-tensors and a slow implementation."""
+"""Quantized models in full precision: the weights of Transformers, compressed-tensors and a slow implementation."""
 
 import json
 from importlib import import_module

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused, QuantizedInputRefused
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.codes.nf4 import QUANTILES, Statistics, rounded_to_nf4
@@ -37,7 +37,7 @@ def test_each_value_is_the_nearest_quantile_of_its_block() -> None:
     for row, restored in zip(weight.double(), found.double(), strict=True):
         largest = max(abs(value) for value in row.tolist())
         for value, other in zip(row.tolist(), restored.tolist(), strict=True):
-            nearest = min(QUANTILES, key=lambda quantile: abs(quantile - value / largest))  # noqa: B023
+            nearest = min(QUANTILES, key=lambda quantile: abs(quantile - value / largest))
             assert abs(other - nearest * largest) < 1e-6
 
 
@@ -65,7 +65,7 @@ def test_what_qlora_rounds_is_not_guessed(tmp_path: Path) -> None:
         rounded_to_nf4(open_checkpoint(codes), "double")
 
 
-def _rounded(weight: torch.Tensor, statistics: Statistics):  # noqa: ANN202
+def _rounded(weight: torch.Tensor, statistics: Statistics) -> Checkpoint:
     """Return a checkpoint whose only layer has this weight in each of its matrices that has its shape."""
     outputs, inputs = weight.shape
     config = {
