@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
     from qwen_pipeline.status import status_frame
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights as BaseWeights
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
     checks = report_frame
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 _API = {
     "AdapterRefused": "errors:AdapterRefused",
     "Artifact": "checkpoint.store.destinations:Artifact",
+    "BaseWeights": "transforms.codes.base_weights:BaseWeights",
     "CalibrationSpec": "quantization.calibration.spec:CalibrationSpec",
     "CheckFailed": "errors:CheckFailed",
     "CheckReport": "reports:CheckReport",
