@@ -19,8 +19,9 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.models.inbox import Arrival
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.stages.convert import ADAPTER_SHARD, convert, plan_shards
+from qwen_pipeline.stages.convert import ADAPTER_SHARD, convert
 from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.transforms.trained import plan_shards
 from qwen_pipeline_tests.checkpoint.trainers.test_deepspeed import ZERO
 from qwen_pipeline_tests.in_memory import lazy
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2

@@ -102,6 +102,9 @@ _PERMITTED: Mapping[str, Any] = {
     "numpy.dtype": record_class("numpy.dtype"),
     "numpy.core.multiarray.scalar": record_class("numpy.scalar"),
     "numpy._core.multiarray.scalar": record_class("numpy.scalar"),
+    "numpy.ndarray": record_class("numpy.ndarray"),
+    "numpy.core.multiarray._reconstruct": record_class("numpy.ndarray"),
+    "numpy._core.multiarray._reconstruct": record_class("numpy.ndarray"),
     "_codecs.encode": record_class("bytes"),
 }
 

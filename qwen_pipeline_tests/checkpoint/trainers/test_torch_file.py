@@ -4,11 +4,12 @@ import io
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,7 +84,8 @@ def test_any_view_is_read_by_rows(data: st.DataObject) -> None:
 
 def test_other_values_are_data(tmp_path: Path) -> None:
     path = tmp_path / "states.pt"
-    torch.save({"step": 3, "betas": (0.9, 0.99), "dtype": torch.float16, "shape": torch.Size([2, 3])}, path)
+    states = {"step": 3, "betas": (0.9, 0.99), "dtype": torch.float16, "shape": torch.Size([2, 3])}
+    torch.save(states | {"random": np.arange(3), "loss": np.float64(0.5), "counts": defaultdict(int)}, path)
     found = open_torch_file(path)
     assert (found["step"], found["betas"], found["shape"]) == (3, (0.9, 0.99), (2, 3))
 
