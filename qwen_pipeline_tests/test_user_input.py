@@ -94,10 +94,11 @@ def use_records(content: bytes, site: Site, root: Path) -> None:
 PIECES = (
     "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] }}", "{{ messages[0].content }}",
     "{{ tools | tojson }}", "{{ m.tool_calls[0].function.arguments | items }}", "{% if ", "{% if tools %}",
-    "{% endif %}",     "{{ raise_exception('no') }}", "{{ messages.append(1) }}", "{{ 'a' * 9 }}", "{{ x.y }}", "{{ 1 / 0 }}", "{%", "}}",
-    "{#", "{% set ns = namespace(a=1) %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''.__class__ }}", "\ud83d",
-    "{{ messages | map('x') | list }}", "{{ messages | sort }}", "{{ strftime_now('%') }}", "<|im_start|>",
-    "\u2028", "a",     "{% generation %}", "{% endgeneration %}", "{% include 'a' %}", "{% break %}", "{{ range(10**9) | length }}",
+    "{% endif %}", "{{ raise_exception('no') }}", "{{ messages.append(1) }}", "{{ 'a' * 9 }}", "{{ x.y }}",
+    "{{ 1 / 0 }}", "{%", "}}", "{#", "{% set ns = namespace(a=1) %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''.__class__ }}", "\ud83d",
+    "{{ messages | map('x') | list }}", "{{ messages | sort }}", "{{ strftime_now('%') }}", "<|im_start|>", "\u2028",
+    "a", "{% generation %}", "{% endgeneration %}", "{% include 'a' %}", "{% break %}", "{{ range(10**9) | length }}",
 )  # fmt: skip
 
 
@@ -156,7 +157,8 @@ def use_adapter(edits: Any, site: Site, root: Path) -> None:
 STRAYS = (
     "model.safetensors.index.json", "model-00001-of-00002.safetensors", "adapter_config.json", "adapters.toml",
     "manifest.json", "chat_template.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "pytorch_model.bin", "additional_chat_templates/x.jinja", "adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "x",
+    "pytorch_model.bin", "additional_chat_templates/x.jinja", "adapter_model.safetensors", "trainer_state.json",
+    "optimizer.pt", "x",
 )  # fmt: skip
 CONTENTS = (
     b"",

@@ -11,13 +11,14 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, EnvironmentFault, InputRefused
+from qwen_pipeline.evaluation.report.markdown import skipped_records
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.text.reading import TextSpec
+from qwen_pipeline.text.reading import RecordUse, TextSpec
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_tokenizer
@@ -103,6 +104,20 @@ def test_skipped_records_are_counted_named_and_warned_of(dense: Path, tmp_path: 
     with pytest.raises(InputRefused, match=r"more than max_skipped = 0\.01: 1 of"):
         calibrate(source=dense, text=text, destination=tmp_path / "b", spec=spec, text_spec=TextSpec(max_skipped=0.01))
     assert not (tmp_path / "b").exists()
+
+
+def test_a_report_names_the_skipped_records_of_both_texts(prepared: Artifact, tmp_path: Path) -> None:
+    calibration, held_out = RecordUse(used=9, skipped={"is empty-handed": 1}, first=("a line 1",)), RecordUse(used=3)
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert skipped_records(held_out, copy) == skipped_records(held_out, tmp_path) == ""
+    manifest["result"]["calibration"] = {"skipped": calibration.to_json()}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert skipped_records(held_out, copy) == (
+        " Of the calibration text, 1 of 10 records were skipped: 1 (is empty-handed). The first: a line 1."
+    )
+    assert skipped_records(calibration, tmp_path).startswith(" Of the held-out text, 1 of 10")
 
 
 def test_arguments_of_the_template_are_part_of_the_derivation(dense: Path, tmp_path: Path) -> None:

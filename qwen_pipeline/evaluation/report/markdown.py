@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
-from qwen_pipeline.evaluation.findings import QUANTIZED, Findings, origin_of
+from qwen_pipeline.evaluation.findings import Findings, origin_of
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.tensor_parallel.findings import COLUMNS
@@ -188,12 +188,14 @@ def divergent_rows(findings: Findings) -> list[Sequence[str]]:
             served.name,
             str(part.position + 1),
             shown(part.gap),
-            own.text.strip() if (own := sample.candidate if served.role == QUANTIZED else sample.reference) else "",
+            expected.strip(),
             text.strip(),
         )
         for served in findings.served
         if served.texts
-        for sample, text, part in zip(findings.samples, served.texts, served.partings, strict=True)
+        for sample, text, expected, part in zip(
+            findings.samples, served.texts, served.expected, served.partings, strict=True
+        )
         if part
     ]
 
