@@ -19,11 +19,13 @@ from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars, require_fine_tune_of
+from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
+from qwen_pipeline.transforms.sidecars import merged_sidecars
+from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "merged"
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 TENSORS_USED = CheckSpec(
@@ -33,7 +35,7 @@ BASE_MATCHES = CheckSpec(
     name="base_is_the_one_trained_on", description="The adapter names the base that it was merged into."
 )
 FINITE = CheckSpec(name="weights_are_finite", description="No merged weight is NaN or infinite.")
-CHECKS = (TENSORS_USED, BASE_MATCHES, FINITE)
+CHECKS = (TENSORS_USED, BASE_MATCHES, TOKENIZER_FITS, FINITE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,10 @@ def prepare(
         sources=sources,
         others=merge.others,
         output=output,
-        result=lambda: {**merge.summary, "checks": dump_reports([*merge.reports(), _finite_report(output)])},
+        result=lambda: {
+            **merge.summary,
+            "checks": dump_reports([*merge.reports(), tokenizer_report(output), _finite_report(output)]),
+        },
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
 
