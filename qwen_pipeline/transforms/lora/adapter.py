@@ -63,12 +63,18 @@ class Adapter:
 
     def experts(self, factors: Factors) -> int:
         """Return the number of matrices of an update."""
-        return self.shape(factors.down)[0] // self.rank(factors) if factors.layout == "experts" else 1
+        match factors.layout:
+            case "experts":
+                return self.shape(factors.down)[0] // self.rank(factors)
+            case "swapped experts":
+                return self.shape(factors.up)[0] // self.rank(factors)
+            case _:
+                return 1
 
     def update_shape(self, factors: Factors) -> tuple[int, ...]:
         """Return the shape of one matrix of an update: ``[O, I]``, or the kernel's shape of a convolution."""
         up, down = self.shape(factors.up), self.shape(factors.down)
-        return (up[1], down[0]) if factors.layout == "embedding" else (up[0], *down[1:])
+        return (up[0], *down[1:]) if factors.layout in ("linear", "experts") else (up[1], down[0])
 
     def digest(self) -> str:
         """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
@@ -110,7 +116,7 @@ class Adapter:
                 fits = len(down) >= 2 and up == (up[0], rank, *(1 for _ in down[2:])) and down[0] == rank
             case "embedding":
                 fits = len(up) == len(down) == 2 and up[0] == down[1] == rank
-            case "experts":
+            case _:
                 fits = len(up) == len(down) == 2 and up[1] == down[0] and down[0] % rank == 0
         if not fits:
             return False

@@ -7,10 +7,11 @@ from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings, padding_bridge
 from qwen_pipeline.transforms.lora.adapter import require_finite
-from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
+from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, Member
 from qwen_pipeline.transforms.lora.assignment import assign
 from qwen_pipeline.transforms.lora.completeness import completeness_obstacles
 from qwen_pipeline.transforms.lora.plan import MergePlan
+from qwen_pipeline.transforms.lora.saved.experts import with_expert_layout
 from qwen_pipeline.transforms.lora.vocabulary import apply_plan, start_from_copies, untied, vocabulary_of
 
 NO_PADDING = Paddings()
@@ -52,6 +53,7 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
         because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
         remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
     )
+    adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base
     merged = _merge_same_width(trained, adapters)
@@ -61,6 +63,10 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
         return merged
     bridge.require_added_channels_unused(merged.plan)
     return replace(merged, checkpoint=bridge.to_base_width(base, trained, merged.checkpoint), bridge=bridge)
+
+
+def _laid_out(member: Member, base: Checkpoint) -> Member:
+    return replace(member, adapter=with_expert_layout(member.adapter, base))
 
 
 def _merge_same_width(base: Checkpoint, adapters: AdapterSet) -> Merged:

@@ -19,9 +19,11 @@ _TRAINING_ONLY = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "lora_B_layout", "unsloth_fused_expert_lora",
 )  # fmt: skip
 """Settings that matter in training only; their effect is already in the saved tensors.
+
+The last two are Unsloth's, and state the order of their columns (:mod:`qwen_pipeline.transforms.lora.saved.experts`).
 
 ``fan_in_fan_out`` is one of them because PEFT turns it off for every ``nn.Linear``, and Qwen models use no other kind.
 """
