@@ -198,13 +198,13 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
         shards=owners,
         config_bytes=(root / CONFIG).read_bytes(),
         sidecars=sidecars,
-        left_behind=tuple(path for path in _relative_files(root) if path not in known),
+        left_behind=tuple(path for path in relative_files(root) if path not in known),
     )
 
 
 def open_sidecars(root: Path) -> dict[str, Path]:
     """Return a directory's files that match :data:`SIDECARS`: relative path -> absolute path."""
-    return {path: root / path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
+    return {path: root / path for path in relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
 
 
 def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
@@ -246,7 +246,7 @@ def _shard_path(root: Path, file: str) -> Path:
 
 
 def _no_weights(root: Path) -> CheckpointRefused:
-    pickles = [path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in PICKLES)]
+    pickles = [path for path in relative_files(root) if any(fnmatch(path, glob) for glob in PICKLES)]
     if pickles:
         return CheckpointRefused(
             f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded.",
@@ -257,7 +257,7 @@ def _no_weights(root: Path) -> CheckpointRefused:
     )
 
 
-def _relative_files(root: Path) -> list[str]:
+def relative_files(root: Path) -> list[str]:
     """Return the sorted files below ``root`` without hidden ones; links, as in the hub's cache, are followed."""
     return sorted(
         path.relative_to(root).as_posix()

@@ -23,6 +23,10 @@ TrainedOn = Annotated[
     Path | None,
     typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if its settings do not name it."),
 ]
+LeaveBehind = Annotated[
+    list[str] | None,
+    typer.Option(help="Weights beside the fine-tune's own that were not trained: a path or a pattern."),
+]
 EnginePython = Annotated[Path | None, typer.Option(help="Python interpreter of an environment with the engine.")]
 
 

@@ -9,6 +9,7 @@ from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings
 from qwen_pipeline.transforms.lora.adapter import require_finite
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, Member
 from qwen_pipeline.transforms.lora.assignment import assign
+from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.completeness import completeness_obstacles
 from qwen_pipeline.transforms.lora.plan import MergePlan
 from qwen_pipeline.transforms.lora.saved.experts import with_expert_layout
@@ -32,7 +33,9 @@ class Merged:
     bridge: PaddingBridge | None = None
 
 
-def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING) -> Merged:
+def merge_lora(
+    base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING, meter: ChangeMeter | None = None
+) -> Merged:
     """Return the base with all adapter tensors merged; all other tensors, shards and the config stay unchanged.
 
     The config changes only if the vocabulary was resized, or embedding and head are no longer tied.
@@ -41,6 +44,7 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
         base: A checkpoint in full precision.
         adapters: The adapters to merge.
         paddings: The padding of the base and of the model that the adapters were trained on, as far as it is known.
+        meter: Measures the changes as the merged tensors are read.
 
     Raises:
         QuantizedInputRefused: The base is quantized.
@@ -56,7 +60,7 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
     adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base
-    merged = _merge_same_width(trained, adapters)
+    merged = _merge_same_width(trained, adapters, meter)
     for adapter in adapters.adapters:
         require_finite(adapter)
     if bridge is None:
@@ -69,9 +73,9 @@ def _laid_out(member: Member, base: Checkpoint) -> Member:
     return replace(member, adapter=with_expert_layout(member.adapter, base))
 
 
-def _merge_same_width(base: Checkpoint, adapters: AdapterSet) -> Merged:
+def _merge_same_width(base: Checkpoint, adapters: AdapterSet, meter: ChangeMeter | None) -> Merged:
     vocabulary = vocabulary_of(base)
-    plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names)
+    plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names, meter=meter)
     for adapter in adapters.adapters:
         start_from_copies(plan, vocabulary, adapter)
     assign(plan, adapters)
