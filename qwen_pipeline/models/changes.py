@@ -22,13 +22,17 @@ _BOOKKEEPING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype",
 """Fields of a config that do not change what a model computes."""
 
 
-def require_effect(adapters: AdapterSet) -> None:
+def require_effect(adapters: AdapterSet, *, read_values: bool = True) -> None:
     """Require that adapters are not known to change nothing.
+
+    Args:
+        adapters: The adapters.
+        read_values: Whether to read factors, and not only settings.
 
     Raises:
         CheckFailed: The scaling of every update is zero, or each has a factor of zeros.
     """
-    if reason := no_effect(adapters):
+    if reason := no_effect(adapters, read_values=read_values):
         roots = ", ".join(str(adapter.root) for adapter in adapters.adapters)
         raise CheckFailed(
             f"{CHANGES_BASE.name}: {roots} would leave the base as it is: {reason}.",

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
@@ -22,6 +24,7 @@ from qwen_pipeline.transforms.lora.adapter_set import ADAPTER_SET
 MARKER = ".complete"
 PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".incomplete", ".crdownload", ".aria2")
 
+_INDEX = ".safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -90,14 +93,25 @@ class Arrival:
                 return "it has no *.safetensors file"
             for path in weights:
                 open_safetensors(path)
+            if missing := [shard for index in self._indexes() for shard in _shards(index) if shard not in self.files]:
+                return f"it has no {missing[0]}, which an index names"
         except PipelineError as fault:
             return fault.what
         except OSError as error:
             return f"it cannot be read: {error}"
         return None
 
+    def _indexes(self) -> Iterator[Path]:
+        return (path for relative, path in self.files.items() if "/" not in relative and relative.endswith(_INDEX))
+
     def _leads_outside(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self.path.resolve())
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the names of the files that an index names."""
+    owners = load_json(index).get("weight_map")
+    return {str(file) for file in cast("dict[str, Any]", owners).values()} if isinstance(owners, dict) else set()
 
 
 @dataclass(frozen=True, slots=True)

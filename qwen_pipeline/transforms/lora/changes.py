@@ -146,11 +146,11 @@ def _square(values: "torch.Tensor") -> float:
     return float(torch.linalg.vector_norm(values, dtype=wide)) ** 2
 
 
-def no_effect(adapters: AdapterSet) -> str | None:
+def no_effect(adapters: AdapterSet, *, read_values: bool = True) -> str | None:
     """Return the reason why no tensor of the adapters can change the base; None if one may.
 
-    Reads factors until one has an effect. Only low-rank updates are judged: whole weights and DoRA's norms may change
-    the base.
+    Reads factors until one has an effect, unless ``read_values`` is False. Only low-rank updates are judged: whole
+    weights and DoRA's norms may change the base.
     """
     updates = [(member, factors) for member in adapters.members for factors in member.adapter.tensors.factors.values()]
     others = any(member.adapter.tensors.saved or member.adapter.tensors.tokens for member in adapters.members)
@@ -163,7 +163,7 @@ def no_effect(adapters: AdapterSet) -> str | None:
         alphas = sorted({f"{member.adapter.settings.lora_alpha:g}" for member in adapters.members})
         weights = sorted({f"{member.weight:g}" for member in adapters.members})
         return f"the scaling of every update is 0 (lora_alpha {', '.join(alphas)}, weight {', '.join(weights)})"
-    if all(_is_zero(adapter, factors) for adapter, factors in scaled):
+    if read_values and all(_is_zero(adapter, factors) for adapter, factors in scaled):
         return f"all {len(scaled)} updates have a factor of zeros"
     return None
 

@@ -34,7 +34,12 @@ class Merged:
 
 
 def merge_lora(
-    base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING, meter: ChangeMeter | None = None
+    base: Checkpoint,
+    adapters: AdapterSet,
+    *,
+    paddings: Paddings = NO_PADDING,
+    meter: ChangeMeter | None = None,
+    check_values: bool = True,
 ) -> Merged:
     """Return the base with all adapter tensors merged; all other tensors, shards and the config stay unchanged.
 
@@ -45,6 +50,7 @@ def merge_lora(
         adapters: The adapters to merge.
         paddings: The padding of the base and of the model that the adapters were trained on, as far as it is known.
         meter: Measures the changes as the merged tensors are read.
+        check_values: Whether to read all values of the adapters, which must be finite.
 
     Raises:
         QuantizedInputRefused: The base is quantized.
@@ -61,7 +67,7 @@ def merge_lora(
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base
     merged = _merge_same_width(trained, adapters, meter)
-    for adapter in adapters.adapters:
+    for adapter in adapters.adapters if check_values else ():
         require_finite(adapter)
     if bridge is None:
         return merged
