@@ -85,9 +85,12 @@ def model_change_report(base: Path, fine_tune: Path, config: Mapping[str, Any]) 
     is_rewritten = any(before[key].dtype != after[key].dtype for key in common)
     new = len(after) - len(common)
     return CHANGES_BASE.report(
-        passed=True,
+        passed=changed + new > 0,
+        severity="WARN",
         measured=f"{changed + new} of {len(after)} tensors",
-        detail=f"Compared by digests: {changed} of {len(common)} tensors of the base differ"
+        detail="Only the config differs from the base's."
+        if not changed + new
+        else f"Compared by digests: {changed} of {len(common)} tensors of the base differ"
         + (", some only by their dtype" if is_rewritten else "")
         + (f", and {new} are stored in another form." if new else "."),
     )

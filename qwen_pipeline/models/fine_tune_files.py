@@ -22,6 +22,8 @@ FILES_READ = CheckSpec(
     name="no_weights_are_ignored",
     description="Every file of the fine-tune with weights is read, or was left behind on request.",
 )
+_REQUESTED = "on request"
+_LISTED = 3
 _STATE, _EARLIER, _LOGS = "state for resuming the training", "an earlier checkpoint", "logs of the training"
 _DOCUMENT, _CODE, _OTHER_FORMAT = "a document", "code, which is never run", "the same weights in another format"
 KNOWN: Mapping[str, Sequence[str]] = {
@@ -114,7 +116,7 @@ def _sorted_out(
 def _reason(path: str, leave_behind: Collection[str], *, is_whole: bool) -> str | None:
     """Return the reason why a file may be left behind; None if it holds weights."""
     if _matches(path, leave_behind):
-        return "left behind on request"
+        return _REQUESTED
     if reason := next((reason for reason, patterns in KNOWN.items() if _matches(path, patterns)), None):
         return reason
     if is_whole and _matches(path, OTHER_FORMATS):
@@ -184,11 +186,14 @@ def _remedy(files: FineTuneFiles) -> str:
 
 def files_report(files: Sequence[FineTuneFiles], leave_behind: Collection[str]) -> CheckReport:
     """Report on :data:`FILES_READ`, after :func:`require_all_weights_read`."""
-    left = {path: reason for directory in files for path, reason in directory.left_behind.items()}
-    asked = [path for path in left if _matches(path, leave_behind)]
-    read = sum(len(directory.read) for directory in files)
-    detail = f"{read} files were read"
-    detail += f"; left behind: {listed([f'{path} ({reason})' for path, reason in left.items()])}." if left else "."
+    left = [(path, reason) for directory in files for path, reason in directory.left_behind.items()]
+    asked = [path for path, _ in left if _matches(path, leave_behind)]
+    reasons = {reason: [path for path, why in left if why == reason] for _, reason in left}
+    groups = [f"{reason}: {listed(paths, limit=_LISTED)}" for reason, paths in reasons.items() if reason != _REQUESTED]
+    groups = [f"{_REQUESTED}: {', '.join(asked)}", *groups] if asked else groups
     return FILES_READ.report(
-        passed=True, measured=f"{len(asked)} left behind on request" if asked else None, detail=detail
+        passed=True,
+        measured=f"{len(asked)} left behind on request" if asked else None,
+        detail=f"{sum(len(each.read) for each in files)} files were read"
+        + (f"; left behind: {' - '.join(groups)}." if groups else "."),
     )
