@@ -16,7 +16,7 @@ _ROWS = 12
 
 
 def what_table(data: Mapping[str, Any]) -> Table:
-    """Return what a directory is, and the tools that seem to have saved it, each with its evidence."""
+    """Return the kind of a directory, and the tools that seem to have saved it, each with its evidence."""
     table = Table("", "", show_header=False)
     table.add_row("is", data["is"])
     for number, tool in enumerate(data["saved_by"]):
@@ -25,7 +25,7 @@ def what_table(data: Mapping[str, Any]) -> Table:
 
 
 def files_table(directories: Sequence[FineTuneFiles]) -> Table:
-    """Return what happens to each file; many that share a fate and a folder are counted."""
+    """Return a table of the fate of each file; those that share one are counted."""
     table = Table("files", "size", "what happens")
     for directory in directories:
         for paths, fate in _fates(directory):
@@ -37,7 +37,7 @@ def files_table(directories: Sequence[FineTuneFiles]) -> Table:
 
 def _fates(files: FineTuneFiles) -> Iterator[tuple[list[str], str]]:
     """Yield files with their fate: those that are refused or read one by one, others together."""
-    yield from (([path], "REFUSED: weights that nobody reads") for path in files.unread)
+    yield from (([path], "REFUSED: weights that a merge does not read") for path in files.unread)
     read = list(files.read)
     yield from (([path], "read") for path in read) if len(read) <= _ROWS else ((read, "read"),)
     if files.carried:

@@ -1,4 +1,4 @@
-"""What happens to each file of a fine-tune: read, carried over, left behind for a known reason, or refused.
+"""The fate of each file of a fine-tune: read, carried over, left behind for a known reason, or refused.
 
 Weights that were trained beside a LoRA lie in files that only their trainer reads: ``vit.safetensors`` (ms-swift#9187),
 ``non_lora_state_dict.bin`` (DeepSpeed#7429), a value head, a dense layer of Sentence Transformers. A merge that ignored
@@ -52,7 +52,7 @@ class FineTuneFiles:
         read: Weights and settings.
         carried: Files that the merged checkpoint gets, unless the base keeps its own.
         left_behind: File -> what it is.
-        unread: Files with weights that nobody reads.
+        unread: Files with weights that a merge does not read.
     """
 
     root: Path

@@ -1,4 +1,4 @@
-"""Recognition of what a directory holds, and of the tools that seem to have saved it, from names and small files."""
+"""Recognition of a directory's contents, and of the tools that seem to have saved it, from names and small files."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -115,7 +115,7 @@ TRACES: Sequence[Trace] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recognized:
-    """What a directory holds.
+    """The kind of a directory.
 
     Attributes:
         root: The directory.
@@ -129,7 +129,7 @@ class Recognized:
 
 
 def recognize(root: Path) -> Recognized:
-    """Return what a directory holds, by the names of its files, its configs and its model card; no weight is read."""
+    """Recognize a directory by the names of its files, its configs and its model card; no weight is read."""
     files = relative_files(root) if root.is_dir() else []
     config = {**_object(root / CONFIG), **_object(root / ADAPTER_CONFIG)}
     kind = next((kind for kind in KINDS if _is_kind(kind, files, config)), UNKNOWN)
@@ -143,7 +143,7 @@ def recognize(root: Path) -> Recognized:
 
 
 def require_kind(root: Path) -> Recognized:
-    """Return what a directory holds, if that can be a fine-tune.
+    """Recognize a directory that can be a fine-tune.
 
     Raises:
         InputRefused: It is of a kind that cannot be merged; the message names the kind.

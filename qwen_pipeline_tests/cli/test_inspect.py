@@ -144,7 +144,7 @@ def test_inspect_and_merge_say_the_same_and_write_nothing(base: Path, tmp_path: 
 def test_weights_are_left_behind_on_request(base: Path, tmp_path: Path) -> None:
     adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     save_file({"a": torch.ones(1)}, adapter / "vit.safetensors")
-    assert "REFUSED: weights that nobody reads" in printed(inspect(adapter))
+    assert "REFUSED: weights that a merge does not read" in printed(inspect(adapter))
     seen = inspect(adapter, base=base, leave_behind=["*.safetensors"])
     assert seen.fault is None
     (files,) = seen.data["files"]

@@ -73,7 +73,7 @@ class MergePlan:
         merges: Name of a tensor of the base -> its merge.
         obstacles: One for each tensor or module that cannot be merged, with the reason.
         claimed: The slices that already get an update: adapter, stored tensor, stack index and stored row.
-        meter: Measures the changes as they are computed; None if nobody asks.
+        meter: Measures the changes as they are computed; None if they are not measured.
     """
 
     base: Checkpoint

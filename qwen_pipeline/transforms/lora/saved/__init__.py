@@ -1,1 +1,1 @@
-"""What trainers save beside and instead of PEFT's own files: shards, other spellings of names, other layouts."""
+"""Shards, other spellings of names and other layouts, in which trainers save adapters."""

@@ -129,8 +129,8 @@ def _is_grouped(adapter: Adapter, factors: Factors) -> bool:
         return False
     order = _section(adapter.config, "unsloth_fused_expert_lora", "parameters", name).get("lora_B_layout")
     order = order or adapter.config.get("lora_B_layout")
-    if order in COLUMN_ORDERS:
-        return COLUMN_ORDERS[order]
+    if str(order) in COLUMN_ORDERS:
+        return COLUMN_ORDERS[str(order)]
     is_unsloth = bool(_section(adapter.config, "auto_mapping").get("unsloth_fixed"))
     if order is None and not is_unsloth:
         return False
@@ -145,7 +145,7 @@ def _is_grouped(adapter: Adapter, factors: Factors) -> bool:
 
 def _section(config: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     """Return a nested object of a config; an empty one if it is not there."""
-    section: object = config
     for name in path:
-        section = cast("Mapping[str, Any]", section).get(name) if isinstance(section, Mapping) else None
-    return cast("Mapping[str, Any]", section) if isinstance(section, Mapping) else {}
+        section = config.get(name)
+        config = cast("Mapping[str, Any]", section) if isinstance(section, Mapping) else {}
+    return config
