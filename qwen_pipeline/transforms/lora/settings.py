@@ -35,8 +35,6 @@ MERGE_WITH_PEFT = (
 _SERVE_AS_ADAPTER = "Serve it as an adapter on top of the base, without merging."
 _UNSUPPORTED: Mapping[str, str] = {
     "megatron_config": "Megatron sharded its modules",
-    "use_qalora": "QA-LoRA pools the inputs of its factors",
-    "layer_replication": "the model that it was trained on repeats layers",
     "use_bdlora": "its factors are block diagonal",
     "kasa_config": "KaSA truncates the base's weights and puts a diagonal matrix between the factors",
     "velora_config": "merging VeLoRA has not been verified",
@@ -45,6 +43,8 @@ _UNSUPPORTED: Mapping[str, str] = {
 _UNMERGEABLE: Mapping[str, str] = {
     "alora_invocation_tokens": "an activated LoRA applies to some of the tokens only",
     "arrow_config": "Arrow chooses other factors for each token",
+    "use_qalora": "QA-LoRA pools the inputs of its factors, which PEFT cannot merge either",
+    "layer_replication": "the model that it was trained on has more layers than its base",
 }
 _OTHER_METHODS: Mapping[str, str] = {
     "XLORA": "X-LoRA mixes adapters differently for each token",
