@@ -137,13 +137,15 @@ def _what(found: "Recognized") -> dict[str, Any]:
 
 def _declared(root: Path) -> dict[str, Any]:
     """Return the type and base that an adapter's settings declare, even if the adapter is refused."""
+    from qwen_pipeline.checkpoint.files import load_json
+    from qwen_pipeline.errors import InputRefused
     from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 
     try:
-        settings = json.loads((root / ADAPTER_CONFIG).read_bytes())
-        return {"declared": {name: settings.get(name) for name in ("peft_type", "base_model_name_or_path", "revision")}}
-    except (OSError, ValueError, AttributeError):
+        settings = load_json(root / ADAPTER_CONFIG)
+    except InputRefused:
         return {}
+    return {"declared": {name: settings.get(name) for name in ("peft_type", "base_model_name_or_path", "revision")}}
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:

@@ -1,12 +1,12 @@
 """Recognition of a directory's contents, and of the tools that seem to have saved it, from names and small files."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG, relative_files
 from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
@@ -197,10 +197,9 @@ def _first(files: Collection[str], pattern: str) -> str | None:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return load_json(path)
+    except InputRefused:
         return {}
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _card(path: Path) -> str:
