@@ -5,7 +5,7 @@ Weights that were trained beside a LoRA lie in files that only their trainer rea
 them would give another model than the one that was trained, so such a file is refused unless it is left behind by name.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -79,8 +79,8 @@ def files_of(
     members = {adapter.root: adapter for adapter in child.adapters}
     found = [_files_of_adapter(adapter, leave_behind) for adapter in members.values()]
     if root and root not in members:
-        inside = {f"{path.relative_to(root).as_posix()}/*": "one of the adapters" for path in members}
-        found.insert(0, _sorted_out(root, [ADAPTER_SET, *_matching(root, inside)], {}, leave_behind))
+        inside = [path for path in relative_files(root) if any((root / path).is_relative_to(each) for each in members)]
+        found.insert(0, _sorted_out(root, [ADAPTER_SET, *inside], {}, leave_behind))
     return found
 
 
@@ -126,11 +126,6 @@ def _reason(path: str, leave_behind: Collection[str], *, is_whole: bool) -> str 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(path, pattern) for pattern in patterns)
-
-
-def _matching(root: Path, patterns: Iterable[str]) -> Iterator[str]:
-    patterns = list(patterns)
-    return (path for path in relative_files(root) if _matches(path, patterns))
 
 
 def require_all_weights_read(files: Sequence[FineTuneFiles]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 from qwen_pipeline.checkpoint.files import load_json
@@ -25,7 +26,7 @@ class Kind:
         files: Patterns of paths, of which each must match a file.
         without: Patterns that match no file.
         fields: Paths of fields that the adapter's or the model's config must have.
-        refusal: Why it cannot be a fine-tune, and the remedy; None if it can be.
+        refusal: Why it cannot be a fine-tune, and the remedy, which may name ``{root}``; None if it can be.
     """
 
     name: str
@@ -37,16 +38,16 @@ class Kind:
 
 _SHARDED = (
     "the ranks of a sharded training saved their parts, which only the trainer puts together",
-    "Convert it: qwen-pipeline convert --from DIR --out DIR, and use the result.",
+    "Convert it, and use the result: qwen-pipeline convert --from {root} --out CONVERTED",
 )
 _MLX = (
     "MLX saves its factors under other names and transposed, and scales them in its own way",
-    "Fuse it where it was trained: mlx_lm.fuse --model BASE --adapter-path DIR --save-path FUSED --dequantize, where"
-    " BASE is the full-precision base, and use FUSED as a full fine-tune.",
+    "Fuse it where it was trained, with the full-precision base, and use the result as a full fine-tune:"
+    " mlx_lm.fuse --model BASE --adapter-path {root} --save-path FUSED --dequantize",
 )
 _SEVERAL = (
     "each checkpoint in it is a fine-tune of its own",
-    "Pass one of its directories checkpoint-*, the one that is meant.",
+    "Pass the one that is meant, such as {root}/checkpoint-100.",
 )
 _GGUF = ("GGUF files hold quantized weights", "Use the full-precision model or adapter that they were made from.")
 
@@ -151,12 +152,13 @@ def require_kind(root: Path) -> Recognized:
     found = recognize(root)
     if found.kind.refusal:
         reason, remedy = found.kind.refusal
-        raise InputRefused(f"{root} is {found.kind.name}: {reason}.", remedy=remedy)
+        raise InputRefused(f"{root} is {found.kind.name}: {reason}.", remedy=remedy.format(root=quote(str(root))))
     if found.kind is UNKNOWN and root.is_dir() and not (root / CONFIG).is_file():
         raise InputRefused(
             f"{root} is {UNKNOWN.name}; it has {listed(relative_files(root)) or 'no files'}.",
             remedy=f"Pass a directory with {ADAPTER_CONFIG}, {ADAPTER_SET}, or {CONFIG} and *.safetensors. Weights that"
-            " a trainer saved in its own form are converted by: qwen-pipeline convert --from DIR --out DIR",
+            f" a trainer saved in its own form are converted by: qwen-pipeline convert --from {quote(str(root))} --out"
+            " CONVERTED",
         )
     return found
 

@@ -108,6 +108,7 @@ def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of the adapter, the set of adapters or the whole model in a directory."""
+    require_kind(root)
     if is_adapter(root):
         return open_adapter(root).digest()
     return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.models.inbox import Arrival
 from qwen_pipeline.models.kinds import KINDS, TRACES, recognize, require_kind
 from qwen_pipeline.models.open import open_fine_tune
 
@@ -107,7 +108,7 @@ REFUSED = {
     "zero": "qwen-pipeline convert --from",
     "fsdp": "qwen-pipeline convert --from",
     "verl": "qwen-pipeline convert --from",
-    "output directory": "checkpoint-*",
+    "output directory": "checkpoint-100",
     "gguf": "full-precision",
 }
 
@@ -137,6 +138,7 @@ def test_what_cannot_be_merged_is_refused_by_its_kind(tmp_path: Path, name: str)
     with pytest.raises(InputRefused, match=kind) as refusal:
         open_fine_tune(written(tmp_path, files))
     assert REFUSED[name] in refusal.value.remedy
+    assert kind in str(Arrival("upload", tmp_path).obstacle())
 
 
 def test_an_unknown_directory_is_refused_with_its_files(tmp_path: Path) -> None:
