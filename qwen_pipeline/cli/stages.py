@@ -12,10 +12,14 @@ from qwen_pipeline.cli.options import (
     BaseCheckpoint,
     BaseDequantize,
     BaseNf4,
+    LeaveBehind,
+    MaxSkipped,
     Out,
     Source,
     SpecOptions,
+    TemplateArgument,
     TrainedOn,
+    text_spec,
 )
 from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
@@ -36,7 +40,9 @@ Weights = Annotated[list[float] | None, typer.Option(help="Weight of the adapter
 Combination = Annotated[
     CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
 ]
-BaseNames = Annotated[list[str] | None, typer.Option(help="A name by which the adapter may refer to the base.")]
+BaseNames = Annotated[
+    list[str] | None, typer.Option(help="A name by which the adapter may refer to the base, or a pattern with *.")
+]
 BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base, compared with the adapter's.")]
 
 CALIBRATION_HELP = {
@@ -67,6 +73,7 @@ def merge(
     trained_on: TrainedOn = None,
     base_dequantize: BaseDequantize = False,
     base_nf4: BaseNf4 = None,
+    leave_behind: LeaveBehind = None,
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
@@ -87,6 +94,7 @@ def merge(
             base_revision=base_revision,
             base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
             padded=trained_on,
+            leave_behind=leave_behind or (),
             observe=observe,
         )
     )
@@ -108,6 +116,7 @@ def merge_pad(
     base_revision: BaseRevision = None,
     base_dequantize: BaseDequantize = False,
     base_nf4: BaseNf4 = None,
+    leave_behind: LeaveBehind = None,
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
 ) -> CommandResult:
@@ -116,19 +125,23 @@ def merge_pad(
     The recipe records the merged checkpoint's digests; `materialize` can store its weights later.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
+    from qwen_pipeline.models.base_names import KnownBase
     from qwen_pipeline.stages.merge_pad import merge_pad
     from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
     return run_stage(
         lambda observe: merge_pad(
-            base=base,
+            base=KnownBase(
+                root=base,
+                names=base_name or (),
+                revision=base_revision,
+                weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
+            ),
             fine_tune=_fine_tune(adapter, weight, combine),
             merged=Directory(recipe),
             padded=Directory(out),
-            base_names=base_name or (),
-            base_revision=base_revision,
-            base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
             spec=spec,
+            leave_behind=leave_behind or (),
             observe=observe,
         )[1]
     )
@@ -194,6 +207,8 @@ def calibrate(
         int | None,
         typer.Option(help=f"Tokens that each expert must receive; default: the settings' ({MIN_EXPERT_TOKENS})."),
     ] = None,
+    max_skipped: MaxSkipped = None,
+    template_argument: TemplateArgument = None,
 ) -> CommandResult:
     """Draw the tokens that calibrate a quantization, in the model's chat template, and check their coverage of experts.
 
@@ -203,15 +218,16 @@ def calibrate(
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.stages import calibrate as stage
 
-    least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens
+    settings = load_settings().calibration
     return run_stage(
         lambda observe: stage.calibrate(
             source=source,
             text=text,
             destination=Directory(out),
             spec=spec,
+            text_spec=text_spec(settings.text_spec, max_skipped, template_argument),
             all_experts=all_experts,
-            min_expert_tokens=least,
+            min_expert_tokens=settings.min_expert_tokens if min_expert_tokens is None else min_expert_tokens,
             observe=observe,
         )
     )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import QuantizedInputRefused
+from qwen_pipeline.models.base_names import KnownBase
 from qwen_pipeline.models.open import materialize, open_model
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
@@ -89,12 +90,11 @@ def test_one_pass_and_two_have_the_same_digests(
     stored = merge(base=base, fine_tune=adapter, destination=tmp_path / "merged", base_weights=weights)
     padded = pad(source=stored.path, destination=tmp_path / "padded", spec=GEOMETRY)
     recipe, one_pass = merge_pad(
-        base=base,
+        base=KnownBase(root=base, weights=weights),
         fine_tune=adapter,
         merged=tmp_path / "recipe",
         padded=tmp_path / "one-pass",
         spec=GEOMETRY,
-        base_weights=weights,
     )
     assert recipe.manifest.content_digest == stored.manifest.content_digest
     assert one_pass.manifest.content_digest == padded.manifest.content_digest
