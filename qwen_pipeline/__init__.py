@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.report.frame import report_frame
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
+    from qwen_pipeline.models.base_names import KnownBase as KnownBase
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
     from qwen_pipeline.quantization.evidence import evidence_frame
@@ -72,6 +73,7 @@ _API = {
     "Directory": "checkpoint.store.destinations:Directory",
     "EnvironmentFault": "errors:EnvironmentFault",
     "InputRefused": "errors:InputRefused",
+    "KnownBase": "models.base_names:KnownBase",
     "Limits": "evaluation.limits:Limits",
     "Manifest": "checkpoint.manifest:Manifest",
     "PaddingSpec": "qwen.padding_spec:PaddingSpec",

@@ -23,6 +23,7 @@ from qwen_pipeline.stages.convert import ADAPTER_SHARD, convert
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.transforms.trained import plan_shards
 from qwen_pipeline_tests.checkpoint.trainers.test_deepspeed import ZERO
+from qwen_pipeline_tests.checkpoint.trainers.train_with_deepspeed import base_model
 from qwen_pipeline_tests.in_memory import lazy
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2
 
@@ -202,10 +203,18 @@ def test_an_adapter_of_zero_holds_the_trained_tensors_alone(tmp_path: Path) -> N
     root = Path(shutil.copytree(ZERO / "zero3-lora", tmp_path / "trained"))
     expected = load_file(root / "expected.safetensors")
     (root / "expected.safetensors").unlink()
-    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "down_proj"], "base_model_name_or_path": "b"}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     (root / "adapter_config.json").write_text(json.dumps(settings))
     out = convert(source=root, destination=tmp_path / "out").path
     assert_same_tensors(load_file(out / ADAPTER_SHARD), expected)
+    base = tmp_path / "base"
+    base_model().save_pretrained(base)
+    merged = load_file(merge(base=base, fine_tune=out, destination=tmp_path / "merged").path / WEIGHTS)
+    for name, weight in load_file(base / WEIGHTS).items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        a_RI, b_OR = (expected.get(f"{module}.lora_{side}.default.weight") for side in "AB")
+        update = 0 if a_RI is None or b_OR is None else 4 * b_OR.double() @ a_RI.double()
+        assert torch.equal(merged[name], (weight.double() + update).float()), name
 
 
 def test_the_bases_weights_in_an_adapters_checkpoint_are_left_out_and_listed(tmp_path: Path) -> None:
@@ -294,6 +303,18 @@ def test_a_killed_conversion_is_continued(tmp_path: Path) -> None:
     convert(source=root, destination=out)
     assert_same_model(out, tmp_path / "model")
     require_intact(out)
+
+
+def test_the_digest_of_the_input_is_that_of_its_weights_in_any_layout(tmp_path: Path) -> None:
+    model = tiny_qwen2(tmp_path / "model")
+    digests = {
+        convert(
+            source=as_trainer_saves(model, tmp_path / save.__name__, save),
+            destination=tmp_path / f"out-{save.__name__}",
+        ).manifest.derivation.inputs["source"]
+        for save in (one_file, shards, wrapped)
+    }
+    assert len(digests) == 1
 
 
 def test_shards_have_at_most_so_many_bytes_and_an_index(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ pickle, so that one file cannot affect how the next one is read.
 
 import io
 import pickle
+import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +17,11 @@ from typing import Any, NoReturn
 
 from qwen_pipeline.errors import CheckpointRefused, PipelineError
 
+MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+"""The errors of reading values that do not have the form that their file claims."""
 _NO_DTENSORS = "Merge the ranks' files with the trainer's own tool (verl: python -m verl.model_merger merge), which"
 _REMEDIES: Mapping[str, str] = {
     "torch.distributed.tensor": f"{_NO_DTENSORS} writes safetensors.",
