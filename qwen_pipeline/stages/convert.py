@@ -88,7 +88,7 @@ def convert(
         "layout": weights.layout,
         "left_out": dict(selection.left_out),
         "unused": list(weights.unused),
-        "left_behind": _left_behind(home.root, weights.files, output),
+        "left_behind": _left_behind(source if home.root == base else home.root, weights.files, output),
     }
     rewrite = Rewrite(
         stage=STAGE,
@@ -124,7 +124,7 @@ class _Home:
 def _home(source: Path, base: Path | None) -> _Home:
     """Return the source's directory or the one around it, whichever has a config; else the base's."""
     root = source if source.is_dir() else source.parent
-    for directory in (root, root.parent):
+    for directory in dict.fromkeys((root, source.parent)):
         for name in (ADAPTER_CONFIG, CONFIG):
             if (directory / name).is_file():
                 own = open_sidecars(directory)
@@ -202,7 +202,7 @@ def _output(selection: Selection, source: Checkpoint, dtype: Dtype | None) -> Ch
 
 
 def _left_behind(root: Path, files: Collection[Path], output: Checkpoint) -> list[str]:
-    """Return the files of a trainer's directory that were neither read nor copied, a directory with its number."""
+    """Return the files of a trainer's directory that were neither read nor copied, a subdirectory with their number."""
     kept = {*(file.resolve() for file in files), *(file.resolve() for file in output.sidecars.values())}
     left: dict[str, int] = {}
     for path in sorted(root.rglob("*")):

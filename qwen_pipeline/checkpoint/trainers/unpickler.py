@@ -103,6 +103,7 @@ _PERMITTED: Mapping[str, Any] = {
     "builtins.tuple": tuple,
     "builtins.set": set,
     "builtins.int": record_class("int"),
+    "builtins.long": record_class("int"),
     "argparse.Namespace": record_class("argparse.Namespace"),
     "pathlib.PosixPath": record_class("pathlib.PosixPath"),
     "pathlib._local.PosixPath": record_class("pathlib.PosixPath"),
@@ -124,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
         self._source, self._permitted, self._persistent = source, permitted, persistent
 
     def find_class(self, module: str, name: str, /) -> Any:
-        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in self._permitted:
             return self._permitted[full]
         if full.startswith(_RECORDS):

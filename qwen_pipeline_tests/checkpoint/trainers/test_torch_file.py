@@ -100,6 +100,7 @@ class Calls:
         return self._call
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize(
     ("name", "function", "args"),
     [
@@ -111,10 +112,11 @@ class Calls:
     ],
 )
 def test_a_hostile_pickle_is_refused_by_name_and_not_run(
-    name: str, function: Callable[..., Any], args: tuple[str, ...], tmp_path: Path
+    name: str, function: Callable[..., Any], args: tuple[str, ...], protocol: int, tmp_path: Path
 ) -> None:
     path, mark = tmp_path / "weights.pt", tmp_path / "mark"
-    torch.save({"weight": torch.ones(2), "x": Calls(function, *(arg.format(mark) for arg in args))}, path)
+    hostile = Calls(function, *(arg.format(mark) for arg in args))
+    torch.save({"weight": torch.ones(2), "x": hostile}, path, pickle_protocol=protocol)
     with pytest.raises(CheckpointRefused, match=name.replace("pathlib.Path", r"pathlib\S*Path")):
         open_torch_file(path)
     assert not mark.exists()
