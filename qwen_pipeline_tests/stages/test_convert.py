@@ -243,15 +243,15 @@ def test_a_lora_without_its_settings_is_refused(tmp_path: Path) -> None:
 
 class Hostile:
     def __reduce__(self) -> Any:
-        return os.system, ("touch mark",)
+        return os.mkdir, ("mark",)
 
 
 def test_a_hostile_pickle_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    def save(tensors: dict[str, Any], root: Path) -> None:
-        one_file(tensors | {"x": Hostile()}, root)
+    def save(tensors: dict[str, torch.Tensor], root: Path) -> None:
+        torch.save({**tensors, "x": Hostile()}, root / "pytorch_model.bin")
 
     root = as_trainer_saves(tiny_qwen2(tmp_path / "model"), tmp_path / "trained", save)
-    with pytest.raises(CheckpointRefused, match=r"posix\.system"):
+    with pytest.raises(CheckpointRefused, match=r"posix\.mkdir"):
         convert(source=root, destination=tmp_path / "out")
     assert not Path("mark").exists()
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -34,8 +34,8 @@ def _save(rank: int, root: str, out: str) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     state = model.state_dict()
-    dcp.save({"model": state, "optimizer": {"lr": torch.ones(3)}, "step": 3}, checkpoint_id=f"{out}/nested")
-    dcp.save(state, checkpoint_id=f"{out}/flat")
+    save({"model": state, "optimizer": {"lr": torch.ones(3)}, "step": 3}, checkpoint_id=f"{out}/nested")
+    save(state, checkpoint_id=f"{out}/flat")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,6 @@
-"""Rounds random weights to NF4 and back with bitsandbytes: ``nf4_of_bitsandbytes.safetensors`` is of version 0.50.2.
+"""Rounds random weights to NF4 with bitsandbytes, stores them and restores them.
+
+The file ``nf4_of_bitsandbytes.safetensors`` is of version 0.50.2.
 
 To make it again, in an environment with bitsandbytes::
 
@@ -28,6 +30,9 @@ def main(out: str) -> None:
                 weight, blocksize=64, quant_type="nf4", compress_statistics=statistics == "double"
             )
             tensors[f"{name}/{statistics}"] = functional.dequantize_4bit(codes, state).reshape(shape).clone()
+            tensors[f"{name}/{statistics}/stored"] = codes
+            parts = state.as_dict(packed=True).items()
+            tensors |= {f"{name}/{statistics}/stored.{part}": tensor.clone() for part, tensor in parts}
     save_file(tensors, Path(out))
 
 

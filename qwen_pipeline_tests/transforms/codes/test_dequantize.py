@@ -17,8 +17,10 @@ from qwen_pipeline.transforms.codes.dequantize import dequantized
 from qwen_pipeline_tests.codes import METHODS, Method, Packing, write_checkpoint_of_codes
 from qwen_pipeline_tests.in_memory import checkpoint_of
 from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline_tests.transforms.codes.nf4_of_bitsandbytes import SHAPES
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+GOLDEN = load_file(Path(__file__).with_name("nf4_of_bitsandbytes.safetensors"))
 Tensors = dict[str, torch.Tensor]
 
 
@@ -121,6 +123,21 @@ def test_packed_codes_are_the_float64_weights_rounded_once(method: Method, sym: 
     kept = {"model.layers.0.mlp.gate_proj.bias", "model.norm.weight"}
     assert found.keys() == {f"{module}.weight" for module in layers} | kept
     assert all(torch.equal(found.load(name), source.load(name)) for name in kept)
+
+
+@pytest.mark.parametrize("statistics", ["single", "double"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_4_bit_codes_of_bitsandbytes_are_restored_as_it_restores_them(case: str, statistics: str) -> None:
+    stored, expected = f"{case}/{statistics}/stored", GOLDEN[f"{case}/{statistics}"]
+    tensors = {NAME + name.removeprefix(stored): each for name, each in GOLDEN.items() if name.startswith(stored)}
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    found = dequantized(checkpoint_of(tensors, {"model_type": "qwen2", "quantization_config": settings}))
+    assert list(found) == [NAME]
+    assert torch.equal(read_in_blocks(found, NAME), expected)
+    assert expected.dtype == found[NAME].torch_dtype
+    del tensors[f"{NAME}.absmax"]
+    with pytest.raises(CheckpointRefused, match=rf"{NAME} is in 4-bit codes.*absmax"):
+        dequantized(checkpoint_of(tensors, {"model_type": "qwen2", "quantization_config": settings}))
 
 
 def test_full_precision_is_returned_as_it_is(tmp_path: Path) -> None:
