@@ -8,9 +8,10 @@ Each finished layer is stored as a shard, followed by a record of its figures. A
 last finished layer.
 """
 
+import copy
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,15 +31,17 @@ from qwen_pipeline.checkpoint.measure import Stopwatch, resident_peak
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
 from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.layerwise.forward import LayerStream
-from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.layerwise.model import ComputeContext, iter_modules
 from qwen_pipeline.layerwise.weights import ModelWeights
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization.evidence import ModuleEvidence
-from qwen_pipeline.quantization.input_groups import input_groups, require_known
+from qwen_pipeline.quantization.input_groups import InputGroup, LayerPass, input_groups, require_known
 from qwen_pipeline.quantization.job import QuantJob, require_device, use_work_dir
 from qwen_pipeline.quantization.losses import LOG_COLUMNS, NOT_SOLVED, log_row
 from qwen_pipeline.quantization.solver import Solved, solve
+from qwen_pipeline.quantization.recipes import Recipe
 from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.quantization.steps.solve import solve_by_recipe
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.gptq import CODES
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
@@ -115,6 +118,7 @@ class LayerLoop:
 
     Attributes:
         stream: The hidden states of the calibration tokens in the quantized model.
+        full_stream: Those in the full-precision model, for a recipe that compares the two; else None.
     """
 
     @torch.inference_mode()
@@ -124,7 +128,10 @@ class LayerLoop:
         require_known(self._linears)
         dtype = torch.float32 if spec.device == "cpu" else source[self._linears[0].tensor].torch_dtype
         context = ComputeContext(device=torch.device(spec.device), dtype=dtype)
-        self.stream = LayerStream(source, windows_ST.to(context.device).split(spec.batch_size), context)
+        batches = windows_ST.to(context.device).split(spec.batch_size)
+        both = spec.steps.compares_models
+        self.stream = LayerStream(source, batches, context, other_models=int(both))
+        self.full_stream = LayerStream(source, batches, context, other_models=1) if both else None
         self._masks = [mask.flatten() for mask in mask_ST.to(context.device).split(spec.batch_size)]
 
     @torch.inference_mode()
@@ -142,9 +149,12 @@ class LayerLoop:
     ) -> list[LayerRecord]:
         """Run the tokens through the finished layers, then quantize the others."""
         self._use_finished(len(records))
-        modules = self.stream.iter_layers(ahead_on_gpu=1.0)
-        for layer in range(len(records)):
-            self.stream.run(layer, next(modules))
+        streams = [self.stream, *([self.full_stream] if self.full_stream else [])]
+        finished = [(stream, layer) for layer in range(len(records)) for stream in streams]
+        others = [(streams[-1], layer) for layer in range(len(records), len(by_layer))]
+        modules = iter_modules([*finished, *others], ahead_on_gpu=1.0)
+        for stream, layer in finished:
+            stream.run(layer, next(modules))
 
         def report(linear: Linear, loss: float) -> None:
             remark = f"layers.{linear.layer}.{linear.kind} loss {loss:.10f}"
@@ -153,12 +163,13 @@ class LayerLoop:
         writing: Future[LayerRecord] | None = None
         with ThreadPoolExecutor(1) as disk:
             for layer in range(len(records), len(by_layer)):
-                clock, module = LayerClock(self.stream.context), next(modules)
+                clock, passes = LayerClock(self.stream.context), self._passes(layer, next(modules))
                 clock.lap("load")
-                tensors, rows = self._quantize_layer(module, by_layer[layer], clock, report)
-                self.stream.run(layer, module)
+                tensors, rows = self._quantize_layer(passes, by_layer[layer], clock, report)
+                for each in passes:
+                    each.stream.run(layer, each.module)
                 clock.lap("forward")
-                del module
+                del passes
                 records += [writing.result()] if writing else []
                 writing = disk.submit(_write_layer, self._out, layer, tensors, rows, clock)
             records += [writing.result()] if writing else []
@@ -174,16 +185,22 @@ class LayerLoop:
             layers = enumerate(self.stream.meta_model.layers[:count])
             self.stream.parts[:count] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
 
+    def _passes(self, layer: int, module: nn.Module) -> list[LayerPass]:
+        """Return the layer to quantize and, if models are compared, a copy that stays in full precision."""
+        passes = [LayerPass(stream=self.stream, layer=layer, module=module)]
+        if self.full_stream:
+            passes.append(LayerPass(stream=self.full_stream, layer=layer, module=copy.deepcopy(module)))
+        return passes
+
     def _quantize_layer(
-        self, module: nn.Module, linears: Sequence[Linear], clock: "LayerClock", report: Report
+        self, passes: Sequence[LayerPass], linears: Sequence[Linear], clock: "LayerClock", report: Report
     ) -> tuple[dict[str, Tensor], list[ModuleEvidence]]:
         """Replace the weights of a layer with the dequantized codes; return the codes and their figures."""
         tensors: dict[str, Tensor] = {}
         rows: list[ModuleEvidence] = []
-        for group in input_groups(self.stream, self._masks, module, linears, all_experts=self._spec.all_experts):
+        for group in input_groups(passes, self._masks, linears, all_experts=self._spec.all_experts):
             clock.lap("capture")
-            weights = {each.module: weight for each, weight in zip(group.linears, group.weights, strict=True)}
-            tokens, solutions = group.hessian.tokens, solve(weights, group.hessian, self._spec)
+            tokens, solutions = group.hessian.tokens, _solve(group, self._spec)
             for linear, weight, solved in zip(group.linears, group.weights, solutions, strict=True):
                 _write_dequantized(weight, solved)
                 tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}
@@ -205,6 +222,13 @@ class LayerLoop:
                 )
                 report(linear, solved.loss)
         return tensors, rows
+
+
+def _solve(group: InputGroup, spec: QuantSpec) -> Iterable[Solved]:
+    weights = {each.module: weight for each, weight in zip(group.linears, group.weights, strict=True)}
+    if spec.steps == Recipe():
+        return solve(weights, group.hessian, spec)
+    return solve_by_recipe(weights, group.hessian, group.error, spec).values()
 
 
 def _write_dequantized(weight_OI: Tensor, solved: Solved) -> None:
