@@ -177,7 +177,9 @@ def _ratio(kl: "pd.Series[float]", reference: "pd.Series[float]") -> str:
 def write_results(benchmark: Benchmark, options: argparse.Namespace) -> str:
     """Write all rows and their table to ``--json``, and next to it with the suffix ``.md``."""
     machine, day = describe_machine(), datetime.now(UTC).date().isoformat()
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{machine['cpu']}, {options.threads} threads"
+    device = (
+        torch.cuda.get_device_name() if options.device == "cuda" else f"{machine['cpu']}, {options.threads} threads"
+    )
     text = f"""# KL(full precision || quantized), nats per token, by recipe
 
 {day}, {device}. 4 bits; calibration {options.samples} x {options.seq_len} tokens, evaluation {options.windows} x

@@ -81,6 +81,10 @@ class LayerStream(LayeredModel):
         for hidden, output in zip(self.hidden, self.outputs(layer, module), strict=True):
             hidden.copy_(output, non_blocking=True)
 
+    def arguments(self, layer: int) -> list[Arguments]:
+        """Return the keyword arguments of a layer for each batch."""
+        return [each[layer] for each in self._arguments]
+
     def outputs(self, layer: int, module: nn.Module) -> Iterator[Tensor]:
         """Yield the output of a layer for each batch; the hidden states are not replaced."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):

@@ -4,7 +4,7 @@ A recipe is data. Each step is a module of :mod:`qwen_pipeline.quantization.step
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 RecipeName = Literal["gptq", "fast", "balanced", "best"]
@@ -47,12 +47,14 @@ class LearnedRounding:
 
     Attributes:
         steps: Number of gradient steps.
-        tokens: Approximate number of tokens of a step; at least one window is used.
-        scale_rate: Learning rate of the relative changes of scales.
+        windows: Windows of a step, in whole batches of the forward pass.
+        travel: Sum of the step sizes that an offset can go, in codes; they fall linearly to 0.
+        scale_rate: First learning rate of the relative changes of scales; it falls linearly to 0.
     """
 
     steps: int
-    tokens: int = 16384
+    windows: int = 8
+    travel: float = 1.0
     scale_rate: float = 1e-3
 
 
@@ -70,11 +72,11 @@ class Recipe:
         return bool(self.target_correction or self.learned_rounding)
 
 
-_FAST = {"scale_search": ScaleSearch(), "target_correction": TargetCorrection()}
+_FAST = Recipe(scale_search=ScaleSearch(), target_correction=TargetCorrection())
 RECIPES: Mapping[RecipeName, Recipe] = {
     "gptq": Recipe(),
-    "fast": Recipe(**_FAST),
-    "balanced": Recipe(**_FAST, learned_rounding=LearnedRounding(steps=50)),
-    "best": Recipe(**_FAST, learned_rounding=LearnedRounding(steps=200)),
+    "fast": _FAST,
+    "balanced": replace(_FAST, learned_rounding=LearnedRounding(steps=50)),
+    "best": replace(_FAST, learned_rounding=LearnedRounding(steps=200)),
 }
 """Recipes by name. A change of a setting changes the codes, so it needs another code version of the stage."""

@@ -73,7 +73,7 @@ class Solved:
         damp: Share of the mean Hessian diagonal that was added.
         zero_groups: Groups whose weights are all zero.
         saturated_groups: Groups with at least a quarter of their codes at the ends of the grid.
-        target_OI: The weight that was about to be rounded in each column, if a later step of the recipe needs it.
+        target: The weight that was about to be rounded in each column, if a later step of the recipe needs it.
     """
 
     packed: PackedLinear
@@ -81,7 +81,7 @@ class Solved:
     damp: float
     zero_groups: int
     saturated_groups: int
-    target_OI: Tensor | None = None
+    target: Tensor | None = None
 
 
 def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:

@@ -25,14 +25,14 @@ class InverseFactor:
     """The damped Hessian's inverse, ``upper.T @ upper``, in the order in which columns are rounded.
 
     Attributes:
-        upper_II: An upper triangular matrix. A squared error in column c costs ``1 / upper[c, c] ** 2`` once the
+        upper: An upper triangular matrix. A squared error in column c costs ``1 / upper[c, c] ** 2`` once the
             columns that follow have made up for it.
-        order_I: The columns in that order.
+        order: The columns in that order.
         damp: Share of the mean diagonal that was added.
     """
 
-    upper_II: Tensor
-    order_I: Tensor
+    upper: Tensor
+    order: Tensor
     damp: float
 
 
@@ -41,22 +41,22 @@ class Rounded:
     """A weight on its grid.
 
     Attributes:
-        weight_OI: Scale times code.
-        target_OI: The weight that GPTQ was about to round in each column.
-        scales_OG: Values of float16, of either sign, in float32.
-        loss_O: Squared error of each output, as GPTQ estimates it.
+        weight: Scale times code.
+        target: The weight that GPTQ was about to round in each column.
+        scales: Values of float16, of either sign, in float32.
+        loss: Squared error of each output, as GPTQ estimates it.
     """
 
-    weight_OI: Tensor
-    target_OI: Tensor
-    scales_OG: Tensor
-    loss_O: Tensor
+    weight: Tensor
+    target: Tensor
+    scales: Tensor
+    loss: Tensor
 
     def split(self, outputs: Sequence[int]) -> "Iterator[Rounded]":
         """Yield weights that were stacked, given their numbers of outputs."""
-        parts = (getattr(self, name).split(list(outputs)) for name in ("weight_OI", "target_OI", "scales_OG", "loss_O"))
+        parts = (getattr(self, name).split(list(outputs)) for name in ("weight", "target", "scales", "loss"))
         for weight_OI, target_OI, scales_OG, loss_O in zip(*parts, strict=True):
-            yield Rounded(weight_OI=weight_OI, target_OI=target_OI, scales_OG=scales_OG, loss_O=loss_O)
+            yield Rounded(weight=weight_OI, target=target_OI, scales=scales_OG, loss=loss_O)
 
 
 def group_aware_order(diagonal_I: Tensor, group_size: int) -> Tensor:
@@ -81,7 +81,7 @@ def factored(hessian_II: Tensor, order_I: Tensor, damp: float) -> InverseFactor:
         if not failed:
             upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed:
-                return InverseFactor(upper_II=upper_II, order_I=order_I, damp=damp)
+                return InverseFactor(upper=upper_II, order=order_I, damp=damp)
         damp += DAMP_INCREMENT
     raise CheckFailed(
         "A Hessian is not positive definite, however much it is damped.",
@@ -90,7 +90,13 @@ def factored(hessian_II: Tensor, order_I: Tensor, damp: float) -> InverseFactor:
 
 
 def round_columns(
-    weight_OI: Tensor, factor: InverseFactor, scales_of: ScalesOf, *, bits: int, group_size: int, block_size: int = BLOCK
+    weight_OI: Tensor,
+    factor: InverseFactor,
+    scales_of: ScalesOf,
+    *,
+    bits: int,
+    group_size: int,
+    block_size: int = BLOCK,
 ) -> Rounded:
     """Round a weight's columns one after another; each makes up for those before it.
 
@@ -105,7 +111,7 @@ def round_columns(
         block_size: Columns whose errors are passed on to all that follow at once, a multiple of ``group_size``.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    order_I, upper_II = factor.order_I, factor.upper_II
+    order_I, upper_II = factor.order, factor.upper
     target_IO = weight_OI.float().T[order_I]
     rounded_IO, loss_O = torch.empty_like(target_IO), target_IO.new_zeros(len(weight_OI))
     scales: list[Tensor] = []
@@ -126,8 +132,8 @@ def round_columns(
     places_I = order_I.argsort()
     groups_G = order_I[::group_size] // group_size
     return Rounded(
-        weight_OI=rounded_IO[places_I].T,
-        target_OI=target_IO[places_I].T,
-        scales_OG=torch.stack(scales, dim=1)[:, groups_G.argsort()],
-        loss_O=loss_O,
+        weight=rounded_IO[places_I].T,
+        target=target_IO[places_I].T,
+        scales=torch.stack(scales, dim=1)[:, groups_G.argsort()],
+        loss=loss_O,
     )

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,22 +92,30 @@ def _packed(module: str, rounded: Rounded, damp: float, tokens: int, spec: Quant
     Raises:
         CheckFailed: The loss is NaN.
     """
-    loss = rounded.loss_O.double().sum().item()
+    loss = rounded.loss.double().sum().item()
     if math.isnan(loss):
         raise CheckFailed(
             f"The loss of {module} is NaN.",
             remedy="Look for NaN or infinite weights in the source; more calibration text does not help.",
         )
-    form = gptq_format({"quantization_config": spec.quantization_config("")})
-    zeros_OG = torch.full_like(rounded.scales_OG, 2 ** (spec.bits - 1))
-    g_idx = in_order(rounded.weight_OI.shape[1], spec.group_size).to(zeros_OG.device)
-    packed = pack(rounded.weight_OI, rounded.scales_OG, zeros_OG, g_idx, form)
-    zero, saturated = zero_and_saturated_groups(packed)
     return Solved(
-        packed=packed,
+        **_codes(rounded.weight, rounded.scales, spec),
         loss=loss / tokens if tokens else NOT_SOLVED,
         damp=damp,
-        zero_groups=zero,
-        saturated_groups=saturated,
-        target_OI=rounded.target_OI if spec.steps.learned_rounding else None,
+        target=rounded.target if spec.steps.learned_rounding else None,
     )
+
+
+def repacked(weight_OI: Tensor, scales_OG: Tensor, solved: Solved, spec: QuantSpec) -> Solved:
+    """Return a solution with other codes; its target is dropped."""
+    return replace(solved, **_codes(weight_OI, scales_OG, spec), target=None)
+
+
+def _codes(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> dict[str, Any]:
+    """Return the fields of :class:`Solved` that describe the codes of a weight on its grid."""
+    form = gptq_format({"quantization_config": spec.quantization_config("")})
+    zeros_OG = torch.full_like(scales_OG, 2 ** (spec.bits - 1))
+    g_idx = in_order(weight_OI.shape[1], spec.group_size).to(zeros_OG.device)
+    packed = pack(weight_OI, scales_OG, zeros_OG, g_idx, form)
+    zero, saturated = zero_and_saturated_groups(packed)
+    return {"packed": packed, "zero_groups": zero, "saturated_groups": saturated}

@@ -8,7 +8,6 @@ and so pay back what all layers before it lost.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qwen_pipeline.quantization.recipes import TargetCorrection
@@ -21,39 +20,37 @@ class InputError:
     """Running sums over N tokens of the error of a layer's inputs, and of the residual stream, times the inputs.
 
     Attributes:
-        inputs_II: ``sum (x_f - x) x^T``, float32.
-        residual_OI: ``sum (r_f - r) x^T``, float32; None for a layer that does not add to the residual stream.
+        inputs: ``sum (x_f - x) x^T``, float32.
+        residual: ``sum (r_f - r) x^T``, float32; None for a layer that does not add to the residual stream.
         tokens: N.
     """
 
-    inputs_II: Tensor | None = None
-    residual_OI: Tensor | None = None
+    inputs: Tensor | None = None
+    residual: Tensor | None = None
     tokens: int = 0
 
     def add(self, full: Tensor, quantized: Tensor) -> None:
         """Add inputs [N, I] of the full-precision model and of the quantized one, for the same tokens."""
-        self.inputs_II = _plus(self.inputs_II, product((full - quantized).T, quantized))
+        self.inputs = _plus(self.inputs, product((full - quantized).T, quantized))
         self.tokens += len(quantized)
 
     def add_residual(self, full: Tensor, quantized: Tensor, inputs: Tensor) -> None:
         """Add the residual streams [N, O] of both models, and the inputs [N, I] of the quantized one."""
-        self.residual_OI = _plus(self.residual_OI, product((full - quantized).T, inputs))
+        self.residual = _plus(self.residual, product((full - quantized).T, inputs))
 
 
-def corrected(
-    weight_OI: Tensor, error: InputError, factor: InverseFactor, correction: TargetCorrection
-) -> Tensor:
+def corrected(weight_OI: Tensor, error: InputError, factor: InverseFactor, correction: TargetCorrection) -> Tensor:
     """Return the weight that is nearest to the full-precision layer's outputs for the inputs of the quantized model.
 
     The Hessian is the mean of ``2 x x^T``, so the sums are scaled likewise.
     """
-    if error.inputs_II is None:
+    if error.inputs is None:
         return weight_OI.float()
-    cross_OI = weight_OI.float() @ error.inputs_II
-    if error.residual_OI is not None and correction.residual:
-        cross_OI += error.residual_OI
-    order_I = factor.order_I
-    change_OI = cross_OI[:, order_I] @ factor.upper_II.T @ factor.upper_II
+    cross_OI = weight_OI.float() @ error.inputs
+    if error.residual is not None and correction.residual:
+        cross_OI += error.residual
+    order_I = factor.order
+    change_OI = cross_OI[:, order_I] @ factor.upper.T @ factor.upper
     return weight_OI + (correction.strength * 2 / error.tokens) * change_OI[:, order_I.argsort()]
 
 
