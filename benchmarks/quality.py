@@ -4,7 +4,7 @@ KL(full precision || quantized) on held-out text of the calibration's kind and o
 calibration text, group size and recipe, beside GPTQModel's own loop with its defaults. Ratios to the recipe ``gptq``
 are computed draw by draw. Each row is written at once, and an interrupted run resumes.
 
-The model is the demo's base unless ``--model`` names another; ``--text`` adds texts to evaluate on. On a GPU
+The model is the demo's base unless ``--model`` names another; ``--text`` names texts of other kinds. On a GPU
 (``--device cuda``) nothing is downloaded if ``--model`` is given.
 """
 
@@ -51,8 +51,10 @@ class Benchmark:
         texts = write_texts(options.scratch)
         self._calibration = options.calibration or texts.calibration
         held_out = options.held_out or texts.held_out
-        self._texts: dict[str, Path] = {"held-out": held_out, "code": write_code(options.scratch / "code.jsonl")}
-        self._texts |= {name: Path(file) for name, _, file in (each.partition("=") for each in options.text)}
+        others = options.text or [f"code={write_code(options.scratch / 'code.jsonl')}"]
+        self._texts = {"held-out": held_out} | {
+            name: Path(file) for name, _, file in (each.partition("=") for each in others)
+        }
         name = f"rows-{self._model.name}-{options.samples}-{options.windows}-{options.seq_len}-{options.device}.jsonl"
         self._journal = options.scratch / name
         lines = self._journal.read_text().splitlines() if self._journal.exists() else []
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a full-precision model; default: the demo's base")
     parser.add_argument("--calibration", type=Path, help="calibration text; default: the demo's")
     parser.add_argument("--held-out", type=Path, help="text of the same kind; default: the demo's")
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text; repeatable")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text; repeatable; default: code")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-quality")
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")

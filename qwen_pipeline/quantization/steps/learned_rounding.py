@@ -159,7 +159,7 @@ class _TrainableLayer:
 
     def __init__(self, module: nn.Module, offsets: Sequence[Offsets]) -> None:
         self._module, self._offsets = module, offsets
-        self._parameters = {name: tensor.clone() for name, tensor in _state(module)}
+        self._parameters = {name: tensor.detach().clone() for name, tensor in _state(module)}
         for each in offsets:
             self._parameters[each.place.parameter].requires_grad_()
         self.update()
