@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a full-precision model; default: the demo's base")
     parser.add_argument("--calibration", type=Path, help="calibration text; default: the demo's")
     parser.add_argument("--held-out", type=Path, help="text of the same kind; default: the demo's")
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text; repeatable; default: code")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="repeatable; default: code")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-quality")
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")

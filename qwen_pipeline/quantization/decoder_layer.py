@@ -16,7 +16,13 @@ from qwen_pipeline.quantization.losses import NOT_SOLVED
 from qwen_pipeline.quantization.recipes import LearnedRounding, Recipe
 from qwen_pipeline.quantization.solver import Solved, solve
 from qwen_pipeline.quantization.spec import QuantSpec
-from qwen_pipeline.quantization.steps.learned_rounding import LayerBatch, Offsets, Place, learn_rounding
+from qwen_pipeline.quantization.steps.learned_rounding import (
+    LayerBatch,
+    Offsets,
+    Place,
+    learn_rounding,
+    repeatable_gradients,
+)
 from qwen_pipeline.quantization.steps.solve import repacked, solve_by_recipe
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.codes.gptq import CODES
@@ -108,7 +114,7 @@ class LayerQuantization:
     def _learn(self, settings: LearnedRounding) -> None:
         """Learn the rounding of the layer, and replace its weights and codes."""
         random = torch.Generator().manual_seed(self._spec.seed * 2**16 + self._quantized.layer)
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with repeatable_gradients():
             offsets = {
                 linear: Offsets(_place(linear), *_before_rounding(self._solved[linear.module]), self._spec.bits)
                 for linear in self._linears

@@ -7,7 +7,8 @@ Adam. The gradient passes through rounding as if it were the identity. Zeros sta
 padding is preserved.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,7 @@ def learn_rounding(
         settings: Number and size of the steps.
         order: Returns a permutation of so many batches.
     """
-    layer = _TrainableLayer(module, offsets)
+    layer, size = _TrainableLayer(module, offsets), _batches_of_a_step(batches, settings)
     squares = sum(_masked(batch.target, batch).double().square().sum().item() for batch in batches)
     before = layer.error(batches)
     optimizer = torch.optim.Adam([each.change for each in offsets], lr=settings.scale_rate)
@@ -135,10 +136,10 @@ def learn_rounding(
     for step in range(settings.steps if before else 0):
         left = 1 - step / settings.steps
         optimizer.param_groups[0]["lr"] = settings.scale_rate * left
-        while len(queue) < _batches_of_a_step(batches, settings):
+        while len(queue) < size:
             queue += order(len(batches))
-        chosen, queue = queue[: _batches_of_a_step(batches, settings)], queue[_batches_of_a_step(batches, settings) :]
-        layer.backward([batches[number] for number in chosen], scale=len(batches) / len(chosen) / before)
+        chosen, queue = queue[:size], queue[size:]
+        layer.backward([batches[number] for number in chosen], scale=len(batches) / size / before)
         for each in offsets:
             each.learn(layer.gradient(each), rate=2 * settings.travel / settings.steps * left)
         optimizer.step()
@@ -149,6 +150,18 @@ def learn_rounding(
             each.reset()
         after = before
     return LayerError(before=before / squares, after=after / squares) if squares else LayerError(before=0, after=0)
+
+
+@contextmanager
+def repeatable_gradients() -> Generator[None]:
+    """Compute gradients outside inference mode, with algorithms that always give the same."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class _TrainableLayer:

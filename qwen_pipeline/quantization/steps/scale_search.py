@@ -12,6 +12,8 @@ from torch import Tensor
 from qwen_pipeline.quantization.recipes import ScaleSearch
 
 SMALLEST_HALF = 2.0**-24
+AT_ONCE = {"cpu": 1, "cuda": 28}
+"""Scales that are tried at once, by device: on a CPU the errors of a group should stay in its cache."""
 
 
 def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: ScaleSearch) -> Tensor:
@@ -26,15 +28,13 @@ def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: Sca
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     step_O = target_CO.abs().amax(dim=0) / -low
     step_O[step_O == 0] = 1  # any scale is exact for zeros
-    best_O, least_O = torch.empty_like(step_O), torch.full_like(step_O, torch.inf)
-    for sign in (1, -1) if search.signed else (1,):
-        for factor in torch.linspace(search.smallest, search.largest, search.candidates).tolist():
-            scale_O = stored(sign * factor * step_O)
-            errors_CO = (target_CO / scale_O).round_().clamp_(low, high).mul_(scale_O).sub_(target_CO)
-            cost_O = cost_C @ errors_CO.square_()
-            better_O = cost_O < least_O
-            best_O, least_O = torch.where(better_O, scale_O, best_O), torch.where(better_O, cost_O, least_O)
-    return best_O
+    factors_K = torch.linspace(search.smallest, search.largest, search.candidates, device=step_O.device)[:, None]
+    scales_KO = stored(torch.cat([factors_K, -factors_K] if search.signed else [factors_K]) * step_O)
+    costs: list[Tensor] = []
+    for scales_k1O in scales_KO[:, None].split(AT_ONCE[step_O.device.type]):
+        errors_kCO = (target_CO / scales_k1O).round_().clamp_(low, high).mul_(scales_k1O).sub_(target_CO)
+        costs.append(cost_C @ errors_kCO.square_())
+    return scales_KO.gather(0, torch.cat(costs).argmin(dim=0, keepdim=True))[0]
 
 
 def absmax_scales(target_CO: Tensor, *, bits: int) -> Tensor:
