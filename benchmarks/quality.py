@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from statistics import mean, stdev
+from typing import Any, cast, get_args
 
 import pandas as pd
 import torch
@@ -30,7 +31,7 @@ from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import ComputeContext
-from qwen_pipeline.quantization.recipes import RECIPES
+from qwen_pipeline.quantization.recipes import RECIPES, RecipeName
 from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device, usable_cores
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.text.records import load_tokenizer
@@ -80,7 +81,7 @@ class Benchmark:
         options = self._options
         spec = QuantSpec(
             engine="gptqmodel" if name == PEER else "layerwise",
-            recipe="gptq" if name == PEER else name,
+            recipe="gptq" if name == PEER else cast("RecipeName", name),
             group_size=group_size,
             samples=options.samples,
             seq_len=options.seq_len,
@@ -150,30 +151,29 @@ def table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> pd.DataFra
 
     A ratio is the mean over the draws that both have, with its standard error.
     """
+    by_draw = {(row["group_size"], row["recipe"], row["seed"]): row for row in rows}
     shown: list[dict[str, Any]] = []
-    for (group_size, recipe), own in pd.DataFrame(rows).groupby(["group_size", "recipe"], sort=False):
+    for group_size, recipe in dict.fromkeys((row["group_size"], row["recipe"]) for row in rows):
+        own = [row for row in rows if (row["group_size"], row["recipe"]) == (group_size, recipe)]
         line: dict[str, Any] = {"groups of": group_size, "recipe": recipe, "draws": len(own)}
         for text in texts:
-            kl = pd.Series({row["seed"]: row[text]["kl"] for row in own.to_dict("records")})
-            line[text] = f"{kl.mean():.4f}, {_ratio(kl, _reference(rows, group_size, text))}"
-        line["perplexity"] = f"{own[texts[0]].map(lambda at: at['perplexity']).mean():.3f}"
-        line |= {"wall s": round(own["seconds"].mean()), "processor s": round(own["processor_seconds"].mean())}
-        line["host GiB"] = f"{own['host_peak_bytes'].mean() / 2**30:.2f}"
-        line["GPU GiB"] = f"{own['gpu_peak_bytes'].mean() / 2**30:.2f}"
+            pairs = [(row, by_draw.get((group_size, "gptq", row["seed"]))) for row in own]
+            ratios = [row[text]["kl"] / plain[text]["kl"] for row, plain in pairs if plain]
+            line[text] = f"{mean(row[text]['kl'] for row in own):.4f}{_ratio(ratios)}"
+        line["perplexity"] = f"{mean(row[texts[0]]['perplexity'] for row in own):.3f}"
+        for name, title in (("seconds", "wall s"), ("processor_seconds", "processor s")):
+            line[title] = round(mean(row[name] for row in own))
+        for name, title in (("host_peak_bytes", "host GiB"), ("gpu_peak_bytes", "GPU GiB")):
+            line[title] = f"{mean(row[name] for row in own) / 2**30:.2f}"
         shown.append(line)
     return pd.DataFrame(shown)
 
 
-def _reference(rows: Sequence[Mapping[str, Any]], group_size: object, text: str) -> "pd.Series[float]":
-    return pd.Series(
-        {row["seed"]: row[text]["kl"] for row in rows if (row["group_size"], row["recipe"]) == (group_size, "gptq")}
-    )
-
-
-def _ratio(kl: "pd.Series[float]", reference: "pd.Series[float]") -> str:
-    ratio = (kl / reference).dropna()
-    error = f" ± {ratio.sem():.3f}" if len(ratio) > 1 else ""
-    return f"{ratio.mean():.3f}{error}" if len(ratio) else ""
+def _ratio(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return ""
+    error = f" ± {stdev(ratios) / len(ratios) ** 0.5:.3f}" if len(ratios) > 1 else ""
+    return f", {mean(ratios):.3f}{error}"
 
 
 def write_results(benchmark: Benchmark, options: argparse.Namespace) -> str:

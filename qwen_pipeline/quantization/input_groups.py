@@ -107,7 +107,7 @@ def input_groups(
     for step in STEPS:
         if members := [by_kind[kind] for kind in step if kind in by_kind]:
             captured: list[list[Tensor]] = [[] for _ in passes]
-            hessian, error = _measure(passes, step[0], masks, captured if step in LAST_OF_MIXERS else ())
+            hessian, error = _measure(passes, members[0], masks, captured if step in LAST_OF_MIXERS else ())
             weights = [passes[0].module.get_parameter(f"{linear.kind}.weight") for linear in members]
             yield InputGroup(linears=members, weights=weights, hessian=hessian, error=error)
             if step in LAST_OF_MIXERS:
@@ -120,12 +120,12 @@ def input_groups(
 
 
 def _measure(
-    passes: Sequence[LayerPass], inner: str, masks: Sequence[Tensor], captured: Sequence[list[Tensor]]
+    passes: Sequence[LayerPass], linear: Linear, masks: Sequence[Tensor], captured: Sequence[list[Tensor]]
 ) -> tuple[Hessian, InputError]:
     """Return the Hessian of a linear layer's inputs, and their error; all inputs are appended to ``captured``."""
-    module, norm = passes[0].module, NORMS.get(inner, "")
-    reached = [norm, inner] if len(passes) > 1 and norm in dict(module.named_children()) else [inner]
-    hessian, error = Hessian(module.get_submodule(inner).in_features), InputError()
+    norm, children = NORMS.get(linear.kind), dict(passes[0].module.named_children())
+    reached = [norm, linear.kind] if len(passes) > 1 and norm in children else [linear.kind]
+    hessian, error = Hessian(linear.in_features), InputError()
     for *found, mask_N in zip(*(each.inputs_on_the_way(reached) for each in passes), masks, strict=True):
         inputs = [_masked(reaching[-1][0].flatten(0, -2), mask_N) for reaching in found]
         hessian.add(inputs[0])
