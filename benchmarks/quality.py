@@ -30,6 +30,7 @@ from qwen_pipeline.checkpoint.writer import write_bytes
 from qwen_pipeline.demo.base import build_base
 from qwen_pipeline.demo.texts import write_texts
 from qwen_pipeline.evaluation.logits.streamed import evaluate
+from qwen_pipeline.evaluation.structure.check import check_structure
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.recipes import RECIPES, RecipeName
 from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device, usable_cores
@@ -98,12 +99,15 @@ class Benchmark:
             engine=find_environment(spec.environment, options.engine_python),
         )
         result = artifact.manifest.result
+        structure = check_structure(open_checkpoint(self._model), open_checkpoint(artifact.path))
         return {
             "seconds": round(time.perf_counter() - started, 1),
             "processor_seconds": round(processor_seconds() - used, 1),
             "host_peak_bytes": artifact.manifest.run.peak_memory_bytes,
             "gpu_peak_bytes": result["evidence"]["gpu_peak_bytes"],
             "failed": [check["name"] for check in result["checks"] if not check["passed"] and not check["skipped"]],
+            "structure": list(structure.problems),
+            "errors": [layer.get("errors", {}) for layer in result["layers"]],
         }
 
     def _evaluate(self, quantized: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
