@@ -6,6 +6,7 @@ from qwen_pipeline.runner.headless import materialize
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 from qwen_pipeline_tests.transforms.codes.test_dequantize import to_fp8
 
+pytestmark = pytest.mark.lengthy
 SELECTION = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
 
 
