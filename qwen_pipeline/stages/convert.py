@@ -36,6 +36,7 @@ from qwen_pipeline.transforms.trained import (
 STAGE = "converted"
 CODE_VERSION = "1"
 ADAPTER_SHARD = "adapter_model.safetensors"
+_FINITE_REMEDY = "Convert without --dtype, or to bfloat16. If it is not finite then either, the training diverged."
 
 WEIGHTS_WRITTEN = CheckSpec(
     name="every_weight_is_written",
@@ -73,6 +74,7 @@ def convert(
         CheckpointRefused: A file names anything that is not part of a state dict, is damaged or is missing, or it is
             unclear which weights are meant.
         InputRefused: There is no config.
+        CheckFailed: A value is not finite in the requested dtype.
     """
     weights = open_trained(source)
     home = _home(source, base)
@@ -97,6 +99,7 @@ def convert(
         sources={"source": given},
         output=output,
         config_name=home.config_name,
+        if_not_finite=_FINITE_REMEDY if dtype else None,
         result=lambda: {**summary, "checks": dump_reports(reports)},
     )
     return rewrite.write(destination, task="convert", observe=observe)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
 from qwen_pipeline.models.inbox import Arrival
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.reports import load_reports
@@ -123,6 +123,17 @@ def test_weights_are_rounded_on_request_and_the_config_says_so(tmp_path: Path) -
     expected = {name: tensor.bfloat16() for name, tensor in load_file(model / WEIGHTS).items()}
     assert_same_tensors(load_file(out / WEIGHTS), expected)
     assert json.loads((out / "config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+def test_a_value_that_the_requested_dtype_cannot_hold_fails(tmp_path: Path) -> None:
+    model = tiny_qwen2(tmp_path / "model")
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.norm.weight"][3] = 1e6
+    root = as_trainer_saves(model, tmp_path / "trained", lambda _, root: one_file(tensors, root))
+    with pytest.raises(CheckFailed, match=r"model\.norm\.weight"):
+        convert(source=root, destination=tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    assert convert(source=root, destination=tmp_path / "out", dtype="bfloat16").path.exists()
 
 
 def test_a_base_gives_config_and_tokenizer_and_its_names_are_compared(tmp_path: Path) -> None:
