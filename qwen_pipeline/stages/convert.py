@@ -36,7 +36,7 @@ from qwen_pipeline.transforms.trained import (
 STAGE = "converted"
 CODE_VERSION = "1"
 ADAPTER_SHARD = "adapter_model.safetensors"
-_FINITE_REMEDY = "Convert without --dtype, or to bfloat16. If it is not finite then either, the training diverged."
+_FINITE_REMEDY = "Convert without --dtype, or to bfloat16. If values are not finite then either, the training diverged."
 
 WEIGHTS_WRITTEN = CheckSpec(
     name="every_weight_is_written",
