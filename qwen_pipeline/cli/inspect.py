@@ -43,7 +43,7 @@ def inspect(
     from qwen_pipeline.models.open import open_fine_tune, paddings_of
     from qwen_pipeline.qwen.config import diff_configs
     from qwen_pipeline.stages.merge import KnownBase, base_report
-    from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
+    from qwen_pipeline.transforms.fine_tune.adopt import adopt
     from qwen_pipeline.transforms.lora.merge import merge_lora
 
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None}
@@ -53,7 +53,7 @@ def inspect(
         if isinstance(child, Checkpoint):
             data |= {"kind": "full", "tensors": len(child)}
             if base:
-                require_fine_tune_of(open_checkpoint(base), child)
+                adopt(open_checkpoint(base), child)
             return CommandResult(data=data, view=[f"Full model: {len(child)} tensors, {size(child.nbytes)}."])
         data |= {"kind": "adapter", "combination": child.combination, "adapters": _adapter_data(child)}
         view.append(_settings_table(data["adapters"]))

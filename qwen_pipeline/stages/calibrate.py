@@ -19,6 +19,7 @@ from qwen_pipeline.quantization.calibration import calibration_set
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
 from qwen_pipeline.quantization.spec import Device, default_device
+from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.workers.parent import run_worker
@@ -64,7 +65,9 @@ def calibrate(
     """
     from qwen_pipeline.quantization.calibration.expert_coverage import has_experts
 
-    is_mixture = has_experts(open_checkpoint(source))
+    checkpoint = open_checkpoint(source)
+    require_settled(checkpoint)
+    is_mixture = has_experts(checkpoint)
     opened = open_text(text)
     inputs = {"source": checkpoint_digest(source, observe=observe), "text": opened.digest()}
     settings = {"text": opened.name, "all_experts": all_experts, "min_expert_tokens": min_expert_tokens}

@@ -16,14 +16,18 @@ from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
+from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
+from qwen_pipeline.qwen.tokenizer_size import TOKENIZER_FITS, tokenizer_report
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.fine_tune.adopt import Adopted, adopt
+from qwen_pipeline.transforms.fine_tune.reports import CARRIED, adoption_summary, carried_report, used_detail
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars, require_fine_tune_of
+from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
 
 STAGE = "merged"
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 TENSORS_USED = CheckSpec(
@@ -33,7 +37,7 @@ BASE_MATCHES = CheckSpec(
     name="base_is_the_one_trained_on", description="The adapter names the base that it was merged into."
 )
 FINITE = CheckSpec(name="weights_are_finite", description="No merged weight is NaN or infinite.")
-CHECKS = (TENSORS_USED, BASE_MATCHES, FINITE)
+CHECKS = (TENSORS_USED, BASE_MATCHES, CARRIED, CONFIG_MATCHES, TOKENIZER_FITS, FINITE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +113,18 @@ def prepare(
         observe: Called with the progress.
     """
     sources = {"base": open_input("base", base.root, read_now=read_now, observe=observe)}
-    parent = sources["base"].checkpoint
+    settled = settle(sources["base"].checkpoint)
+    parent = settled.checkpoint
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
     if isinstance(child, AdapterSet):
-        merge = _merge_adapters(base, sources["base"], child, padded)
+        merge = _merge_adapters(base, sources["base"], settled, child, padded)
     else:
         assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         merge = _adopt_model(parent, child)
     output = merge.output.replace(sidecars=merged_sidecars(parent.sidecars, child.sidecars))
+    fits = tokenizer_report(output)
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
@@ -126,7 +132,7 @@ def prepare(
         sources=sources,
         others=merge.others,
         output=output,
-        result=lambda: {**merge.summary, "checks": dump_reports([*merge.reports(), _finite_report(output)])},
+        result=lambda: {**merge.summary, "checks": dump_reports([*merge.reports(), fits, _finite_report(output)])},
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
 
@@ -142,13 +148,20 @@ class _Merge:
     others: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def _merge_adapters(base: KnownBase, source: StageInput, adapters: AdapterSet, padded: Path | None) -> _Merge:
-    merged = merge_lora(source.checkpoint, adapters, paddings=paddings_of(base.root, adapters, padded=padded))
+def _merge_adapters(
+    base: KnownBase, source: StageInput, settled: Settled, adapters: AdapterSet, padded: Path | None
+) -> _Merge:
+    merged = merge_lora(settled.checkpoint, adapters, paddings=paddings_of(base.root, adapters, padded=padded))
     model = trained_on(adapters, padded) if merged.bridge else None
 
     def reports() -> list[CheckReport]:
         is_padded_base = model is not None and model.live_digest == source.final_digest()
-        return [_adapter_use_report(adapters, merged), base_report(base, adapters, is_padded_base=is_padded_base)]
+        return [
+            _adapter_use_report(adapters, merged),
+            base_report(base, adapters, is_padded_base=is_padded_base),
+            CARRIED.report(passed=True, detail="An adapter changes tensors of the base, which has every part."),
+            config_report(settled),
+        ]
 
     return _Merge(
         output=merged.checkpoint,
@@ -160,10 +173,11 @@ def _merge_adapters(base: KnownBase, source: StageInput, adapters: AdapterSet, p
 
 
 def _adopt_model(parent: Checkpoint, child: Checkpoint) -> _Merge:
+    adopted = adopt(parent, child)
     return _Merge(
-        output=require_fine_tune_of(parent, child),
-        summary={"kind": "full", "tensors": len(child)},
-        reports=lambda: _model_reports(parent, child),
+        output=adopted.checkpoint,
+        summary=adoption_summary(adopted),
+        reports=lambda: _model_reports(adopted, len(parent)),
     )
 
 
@@ -215,18 +229,15 @@ def _adapter_use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
     )
 
 
-def _model_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
-    count = len(child)
-    is_resized = any(child[name].shape != spec.shape for name, spec in parent.items() if name in child)
-    exception = ", except for the rows of its vocabulary" if is_resized else ""
+def _model_reports(adopted: Adopted, base_tensors: int) -> list[CheckReport]:
+    exception = ", except for the rows of its vocabulary" if adopted.is_resized else ""
     return [
         TENSORS_USED.report(
-            passed=True,
-            measured=f"{count} of {count}",
-            detail=f"All {count} tensors were matched to the {len(parent)} of the base, by name and shape,"
-            " before anything was written.",
+            passed=True, measured=f"{adopted.stored} of {adopted.stored}", detail=used_detail(adopted, base_tensors)
         ),
         BASE_MATCHES.report(passed=True, detail=f"A complete model, with the base's tensors and shapes{exception}."),
+        carried_report(adopted),
+        config_report(adopted.settled, *adopted.remarks),
     ]
 
 
