@@ -205,9 +205,8 @@ def _layers(stored: _Stored) -> Iterator[_Correction]:
 
 def _layer_types(stored: _Stored) -> Iterator[_Correction]:
     """Yield the types of as many layers as there are, if all are of one type; else they cannot be assigned."""
-    number = number_of_layers(stored.config)
     for path, types in config_items(stored.config, "layer_types").items():
-        if not types or len(types) == number:
+        if not types or len(types) == (number := number_of_layers(stored.config)):
             continue
         if len(set(types)) > 1:
             raise CheckpointRefused(

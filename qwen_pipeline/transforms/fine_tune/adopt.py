@@ -82,7 +82,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
         settled=settled,
         remarks=(*grafted.remarks, *sections.remarks),
         stored=len(settled.checkpoint),
-        respelled=sum(each is not None and [*each.sources] != [name] for name, each in found.items()),
+        respelled=sum(tensor is not source.checkpoint.tensors.get(name) for name, tensor in in_place.items()),
         carried=carried,
         is_resized=vocabulary_rows(settled.checkpoint) != vocabulary_rows(base),
     )
