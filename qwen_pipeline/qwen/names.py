@@ -73,8 +73,8 @@ def parse_name(name: str, config: Config) -> ParsedName:
         return parsed
     raise CheckpointRefused(
         f"Models of type {config['model_type']} have no tensor {name}.",
-        remedy="Fetch the checkpoint again, or correct model_type in its config: weights and config must belong to"
-        " one model.",
+        remedy="If training added it, such as a value or reward head, save the model without it. Otherwise fetch the"
+        " checkpoint again, or correct model_type in its config: weights and config must belong to one model.",
     )
 
 

@@ -53,11 +53,16 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     kept.
 
     Raises:
-        QuantizedInputRefused: The fine-tune is quantized.
+        QuantizedInputRefused: The base or the fine-tune is quantized.
         InputRefused: See :func:`settle`.
         CheckpointRefused: A tensor is missing, is not in the base, is stored twice or has another shape; the message
             names it.
     """
+    require_full_precision(
+        base,
+        because="A fine-tune takes the places of full-precision weights.",
+        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
+    )
     require_full_precision(
         fine_tune,
         because="Padding and quantization need the full-precision weights of a fine-tune.",
