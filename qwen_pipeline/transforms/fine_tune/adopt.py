@@ -107,7 +107,9 @@ def _with_config(fine_tune: Checkpoint, base: Checkpoint, config: Mapping[str, o
 def _carried(places: Mapping[ParsedName, str], stored: Mapping[ParsedName, str]) -> dict[ModelPart, int]:
     """Return the parts of which the fine-tune stores nothing, with the number of the base's tensors."""
     present = {parsed.part for parsed in stored}
-    counts = {part: sum(parsed.part == part for parsed in places) for part in OPTIONAL if part not in present}
+    counts: dict[ModelPart, int] = {
+        part: sum(parsed.part == part for parsed in places) for part in OPTIONAL if part not in present
+    }
     return {part: count for part, count in counts.items() if count}
 
 
@@ -119,7 +121,7 @@ def _require_all(
     carried: Mapping[ModelPart, int],
 ) -> None:
     """Require that every tensor of the fine-tune is used, and that only carried parts are missing."""
-    parts = {name: parsed.part for parsed, name in places.items()}
+    parts: dict[str, ModelPart] = {name: parsed.part for parsed, name in places.items()}
     used = {name for each in found.values() if each for name in each.sources}
     used |= {name for parsed, name in source.names.items() if parsed.part == "head"}
     wrong = [f"{name} is missing" for name, each in found.items() if not each and parts[name] not in carried]
