@@ -130,8 +130,8 @@ def settled_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return with_values(config, {path: v for found in _layer_types(unstored) for path, v in found.values.items()})
 
 
-def require_settled(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose config does not describe its weights, or that has buffers which are no weights.
+def require_settled(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint after checking that its config describes its weights, and that all its tensors are weights.
 
     Raises:
         InputRefused: See :func:`settle`; or a correction is needed, which the message names.
@@ -142,6 +142,7 @@ def require_settled(checkpoint: Checkpoint) -> None:
             remedy="Run qwen-pipeline pad on it first: it writes a checkpoint whose config does. With --tp 1 and a"
             " group size that divides the MLP, the weights stay as they are.",
         )
+    return checkpoint
 
 
 def config_report(settled: Settled, *more: str) -> CheckReport:

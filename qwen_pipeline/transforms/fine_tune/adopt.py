@@ -17,6 +17,7 @@ from qwen_pipeline.qwen.settle import Settled, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
 from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed
 from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
+from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 
 OPTIONAL: tuple[ModelPart, ...] = ("mtp", "vision", "audio", "talker", "vocoder")
 """Parts that a fine-tune may lack, since a class of Transformers computes logits without them."""
@@ -89,13 +90,8 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
         stored=len(settled.checkpoint),
         respelled=sum(tensor is not source.checkpoint.tensors.get(name) for name, tensor in in_place.items()),
         carried=carried,
-        is_resized=vocabulary_rows(settled.checkpoint) != vocabulary_rows(base),
+        is_resized=embedding_rows(settled.checkpoint) != embedding_rows(base),
     )
-
-
-def vocabulary_rows(checkpoint: Checkpoint) -> int:
-    """Return the number of rows of the embedding."""
-    return checkpoint[vocabulary_of(checkpoint).embedding].rows
 
 
 def _with_config(fine_tune: Checkpoint, base: Checkpoint, config: Mapping[str, object]) -> Checkpoint:

@@ -66,8 +66,8 @@ def nan(tensors: Tensors, _: Config) -> None:
     tensors[f"{UP}.scales"][1, 4] = float("nan")
 
 
-def negative(tensors: Tensors, _: Config) -> None:
-    tensors[f"{UP}.scales"][1, 4] *= -1
+def zero(tensors: Tensors, _: Config) -> None:
+    tensors[f"{UP}.scales"][1, 4] = 0
 
 
 def swap_groups(tensors: Tensors, _: Config) -> None:
@@ -102,6 +102,10 @@ def not_quantized(tensors: Tensors, _: Config) -> None:
     tensors[f"{UP}.weight"] = torch.zeros(128, 64, dtype=torch.bfloat16)
 
 
+def exclude(_: Tensors, config: Config) -> None:
+    config["quantization_config"]["dynamic"] = {"-:.*layers.0.mlp.up_proj": {}, "+:.*": {"bits": 4}}
+
+
 @pytest.mark.parametrize(
     ("mutate", "problems"),
     [
@@ -110,11 +114,12 @@ def not_quantized(tensors: Tensors, _: Config) -> None:
         (retype, [f"{UP}.scales is F32 [2, 128], expected F16 [2, 128]."]),
         (drop_a_group, [f"{DOWN}.scales is F16 [3, 64], expected F16 [4, 64]."]),
         (nan, [f"{UP}.scales has 1 values that are not finite."]),
-        (negative, [f"{UP}.scales has 1 values that are not positive."]),
+        (zero, [f"{UP}.scales has 1 values that are zero."]),
         (swap_groups, [f"{DOWN}.g_idx is not in order, although desc_act is false."]),
         (flip_a_norm, ["model.norm.weight differs from its value before quantization."]),
         (flip_a_bias, ["model.layers.1.self_attn.k_proj.bias differs from its value before quantization."]),
         (mix_up_layers, [f"{UP} decodes to another weight: the relative error is 143%."]),
+        (exclude, [f"quantization_config.dynamic excludes {UP} by '-:.*layers.0.mlp.up_proj', but it has codes."]),
         (wrong_width, ["config.json has intermediate_size 96, expected 128."]),
         (
             not_quantized,
