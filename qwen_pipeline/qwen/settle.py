@@ -12,7 +12,7 @@ Sources: https://github.com/huggingface/transformers/issues/45127 (head), ``PreT
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qwen_pipeline.checkpoint.compare import are_equal
 from qwen_pipeline.checkpoint.lazy import Checkpoint
@@ -193,8 +193,9 @@ def _layers(stored: _Stored) -> Iterator[_Correction]:
     """Require that the decoder's layers are those that the config counts."""
     number = number_of_layers(stored.config)
     layers = sorted({parsed.layer for parsed in stored.names if parsed.part == "decoder" and parsed.layer is not None})
-    if layers != list(range(number)):
-        missing = [str(layer) for layer in range(number) if layer not in layers]
+    if len(layers) != number or layers[-1:] != [number - 1]:
+        expected = range(min(number, len(layers) + 1))
+        missing = [str(layer) for layer in expected if layer not in layers]
         more = [str(layer) for layer in layers if layer >= number]
         sides = [f"layers {listed(missing)} are missing"] * bool(missing) + [
             f"layers {listed(more)} are stored too"
@@ -210,7 +211,14 @@ def _layers(stored: _Stored) -> Iterator[_Correction]:
 def _layer_types(stored: _Stored) -> Iterator[_Correction]:
     """Yield the types of as many layers as there are, if all are of one type; else they cannot be assigned."""
     for path, types in config_items(stored.config, "layer_types").items():
-        if not types or len(types) == (number := number_of_layers(stored.config)):
+        if types is None:
+            continue
+        number = number_of_layers(stored.config)
+        if not isinstance(types, list) or not all(isinstance(each, str) for each in cast("list[Any]", types)):
+            raise CheckpointRefused(
+                f"{path} must be a list of names, got {_short(types)}.", remedy=f"Correct {path} in config.json."
+            )
+        if not types or len(types) == number or (len(types) < number and not stored.names):
             continue
         if len(set(types)) > 1:
             raise CheckpointRefused(
@@ -242,8 +250,9 @@ def _vocabulary(stored: _Stored) -> Iterator[_Correction]:
 
 def _architectures(stored: _Stored) -> Iterator[_Correction]:
     known = ARCHITECTURES[str(stored.config["model_type"])]
-    declared = stored.config.get("architectures") or []
-    if not set(declared) & set(known):
+    value = stored.config.get("architectures")
+    declared = cast("list[Any]", value) if isinstance(value, list) else []
+    if not any(name in known for name in declared):
         yield _Correction(
             values={"architectures": [known[0]]},
             reason=f"the weights are those of this class, and {', '.join(map(str, declared)) or 'none'} was declared",

@@ -15,7 +15,7 @@ from qwen_pipeline.qwen.families import ModelPart, is_tied
 from qwen_pipeline.qwen.names import ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
-from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed
+from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed, require_stacks
 from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
 from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 
@@ -75,6 +75,8 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     settled = settle(own, tied_base=is_tied(base))
     places = parse_names(base)
     source = Source(checkpoint=settled.checkpoint, names=parse_names(settled.checkpoint))
+    for each in (source, Source(checkpoint=base, names=places)):
+        require_stacks(each)
     found = {name: placed(parsed, base[name], source) for parsed, name in places.items() if parsed.part != "head"}
     carried = _carried(places, source.names)
     _require_all(base, places, source, found, carried)
