@@ -4,7 +4,7 @@ Transformations build a new :class:`Checkpoint` from an old one (:meth:`Checkpoi
 compose, and every shape is checked before any tensor is read.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -147,6 +147,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
             sidecars=self.sidecars if sidecars is None else sidecars,
             left_behind=self.left_behind,
         )
+
+    def without(self, names: Collection[str]) -> "Checkpoint":
+        """Return this checkpoint without some of its tensors."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return replace(self, tensors=kept, shards={name: self.shards[name] for name in kept})
 
     def with_tensor(self, name: str, tensor: LazyTensor, *, after: str) -> "Checkpoint":
         """Return this checkpoint with one more tensor, right after the tensor ``after`` and in the same shard.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen_pipeline.checkpoint.compare import are_equal
 from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.digest_cache import HashedCheckpoint, stat_key
 from qwen_pipeline.checkpoint.files import load_json
@@ -22,7 +23,7 @@ from qwen_pipeline.qwen.families import declares_tied
 from qwen_pipeline.qwen.names import parse_name, parse_names
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
-from qwen_pipeline.transforms.lora.lazy_ops import are_equal, cast
+from qwen_pipeline.transforms.lora.lazy_ops import cast
 
 STAGE = "converted"
 CODE_VERSION = "1"
