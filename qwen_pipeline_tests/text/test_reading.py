@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
-from qwen_pipeline.text.reading import RecordReader, RecordUse, TextSpec, parse_template_arguments
+from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.spec import TextSpec, parse_template_arguments
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 GOOD: dict[str, Any] = {"text": "good"}
