@@ -32,6 +32,10 @@ TemplateArgument = Annotated[
     list[str] | None,
     typer.Option(help="Argument of the chat template, such as enable_thinking=false; repeatable. Default: settings."),
 ]
+LeaveBehind = Annotated[
+    list[str] | None,
+    typer.Option(help="Weights beside the fine-tune's own that were not trained: a path or a pattern."),
+]
 EnginePython = Annotated[Path | None, typer.Option(help="Python interpreter of an environment with the engine.")]
 
 

@@ -10,6 +10,7 @@ from qwen_pipeline.cli.options import (
     PADDING_OPTIONS,
     TEXT_FORMATS,
     BaseCheckpoint,
+    LeaveBehind,
     MaxSkipped,
     Out,
     Source,
@@ -37,7 +38,9 @@ Weights = Annotated[list[float] | None, typer.Option(help="Weight of the adapter
 Combination = Annotated[
     CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
 ]
-BaseNames = Annotated[list[str] | None, typer.Option(help="A name by which the adapter may refer to the base.")]
+BaseNames = Annotated[
+    list[str] | None, typer.Option(help="A name by which the adapter may refer to the base, or a pattern with *.")
+]
 BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base, compared with the adapter's.")]
 
 CALIBRATION_HELP = {
@@ -66,6 +69,7 @@ def merge(
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
     trained_on: TrainedOn = None,
+    leave_behind: LeaveBehind = None,
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
@@ -84,6 +88,7 @@ def merge(
             base_names=base_name or (),
             base_revision=base_revision,
             padded=trained_on,
+            leave_behind=leave_behind or (),
             observe=observe,
         )
     )
@@ -103,6 +108,7 @@ def merge_pad(
     combine: Combination = "cat",
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
+    leave_behind: LeaveBehind = None,
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
 ) -> CommandResult:
@@ -122,6 +128,7 @@ def merge_pad(
             base_names=base_name or (),
             base_revision=base_revision,
             spec=spec,
+            leave_behind=leave_behind or (),
             observe=observe,
         )[1]
     )

@@ -31,7 +31,8 @@ class Settings(BaseSettings):
         imports: The same for checkpoints quantized elsewhere; by default ``<workspace>/imports``.
         base_model: Directory or hub id of the full-precision base model.
         base_revision: Commit, tag or branch of a base model on the hub.
-        base_names: Other names by which adapters may refer to the base model.
+        base_names: Other names by which adapters may refer to the base model, or patterns of names with ``*``.
+        leave_behind: Patterns of paths of weights beside a fine-tune's own that were not trained.
         padding: Target geometry of the padded checkpoint.
         quantization: Settings of the quantizer.
         calibration: Calibration text: a source, or a section.
@@ -51,6 +52,7 @@ class Settings(BaseSettings):
     base_model: str | None = None
     base_revision: str | None = None
     base_names: tuple[str, ...] = ()
+    leave_behind: tuple[str, ...] = ()
     padding: Padding = Field(default_factory=Padding)
     quantization: QuantSpec = Field(default_factory=QuantSpec)
     calibration: Calibration = Field(default_factory=Calibration)

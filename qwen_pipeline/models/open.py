@@ -21,6 +21,7 @@ from qwen_pipeline.checkpoint.store.derive import store_recipe
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.models.kinds import require_kind
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.transforms.lora.across_padding import Paddings
@@ -36,6 +37,7 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
     Raises:
         InputRefused: The directory holds none of them in a form that can be merged, or more than one.
     """
+    require_kind(root)
     is_whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
     kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": is_whole}
     if len(found := [kind for kind, is_present in kinds.items() if is_present]) > 1:
@@ -106,6 +108,7 @@ def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of the adapter, the set of adapters or the whole model in a directory."""
+    require_kind(root)
     if is_adapter(root):
         return open_adapter(root).digest()
     return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)

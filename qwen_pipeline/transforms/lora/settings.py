@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,9 +21,11 @@ _TRAINING_ONLY = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "lora_B_layout", "unsloth_fused_expert_lora",
 )  # fmt: skip
 """Settings that matter in training only; their effect is already in the saved tensors.
+
+The last two are Unsloth's, and state the order of their columns (:mod:`qwen_pipeline.transforms.lora.saved.experts`).
 
 ``fan_in_fan_out`` is one of them because PEFT turns it off for every ``nn.Linear``, and Qwen models use no other kind.
 """
@@ -33,8 +37,6 @@ MERGE_WITH_PEFT = (
 _SERVE_AS_ADAPTER = "Serve it as an adapter on top of the base, without merging."
 _UNSUPPORTED: Mapping[str, str] = {
     "megatron_config": "Megatron sharded its modules",
-    "use_qalora": "QA-LoRA pools the inputs of its factors",
-    "layer_replication": "the model that it was trained on repeats layers",
     "use_bdlora": "its factors are block diagonal",
     "kasa_config": "KaSA truncates the base's weights and puts a diagonal matrix between the factors",
     "velora_config": "merging VeLoRA has not been verified",
@@ -43,6 +45,8 @@ _UNSUPPORTED: Mapping[str, str] = {
 _UNMERGEABLE: Mapping[str, str] = {
     "alora_invocation_tokens": "an activated LoRA applies to some of the tokens only",
     "arrow_config": "Arrow chooses other factors for each token",
+    "use_qalora": "QA-LoRA pools the inputs of its factors, which PEFT cannot merge either",
+    "layer_replication": "the model that it was trained on has more layers than its base",
 }
 _OTHER_METHODS: Mapping[str, str] = {
     "XLORA": "X-LoRA mixes adapters differently for each token",
@@ -93,10 +97,7 @@ class LoraSettings:
     @classmethod
     def _require_patterns(cls, value: Mapping[str, _T]) -> Mapping[str, _T]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            _compiled(pattern)
         return value
 
     def rank(self, module: str) -> int:
@@ -185,4 +186,24 @@ def _refusal(name: str, value: object, source: Path) -> AdapterRefused:
 
 def _resolve(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
     """Return the value of the first pattern that matches the whole path, or its end after a dot, as PEFT does."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if _compiled(key).match(module)), default)
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    """Compile a pattern with RE2, which matches in linear time; one that an uploader wrote for ``re`` may never end.
+
+    Raises:
+        ValueError: The pattern is not a regular expression, or uses lookaround or backreferences.
+    """
+    re2: Any = import_module("re2")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(rf"(.*\.)?({pattern})$", options)
+    except re2.error as error:
+        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else error
+        raise ValueError(
+            f"{pattern!r} is not a regular expression of RE2 ({reason}), which has neither lookaround nor"
+            " backreferences; names of modules need none"
+        ) from error

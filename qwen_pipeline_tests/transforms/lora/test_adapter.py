@@ -10,18 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.errors import AdapterRefused
+from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
 from qwen_pipeline_tests.oracles import merged_with, peft_merge
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import load_tiny, tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
 
 Tensors = dict[str, torch.Tensor]
 UP_A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 UP_B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 
 
@@ -166,6 +168,23 @@ def test_adapters_that_peft_cannot_merge_are_refused_by_name(tmp_path: Path) -> 
         peft_merge(unbiased, adapter, dtype=torch.float32)
 
 
+def test_other_methods_are_refused_with_a_merge_that_works(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    torch.manual_seed(1)
+    model = get_peft_model(load_tiny(base, torch.bfloat16), LoHaConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "hada" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(adapter))
+    with pytest.raises(AdapterRefused, match="LOHA") as refusal:
+        open_adapter(adapter)
+    assert "merge_and_unload().save_pretrained(...)" in refusal.value.remedy
+    merged: Any = PeftModel.from_pretrained(load_tiny(base, torch.bfloat16), str(adapter)).merge_and_unload()
+    merged.save_pretrained(str(tmp_path / "model"))
+    ours = merge(base=base, fine_tune=tmp_path / "model", destination=tmp_path / "merged").path
+    assert torch.equal(load_file(ours / "model.safetensors")[QUERY], merged.state_dict()[QUERY])
+
+
 def test_missing_weights_are_refused(adapter: Path) -> None:
     (adapter / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(AdapterRefused, match=ADAPTER_WEIGHTS):
@@ -190,3 +209,18 @@ def test_patterns_are_resolved_as_by_peft(patterns: dict[str, int], module: str)
 def _edit(adapter: Path, changes: dict[str, Any]) -> None:
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | changes))
+
+
+def test_a_pattern_cannot_match_for_ever() -> None:
+    """Python's ``re`` needs time exponential in the length of the name."""
+    settings = LoraSettings(r=4, lora_alpha=4, rank_pattern={"((a+)+)+b": 8})
+    assert settings.rank("a" * 10_000) == 4
+    assert settings.rank("a" * 10_000 + "b") == 8
+
+
+@pytest.mark.parametrize("pattern", ["(?=q)q_proj", "(?<!k)_proj", r"(.)\1", "q{100000}", "q_proj("])
+def test_a_pattern_that_re2_does_not_have_is_refused_by_name(pattern: str) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "alpha_pattern": {pattern: 8}}
+    with pytest.raises(AdapterRefused) as refusal:
+        lora_settings(config, source=Path("adapter_config.json"))
+    assert f"{pattern!r} is not a regular expression of RE2" in refusal.value.what
