@@ -55,7 +55,7 @@ class RecordUse:
         reasons = ", ".join(f"{count:,} ({reason})" for reason, count in self.skipped.items())
         skipped = f"{self.faults:,} of {self.used + self.faults:,} records were skipped: {reasons}." if reasons else ""
         first = f" The first: {'; '.join(self.first)}." if self.first else ""
-        empty = f" {self.empty:,} empty ones were passed over." if self.empty else ""
+        empty = f" Empty records that were passed over: {self.empty:,}." if self.empty else ""
         return (skipped + first + empty).strip() or f"All {self.used:,} records were used."
 
     def to_json(self) -> dict[str, Any]:
