@@ -187,7 +187,7 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
             "min_expert_tokens": settings.calibration.min_expert_tokens,
             **asdict(settings.calibration.text_spec),
         },
-        quantize.STAGE: quantization.to_json(),
+        quantize.STAGE: quantization.to_json() | {"recipe": quantization.recipe},
         validate.STAGE: {"limits": asdict(settings.validation.limits_of(name))},
     }
 
@@ -200,7 +200,7 @@ def _calibration_text(settings: Settings) -> dict[str, str]:
     return {"text": open_text(file).digest()}
 
 
-_SPEC_DEFAULTS: Mapping[str, Any] = {"towers": False}
+_SPEC_DEFAULTS: Mapping[str, Any] = {"towers": False, "recipe": "gptq"}
 """Values of fields that a spec leaves out, so that its derivation key stays that of versions without them."""
 
 

@@ -28,6 +28,7 @@ QUANTIZATION_OPTIONS = SpecOptions(
     QuantSpec,
     {
         "bits": "Bits per weight.",
+        "recipe": "GPTQ alone, or with further steps that lose less at the same size and take longer.",
         "group_size": GROUP_SIZE_HELP,
         "sym": "Grid that is symmetric about zero.",
         "desc_act": "Quantize columns by descending activation; slower to serve.",

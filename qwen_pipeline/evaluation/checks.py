@@ -14,7 +14,7 @@ from qwen_pipeline.reports import CheckReport, CheckSpec
 STRUCTURE = CheckSpec(
     name="structure",
     description="Every expected tensor is present with the right shape and dtype, and there are no others; scales are"
-    " finite and positive; every group of codes decodes to its original weights; config, tokenizer, chat"
+    " finite and not zero; every group of codes decodes to its original weights; config, tokenizer, chat"
     " template and generation config agree; tensors that were not quantized are unchanged.",
 )
 LOADS = CheckSpec(

@@ -271,13 +271,15 @@ def _save_evidence(
 def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     """Return variables that limit threads and visible GPUs.
 
-    GPTQModel uses all visible GPUs, and a different number of GPUs gives different bytes.
+    GPTQModel uses all visible GPUs, and a different number of GPUs gives different bytes. Backward passes need cuBLAS's
+    fixed workspace for that they always give the same.
     """
     threads = str(spec.threads)
     gpus = spec.gpus if spec.device == "cuda" else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
     limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
-    return {**limits, "HF_HUB_OFFLINE": "1"}
+    workspace = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if spec.steps.learned_rounding else {}
+    return {**limits, **workspace, "HF_HUB_OFFLINE": "1"}
 
 
 def _seconds(laps: Stopwatch, output: EngineOutput) -> dict[str, Any]:
