@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
+from pathlib import Path
 from typing import Any, cast
 
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.errors import CheckpointRefused, listed
 
 
@@ -55,6 +57,17 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 _KINDS = {field: kind for kind, fields in _FIELDS.items() for field in fields}
 """Field -> its type in words; null is allowed, and means the default."""
+
+
+def load_config_file(file: Path) -> dict[str, Any]:
+    """Read a ``config.json``.
+
+    Raises:
+        CheckpointRefused: It is missing, is not a JSON object, or a field has the wrong type.
+    """
+    config = load_json(file)
+    require_types(config, source=file)
+    return config
 
 
 def require_types(config: Mapping[str, Any], *, source: object) -> None:

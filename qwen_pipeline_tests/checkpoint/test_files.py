@@ -80,6 +80,13 @@ def test_texts_of_json_can_be_written_again(text: str) -> None:
     assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_is_utf_8_without_a_mark(encoding: str) -> None:
+    """Transformers reads nothing else."""
+    with pytest.raises(ValueError, match=r"BOM|can't decode|Expecting value"):
+        parse_json('{"a": 1}'.encode(encoding))
+
+
 @pytest.mark.parametrize("text", [r'{"a": "\ud83d"}', r'{"\uDE00": 1}', r'[["\ude00\ud83d"]]'])
 def test_half_of_a_surrogate_pair_is_no_text(text: str) -> None:
     for data in (text, text.encode()):
