@@ -215,7 +215,8 @@ def _state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _masked(hidden: Tensor, batch: LayerBatch) -> Tensor:
-    return hidden.to(batch.mask.device).flatten(0, -2)[batch.mask]
+    """Return the rows of the tokens that count; the mask is copied, as the backward pass keeps an index."""
+    return hidden.to(batch.mask.device).flatten(0, -2)[batch.mask.clone()]
 
 
 def _cloned(value: Any) -> Any:

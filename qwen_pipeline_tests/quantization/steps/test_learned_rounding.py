@@ -122,3 +122,24 @@ def test_equal_seeds_give_equal_codes_and_a_rise_of_the_error_is_undone() -> Non
     error = learn_rounding(layer, batches_of(layer), offsets, wild, forwards)
     assert error.after == error.before
     assert all(torch.equal(each.weight(), was) for each, was in zip(offsets, first, strict=True))
+
+
+def test_batches_may_be_tensors_of_inference_mode() -> None:
+    """The layer loop makes them in that mode: on a GPU, where they are moved, also the masks."""
+    layer = Gated()
+    with torch.inference_mode():
+        inference = [
+            LayerBatch(
+                hidden=batch.hidden.clone(),
+                arguments={name: value.clone() for name, value in batch.arguments.items()},
+                target=batch.target.clone(),
+                mask=batch.mask.clone(),
+            )
+            for batch in batches_of(layer)
+        ]
+    weights: list[list[Tensor]] = []
+    for batches in (batches_of(layer), inference):
+        offsets = offsets_of(layer)
+        learn_rounding(layer, batches, offsets, LearnedRounding(steps=3), forwards)
+        weights.append([each.weight() for each in offsets])
+    assert all(map(torch.equal, *weights))
