@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
@@ -182,7 +183,7 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
     """
     if not root.is_dir():
         raise CheckpointRefused(f"{root} is not a directory.", remedy="Pass a Hugging Face model directory.")
-    config = load_json(root / CONFIG)
+    config = load_config_file(root / CONFIG)
     shards = _open_shards(root, stem)
     tensors: dict[str, LazyTensor] = {}
     owners: dict[str, str] = {}

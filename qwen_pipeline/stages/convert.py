@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_pipeline.checkpoint.compare import are_equal
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.digest_cache import HashedCheckpoint, stat_key
 from qwen_pipeline.checkpoint.files import load_json
@@ -217,7 +218,7 @@ def _checkpoint(weights: TrainedWeights, home: _Home) -> Checkpoint:
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in weights.aliases}
     config = home.root / home.config_name
     return Checkpoint(
-        config=load_json(config),
+        config=load_config_file(config),
         config_bytes=config.read_bytes(),
         tensors=tensors,
         shards=dict.fromkeys(tensors, SINGLE_SHARD),
