@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.config_types import load_config_file
@@ -261,7 +262,7 @@ def _no_weights(root: Path) -> CheckpointRefused:
     if pickles:
         return CheckpointRefused(
             f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded.",
-            remedy="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+            remedy=f"Convert them, which runs nothing: qwen-pipeline convert --from {quote(str(root))} --out DIRECTORY",
         )
     return CheckpointRefused(
         f"{root} holds neither {SINGLE_SHARD} nor {INDEX}.", remedy="Pass a directory with safetensors weights."

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -23,6 +23,14 @@ BaseCheckpoint = Annotated[Path, typer.Option(help="Full-precision base checkpoi
 TrainedOn = Annotated[
     Path | None,
     typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if its settings do not name it."),
+]
+BaseDequantize = Annotated[
+    bool,
+    typer.Option("--base-dequantize", help="Read FP8, GPTQ, AWQ or compressed-tensors weights as full precision."),
+]
+BaseNf4 = Annotated[
+    Literal["single", "double"] | None,
+    typer.Option(help="Round the base as QLoRA does: NF4 without or with double quantization of its statistics."),
 ]
 MaxSkipped = Annotated[
     float | None,

@@ -17,6 +17,7 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.padded import padded_model
 from qwen_pipeline.qwen.families import config_values
 from qwen_pipeline.reports import CheckReport, CheckSpec
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 
@@ -55,11 +56,13 @@ class KnownBase:
         root: The directory.
         names: Every name of the base, or patterns with ``*``; if empty, the directory's name is compared.
         revision: The commit, tag or branch.
+        weights: The way to read its weights.
     """
 
     root: Path
     names: Collection[str] = ()
     revision: str | None = None
+    weights: BaseWeights = AS_STORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
