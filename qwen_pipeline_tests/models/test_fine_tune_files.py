@@ -124,3 +124,12 @@ def test_code_of_a_models_own_is_refused(base: Path, tmp_path: Path) -> None:
         merge(base=base, fine_tune=tuned, destination=tmp_path / "merged")
     (tuned / "config.json").write_text(config)
     assert merge(base=base, fine_tune=tuned, destination=tmp_path / "merged")
+
+
+def test_a_name_that_a_shell_would_run_is_in_no_command(base: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    (adapter / "$(touch harm)'.bin").write_text("content")
+    with pytest.raises(InputRefused) as refusal:
+        merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")
+    assert "python -c" not in refusal.value.remedy
+    assert """--leave-behind '$(touch harm)'"'"'.bin'""" in refusal.value.remedy

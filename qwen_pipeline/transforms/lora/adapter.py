@@ -21,6 +21,7 @@ from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS, Adapter
 from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
+_PICKLE = "adapter_model.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -187,10 +188,17 @@ def require_finite(adapter: Adapter) -> None:
 
 
 def _no_weights(root: Path) -> AdapterRefused:
-    pickles = sorted(path.name for pattern in PICKLES for path in root.glob(pattern))
+    pickles = sorted(
+        (path.name for pattern in PICKLES for path in root.glob(pattern)), key=lambda name: name != _PICKLE
+    )
     if not pickles:
         return AdapterRefused(
             f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait until the upload is complete, or download it again."
+        )
+    if pickles[0] != _PICKLE:
+        return AdapterRefused(
+            f"{root} has no {ADAPTER_WEIGHTS}; it has {listed(pickles)}.",
+            remedy=f"Convert them: qwen-pipeline convert --from {quote(str(root))} --out CONVERTED",
         )
     convert = (
         "from safetensors.torch import save_file; import torch; "
