@@ -11,10 +11,13 @@ from qwen_pipeline.cli.options import (
     TEXT_FORMATS,
     BaseCheckpoint,
     LeaveBehind,
+    MaxSkipped,
     Out,
     Source,
     SpecOptions,
+    TemplateArgument,
     TrainedOn,
+    text_spec,
 )
 from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
@@ -182,6 +185,8 @@ def calibrate(
         int | None,
         typer.Option(help=f"Tokens that each expert must receive; default: the settings' ({MIN_EXPERT_TOKENS})."),
     ] = None,
+    max_skipped: MaxSkipped = None,
+    template_argument: TemplateArgument = None,
 ) -> CommandResult:
     """Draw the tokens that calibrate a quantization, in the model's chat template, and check their coverage of experts.
 
@@ -191,15 +196,16 @@ def calibrate(
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.stages import calibrate as stage
 
-    least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens
+    settings = load_settings().calibration
     return run_stage(
         lambda observe: stage.calibrate(
             source=source,
             text=text,
             destination=Directory(out),
             spec=spec,
+            text_spec=text_spec(settings.text_spec, max_skipped, template_argument),
             all_experts=all_experts,
-            min_expert_tokens=least,
+            min_expert_tokens=settings.min_expert_tokens if min_expert_tokens is None else min_expert_tokens,
             observe=observe,
         )
     )

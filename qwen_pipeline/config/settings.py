@@ -18,6 +18,7 @@ from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
+from qwen_pipeline.text.reading import TextSpec
 from qwen_pipeline.workers.environments import find_environment
 
 
@@ -122,7 +123,7 @@ class Settings(BaseSettings):
         Raises:
             EnvironmentFault: lm-eval is not installed.
         """
-        validation = self.validation
+        validation, arguments = self.validation, self.validation.template_arguments
         return ValidationPlan(
             tensor_parallel=self.padding.tensor_parallel,
             targets=validation.declared or self.padding.declared,
@@ -130,6 +131,10 @@ class Settings(BaseSettings):
             prompts=validation.prompts,
             windows=validation.windows,
             seq_len=validation.seq_len,
+            text_spec=TextSpec(
+                max_skipped=validation.max_skipped,
+                template_arguments=self.calibration.template_arguments if arguments is None else arguments,
+            ),
             serving=serving,
             tasks=self.task_plan(),
         )

@@ -246,13 +246,18 @@ def _samples(findings: Findings) -> CheckReport:
     if not faults and not any(sample.candidate for sample in findings.samples):
         return SAMPLES.skipped("The quantized model has no answers: no prompts are configured, or it did not load.")
     agreed = ", ".join(f"{sample.agreed_tokens} of {sample.tokens}" for sample in findings.samples)
+    ignored = sorted({setting for model in findings.models.values() for setting in model.unapplied})
+    note = f" Settings of the generation config that were not applied: {', '.join(ignored)}." if ignored else ""
     return SAMPLES.report(
         passed=not faults,
         measured=len(faults),
         limit=0,
-        detail=f"{listed(faults)}. See the answers in the report."
-        if faults
-        else f"Equal tokens at the start of both answers: {agreed or 'none'}. See the answers in the report.",
+        detail=(
+            f"{listed(faults)}. See the answers in the report."
+            if faults
+            else f"Equal tokens at the start of both answers: {agreed or 'none'}. See the answers in the report."
+        )
+        + note,
     )
 
 

@@ -32,8 +32,10 @@ from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.changes import ChangeMeter
-from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars, require_fine_tune_of
+from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
+from qwen_pipeline.transforms.sidecars import merged_sidecars
+from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "merged"
 CODE_VERSION = "4"
@@ -42,7 +44,7 @@ TENSORS_USED = CheckSpec(
     name="every_tensor_is_used", description="Each tensor of the fine-tune is matched to one tensor of the base."
 )
 FINITE = CheckSpec(name="weights_are_finite", description="No merged weight is NaN or infinite.")
-CHECKS = (TENSORS_USED, BASE_MATCHES, CHANGES_BASE, FILES_READ, FINITE)
+CHECKS = (TENSORS_USED, BASE_MATCHES, CHANGES_BASE, FILES_READ, TOKENIZER_FITS, FINITE)
 
 
 def merge(
@@ -132,7 +134,14 @@ def prepare(
         output=output,
         result=lambda: {
             **merge.summary,
-            "checks": dump_reports([*merge.reports(), files_report(files, leave_behind), _finite_report(output)]),
+            "checks": dump_reports(
+                [
+                    *merge.reports(),
+                    files_report(files, leave_behind),
+                    tokenizer_report(output),
+                    _finite_report(output),
+                ]
+            ),
         },
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )

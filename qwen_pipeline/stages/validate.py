@@ -21,7 +21,7 @@ from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_unpadded_baseline, widened
 from qwen_pipeline.evaluation.plan import DEFAULT_PLAN, INPUT_OF_ROLE, ValidationInputs, ValidationPlan
 from qwen_pipeline.evaluation.report.load import load_validation
-from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of
+from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of, skipped_records
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
@@ -31,8 +31,9 @@ from qwen_pipeline.quantization.spec import default_device
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.reports import CheckReport, dump_reports
-from qwen_pipeline.text.records import encode_prompt, load_tokenizer
-from qwen_pipeline.text.windows import spread, token_windows
+from qwen_pipeline.text.reading import RecordUse
+from qwen_pipeline.text.tokenizers import encode_prompt, load_tokenizer
+from qwen_pipeline.text.windows import read_windows, spread
 from qwen_pipeline.workers.environments import WorkerEnvironment
 
 __all__ = [
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 STAGE = "validated"
-CODE_VERSION = "11"
+CODE_VERSION = "12"
 ENGINE = "gptqmodel"
 """The library with which Transformers loads GPTQ checkpoints, whichever quantizer made them."""
 
@@ -59,12 +60,14 @@ class _Prepared:
     Attributes:
         digests: Name of an input in the derivation -> digest.
         evidence_before: Evidence of the previous version; empty if none is given.
+        records: The records of the held-out text, and those among them that could not be used.
     """
 
     inputs: ValidationInputs
     models: OpenedModels
     digests: Mapping[str, str]
     evidence_before: Sequence[ModuleEvidence]
+    records: RecordUse
 
 
 def validate(
@@ -128,7 +131,9 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         remedy="Pass the merged full-precision checkpoint as the reference.",
     )
     tokenizer = load_tokenizer(inputs.reference)
-    tokens = token_windows(inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len)
+    tokens, records = read_windows(
+        inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len, spec=plan.text_spec
+    )
     _require_vocabulary(checkpoints, tokens)
     require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], inputs.candidate)
     digests = {INPUT_OF_ROLE[role]: checkpoint_digest(root, observe=observe) for role, root in roots.items()}
@@ -150,13 +155,15 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         compared=[PADDED, QUANTIZED, UNPADDED_QUANTIZED],
         answering=[MERGED, QUANTIZED],
         windows=tokens,
-        prompts=[encode_prompt(prompt, tokenizer) for prompt in plan.prompts],
+        prompts=[
+            encode_prompt(prompt, tokenizer, arguments=plan.text_spec.template_arguments) for prompt in plan.prompts
+        ],
         max_new_tokens=MAX_NEW_TOKENS,
         device=plan.device or default_device(),
         calibration=spread(calibration.stream, windows=plan.windows, seq_len=plan.seq_len) if calibration else (),
     )
     models = OpenedModels(roots=roots, checkpoints=checkpoints, tokenizer=tokenizer, measurement=measurement)
-    return _Prepared(inputs=inputs, models=models, digests=digests, evidence_before=evidence_before)
+    return _Prepared(inputs=inputs, models=models, digests=digests, evidence_before=evidence_before, records=records)
 
 
 def _write(
@@ -177,6 +184,7 @@ def _write(
         "padding": widened(models.checkpoints[MERGED].config, models.checkpoints[QUANTIZED].config),
         "candidate": prepared.digests["candidate"],
         "text": prepared.digests["text"],
+        "records": prepared.records.to_json(),
     }
     losses = draw_losses(candidate, prepared.evidence_before, root / LOSS_PLOT)
     write_report(
@@ -185,7 +193,9 @@ def _write(
         reports,
         result,
         lineage=[*lineage, *(dump_step(step) for step in steps_of(candidate))],
-        method=method_of(len(models.measurement.windows), plan.seq_len) + changed_limits(plan.limits),
+        method=method_of(len(models.measurement.windows), plan.seq_len)
+        + skipped_records(prepared.records, candidate)
+        + changed_limits(plan.limits),
         more_plots={losses: LOSS_PLOT} if losses else {},
     )
     return result

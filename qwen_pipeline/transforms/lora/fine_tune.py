@@ -1,21 +1,12 @@
-"""Full fine-tunes: the check that one belongs to a base, and the sidecar files of a merged model."""
+"""Full fine-tunes: the check that one belongs to a base."""
 
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Sequence
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import config_values, is_tied
 from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
-
-_TOKENIZER = (
-    "tokenizer*", "vocab.json", "merges.txt", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.*", "additional_chat_templates/*",
-)  # fmt: skip
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_LEGAL = ("LICENSE*", "NOTICE*")
 
 
 def require_fine_tune_of(base: Checkpoint, fine_tune: Checkpoint) -> Checkpoint:
@@ -64,19 +55,3 @@ def _resized_vocabulary(base: Checkpoint, fine_tune: Checkpoint) -> Sequence[str
     same_rows = {rows for rows, *_ in shapes} == config_values(fine_tune.config, "vocab_size")
     same_width = {shape[1:] for shape in shapes} == {base[name].shape[1:] for name in names if name in base}
     return names if same_rows and same_width else ()
-
-
-def merged_sidecars(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the sidecars of a merged model: the base's, with the fine-tune's of the same name in their place.
-
-    A fine-tune with a vocabulary replaces the whole tokenizer of the base, because a leftover file of the base's, such
-    as a chat template, could override the fine-tune's own. The base's licence stays.
-    """
-    replaced = _TOKENIZER if any(_matches(path, _VOCABULARIES) for path in fine_tune) else ()
-    kept = {path: file for path, file in base.items() if not _matches(path, replaced)}
-    added = {path: file for path, file in fine_tune.items() if not (_matches(path, _LEGAL) and path in base)}
-    return kept | added
-
-
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(path, pattern) for pattern in patterns)

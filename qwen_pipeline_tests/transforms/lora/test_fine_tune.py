@@ -6,7 +6,7 @@ import pytest
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, QuantizedInputRefused
-from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars, require_fine_tune_of
+from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model, tiny_qwen2, tiny_qwen3
 
 
@@ -55,18 +55,3 @@ def test_a_quantized_fine_tune_is_refused(tmp_path: Path) -> None:
     quantized = base.replace(config={**base.config, "quantization_config": {"quant_method": "awq", "bits": 4}})
     with pytest.raises(QuantizedInputRefused, match="awq, 4 bit"):
         require_fine_tune_of(base, quantized)
-
-
-def test_the_tokenizer_of_a_fine_tune_replaces_all_files_of_the_base_tokenizer() -> None:
-    base = _files("base", "tokenizer.json", "vocab.json", "chat_template.jinja", "generation_config.json", "LICENSE")
-    assert merged_sidecars(base, {}) == base
-    assert merged_sidecars(base, _files("ours", "tokenizer.json", "tokenizer_config.json", "LICENSE")) == {
-        **_files("base", "generation_config.json", "LICENSE"),
-        **_files("ours", "tokenizer.json", "tokenizer_config.json"),
-    }
-    template = _files("ours", "chat_template.jinja", "generation_config.json", "NOTICE")
-    assert merged_sidecars(base, template) == base | template
-
-
-def _files(root: str, *names: str) -> dict[str, Path]:
-    return {name: Path(root) / name for name in names}
