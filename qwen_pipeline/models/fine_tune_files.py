@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any, cast
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, MANIFEST, PICKLES, Checkpoint, relative_files
+from qwen_pipeline.checkpoint.trainers.state_dicts import NON_LORA
 from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.reports import CheckReport, CheckSpec
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, Adapter
@@ -168,6 +169,9 @@ def _remedy(files: FineTuneFiles) -> str:
     if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*files.read} or not _PLAIN.fullmatch(files.unread[0]):
         return f"If its weights were not trained, pass {leave}. Otherwise put them into the model itself."
     first = files.unread[0]
+    if first == NON_LORA:
+        convert = f"qwen-pipeline convert --from {quote(str(files.root))} --out CONVERTED"
+        return f"Make them a part of the adapter: {convert}\nIf they were not trained, pass {leave}."
     load = f"load_file('{first}')" if first.endswith(".safetensors") else f"torch.load('{first}', weights_only=True)"
     add = (
         "import json, torch; from safetensors.torch import load_file, save_file; "

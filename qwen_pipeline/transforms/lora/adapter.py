@@ -21,7 +21,6 @@ from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS, Adapter
 from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
-_PICKLE = "adapter_model.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -188,24 +187,12 @@ def require_finite(adapter: Adapter) -> None:
 
 
 def _no_weights(root: Path) -> AdapterRefused:
-    pickles = sorted(
-        (path.name for pattern in PICKLES for path in root.glob(pattern)), key=lambda name: name != _PICKLE
-    )
+    pickles = sorted(path.name for pattern in PICKLES for path in root.glob(pattern))
     if not pickles:
         return AdapterRefused(
             f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait until the upload is complete, or download it again."
         )
-    if pickles[0] != _PICKLE:
-        return AdapterRefused(
-            f"{root} has no {ADAPTER_WEIGHTS}; it has {listed(pickles)}.",
-            remedy=f"Convert them: qwen-pipeline convert --from {quote(str(root))} --out CONVERTED",
-        )
-    convert = (
-        "from safetensors.torch import save_file; import torch; "
-        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()}}, "
-        f"'{ADAPTER_WEIGHTS}')"
-    )
     return AdapterRefused(
-        f"{root} holds pickled weights ({', '.join(pickles)}), which can execute code when they are loaded.",
-        remedy=f'If you trust them, convert them: cd {quote(str(root))} && python -c "{convert}"',
+        f"{root} holds pickled weights ({listed(pickles)}), which can execute code when they are loaded.",
+        remedy=f"Convert them, which runs none of it: qwen-pipeline convert --from {quote(str(root))} --out CONVERTED",
     )
