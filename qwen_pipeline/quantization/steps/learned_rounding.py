@@ -1,10 +1,12 @@
 """Learned rounding of a whole decoder layer: AutoRound (arXiv:2309.05516), from where GPTQ ends.
 
-A code is ``clamp(round(w / s + v))`` for the weight ``w`` that GPTQ was about to round. The offset ``v``, at first 0
-and at most half a code, and a relative change of the scale ``s`` are learned, so that the outputs of the layer for the
-inputs of the quantized model come closer to the full-precision model's: offsets by the sign of the gradient, scales by
-Adam. The gradient passes through rounding as if it were the identity. Zeros stay zeros, and equal rows stay equal, so
-padding is preserved.
+A code is ``clamp(round(w / s + v))`` for the weight ``w`` that GPTQ was about to round and its scale ``s``, and stands
+for ``s (1 + d)`` times itself. The offset ``v``, at first 0 and at most half a code, and the change ``d`` of each scale
+are learned, so that the outputs of the layer for the inputs of the quantized model come closer to the full-precision
+model's: offsets by the sign of the gradient, scales by Adam. The gradient passes through rounding as if it were the
+identity. Zeros stay zeros, and equal rows stay equal, so padding is preserved.
+
+Codes do not depend on ``d``: if they were rounded again for each scale, every step would undo some of what GPTQ chose.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -78,19 +80,17 @@ class Offsets:
 
     def weight(self) -> Tensor:
         """Return the weight [O, I] that the codes stand for."""
-        scale_OI = self._of_inputs(self.scales)
-        return self._steps(scale_OI).round_().clamp_(self._low, self._high).mul_(scale_OI)
+        codes_OI = self._steps().round_().clamp_(self._low, self._high)
+        return codes_OI.mul_(self._of_inputs(self.scales))
 
     def learn(self, gradient_OI: Tensor, rate: float) -> None:
         """Move the offsets by ``rate`` against the gradient's sign; set the gradient of the changes of scales."""
-        scale_OI = self._of_inputs(self.scales)
-        steps_OI = self._steps(scale_OI)
-        codes_OI = steps_OI.round()
-        free_OI = (codes_OI >= self._low) & (codes_OI <= self._high)
-        gradient_OI = self._tied(gradient_OI.float()) * scale_OI
-        by_scale_OI = codes_OI.clamp_(self._low, self._high) - (steps_OI - self._offset) * free_OI
-        self.change.grad = (gradient_OI * by_scale_OI).view(*self.change.shape, -1).sum(dim=-1)
-        step_OI = gradient_OI.sign_() * free_OI * (self._target != 0)
+        codes_OI = self._steps().round_()
+        free_OI = (codes_OI >= self._low) & (codes_OI <= self._high) & (self._target != 0)
+        gradient_OI = self._tied(gradient_OI.float()) * self._of_inputs(self._scales)
+        by_scale_OI = gradient_OI * codes_OI.clamp_(self._low, self._high)
+        self.change.grad = by_scale_OI.view(*self.change.shape, -1).sum(dim=-1)
+        step_OI = gradient_OI.sign_() * free_OI
         self._offset.sub_(step_OI, alpha=rate).clamp_(-0.5, 0.5)
 
     def reset(self) -> None:
@@ -98,8 +98,8 @@ class Offsets:
         self._offset.zero_()
         self.change.zero_()
 
-    def _steps(self, scale_OI: Tensor) -> Tensor:
-        return self._target / scale_OI + self._offset
+    def _steps(self) -> Tensor:
+        return self._target / self._of_inputs(self._scales) + self._offset
 
     def _of_inputs(self, scales_OG: Tensor) -> Tensor:
         return scales_OG.repeat_interleave(self._target.shape[1] // scales_OG.shape[1], dim=1)
