@@ -116,16 +116,28 @@ def test_the_error_falls_and_padding_is_preserved(steps: int, share: float) -> N
         assert (each.weight() - first).abs().max() <= limit
 
 
-def test_equal_seeds_give_equal_codes_and_a_rise_of_the_error_is_undone() -> None:
+def test_equal_seeds_give_equal_codes() -> None:
     layer = Gated()
     runs = [offsets_of(layer) for _ in range(2)]
     for offsets in runs:
         learn_rounding(layer, batches_of(layer), offsets, LearnedRounding(steps=10), forwards)
     assert all(torch.equal(one.weight(), other.weight()) for one, other in zip(*runs, strict=True))
 
-    offsets = offsets_of(layer)
-    first = [each.weight() for each in offsets]
-    wild = LearnedRounding(steps=1, travel=0.0, scale_rate=0.9)
-    error = learn_rounding(layer, batches_of(layer), offsets, wild, forwards)
-    assert error.after == error.before
-    assert all(torch.equal(each.weight(), was) for each, was in zip(offsets, first, strict=True))
+
+def test_if_the_error_does_not_fall_scales_are_learned_alone_or_nothing_is() -> None:
+    layer = Gated()
+    for settings, falls in (
+        (LearnedRounding(steps=1, travel=0.5, scale_rate=1e-3), True),
+        (LearnedRounding(steps=1, travel=0.0, scale_rate=0.9), False),
+    ):
+        offsets = offsets_of(layer)
+        scales, codes = zip(*((each.scales, codes_of(each)) for each in offsets), strict=True)
+        error = learn_rounding(layer, batches_of(layer), offsets, settings, forwards)
+        assert (error.after < error.before) == falls
+        assert all(torch.equal(codes_of(each), were) for each, were in zip(offsets, codes, strict=True))
+        assert all(torch.equal(each.scales, were) != falls for each, were in zip(offsets, scales, strict=True))
+
+
+def codes_of(offsets: Offsets) -> Tensor:
+    weight, scales = offsets.weight(), offsets.scales
+    return (weight / scales.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)).round()
