@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
     from qwen_pipeline.status import status_frame
+    from qwen_pipeline.text.spec import TextSpec as TextSpec
     from qwen_pipeline.transforms.codes.base_weights import BaseWeights as BaseWeights
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
@@ -82,6 +83,7 @@ _API = {
     "QuantizedInputRefused": "errors:QuantizedInputRefused",
     "Settings": "config:Settings",
     "Target": "evaluation.tensor_parallel.findings:Target",
+    "TextSpec": "text.spec:TextSpec",
     "ValidationInputs": "evaluation.plan:ValidationInputs",
     "ValidationPlan": "evaluation.plan:ValidationPlan",
     "WorkerFailed": "errors:WorkerFailed",

@@ -4,13 +4,14 @@ Transformations build a new :class:`Checkpoint` from an old one (:meth:`Checkpoi
 compose, and every shape is checked before any tensor is read.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
@@ -149,6 +150,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
             left_behind=self.left_behind,
         )
 
+    def without(self, names: Collection[str]) -> "Checkpoint":
+        """Return this checkpoint without some of its tensors."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return replace(self, tensors=kept, shards={name: self.shards[name] for name in kept})
+
     def with_tensor(self, name: str, tensor: LazyTensor, *, after: str) -> "Checkpoint":
         """Return this checkpoint with one more tensor, right after the tensor ``after`` and in the same shard.
 
@@ -178,7 +184,7 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
     """
     if not root.is_dir():
         raise CheckpointRefused(f"{root} is not a directory.", remedy="Pass a Hugging Face model directory.")
-    config = load_json(root / CONFIG)
+    config = load_config_file(root / CONFIG)
     shards = _open_shards(root, stem)
     tensors: dict[str, LazyTensor] = {}
     owners: dict[str, str] = {}

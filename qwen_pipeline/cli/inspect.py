@@ -99,7 +99,7 @@ def _describe_model(
     from qwen_pipeline.checkpoint.lazy import open_checkpoint
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.qwen.config import require_full_precision
-    from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
+    from qwen_pipeline.transforms.fine_tune.adopt import adopt
 
     view.append(f"Full model: {len(child)} tensors, {size(child.nbytes)}.")
     require_full_precision(
@@ -109,7 +109,7 @@ def _describe_model(
     )
     if base:
         parent = base.weights.of(open_checkpoint(base.root))
-        output = require_fine_tune_of(parent, child)
+        output = adopt(parent, child).checkpoint
         carried = [name for name, tensor in output.tensors.items() if tensor is parent.tensors.get(name)]
         data |= {"taken": len(output) - len(carried), "carried_over": carried}
         view.append(f"{len(output) - len(carried)} tensors are taken, {len(carried)} are carried over from the base.")

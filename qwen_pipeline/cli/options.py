@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
-from qwen_pipeline.text.reading import TextSpec, parse_template_arguments
+from qwen_pipeline.text.spec import TextSpec, parse_template_arguments
 
 TEXT_FORMATS = 'JSONL of {"text"}, {"messages"} or other forms, Parquet, or a dataset on the hub'
 ENGINE_HELP = "Quantization engine: this package's layer loop with GPTQModel's solver, or a library's own loop."

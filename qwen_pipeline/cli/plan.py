@@ -47,11 +47,10 @@ def plan(
     from qwen_pipeline.checkpoint.memory_budget import available_at
     from qwen_pipeline.cli.plan_views import plan_data, plan_view, resource_data, resource_view
     from qwen_pipeline.config import load_settings
-    from qwen_pipeline.models.hub import load_config
     from qwen_pipeline.stages.merge_pad import estimate_resources
 
     request = PaddingSpec(group_size=group_size, tensor_parallel=max(tp), towers=towers)
-    config = load_config(model)
+    config = _config_of(model)
     result = _compare(config, request, sorted(set(tp)), engine, max_extra=max_extra, rank_memory=rank_memory)
     data, view = plan_data(result), plan_view(result)
     if estimate := estimate_resources(Path(model), request):
@@ -66,6 +65,22 @@ def plan(
         data["picture"] = str(picture)
         view.append(f"Picture: {picture}")
     return CommandResult(data=data, view=view)
+
+
+def _config_of(model: str) -> dict[str, Any]:
+    """Return a model's config, as its weights require it where they are here.
+
+    Raises:
+        InputRefused: The config contradicts itself or the headers of the weights.
+    """
+    from qwen_pipeline.checkpoint.lazy import open_checkpoint
+    from qwen_pipeline.models.hub import load_config
+    from qwen_pipeline.models.open import has_weights
+    from qwen_pipeline.qwen.settle import settle, settled_config
+
+    if has_weights(Path(model)):
+        return dict(settle(open_checkpoint(Path(model)), reads_values=False).checkpoint.config)
+    return settled_config(load_config(model))
 
 
 def _compare(

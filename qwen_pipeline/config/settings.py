@@ -18,7 +18,7 @@ from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
-from qwen_pipeline.text.reading import TextSpec
+from qwen_pipeline.text.spec import TextSpec
 from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 from qwen_pipeline.transforms.codes.nf4 import Statistics
 from qwen_pipeline.workers.environments import find_environment

@@ -154,10 +154,10 @@ def _agrees(copy: Path, base: Path) -> bool:
     if not (copy / CONFIG).is_file() or not (base / CONFIG).is_file():
         return True
     try:
-        configs = [load_json(root / CONFIG) for root in (copy, base)]
-    except CheckpointRefused:
+        ours, theirs = (load_json(root / CONFIG) for root in (base, copy))
+        return all(config_values(ours, size) == config_values(theirs, size) for size in _SIZES)
+    except (CheckpointRefused, TypeError):
         return False
-    return all(config_values(configs[0], size) == config_values(configs[1], size) for size in _SIZES)
 
 
 def _declared_base(adapter: Adapter) -> str:

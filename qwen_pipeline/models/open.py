@@ -24,11 +24,12 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.models.kinds import require_kind
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.settle import settle
 from qwen_pipeline.transforms.codes.base_weights import base_weights
+from qwen_pipeline.transforms.fine_tune.adopt import adopt
 from qwen_pipeline.transforms.lora.across_padding import Paddings
 from qwen_pipeline.transforms.lora.adapter import is_adapter, open_adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
-from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
 from qwen_pipeline.transforms.lora.merge import merge_lora
 
 
@@ -39,8 +40,11 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
         InputRefused: The directory holds none of them in a form that can be merged, or more than one.
     """
     require_kind(root)
-    is_whole = (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
-    kinds = {"an adapter": is_adapter(root), "a set of adapters": is_adapter_set(root), "a whole model": is_whole}
+    kinds = {
+        "an adapter": is_adapter(root),
+        "a set of adapters": is_adapter_set(root),
+        "a whole model": has_weights(root),
+    }
     if len(found := [kind for kind, is_present in kinds.items() if is_present]) > 1:
         raise InputRefused(
             f"{root} holds {' and '.join(found)}, so it is unclear which one is the fine-tune.",
@@ -49,6 +53,11 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
     if is_adapter(root):
         return single(open_adapter(root))
     return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
+
+
+def has_weights(root: Path) -> bool:
+    """Return whether a directory has the weights of a model."""
+    return (root / SINGLE_SHARD).exists() or (root / INDEX).exists()
 
 
 def open_model(root: Path) -> Checkpoint:
@@ -62,12 +71,12 @@ def open_model(root: Path) -> Checkpoint:
         return open_checkpoint(root)
     base = Path(manifest.recipe["base"])
     _require_unchanged(root, manifest, "base", base, checkpoint_digest)
-    parent = base_weights(manifest.derivation.spec).of(open_model(base))
+    parent = settle(base_weights(manifest.derivation.spec).of(open_model(base))).checkpoint
     child = _fine_tune_of(root, manifest, manifest.recipe)
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
     else:
-        merged = require_fine_tune_of(parent, child)
+        merged = adopt(parent, child).checkpoint
     return Checkpoint(
         config=merged.config,
         config_bytes=(root / CONFIG).read_bytes(),

@@ -22,11 +22,14 @@ ModelPart = Literal["decoder", "embedding", "norm", "head", "mtp", "vision", "au
 Mixer = Literal["attention", "next", "3.5", "4"]
 """Token mixers: full attention alone, or also gated delta nets (as in Qwen3-Next, Qwen3.5, Qwen4)."""
 
+TIED = "tie_word_embeddings"
 _VISION: Mapping[str, ModelPart] = {"visual.": "vision", "model.visual.": "vision"}
 _AUDIO: Mapping[str, ModelPart] = {
     f"{prefix}{tower}.": "audio" for prefix in ("", "model.") for tower in ("audio_tower", "multi_modal_projector")
 }
-_DECODER = ("model.language_model.", "model.")
+_BARE = ("model.", "")
+"""Published embedding models are saved without their head, and so without the prefix ``model.``."""
+_DECODER = ("model.language_model.", "model.", "language_model.", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +46,21 @@ class Family:
         head_dim: Default of the config field; 0 means ``hidden_size // num_attention_heads``.
         drafts: Whether published checkpoints have a multi-token prediction head at ``mtp.``.
         ties: Whether ``tie_word_embeddings`` has a meaning (``_tied_weights_keys`` of the model's class).
+        ties_by_default: The meaning of a config without ``tie_word_embeddings``.
+        ties_by_text: Whether the text section alone can declare the head tied (``__post_init__`` of the config).
     """
 
     mixer: Mixer = "attention"
     experts: bool = False
     shared: bool = False
-    decoder: tuple[str, ...] = ("model.",)
+    decoder: tuple[str, ...] = _BARE
     heads: tuple[str, ...] = ("lm_head",)
     towers: Mapping[str, ModelPart] = field(default_factory=dict[str, ModelPart])
     head_dim: int = 0
     drafts: bool = False
     ties: bool = True
+    ties_by_default: bool = False
+    ties_by_text: bool = False
 
 
 def _thinker(towers: Mapping[str, ModelPart], **rest: Any) -> Family:
@@ -69,7 +76,7 @@ def _thinker(towers: Mapping[str, ModelPart], **rest: Any) -> Family:
     )
 
 
-_VL = Family(decoder=_DECODER, towers=_VISION)
+_VL = Family(decoder=_DECODER, towers=_VISION, ties_by_text=True)
 _OMNI_2_5 = _thinker({**_VISION, **_AUDIO})
 _OMNI_3 = _thinker({**_VISION, **_AUDIO}, experts=True)
 _TEXT_3_5 = Family(mixer="3.5", decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True)
@@ -98,7 +105,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl_moe": Family(experts=True, decoder=_DECODER, towers=_VISION),
     "qwen3_omni_moe": _OMNI_3,
     "qwen3_omni_moe_thinker": _OMNI_3,
-    "qwen3_asr": Family(decoder=_DECODER, towers=_AUDIO, head_dim=128),
+    "qwen3_asr": Family(decoder=_DECODER, towers=_AUDIO, head_dim=128, ties_by_default=True),
     "qwen3_5": _TEXT_3_5,
     "qwen3_5_text": _TEXT_3_5,
     "qwen3_5_moe": _TEXT_3_5_MOE,
@@ -106,6 +113,31 @@ FAMILIES: Mapping[str, Family] = {
     "qwen4_exp": _TEXT_4,
     "qwen4_exp_text": _TEXT_4,
 }
+
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLModel"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel"),
+    "qwen2_5_omni": ("Qwen2_5OmniForConditionalGeneration",),
+    "qwen2_5_omni_thinker": ("Qwen2_5OmniThinkerForConditionalGeneration",),
+    "qwen2_audio": ("Qwen2AudioForConditionalGeneration", "Qwen2AudioModel"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
+    "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextModel"),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLModel"),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeModel"),
+    "qwen3_omni_moe": ("Qwen3OmniMoeForConditionalGeneration",),
+    "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinkerForConditionalGeneration",),
+    "qwen3_asr": ("Qwen3ASRForConditionalGeneration", "Qwen3ASRModel"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "Qwen3_5Model"),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", "Qwen3_5TextModel"),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeModel"),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextModel"),
+    "qwen4_exp": ("Qwen4ExpForConditionalGeneration", "Qwen4ExpModel"),
+    "qwen4_exp_text": ("Qwen4ExpForCausalLM", "Qwen4ExpTextModel"),
+}
+"""Model type -> classes of Transformers that have its tensors and no others, that with an output head first."""
 
 
 def require_family(config: Config) -> Family:
@@ -128,6 +160,11 @@ def text_config(config: Config) -> Config:
     return _sections(config)[-1][1]
 
 
+def text_prefix(config: Config) -> str:
+    """Return the path of :func:`text_config`, such as ``thinker_config.text_config.``; empty for the config itself."""
+    return _sections(config)[-1][0]
+
+
 def config_paths(config: Config, field: str) -> tuple[str, ...]:
     """Return all paths of the language model's ``field``, such as ``thinker_config.text_config.intermediate_size``.
 
@@ -135,6 +172,11 @@ def config_paths(config: Config, field: str) -> tuple[str, ...]:
     ``vision_config.intermediate_size``.
     """
     return tuple(path for path, _ in _occurrences(config, field))
+
+
+def config_items(config: Config, field: str) -> dict[str, Any]:
+    """Return path -> value at :func:`config_paths`."""
+    return dict(_occurrences(config, field))
 
 
 def config_values(config: Config, field: str) -> set[Any]:
@@ -163,9 +205,21 @@ def number_of_experts(config: Config) -> int:
 
 
 def declares_tied(config: Config) -> bool:
-    """Return whether Transformers ties the output head to the embedding, even if a head is stored."""
-    declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
-    return bool(_family(config).ties and declared)
+    """Return whether Transformers ties the output head to the embedding, unless a head with other values is stored."""
+    family, owner, text = _family(config), _head_owner(config)[1], text_config(config)
+    declared = owner.get(TIED, family.ties_by_default) or (family.ties_by_text and text.get(TIED))
+    return bool(family.ties and declared)
+
+
+def tie_paths(config: Config) -> tuple[str, ...]:
+    """Return all paths at which loaders read ``tie_word_embeddings``: Transformers one of them, engines others."""
+    return tuple(dict.fromkeys((TIED, f"{_head_owner(config)[0]}{TIED}", *config_paths(config, TIED))))
+
+
+def _head_owner(config: Config) -> tuple[str, Config]:
+    """Return the section of the model that has the output head, which is around the text section, with its path."""
+    sections = _sections(config)
+    return sections[-2] if len(sections) > 1 else sections[-1]
 
 
 def _family(config: Config) -> Family:

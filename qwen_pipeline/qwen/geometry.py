@@ -5,7 +5,7 @@ has the right scales only if that is a multiple of the group size: 29568 = 231 x
 128 on 2, 4 and 8.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from math import ceil
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import TypeAdapter
 
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.config import with_values
 from qwen_pipeline.qwen.families import DecoderField, SizeField, TowerField, config_paths
 from qwen_pipeline.qwen.layers import (
     head_geometry,
@@ -180,16 +181,7 @@ def plan_between(
 
 def resized_config(config: Mapping[str, Any], size: PaddedSize, width: int) -> dict[str, Any]:
     """Return the config with one size changed at all its paths."""
-    changed = dict(config)
-    for path in size.places:
-        changed = _with(changed, path.split("."), width)
-    return changed
-
-
-def _with(config: Mapping[str, Any], path: Sequence[str], value: int) -> dict[str, Any]:
-    """Return the config with ``value`` at the end of ``path``."""
-    field, *rest = path
-    return {**config, field: _with(config[field], rest, value) if rest else value}
+    return with_values(config, dict.fromkeys(size.places, width))
 
 
 def attention_obstacles(config: Mapping[str, Any], *, group_size: int, tensor_parallel: int) -> list[str]:

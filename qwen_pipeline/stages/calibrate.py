@@ -24,9 +24,11 @@ from qwen_pipeline.quantization.calibration.calibration_set import (
 )
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
 from qwen_pipeline.quantization.spec import Device, default_device
+from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RECORDS_USED, TextSpec
+from qwen_pipeline.text.reading import RECORDS_USED
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 from qwen_pipeline.workers.parent import run_worker
 
@@ -74,7 +76,7 @@ def calibrate(
     from qwen_pipeline.quantization.calibration.expert_coverage import has_experts
 
     checkpoint = open_checkpoint(source)
-    is_mixture = has_experts(checkpoint)
+    is_mixture = has_experts(require_settled(checkpoint))
     opened = open_text(text)
     inputs = {"source": checkpoint_digest(source, observe=observe), "text": opened.digest()}
     settings = {"text": opened.name, "all_experts": all_experts, "min_expert_tokens": min_expert_tokens}

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.digest_cache import HashedCheckpoint, stat_key
-from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint, open_sidecars
 from qwen_pipeline.checkpoint.manifest import UNREAD
@@ -156,7 +156,7 @@ def _checkpoint(weights: TrainedWeights, home: _Home) -> Checkpoint:
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in weights.aliases}
     config = home.root / home.config_name
     return Checkpoint(
-        config=load_json(config),
+        config=load_config_file(config),
         config_bytes=config.read_bytes(),
         tensors=tensors,
         shards=dict.fromkeys(tensors, SINGLE_SHARD),

@@ -29,23 +29,34 @@ from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
+from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
+from qwen_pipeline.transforms.fine_tune.adopt import Adopted, adopt
+from qwen_pipeline.transforms.fine_tune.reports import CARRIED, adoption_summary, carried_report, used_detail
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.changes import ChangeMeter
-from qwen_pipeline.transforms.lora.fine_tune import require_fine_tune_of
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
 from qwen_pipeline.transforms.sidecars import merged_sidecars
 from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "merged"
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 
 TENSORS_USED = CheckSpec(
     name="every_tensor_is_used", description="Each tensor of the fine-tune is matched to one tensor of the base."
 )
 FINITE = CheckSpec(name="weights_are_finite", description="No merged weight is NaN or infinite.")
-CHECKS = (TENSORS_USED, BASE_MATCHES, CHANGES_BASE, FILES_READ, TOKENIZER_FITS, FINITE)
+CHECKS = (
+    TENSORS_USED,
+    BASE_MATCHES,
+    CARRIED,
+    CONFIG_MATCHES,
+    CHANGES_BASE,
+    FILES_READ,
+    TOKENIZER_FITS,
+    FINITE,
+)
 
 
 def merge(
@@ -114,12 +125,13 @@ def prepare(
         observe: Called with the progress.
     """
     sources = {"base": open_input("base", base.root, read_now=read_now, observe=observe)}
-    parent = base.weights.of(sources["base"].checkpoint)
+    settled = settle(base.weights.of(sources["base"].checkpoint))
+    parent = settled.checkpoint
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
     files = files_of(fine_tune if isinstance(fine_tune, Path) else None, child, leave_behind)
     require_all_weights_read(files)
     if isinstance(child, AdapterSet):
-        merge = _merge_adapters(base, parent, child, padded, base_digest=sources["base"].final_digest)
+        merge = _merge_adapters(base, settled, child, padded, base_digest=sources["base"].final_digest)
     else:
         assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
@@ -168,7 +180,7 @@ class _Merge:
 
 def _merge_adapters(
     base: KnownBase,
-    parent: Checkpoint,
+    settled: Settled,
     adapters: AdapterSet,
     padded: Path | None,
     *,
@@ -176,7 +188,7 @@ def _merge_adapters(
 ) -> _Merge:
     meter = ChangeMeter()
     paddings = paddings_of(base.root, adapters, padded=padded)
-    merged = merge_lora(parent, adapters, paddings=paddings, meter=meter)
+    merged = merge_lora(settled.checkpoint, adapters, paddings=paddings, meter=meter)
     require_effect(adapters)
     model = trained_on(adapters, padded) if merged.bridge else None
 
@@ -185,6 +197,8 @@ def _merge_adapters(
         return [
             _adapter_use_report(adapters, merged),
             base_report(base, adapters, is_padded_base=is_padded_base),
+            CARRIED.report(passed=True, detail="An adapter changes tensors of the base, which has every part."),
+            config_report(settled),
             adapter_change_report(meter, merged.checkpoint),
         ]
 
@@ -198,10 +212,11 @@ def _merge_adapters(
 
 
 def _adopt_model(parent: Checkpoint, child: Checkpoint) -> _Merge:
+    adopted = adopt(parent, child)
     return _Merge(
-        output=require_fine_tune_of(parent, child),
-        summary={"kind": "full", "tensors": len(child)},
-        reports=lambda: _model_reports(parent, child),
+        output=adopted.checkpoint,
+        summary=adoption_summary(adopted),
+        reports=lambda: _model_reports(adopted, len(parent)),
     )
 
 
@@ -266,18 +281,15 @@ def _adapter_use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
     )
 
 
-def _model_reports(parent: Checkpoint, child: Checkpoint) -> list[CheckReport]:
-    count = len(child)
-    is_resized = any(child[name].shape != spec.shape for name, spec in parent.items() if name in child)
-    exception = ", except for the rows of its vocabulary" if is_resized else ""
+def _model_reports(adopted: Adopted, base_tensors: int) -> list[CheckReport]:
+    exception = ", except for the rows of its vocabulary" if adopted.is_resized else ""
     return [
         TENSORS_USED.report(
-            passed=True,
-            measured=f"{count} of {count}",
-            detail=f"All {count} tensors were matched to the {len(parent)} of the base, by name and shape,"
-            " before anything was written.",
+            passed=True, measured=f"{adopted.stored} of {adopted.stored}", detail=used_detail(adopted, base_tensors)
         ),
         BASE_MATCHES.report(passed=True, detail=f"A complete model, with the base's tensors and shapes{exception}."),
+        carried_report(adopted),
+        config_report(adopted.settled, *adopted.remarks),
     ]
 
 

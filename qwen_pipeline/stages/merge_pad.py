@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest import digest_files
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
-from qwen_pipeline.checkpoint.lazy import INDEX, SINGLE_SHARD, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
 from qwen_pipeline.checkpoint.memory_budget import ResourceNeeds, estimate_needs
 from qwen_pipeline.checkpoint.store.derive import Built, derive, find
@@ -17,9 +17,10 @@ from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.checkpoint.writer import write_config_and_sidecars
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.base_names import KnownBase
-from qwen_pipeline.models.open import open_model, recipe_of
+from qwen_pipeline.models.open import has_weights, open_model, recipe_of
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
+from qwen_pipeline.qwen.settle import settle
 from qwen_pipeline.qwen.tensor_parallel.plan import plan_for
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
@@ -116,10 +117,10 @@ def estimate_resources(root: Path, spec: PaddingSpec) -> ResourceEstimate | None
 
     The estimate is for a fine-tune that changes every tensor; others cost no more.
     """
-    if not any((root / name).is_file() for name in (INDEX, SINGLE_SHARD)):
+    if not has_weights(root):
         return None
-    base = open_checkpoint(root)
     try:
+        base = settle(open_checkpoint(root), reads_values=False).checkpoint
         padded = pad_checkpoint(base, plan_for(base.config, replace(spec, layout="append")))
     except InputRefused:
         return None

@@ -15,15 +15,17 @@ from qwen_pipeline.qwen.config import diff_configs, require_full_precision
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
+from qwen_pipeline.qwen.settle import CONFIG_MATCHES, config_report, settle
 from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, plan_for
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 from qwen_pipeline.transforms.padding.splitting import choose_splits
+from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "padded"
-CODE_VERSION = "5"
+CODE_VERSION = "6"
 WIDTH_DIVIDES = CheckSpec(name="width_divides", description="Every rank holds whole quantization groups of every MLP.")
 PADDING_IS_SILENT = CheckSpec(
     name="padding_is_silent",
@@ -38,7 +40,7 @@ ATTENTION_DIVIDES = CheckSpec(
     " towers, which are padded only on request.",
     blocking=False,
 )
-CHECKS = (WIDTH_DIVIDES, PADDING_IS_SILENT, CONFIG_FOLLOWS, ATTENTION_DIVIDES)
+CHECKS = (WIDTH_DIVIDES, PADDING_IS_SILENT, CONFIG_FOLLOWS, ATTENTION_DIVIDES, CONFIG_MATCHES, TOKENIZER_FITS)
 
 DEFAULT_SPEC = PaddingSpec()
 
@@ -79,14 +81,16 @@ def pad(
 
 def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STORED) -> Rewrite:
     """Check a padding and return its derivation and its lazy output; see :func:`pad`."""
-    live = weights.of(source.checkpoint)
+    stored = weights.of(source.checkpoint)
     require_full_precision(
-        live,
+        stored,
         because="The order is merge, then pad, then quantize: packed codes and group scales cannot take the channels"
         " that padding adds to full-precision tensors.",
         remedy="Pad the merged full-precision checkpoint, then quantize again. If there is none, read the codes as the"
         " full precision that they stand for: --base-dequantize.",
     )
+    settled = settle(stored)
+    live = settled.checkpoint
     plan = choose_splits(live, plan_for(live.config, spec))
     padded = pad_checkpoint(live, plan)
     reports = [
@@ -94,6 +98,8 @@ def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STO
         _zero_effect_report(live, plan, spec.layout),
         _config_report(live, padded, plan),
         _attention_report(padded.config, spec),
+        config_report(settled),
+        tokenizer_report(padded),
     ]
     return Rewrite(
         stage=STAGE,
@@ -101,13 +107,17 @@ def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STO
         spec=spec.to_json() | weights.spec(source.checkpoint),
         sources={"source": source},
         output=padded,
-        result=lambda: {**_unpad_data(live, plan), "checks": dump_reports(reports)},
+        result=lambda: {
+            **_unpad_data(stored, plan, changes=plan.changes or settled.checkpoint is not stored),
+            "left_behind": list(settled.left_behind),
+            "checks": dump_reports(reports),
+        },
     )
 
 
-def _unpad_data(live: Checkpoint, plan: PadPlan) -> dict[str, Any]:
-    """Return the data that unpadding needs: the map of the channels, and the original text of the config."""
-    config = live.config_bytes.decode() if live.config_bytes and plan.changes else None
+def _unpad_data(stored: Checkpoint, plan: PadPlan, *, changes: bool) -> dict[str, Any]:
+    """Return the data that unpadding needs: the map of the channels, and the original text of a config that changes."""
+    config = stored.config_bytes.decode() if stored.config_bytes and changes else None
     return {"padding": dump_plan(plan), "live_config": config}
 
 

@@ -44,8 +44,9 @@ from qwen_pipeline.quantization.requirements import require_quantizable
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import dump_reports
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, TextSpec
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 from qwen_pipeline.workers.environments import WorkerEnvironment
@@ -126,6 +127,7 @@ def _open_source(source: Path) -> tuple[Checkpoint, list[Linear]]:
         because="Codes cannot be quantized again.",
         remedy="Quantize the merged and padded checkpoint: merge, then pad, then quantize.",
     )
+    require_settled(checkpoint)
     return checkpoint, decoder_linears(checkpoint)
 
 

@@ -9,7 +9,7 @@ from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -71,6 +71,8 @@ def _identity_report(contents: Contents, manifest: Manifest) -> CheckReport:
         return IS_WHAT_WAS_PADDED.skipped(
             "The padded checkpoint was made by merging into a padded base, so there is no digest to compare with."
         )
+    if left_behind := manifest.result.get("left_behind"):
+        return IS_WHAT_WAS_PADDED.skipped(f"Padding left buffers behind that are no weights: {listed(left_behind)}.")
     if base_weights(manifest.derivation.spec) != AS_STORED:
         return IS_WHAT_WAS_PADDED.skipped(
             "What was padded is the full precision of a quantized checkpoint, which was never stored."

@@ -30,6 +30,7 @@ from qwen_pipeline.quantization.evidence import ModuleEvidence, load_evidence
 from qwen_pipeline.quantization.spec import default_device
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, dump_reports
 from qwen_pipeline.text.reading import RecordUse
 from qwen_pipeline.text.tokenizers import encode_prompt, load_tokenizer
@@ -130,6 +131,7 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         because="The reference is the model before quantization.",
         remedy="Pass the merged full-precision checkpoint as the reference.",
     )
+    require_settled(checkpoints[MERGED])
     tokenizer = load_tokenizer(inputs.reference)
     tokens, records = read_windows(
         inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len, spec=plan.text_spec

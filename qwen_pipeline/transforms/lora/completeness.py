@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 
+from qwen_pipeline.checkpoint.compare import are_equal
 from qwen_pipeline.qwen.names import parse_name
 from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
-from qwen_pipeline.transforms.lora.lazy_ops import are_equal, lazy_tensor
+from qwen_pipeline.transforms.lora.lazy_ops import lazy_tensor
 from qwen_pipeline.transforms.lora.plan import MergePlan
 from qwen_pipeline.transforms.lora.vocabulary import Vocabulary
 

@@ -1,4 +1,4 @@
-"""Operations on lazy tensors: read from a file, cast, replace rows, compare."""
+"""Operations on lazy tensors: read from a file, cast, replace rows, count equal rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,10 +51,3 @@ def count_equal_rows(a: LazyTensor, b: LazyTensor) -> int:
     return sum(
         int((a.read(*rows).to(dtype) == b.read(*rows)).flatten(1).all(dim=1).sum()) for rows in block_ranges(common)
     )
-
-
-def are_equal(a: LazyTensor, b: LazyTensor) -> bool:
-    """Return whether two tensors have the same shape and values."""
-    if a.spec.shape != b.spec.shape:
-        return False
-    return all(a.read(*rows).equal(b.read(*rows)) for rows in block_ranges(a.spec))

@@ -4,21 +4,21 @@ If they are tied and an adapter changes only one of them, or each differently, t
 training. (PEFT's ``merge_and_unload`` adds an update of either to both.) If it changes both alike, they stay tied.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_pipeline.checkpoint.compare import are_equal
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.families import config_paths, is_tied, require_family
+from qwen_pipeline.qwen.config import with_values
+from qwen_pipeline.qwen.families import config_paths, is_tied, require_family, tie_paths
 from qwen_pipeline.qwen.names import ParsedName, spellings
 from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
-from qwen_pipeline.transforms.lora.lazy_ops import are_equal, count_equal_rows, lazy_tensor
+from qwen_pipeline.transforms.lora.lazy_ops import count_equal_rows, lazy_tensor
 from qwen_pipeline.transforms.lora.low_rank import Term
 from qwen_pipeline.transforms.lora.plan import MergePlan, TensorMerge, TokenRows
-
-TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,21 +126,12 @@ def apply_plan(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, mus
             changed[vocabulary.head] = same
         return _replaced(base, changed, config)
     if vocabulary.tied:
-        config |= dict.fromkeys((TIED, *config_paths(base.config, TIED)), False)
+        config |= dict.fromkeys(tie_paths(base.config), False)
     return _replaced(plan.base, changed, config)
 
 
 def _replaced(base: Checkpoint, tensors: Mapping[str, LazyTensor], fields: Mapping[str, Any]) -> Checkpoint:
-    config = base.config
-    for path, value in fields.items():
-        config = _with_value(config, path.split("."), value)
-    return base.replace(tensors=tensors, config=config if fields else None)
-
-
-def _with_value(config: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
-    """Return the config with the field at ``path`` set to ``value``."""
-    field, *rest = path
-    return {**config, field: _with_value(config[field], rest, value) if rest else value}
+    return base.replace(tensors=tensors, config=with_values(base.config, fields) if fields else None)
 
 
 def _are_alike(a: TensorMerge, b: TensorMerge) -> bool:
