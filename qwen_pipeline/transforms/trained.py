@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qwen_pipeline.checkpoint.compare import are_equal
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD, LazyTensor
 from qwen_pipeline.checkpoint.trainers.weights import TrainedWeights
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.families import declares_tied
 from qwen_pipeline.qwen.names import parse_name
-from qwen_pipeline.transforms.lora.lazy_ops import are_equal, cast
+from qwen_pipeline.transforms.lora.lazy_ops import cast
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: Mapping[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
