@@ -15,6 +15,13 @@ REMOVED = object()
 """Stands for the value of a field that is removed from a config."""
 
 
+FULL_PRECISION_BASE = (
+    "Use the full-precision base; quantize after merging (merge, then pad, then quantize). If there is none, read its"
+    " codes as the full precision that they stand for: --base-dequantize, or base_dequantize in the settings."
+)
+"""The remedy for a quantized base."""
+
+
 def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a config's values by path, such as ``text_config.intermediate_size``."""
     flat: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, listed
-from qwen_pipeline.qwen.config import require_full_precision
+from qwen_pipeline.qwen.config import FULL_PRECISION_BASE, require_full_precision
 from qwen_pipeline.qwen.families import ModelPart, is_tied
 from qwen_pipeline.qwen.names import ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, settle
@@ -62,7 +62,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     require_full_precision(
         base,
         because="A fine-tune takes the places of full-precision weights.",
-        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
+        remedy=FULL_PRECISION_BASE,
     )
     require_full_precision(
         fine_tune,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import AdapterRefused, listed
-from qwen_pipeline.qwen.config import require_full_precision
+from qwen_pipeline.qwen.config import FULL_PRECISION_BASE, require_full_precision
 from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings, padding_bridge
 from qwen_pipeline.transforms.lora.adapter import require_finite
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, Member
@@ -61,9 +61,7 @@ def merge_lora(
     require_full_precision(
         base,
         because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
-        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize). If there is none,"
-        " read its codes as the full precision that they stand for: --base-dequantize, or base_dequantize in the"
-        " settings.",
+        remedy=FULL_PRECISION_BASE,
     )
     adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))
     bridge = padding_bridge(base, adapters, paddings)
