@@ -38,16 +38,14 @@ class StageStatus:
             another code version. ``failed``: up to date, but a blocking check failed or a required one was
             skipped. ``done``: up to date and good.
         artifact: The output in the store, unless it is missing or damaged.
+        failed_checks: Names of the blocking checks that failed and of the required ones that were skipped.
         fault: Why it is damaged.
     """
 
     state: State
     artifact: Artifact | None = None
+    failed_checks: tuple[str, ...] = ()
     fault: str = ""
-
-    @property
-    def reports(self) -> list[CheckReport]:
-        return load_reports(self.artifact.manifest.result) if self.artifact else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +131,8 @@ def status_frame(settings: Settings) -> "pd.DataFrame":
     """Return the status of every fine-tune and import as a table, one row for each stage.
 
     The columns are ``name``, ``stage``, ``state``, ``digest`` and ``path`` of the output (empty cells without one),
-    ``failed_checks`` (names of failed blocking checks, separated by commas) and ``remark`` (what is wrong with the
-    output, or with the upload).
+    ``failed_checks`` (names of the checks that failed, or were required and skipped, separated by commas) and
+    ``remark`` (what is wrong with the output, or with the upload).
     """
     import pandas as pd
 
@@ -145,7 +143,7 @@ def status_frame(settings: Settings) -> "pd.DataFrame":
             "state": status.state,
             "digest": status.artifact.manifest.content_digest if status.artifact else None,
             "path": str(status.artifact.path) if status.artifact else None,
-            "failed_checks": ", ".join(report.name for report in status.reports if report.blocks),
+            "failed_checks": ", ".join(status.failed_checks),
             "remark": status.fault or found.remark,
         }
         for found in [*fine_tune_statuses(settings), *import_statuses(settings)]
@@ -213,20 +211,19 @@ def _stage_status(
         if artifact is None:
             return StageStatus(state="missing")
         made = artifact.manifest.derivation
-        failed = any(report.blocks for report in load_reports(artifact.manifest.result))
-        if made.code_version != stage.CODE_VERSION:
-            return StageStatus(state="stale", artifact=artifact)
-        if stage is validate:
-            failed = bool(load_validation(artifact.path, artifact.manifest).obstacles)
+        failed = [report for report in load_reports(artifact.manifest.result) if report.blocks]
+        outdated = made.code_version != stage.CODE_VERSION
+        if stage is validate and not outdated:
+            failed = load_validation(artifact.path, artifact.manifest).blocking
     except CheckpointRefused as refusal:
         return StageStatus(state="damaged", fault=refusal.what)
-    if not (inputs.items() <= made.inputs.items() and spec.items() <= {**_SPEC_DEFAULTS, **made.spec}.items()):
-        return StageStatus(state="stale", artifact=artifact)
-    return StageStatus(state="failed" if failed else "done", artifact=artifact)
+    current = inputs.items() <= made.inputs.items() and spec.items() <= {**_SPEC_DEFAULTS, **made.spec}.items()
+    state: State = "stale" if outdated or not current else "failed" if failed else "done"
+    return StageStatus(state=state, artifact=artifact, failed_checks=tuple(report.name for report in failed))
 
 
 def against_last_release(store: CheckpointStore, fine_tune: str, validated: Artifact) -> CheckReport:
-    """Compare a validation with that of the last release of other bytes, the one that is being served."""
+    """Compare a validation with that of the last release of different weights, the one that is being served."""
     candidate = validated.manifest.derivation.inputs["candidate"]
     released = [
         release
@@ -244,7 +241,7 @@ def calibration_of(store: CheckpointStore, fine_tune: str, quantized: Artifact) 
 
 
 def version_before(store: CheckpointStore, fine_tune: str, quantized: Artifact) -> Artifact | None:
-    """Return the last quantized checkpoint of other bytes made before this one, if the store still has it."""
+    """Return the last quantized checkpoint of different weights made before this one, if the store still has it."""
     made = [
         each
         for each in store.finished(quantize.STAGE, fine_tune)

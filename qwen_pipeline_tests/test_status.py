@@ -42,7 +42,8 @@ def test_the_frame_has_a_row_for_each_stage(chain: Chain, validated: Artifact, t
     assert list(empty.columns) == list(FRAME_COLUMNS)
     assert empty.empty
 
-    failed: Change = {"checks": {"kl_divergence": {"passed": False}}}
+    skipped = {"skipped": True, "passed": False, "measured": None, "limit": None}
+    failed: Change = {"checks": {"kl_divergence": {"passed": False}, "float16_range": skipped, "serves": skipped}}
     (tmp_path / "store" / "padded" / "bot").mkdir(parents=True)
     shutil.copytree(chain.padded, tmp_path / "store" / "padded" / "bot" / "0")
     rewritten(validated.path, tmp_path / "store" / "validated" / "bot" / "0", failed)
@@ -57,7 +58,7 @@ def test_the_frame_has_a_row_for_each_stage(chain: Chain, validated: Artifact, t
     assert frame.loc[("bot", "padded"), "path"] == str(tmp_path / "store" / "padded" / "bot" / "0")
     assert str(frame.loc[("bot", "padded"), "digest"]).startswith("sha256:")
     assert frame.loc[("bot", "padded"), "remark"] == "no longer in the inbox"
-    assert frame.loc[("bot", "validated"), "failed_checks"] == "kl_divergence"
+    assert frame.loc[("bot", "validated"), "failed_checks"] == "kl_divergence, float16_range"
     assert frame.loc[("edited", "validated"), "state"] == "damaged"
     assert frame["path"].isna().loc[("edited", "validated")]
     assert "report.json has the SHA-256" in str(frame.loc[("edited", "validated"), "remark"])

@@ -5,27 +5,34 @@ import fcntl
 import json
 import os
 import shutil
+import stat
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
 
 _FICLONE = 0x40049409
 _SYNC_FILE_RANGE_WRITE = 2
 """``linux/fs.h``"""
 
 
+MAX_JSON_BYTES = 100_000_000
+"""The largest JSON file that is read; the index of the largest mixture published so far has a tenth of it."""
+
+
 def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointRefused: The file cannot be read, or is not a JSON object. ``refused`` may be another class.
+        CheckpointRefused: The file cannot be read, is too large, or is not a JSON object. ``refused`` may be another
+            class.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(_read_regular(path, refused))
     except FileNotFoundError as error:
         raise refused(f"{path} is missing.", remedy="Pass a directory that has it, or fetch it again.") from error
     except OSError as error:
@@ -35,6 +42,47 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
     if not isinstance(value, dict):
         raise refused(f"{path} is not a JSON object.", remedy="Fetch or save the file again.")
     return cast("dict[str, Any]", value)
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse JSON whose keys are unique and whose nesting Python can follow.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def require_regular(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> None:
+    """Require a regular file, or a link to one; reading from a FIFO or a device would wait, or never end.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointRefused: It is something else. ``refused`` may be another class.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise refused(f"{path} is not a regular file.", remedy="Put the file itself in its place.")
+
+
+def _read_regular(path: Path, refused: type[InputRefused]) -> bytes:
+    require_regular(path, refused=refused)
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise refused(
+            f"{path} has {size:,} bytes, but a JSON file here has at most {MAX_JSON_BYTES:,}.",
+            remedy="Fetch or save the file again.",
+        )
+    return path.read_bytes()
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        repeated = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"repeated keys {listed([repr(key) for key in repeated])}")
+    return table
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -263,9 +263,21 @@ def _no_weights(root: Path) -> CheckpointRefused:
 
 
 def _relative_files(root: Path) -> list[str]:
-    """Return the sorted files below ``root`` without hidden ones; links, as in the hub's cache, are followed."""
-    return sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    """Return the sorted files below ``root`` without hidden ones; links, as in the hub's cache, are followed.
+
+    Raises:
+        CheckpointRefused: An entry is neither a file nor a directory, such as a FIFO or a link to nothing.
+    """
+    files: list[str] = []
+    for path in root.rglob("*"):
+        relative = path.relative_to(root)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.is_file():
+            files.append(relative.as_posix())
+        elif not path.is_dir():
+            raise CheckpointRefused(
+                f"{path} is neither a regular file nor a directory.",
+                remedy="Remove it, or put the file itself in its place.",
+            )
+    return sorted(files)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.buffers import empty
+from qwen_pipeline.checkpoint.files import parse_json, require_regular
 from qwen_pipeline.errors import CheckpointRefused
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
+
+MAX_AXES = 8
 
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -120,6 +123,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises:
         CheckpointRefused: The header is damaged, or its offsets and shapes do not agree with the file's size.
     """
+    require_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -127,7 +131,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(path, f"a header of {length:,} bytes does not fit the file's {size:,} bytes")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
+            header = parse_json(file.read(length))
         except ValueError as error:
             raise _damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -166,24 +170,13 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | 
 
 
 def _checked_file(path: Path, header: dict[str, Any], *, data_start: int, size: int) -> SafetensorsFile:
-    metadata = header.pop("__metadata__", {})
-    entries: list[tuple[int, int, str, TensorSpec]] = []
-    for name, entry in header.items():
-        try:
-            spec = TensorSpec(dtype=entry["dtype"], shape=tuple(entry["shape"]))
-            begin, end = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f"the entry of tensor {name!r} is incomplete ({error!r})") from error
-        if spec.dtype not in ITEM_BYTES:
-            raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; expected one of {', '.join(ITEM_BYTES)}")
-        if not all(isinstance(n, int) and n >= 0 for n in (*spec.shape, begin, end)):
-            raise _damaged(path, f"tensor {name!r} has a shape or offset that is not a natural number")
-        if end - begin != spec.nbytes:
-            raise _damaged(path, f"tensor {name!r} {list(spec.shape)} needs {spec.nbytes} bytes, has {end - begin}")
-        entries.append((begin, end, name, spec))
+    metadata: object = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its __metadata__ is not a JSON object")
+    entries = [(*_checked_entry(path, name, entry), name) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[:2])
     expected = 0
-    for begin, end, name, _ in entries:
+    for begin, end, _, name in entries:
         if begin != expected:
             raise _damaged(path, f"tensor {name!r} starts at byte {begin}, where {expected} was expected")
         expected = end
@@ -191,10 +184,28 @@ def _checked_file(path: Path, header: dict[str, Any], *, data_start: int, size: 
         raise _damaged(path, f"its header describes {data_start + expected:,} bytes, the file has {size:,}")
     return SafetensorsFile(
         path=path,
-        specs={name: spec for _, _, name, spec in entries},
-        offsets={name: data_start + begin for begin, _, name, _ in entries},
-        metadata={str(key): str(value) for key, value in dict(metadata).items()},
+        specs={name: spec for _, _, spec, name in entries},
+        offsets={name: data_start + begin for begin, _, _, name in entries},
+        metadata={str(key): str(value) for key, value in cast("dict[Any, Any]", metadata).items()},
     )
+
+
+def _checked_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    """Return the offsets of a tensor's first byte and of the one after its last, and its dtype and shape."""
+    try:
+        spec = TensorSpec(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+        begin, end = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"the entry of tensor {name!r} is incomplete ({error!r})") from error
+    if str(spec.dtype) not in ITEM_BYTES:
+        raise _damaged(path, f"tensor {name!r} has dtype {spec.dtype!r}; expected one of {', '.join(ITEM_BYTES)}")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*spec.shape, begin, end)):
+        raise _damaged(path, f"tensor {name!r} has a shape or offset that is not a natural number of 64 bits")
+    if len(spec.shape) > MAX_AXES:
+        raise _damaged(path, f"tensor {name!r} has {len(spec.shape)} axes; at most {MAX_AXES} are supported")
+    if end - begin != spec.nbytes:
+        raise _damaged(path, f"tensor {name!r} {list(spec.shape)} needs {spec.nbytes} bytes, has {end - begin}")
+    return begin, end, spec
 
 
 def _read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
@@ -204,14 +215,6 @@ def _read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
         if count == 0:
             raise _damaged(path, f"it ends at byte {offset + done:,}, before the tensor's last byte")
         done += count
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        repeated = sorted({key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1})
-        raise ValueError(f"repeated keys {', '.join(repeated)}")
-    return table
 
 
 def _damaged(path: Path, why: str) -> CheckpointRefused:

@@ -19,6 +19,7 @@ from pydantic import Field
 from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore, Slot
 from qwen_pipeline.config import Settings, settings_from_values
 from qwen_pipeline.defs.config_schema import config_fields, config_values, resource_class
+from qwen_pipeline.defs.interrupts import interrupts_kept
 from qwen_pipeline.errors import PipelineError
 from qwen_pipeline.models.inbox import Inbox
 from qwen_pipeline.progress import Observe, Progress, logging_observer, unobserved
@@ -104,16 +105,19 @@ class StepRunner:
     def run(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
         """Yield an observer that logs progress; convert a fault into a Dagster failure.
 
-        Only a fault that may not recur is retried.
+        Only a fault that may not recur is retried. An interrupt ends the step even if a library swallowed its error.
         """
         log = logging_observer(context.log.info)
-
-        def observe(progress: Progress) -> None:
-            log(progress)
-            self.observe(progress)
-
         try:
-            yield observe
+            with interrupts_kept() as require_no_interrupt:
+
+                def observe(progress: Progress) -> None:
+                    require_no_interrupt()
+                    log(progress)
+                    self.observe(progress)
+
+                yield observe
+                require_no_interrupt()
         except PipelineError as fault:
             delays = self.retry_delays
             if fault.retryable and context.retry_number < len(delays):

@@ -71,7 +71,7 @@ def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> Check
     if released is None:
         return NOT_WORSE.skipped("There is no earlier release to compare with.")
     if released.text != now.text:
-        return NOT_WORSE.skipped("The last release was measured on another text.")
+        return NOT_WORSE.skipped("The last release was measured on other held-out text, or another number of windows.")
     found = changes(released, now)
     growth = next(
         (change.now / change.before for change in found if change.figure == "perplexity" and change.before), None

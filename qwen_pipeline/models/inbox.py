@@ -79,6 +79,8 @@ class Arrival:
         """Return the reason why the directory is not a complete fine-tune, or None."""
         try:
             require_name(self.name)
+            if irregular := self._irregular():
+                return f"{irregular} is neither a regular file nor a directory"
             if outside := [relative for relative, path in self.files.items() if self._leads_outside(path)]:
                 return f"{outside[0]} is a link to a file outside of the directory"
             if partial := [relative for relative in self.files if relative.endswith(PARTIAL_SUFFIXES)]:
@@ -95,6 +97,11 @@ class Arrival:
         except OSError as error:
             return f"it cannot be read: {error}"
         return None
+
+    def _irregular(self) -> str | None:
+        """Return the first entry that cannot be read like a file, such as a FIFO or a link to nothing."""
+        found = (path for path in sorted(self.path.rglob("*")) if not path.is_file() and not path.is_dir())
+        return next((path.relative_to(self.path).as_posix() for path in found), None)
 
     def _leads_outside(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self.path.resolve())

@@ -53,7 +53,7 @@ def publish(
         observe: Called with the bytes copied.
 
     Raises:
-        CheckFailed: The validation is of other bytes, a blocking check failed, or a required check was skipped.
+        CheckFailed: The validation is of another checkpoint, a blocking check failed, or a required check was skipped.
         CheckpointRefused: The validation is damaged, or a file is not the one that was validated.
     """
     checkpoint, validation = open_manifest(quantized), open_manifest(validated)

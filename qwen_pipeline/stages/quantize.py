@@ -52,7 +52,7 @@ from qwen_pipeline.workers.parent import Worker, started_worker
 STAGE = "quantized"
 UNPADDED_STAGE = "quantized_unpadded"
 """Stage of the merged checkpoint, quantized without padding for comparison only."""
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 CHECKS = checks.CHECKS
 
 

@@ -33,7 +33,7 @@ def test_a_worse_model_is_reported_by_how_much(perplexity: float, passed: bool) 
 def test_what_cannot_be_compared_is_skipped_or_warns() -> None:
     first, other_text = compare(None, RELEASED), compare(RELEASED, replace(RELEASED, text="sha256:2"))
     assert "no earlier release" in first.detail
-    assert "another text" in other_text.detail
+    assert "other held-out text" in other_text.detail
     assert first.outcome == other_text.outcome == "skipped"
     unloaded = replace(RELEASED, quantized=ModelFigures(fault="OSError: no"))
     assert compare(RELEASED, unloaded).outcome == "warning"

@@ -110,14 +110,15 @@ def test_overridden_limits_make_the_validation_of_that_fine_tune_stale(
     assert states(finished.site)["quantized"] == "done"
 
 
-def test_an_interrupted_run_ends_with_130_and_leaves_no_worker(finished: Finished) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_130_and_leaves_no_worker(finished: Finished, number: int) -> None:
     env = {**os.environ, **finished.site.environment, "QWEN_PIPELINE_QUANTIZATION__SEED": "7"}
     command = [sys.executable, "-m", "qwen_pipeline", "run", FINE_TUNE, "--json"]
     run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stderr
     assert any(line.startswith("quantize:") for line in run.stderr)
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     out, _ = run.communicate(timeout=60)
     assert run.returncode == json.loads(out)["error"]["exit_code"] == 130
     assert workers

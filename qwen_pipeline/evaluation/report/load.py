@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from qwen_pipeline.checkpoint.files import parse_json
 from qwen_pipeline.checkpoint.manifest import FileDigest, Manifest
 from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.errors import CheckpointRefused, listed
@@ -55,15 +56,16 @@ class ValidationReport:
     lineage: list[Step]
 
     @property
-    def obstacles(self) -> list[str]:
-        """The reasons not to publish: blocking checks that failed, and required checks that were skipped."""
+    def blocking(self) -> list[CheckReport]:
+        """The checks that prevent a release: blocking ones that failed, and required ones that were skipped."""
         silent = self.findings.structure.padding
         optional = OPTIONAL if self.padding or silent.channels or silent.twins else OPTIONAL | {PADDING.name}
-        return [
-            f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}"
-            for check in self.checks
-            if check.blocks or (check.skipped and check.name not in optional)
-        ]
+        return [check for check in self.checks if check.blocks or (check.skipped and check.name not in optional)]
+
+    @property
+    def obstacles(self) -> list[str]:
+        """The reasons not to publish, one for each of the :attr:`blocking` checks."""
+        return [f"{check.name}{' was skipped' if check.skipped else ''}: {check.detail}" for check in self.blocking]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +135,11 @@ def _read_report(root: Path, name: str, manifest: Manifest) -> bytes:
 
 def _parse(root: Path, data: bytes, kind: TypeAdapter[_Report]) -> tuple[dict[str, Any], _Report]:
     try:
-        return json.loads(data), kind.validate_json(data)
+        return parse_json(data), kind.validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(root, f"{REPORT_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(root, f"{REPORT_JSON} is not JSON ({error})") from error
 
 

@@ -25,6 +25,7 @@ from qwen_pipeline.evaluation.structure.weights import (
 )
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
+from qwen_pipeline.transforms.codes.exclusions import excluding_rule
 from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear, gptq_format
 
 FIELDS_OF_SAVING = frozenset({"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"})
@@ -71,6 +72,7 @@ def check_structure(source: Checkpoint, candidate: Checkpoint, *, observe: Obser
         *_config_problems(source.config, candidate.config),
         *_sidecar_problems(source, candidate),
         *_header_problems(expected, candidate),
+        *_exclusion_problems(linears, candidate),
     ]
 
     comparisons: dict[tuple[int, str], WeightComparison] = {}
@@ -117,6 +119,13 @@ def _config_problems(source: Mapping[str, Any], candidate: Mapping[str, Any]) ->
             yield f"config.json has no {field}, expected {source[field]!r}."
         elif candidate[field] != source[field]:
             yield f"config.json has {field} {candidate[field]!r}, expected {source[field]!r}."
+
+
+def _exclusion_problems(linears: Sequence[Linear], candidate: Checkpoint) -> Iterator[str]:
+    config = candidate.config["quantization_config"]
+    for linear in linears:
+        if f"{linear.module}.qweight" in candidate and (rule := excluding_rule(config, linear.module)):
+            yield f"quantization_config.dynamic excludes {linear.module} by {rule!r}, but it has codes."
 
 
 def _sidecar_problems(source: Checkpoint, candidate: Checkpoint) -> Iterator[str]:

@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.qwen.linears import Linear
+from qwen_pipeline.transforms.codes.exclusions import exclusion_rules
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 
 
@@ -24,7 +25,8 @@ def quantized_checkpoint(
 ) -> Checkpoint:
     """Return ``source`` with the weight of each linear layer replaced by its codes in ``packed``, if there are any.
 
-    A stack of experts keeps its weights if one expert has no codes.
+    A stack of experts keeps its weights if one expert has no codes. The config excludes every linear layer without
+    codes by name.
 
     Raises:
         WorkerFailed: The codes do not have the dtype or shape that follows from the source's weight.
@@ -46,13 +48,10 @@ def quantized_checkpoint(
         replacements = {code: _code(packed, code, spec) for code, spec in codes[name].items()} if name in codes else {}
         for new_name, new_tensor in (replacements or {name: tensor}).items():
             tensors[new_name], shards[new_name] = new_tensor, source.shards[name]
-    return replace(
-        source,
-        tensors=tensors,
-        shards=shards,
-        config={**source.config, "quantization_config": dict(quantization_config)},
-        config_bytes=None,
-    )
+    quantized = replace(source, tensors=tensors, shards=shards, config_bytes=None)
+    rules = exclusion_rules(quantized)
+    settings = {**quantization_config, **({"dynamic": rules} if rules else {})}
+    return replace(quantized, config={**source.config, "quantization_config": settings})
 
 
 def _code(packed: Checkpoint, name: str, spec: TensorSpec) -> LazyTensor:

@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -93,10 +95,7 @@ class LoraSettings:
     @classmethod
     def _require_patterns(cls, value: Mapping[str, _T]) -> Mapping[str, _T]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            _compiled(pattern)
         return value
 
     def rank(self, module: str) -> int:
@@ -185,4 +184,24 @@ def _refusal(name: str, value: object, source: Path) -> AdapterRefused:
 
 def _resolve(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
     """Return the value of the first pattern that matches the whole path, or its end after a dot, as PEFT does."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if _compiled(key).match(module)), default)
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    """Compile a pattern with RE2, which matches in linear time; one that an uploader wrote for ``re`` may never end.
+
+    Raises:
+        ValueError: The pattern is not a regular expression, or uses lookaround or backreferences.
+    """
+    re2: Any = import_module("re2")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(rf"(.*\.)?({pattern})$", options)
+    except re2.error as error:
+        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else error
+        raise ValueError(
+            f"{pattern!r} is not a regular expression of RE2 ({reason}), which has neither lookaround nor"
+            " backreferences; names of modules need none"
+        ) from error

@@ -102,6 +102,10 @@ def not_quantized(tensors: Tensors, _: Config) -> None:
     tensors[f"{UP}.weight"] = torch.zeros(128, 64, dtype=torch.bfloat16)
 
 
+def exclude(_: Tensors, config: Config) -> None:
+    config["quantization_config"]["dynamic"] = {"-:.*layers.0.mlp.up_proj": {}, "+:.*": {"bits": 4}}
+
+
 @pytest.mark.parametrize(
     ("mutate", "problems"),
     [
@@ -115,6 +119,7 @@ def not_quantized(tensors: Tensors, _: Config) -> None:
         (flip_a_norm, ["model.norm.weight differs from its value before quantization."]),
         (flip_a_bias, ["model.layers.1.self_attn.k_proj.bias differs from its value before quantization."]),
         (mix_up_layers, [f"{UP} decodes to another weight: the relative error is 143%."]),
+        (exclude, [f"quantization_config.dynamic excludes {UP} by '-:.*layers.0.mlp.up_proj', but it has codes."]),
         (wrong_width, ["config.json has intermediate_size 96, expected 128."]),
         (
             not_quantized,

@@ -190,3 +190,18 @@ def test_patterns_are_resolved_as_by_peft(patterns: dict[str, int], module: str)
 def _edit(adapter: Path, changes: dict[str, Any]) -> None:
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | changes))
+
+
+def test_a_pattern_cannot_match_for_ever() -> None:
+    """Python's ``re`` needs time exponential in the length of the name."""
+    settings = LoraSettings(r=4, lora_alpha=4, rank_pattern={"((a+)+)+b": 8})
+    assert settings.rank("a" * 10_000) == 4
+    assert settings.rank("a" * 10_000 + "b") == 8
+
+
+@pytest.mark.parametrize("pattern", ["(?=q)q_proj", "(?<!k)_proj", r"(.)\1", "q{100000}", "q_proj("])
+def test_a_pattern_that_re2_does_not_have_is_refused_by_name(pattern: str) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "alpha_pattern": {pattern: 8}}
+    with pytest.raises(AdapterRefused) as refusal:
+        lora_settings(config, source=Path("adapter_config.json"))
+    assert f"{pattern!r} is not a regular expression of RE2" in refusal.value.what
