@@ -27,9 +27,12 @@ SIDECARS = (
     "generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*",
+    "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*", "modules.json", "sentence_*_config.json",
+    "config_sentence_transformers.json", "[0-9]*_*/config.json", "[0-9]*_*/model.safetensors",
 )  # fmt: skip
 """Files that describe how a model is used rather than what it computes. Every stage copies them unchanged.
+
+Those of sentence-transformers list the steps after the model, each in a directory such as ``1_Pooling``.
 
 ``spk_dict.pt`` holds the voices of Qwen2.5-Omni, without which Transformers does not load it; it is never opened here.
 """

@@ -14,7 +14,7 @@ from typing import Any
 from qwen_pipeline.checkpoint.digest import block_ranges, is_finite
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.checkpoint.files import load_json
-from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
+from qwen_pipeline.checkpoint.lazy import CONFIG, PICKLES, open_sidecars
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.transforms.lora.adapter_tensors import AdapterTensors, Factors, classify_tensors
@@ -74,7 +74,14 @@ class Adapter:
     def digest(self) -> str:
         """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
         files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
-        return directory_digest(files)
+        config = {CONFIG: self.root / CONFIG} if self.labels else {}
+        return directory_digest(files | config)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The config of the trained model, if it is beside an adapter with a ``score``: it names the labels."""
+        has_score = "score.weight" in self.tensors.saved and (self.root / CONFIG).is_file()
+        return load_json(self.root / CONFIG) if has_score else {}
 
     def rank(self, factors: Factors) -> int:
         """Return the rank of an update; of a stack of experts, the rank of each matrix."""

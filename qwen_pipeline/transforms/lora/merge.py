@@ -11,6 +11,7 @@ from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.assignment import assign
 from qwen_pipeline.transforms.lora.completeness import completeness_obstacles
 from qwen_pipeline.transforms.lora.plan import MergePlan
+from qwen_pipeline.transforms.lora.task_head import with_task_head
 from qwen_pipeline.transforms.lora.vocabulary import apply_plan, start_from_copies, untied, vocabulary_of
 
 NO_PADDING = Paddings()
@@ -34,7 +35,8 @@ class Merged:
 def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING) -> Merged:
     """Return the base with all adapter tensors merged; all other tensors, shards and the config stay unchanged.
 
-    The config changes only if the vocabulary was resized, or embedding and head are no longer tied.
+    The config changes only if the vocabulary was resized, embedding and head are no longer tied, or the adapters were
+    trained with another head, which then takes the place of the base's.
 
     Args:
         base: A checkpoint in full precision.
@@ -64,6 +66,7 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
 
 
 def _merge_same_width(base: Checkpoint, adapters: AdapterSet) -> Merged:
+    base = with_task_head(base, adapters)
     vocabulary = vocabulary_of(base)
     plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names)
     for adapter in adapters.adapters:
