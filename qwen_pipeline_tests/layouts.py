@@ -11,8 +11,10 @@ from typing import Literal, get_args
 import torch
 from safetensors.torch import load_file, save_file
 
-Layout = Literal["saved", "fused", "transposed", "nested", "mtp"]
-"""``saved`` is that of ``save_pretrained``, ``nested`` has the names in memory, ``mtp`` adds a draft head."""
+Layout = Literal["saved", "fused", "transposed", "nested", "mtp", "bare"]
+"""``saved`` is that of ``save_pretrained``, ``nested`` has the names in memory, ``mtp`` adds a draft head, and ``bare``
+lacks the prefix ``model.``, like published embedding models, which were saved without their head.
+"""
 
 Tensors = dict[str, torch.Tensor]
 _SEPARATE = re.compile(r"(.*\.mlp\.experts)\.\d+\.gate_proj\.weight")
@@ -22,6 +24,8 @@ _SEPARATED = (
 )  # fmt: skip
 _TRANSPOSED = ("qwen3_vl_moe",)
 _NESTED = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen2_audio")
+_WHOLE = ("qwen2_5_omni", "qwen3_omni_moe")
+"""Models whose thinker has a prefix of its own."""
 _DRAFTED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
@@ -33,6 +37,7 @@ def layouts_of(family: str) -> list[Layout]:
         "transposed": family in _TRANSPOSED,
         "nested": family in _NESTED,
         "mtp": family in _DRAFTED,
+        "bare": family not in _WHOLE,
     }
     return [layout for layout in get_args(Layout) if fits[layout]]
 
@@ -44,7 +49,9 @@ def relay(root: Path, layout: Layout) -> None:
     family = json.loads((root / "config.json").read_bytes())["model_type"]
     assert layout in layouts_of(family), f"{family} is not published {layout}"
     tensors = load_file(root / "model.safetensors")
-    rewritten = {"fused": fused, "transposed": transposed, "nested": nested, "mtp": drafted}
+    if layout == "bare" and family in _NESTED:
+        tensors = nested(tensors)
+    rewritten = {"fused": fused, "transposed": transposed, "nested": nested, "mtp": drafted, "bare": bare}
     save_file({n: t.contiguous() for n, t in rewritten[layout](tensors).items()}, root / "model.safetensors")
 
 
@@ -81,6 +88,11 @@ def nested(tensors: Tensors) -> Tensors:
         return re.sub(r"^model\.", "model.language_model.", name)
 
     return {named(name): tensor for name, tensor in tensors.items()}
+
+
+def bare(tensors: Tensors) -> Tensors:
+    """Rename tensors as a model without an output head saves them, as Qwen3-Embedding is published."""
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def drafted(tensors: Tensors) -> Tensors:

@@ -1,6 +1,7 @@
 """Reference results of trusted libraries in any dtype: merges by PEFT, logits by Transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,6 +30,14 @@ def logits(root: Path, *, dtype: torch.dtype = torch.float64, tokens: int = 24) 
     model = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, attn_implementation="eager")
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(7))
     return model(ids).logits
+
+
+@torch.inference_mode()
+def language_logits(model: Any, *, tokens: int = 24) -> torch.Tensor:
+    """Return the logits ``[1, T, V]`` of a loaded model of any family for one fixed sequence of text."""
+    model.set_experts_implementation("eager")  # the default, a grouped product, does not support float64
+    ids = torch.arange(tokens)[None] * 7 % model.config.get_text_config().vocab_size
+    return model.eval()(input_ids=ids).logits
 
 
 def assert_no_further(name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -86,6 +87,14 @@ tiny_qwen3 = partial(tiny_model, "qwen3")
 def tiny_vl(family: str, root: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a vision-language model; the MLPs of vision and text have the same width."""
     return tiny_model(family, root, dtype=dtype)
+
+
+def with_codes(root: Path) -> Path:
+    """Store codes of one layer among the weights in ``root``, which are then those of a quantized model."""
+    tensors = load_file(root / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 96, dtype=torch.int32)
+    save_file(tensors, root / "model.safetensors")
+    return root
 
 
 def model_class(family: str) -> type[PreTrainedModel]:

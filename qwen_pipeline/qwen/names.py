@@ -43,7 +43,7 @@ _CODES = (
     "weight_shape", "weight_g_idx",
 )  # fmt: skip
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
+_EXPERT = re.compile(r"((?:.+\.)?)mlp\.experts\.\d+\.(gate|up|down)_proj")
 
 _MIXERS: Mapping[str, str] = {
     "attention": "",
@@ -95,8 +95,8 @@ def parse_name(name: str, config: Config) -> ParsedName:
             raise CheckpointRefused(f"{name} belongs to {reason}.", remedy=remedy)
     raise CheckpointRefused(
         f"Models of type {config['model_type']} have no tensor {name}.",
-        remedy="Fetch the checkpoint again, or correct model_type in its config: weights and config must belong to"
-        " one model.",
+        remedy="If training added it, such as a value or reward head, save the model without it. Otherwise fetch the"
+        " checkpoint again, or correct model_type in its config: weights and config must belong to one model.",
     )
 
 
@@ -152,7 +152,8 @@ def spellings(parsed: ParsedName, family: Family) -> list[str]:
 def _parse(name: str, family: Family) -> ParsedName | None:
     for prefix, part in family.towers.items():
         if name.startswith(prefix):
-            module, _, parameter = name.removeprefix(prefix).rpartition(".")
+            leaf = name.removeprefix(prefix)
+            module, parameter = (leaf, "weight") if leaf.endswith(FUSED) else leaf.rpartition(".")[::2]
             return ParsedName(part=part, module=f"{_tower_name(prefix)}.{module}".rstrip("."), parameter=parameter)
     if name.startswith("mtp.") and family.drafts:
         return _parse_draft(name.removeprefix("mtp."), family)
@@ -213,4 +214,4 @@ def _modules(mixer: Mixer, experts: bool, shared: bool) -> "Callable[[str], re.M
 def stack_of(module: str) -> str | None:
     """Return the stack that would contain an expert's projection; None if the module is not one of an expert."""
     match = _EXPERT.fullmatch(module)
-    return (DOWN if match[2] == "down" else GATE_UP) if match else None
+    return match[1] + (DOWN if match[2] == "down" else GATE_UP) if match else None

@@ -92,8 +92,10 @@ class _Correction:
 def settle(checkpoint: Checkpoint, *, reads_values: bool = True, tied_base: bool = False) -> Settled:
     """Return a checkpoint with the config that its weights require, without buffers that are no weights.
 
+    A quantized checkpoint is returned unchanged: its config belongs to its codes.
+
     Args:
-        checkpoint: A checkpoint of any Qwen family, full precision or quantized.
+        checkpoint: A checkpoint of any Qwen family.
         reads_values: Whether to read embedding and head, if both are stored and the config says that they are one.
         tied_base: Whether it was trained from a base whose head is the embedding: then so is a head that is missing.
 
@@ -102,6 +104,8 @@ def settle(checkpoint: Checkpoint, *, reads_values: bool = True, tied_base: bool
         CheckpointRefused: A tensor is unknown or stored twice, the head is missing, or layers or rows of the vocabulary
             contradict each other; the message names both sides.
     """
+    if is_quantized(checkpoint):
+        return Settled(checkpoint=checkpoint)
     buffers = [name for name in checkpoint if _BUFFER.fullmatch(name)]
     weights = checkpoint.without(buffers) if buffers else checkpoint
     stored = _Stored(checkpoint=weights, names=parse_names(weights), reads_values=reads_values, tied_base=tied_base)
@@ -155,23 +159,22 @@ def config_report(settled: Settled, *more: str) -> CheckReport:
 
 def _quantization(stored: _Stored) -> Iterator[_Correction]:
     settings = quantization_settings(stored.config)
-    if settings and stored.names and not is_quantized(stored.checkpoint):
+    if settings:
         yield _Correction(values=dict.fromkeys(settings, REMOVED), reason="the weights are stored in full precision")
 
 
 def _head(stored: _Stored) -> Iterator[_Correction]:
     """Yield whether the head is the embedding: a stored head of other values is not, and a missing one is."""
-    config, family, head = stored.config, require_family(stored.config), _HEAD in stored.names
+    config, family, has_head = stored.config, require_family(stored.config), _HEAD in stored.names
     says_tied = declares_tied(config) or any(config_items(config, TIED).values())
-    has_head = head or any(parsed.part == "head" for parsed in stored.names)
-    if not has_head and head_kind(stored.checkpoint) == "embedding":
+    if head_kind(stored.checkpoint) != "language":
         return
     if not has_head and not declares_tied(config):
         if not family.ties or not (says_tied or stored.tied_base):
             raise _missing_head(family.ties)
         reason = "no head is stored, and the base's is the embedding" if not says_tied else "no head is stored"
         yield _Correction(values=dict.fromkeys(tie_paths(config), True), reason=reason)
-    elif head and says_tied and family.ties and stored.reads_values:
+    elif has_head and says_tied and family.ties and stored.reads_values:
         names = stored.names[_EMBEDDING], stored.names[_HEAD]
         if not are_equal(*(stored.checkpoint.tensors[name] for name in names)):
             reason = f"the stored {names[1]} is not {names[0]}"
@@ -207,9 +210,8 @@ def _layers(stored: _Stored) -> Iterator[_Correction]:
 
 def _layer_types(stored: _Stored) -> Iterator[_Correction]:
     """Yield the types of as many layers as there are, if all are of one type; else they cannot be assigned."""
-    number = number_of_layers(stored.config)
     for path, types in config_items(stored.config, "layer_types").items():
-        if not types or len(types) == number:
+        if not types or len(types) == (number := number_of_layers(stored.config)):
             continue
         if len(set(types)) > 1:
             raise CheckpointRefused(

@@ -86,12 +86,12 @@ def _stack_rows(parsed: ParsedName, checkpoint: Checkpoint) -> Iterator[TensorSl
     stack = stack_of(parsed.module)
     if stack is None or parsed.parameter != "weight":
         return
-    expert, projection = parsed.module.split(".")[2:]
+    expert, projection = parsed.module.split(".")[-2:]
     whole = replace(parsed, module=stack)
     for name in _stored_names(whole, checkpoint):
         _, *matrix = checkpoint[name].shape
         transposed = _is_transposed(whole, name, checkpoint)
-        rows = matrix[1 if transposed else 0] // (2 if stack == GATE_UP else 1)
+        rows = matrix[1 if transposed else 0] // (2 if stack.endswith(GATE_UP) else 1)
         if int(expert) < checkpoint[name].shape[0]:
             yield TensorSlice(
                 name=name,

@@ -1,6 +1,5 @@
 """Stage commands on a tiny model: output, exit codes and refusals."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.cli import stages
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.site import Site
-from qwen_pipeline_tests.tiny import tiny_qwen2
+from qwen_pipeline_tests.tiny import tiny_qwen2, with_codes
 
 
 @pytest.fixture
@@ -42,10 +41,7 @@ def test_tables_go_to_standard_output_and_progress_to_standard_error(merged: Pat
 
 
 def test_padding_a_quantized_checkpoint_is_refused_with_the_right_order(tmp_path: Path) -> None:
-    quantized = tiny_qwen2(tmp_path / "quantized")
-    config = quantized / "config.json"
-    declared = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
-    config.write_text(json.dumps(json.loads(config.read_bytes()) | declared))
+    quantized = with_codes(tiny_qwen2(tmp_path / "quantized"))
     ended = qwen_pipeline("pad", "--in", quantized, "--out", tmp_path / "padded", "--tp", 2, "--group-size", 32)
     assert ended.code == 2
     assert "merge, then pad, then quantize" in " ".join(ended.err.split())

@@ -17,7 +17,7 @@ from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline.runner.headless import Outcome, materialize
 from qwen_pipeline.status import fine_tune_statuses
 from qwen_pipeline_tests.site import FINE_TUNE, Site
-from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2
+from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, with_codes
 
 
 def steps(site: Site, outcome: Outcome) -> dict[str, str]:
@@ -58,7 +58,7 @@ def test_an_incomplete_upload_stops_the_run(site: Site) -> None:
 
 
 def test_padding_quantized_weights_is_refused_with_the_right_order(site: Site, tmp_path: Path) -> None:
-    quantized = tiny_qwen2(tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
+    quantized = with_codes(tiny_qwen2(tmp_path / "quantized"))
 
     def build(partial: Path) -> Built:
         shutil.copytree(quantized, partial, dirs_exist_ok=True)

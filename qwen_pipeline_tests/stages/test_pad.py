@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.store.verify import require_intact
@@ -20,7 +20,7 @@ from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.pad import CHECKS, pad
 from qwen_pipeline.transforms.padding.pad import source_map
 from qwen_pipeline_tests.oracles import logits
-from qwen_pipeline_tests.tiny import HIDDEN, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import HIDDEN, tiny_qwen2, tiny_qwen3, with_codes
 
 KILLED = "qwen_pipeline_tests.stages.killed_stage"
 SPEC = PaddingSpec(group_size=32, tensor_parallel=2)
@@ -82,16 +82,8 @@ def test_targets_decide_the_padded_width(tmp_path: Path) -> None:
         width("three", {"vllm-exllama": (3,)})
 
 
-@pytest.mark.parametrize("evidence", ["config", "tensor"])
-def test_a_quantized_input_is_refused_naming_order_and_remedy(tmp_path: Path, evidence: str) -> None:
-    root = tiny_qwen2(tmp_path / "quantized")
-    if evidence == "config":
-        config = json.loads((root / "config.json").read_text())
-        (root / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    else:
-        tensors = load_file(root / "model.safetensors")
-        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 96, dtype=torch.int32)
-        save_file(tensors, root / "model.safetensors")
+def test_a_quantized_input_is_refused_naming_order_and_remedy(tmp_path: Path) -> None:
+    root = with_codes(tiny_qwen2(tmp_path / "quantized"))
     with pytest.raises(QuantizedInputRefused, match="merge, then pad, then quantize") as refusal:
         pad(source=root, destination=tmp_path / "out" / "padded")
     assert "Pad the merged full-precision checkpoint, then quantize again" in refusal.value.remedy

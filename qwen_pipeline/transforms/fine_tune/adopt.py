@@ -54,11 +54,16 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     kept.
 
     Raises:
-        QuantizedInputRefused: The fine-tune is quantized.
+        QuantizedInputRefused: The base or the fine-tune is quantized.
         InputRefused: See :func:`settle`.
         CheckpointRefused: A tensor is missing, is not in the base, is stored twice or has another shape; the message
             names it.
     """
+    require_full_precision(
+        base,
+        because="A fine-tune takes the places of full-precision weights.",
+        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
+    )
     require_full_precision(
         fine_tune,
         because="Padding and quantization need the full-precision weights of a fine-tune.",
@@ -83,7 +88,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
         settled=settled,
         remarks=(*grafted.remarks, *sections.remarks),
         stored=len(settled.checkpoint),
-        respelled=sum(each is not None and [*each.sources] != [name] for name, each in found.items()),
+        respelled=sum(tensor is not source.checkpoint.tensors.get(name) for name, tensor in in_place.items()),
         carried=carried,
         is_resized=vocabulary_rows(settled.checkpoint) != vocabulary_rows(base),
     )

@@ -95,9 +95,9 @@ def _changed_values(base: Config, fine_tune: Config) -> dict[str, Any]:
             values |= dict.fromkeys(config_paths(base, field) or (prefix + field,), value)
     if declares_tied(fine_tune) and not declares_tied(base):
         values |= dict.fromkeys(tie_paths(base), True)
-    dtype = new.get("dtype", new.get("torch_dtype"))
-    dtypes = {path: dtype for field in ("dtype", "torch_dtype") for path in config_paths(base, field)}
-    values |= {path: dtype for path in dtypes if dtype and _value_at(base, path) != dtype}
+    dtype = new.get("dtype") or new.get("torch_dtype")
+    dtypes = {path: old for field in ("dtype", "torch_dtype") for path, old in config_items(base, field).items()}
+    values |= {path: dtype for path, old in dtypes.items() if dtype and old and old != dtype}
     return values | dict(_changed_rope(old, new, prefix))
 
 

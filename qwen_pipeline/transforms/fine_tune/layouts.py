@@ -53,7 +53,7 @@ def placed(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed | Non
     """
     if parsed in source.names:
         return _same(parsed, spec, source)
-    if parsed.module in FUSED:
+    if parsed.module.endswith(FUSED):
         return _stacked(parsed, spec, source)
     stack = replace(parsed, module=stack_of(parsed.module) or "")
     if stack in source.names:
@@ -63,15 +63,16 @@ def placed(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed | Non
 
 def _same(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed:
     tensor = source.tensor(parsed)
-    is_turned = parsed.module in FUSED and tensor.spec.shape == _turned(spec.shape) != spec.shape
+    is_turned = parsed.module.endswith(FUSED) and tensor.spec.shape == _turned(spec.shape) != spec.shape
     return Placed(tensor=transposed(tensor) if is_turned else tensor, sources=[source.names[parsed]])
 
 
 def _stacked(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed | None:
     """Stack single experts: [E, 2I, H] and [E, H, I], or transposed."""
-    projections = ("down",) if parsed.module == DOWN else ("gate", "up")
+    owner, _, kind = parsed.module.rpartition(".")
+    projections = ("down",) if kind == "down_proj" else ("gate", "up")
     experts = [
-        [replace(parsed, module=f"mlp.experts.{expert}.{projection}_proj") for projection in projections]
+        [replace(parsed, module=f"{owner}.{expert}.{projection}_proj") for projection in projections]
         for expert in range(spec.shape[0])
     ]
     places = [place for expert in experts for place in expert]
@@ -99,13 +100,13 @@ def _stacked(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed | N
 
 def _unstacked(parsed: ParsedName, stack: ParsedName, source: Source) -> Placed | None:
     """Take the matrix of one expert's projection out of a stack; a block of rows costs one read of the expert."""
-    expert, projection = parsed.module.split(".")[2:]
+    expert, projection = parsed.module.split(".")[-2:]
     tensor, number = source.tensor(stack), int(expert)
     is_turned = _is_transposed(stack, tensor.spec.shape, source.checkpoint.config)
     experts, outputs, inputs = _turned(tensor.spec.shape) if is_turned else tensor.spec.shape
     if number >= experts:
         return None
-    rows = outputs // 2 if stack.module == GATE_UP else outputs
+    rows = outputs // 2 if stack.module.endswith(GATE_UP) else outputs
     first = rows if projection == "up_proj" else 0
 
     def read(start: int, stop: int) -> "torch.Tensor":

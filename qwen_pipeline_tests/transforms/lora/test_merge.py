@@ -14,7 +14,7 @@ from qwen_pipeline.transforms.lora.adapter_set import single
 from qwen_pipeline.transforms.lora.merge import merge_lora
 from qwen_pipeline_tests.in_memory import blocks_of, read_in_blocks
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with, peft_merge
-from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl
+from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl, with_codes
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -85,10 +85,8 @@ def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
 def test_a_quantized_base_is_refused_with_the_name_of_the_required_one(tmp_path: Path) -> None:
     base = tiny_qwen2(tmp_path / "base")
     adapter = open_adapter(tiny_adapter(base, tmp_path / "adapter"))
-    checkpoint = open_checkpoint(base)
-    quantized = checkpoint.replace(config={**checkpoint.config, "quantization_config": {"quant_method": "gptq"}})
-    with pytest.raises(QuantizedInputRefused, match=rf"gptq.*{base}"):
-        merge_lora(quantized, single(adapter))
+    with pytest.raises(QuantizedInputRefused, match=rf"qweight, I32.*{base}"):
+        merge_lora(open_checkpoint(with_codes(base)), single(adapter))
 
 
 def test_an_update_of_another_width_names_both_shapes(tmp_path: Path) -> None:
