@@ -23,6 +23,7 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.heads import require_no_value_head
 from qwen_pipeline.qwen.settle import settle
 from qwen_pipeline.transforms.fine_tune.adopt import adopt
 from qwen_pipeline.transforms.lora.across_padding import Paddings
@@ -42,6 +43,7 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
         "a set of adapters": is_adapter_set(root),
         "a whole model": has_weights(root),
     }
+    require_no_value_head(root)
     if len(found := [kind for kind, is_present in kinds.items() if is_present]) > 1:
         raise InputRefused(
             f"{root} holds {' and '.join(found)}, so it is unclear which one is the fine-tune.",

@@ -10,12 +10,14 @@ Sources: ``modeling_layers.py`` of Transformers 5.23; ``Pooling.load`` of senten
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.families import ARCHITECTURES, FAMILIES, Config, Family
 from qwen_pipeline.qwen.names import SCORE
 
@@ -27,6 +29,9 @@ Pooling = Literal["lasttoken", "mean", "cls", "max", "weightedmean", "mean_sqrt_
 MODULES = "modules.json"
 """The file in which sentence-transformers lists the steps after the model, each with its directory."""
 SCORE_WEIGHT, SCORE_BIAS = f"{SCORE}.weight", f"{SCORE}.bias"
+_STEPS = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]*_*/*")
+_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+"""Files of LLaMA-Factory, which saves reward models as adapters or models with TRL's value head beside them."""
 _CLASSES: Mapping[HeadKind, tuple[str, ...]] = {
     "sequence": ("ForSequenceClassification",),
     "token": ("ForTokenClassification",),
@@ -78,6 +83,23 @@ def _heads(checkpoint: Checkpoint) -> list[str]:
     return [name for name in (*(f"{head}.weight" for head in heads), SCORE_WEIGHT, SCORE_BIAS) if name in checkpoint]
 
 
+def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a classifier with ``model.`` before the names of its decoder, which embedding models do not have.
+
+    Transformers adds the prefix where it is missing; vLLM does so only if the decoder is all that is stored.
+    """
+    if head_kind(checkpoint) not in ("sequence", "token"):
+        return checkpoint
+    names = {name: name if name.startswith(("model.", f"{SCORE}.")) else f"model.{name}" for name in checkpoint}
+    if all(new == name for name, new in names.items()):
+        return checkpoint
+    return replace(
+        checkpoint,
+        tensors={names[name]: tensor for name, tensor in checkpoint.tensors.items()},
+        shards={names[name]: shard for name, shard in checkpoint.shards.items()},
+    )
+
+
 def label_fields(count: int, names: Config | None = None) -> dict[str, Any]:
     """Return the config fields of a number of labels: their names in another config, if it has as many; or numbers."""
     given = dict((names or {}).get("id2label") or {})
@@ -125,6 +147,28 @@ def _require_one_head(checkpoint: Checkpoint, kind: HeadKind) -> None:
 
 def _bias(kind: HeadKind) -> str:
     return "a bias" if kind == "token" else "no bias"
+
+
+def require_no_value_head(root: Path) -> None:
+    """Refuse a fine-tune whose value head is in a file of its own, beside an adapter or a model.
+
+    Raises:
+        InputRefused: There is such a file.
+    """
+    if found := next((root / name for name in _VALUE_HEADS if (root / name).exists()), None):
+        raise InputRefused(
+            f"{found} is a value head of TRL, which no class of Transformers loads.",
+            remedy="If the fine-tune is a policy, remove the file. If it is a reward model, train it with PEFT's task"
+            " SEQ_CLS, whose head is score; or merge it elsewhere, with v_head.summary renamed to score and"
+            " architectures set to the family's class, such as Qwen3ForTokenClassification: the values are the same.",
+        )
+
+
+def without_steps(sidecars: Mapping[str, Path], kind: HeadKind) -> dict[str, Path]:
+    """Return a base's sidecars without those of sentence-transformers, if a fine-tune of it is a classifier."""
+    if kind not in ("sequence", "token"):
+        return dict(sidecars)
+    return {path: file for path, file in sidecars.items() if not any(fnmatch(path, glob) for glob in _STEPS)}
 
 
 def pooling_of(checkpoint: Checkpoint) -> tuple[Pooling, ...]:

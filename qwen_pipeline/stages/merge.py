@@ -16,7 +16,7 @@ from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
-from qwen_pipeline.qwen.heads import left_out
+from qwen_pipeline.qwen.heads import head_kind, left_out, without_steps
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
 from qwen_pipeline.qwen.tokenizer_size import TOKENIZER_FITS, tokenizer_report
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -124,7 +124,8 @@ def prepare(
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         merge = _adopt_model(parent, child)
-    output = merge.output.replace(sidecars=merged_sidecars(parent.sidecars, child.sidecars))
+    kept = without_steps(parent.sidecars, head_kind(merge.output))
+    output = merge.output.replace(sidecars=merged_sidecars(kept, child.sidecars))
     fits = tokenizer_report(output)
     return Rewrite(
         stage=STAGE,

@@ -210,6 +210,32 @@ def test_heads_that_cannot_be_merged_are_refused_by_name(tmp_path: Path) -> None
         merge(base=base, fine_tune=both, destination=tmp_path / "out")
 
 
+def test_a_value_head_in_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    base = tiny_qwen3(tmp_path / "base")
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    save_file({"v_head.summary.weight": torch.zeros(1, 64)}, adapter / "value_head.safetensors")
+    with pytest.raises(InputRefused, match=r"value_head\.safetensors is a value head of TRL"):
+        merge(base=base, fine_tune=adapter, destination=tmp_path / "out")
+
+
+def test_a_classifier_made_of_an_embedding_model_is_none(tmp_path: Path) -> None:
+    causal = tiny_qwen3(tmp_path / "causal")
+    base = as_sentence_transformer(tiny_headed(causal, tmp_path / "base", "Model"))
+    trained = tiny_headed(base, tmp_path / "trained", "ForSequenceClassification")
+    merged = merge(base=base, fine_tune=trained, destination=tmp_path / "merged").path
+    assert head_kind(open_checkpoint(merged)) == "sequence"
+    assert "model.layers.0.mlp.up_proj.weight" in open_checkpoint(merged)  # the base stores it without the prefix
+    assert not list(merged.rglob("modules.json")) + list(merged.rglob("1_Pooling"))
+    found, expected = (answers(load_headed(root, "ForSequenceClassification")) for root in (merged, trained))
+    assert torch.equal(found, expected)
+    adapter = tiny_headed_adapter(base, tmp_path / "adapter", "ForSequenceClassification")
+    merged = merge(base=base, fine_tune=adapter, destination=tmp_path / "adapted").path
+    assert "model.layers.0.mlp.up_proj.weight" in open_checkpoint(merged)
+    theirs: Any = load_headed(base, "ForSequenceClassification", num_labels=3, pad_token_id=PAD)
+    expected = answers(PeftModel.from_pretrained(theirs, str(adapter)).merge_and_unload())
+    assert torch.allclose(answers(load_headed(merged, "ForSequenceClassification")), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_a_classifier_without_its_bias_is_refused(tmp_path: Path) -> None:
     base = tiny_qwen3(tmp_path / "base")
     trained = tiny_headed(base, tmp_path / "trained", "ForTokenClassification")

@@ -131,7 +131,8 @@ class ModelCard:
         shown = f"```bash\n{command}\n```\n\n" if self.task.kind == "language" else ""  # others were not served
         return (
             f"{shown}Tensor-parallel degrees at which every rank holds whole quantization groups and heads:"
-            f" **{listed}** (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong answers."
+            f" **{listed}** (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong"
+            " answers."
             + "".join(f" {each}" for each in (tower_obstacles(self.config, {"vllm": degrees}) if degrees else ()))
         )
 

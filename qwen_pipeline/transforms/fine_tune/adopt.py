@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import ModelPart, is_tied
-from qwen_pipeline.qwen.heads import head_kind
+from qwen_pipeline.qwen.heads import head_kind, with_prefix
 from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
@@ -80,7 +80,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     _require_all(base, places, source, found, carried)
     sections = with_sections_of(base.config, settled.checkpoint.config, carried)
     in_place = {name: each.tensor for name, each in found.items() if each}
-    adopted = _assembled(base, source, in_place)
+    adopted = with_prefix(_assembled(base, source, in_place))
     if sections.config is not settled.checkpoint.config:
         adopted = adopted.replace(config=sections.config)
     return Adopted(

@@ -67,9 +67,8 @@ class PaddingBridge:
             merged: ``before`` with the adapters merged.
         """
         resized = pad(merged, self.plan) if self.trained == "live" else narrowed(merged, self.plan)
-        kept = [name for name in base if name in resized]  # another head may have taken the place of the base's
-        wide = [name for name in kept if resized[name].dtype != base[name].dtype]
-        unchanged = {name: base.tensors[name] for name in kept if _is_unchanged(before, merged, name)}
+        wide = [name for name in base if resized[name].dtype != base[name].dtype]
+        unchanged = {name: base.tensors[name] for name in base if _is_unchanged(before, merged, name)}
         if merged.config is before.config:
             resized = replace(resized, config=base.config, config_bytes=base.config_bytes)
         narrow = {name: cast(resized.tensors[name], base[name].dtype) for name in wide}

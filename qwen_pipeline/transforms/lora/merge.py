@@ -54,6 +54,7 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
         because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
         remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
     )
+    base = with_task_head(base, adapters)
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base
     merged = _merge_same_width(trained, adapters)
@@ -66,7 +67,6 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
 
 
 def _merge_same_width(base: Checkpoint, adapters: AdapterSet) -> Merged:
-    base = with_task_head(base, adapters)
     vocabulary = vocabulary_of(base)
     plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names)
     for adapter in adapters.adapters:

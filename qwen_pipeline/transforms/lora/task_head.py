@@ -13,7 +13,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import AdapterRefused, CheckpointRefused
 from qwen_pipeline.qwen.config import with_values
 from qwen_pipeline.qwen.families import FAMILIES, Family
-from qwen_pipeline.qwen.heads import SCORE_BIAS, SCORE_WEIGHT, architectures_of, head_kind, label_fields
+from qwen_pipeline.qwen.heads import SCORE_BIAS, SCORE_WEIGHT, architectures_of, head_kind, label_fields, with_prefix
 from qwen_pipeline.qwen.names import parse_name
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
@@ -78,7 +78,7 @@ def _scored(base: Checkpoint, adapters: AdapterSet, saved: Mapping[str, tuple[Ad
             f"{adapters.adapters[0].root} has {SCORE_BIAS} without {SCORE_WEIGHT}.",
             remedy="Provide all files that PEFT saved.",
         )
-    return replace(others, config=_scored_config(base, others, adapters), config_bytes=None)
+    return with_prefix(replace(others, config=_scored_config(base, others, adapters), config_bytes=None))
 
 
 def _scored_config(base: Checkpoint, scored: Checkpoint, adapters: AdapterSet) -> dict[str, Any]:
