@@ -8,14 +8,13 @@ published in the layout of sentence-transformers, often under the class of the l
 Sources: ``modeling_layers.py`` of Transformers 5.23; ``Pooling.load`` of sentence-transformers 5.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from qwen_pipeline.checkpoint.files import load_json
+from qwen_pipeline.checkpoint.files import load_json, parse_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.families import ARCHITECTURES, FAMILIES, Config, Family
@@ -209,7 +208,7 @@ def _pooling_config(sidecars: Mapping[str, Path]) -> Path | None:
     if not (file := sidecars.get(MODULES)):
         return None
     try:
-        steps = json.loads(file.read_bytes())
+        steps = parse_json(file.read_bytes())
         paths = [step["path"] for step in steps if str(step["type"]).endswith(".Pooling")]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointRefused(

@@ -51,9 +51,7 @@ def render_report(
         checks_table(reports),
         "## Tensor parallelism by engine",
         _table(COLUMNS, [row.cells for row in findings.targets]),
-        f"![Perplexity by stage]({PERPLEXITY_PLOT})",
-        "## Divergence of predictions",
-        f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
+        *_divergence_plots(findings),
         *(["## Serving", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
         *(
             ["## Divergent served answers", _table(DIVERGENT_COLUMNS, rows)]
@@ -68,12 +66,22 @@ def render_report(
             ("weights with the largest error", "‖W - Wq‖ / ‖W‖"),
             [(f"`{error.module}`", f"{error.relative:.4f}") for error in worst_weights(findings)],
         ),
-        "## Sample answers",
+        *(["## Sample answers"] if findings.task.kind == "language" else []),
         *(_side_by_side(sample) for sample in findings.samples),
         "## Method",
         f"{method} Linear layers were loaded as {kernels(findings)}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _divergence_plots(findings: Findings) -> list[str]:
+    if findings.task.kind != "language":
+        return ["## Divergence of hidden states", f"![Drift of hidden states by layer]({DISTANCE_PLOT})"]
+    return [
+        f"![Perplexity by stage]({PERPLEXITY_PLOT})",
+        "## Divergence of predictions",
+        f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
+    ]
 
 
 def method_of(measurement: Measurement) -> str:
@@ -145,7 +153,7 @@ def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) 
             yield (role, size, str(head.outputs), *(shown(figure) for figure in figures))
             continue
         if model.perplexity is None:
-            yield (role, size, "not loaded" if model.fault else "not compared", "", "", "", "")
+            yield (role, size, "not loaded" if model.fault else "" if model.tokens else "not compared", "", "", "", "")
             continue
         divergence, origin = model.divergence, origin_of(role, models)
         before = models[origin].perplexity if origin else None
