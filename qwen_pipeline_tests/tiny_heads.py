@@ -21,10 +21,10 @@ def load_headed(root: Path, head: Head, *, dtype: torch.dtype = torch.float64, *
     """Load a directory as the class of a head; a new ``score`` is random, every other tensor must be stored."""
     settings = AutoConfig.from_pretrained(root, **config)
     kind = getattr(transformers, FAMILIES[settings.model_type].scored + head)
-    settings._experts_implementation = "eager"  # float64 has no grouped kernel
     model, report = kind.from_pretrained(root, config=settings, dtype=dtype, output_loading_info=True)
     assert {name.partition(".")[0] for name in report["missing_keys"]} <= {"score"}
     assert not report["mismatched_keys"]
+    model.set_experts_implementation("eager")  # the default, a grouped product, does not support float64
     return model.eval()
 
 

@@ -48,7 +48,8 @@ class Measurement:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Measurement":
-        return cls(**{**value, "task": HeadTask.from_json(value.get("task") or {})})
+        fields: dict[str, Any] = {**value, "task": HeadTask.from_json(value.get("task") or {})}
+        return cls(**fields)
 
 
 def sharding_role(number: int) -> str:

@@ -18,6 +18,7 @@ from qwen_pipeline.qwen.names import parse_name
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.lazy_ops import cast, lazy_tensor
+from qwen_pipeline.transforms.lora.vocabulary import embedding_name
 
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 _EMBEDDERS = ("FEATURE_EXTRACTION",)
@@ -67,8 +68,8 @@ def _scored(base: Checkpoint, adapters: AdapterSet, saved: Mapping[str, tuple[Ad
     """Return the base with the adapters' ``score`` instead of its heads, in the dtype of its embedding or ``score``."""
     names = [name for name in base if _is_head(base, name)]
     others = base.without(names) if names else base
-    last = next(reversed(others.tensors))
-    dtype = base[SCORE_WEIGHT if SCORE_WEIGHT in base else last].dtype
+    last = list(others)[-1]
+    dtype = base[SCORE_WEIGHT if SCORE_WEIGHT in base else embedding_name(base)].dtype
     for path in sorted(saved):  # the bias first, so that it ends up after the weight
         adapter, name = saved[path]
         tensor: LazyTensor = cast(lazy_tensor(adapter.weights, name), dtype)
@@ -86,7 +87,7 @@ def _scored_config(base: Checkpoint, scored: Checkpoint, adapters: AdapterSet) -
     beside = {name: value for name, value in adapters.adapters[-1].labels.items() if name in _LABELS}
     kind = head_kind(scored)
     labels = scored[SCORE_WEIGHT].rows
-    values = {**beside, **label_fields(labels, beside or base.config)}
+    values = {**beside, **label_fields(labels, beside if "id2label" in beside else base.config)}
     values["architectures"] = list(architectures_of(kind, base.config)[:1])
     pad = values.get("pad_token_id", base.config.get("pad_token_id"))
     values["pad_token_id"] = pad if pad is not None else _pad_token(base, adapters)
