@@ -37,7 +37,7 @@ from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec, de
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.tokenizers import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.workers.environments import find_environment
 

@@ -32,7 +32,7 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.spec import QuantizerName, QuantSpec
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.stages import pad, quantize
-from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.tokenizers import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import started_worker

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.qwen.padding_spec import PaddingSpec as PaddingSpec
     from qwen_pipeline.reports import CheckReport as CheckReport
     from qwen_pipeline.stages.calibrate import calibrate as calibrate
+    from qwen_pipeline.stages.convert import convert as convert
     from qwen_pipeline.stages.export import export as export
     from qwen_pipeline.stages.merge import merge as merge
     from qwen_pipeline.stages.merge_pad import merge_pad as merge_pad
@@ -82,6 +83,7 @@ _API = {
     "WorkerFailed": "errors:WorkerFailed",
     "calibrate": "stages.calibrate:calibrate",
     "checks": "evaluation.report.frame:report_frame",
+    "convert": "stages.convert:convert",
     "evidence": "quantization.evidence:evidence_frame",
     "export": "stages.export:export",
     "find_environment": "workers.environments:find_environment",

@@ -19,7 +19,7 @@ from qwen_pipeline.models.inbox import Arrival, Inbox
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, repair, validate
-from qwen_pipeline.text.records import PARQUET
+from qwen_pipeline.text.record_files import PARQUET
 from qwen_pipeline.text.sources import open_text
 
 if TYPE_CHECKING:  # pandas takes long to import, and only status_frame needs it
@@ -185,8 +185,9 @@ def _specs(settings: Settings, name: str) -> dict[str, Mapping[str, Any]]:
             **asdict(quantization.calibration),
             "all_experts": quantization.all_experts,
             "min_expert_tokens": settings.calibration.min_expert_tokens,
+            **asdict(settings.calibration.text_spec),
         },
-        quantize.STAGE: quantization.to_json(),
+        quantize.STAGE: quantization.to_json() | {"recipe": quantization.recipe},
         validate.STAGE: {"limits": asdict(settings.validation.limits_of(name))},
     }
 
@@ -199,7 +200,7 @@ def _calibration_text(settings: Settings) -> dict[str, str]:
     return {"text": open_text(file).digest()}
 
 
-_SPEC_DEFAULTS: Mapping[str, Any] = {"towers": False}
+_SPEC_DEFAULTS: Mapping[str, Any] = {"towers": False, "recipe": "gptq"}
 """Values of fields that a spec leaves out, so that its derivation key stays that of versions without them."""
 
 

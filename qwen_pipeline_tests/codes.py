@@ -83,7 +83,7 @@ class Codes:
 
 
 def random_codes(packing: Packing, inputs: int, outputs: int, generator: torch.Generator) -> Codes:
-    """Return a random layer of whole groups."""
+    """Return a random layer of whole groups; its scales have both signs, as some recipes write them."""
     count, top = inputs // packing.group_size, 2**packing.bits
     groups = torch.arange(inputs) // packing.group_size
     if packing.desc_act:
@@ -91,11 +91,12 @@ def random_codes(packing: Packing, inputs: int, outputs: int, generator: torch.G
     zeros = torch.full((count, outputs), top // 2)
     if not packing.sym:
         zeros = torch.randint(1, top, (count, outputs), generator=generator)
+    signs = torch.randint(0, 2, (count, outputs), generator=generator) * 2 - 1
     return Codes(
         codes=torch.randint(0, top, (inputs, outputs), generator=generator).tolist(),
         zeros=zeros.tolist(),
         groups=groups.tolist(),
-        scales=(torch.rand(count, outputs, generator=generator) + 0.5).bfloat16().half(),
+        scales=(signs * (torch.rand(count, outputs, generator=generator) + 0.5)).bfloat16().half(),
     )
 
 

@@ -80,7 +80,7 @@ def specimen(damage: str, by: str, says: str, make: Make, *, caught_by: str = "s
 # fmt: off
 SPECIMENS: Mapping[str, Specimen] = {
     "config-padded": specimen("only the config was padded", SCRIPT, "expected I32 [8, 128]", widen_only_the_config),
-    "codes-padded": specimen("words of codes padded as if they were weights", SCRIPT, "values that are not positive",
+    "codes-padded": specimen("words of codes padded as if they were weights", SCRIPT, "values that are zero",
         pad_rows_of_codes),
     "straddling": specimen("3 groups for 2 ranks", "quantizing without padding", "2 of 14 weights differ",
         lambda healthy, out: round_to_codes(healthy.merged, out, group_size=GROUP_SIZE), caught_by="ranks_agree",
@@ -104,9 +104,9 @@ SPECIMENS: Mapping[str, Specimen] = {
         edited(scale(UP, lambda _: torch.nan))),
     "inf-scale": specimen("a scale is infinite", BY_HAND, "1 values that are not finite",
         edited(scale(UP, lambda _: torch.inf))),
-    "negative-scale": specimen("a scale is negative", BITS, "1 values that are not positive",
+    "negative-scale": specimen("a scale of the wrong sign", BITS, "as if its scale were -",
         edited(scale(UP, lambda s: -s))),
-    "zero-scale": specimen("a scale is zero", "float16 rounding", "1 values that are not positive",
+    "zero-scale": specimen("a scale is zero", "float16 rounding", "1 values that are zero",
         edited(scale(UP, lambda s: s * 0))),
     "nan-norm": specimen("a norm holds NaN", BY_HAND, "model.norm.weight differs from its value before",
         edited(set_to("model.norm.weight", poisoned(torch.nan)))),

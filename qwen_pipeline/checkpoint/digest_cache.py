@@ -79,7 +79,7 @@ class DigestCache:
         return entry.read_text()
 
     def _entry(self, files: Iterable[Path]) -> Path:
-        return self.directory / _stat_key(files)
+        return self.directory / stat_key(files)
 
 
 def checkpoint_digest(root: Path, *, checkpoint: Checkpoint | None = None, observe: Observe = unobserved) -> str:
@@ -113,14 +113,15 @@ def fingerprint(root: Path) -> str:
     """
     if manifest := find_manifest(root):
         return manifest.content_digest
-    return f"files:{_stat_key(_files_of(root, open_checkpoint(root)))}"
+    return f"files:{stat_key(_files_of(root, open_checkpoint(root)))}"
 
 
 def _files_of(root: Path, checkpoint: Checkpoint) -> set[Path]:
     return {*(root / shard for shard in checkpoint.shards.values()), root / CONFIG, *checkpoint.sidecars.values()}
 
 
-def _stat_key(files: Iterable[Path]) -> str:
+def stat_key(files: Iterable[Path]) -> str:
+    """Return a digest of the path, size, inode and modification time of each file; none is read."""
     stats = [(str(path.resolve()), path.stat()) for path in sorted(files)]
     return canonical_sha256([[path, s.st_size, s.st_ino, s.st_mtime_ns] for path, s in stats])
 

@@ -37,7 +37,7 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
         raise refused(f"{path} is missing.", remedy="Pass a directory that has it, or fetch it again.") from error
     except OSError as error:
         raise refused(f"{path} cannot be read: {error}.", remedy="Make it readable, or fetch it again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refused(f"{path} is not valid JSON: {error}.", remedy="Fetch or save the file again.") from error
     if not isinstance(value, dict):
         raise refused(f"{path} is not a JSON object.", remedy="Fetch or save the file again.")

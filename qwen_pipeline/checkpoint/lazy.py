@@ -206,30 +206,27 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
         shards=owners,
         config_bytes=(root / CONFIG).read_bytes(),
         sidecars=sidecars,
-        left_behind=tuple(path for path in _relative_files(root) if path not in known),
+        left_behind=tuple(path for path in relative_files(root) if path not in known),
     )
 
 
 def open_sidecars(root: Path) -> dict[str, Path]:
     """Return a directory's files that match :data:`SIDECARS`: relative path -> absolute path."""
-    return {path: root / path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
+    return {path: root / path for path in relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
 
 
 def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
     index_path, single = (root / name.replace(STEM, stem, 1) for name in (INDEX, SINGLE_SHARD))
-    if index_path.exists() and single.exists():
+    if single.exists() and not index_path.exists():
+        return [open_safetensors(single)]
+    if not index_path.exists():
+        raise _no_weights(root)
+    owners = _owners(index_path)
+    if single.exists() and {*owners.values()} != {single.name}:
         raise CheckpointRefused(
             f"{root} has both {SINGLE_SHARD} and {INDEX}; loaders disagree about which of them to read.",
             remedy="Remove the outdated one.",
         )
-    if single.exists():
-        return [open_safetensors(single)]
-    if not index_path.exists():
-        raise _no_weights(root)
-    weight_map = load_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointRefused(f"{index_path} has no weight_map.", remedy="Save the checkpoint again.")
-    owners = {str(name): str(file) for name, file in cast("dict[Any, Any]", weight_map).items()}
     shards = [open_safetensors(_shard_path(root, file)) for file in sorted(set(owners.values()))]
     found = {name: shard.path.name for shard in shards for name in shard.specs}
     if wrong := sorted(name for name in owners.keys() | found.keys() if owners.get(name) != found.get(name)):
@@ -239,6 +236,14 @@ def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
             remedy="The upload or download is incomplete, or mixes the files of two saves: fetch it again.",
         )
     return shards
+
+
+def _owners(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, as an index states it."""
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointRefused(f"{index} has no weight_map.", remedy="Save the checkpoint again.")
+    return {str(name): str(file) for name, file in cast("dict[Any, Any]", weight_map).items()}
 
 
 def _shard_path(root: Path, file: str) -> Path:
@@ -254,7 +259,7 @@ def _shard_path(root: Path, file: str) -> Path:
 
 
 def _no_weights(root: Path) -> CheckpointRefused:
-    pickles = [path for path in _relative_files(root) if any(fnmatch(path, glob) for glob in PICKLES)]
+    pickles = [path for path in relative_files(root) if any(fnmatch(path, glob) for glob in PICKLES)]
     if pickles:
         return CheckpointRefused(
             f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded.",
@@ -265,7 +270,7 @@ def _no_weights(root: Path) -> CheckpointRefused:
     )
 
 
-def _relative_files(root: Path) -> list[str]:
+def relative_files(root: Path) -> list[str]:
     """Return the sorted files below ``root`` without hidden ones; links, as in the hub's cache, are followed.
 
     Raises:

@@ -34,6 +34,7 @@ def write_checkpoint(
     readers: Sequence[HashingReader] = (),
     if_not_finite: str | None = None,
     hard_links: bool = False,
+    config_name: str = CONFIG,
     observe: Observe = unobserved,
 ) -> Contents:
     """Write weights, index, config and sidecars into ``out`` and return the digests of what was written.
@@ -48,6 +49,7 @@ def write_checkpoint(
         readers: Readers of the inputs. They are finished at the end; their results so far survive an interruption.
         if_not_finite: The remedy for a NaN or an infinity. Without it, such values are written.
         hard_links: Whether a shard in which nothing changed may become a hard link to its source's file.
+        config_name: The config's file name.
         observe: Called with the progress, in bytes.
 
     Raises:
@@ -63,8 +65,8 @@ def write_checkpoint(
     for reader in readers:
         reader.finish(checkpoint, writer.results, task=f"{task}: hash unread tensors", observe=observe)
     files = {shard: digest_shard(out / shard) for shard in writer.shards}
-    files |= {path: digest_file(out / path) for path in write_config_and_sidecars(checkpoint, out)}
-    files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out)}
+    files |= {path: digest_file(out / path) for path in write_config_and_sidecars(checkpoint, out, config_name)}
+    files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out, config_name)}
     return Contents(tensors={name: writer.results[name].digest for name in writer.names}, files=files)
 
 
@@ -216,17 +218,17 @@ class _CheckpointWriter:
         require_resources(needs_of(self._checkpoint, disk_bytes=disk_bytes), self._out)
 
 
-def write_config_and_sidecars(checkpoint: Checkpoint, out: Path) -> list[str]:
+def write_config_and_sidecars(checkpoint: Checkpoint, out: Path, config_name: str = CONFIG) -> list[str]:
     """Write config and sidecars; return their relative paths."""
     dumped = json.dumps(checkpoint.config, indent=2, ensure_ascii=False).encode() + b"\n"
-    write_bytes(out / CONFIG, checkpoint.config_bytes or dumped)
+    write_bytes(out / config_name, checkpoint.config_bytes or dumped)
     for relative, source in checkpoint.sidecars.items():
         write_bytes(out / relative, source.read_bytes())
-    return [CONFIG, *checkpoint.sidecars]
+    return [config_name, *checkpoint.sidecars]
 
 
-def _write_index(checkpoint: Checkpoint, out: Path) -> list[str]:
-    if set(checkpoint.shards.values()) == {SINGLE_SHARD}:
+def _write_index(checkpoint: Checkpoint, out: Path, config_name: str) -> list[str]:
+    if config_name != CONFIG or set(checkpoint.shards.values()) == {SINGLE_SHARD}:
         return []
     index = {
         "metadata": {"total_size": checkpoint.nbytes},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qwen_pipeline
-from qwen_pipeline.cli import engine, evidence, inspect, pipeline, plan, quantize, repair, stages, validate
+from qwen_pipeline.cli import convert, engine, evidence, inspect, pipeline, plan, quantize, repair, stages, validate
 from qwen_pipeline.workers.fast_exit import fast_exit
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ def about(
 
 
 app.add_typer(pipeline.app)
+app.add_typer(convert.app)
 app.add_typer(stages.app)
 app.add_typer(quantize.app)
 app.add_typer(validate.app)

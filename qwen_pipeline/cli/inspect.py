@@ -1,8 +1,6 @@
 """``qwen-pipeline inspect``: describe a fine-tune and the base tensors that it changes, or say why it is refused."""
 
 import json
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.options import TrainedOn
+from qwen_pipeline.cli.options import LeaveBehind, TrainedOn
 from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qwen_pipeline.checkpoint.lazy import Checkpoint
+    from qwen_pipeline.models.kinds import Recognized
     from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
     from qwen_pipeline.transforms.lora.plan import TensorMerge
 
 app = typer.Typer()
-_UNSET: tuple[object, ...] = (False, "none", (), {})
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @command(
@@ -31,55 +29,123 @@ def inspect(
     fine_tune: Path,
     base: Annotated[Path | None, typer.Option(help="Base to merge into.")] = None,
     trained_on: TrainedOn = None,
+    leave_behind: LeaveBehind = None,
 ) -> CommandResult:
-    """Describe a fine-tune and its base, and with --base the tensors of the base that it changes.
+    """Describe any directory: what it is, who saved it, what happens to each file, and which tensors it changes.
 
     FINE_TUNE is a directory with a LoRA, with several LoRAs and an adapters.toml, or with a full model. A fine-tune
-    that cannot be merged exactly is refused with the message of merge and exit code 2.
+    that cannot be merged exactly is refused with the message of merge and exit code 2. Headers alone are read: merge
+    also refuses values that are not finite, factors that are all zero, and a model that equals its base.
     """
-    from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
-    from qwen_pipeline.cli.tables import size
-    from qwen_pipeline.errors import InputRefused
-    from qwen_pipeline.models.open import open_fine_tune, paddings_of
-    from qwen_pipeline.qwen.config import diff_configs
-    from qwen_pipeline.stages.merge import KnownBase, base_report
-    from qwen_pipeline.transforms.fine_tune.adopt import adopt
-    from qwen_pipeline.transforms.lora.merge import merge_lora
+    from qwen_pipeline.cli.inspect_views import what_table
+    from qwen_pipeline.errors import PipelineError
+    from qwen_pipeline.models.kinds import recognize
 
-    data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None}
-    view: list[Table | str] = []
+    found = recognize(fine_tune)
+    data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None, **_what(found)}
+    view: list[Table | str] = [what_table(data)]
     try:
-        child = open_fine_tune(fine_tune)
-        if isinstance(child, Checkpoint):
-            data |= {"kind": "full", "tensors": len(child)}
-            if base:
-                adopt(open_checkpoint(base), child)
-            return CommandResult(data=data, view=[f"Full model: {len(child)} tensors, {size(child.nbytes)}."])
-        data |= {"kind": "adapter", "combination": child.combination, "adapters": _adapter_data(child)}
-        view.append(_settings_table(data["adapters"]))
-        if base:
-            data["names_base"] = asdict(base_report(KnownBase(root=base), child))
-            parent = open_checkpoint(base)
-            merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=trained_on))
-            data["trained"] = merged.bridge.trained if merged.bridge else None
-            data["config"] = diff_configs(parent.config, merged.checkpoint.config)
-            merges = merged.plan.merges.items()
-            data["lands"] = {name: _merge_data(merge) for name, merge in merges if merge.adapter_tensors}
-            view += [_merge_table(data["lands"]), *_remarks(data)]
-    except InputRefused as refusal:
+        _describe(fine_tune, base, trained_on, leave_behind or [], data, view)
+    except PipelineError as refusal:
         return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
     return CommandResult(data=data, view=view)
 
 
+def _describe(
+    root: Path,
+    base: Path | None,
+    padded: Path | None,
+    leave_behind: list[str],
+    data: dict[str, Any],
+    view: "list[Table | str]",
+) -> None:
+    """Add to ``data`` and ``view`` whatever is known before the first refusal.
+
+    Raises:
+        PipelineError: The fine-tune is refused, as by merge.
+    """
+    from qwen_pipeline.checkpoint.lazy import Checkpoint
+    from qwen_pipeline.cli.inspect_views import files_table, settings_table
+    from qwen_pipeline.models.changes import require_effect
+    from qwen_pipeline.models.fine_tune_files import files_of, require_all_weights_read, require_no_code_of_its_own
+    from qwen_pipeline.models.open import open_fine_tune
+
+    child = open_fine_tune(root)
+    files = files_of(root, child, leave_behind)
+    data["files"] = [{**asdict(each), "root": str(each.root)} for each in files]
+    if isinstance(child, Checkpoint):
+        data |= {"kind": "full", "tensors": len(child), "bytes": child.nbytes}
+    else:
+        data |= {"kind": "adapter", "combination": child.combination, "adapters": _adapter_data(child)}
+        view.append(settings_table(data["adapters"]))
+    view.append(files_table(files))
+    require_all_weights_read(files)
+    if isinstance(child, Checkpoint):
+        require_no_code_of_its_own(child)
+        _describe_model(child, base, data, view)
+    else:
+        require_effect(child, read_values=False)
+        _describe_merge(child, base, padded, data, view)
+
+
+def _describe_model(child: "Checkpoint", base: Path | None, data: dict[str, Any], view: "list[Table | str]") -> None:
+    from qwen_pipeline.checkpoint.lazy import open_checkpoint
+    from qwen_pipeline.cli.tables import size
+    from qwen_pipeline.qwen.config import require_full_precision
+    from qwen_pipeline.transforms.fine_tune.adopt import adopt
+
+    view.append(f"Full model: {len(child)} tensors, {size(child.nbytes)}.")
+    require_full_precision(
+        child,
+        because="Padding and quantization need the full-precision weights of a fine-tune.",
+        remedy="Provide the model as it was saved before quantization.",
+    )
+    if base:
+        parent = open_checkpoint(base)
+        output = adopt(parent, child).checkpoint
+        carried = [name for name, tensor in output.tensors.items() if tensor is parent.tensors.get(name)]
+        data |= {"taken": len(output) - len(carried), "carried_over": carried}
+        view.append(f"{len(output) - len(carried)} tensors are taken, {len(carried)} are carried over from the base.")
+
+
+def _describe_merge(
+    child: "AdapterSet", base: Path | None, padded: Path | None, data: dict[str, Any], view: "list[Table | str]"
+) -> None:
+    from qwen_pipeline.checkpoint.lazy import open_checkpoint
+    from qwen_pipeline.cli.inspect_views import merge_table
+    from qwen_pipeline.models.base_names import KnownBase, base_report
+    from qwen_pipeline.models.open import paddings_of
+    from qwen_pipeline.qwen.config import diff_configs
+    from qwen_pipeline.transforms.lora.merge import merge_lora
+
+    if base is None:
+        return
+    data["names_base"] = asdict(base_report(KnownBase(root=base), child))
+    parent = open_checkpoint(base)
+    merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=padded), check_values=False)
+    data["trained"] = merged.bridge.trained if merged.bridge else None
+    data["config"] = diff_configs(parent.config, merged.checkpoint.config)
+    merges = merged.plan.merges.items()
+    data["lands"] = {name: _merge_data(merge) for name, merge in merges if merge.adapter_tensors}
+    view += [merge_table(data["lands"]), *_remarks(data)]
+
+
+def _what(found: "Recognized") -> dict[str, Any]:
+    saved_by = [{"tool": tool, "evidence": evidence} for tool, evidence in found.tools.items()]
+    return {"is": found.kind.name, "saved_by": saved_by}
+
+
 def _declared(root: Path) -> dict[str, Any]:
     """Return the type and base that an adapter's settings declare, even if the adapter is refused."""
+    from qwen_pipeline.checkpoint.files import load_json
+    from qwen_pipeline.errors import InputRefused
     from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 
     try:
-        settings = json.loads((root / ADAPTER_CONFIG).read_bytes())
-        return {"declared": {name: settings.get(name) for name in ("peft_type", "base_model_name_or_path", "revision")}}
-    except (OSError, ValueError, AttributeError):
+        settings = load_json(root / ADAPTER_CONFIG)
+    except InputRefused:
         return {}
+    return {"declared": {name: settings.get(name) for name in ("peft_type", "base_model_name_or_path", "revision")}}
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:
@@ -91,7 +157,7 @@ def _remarks(data: Mapping[str, Any]) -> list[str]:
     }
     remarks = [bridged[data["trained"]]] if data["trained"] else []
     remarks += [f"config.json: {path} becomes {json.dumps(value)}." for path, value in data["config"].items()]
-    if not data["names_base"]["passed"] and not data["trained"]:
+    if not data["trained"]:
         remarks.append(data["names_base"]["detail"])
     return remarks
 
@@ -105,6 +171,7 @@ def _adapter_data(adapters: "AdapterSet") -> list[dict[str, Any]]:
             "revision": member.adapter.revision,
             "peft_version": member.adapter.config.get("peft_version"),
             "tensors": len(member.adapter.weights.specs),
+            "spelling": list(member.adapter.weights.spelling.differences),
             "settings": asdict(member.adapter.settings),
         }
         for member in adapters.members
@@ -124,35 +191,3 @@ def _merge_data(merge: "TensorMerge") -> dict[str, Any]:
         "scalings": sorted({term.scaling for term in merge.terms}),
         "from": [name for _, name in merge.adapter_tensors],
     }
-
-
-def _settings_table(adapters: list[dict[str, Any]]) -> "Table":
-    from rich.table import Table
-
-    table = Table("adapter", "trained on", "PEFT", "tensors", "weight", "settings")
-    for adapter in adapters:
-        settings = ", ".join(f"{name} {value}" for name, value in adapter["settings"].items() if value not in _UNSET)
-        trained_on = " at ".join(filter(None, (adapter["base"] or "unknown", adapter["revision"])))
-        table.add_row(
-            adapter["path"],
-            trained_on,
-            adapter["peft_version"] or "",
-            str(adapter["tensors"]),
-            f"{adapter['weight']:g}",
-            settings,
-        )
-    return table
-
-
-def _merge_table(tensors: dict[str, dict[str, Any]]) -> "Table":
-    """Return the tensors that change; names that differ only in numbers share a row."""
-    from rich.table import Table
-
-    lines = Counter(
-        (_NUMBER.sub("*", name), ", ".join(merge["what"]), ", ".join(f"{s:g}" for s in merge["scalings"]))
-        for name, merge in tensors.items()
-    )
-    table = Table("tensors of the base", "count", "change", "scaling")
-    for (name, what, scaling), count in lines.items():
-        table.add_row(name, str(count), what, scaling)
-    return table

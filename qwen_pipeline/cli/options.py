@@ -9,8 +9,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
+from qwen_pipeline.text.reading import TextSpec, parse_template_arguments
 
-TEXT_FORMATS = 'JSONL of {"text"} or {"messages"}, Parquet, or a dataset on the hub'
+TEXT_FORMATS = 'JSONL of {"text"}, {"messages"} or other forms, Parquet, or a dataset on the hub'
 ENGINE_HELP = "Quantization engine: this package's layer loop with GPTQModel's solver, or a library's own loop."
 RANKS_HELP = "Tensor-parallel ranks, each of which must get whole groups."
 TOWERS_HELP = "Also pad vision and audio towers, to widths that all ranks can share."
@@ -23,7 +24,33 @@ TrainedOn = Annotated[
     Path | None,
     typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if its settings do not name it."),
 ]
+MaxSkipped = Annotated[
+    float | None,
+    typer.Option(help="Largest share of records that may be skipped because they cannot be used; default: settings."),
+]
+TemplateArgument = Annotated[
+    list[str] | None,
+    typer.Option(help="Argument of the chat template, such as enable_thinking=false; repeatable. Default: settings."),
+]
+LeaveBehind = Annotated[
+    list[str] | None,
+    typer.Option(help="Weights beside the fine-tune's own that were not trained: a path or a pattern."),
+]
 EnginePython = Annotated[Path | None, typer.Option(help="Python interpreter of an environment with the engine.")]
+
+
+def text_spec(configured: TextSpec, max_skipped: float | None, template_argument: list[str] | None) -> TextSpec:
+    """Return the settings that decide how records become tokens; what is not given is as configured.
+
+    Raises:
+        InputRefused: A value is invalid.
+    """
+    return TextSpec(
+        max_skipped=configured.max_skipped if max_skipped is None else max_skipped,
+        template_arguments=parse_template_arguments(template_argument)
+        if template_argument
+        else configured.template_arguments,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

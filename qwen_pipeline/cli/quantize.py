@@ -11,9 +11,12 @@ from qwen_pipeline.cli.options import (
     TEXT_FORMATS,
     EnginePython,
     FieldOption,
+    MaxSkipped,
     Out,
     Source,
     SpecOptions,
+    TemplateArgument,
+    text_spec,
 )
 from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.cli.stages import ALL_EXPERTS_HELP, CALIBRATION_HELP, run_stage
@@ -25,6 +28,7 @@ QUANTIZATION_OPTIONS = SpecOptions(
     QuantSpec,
     {
         "bits": "Bits per weight.",
+        "recipe": "GPTQ alone, or with further steps that lose less at the same size and take longer.",
         "group_size": GROUP_SIZE_HELP,
         "sym": "Grid that is symmetric about zero.",
         "desc_act": "Quantize columns by descending activation; slower to serve.",
@@ -62,6 +66,8 @@ def quantize(
         str, typer.Option(help=f"Directory that calibrate wrote, or calibration text: {TEXT_FORMATS}.")
     ],
     spec: Annotated[QuantSpec, QUANTIZATION_OPTIONS],
+    max_skipped: MaxSkipped = None,
+    template_argument: TemplateArgument = None,
     engine_python: EnginePython = None,
 ) -> CommandResult:
     """Quantize a checkpoint with GPTQ, in a separate process. Pad it first.
@@ -69,6 +75,7 @@ def quantize(
     The same input, settings and versions give the same bytes. A module that could only be rounded fails a check.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
+    from qwen_pipeline.config import load_settings
     from qwen_pipeline.stages import quantize as stage
     from qwen_pipeline.workers.environments import find_environment
 
@@ -78,6 +85,7 @@ def quantize(
             destination=Directory(out),
             calibration=calibration,
             spec=spec,
+            text_spec=text_spec(load_settings().calibration.text_spec, max_skipped, template_argument),
             engine=find_environment(spec.environment, engine_python),
             observe=observe,
         )

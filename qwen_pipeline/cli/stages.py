@@ -10,10 +10,14 @@ from qwen_pipeline.cli.options import (
     PADDING_OPTIONS,
     TEXT_FORMATS,
     BaseCheckpoint,
+    LeaveBehind,
+    MaxSkipped,
     Out,
     Source,
     SpecOptions,
+    TemplateArgument,
     TrainedOn,
+    text_spec,
 )
 from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
@@ -34,7 +38,9 @@ Weights = Annotated[list[float] | None, typer.Option(help="Weight of the adapter
 Combination = Annotated[
     CombinationChoice, typer.Option(help="Add up updates (cat) or, as a cheap approximation, factors (linear).")
 ]
-BaseNames = Annotated[list[str] | None, typer.Option(help="A name by which the adapter may refer to the base.")]
+BaseNames = Annotated[
+    list[str] | None, typer.Option(help="A name by which the adapter may refer to the base, or a pattern with *.")
+]
 BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base, compared with the adapter's.")]
 
 CALIBRATION_HELP = {
@@ -63,6 +69,7 @@ def merge(
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
     trained_on: TrainedOn = None,
+    leave_behind: LeaveBehind = None,
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
 
@@ -81,6 +88,7 @@ def merge(
             base_names=base_name or (),
             base_revision=base_revision,
             padded=trained_on,
+            leave_behind=leave_behind or (),
             observe=observe,
         )
     )
@@ -100,6 +108,7 @@ def merge_pad(
     combine: Combination = "cat",
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
+    leave_behind: LeaveBehind = None,
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
 ) -> CommandResult:
@@ -119,6 +128,7 @@ def merge_pad(
             base_names=base_name or (),
             base_revision=base_revision,
             spec=spec,
+            leave_behind=leave_behind or (),
             observe=observe,
         )[1]
     )
@@ -175,6 +185,8 @@ def calibrate(
         int | None,
         typer.Option(help=f"Tokens that each expert must receive; default: the settings' ({MIN_EXPERT_TOKENS})."),
     ] = None,
+    max_skipped: MaxSkipped = None,
+    template_argument: TemplateArgument = None,
 ) -> CommandResult:
     """Draw the tokens that calibrate a quantization, in the model's chat template, and check their coverage of experts.
 
@@ -184,15 +196,16 @@ def calibrate(
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.stages import calibrate as stage
 
-    least = load_settings().calibration.min_expert_tokens if min_expert_tokens is None else min_expert_tokens
+    settings = load_settings().calibration
     return run_stage(
         lambda observe: stage.calibrate(
             source=source,
             text=text,
             destination=Directory(out),
             spec=spec,
+            text_spec=text_spec(settings.text_spec, max_skipped, template_argument),
             all_experts=all_experts,
-            min_expert_tokens=least,
+            min_expert_tokens=settings.min_expert_tokens if min_expert_tokens is None else min_expert_tokens,
             observe=observe,
         )
     )

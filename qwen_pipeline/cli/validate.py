@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qwen_pipeline.cli.options import ENGINE_HELP, EnginePython
+from qwen_pipeline.cli.options import ENGINE_HELP, EnginePython, MaxSkipped, TemplateArgument, text_spec
 from qwen_pipeline.cli.results import CommandResult, command
 from qwen_pipeline.cli.stages import run_stage
 from qwen_pipeline.quantization.spec import QuantizerName, QuantSpec
@@ -26,7 +26,7 @@ _DEFAULTS = QuantSpec()
 def validate(
     reference: Annotated[Path, typer.Option(help="Merged, full-precision checkpoint.")],
     candidate: Annotated[Path, typer.Option(help="Quantized checkpoint.")],
-    text: Annotated[Path, typer.Option(help="Text not used for calibration: .txt, or .jsonl as for quantize.")],
+    text: Annotated[Path, typer.Option(help="Text not used for calibration: .txt, or others as for quantize.")],
     out: Annotated[Path | None, typer.Option(help="Directory of the report; default: <candidate>-validation.")] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel degree that the checkpoint must serve at.")] = 1,
     target: Annotated[
@@ -41,6 +41,8 @@ def validate(
     engine: Annotated[QuantizerName, typer.Option(help=ENGINE_HELP)] = _DEFAULTS.engine,
     engine_python: EnginePython = None,
     fine_tune: Annotated[str | None, typer.Option(help="Fine-tune whose limits in validation.overrides apply.")] = None,
+    max_skipped: MaxSkipped = None,
+    template_argument: TemplateArgument = None,
     serve: Annotated[ServingChoice | None, typer.Option(help="Also serve with this engine, and query it.")] = None,
     serve_tp: Annotated[list[int] | None, typer.Option(help="Degree to serve at; repeatable. Default: --tp.")] = None,
 ) -> CommandResult:
@@ -69,8 +71,10 @@ def validate(
         calibration=calibration,
         before=before,
     )
+    configured_plan = configured.validation_plan(fine_tune, serving=serving)
     plan = replace(
-        configured.validation_plan(fine_tune, serving=serving),
+        configured_plan,
+        text_spec=text_spec(configured_plan.text_spec, max_skipped, template_argument),
         tensor_parallel=tp,
         targets=[Target.parse(text) for text in target or ()] or settings.declared,
     )

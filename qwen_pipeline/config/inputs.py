@@ -33,9 +33,9 @@ def calibration_source(settings: Settings) -> str:
 
 def held_out_text(settings: Settings) -> Path:
     file = require_setting(settings.validation.text, "validation.text", '"held-out.txt"')
-    if not file.is_file():
+    if not file.exists():
         raise InputRefused(
-            f"The setting validation.text names {file}, which is not a file.", remedy="Correct the setting."
+            f"The setting validation.text names {file}, which does not exist.", remedy="Correct the setting."
         )
     return file
 

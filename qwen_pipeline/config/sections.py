@@ -17,7 +17,8 @@ from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets
 from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
-from qwen_pipeline.text.records import SUFFIXES
+from qwen_pipeline.text.reading import MAX_SKIPPED, TextSpec
+from qwen_pipeline.text.record_files import SUFFIXES
 
 
 def _require_serving_engine(engine: str) -> str:
@@ -86,6 +87,17 @@ def _text_source(source: str) -> str:
 TextName = Annotated[str, AfterValidator(_text_source)]
 
 
+def _require_template_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        TextSpec(template_arguments=arguments)
+    except InputRefused as refused:
+        raise ValueError(f"{refused.what} {refused.remedy}") from refused
+    return arguments
+
+
+TemplateArguments = Annotated[Mapping[str, Any], AfterValidator(_require_template_arguments)]
+
+
 class Calibration(Section):
     """Calibration text. A string in place of the section is its ``source``.
 
@@ -93,10 +105,19 @@ class Calibration(Section):
         source: A file of records, a directory, or a dataset as ``name[:config][@revision][#split]``.
         min_expert_tokens: Number of tokens that each expert of a mixture must receive; with fewer, the check
             `experts_reached` fails.
+        max_skipped: Largest share of records that may be skipped because they cannot be used; empty ones do not count.
+        template_arguments: Arguments of the chat template, such as ``enable_thinking``, for records that do not bring
+            their own.
     """
 
     source: TextName | None = None
     min_expert_tokens: int = Field(default=MIN_EXPERT_TOKENS, ge=0)
+    max_skipped: float = Field(default=MAX_SKIPPED, ge=0, le=1)
+    template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
+
+    @property
+    def text_spec(self) -> TextSpec:
+        return TextSpec(max_skipped=self.max_skipped, template_arguments=self.template_arguments)
 
     @model_validator(mode="before")
     @classmethod
@@ -146,7 +167,10 @@ class Validation(Section):
     """Validation of a quantized checkpoint.
 
     Attributes:
-        text: Held-out text, ``.txt`` or ``.jsonl``, that is not part of the calibration text.
+        text: Held-out text that is not part of the calibration text: a file of records, or a directory of data files.
+        max_skipped: As for the calibration, for the held-out text.
+        template_arguments: Arguments of the chat template, for the held-out text and the prompts; by default those of
+            the calibration.
         limits: Thresholds of the checks; an omitted one keeps its default.
         overrides: Fine-tune -> limits that apply to it alone. They are set by the operator, not in the upload.
         serve: Serving with a real engine.
@@ -162,6 +186,8 @@ class Validation(Section):
     """
 
     text: ConfiguredPath | None = None
+    max_skipped: float = Field(default=MAX_SKIPPED, ge=0, le=1)
+    template_arguments: TemplateArguments | None = None
     limits: Limits = Field(default_factory=Limits)
     overrides: Mapping[str, Mapping[str, float]] = Field(default_factory=dict[str, Mapping[str, float]])
     serve: Serve = Field(default_factory=Serve)

@@ -18,6 +18,7 @@ from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
+from qwen_pipeline.text.reading import TextSpec
 from qwen_pipeline.workers.environments import find_environment
 
 
@@ -30,7 +31,8 @@ class Settings(BaseSettings):
         imports: The same for checkpoints quantized elsewhere; by default ``<workspace>/imports``.
         base_model: Directory or hub id of the full-precision base model.
         base_revision: Commit, tag or branch of a base model on the hub.
-        base_names: Other names by which adapters may refer to the base model.
+        base_names: Other names by which adapters may refer to the base model, or patterns of names with ``*``.
+        leave_behind: Patterns of paths of weights beside a fine-tune's own that were not trained.
         padding: Target geometry of the padded checkpoint.
         quantization: Settings of the quantizer.
         calibration: Calibration text: a source, or a section.
@@ -50,6 +52,7 @@ class Settings(BaseSettings):
     base_model: str | None = None
     base_revision: str | None = None
     base_names: tuple[str, ...] = ()
+    leave_behind: tuple[str, ...] = ()
     padding: Padding = Field(default_factory=Padding)
     quantization: QuantSpec = Field(default_factory=QuantSpec)
     calibration: Calibration = Field(default_factory=Calibration)
@@ -120,7 +123,7 @@ class Settings(BaseSettings):
         Raises:
             EnvironmentFault: lm-eval is not installed.
         """
-        validation = self.validation
+        validation, arguments = self.validation, self.validation.template_arguments
         return ValidationPlan(
             tensor_parallel=self.padding.tensor_parallel,
             targets=validation.declared or self.padding.declared,
@@ -128,6 +131,10 @@ class Settings(BaseSettings):
             prompts=validation.prompts,
             windows=validation.windows,
             seq_len=validation.seq_len,
+            text_spec=TextSpec(
+                max_skipped=validation.max_skipped,
+                template_arguments=self.calibration.template_arguments if arguments is None else arguments,
+            ),
             serving=serving,
             tasks=self.task_plan(),
         )

@@ -91,6 +91,7 @@ def merged_checkpoint(
             destination=workspace.slot(context),
             base_names=(base_model_name(config), *config.base_names),
             base_revision=config.base_revision,
+            leave_behind=config.leave_behind,
             hard_links=config.store.hard_links,
             observe=observe,
         )
@@ -141,6 +142,7 @@ def merged_and_padded_checkpoints(
             padded=slot,
             base_names=(base_model_name(config), *config.base_names),
             base_revision=config.base_revision,
+            leave_behind=config.leave_behind,
             spec=config.padding_spec,
             hard_links=config.store.hard_links,
             observe=observe,

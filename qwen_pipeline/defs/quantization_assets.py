@@ -49,6 +49,7 @@ def calibration_tokens(
             text=calibration_source(config),
             destination=workspace.slot(context),
             spec=config.quantization.calibration,
+            text_spec=config.calibration.text_spec,
             all_experts=config.quantization.all_experts,
             min_expert_tokens=config.calibration.min_expert_tokens,
             device=config.quantization.device,

@@ -22,7 +22,7 @@ from qwen_pipeline.reports import CheckReport, CheckSpec
 STRUCTURE = CheckSpec(
     name="structure",
     description="Every expected tensor is present with the right shape and dtype, and there are no others; scales are"
-    " finite and positive; every group of codes decodes to its original weights; config, tokenizer, chat"
+    " finite and not zero; every group of codes decodes to its original weights; config, tokenizer, chat"
     " template and generation config agree; tensors that were not quantized are unchanged.",
 )
 LOADS = CheckSpec(
@@ -262,13 +262,18 @@ def _samples(findings: Findings) -> CheckReport:
     if not faults and not any(sample.candidate for sample in findings.samples):
         return SAMPLES.skipped("The quantized model has no answers: no prompts are configured, or it did not load.")
     agreed = ", ".join(f"{sample.agreed_tokens} of {sample.tokens}" for sample in findings.samples)
+    ignored = sorted({setting for model in findings.models.values() for setting in model.unapplied})
+    note = f" Settings of the generation config that were not applied: {', '.join(ignored)}." if ignored else ""
     return SAMPLES.report(
         passed=not faults,
         measured=len(faults),
         limit=0,
-        detail=f"{listed(faults)}. See the answers in the report."
-        if faults
-        else f"Equal tokens at the start of both answers: {agreed or 'none'}. See the answers in the report.",
+        detail=(
+            f"{listed(faults)}. See the answers in the report."
+            if faults
+            else f"Equal tokens at the start of both answers: {agreed or 'none'}. See the answers in the report."
+        )
+        + note,
     )
 
 

@@ -83,6 +83,8 @@ class ModelFigures:
         peaks: The largest activation of each layer on the windows.
         calibration_peaks: The largest activation of each layer on the calibration tokens, if requested.
         answers: Token ids of the greedy answer to each prompt, if requested.
+        unruled_answers: The answers without the rules of the generation config, if requested and if it has any.
+        unapplied: Settings of the generation config that would change answers, but are not applied.
         unanswered: The reason why a requested answer is missing.
     """
 
@@ -97,6 +99,8 @@ class ModelFigures:
     peaks: tuple[Peak, ...] = ()
     calibration_peaks: tuple[Peak, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
+    unruled_answers: tuple[tuple[int, ...], ...] = ()
+    unapplied: tuple[str, ...] = ()
     unanswered: str | None = None
 
 

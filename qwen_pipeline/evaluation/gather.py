@@ -80,7 +80,7 @@ def gather_findings(
     targets = plan.targets or [Target(engine=ANY_ENGINE, degree=plan.tensor_parallel)]
     found = _targets(source, quantized, targets, observe)
     shardings = shardings_with_effect(quantized, found)
-    measurement = replace(models.measurement, shardings=list(shardings.values()))
+    measurement = replace(models.measurement, shardings=list(shardings.values()), unruled=plan.serving is not None)
     log, is_language = logs / "validate.log", measurement.task.kind == "language"
     worker = run_worker(
         engine.python, MEASURE, measurement.to_json(), log=log, env=MEASURING_ENVIRONMENT, observe=observe
@@ -146,12 +146,16 @@ def _completions(figures: ModelFigures, stops: Collection[int], tokenizer: Any) 
 def _serve(
     plan: ServingPlan, models: OpenedModels, figures: Mapping[str, ModelFigures], logs: Path, observe: Observe
 ) -> list[ServingFindings]:
-    """Serve checkpoints; a padded one must answer like the merged one, because they compute the same function."""
+    """Serve checkpoints; a padded one must answer like the merged one, because they compute the same function.
+
+    The server does not read generation configs, so its answers are compared with those without their rules.
+    """
+    of_role = {role: figures[MERGED if role == PADDED else role] for role in models.roots if role != BASE}
     return serve_all(
         plan,
         models=models.roots,
         prompts=models.measurement.prompts,
-        expected={role: figures[MERGED if role == PADDED else role].answers for role in models.roots if role != BASE},
+        expected={role: found.unruled_answers or found.answers for role, found in of_role.items()},
         decode=lambda tokens: models.tokenizer.decode(list(tokens), skip_special_tokens=True),
         logs=logs,
         observe=observe,

@@ -23,6 +23,7 @@ class Measurement:
         windows: Token ids; every token but the first of each window is predicted.
         prompts: Token ids of each prompt.
         device: The device that computes predictions, in float32: ``cpu`` or ``cuda``.
+        unruled: Whether models also answer without the rules of their generation configs, as a server does.
         calibration: Windows of token ids, all of the same length, that calibrated the quantized model; only its
             activations are measured on them.
         shardings: Shardings that change the weights of the quantized model
@@ -39,6 +40,7 @@ class Measurement:
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     device: str
+    unruled: bool = False
     calibration: Sequence[Sequence[int]] = ()
     shardings: Sequence[tuple[int, Sequence[str]]] = ()
     task: HeadTask = field(default_factory=HeadTask)

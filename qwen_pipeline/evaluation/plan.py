@@ -11,6 +11,7 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.serving.findings import ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
+from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, TextSpec
 
 INPUT_OF_ROLE = {
     BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED_QUANTIZED: "unpadded",
@@ -25,7 +26,7 @@ class ValidationInputs:
     Attributes:
         reference: The merged full-precision checkpoint, stored or as a recipe.
         candidate: The quantized checkpoint.
-        text: Held-out text, ``.txt`` or JSONL of ``text`` or ``messages``.
+        text: Held-out text: a file of records or a directory, see :mod:`qwen_pipeline.text.sources`.
         base: The checkpoint that was fine-tuned, to measure the effect of fine-tuning.
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it, a candidate that was
             made elsewhere is compared with the reference padded by zeros, and the effect of padding on predictions is
@@ -64,6 +65,8 @@ class ValidationPlan:
         prompts: Prompts that the merged and the quantized model answer side by side.
         windows: Maximum number of windows of text.
         seq_len: Tokens in a window.
+        text_spec: The share of records of the text that may be skipped, and arguments of the chat template, which
+            formats the prompts too.
         serving: The checkpoints to serve with a real engine, and the engine; by default none.
         tasks: The benchmark tasks to run, and the limits of their scores; by default none.
         device: The device that computes predictions; by default a GPU if there is one.
@@ -75,6 +78,7 @@ class ValidationPlan:
     prompts: Sequence[str] = DEFAULT_PROMPTS
     windows: int = 8
     seq_len: int = 512
+    text_spec: TextSpec = DEFAULT_TEXT_SPEC
     serving: ServingPlan | None = None
     tasks: TaskPlan | None = None
     device: Literal["cpu", "cuda"] | None = None
@@ -88,6 +92,7 @@ class ValidationPlan:
             "serving": self.serving.to_json() if self.serving else None,
             "tasks": self.tasks.to_json() if self.tasks else None,
             "seq_len": self.seq_len,
+            "text": asdict(self.text_spec),
             "targets": [str(target) for target in self.targets],
             "tensor_parallel": self.tensor_parallel,
             "windows": self.windows,

@@ -6,6 +6,7 @@ come from a streamed forward pass, which needs the memory of one layer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from qwen_pipeline.evaluation.logits.streamed import activation_peaks, evaluate
 from qwen_pipeline.evaluation.measurement import Measurement, sharding_role
 from qwen_pipeline.evaluation.tensor_parallel.simulate import diverge
 from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.greedy_rules import GreedyRules
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline.qwen.heads import head_kind
 
 
@@ -90,17 +91,20 @@ def _answered(
     drafts: Sequence[Sequence[int]] = ()
     for role in sorted(models, key=lambda role: role == measurement.reference):
         try:
-            drafts = Decoder(models[role], context).answers(
+            rules = GreedyRules.of(models[role])
+            decode = partial(
+                Decoder(models[role], context).answers,
                 measurement.prompts,
-                stops=stop_tokens(models[role]),
+                stops=rules.stops,
                 limit=measurement.max_new_tokens,
-                drafts=drafts,
                 observe=lambda progress, role=role: observe(replace(progress, task=f"{role} answers")),
             )
+            drafts = decode(drafts=drafts, rules=rules)
+            found[role] = {"answers": tuple(drafts), "unapplied": rules.unapplied}
+            if measurement.unruled and rules:
+                found[role] |= {"unruled_answers": tuple(decode(drafts=drafts))}
         except Exception as error:
             found[role] = {"unanswered": fault_of(error)}
-        else:
-            found[role] = {"answers": tuple(drafts)}
     return found
 
 

@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.memory_budget import available_memory
 from qwen_pipeline.layerwise.forward import product
+from qwen_pipeline.layerwise.greedy_rules import GreedyRules
 from qwen_pipeline.layerwise.meta_model import LayerInputs
 from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel
 from qwen_pipeline.layerwise.weights import Take
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
+NO_RULES = GreedyRules()
 SHARE_OF_MEMORY = 0.5
 """Share of the free memory of the device for layers that stay there; the others are read again at every step."""
 
@@ -34,17 +37,33 @@ class _Sequence:
         draft: Proposed continuation of the answer; processed with the prompt, and dropped from the first token that
             the model would not have chosen.
         cache: Keys, values and states of the first ``cached`` tokens of prompt and answer.
+        processors: Rules that change the scores of the next token, given the tokens before it.
     """
 
     prompt: Sequence[int]
     draft: Sequence[int]
     cache: Any
+    processors: LogitsProcessorList
     cached: int = 0
     answer: list[int] = field(default_factory=list[int])
 
     @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *self.answer, *self.draft]
+
+    @property
     def uncached(self) -> list[int]:
-        return [*self.prompt, *self.answer, *self.draft][self.cached :]
+        return self.tokens[self.cached :]
+
+    def choices(self, logits_NV: Tensor) -> Tensor:
+        """Return the tokens with the highest scores after the last known token and each token of the draft, [N]."""
+        tokens: Any = torch.tensor([self.tokens], device=logits_NV.device)
+        first = tokens.shape[1] - len(self.draft)
+        scores = [
+            self.processors(tokens[:, : first + number], logits_V[None].float())
+            for number, logits_V in enumerate(logits_NV)
+        ]
+        return torch.cat([each.argmax(dim=-1) for each in scores])
 
 
 class Decoder(LayeredModel):
@@ -75,6 +94,7 @@ class Decoder(LayeredModel):
         limit: int,
         is_complete: Callable[[Sequence[int]], bool] = lambda _: False,
         drafts: Sequence[Sequence[int]] = (),
+        rules: GreedyRules = NO_RULES,
         observe: Observe = unobserved,
     ) -> list[tuple[int, ...]]:
         """Return the greedy continuation of each prompt, as token ids.
@@ -86,11 +106,17 @@ class Decoder(LayeredModel):
             is_complete: Returns whether an answer is complete, given its tokens; called after each step.
             drafts: A proposal for each answer, such as the answer of another model. Drafts do not change the answers;
                 the tokens that a draft predicts correctly are decoded in one step.
+            rules: The rules of a generation config; with any, all logits of a step are in memory.
             observe: Receives the length of the longest answer after each step.
         """
         proposals = [self._in_vocabulary(draft[:limit]) for draft in drafts] or [()] * len(prompts)
         sequences = [
-            _Sequence(prompt=prompt, draft=proposal[:-1], cache=self.meta_model.new_cache())
+            _Sequence(
+                prompt=prompt,
+                draft=proposal[:-1],
+                cache=self.meta_model.new_cache(),
+                processors=rules.processors(prompt, limit, self.context.device),
+            )
             for prompt, proposal in zip(prompts, proposals, strict=True)
         ]
         running = sequences
@@ -130,7 +156,11 @@ class Decoder(LayeredModel):
             self.meta_model.head_inputs(each[:, -count:], states[:, -count:])[0]
             for each, states, count in zip(tokens, hidden, counts, strict=True)
         ]
-        return [choices.tolist() for choices in self._argmax(torch.cat(head_inputs)).split(counts)]
+        states_NH = torch.cat(head_inputs)
+        if not any(sequence.processors for sequence in running):
+            return [choices.tolist() for choices in self._argmax(states_NH).split(counts)]
+        logits = torch.cat([product(states_NH, rows_VH) for _, rows_VH in self._head_blocks()], dim=1).split(counts)
+        return [sequence.choices(each).tolist() for sequence, each in zip(running, logits, strict=True)]
 
     def _extend(self, sequence: _Sequence, choices: Sequence[int], stops: Collection[int]) -> None:
         """Extend an answer by the part of its draft that equals the model's choices, and by one more token."""

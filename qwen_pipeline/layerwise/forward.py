@@ -5,6 +5,7 @@ of all batches are kept, the weights are not. A model is read once, and memory d
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,10 @@ class LayerStream(LayeredModel):
         for hidden, output in zip(self.hidden, self.outputs(layer, module), strict=True):
             hidden.copy_(output, non_blocking=True)
 
+    def arguments(self, layer: int) -> list[Arguments]:
+        """Return the keyword arguments of a layer for each batch."""
+        return [each[layer] for each in self._arguments]
+
     def outputs(self, layer: int, module: nn.Module) -> Iterator[Tensor]:
         """Yield the output of a layer for each batch; the hidden states are not replaced."""
         for hidden, arguments in zip(self.hidden, self._arguments, strict=True):
@@ -87,11 +92,28 @@ class LayerStream(LayeredModel):
 
     def inputs_within(self, layer: int, module: nn.Module, inner: str) -> Iterator[tuple[Tensor, ...]]:
         """Yield for each batch the positional arguments of a module inside a layer; the layer stops computing there."""
+        for (inputs,) in self.inputs_on_the_way(layer, module, [inner]):
+            yield inputs
 
-        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _CapturedError(inputs)
+    def inputs_on_the_way(
+        self, layer: int, module: nn.Module, reached: Sequence[str]
+    ) -> Iterator[Sequence[tuple[Tensor, ...]]]:
+        """Yield for each batch the positional arguments of modules inside a layer, in the order that data reaches them.
 
-        with module.get_submodule(inner).register_forward_pre_hook(stop):
+        The layer stops computing at the last one.
+        """
+        found: list[tuple[Tensor, ...]] = []
+
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs)
+            if len(found) == len(reached):
+                captured = tuple(found)
+                found.clear()
+                raise _CapturedError(captured)
+
+        with ExitStack() as hooks:
+            for name in reached:
+                hooks.enter_context(module.get_submodule(name).register_forward_pre_hook(note))
             yield from self._capture(layer, module)
 
     def cache_outputs(self, layer: int, module: nn.Module, last: str, inputs: list[Tensor]) -> None:

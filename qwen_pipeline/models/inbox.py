@@ -10,18 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
+from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import DestinationRefused, InputRefused, PipelineError
+from qwen_pipeline.models.kinds import recognize
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 from qwen_pipeline.transforms.lora.adapter_set import ADAPTER_SET
 
 MARKER = ".complete"
 PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".incomplete", ".crdownload", ".aria2")
 
+_INDEX = ".safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -79,24 +83,35 @@ class Arrival:
         """Return the reason why the directory is not a complete fine-tune, or None."""
         try:
             require_name(self.name)
-            if irregular := self._irregular():
-                return f"{irregular} is neither a regular file nor a directory"
-            if outside := [relative for relative, path in self.files.items() if self._leads_outside(path)]:
-                return f"{outside[0]} is a link to a file outside of the directory"
-            if partial := [relative for relative in self.files if relative.endswith(PARTIAL_SUFFIXES)]:
-                return f"{partial[0]} is still being written"
-            if not {ADAPTER_CONFIG, ADAPTER_SET, CONFIG} & self.files.keys():
-                return f"it has none of {ADAPTER_CONFIG}, {ADAPTER_SET} and {CONFIG}"
-            weights = [path for relative, path in self.files.items() if relative.endswith(".safetensors")]
-            if not weights:
-                return "it has no *.safetensors file"
-            for path in weights:
-                open_safetensors(path)
+            return next(self._obstacles(), None)
         except PipelineError as fault:
             return fault.what
         except OSError as error:
             return f"it cannot be read: {error}"
-        return None
+
+    def _obstacles(self) -> Iterator[str]:
+        if irregular := self._irregular():
+            yield f"{irregular} is neither a regular file nor a directory"
+        yield from (
+            f"{relative} is a link to a file outside of the directory"
+            for relative, path in self.files.items()
+            if self._leads_outside(path)
+        )
+        yield from (f"{path} is still being written" for path in self.files if path.endswith(PARTIAL_SUFFIXES))
+        if refusal := (kind := recognize(self.path).kind).refusal:
+            yield f"it is {kind.name}: {refusal[0]}"
+        if not {ADAPTER_CONFIG, ADAPTER_SET, CONFIG} & self.files.keys():
+            yield f"it has none of {ADAPTER_CONFIG}, {ADAPTER_SET} and {CONFIG}"
+        weights = [path for relative, path in self.files.items() if relative.endswith(".safetensors")]
+        if not weights:
+            yield "it has no *.safetensors file"
+        for path in weights:
+            open_safetensors(path)
+        missing = (shard for index in self._indexes() for shard in _shards(index) if shard not in self.files)
+        yield from (f"it has no {shard}, which an index names" for shard in missing)
+
+    def _indexes(self) -> Iterator[Path]:
+        return (path for relative, path in self.files.items() if "/" not in relative and relative.endswith(_INDEX))
 
     def _irregular(self) -> str | None:
         """Return the first entry that cannot be read like a file, such as a FIFO or a link to nothing."""
@@ -105,6 +120,12 @@ class Arrival:
 
     def _leads_outside(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self.path.resolve())
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the names of the files that an index names."""
+    owners = load_json(index).get("weight_map")
+    return {str(file) for file in cast("dict[str, Any]", owners).values()} if isinstance(owners, dict) else set()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from qwen_pipeline.checkpoint.store.derive import store_recipe
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.models.kinds import require_kind
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.heads import require_no_value_head
 from qwen_pipeline.qwen.settle import settle
 from qwen_pipeline.transforms.fine_tune.adopt import adopt
 from qwen_pipeline.transforms.lora.across_padding import Paddings
@@ -38,12 +38,12 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
     Raises:
         InputRefused: The directory holds none of them in a form that can be merged, or more than one.
     """
+    require_kind(root)
     kinds = {
         "an adapter": is_adapter(root),
         "a set of adapters": is_adapter_set(root),
         "a whole model": has_weights(root),
     }
-    require_no_value_head(root)
     if len(found := [kind for kind, is_present in kinds.items() if is_present]) > 1:
         raise InputRefused(
             f"{root} holds {' and '.join(found)}, so it is unclear which one is the fine-tune.",
@@ -117,6 +117,7 @@ def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
 
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of the adapter, the set of adapters or the whole model in a directory."""
+    require_kind(root)
     if is_adapter(root):
         return open_adapter(root).digest()
     return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)

@@ -19,7 +19,7 @@ NO_ROUNDING = CheckSpec(
 )
 LOSSES_FINITE = CheckSpec(name="losses_finite", description="The solver's loss of each module is a finite number.")
 SCALES_FINITE = CheckSpec(
-    name="scales_finite", description="Every scale, read back from the output, is finite and greater than zero."
+    name="scales_finite", description="Every scale, read back from the output, is finite and not zero."
 )
 DAMPING_AS_ASKED = CheckSpec(
     name="damping_as_asked",
@@ -99,4 +99,4 @@ def _scales_are_valid(output: Checkpoint, linear: Linear) -> bool:
     if name not in output:
         return True  # missing codes are reported by every_module_quantized
     scales = output.load(name)
-    return bool((torch.isfinite(scales) & (scales > 0)).all())
+    return bool((torch.isfinite(scales) & (scales != 0)).all())

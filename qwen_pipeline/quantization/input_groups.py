@@ -16,6 +16,7 @@ from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.solver import Hessian
+from qwen_pipeline.quantization.steps.target_correction import InputError
 from qwen_pipeline.qwen.linears import Linear
 
 STEPS = (
@@ -34,6 +35,16 @@ STEPS = (
 LAST_OF_MIXERS = (("self_attn.o_proj",), ("linear_attn.out_proj",))
 """The last step of each kind of attention; after it, attention need not be computed again for the layer."""
 
+NORMS = {
+    "self_attn.o_proj": "input_layernorm",
+    "linear_attn.out_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+}
+"""Linear layer whose outputs are added to the residual stream -> the norm that takes that stream as its input.
+
+Experts are not among them, as their outputs are weighted, nor are layers that mix several residual streams.
+"""
+
 EXPERTS = "mlp.experts"
 
 
@@ -45,11 +56,25 @@ class InputGroup:
         linears: Linear layers, all with the same number of inputs.
         weights: Their weights [O, I], to be replaced in place by the dequantized codes.
         hessian: Hessian of their inputs.
+        error: Error of their inputs; empty if the full-precision layer is not known.
     """
 
     linears: Sequence[Linear]
     weights: Sequence[Tensor]
     hessian: Hessian
+    error: InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPass:
+    """A decoder layer of one model, and the stream whose hidden states are its inputs."""
+
+    stream: LayerStream
+    layer: int
+    module: nn.Module
+
+    def inputs_on_the_way(self, reached: Sequence[str]) -> Iterator[Sequence[tuple[Tensor, ...]]]:
+        return self.stream.inputs_on_the_way(self.layer, self.module, reached)
 
 
 def require_known(linears: Sequence[Linear]) -> None:
@@ -67,33 +92,52 @@ def require_known(linears: Sequence[Linear]) -> None:
 
 
 def input_groups(
-    stream: LayerStream, masks: Sequence[Tensor], module: nn.Module, linears: Sequence[Linear], *, all_experts: bool
+    passes: Sequence[LayerPass], masks: Sequence[Tensor], linears: Sequence[Linear], *, all_experts: bool
 ) -> Iterator[InputGroup]:
     """Yield the input groups of a layer; the weights of each must be replaced before the next is requested.
 
     Args:
-        stream: A stream whose hidden states are the inputs of the layer.
+        passes: The layer whose linear layers are quantized one after another; then, to measure the error of inputs, the
+            same layer of the full-precision model.
         masks: For each batch the tokens that count, bool [B * T].
-        module: The layer.
         linears: The linear layers of the layer that are quantized.
         all_experts: Whether each expert is calibrated on every token, regardless of the router.
     """
-    layer, by_kind = linears[0].layer, {linear.kind: linear for linear in linears}
+    by_kind = {linear.kind: linear for linear in linears}
     for step in STEPS:
         if members := [by_kind[kind] for kind in step if kind in by_kind]:
-            hessian, captured = Hessian(members[0].in_features), list[Tensor]()
-            for (inputs, *_), mask_N in zip(stream.inputs_within(layer, module, step[0]), masks, strict=True):
-                hessian.add(_masked(inputs.flatten(0, -2), mask_N))
-                if step in LAST_OF_MIXERS:
-                    captured.append(stream.context.offload(inputs, copies=len(masks)))
-            weights = [module.get_parameter(f"{linear.kind}.weight") for linear in members]
-            yield InputGroup(linears=members, weights=weights, hessian=hessian)
+            captured: list[list[Tensor]] = [[] for _ in passes]
+            hessian, error = _measure(passes, members[0], masks, captured if step in LAST_OF_MIXERS else ())
+            weights = [passes[0].module.get_parameter(f"{linear.kind}.weight") for linear in members]
+            yield InputGroup(linears=members, weights=weights, hessian=hessian, error=error)
             if step in LAST_OF_MIXERS:
-                stream.cache_outputs(layer, module, step[0], captured)
+                for each, inputs in zip(passes, captured, strict=True):
+                    each.stream.cache_outputs(each.layer, each.module, step[0], inputs)
     if experts := [linear for linear in linears if linear.is_expert]:
-        inputs = ExpertInputs.capture(stream, masks, layer, module, all_experts=all_experts)
+        inputs = ExpertInputs.capture(passes, masks, all_experts=all_experts)
         for number, group in groupby(experts, key=_expert_number):
-            yield from _expert_groups(module.get_submodule(EXPERTS), number, list(group), inputs)
+            yield from _expert_groups(passes, number, list(group), inputs)
+
+
+def _measure(
+    passes: Sequence[LayerPass], linear: Linear, masks: Sequence[Tensor], captured: Sequence[list[Tensor]]
+) -> tuple[Hessian, InputError]:
+    """Return the Hessian of a linear layer's inputs, and their error; all inputs are appended to ``captured``."""
+    norm, children = NORMS.get(linear.kind), dict(passes[0].module.named_children())
+    reached = [norm, linear.kind] if len(passes) > 1 and norm in children else [linear.kind]
+    hessian, error = Hessian(linear.in_features), InputError()
+    for *found, mask_N in zip(*(each.inputs_on_the_way(reached) for each in passes), masks, strict=True):
+        inputs = [_masked(reaching[-1][0].flatten(0, -2), mask_N) for reaching in found]
+        hessian.add(inputs[0])
+        if len(passes) > 1:
+            error.add(full=inputs[1], quantized=inputs[0])
+        if len(reached) > 1:
+            residuals = [_masked(reaching[0][0].flatten(0, -2), mask_N) for reaching in found]
+            error.add_residual(full=residuals[1], quantized=residuals[0], inputs=inputs[0])
+        if captured:
+            for each, reaching, kept in zip(passes, found, captured, strict=True):
+                kept.append(each.stream.context.offload(reaching[-1][0], copies=len(passes) * len(masks)))
+    return hessian, error
 
 
 def _expert_number(linear: Linear) -> int:
@@ -101,22 +145,34 @@ def _expert_number(linear: Linear) -> int:
 
 
 def _expert_groups(
-    stack: nn.Module, number: int, linears: Sequence[Linear], inputs: "ExpertInputs"
+    passes: Sequence[LayerPass], number: int, linears: Sequence[Linear], inputs: "ExpertInputs"
 ) -> Iterator[InputGroup]:
     """Yield the gate and up projections of an expert, then its down projection.
 
     Transformers stores all experts of a layer in two parameters.
     """
     gate, up, down = linears
-    gate_up_2MH, down_HM = (stack.get_parameter(name)[number] for name in ("gate_up_proj", "down_proj"))
-    into_expert, into_down = Hessian(gate.in_features), Hessian(down.in_features)
-    for x_NH in inputs.of(number):
-        into_expert.add(x_NH)
-    yield InputGroup(linears=(gate, up), weights=gate_up_2MH.chunk(2), hessian=into_expert)
-    for x_NH in inputs.of(number):
-        gated_NM, up_NM = functional.linear(x_NH, gate_up_2MH).chunk(2, dim=-1)
-        into_down.add(stack.get_submodule("act_fn")(gated_NM) * up_NM)
-    yield InputGroup(linears=(down,), weights=(down_HM,), hessian=into_down)
+    stacks = [each.module.get_submodule(EXPERTS) for each in passes]
+    gate_up_2MH, down_HM = (stacks[0].get_parameter(name)[number] for name in ("gate_up_proj", "down_proj"))
+    hessian, error = Hessian(gate.in_features), InputError()
+    for x_NH, *full in inputs.of(number):
+        hessian.add(x_NH)
+        if full:
+            error.add(full=full[0], quantized=x_NH)
+    yield InputGroup(linears=(gate, up), weights=gate_up_2MH.chunk(2), hessian=hessian, error=error)
+    hessian, error = Hessian(down.in_features), InputError()
+    for found in inputs.of(number):
+        x_NM, *full = (_gated(stack, number, x_NH) for stack, x_NH in zip(stacks, found, strict=True))
+        hessian.add(x_NM)
+        if full:
+            error.add(full=full[0], quantized=x_NM)
+    yield InputGroup(linears=(down,), weights=(down_HM,), hessian=hessian, error=error)
+
+
+def _gated(stack: nn.Module, number: int, x_NH: Tensor) -> Tensor:
+    """Return the inputs [N, M] of an expert's down projection."""
+    gate_NM, up_NM = functional.linear(x_NH, stack.get_parameter("gate_up_proj")[number]).chunk(2, dim=-1)
+    return stack.get_submodule("act_fn")(gate_NM) * up_NM
 
 
 def _masked(rows_N: Tensor, mask_N: Tensor) -> Tensor:
@@ -125,27 +181,34 @@ def _masked(rows_N: Tensor, mask_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertInputs:
-    """Inputs of a layer's experts: for each batch the tokens [N, H], and the experts chosen for each token [N, K]."""
+    """Inputs of a layer's experts, in each model.
 
-    batches: Sequence[tuple[Tensor, Tensor]]
+    Attributes:
+        batches: For each batch the tokens [N, H] of each model, and the experts chosen for each token [N, K] in the
+            first, the quantized one.
+    """
+
+    batches: Sequence[tuple[Sequence[Tensor], Tensor]]
     context: ComputeContext
     all_experts: bool
 
     @classmethod
-    def capture(
-        cls, stream: LayerStream, masks: Sequence[Tensor], layer: int, module: nn.Module, *, all_experts: bool
-    ) -> "ExpertInputs":
-        """Capture the inputs in a forward pass that ends at the experts; they are stored like the hidden states."""
-        context, batches = stream.context, list[tuple[Tensor, Tensor]]()
-        for (x_NH, chosen_NK, *_), mask_N in zip(stream.inputs_within(layer, module, EXPERTS), masks, strict=True):
-            tokens_NH = context.offload(_masked(x_NH, mask_N), copies=len(masks))
-            batches.append((tokens_NH, _masked(chosen_NK, mask_N)))
+    def capture(cls, passes: Sequence[LayerPass], masks: Sequence[Tensor], *, all_experts: bool) -> "ExpertInputs":
+        """Capture the inputs in forward passes that end at the experts; they are stored like the hidden states."""
+        context, batches = passes[0].stream.context, list[tuple[Sequence[Tensor], Tensor]]()
+        for *found, mask_N in zip(*(each.inputs_on_the_way([EXPERTS]) for each in passes), masks, strict=True):
+            copies = len(passes) * len(masks)
+            tokens = [context.offload(_masked(reaching[0][0], mask_N), copies=copies) for reaching in found]
+            batches.append((tokens, _masked(found[0][0][1], mask_N)))
         return cls(batches=batches, context=context, all_experts=all_experts)
 
-    def of(self, expert: int) -> Iterator[Tensor]:
-        """Yield the tokens [N, H] of each batch that an expert is calibrated on; batches without any are left out."""
-        for x_NH, chosen_NK in self.batches:
+    def of(self, expert: int) -> Iterator[Sequence[Tensor]]:
+        """Yield for each batch the tokens [N, H] that an expert is calibrated on, in each model.
+
+        Batches without any are left out.
+        """
+        for tokens, chosen_NK in self.batches:
             if self.all_experts:
-                yield self.context.fetch(x_NH)
+                yield [self.context.fetch(x_NH) for x_NH in tokens]
             elif (hit_N := (chosen_NK == expert).any(dim=-1)).any():
-                yield self.context.fetch(x_NH[hit_N.to(x_NH.device)])
+                yield [self.context.fetch(x_NH[hit_N.to(x_NH.device)]) for x_NH in tokens]

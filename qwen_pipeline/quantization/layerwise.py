@@ -2,17 +2,17 @@
 
 A layer is quantized one input group at a time (:mod:`~qwen_pipeline.quantization.input_groups`). A complete forward
 pass of the quantized layer then computes the inputs of the next layer. The outputs of attention are cached once it is
-quantized, so that the matrix products of a layer cost about one and a half forward passes.
+quantized, so that the matrix products of a layer cost about one and a half forward passes. A recipe that compares
+models takes the full-precision model along, with twice the hidden states and forward passes.
 
 Each finished layer is stored as a shard, followed by a record of its figures. An interrupted run continues after the
 last finished layer.
 """
 
+import copy
 import csv
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -20,58 +20,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.digest import block_ranges, digest_file
-from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.measure import Stopwatch, resident_peak
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetensors
-from qwen_pipeline.checkpoint.writer import write_bytes
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.measure import Stopwatch
 from qwen_pipeline.layerwise.forward import LayerStream
-from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.layerwise.model import ComputeContext, iter_modules
 from qwen_pipeline.layerwise.weights import ModelWeights
 from qwen_pipeline.progress import Observe, Progress
-from qwen_pipeline.quantization.evidence import ModuleEvidence
-from qwen_pipeline.quantization.input_groups import input_groups, require_known
+from qwen_pipeline.quantization.decoder_layer import LayerClock, LayerQuantization
+from qwen_pipeline.quantization.input_groups import LayerPass, require_known
 from qwen_pipeline.quantization.job import QuantJob, require_device, use_work_dir
-from qwen_pipeline.quantization.losses import LOG_COLUMNS, NOT_SOLVED, log_row
-from qwen_pipeline.quantization.solver import Solved, solve
+from qwen_pipeline.quantization.layer_shards import LayerRecord, finished_layers, write_index, write_layer
+from qwen_pipeline.quantization.losses import LOG_COLUMNS
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.codes.gptq import CODES
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
-
-Report = Callable[[Linear, float], None]
-"""Reports the loss of a linear layer once it is solved."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerRecord:
-    """Figures of a finished layer, written once its shard is on disk.
-
-    Attributes:
-        sha256: Digest of the shard.
-        modules: Rows of the solver's log.
-        seconds: Duration of ``load`` (reading the weights), ``capture`` (inputs and Hessians), ``solve``, and
-            ``forward`` (the complete pass that computes the inputs of the next layer).
-    """
-
-    sha256: str
-    modules: tuple[dict[str, Any], ...]
-    seconds: Mapping[str, float]
-    peak_gpu_bytes: int
-
-
-_RECORD = TypeAdapter(LayerRecord)
 
 
 def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, continuing after the layers that are finished.
 
     Returns:
-        ``layers``: seconds by part and peak GPU memory of each layer. ``seconds``: those of the whole run, by part.
+        ``layers``: figures of each layer (:class:`~qwen_pipeline.quantization.layer_shards.LayerRecord`).
+        ``seconds``: those of the whole run, by part.
 
     Raises:
         EnvironmentFault: The spec requires CUDA and there is no GPU.
@@ -99,8 +71,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
         table = csv.DictWriter(file, list(LOG_COLUMNS))
         table.writeheader()
         table.writerows(row for record in records for row in record.modules)
-    layers = [{"seconds": dict(record.seconds), "peak_gpu_bytes": record.peak_gpu_bytes} for record in records]
-    return {"layers": layers, "seconds": laps.seconds}
+    return {"layers": [record.to_json() for record in records], "seconds": laps.seconds}
 
 
 class LayerLoop:
@@ -115,6 +86,7 @@ class LayerLoop:
 
     Attributes:
         stream: The hidden states of the calibration tokens in the quantized model.
+        full_stream: Those in the full-precision model, for a recipe that compares the two; else None.
     """
 
     @torch.inference_mode()
@@ -124,7 +96,10 @@ class LayerLoop:
         require_known(self._linears)
         dtype = torch.float32 if spec.device == "cpu" else source[self._linears[0].tensor].torch_dtype
         context = ComputeContext(device=torch.device(spec.device), dtype=dtype)
-        self.stream = LayerStream(source, windows_ST.to(context.device).split(spec.batch_size), context)
+        batches = windows_ST.to(context.device).split(spec.batch_size)
+        both = spec.steps.compares_models
+        self.stream = LayerStream(source, batches, context, other_models=int(both))
+        self.full_stream = LayerStream(source, batches, context, other_models=1) if both else None
         self._masks = [mask.flatten() for mask in mask_ST.to(context.device).split(spec.batch_size)]
 
     @torch.inference_mode()
@@ -134,7 +109,7 @@ class LayerLoop:
         records = finished_layers(self._out, len(by_layer))
         if len(records) < len(by_layer):
             records = self._quantize_remaining(records, by_layer, observe)
-        _write_index(self._out, len(by_layer), self._spec)
+        write_index(self._out, len(by_layer), self._spec)
         return records
 
     def _quantize_remaining(
@@ -142,9 +117,12 @@ class LayerLoop:
     ) -> list[LayerRecord]:
         """Run the tokens through the finished layers, then quantize the others."""
         self._use_finished(len(records))
-        modules = self.stream.iter_layers(ahead_on_gpu=1.0)
-        for layer in range(len(records)):
-            self.stream.run(layer, next(modules))
+        streams = [self.stream, *([self.full_stream] if self.full_stream else [])]
+        finished = [(stream, layer) for layer in range(len(records)) for stream in streams]
+        others = [(streams[-1], layer) for layer in range(len(records), len(by_layer))]
+        modules = iter_modules([*finished, *others], ahead_on_gpu=1.0)
+        for stream, layer in finished:
+            stream.run(layer, next(modules))
 
         def report(linear: Linear, loss: float) -> None:
             remark = f"layers.{linear.layer}.{linear.kind} loss {loss:.10f}"
@@ -153,20 +131,20 @@ class LayerLoop:
         writing: Future[LayerRecord] | None = None
         with ThreadPoolExecutor(1) as disk:
             for layer in range(len(records), len(by_layer)):
-                clock, module = LayerClock(self.stream.context), next(modules)
+                clock, passes = LayerClock(self.stream.context), self._passes(layer, next(modules))
                 clock.lap("load")
-                tensors, rows = self._quantize_layer(module, by_layer[layer], clock, report)
-                self.stream.run(layer, module)
-                clock.lap("forward")
-                del module
+                quantization = LayerQuantization(passes, self._masks, by_layer[layer], self._spec, clock)
+                quantization.run(report)
+                tensors, rows, errors = quantization.tensors, quantization.rows, quantization.errors
+                del passes, quantization
                 records += [writing.result()] if writing else []
-                writing = disk.submit(_write_layer, self._out, layer, tensors, rows, clock)
+                writing = disk.submit(write_layer, self._out, layer, tensors, rows, clock.seconds, errors)
             records += [writing.result()] if writing else []
         return records
 
     def _use_finished(self, count: int) -> None:
         """Make the stream read the first ``count`` layers from their codes."""
-        _write_index(self._out, count, self._spec)
+        write_index(self._out, count, self._spec)
         if count:
             quantization = self._spec.quantization_config("layerwise")
             packed = quantized_checkpoint(self._source, open_checkpoint(self._out), self._linears, quantization)
@@ -174,104 +152,9 @@ class LayerLoop:
             layers = enumerate(self.stream.meta_model.layers[:count])
             self.stream.parts[:count] = [weights.part(f"layers.{n}", layer) for n, layer in layers]
 
-    def _quantize_layer(
-        self, module: nn.Module, linears: Sequence[Linear], clock: "LayerClock", report: Report
-    ) -> tuple[dict[str, Tensor], list[ModuleEvidence]]:
-        """Replace the weights of a layer with the dequantized codes; return the codes and their figures."""
-        tensors: dict[str, Tensor] = {}
-        rows: list[ModuleEvidence] = []
-        for group in input_groups(self.stream, self._masks, module, linears, all_experts=self._spec.all_experts):
-            clock.lap("capture")
-            weights = {each.module: weight for each, weight in zip(group.linears, group.weights, strict=True)}
-            tokens, solutions = group.hessian.tokens, solve(weights, group.hessian, self._spec)
-            for linear, weight, solved in zip(group.linears, group.weights, solutions, strict=True):
-                _write_dequantized(weight, solved)
-                tensors |= {f"{linear.module}.{code}": getattr(solved.packed, code) for code in CODES}
-                rows.append(
-                    ModuleEvidence(
-                        module=linear.module,
-                        layer=linear.layer,
-                        kind=linear.kind,
-                        loss=solved.loss,
-                        tokens=tokens,
-                        damp=solved.damp,
-                        rounded=solved.loss >= NOT_SOLVED,
-                        seconds=round(clock.lap("solve"), 3),
-                        gpu_peak_bytes=clock.gpu_peak_bytes,
-                        host_peak_bytes=resident_peak(),
-                        zero_groups=solved.zero_groups,
-                        saturated_groups=solved.saturated_groups,
-                    )
-                )
-                report(linear, solved.loss)
-        return tensors, rows
-
-
-def _write_dequantized(weight_OI: Tensor, solved: Solved) -> None:
-    for start, stop in block_ranges(TensorSpec(dtype="F32", shape=tuple(weight_OI.shape))):
-        weight_OI[start:stop] = solved.packed.weight_rows(start, stop)
-
-
-class LayerClock(Stopwatch):
-    """Measures the seconds of a layer's parts and its peak GPU memory; a lap waits for the GPU."""
-
-    def __init__(self, context: ComputeContext) -> None:
-        self._on_gpu = context.device.type == "cuda"
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        super().__init__()
-
-    def lap(self, part: str) -> float:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return super().lap(part)
-
-    @property
-    def gpu_peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._on_gpu else 0
-
-
-def _write_layer(
-    out: Path, layer: int, tensors: Mapping[str, Tensor], rows: Sequence[ModuleEvidence], clock: LayerClock
-) -> LayerRecord:
-    write_bytes(_shard(out, layer), save({name: tensor.cpu() for name, tensor in tensors.items()}))
-    record = LayerRecord(
-        sha256=digest_file(_shard(out, layer)).sha256,
-        modules=tuple(map(log_row, rows)),
-        seconds={part: round(value, 3) for part, value in clock.seconds.items()},
-        peak_gpu_bytes=rows[-1].gpu_peak_bytes or 0,
-    )
-    write_bytes(_shard(out, layer).with_suffix(".json"), _RECORD.dump_json(record))
-    return record
-
-
-def finished_layers(out: Path, layers: int) -> list[LayerRecord]:
-    """Return the records of the first layers, up to the first whose shard is missing or differs from its record."""
-    records: list[LayerRecord] = []
-    for layer in range(layers):
-        shard = _shard(out, layer)
-        if not shard.with_suffix(".json").is_file() or not shard.is_file():
-            break
-        try:
-            record = _RECORD.validate_json(shard.with_suffix(".json").read_bytes())
-        except ValidationError:
-            break
-        if any(tuple(row) != LOG_COLUMNS for row in record.modules):
-            break  # written by another version: the layer is quantized again
-        if digest_file(shard).sha256 != record.sha256:
-            break
-        records.append(record)
-    return records
-
-
-def _write_index(out: Path, layers: int, spec: QuantSpec) -> None:
-    """Write the index and the config with which the first layers can be opened as a checkpoint."""
-    shards = [_shard(out, layer) for layer in range(layers)]
-    owners = {name: shard.name for shard in shards for name in open_safetensors(shard).specs}
-    write_bytes(out / INDEX, json.dumps({"weight_map": owners}).encode())
-    config = {"quantization_config": spec.quantization_config("layerwise")}
-    write_bytes(out / CONFIG, json.dumps(config).encode())
-
-
-def _shard(out: Path, layer: int) -> Path:
-    return out / f"layer-{layer:05d}.safetensors"
+    def _passes(self, layer: int, module: nn.Module) -> list[LayerPass]:
+        """Return the layer to quantize and, if models are compared, a copy that stays in full precision."""
+        passes = [LayerPass(stream=self.stream, layer=layer, module=module)]
+        if self.full_stream:
+            passes.append(LayerPass(stream=self.full_stream, layer=layer, module=copy.deepcopy(module)))
+        return passes

@@ -49,7 +49,7 @@ class Hessian:
         block = BLOCK_INPUTS[x.device.type]
         for start in range(0, self.inputs, block):
             rows = slice(start, start + block)
-            self.total[rows, start:] += _product(x_NI[:, rows].T, x_NI[:, start:])
+            self.total[rows, start:] += product(x_NI[:, rows].T, x_NI[:, start:])
         self.tokens += len(x_NI)
 
     def pop_mean(self) -> Tensor:
@@ -73,6 +73,7 @@ class Solved:
         damp: Share of the mean Hessian diagonal that was added.
         zero_groups: Groups whose weights are all zero.
         saturated_groups: Groups with at least a quarter of their codes at the ends of the grid.
+        target: The weight that was about to be rounded in each column, if a later step of the recipe needs it.
     """
 
     packed: PackedLinear
@@ -80,6 +81,7 @@ class Solved:
     damp: float
     zero_groups: int
     saturated_groups: int
+    target: Tensor | None = None
 
 
 def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:
@@ -127,7 +129,7 @@ def nan_as_check_failed() -> Generator[None]:
         ) from error
 
 
-def _product(x_IN: Tensor, x_NJ: Tensor) -> Tensor:
+def product(x_IN: Tensor, x_NJ: Tensor) -> Tensor:
     if x_IN.device.type == "cuda" and x_IN.dtype != torch.float32:
         return torch.mm(x_IN, x_NJ, out_dtype=torch.float32)
     return x_IN.float() @ x_NJ.float()

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec, Packing
+from qwen_pipeline.quantization.recipes import RECIPES, Recipe, RecipeName
 from qwen_pipeline.quantization.validators import require_at_least, require_choice, require_share
 from qwen_pipeline.workers.environments import EnvironmentName
 
@@ -37,6 +38,8 @@ class QuantSpec:
     Attributes:
         engine: The quantizer: ``layerwise`` is this package's own loop over GPTQModel's solver, the others are
             libraries.
+        recipe: The steps with which codes are chosen: ``gptq`` is GPTQModel's solver alone, the others lose less at the
+            same size and need ``layerwise`` and symmetric codes; see :mod:`qwen_pipeline.quantization.recipes`.
         bits: Bits of a code, 4 or 8.
         group_size: Consecutive input channels that share one scale.
         sym: Whether the grid is symmetric about zero, as the fast serving kernels require.
@@ -62,6 +65,7 @@ class QuantSpec:
     """
 
     engine: QuantizerName = "layerwise"
+    recipe: RecipeName = "gptq"
     bits: int = 4
     group_size: int = 128
     sym: bool = True
@@ -82,6 +86,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         require_choice("engine", self.engine, get_args(QuantizerName))
+        require_choice("recipe", self.recipe, get_args(RecipeName))
         require_choice("device", self.device, get_args(Device))
         require_choice("bits", self.bits, (4, 8))
         require_choice("group_size", self.group_size, (32, 64, 128))
@@ -96,6 +101,8 @@ class QuantSpec:
         require_share("damp_percent", self.damp_percent)
         if self.engine == "autogptq":
             self._require_supported_by_autogptq()
+        if self.recipe != "gptq":
+            self._require_supported_by_recipe()
         self._require_valid_overrides()
         _ = self.calibration  # validates its settings
 
@@ -110,6 +117,20 @@ class QuantSpec:
         for is_set, reason in unsupported:
             if is_set:
                 raise InputRefused(reason, remedy="Leave this setting at its default, or choose another engine.")
+
+    def _require_supported_by_recipe(self) -> None:
+        unsupported = (
+            (self.engine != "layerwise", f"the engine is {self.engine!r}", "engine to 'layerwise'"),
+            (not self.sym, "sym is set to false", "sym to true"),
+            (self.desc_act, "desc_act is set", "desc_act to false"),
+            (self.mse != 0, f"mse is {self.mse}, another search for scales", "mse to 0"),
+            (any("mse" in each for each in self.dynamic.values()), "dynamic sets mse", "only damp_percent there"),
+        )
+        for is_set, reason, remedy in unsupported:
+            if is_set:
+                raise InputRefused(
+                    f"The recipe is {self.recipe!r}, but {reason}.", remedy=f"Set {remedy}, or recipe to 'gptq'."
+                )
 
     def _require_valid_overrides(self) -> None:
         for pattern, settings in self.dynamic.items():
@@ -142,8 +163,14 @@ class QuantSpec:
         """The settings that determine which tokens are drawn."""
         return CalibrationSpec(**{name: getattr(self, name) for name in CalibrationSpec.fields()})
 
+    @property
+    def steps(self) -> Recipe:
+        return RECIPES[self.recipe]
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields; the recipe ``gptq`` is left out, as in manifests of versions without recipes."""
+        fields = asdict(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("recipe", "gptq")}
 
     def quantization_config(self, quantizer: str) -> dict[str, Any]:
         """Return the ``quantization_config`` of ``config.json`` that Transformers, vLLM and GPTQModel can load.
@@ -167,6 +194,7 @@ class QuantSpec:
                 "mse": self.mse,
                 "act_group_aware": self.act_group_aware and not self.desc_act and self.engine != "autogptq",
                 "true_sequential": True,
+                **({} if self.recipe == "gptq" else {"recipe": self.recipe}),
             },
         }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
-from qwen_pipeline.qwen.families import Config, DecoderField, SizeField, text_config
+from qwen_pipeline.qwen.families import Config, DecoderField, SizeField
 from qwen_pipeline.qwen.layers import mlp_matrices, number_of_layers, required
 from qwen_pipeline.qwen.names import DOWN, FUSED, ParsedName, parse_names, stack_of
 from qwen_pipeline.qwen.towers import towers_of
@@ -72,7 +72,7 @@ def channels_of(parsed: ParsedName, shape: tuple[int, ...], config: Config) -> C
     if parsed.part not in ("decoder", "mtp"):
         return None
     if parsed.module in FUSED:
-        return _stacked_channels(parsed.module, shape, int(text_config(config)["hidden_size"]))
+        return _stacked_channels(parsed.module, shape, required(config, "hidden_size"))
     owner, _, projection = parsed.module.rpartition(".")
     size_field = _size_field(owner) if projection in _PROJECTIONS else None  # routers have no such channels
     if size_field is None or (parsed.parameter == "bias" and projection == "down_proj"):

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from qwen_pipeline.checkpoint.files import load_json, parse_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.families import ARCHITECTURES, FAMILIES, Config, Family
 from qwen_pipeline.qwen.names import SCORE
 
@@ -29,8 +29,6 @@ MODULES = "modules.json"
 """The file in which sentence-transformers lists the steps after the model, each with its directory."""
 SCORE_WEIGHT, SCORE_BIAS = f"{SCORE}.weight", f"{SCORE}.bias"
 _STEPS = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]*_*/*")
-_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
-"""Files of LLaMA-Factory, which saves reward models as adapters or models with TRL's value head beside them."""
 _CLASSES: Mapping[HeadKind, tuple[str, ...]] = {
     "sequence": ("ForSequenceClassification",),
     "token": ("ForTokenClassification",),
@@ -146,21 +144,6 @@ def _require_one_head(checkpoint: Checkpoint, kind: HeadKind) -> None:
 
 def _bias(kind: HeadKind) -> str:
     return "a bias" if kind == "token" else "no bias"
-
-
-def require_no_value_head(root: Path) -> None:
-    """Refuse a fine-tune whose value head is in a file of its own, beside an adapter or a model.
-
-    Raises:
-        InputRefused: There is such a file.
-    """
-    if found := next((root / name for name in _VALUE_HEADS if (root / name).exists()), None):
-        raise InputRefused(
-            f"{found} is a value head of TRL, which no class of Transformers loads.",
-            remedy="If the fine-tune is a policy, remove the file. If it is a reward model, train it with PEFT's task"
-            " SEQ_CLS, whose head is score; or merge it elsewhere, with v_head.summary renamed to score and"
-            " architectures set to the family's class, such as Qwen3ForTokenClassification: the values are the same.",
-        )
 
 
 def without_steps(sidecars: Mapping[str, Path], kind: HeadKind) -> dict[str, Path]:

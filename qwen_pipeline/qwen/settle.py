@@ -12,7 +12,7 @@ Sources: https://github.com/huggingface/transformers/issues/45127 (head), ``PreT
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qwen_pipeline.checkpoint.compare import are_equal
 from qwen_pipeline.checkpoint.lazy import Checkpoint
@@ -130,8 +130,8 @@ def settled_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return with_values(config, {path: v for found in _layer_types(unstored) for path, v in found.values.items()})
 
 
-def require_settled(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose config does not describe its weights, or that has buffers which are no weights.
+def require_settled(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint after checking that its config describes its weights, and that all its tensors are weights.
 
     Raises:
         InputRefused: See :func:`settle`; or a correction is needed, which the message names.
@@ -142,6 +142,7 @@ def require_settled(checkpoint: Checkpoint) -> None:
             remedy="Run qwen-pipeline pad on it first: it writes a checkpoint whose config does. With --tp 1 and a"
             " group size that divides the MLP, the weights stay as they are.",
         )
+    return checkpoint
 
 
 def config_report(settled: Settled, *more: str) -> CheckReport:
@@ -194,8 +195,9 @@ def _layers(stored: _Stored) -> Iterator[_Correction]:
     """Require that the decoder's layers are those that the config counts."""
     number = number_of_layers(stored.config)
     layers = sorted({parsed.layer for parsed in stored.names if parsed.part == "decoder" and parsed.layer is not None})
-    if layers != list(range(number)):
-        missing = [str(layer) for layer in range(number) if layer not in layers]
+    if len(layers) != number or layers[-1:] != [number - 1]:
+        expected = range(min(number, len(layers) + 1))
+        missing = [str(layer) for layer in expected if layer not in layers]
         more = [str(layer) for layer in layers if layer >= number]
         sides = [f"layers {listed(missing)} are missing"] * bool(missing) + [
             f"layers {listed(more)} are stored too"
@@ -211,7 +213,14 @@ def _layers(stored: _Stored) -> Iterator[_Correction]:
 def _layer_types(stored: _Stored) -> Iterator[_Correction]:
     """Yield the types of as many layers as there are, if all are of one type; else they cannot be assigned."""
     for path, types in config_items(stored.config, "layer_types").items():
-        if not types or len(types) == (number := number_of_layers(stored.config)):
+        if types is None:
+            continue
+        number = number_of_layers(stored.config)
+        if not isinstance(types, list) or not all(isinstance(each, str) for each in cast("list[Any]", types)):
+            raise CheckpointRefused(
+                f"{path} must be a list of names, got {_short(types)}.", remedy=f"Correct {path} in config.json."
+            )
+        if not types or len(types) == number or (len(types) < number and not stored.names):
             continue
         if len(set(types)) > 1:
             raise CheckpointRefused(
@@ -243,8 +252,9 @@ def _vocabulary(stored: _Stored) -> Iterator[_Correction]:
 
 def _architectures(stored: _Stored) -> Iterator[_Correction]:
     known = architectures_of(head_kind(stored.checkpoint), stored.config)
-    declared = stored.config.get("architectures") or []
-    if not set(declared) & set(known):
+    value = stored.config.get("architectures")
+    declared = cast("list[Any]", value) if isinstance(value, list) else []
+    if not any(name in known for name in declared):
         yield _Correction(
             values={"architectures": [known[0]]},
             reason=f"the weights are those of this class, and {', '.join(map(str, declared)) or 'none'} was declared",

@@ -16,22 +16,29 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.errors import listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration import calibration_set
-from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration
+from qwen_pipeline.quantization.calibration.calibration_set import (
+    FILE,
+    CalibrationSet,
+    draw_calibration,
+    require_vocabulary,
+)
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, CalibrationSpec
 from qwen_pipeline.quantization.spec import Device, default_device
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RECORDS_USED, TextSpec
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 from qwen_pipeline.workers.parent import run_worker
 
 STAGE = calibration_set.STAGE
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 PLOT, EXPERT_TABLE = f"{LOGS}calibration.png", f"{LOGS}expert_tokens.csv"
 
 EXPERTS_REACHED = CheckSpec(
     name="experts_reached", description="The router sends enough calibration tokens to each expert of each layer."
 )
-CHECKS = (EXPERTS_REACHED,)
+CHECKS = (RECORDS_USED, EXPERTS_REACHED)
 
 
 def calibrate(
@@ -40,6 +47,7 @@ def calibrate(
     text: str | Path,
     destination: Destination | Path,
     spec: CalibrationSpec,
+    text_spec: TextSpec = DEFAULT_TEXT_SPEC,
     all_experts: bool = False,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
     device: Device | None = None,
@@ -54,6 +62,7 @@ def calibrate(
         text: A file of records, a directory, or the name of a dataset: see :mod:`qwen_pipeline.text.sources`.
         destination: The output directory.
         spec: Number, length and selection of the windows.
+        text_spec: The share of records that may be skipped, and arguments of the chat template.
         all_experts: Whether the quantizer will calibrate every expert on every token, regardless of the router.
         min_expert_tokens: Tokens that each expert must receive to pass the check.
         device: Device on which the routers of a mixture are computed; by default a GPU if there is one.
@@ -66,33 +75,25 @@ def calibrate(
     from qwen_pipeline.quantization.calibration.expert_coverage import has_experts
 
     checkpoint = open_checkpoint(source)
-    require_settled(checkpoint)
-    is_mixture = has_experts(checkpoint)
+    is_mixture = has_experts(require_settled(checkpoint))
     opened = open_text(text)
     inputs = {"source": checkpoint_digest(source, observe=observe), "text": opened.digest()}
     settings = {"text": opened.name, "all_experts": all_experts, "min_expert_tokens": min_expert_tokens}
-    derivation = Derivation(stage=STAGE, inputs=inputs, spec={**asdict(spec), **settings}, code_version=CODE_VERSION)
+    settings |= asdict(spec) | asdict(text_spec)
+    derivation = Derivation(stage=STAGE, inputs=inputs, spec=settings, code_version=CODE_VERSION)
 
     def build(partial: Path) -> Built:
-        drawn = draw_calibration(text, source, spec)
+        drawn = draw_calibration(text, source, spec, text_spec=text_spec)
+        require_vocabulary(drawn, embedding_rows(checkpoint))
         contents = drawn.save(partial)
         (partial / LOGS).mkdir(exist_ok=True)
         experts, peak = dict[int, list[int]](), 0
         if is_mixture and not all_experts:
             experts, peak = _count_expert_tokens(source, partial, device or default_device(), observe)
-        statistics = drawn.statistics()
-        _write_logs(partial, statistics, experts, min_expert_tokens)
-        report = check_experts(experts, min_expert_tokens, is_mixture=is_mixture)
-        return Built(
-            contents=_with_logs(contents, partial),
-            result={
-                "statistics": statistics,
-                "experts": {str(layer): _summary(tokens) for layer, tokens in experts.items()},
-                "lengths": list(drawn.lengths),
-                "checks": dump_reports([report]),
-            },
-            worker_peak_bytes=peak,
-        )
+        _write_logs(partial, drawn.statistics(), experts, min_expert_tokens)
+        reports = [drawn.records.report(), check_experts(experts, min_expert_tokens, is_mixture=is_mixture)]
+        result = _result(drawn, experts, reports)
+        return Built(contents=_with_logs(contents, partial), result=result, worker_peak_bytes=peak)
 
     return derive(derivation, destination, build)
 
@@ -144,6 +145,18 @@ def _count_expert_tokens(
         observe=observe,
     )
     return {int(layer): tokens for layer, tokens in worker.value["layers"].items()}, worker.peak_memory_bytes
+
+
+def _result(
+    drawn: CalibrationSet, experts: Mapping[int, Sequence[int]], reports: Sequence[CheckReport]
+) -> dict[str, Any]:
+    return {
+        "statistics": drawn.statistics(),
+        "experts": {str(layer): _summary(tokens) for layer, tokens in experts.items()},
+        "lengths": list(drawn.lengths),
+        "records": drawn.records.to_json(),
+        "checks": dump_reports(reports),
+    }
 
 
 def _summary(tokens: Sequence[int]) -> dict[str, float]:

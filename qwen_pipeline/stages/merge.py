@@ -1,16 +1,29 @@
 """``base + fine-tune -> merged``: one full-precision checkpoint of a base and its adapters or fine-tuned model."""
 
-import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.digest_cache import DigestCache
-from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
+from qwen_pipeline.models.base_names import BASE_MATCHES, KnownBase, base_report
+from qwen_pipeline.models.changes import (
+    CHANGES_BASE,
+    adapter_change_report,
+    model_change_report,
+    require_change,
+    require_effect,
+)
+from qwen_pipeline.models.fine_tune_files import (
+    FILES_READ,
+    files_of,
+    files_report,
+    require_all_weights_read,
+    require_no_code_of_its_own,
+)
 from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
 from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
@@ -18,42 +31,32 @@ from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.qwen.heads import head_kind, left_out, without_steps
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
-from qwen_pipeline.qwen.tokenizer_size import TOKENIZER_FITS, tokenizer_report
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.fine_tune.adopt import Adopted, adopt
 from qwen_pipeline.transforms.fine_tune.reports import CARRIED, adoption_summary, carried_report, used_detail
-from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
-from qwen_pipeline.transforms.lora.fine_tune import merged_sidecars
+from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
+from qwen_pipeline.transforms.sidecars import merged_sidecars
+from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "merged"
-CODE_VERSION = "4"
-_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+CODE_VERSION = "5"
 
 TENSORS_USED = CheckSpec(
     name="every_tensor_is_used", description="Each tensor of the fine-tune is matched to one tensor of the base."
 )
-BASE_MATCHES = CheckSpec(
-    name="base_is_the_one_trained_on", description="The adapter names the base that it was merged into."
-)
 FINITE = CheckSpec(name="weights_are_finite", description="No merged weight is NaN or infinite.")
-CHECKS = (TENSORS_USED, BASE_MATCHES, CARRIED, CONFIG_MATCHES, TOKENIZER_FITS, FINITE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownBase:
-    """A base model, with the names by which adapters may refer to it.
-
-    Attributes:
-        root: The directory.
-        names: Every name of the base; if empty, the directory's name is compared.
-        revision: The commit, tag or branch.
-    """
-
-    root: Path
-    names: Collection[str] = ()
-    revision: str | None = None
+CHECKS = (
+    TENSORS_USED,
+    BASE_MATCHES,
+    CARRIED,
+    CONFIG_MATCHES,
+    CHANGES_BASE,
+    FILES_READ,
+    TOKENIZER_FITS,
+    FINITE,
+)
 
 
 def merge(
@@ -64,6 +67,7 @@ def merge(
     base_names: Collection[str] = (),
     base_revision: str | None = None,
     padded: Path | None = None,
+    leave_behind: Collection[str] = (),
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -74,21 +78,24 @@ def merge(
         fine_tune: A directory with a PEFT LoRA, with several adapters and a file of their weights, or with a complete
             fine-tuned model, whose tensors are then the result; or a set of adapters.
         destination: The output directory.
-        base_names: Every name of the base. If given, an adapter that names another base fails a check; if not, the
-            directory's name is compared, and a difference is only a warning.
+        base_names: Every name of the base, or patterns with ``*``. If given, an adapter that names another base fails
+            a check; if not, the directory's name is compared, and a difference is only a warning.
         base_revision: The base's commit, tag or branch. An adapter that names another revision fails the same check.
         padded: The padded checkpoint that the adapter was trained on, if the adapter does not name it.
+        leave_behind: Patterns of paths, in the fine-tune's directory, of weights that are ignored.
         hard_links: Whether a shard that the fine-tune does not change may be a hard link to the base's file.
         observe: Called with the progress.
 
     Raises:
-        InputRefused: The fine-tune does not fit the base exactly, or one of them is quantized.
-        CheckFailed: A merged weight is not finite.
+        InputRefused: The fine-tune does not fit the base exactly, one of them is quantized, or the fine-tune has
+            weights that are neither read nor left behind.
+        CheckFailed: A merged weight is not finite, or the fine-tune is seen to change nothing before it is merged.
     """
     rewrite = prepare(
         KnownBase(root=base, names=base_names, revision=base_revision),
         fine_tune,
         padded=padded,
+        leave_behind=leave_behind,
         read_now=as_destination(destination).may_hold(STAGE),
         observe=observe,
     )
@@ -101,6 +108,7 @@ def prepare(
     fine_tune: Path | AdapterSet,
     *,
     padded: Path | None = None,
+    leave_behind: Collection[str] = (),
     read_now: bool,
     observe: Observe = unobserved,
 ) -> Rewrite:
@@ -110,6 +118,7 @@ def prepare(
         base: The base.
         fine_tune: See :func:`merge`.
         padded: See :func:`merge`.
+        leave_behind: See :func:`merge`.
         read_now: See :func:`open_input`.
         observe: Called with the progress.
     """
@@ -117,24 +126,37 @@ def prepare(
     settled = settle(sources["base"].checkpoint)
     parent = settled.checkpoint
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
+    files = files_of(fine_tune if isinstance(fine_tune, Path) else None, child, leave_behind)
+    require_all_weights_read(files)
     if isinstance(child, AdapterSet):
         merge = _merge_adapters(base, sources["base"], settled, child, padded)
     else:
         assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
-        merge = _adopt_model(parent, child)
+        require_no_code_of_its_own(child)
+        merge = _with_change_report(_adopt_model(parent, child), sources, base.root, fine_tune)
+        require_change(parent, merge.output)
     kept = without_steps(parent.sidecars, head_kind(merge.output))
     output = merge.output.replace(sidecars=merged_sidecars(kept, child.sidecars))
-    fits = tokenizer_report(output)
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec={"base_names": sorted(base.names), **merge.spec},
+        spec={"base_names": sorted(base.names), **merge.spec} | _left_behind(leave_behind),
         sources=sources,
         others=merge.others,
         output=output,
-        result=lambda: {**merge.summary, "checks": dump_reports([*merge.reports(), fits, _finite_report(output)])},
+        result=lambda: {
+            **merge.summary,
+            "checks": dump_reports(
+                [
+                    *merge.reports(),
+                    files_report(files, leave_behind),
+                    tokenizer_report(output),
+                    _finite_report(output),
+                ]
+            ),
+        },
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
 
@@ -153,7 +175,10 @@ class _Merge:
 def _merge_adapters(
     base: KnownBase, source: StageInput, settled: Settled, adapters: AdapterSet, padded: Path | None
 ) -> _Merge:
-    merged = merge_lora(settled.checkpoint, adapters, paddings=paddings_of(base.root, adapters, padded=padded))
+    meter = ChangeMeter()
+    paddings = paddings_of(base.root, adapters, padded=padded)
+    merged = merge_lora(settled.checkpoint, adapters, paddings=paddings, meter=meter)
+    require_effect(adapters)
     model = trained_on(adapters, padded) if merged.bridge else None
 
     def reports() -> list[CheckReport]:
@@ -163,6 +188,7 @@ def _merge_adapters(
             base_report(base, adapters, is_padded_base=is_padded_base),
             CARRIED.report(passed=True, detail="An adapter changes tensors of the base, which has every part."),
             config_report(settled),
+            adapter_change_report(meter, merged.checkpoint),
         ]
 
     return _Merge(
@@ -181,6 +207,19 @@ def _adopt_model(parent: Checkpoint, child: Checkpoint) -> _Merge:
         summary=adoption_summary(adopted),
         reports=lambda: _model_reports(adopted, parent),
     )
+
+
+def _with_change_report(merge: _Merge, sources: Mapping[str, StageInput], base: Path, fine_tune: Path) -> _Merge:
+    def reports() -> list[CheckReport]:
+        for source in sources.values():
+            source.final_digest()
+        return [*merge.reports(), model_change_report(base, fine_tune, sources["base"].checkpoint.config)]
+
+    return replace(merge, reports=reports)
+
+
+def _left_behind(patterns: Collection[str]) -> dict[str, Any]:
+    return {"leave_behind": sorted(patterns)} if patterns else {}
 
 
 def _bridge_spec(merged: Merged) -> dict[str, Any]:
@@ -243,64 +282,6 @@ def _model_reports(adopted: Adopted, base: Checkpoint) -> list[CheckReport]:
         carried_report(adopted),
         config_report(adopted.settled, *adopted.remarks),
     ]
-
-
-def base_report(base: KnownBase, adapters: AdapterSet, *, is_padded_base: bool = False) -> CheckReport:
-    """Report on :data:`BASE_MATCHES`.
-
-    Args:
-        base: The base that the adapters are merged into.
-        adapters: The adapters.
-        is_padded_base: Whether they were trained on a checkpoint that was padded from this base.
-    """
-    unnamed = [] if is_padded_base else [each for each in adapters.adapters if not _is_named(each, base)]
-    unrelated = [adapter for adapter in unnamed if not _names_padding_source(adapter, base.root)]
-    is_other_revision = not all(may_be_same_revision(each.revision, base.revision) for each in adapters.adapters)
-    if unrelated:
-        detail = "The adapter names another base: if it was trained on this one, add the name to base_names."
-    elif is_other_revision:
-        detail = "The adapter names another revision of this base: set base_revision to the one it was trained on."
-    elif is_padded_base:
-        detail = "The adapter was trained on a checkpoint that was padded from this base."
-    elif unnamed:
-        detail = "The base's manifest says that the base was padded from the checkpoint that the adapter names."
-    else:
-        detail = "The adapter names this base."
-    known = ", ".join(sorted(base.names) or [base.root.name])
-    return BASE_MATCHES.report(
-        passed=not unrelated and not is_other_revision,
-        severity="ERROR" if base.names or is_other_revision else "WARN",
-        measured=", ".join(sorted({_declared_base(adapter) for adapter in adapters.adapters})),
-        limit=known + (f" at {base.revision}" if base.revision else ""),
-        detail=detail,
-    )
-
-
-def _declared_base(adapter: Adapter) -> str:
-    return (adapter.base_name or "not named") + (f" at {adapter.revision}" if adapter.revision else "")
-
-
-def _is_named(adapter: Adapter, base: KnownBase) -> bool:
-    declared = adapter.base_name or ""
-    if declared in base.names or (bool(declared) and Path(declared).resolve() == base.root.resolve()):
-        return True
-    return not base.names and Path(declared).name == base.root.name
-
-
-def _names_padding_source(adapter: Adapter, base: Path) -> bool:
-    """Check whether a base was padded from the checkpoint that an adapter names; false if its digest is not cached."""
-    padded, named = padded_model(base), Path(adapter.base_name or "")
-    if padded is None or not adapter.base_name or not (named / CONFIG).is_file():
-        return False
-    live = DigestCache().find(named)
-    return live is not None and live.digest == padded.live_digest
-
-
-def may_be_same_revision(one: str | None, other: str | None) -> bool:
-    """Check whether two revisions can be the same: a commit may be abbreviated, or be the target of a branch."""
-    if not one or not other or bool(_COMMIT.fullmatch(one)) != bool(_COMMIT.fullmatch(other)):
-        return True
-    return one.startswith(other) or other.startswith(one) if _COMMIT.fullmatch(one) else one == other
 
 
 def _finite_report(merged: Checkpoint) -> CheckReport:

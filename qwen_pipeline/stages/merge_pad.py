@@ -35,6 +35,7 @@ def merge_pad(
     base_names: Collection[str] = (),
     base_revision: str | None = None,
     spec: PaddingSpec = pad.DEFAULT_SPEC,
+    leave_behind: Collection[str] = (),
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:
@@ -51,6 +52,7 @@ def merge_pad(
         base_names: See :func:`merge.merge`.
         base_revision: See :func:`merge.merge`.
         spec: See :func:`pad.pad`.
+        leave_behind: See :func:`merge.merge`.
         hard_links: Whether a shard that neither step changes may be a hard link to the base's file.
         observe: Called with the progress.
 
@@ -59,11 +61,17 @@ def merge_pad(
 
     Raises:
         InputRefused: See :func:`merge.merge` and :func:`pad.pad`.
-        CheckFailed: A merged weight is not finite.
+        CheckFailed: See :func:`merge.merge`.
     """
     merged = as_destination(merged)
     known_base = merge.KnownBase(root=base, names=base_names, revision=base_revision)
-    merging = merge.prepare(known_base, fine_tune, read_now=merged.may_hold(merge.STAGE), observe=observe)
+    merging = merge.prepare(
+        known_base,
+        fine_tune,
+        leave_behind=leave_behind,
+        read_now=merged.may_hold(merge.STAGE),
+        observe=observe,
+    )
     stored = find(merging.derivation, merged)
     unstored = _UnstoredMerge(merging, merged, recipe_of(base, fine_tune))
     source = open_input("source", stored.path, open_root=open_model) if stored else unstored.source

@@ -18,10 +18,10 @@ from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, config_report, settle
 from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, plan_for
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
-from qwen_pipeline.qwen.tokenizer_size import TOKENIZER_FITS, tokenizer_report
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 from qwen_pipeline.transforms.padding.splitting import choose_splits
+from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "padded"
 CODE_VERSION = "6"

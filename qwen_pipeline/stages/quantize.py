@@ -27,6 +27,7 @@ from qwen_pipeline.quantization.calibration.calibration_set import (
     draw_calibration,
     is_prepared,
     load_calibration,
+    require_vocabulary,
 )
 from qwen_pipeline.quantization.engine_output import EngineOutput
 from qwen_pipeline.quantization.evidence import (
@@ -45,7 +46,9 @@ from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import dump_reports
+from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
+from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline.workers.parent import Worker, started_worker
 
@@ -63,6 +66,7 @@ def quantize(
     calibration: str | Path,
     spec: QuantSpec,
     engine: WorkerEnvironment,
+    text_spec: TextSpec = DEFAULT_TEXT_SPEC,
     stage: str = STAGE,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -79,6 +83,7 @@ def quantize(
             ``spec``; or text to draw tokens from: see :mod:`qwen_pipeline.text.sources`.
         spec: Settings of the quantization.
         engine: Environment of the quantizer.
+        text_spec: For text: the share of records that may be skipped, and arguments of the chat template.
         stage: Stage of the output: :data:`STAGE` or :data:`UNPADDED_STAGE`.
         observe: Receives progress for each module.
 
@@ -97,11 +102,9 @@ def quantize(
         start = functools.partial(_enter_worker, workers, spec, engine)
         early = start() if engine.python.exists() and not as_destination(destination).may_hold(stage) else None
         laps.lap("check")
-        tokens = prepared or draw_calibration(calibration, source, spec.calibration)
+        tokens = prepared or draw_calibration(calibration, source, spec.calibration, text_spec=text_spec)
         laps.lap("tokens")
         versions = engine.versions(engine.package, "torch")
-        inputs = {"source": checkpoint_digest(source, observe=observe), "calibration": tokens.digest}
-        laps.lap("derive")
         quantization = _Quantization(
             source=source.resolve(),
             checkpoint=checkpoint,
@@ -109,13 +112,12 @@ def quantize(
             tokens=tokens,
             spec=spec,
             config=spec.quantization_config(f"{engine.package}:{versions[engine.package]}"),
+            drawn_here=prepared is None,
             start=lambda: early or start(),
             laps=laps,
             observe=observe,
         )
-        settings = {**spec.to_json(), "versions": versions}
-        derivation = Derivation(stage=stage, inputs=inputs, spec=settings, code_version=CODE_VERSION)
-        return derive(derivation, destination, quantization.build)
+        return derive(quantization.derivation(stage, versions), destination, quantization.build)
 
 
 def _open_source(source: Path) -> tuple[Checkpoint, list[Linear]]:
@@ -150,6 +152,7 @@ class _Quantization:
 
     Attributes:
         config: The ``quantization_config`` of the output.
+        drawn_here: Whether this stage drew the tokens, so that skipped records are its to report.
         start: Starts the quantizer's process, or returns the one that was started early.
         laps: Seconds of this stage, by part.
     """
@@ -160,9 +163,22 @@ class _Quantization:
     tokens: CalibrationSet
     spec: QuantSpec
     config: Mapping[str, Any]
+    drawn_here: bool
     start: Callable[[], Worker]
     laps: Stopwatch
     observe: Observe
+
+    def derivation(self, stage: str, versions: Mapping[str, str]) -> Derivation:
+        """Return the derivation of the output.
+
+        Raises:
+            InputRefused: The model has no row for a token.
+        """
+        require_vocabulary(self.tokens, embedding_rows(self.checkpoint))
+        inputs = {"source": checkpoint_digest(self.source, observe=self.observe), "calibration": self.tokens.digest}
+        self.laps.lap("derive")
+        settings = {**self.spec.to_json(), "versions": versions}
+        return Derivation(stage=stage, inputs=inputs, spec=settings, code_version=CODE_VERSION)
 
     def build(self, partial: Path) -> Built:
         import_module("qwen_pipeline.quantization.plot")  # imported now, while the quantizer's process imports too
@@ -178,6 +194,8 @@ class _Quantization:
         contents, evidence = self._write(job, losses, partial)
         self.laps.lap("evidence")
         reports = checks.check_output(open_checkpoint(partial), self.linears, losses, self.spec)
+        if self.drawn_here and self.tokens.records.faults:
+            reports.append(self.tokens.records.report())
         self.laps.lap("checks")
         if worker:
             worker.require_end(log=log)
@@ -255,13 +273,15 @@ def _save_evidence(
 def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     """Return variables that limit threads and visible GPUs.
 
-    GPTQModel uses all visible GPUs, and a different number of GPUs gives different bytes.
+    GPTQModel uses all visible GPUs, and a different number of GPUs gives different bytes. Backward passes need cuBLAS's
+    fixed workspace for that they always give the same.
     """
     threads = str(spec.threads)
     gpus = spec.gpus if spec.device == "cuda" else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
     limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
-    return {**limits, "HF_HUB_OFFLINE": "1"}
+    workspace = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if spec.steps.learned_rounding else {}
+    return {**limits, **workspace, "HF_HUB_OFFLINE": "1"}
 
 
 def _seconds(laps: Stopwatch, output: EngineOutput) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_unpadded_baseline, widened
 from qwen_pipeline.evaluation.plan import DEFAULT_PLAN, INPUT_OF_ROLE, ValidationInputs, ValidationPlan
 from qwen_pipeline.evaluation.report.load import load_validation
-from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of
+from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of, skipped_records
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
@@ -33,8 +33,9 @@ from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, dump_reports
-from qwen_pipeline.text.records import encode_prompt, load_tokenizer
-from qwen_pipeline.text.windows import spread, token_windows
+from qwen_pipeline.text.reading import RecordUse
+from qwen_pipeline.text.tokenizers import encode_prompt, load_tokenizer
+from qwen_pipeline.text.windows import read_windows, spread
 from qwen_pipeline.workers.environments import WorkerEnvironment
 
 __all__ = [
@@ -61,12 +62,14 @@ class _Prepared:
     Attributes:
         digests: Name of an input in the derivation -> digest.
         evidence_before: Evidence of the previous version; empty if none is given.
+        records: The records of the held-out text, and those among them that could not be used.
     """
 
     inputs: ValidationInputs
     models: OpenedModels
     digests: Mapping[str, str]
     evidence_before: Sequence[ModuleEvidence]
+    records: RecordUse
 
 
 def validate(
@@ -132,7 +135,9 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
     require_settled(checkpoints[MERGED])
     tokenizer = load_tokenizer(inputs.reference)
     task = task_of(checkpoints[MERGED])
-    windows = token_windows(inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len)
+    windows, records = read_windows(
+        inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len, spec=plan.text_spec
+    )
     tokens = texts_of(windows, tokenizer, task)
     _require_vocabulary(checkpoints, tokens)
     require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], inputs.candidate)
@@ -155,14 +160,17 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         compared=[PADDED, QUANTIZED, UNPADDED_QUANTIZED],
         answering=[MERGED, QUANTIZED] if task.kind == "language" else [],
         windows=tokens,
-        prompts=[encode_prompt(prompt, tokenizer) for prompt in plan.prompts] if task.kind == "language" else [],
+        prompts=[
+            encode_prompt(prompt, tokenizer, arguments=plan.text_spec.template_arguments)
+            for prompt in (plan.prompts if task.kind == "language" else ())
+        ],
         max_new_tokens=MAX_NEW_TOKENS,
         device=plan.device or default_device(),
         calibration=spread(calibration.stream, windows=plan.windows, seq_len=plan.seq_len) if calibration else (),
         task=task,
     )
     models = OpenedModels(roots=roots, checkpoints=checkpoints, tokenizer=tokenizer, measurement=measurement)
-    return _Prepared(inputs=inputs, models=models, digests=digests, evidence_before=evidence_before)
+    return _Prepared(inputs=inputs, models=models, digests=digests, evidence_before=evidence_before, records=records)
 
 
 def _write(
@@ -183,6 +191,7 @@ def _write(
         "padding": widened(models.checkpoints[MERGED].config, models.checkpoints[QUANTIZED].config),
         "candidate": prepared.digests["candidate"],
         "text": prepared.digests["text"],
+        "records": prepared.records.to_json(),
     }
     losses = draw_losses(candidate, prepared.evidence_before, root / LOSS_PLOT)
     write_report(
@@ -191,7 +200,9 @@ def _write(
         reports,
         result,
         lineage=[*lineage, *(dump_step(step) for step in steps_of(candidate))],
-        method=method_of(models.measurement) + changed_limits(plan.limits),
+        method=method_of(models.measurement)
+        + skipped_records(prepared.records, candidate)
+        + changed_limits(plan.limits),
         more_plots={losses: LOSS_PLOT} if losses else {},
     )
     return result

@@ -14,13 +14,14 @@ from typing import Any, Protocol, cast
 
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
-from qwen_pipeline.text.records import PARQUET, SUFFIXES, is_record, load_records
+from qwen_pipeline.text.record_files import PARQUET, SUFFIXES, StoredRecord, load_records
+from qwen_pipeline.text.records import FIELDS, FORMS, MEDIA, BadRecord
 
 _HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(#(?P<split>\w+))?"
 )
 _SPLIT = "train"
-_COLUMNS = 'Pass a dataset with a column "messages" of conversations or a column "text".'
+_COLUMNS = "Pass a dataset with a column messages, text or conversations, or other columns that docs/text.md lists."
 
 
 class TextSource(Protocol):
@@ -34,7 +35,11 @@ class TextSource(Protocol):
     def name(self) -> str: ...
     def __len__(self) -> int: ...
     def record(self, index: int, /) -> Mapping[str, Any]:
-        """Read a record."""
+        """Read a record's fields.
+
+        Raises:
+            BadRecord: It cannot be read.
+        """
         ...
 
     def where(self, index: int, /) -> str:
@@ -75,7 +80,7 @@ def open_text(source: str | Path) -> TextSource:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A JSONL file, or a ``.txt`` file of one record."""
+    """A JSONL file, a JSON array, or a ``.txt`` file of one record."""
 
     file: Path
 
@@ -84,17 +89,17 @@ class RecordFile:
         return self.file.name
 
     @cached_property
-    def _records(self) -> list[Mapping[str, Any]]:
+    def _records(self) -> list[StoredRecord]:
         return load_records(self.file)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def record(self, index: int, /) -> Mapping[str, Any]:
-        return self._records[index]
+        return self._records[index].fields
 
     def where(self, index: int, /) -> str:
-        return f"{self.file} line {self._records[index]['line']}"
+        return f"{self.file} {self._records[index].place}"
 
     def digest(self) -> str:
         return directory_digest({"records": self.file})
@@ -102,21 +107,38 @@ class RecordFile:
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """A ``datasets.Dataset``: memory-mapped Arrow files, of which only the requested rows are read."""
+    """A ``datasets.Dataset``: memory-mapped Arrow files, of which only the requested rows are read.
+
+    Raises:
+        InputRefused: No form of records has only columns of the dataset.
+    """
 
     name: str
     rows: Any
 
+    def __post_init__(self) -> None:
+        columns: list[str] = self.rows.column_names
+        if not any(form.kinds.keys() <= set(columns) for form in FORMS):
+            raise InputRefused(f"{self.name} has the columns {', '.join(columns)}.", remedy=_COLUMNS)
+
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def _views(self) -> list[Any]:
+        """The columns that hold text, and the other known ones, whose images and sounds are not decoded."""
+        known = [name for name in self.rows.column_names if name in FIELDS]
+        text = self.rows.select_columns([name for name in known if name not in MEDIA])
+        media = [name for name in known if name in MEDIA]
+        return [text, *([self.rows.select_columns(media).with_format("arrow")] if media else [])]
+
     def record(self, index: int, /) -> Mapping[str, Any]:
-        row = self.rows[index]
-        column = self._column
-        record = {column: row[column]}
-        if not is_record(record):
-            raise InputRefused(f"{self.where(index)} has no {column}: {str(row[column])[:80]!r}.", remedy=_COLUMNS)
-        return record
+        try:
+            rows = [view[index] for view in self._views]
+            fields = {name: value for row in rows for name, value in _as_fields(row).items()}
+        except Exception as error:
+            raise BadRecord("cannot be read", f"{error} ({type(error).__name__})") from error
+        return _without_nulls(fields)
 
     def where(self, index: int, /) -> str:
         return f"{self.name} row {index}"
@@ -125,25 +147,52 @@ class DatasetRows:
         files = (Path(file["filename"]) for file in self.rows.cache_files)
         return directory_digest({str(number): file for number, file in enumerate(files)})
 
-    @property
-    def _column(self) -> str:
-        for column in ("messages", "text"):
-            if column in self.rows.column_names:
-                return column
-        raise InputRefused(f"{self.name} has the columns {', '.join(self.rows.column_names)}.", remedy=_COLUMNS)
+
+def _as_fields(row: Any) -> dict[str, Any]:
+    return row if isinstance(row, dict) else row.to_pylist()[0]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove the null fields of objects: in Arrow, every object of a column has the fields of all of them."""
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        return {name: _without_nulls(each) for name, each in fields.items() if each is not None}
+    return list(map(_without_nulls, cast("list[Any]", value))) if isinstance(value, list) else value
 
 
 def _open_rows(path: Path) -> Any:
-    """Open a Parquet file, a directory that ``save_to_disk`` wrote, or a directory of data files."""
+    """Open a Parquet file, a directory that ``save_to_disk`` wrote, or a directory of data files.
+
+    Raises:
+        InputRefused: The library cannot read it.
+    """
     library = _library()
-    if path.is_file():
-        return _load_rows("parquet", split=_SPLIT, data_files=str(path))
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _one_split(str(path), library.load_from_disk(str(path)))
-    return _load_rows(str(path), split=None)
+    try:
+        if path.is_file():
+            loaded = library.load_dataset("parquet", split=_SPLIT, data_files=str(path))
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = library.load_from_disk(str(path))
+        else:
+            loaded = library.load_dataset(str(path))
+    except MemoryError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise InputRefused(
+            f"{path} cannot be read as a dataset: {cause} ({type(cause).__name__})",
+            remedy="Pass a Parquet file, a directory that save_to_disk wrote, one that holds only data files, or"
+            " convert the text to JSONL.",
+        ) from error
+    return _one_split(str(path), loaded)
 
 
 def _load_rows(name: str, *, split: str | None, config: str | None = None, **more: Any) -> Any:
+    """Load a dataset of the hub.
+
+    Raises:
+        InputRefused: There is no such dataset, configuration, revision or split.
+        EnvironmentFault: The hub cannot be reached.
+    """
     library = _library()
     try:
         return _one_split(name, library.load_dataset(name, config, split=split, **more))

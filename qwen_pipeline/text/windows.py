@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.text.records import encode_record, load_records
+from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RecordReader, RecordUse, TextSpec
+from qwen_pipeline.text.sources import open_text
 
 
 def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> list[list[int]]:
@@ -14,17 +15,30 @@ def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> 
     Raises:
         InputRefused: The text cannot be read, or has fewer tokens than one window.
     """
-    tokens = [
-        token
-        for record in load_records(text)
-        for token in encode_record(record, tokenizer, where=f"{text} line {record['line']}")
-    ]
+    return read_windows(text, tokenizer, windows=windows, seq_len=seq_len)[0]
+
+
+def read_windows(
+    text: Path, tokenizer: Any, *, windows: int, seq_len: int, spec: TextSpec = DEFAULT_TEXT_SPEC
+) -> tuple[list[list[int]], RecordUse]:
+    """Return the windows of :func:`token_windows`, and the use of the text's records.
+
+    Raises:
+        InputRefused: The text cannot be read, has too many records that cannot be used, or has fewer tokens than one
+            window.
+    """
+    source = open_text(text)
+    reader = RecordReader(source, tokenizer, spec)
+    records = reader.tokens(range(len(source)))
+    tokens = [token for record in records for token in record]
+    reader.require_few_skipped(records)
     if len(tokens) < seq_len:
+        use = "" if reader.use.used == len(source) else f" {reader.use}"
         raise InputRefused(
-            f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}.",
+            f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}.{use}",
             remedy="Provide more text, or lower seq_len.",
         )
-    return spread(tokens, windows=windows, seq_len=seq_len)
+    return spread(tokens, windows=windows, seq_len=seq_len), reader.use
 
 
 def spread(tokens: Sequence[int], *, windows: int, seq_len: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 
 COMMANDS = (
     "run",
+    "convert",
     "merge",
     "pad",
     "calibrate",

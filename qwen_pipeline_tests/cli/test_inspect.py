@@ -1,14 +1,25 @@
 """``inspect`` describes a fine-tune, the tensors that it changes, and why it would be refused."""
 
+import json
+import os
+import time
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, header_bytes
 from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.cli.results import CommandResult
-from qwen_pipeline.errors import AdapterRefused
+from qwen_pipeline.errors import AdapterRefused, PipelineError
+from qwen_pipeline.stages.merge import merge
+from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
+from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
@@ -61,5 +72,100 @@ def test_changes_of_the_config_and_the_named_base_are_shown(base: Path, tmp_path
     assert refused.data["declared"]["base_model_name_or_path"] == str(base)
 
 
-def test_a_full_model(base: Path) -> None:
-    assert inspect(base, base=base).data["kind"] == "full"
+def test_a_full_model(base: Path, tmp_path: Path) -> None:
+    (tuned := tiny_qwen2(tmp_path / "tuned", seed=3)).joinpath("optimizer.pt").write_bytes(b"state")
+    seen = inspect(tuned, base=base)
+    assert (seen.data["kind"], seen.data["is"], seen.data["taken"]) == (
+        "full",
+        "a whole model",
+        len(load_file(_file(base))),
+    )
+    assert seen.data["carried_over"] == []
+    assert "left behind: state for resuming the training" in printed(seen)
+
+
+def _file(root: Path) -> Path:
+    return root / "model.safetensors"
+
+
+def _settings(**fields: Any) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        (root / ADAPTER_CONFIG).write_text(json.dumps(json.loads((root / ADAPTER_CONFIG).read_text()) | fields))
+
+    return edit
+
+
+def _renamed(root: Path) -> None:
+    tensors = load_file(root / ADAPTER_WEIGHTS)
+    save_file({name.replace("q_proj", "q_proj.mystery"): t for name, t in tensors.items()}, root / ADAPTER_WEIGHTS)
+
+
+def _emptied(root: Path) -> None:
+    tensors = load_file(root / ADAPTER_WEIGHTS)
+    save_file({name: torch.empty(0) for name in tensors}, root / ADAPTER_WEIGHTS)
+
+
+def _pickled(root: Path) -> None:
+    torch.save(load_file(root / ADAPTER_WEIGHTS), root / "adapter_model.bin")
+    (root / ADAPTER_WEIGHTS).unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "weights beside it": lambda root: save_file({"a": torch.ones(1)}, root / "vit.safetensors"),
+    "scaling of zero": _settings(lora_alpha=0),
+    "another method": _settings(peft_type="LOHA"),
+    "unknown setting": _settings(setting_of_tomorrow=True),
+    "another rank": _settings(r=5),
+    "names": _renamed,
+    "empty": _emptied,
+    "pickled": _pickled,
+    "mlx": lambda root: (root / ADAPTER_WEIGHTS).rename(root / "adapters.safetensors"),
+    "two saves": lambda root: (root / f"{ADAPTER_WEIGHTS}.index.json").write_text("{}"),
+    "no weights": lambda root: (root / ADAPTER_WEIGHTS).unlink(),
+    "a model too": lambda root: save_file({"a": torch.ones(1)}, root / "model.safetensors"),
+    "nothing": lambda root: [path.unlink() for path in root.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_inspect_and_merge_say_the_same_and_write_nothing(base: Path, tmp_path: Path, damage: str) -> None:
+    adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    DAMAGES[damage](adapter)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    seen = inspect(adapter, base=base)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    with pytest.raises(PipelineError) as refusal:
+        merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")
+    assert str(seen.fault) == str(refusal.value)
+    assert type(seen.fault) is type(refusal.value)
+    assert seen.data["is"] in printed(seen)
+
+
+def test_weights_are_left_behind_on_request(base: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    save_file({"a": torch.ones(1)}, adapter / "vit.safetensors")
+    assert "REFUSED: weights that a merge does not read" in printed(inspect(adapter))
+    seen = inspect(adapter, base=base, leave_behind=["*.safetensors"])
+    assert seen.fault is None
+    (files,) = seen.data["files"]
+    assert files["left_behind"] == {"README.md": "a document", "vit.safetensors": "on request"}
+    assert files["read"] == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+
+
+def test_a_model_of_72b_is_described_from_its_headers(base: Path, tmp_path: Path) -> None:
+    width, hidden = 29568, 8192
+    shapes = {"model.embed_tokens.weight": (152064, hidden), "lm_head.weight": (152064, hidden)}
+    for layer in range(80):
+        prefix = f"model.layers.{layer}.mlp."
+        shapes |= {prefix + f"{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
+        shapes[f"{prefix}down_proj.weight"] = (hidden, width)
+    specs = {name: TensorSpec(dtype="BF16", shape=shape) for name, shape in shapes.items()}
+    header = header_bytes(specs)
+    (tmp_path / "model.safetensors").write_bytes(header)
+    os.truncate(tmp_path / "model.safetensors", len(header) + sum(spec.nbytes for spec in specs.values()))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    start = time.process_time()
+    seen = inspect(tmp_path, base=base)
+    assert time.process_time() - start < 2
+    assert seen.data["bytes"] > 120e9
+    assert isinstance(seen.fault, PipelineError)

@@ -14,7 +14,7 @@ from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
-from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.tokenizers import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline_tests.in_transformers import in_transformers

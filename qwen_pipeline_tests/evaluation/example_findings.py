@@ -54,6 +54,6 @@ GOOD = Findings(
     targets=[target_findings("vllm-cpu")],
 )
 SERVED = ServingFindings(
-    role="padded", degree=3, engine="vllm", ready=True, texts=("yes",), tokens=(3,), partings=(None,)
+    role="padded", degree=3, engine="vllm", ready=True, texts=("yes",), expected=("yes",), tokens=(3,), partings=(None,)
 )
 HELD = Score(name="arc/acc", more_is_better=True, merged=0.5, quantized=0.49)

@@ -11,6 +11,7 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, open_checkpoint
 from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.greedy_rules import GreedyRules
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Progress
 from qwen_pipeline.qwen.config import GENERATION_CONFIG, stop_tokens
@@ -85,6 +86,47 @@ def test_each_of_several_stop_tokens_ends_an_answer(qwen2: Path, tmp_path: Path)
     answers = streamed_answers(open_checkpoint(tmp_path))
     assert answers == plain_answers(tmp_path)
     assert [answer[-1] for answer in answers[:2]] == stops
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "penalty": {"repetition_penalty": 1.3, "temperature": 0.7, "top_k": 20},
+    "ngrams": {"no_repeat_ngram_size": 2, "repetition_penalty": 0.8},
+    "banned": {"bad_words_ids": [[5], [7, 9]], "suppress_tokens": list(range(40, 90)), "begin_suppress_tokens": [3]},
+    "lengths": {"min_new_tokens": 6, "forced_eos_token_id": 11, "eos_token_id": list(range(3, 200))},
+    "minimum": {"min_length": 24, "eos_token_id": list(range(3, 240))},
+    "prompt": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 1},
+    "bias": {"sequence_bias": [[[9], 3.0], [[9, 9], -30.0]], "exponential_decay_length_penalty": [2, 1.5]},
+}
+
+
+@pytest.mark.parametrize("settings", RULES.values(), ids=RULES)
+def test_rules_of_the_generation_config_are_those_of_generate(qwen2: Path, settings: dict[str, Any]) -> None:
+    file = qwen2 / GENERATION_CONFIG
+    plain = file.read_text()
+    try:
+        file.write_text(json.dumps(json.loads(plain) | settings))
+        checkpoint = open_checkpoint(qwen2)
+        expected, rules = plain_answers(qwen2), GreedyRules.of(checkpoint)
+    finally:
+        file.write_text(plain)
+    assert rules
+    assert rules.unapplied == ()
+    assert expected != plain_answers(qwen2)
+    streamed = Decoder(checkpoint, CPU).answers(PROMPTS, stops=rules.stops, limit=LIMIT, rules=rules)
+    assert streamed == expected
+    for drafts in (expected, [(*answer[:4], 7, 7, 7) for answer in expected]):
+        again = Decoder(checkpoint, CPU).answers(PROMPTS, stops=rules.stops, limit=LIMIT, rules=rules, drafts=drafts)
+        assert again == expected
+
+
+def test_settings_that_change_nothing_are_no_rules_and_others_are_named(qwen2: Path, tmp_path: Path) -> None:
+    file = tmp_path / GENERATION_CONFIG
+    file.write_text(json.dumps({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "top_p": 0.8, "num_beams": 1}))
+    checkpoint = replace(open_checkpoint(qwen2), sidecars={GENERATION_CONFIG: file})
+    assert not GreedyRules.of(checkpoint)
+    file.write_text(json.dumps({"num_beams": 4, "stop_strings": ["."], "min_new_tokens": 3}))
+    assert GreedyRules.of(checkpoint).unapplied == ("num_beams", "stop_strings")
+    assert not GreedyRules.of(checkpoint), "without a stop token, no answer is too short"
 
 
 def test_an_answer_ends_when_the_callback_says_so(qwen2: Path) -> None:

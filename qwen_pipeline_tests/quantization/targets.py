@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.layerwise.forward import LayerStream, logit_blocks
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.quantization import gptqmodel, layerwise, solver
+from qwen_pipeline.quantization import decoder_layer, gptqmodel, layerwise, solver
 from qwen_pipeline.quantization.layerwise import LayerLoop
 from qwen_pipeline.quantization.solver import Hessian, pack, solve
 from qwen_pipeline.quantization.spec import QuantSpec
@@ -114,7 +114,7 @@ def quantize_with_unrounded_scales(spec: Mapping[str, Any], observe: Observe) ->
     def put(weight_OI: torch.Tensor, _: object) -> None:
         weight_OI.copy_(weights.pop())
 
-    with patch.object(solver, "pack", keep), patch.object(layerwise, "_write_dequantized", put):
+    with patch.object(solver, "pack", keep), patch.object(decoder_layer, "_write_dequantized", put):
         return layerwise.quantize_directory(spec, observe)
 
 

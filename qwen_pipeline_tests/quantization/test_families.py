@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.layerwise.forward import LayerStream, advance
 from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.quantization.recipes import RecipeName
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
@@ -39,18 +41,27 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized(ALL, tmp_path_factory.mktemp("every"))
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(QUICK, tmp_path_factory.mktemp("learned"), recipe="balanced")
 
 
-def quantized(cases: Sequence[Case], root: Path) -> Path:
+@pytest.fixture(scope="module", params=["gptq", "fast", "balanced"])
+def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(ALL, tmp_path_factory.mktemp("every"), recipe=request.param)
+
+
+def quantized(cases: Sequence[Case], root: Path, *, recipe: RecipeName = "gptq") -> Path:
     """Quantize tiny models in one worker; return the directory of the sources and the outputs."""
     sources = {name_of(case): source(case, root / "sources" / name_of(case)) for case in cases}
     (root / "out").mkdir()
     run_worker(
         find_environment("gptqmodel").python,
         "qwen_pipeline_tests.quantization.targets:quantize_families",
-        {"sources": {n: str(s) for n, s in sources.items()}, "out": str(root / "out"), "quant": SPEC.to_json()},
+        {
+            "sources": {n: str(s) for n, s in sources.items()},
+            "out": str(root / "out"),
+            "quant": replace(SPEC, recipe=recipe).to_json(),
+        },
         log=root / "log",
     )
     return root
@@ -71,6 +82,12 @@ def source(case: Case, root: Path) -> Path:
 @pytest.mark.parametrize("case", QUICK, ids=name_of)
 def test_codes_on_disk_compute_the_logits_in_memory(quick: Path, tmp_path: Path, case: Case) -> None:
     require_agreement(quick, name_of(case), tmp_path)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("case", QUICK, ids=name_of)
+def test_codes_of_a_recipe_that_compares_models_and_learns_do_too(learned: Path, tmp_path: Path, case: Case) -> None:
+    require_agreement(learned, name_of(case), tmp_path)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext
-from qwen_pipeline.quantization.input_groups import input_groups, require_known
+from qwen_pipeline.quantization.input_groups import LayerPass, input_groups, require_known
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline_tests.tiny import load_tiny, tiny_model
 
@@ -34,7 +34,8 @@ def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> d
     linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}
-    for group in input_groups(stream, masks, module, linears, all_experts=all_experts):
+    passes = [LayerPass(stream=stream, layer=0, module=module)]
+    for group in input_groups(passes, masks, linears, all_experts=all_experts):
         tokens, hessian = group.hessian.tokens, group.hessian.pop_mean()
         found |= {linear.kind: (tokens, hessian) for linear in group.linears}
         for linear, weight in zip(group.linears, group.weights, strict=True):
@@ -79,7 +80,8 @@ def test_attention_is_computed_once_and_cached(tmp_path: Path, family: str, firs
     kept, computed = (next(stream.iter_layers()) for stream in streams)
     calls = list[str]()
     kept.get_submodule(first).register_forward_hook(lambda *_: calls.append(first))
-    for _ in input_groups(streams[0], [torch.ones(32, dtype=torch.bool)] * 2, kept, linears, all_experts=False):
+    passes = [LayerPass(stream=streams[0], layer=0, module=kept)]
+    for _ in input_groups(passes, [torch.ones(32, dtype=torch.bool)] * 2, linears, all_experts=False):
         pass
     assert len(calls) == 2 + 1
     for stream, module in zip(streams, (kept, computed), strict=True):

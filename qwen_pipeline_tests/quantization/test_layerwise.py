@@ -1,8 +1,10 @@
 """The quantizer ``layerwise`` against GPTQModel's own loop, and its resuming after an interruption."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,8 +77,15 @@ def test_all_codes_equal_gptqmodels_without_the_rounding_of_scales(
         assert torch.equal(ours.load(name), theirs.load(name)), name
 
 
-def test_an_interrupted_run_resumes_at_the_damaged_layer(chain: Chain, calibration: Path, tmp_path: Path) -> None:
-    spec = replace(SPEC, bits=8, group_size=64, sym=False, desc_act=True)
+@pytest.mark.parametrize(
+    "changes",
+    [{"bits": 8, "group_size": 64, "sym": False, "desc_act": True}, {"recipe": "fast"}, {"recipe": "balanced"}],
+    ids=str,
+)
+def test_an_interrupted_run_resumes_at_the_damaged_layer(
+    chain: Chain, calibration: Path, tmp_path: Path, changes: Mapping[str, Any]
+) -> None:
+    spec = replace(SPEC, **changes)
     job = save_job(spec, chain, draw_calibration(calibration, chain.padded, DRAWN), tmp_path)
     assert solved_layers(job, chain, tmp_path) == {0, 1}
     whole = {file.name: file.read_bytes() for file in job.packed.glob("*.safetensors*")}

@@ -22,6 +22,9 @@ from qwen_pipeline.quantization.spec import QuantSpec, parse_overrides
         {"act_group_aware": False, "engine": "autogptq"},
         {"gpus": 0, "device": "cuda"}, {"gpus": 2, "device": "cpu"},
         {"gpus": 2, "device": "cuda", "engine": "layerwise"}, {"dynamic": {"down": {"bits": 8}}},
+        {"recipe": "other"}, {"recipe": "fast", "engine": "gptqmodel"}, {"recipe": "fast", "sym": False},
+        {"recipe": "best", "desc_act": True}, {"recipe": "balanced", "mse": 2.4},
+        {"recipe": "fast", "dynamic": {"a": {"mse": 2.4}}},
         {"dynamic": {"(": {"mse": 2.0}}}, {"dynamic": {"a": {"damp_percent": 1.0}}},
     ],
     ids=str,
@@ -48,6 +51,15 @@ def test_every_setting_is_in_the_json() -> None:
         replace(base, device="cuda", gpus=2),
     ]
     assert len({json.dumps(spec.to_json(), sort_keys=True) for spec in (base, *others)}) == 6
+
+
+def test_the_recipe_gptq_is_left_out_of_the_json_so_that_its_digests_stay() -> None:
+    plain, fast = QuantSpec(threads=2, device="cpu"), QuantSpec(recipe="fast", threads=2, device="cpu")
+    assert "recipe" not in plain.to_json()
+    assert "recipe" not in plain.quantization_config("a")["meta"]
+    assert fast.to_json() == {**plain.to_json(), "recipe": "fast"}
+    assert fast.quantization_config("a")["meta"]["recipe"] == "fast"
+    assert QuantSpec(**fast.to_json()) == fast
 
 
 def test_the_first_matching_override_counts() -> None:

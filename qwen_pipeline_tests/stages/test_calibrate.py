@@ -1,19 +1,24 @@
 """Calibration sets: the directory, the check of experts, and quantization with the directory or its text."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.errors import CheckFailed, CheckpointRefused, EnvironmentFault
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, EnvironmentFault, InputRefused
+from qwen_pipeline.evaluation.report.markdown import skipped_records
 from qwen_pipeline.quantization.calibration.calibration_set import FILE, draw_calibration, is_prepared, load_calibration
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
 from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.text.reading import RecordUse, TextSpec
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_tokenizer
@@ -45,8 +50,9 @@ def test_the_directory_equals_a_direct_draw(prepared: Artifact, dense: Path, tex
     assert (kept.spec, kept.lengths) == (SPEC, drawn.lengths)
     assert prepared.manifest.result["statistics"] == drawn.statistics() == kept.statistics()
     assert (prepared.path / PLOT).read_bytes().startswith(b"\x89PNG")
-    (report,) = load_reports(prepared.manifest.result)
-    assert (report.outcome, report.detail) == ("skipped", "The model has no experts.")
+    used, experts = load_reports(prepared.manifest.result)
+    assert (used.outcome, used.measured) == ("passed", f"{len(drawn.lengths)} of {len(drawn.lengths)}")
+    assert (experts.outcome, experts.detail) == ("skipped", "The model has no experts.")
     require_intact(prepared.path)
 
 
@@ -76,6 +82,75 @@ def test_the_chat_template_is_that_of_the_fine_tune(dense: Path, tmp_path: Path)
     )
     begins = [str(tokenizer.decode(load_calibration(path).input_ids[0]))[:12] for path in (own, others)]
     assert begins == ["<|im_start|>", "[Hello Hello"]
+
+
+def test_skipped_records_are_counted_named_and_warned_of(dense: Path, tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"text": f"A record of some length, number {n}."} for n in range(40)]
+    records[7] = {"text": "half \ud83d"}
+    records[9] = {"text": ""}
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(map(json.dumps, records)))
+    spec = replace(SPEC, samples=42)
+    path = calibrate(source=dense, text=text, destination=Directory(tmp_path / "out"), spec=spec).path
+    manifest, drawn = open_manifest(path), load_calibration(path)
+    report, _ = load_reports(manifest.result)
+    assert report.outcome == "warning"
+    assert report.measured == "38 of 39"
+    assert f"{text} line 8: has half of a surrogate pair" in report.detail
+    assert manifest.result["records"] == drawn.records.to_json() == drawn.statistics()["skipped"]
+    assert (drawn.records.empty, drawn.records.skipped) == (1, {"has half of a surrogate pair": 1})
+    again = calibrate(source=dense, text=text, destination=Directory(path), spec=spec)
+    assert again.reused
+    with pytest.raises(InputRefused, match=r"more than max_skipped = 0\.01: 1 of"):
+        calibrate(source=dense, text=text, destination=tmp_path / "b", spec=spec, text_spec=TextSpec(max_skipped=0.01))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_report_names_the_skipped_records_of_both_texts(prepared: Artifact, tmp_path: Path) -> None:
+    calibration, held_out = RecordUse(used=9, skipped={"is empty-handed": 1}, first=("a line 1",)), RecordUse(used=3)
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert skipped_records(held_out, copy) == skipped_records(held_out, tmp_path) == ""
+    manifest["result"]["calibration"] = {"skipped": calibration.to_json()}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert skipped_records(held_out, copy) == (
+        " Of the calibration text, 1 of 10 records were skipped: 1 (is empty-handed). The first: a line 1."
+    )
+    assert skipped_records(calibration, tmp_path).startswith(" Of the held-out text, 1 of 10")
+
+
+def test_arguments_of_the_template_are_part_of_the_derivation(dense: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    (model / "chat_template.jinja").write_text("{{ tone }}{{ messages[0].content }}")
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello " * 40}]}))
+    plain, kind = (
+        calibrate(source=model, text=talks, destination=tmp_path / name, spec=SPEC, text_spec=text_spec)
+        for name, text_spec in (("plain", TextSpec()), ("kind", TextSpec(template_arguments={"tone": "kind"})))
+    )
+    assert plain.manifest.derivation.key != kind.manifest.derivation.key
+    assert tiny_tokenizer().decode(load_calibration(kind.path).input_ids[0]).startswith("kindHello")
+
+
+def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
+    model = tiny_qwen2(tmp_path / "model", vocab_size=258)
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": "some words " * 9}) for _ in range(4)))
+    with pytest.raises(InputRefused, match="has token 258, but the model's embedding has 258 rows"):
+        calibrate(source=model, text=text, destination=tmp_path / "out", spec=SPEC)
+
+
+@pytest.mark.parametrize("damage", [{"lengths": None}, {"lengths": ["a"]}, {"records": {"used": "x"}}, {"records": 5}])
+def test_a_damaged_manifest_is_refused(prepared: Artifact, damage: dict[str, object], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["result"] |= damage
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointRefused, match="damaged"):
+        load_calibration(copy)
 
 
 def test_damaged_tokens_are_refused(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -115,7 +190,7 @@ class TestExperts:
         artifact = calibrate(
             source=mixture, text=text, destination=Directory(tmp_path / "out"), spec=SPEC, min_expert_tokens=10_000
         )
-        (report,) = load_reports(artifact.manifest.result)
+        _, report = load_reports(artifact.manifest.result)
         assert report.blocks
         assert "8 of 8 experts get fewer than 10000 tokens" in report.detail
         assert "more samples" in report.detail
@@ -130,7 +205,7 @@ class TestExperts:
             source=mixture, text=text, destination=Directory(tmp_path / "out"), spec=SPEC, all_experts=True,
             min_expert_tokens=10_000,
         )  # fmt: skip
-        (report,) = load_reports(artifact.manifest.result)
+        _, report = load_reports(artifact.manifest.result)
         assert report.passed
         assert report.detail == "Every expert will get every token."
 

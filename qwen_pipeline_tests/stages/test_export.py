@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.evaluation.samples import MAX_NEW_TOKENS
 from qwen_pipeline.reports import load_reports
@@ -78,10 +79,17 @@ def test_a_single_different_code_fails_the_check(chain: Chain) -> None:
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_the_package_decompresses_the_same_weights(chain: Chain, asymmetric: Path, kind: str) -> None:
+    quantized = open_checkpoint(chain.quantized if kind == "symmetric" else asymmetric)
+    form = gptq_format(quantized.config)
+    for module, weight_OI in weights_by_compressed_tensors(quantized, as_compressed(quantized)):
+        assert torch.equal(weight_OI, form.load(quantized, module).weight_rows(0, len(weight_OI)))
+
+
+def weights_by_compressed_tensors(quantized: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name of each module and the weight that the package decompresses from its exported codes."""
     pytest.importorskip("compressed_tensors")
     packing: Any = import_module("compressed_tensors.compressors.pack_quantized.helpers")
-    quantized = open_checkpoint(chain.quantized if kind == "symmetric" else asymmetric)
-    exported, form = as_compressed(quantized), gptq_format(quantized.config)
+    form = gptq_format(quantized.config)
     for name in (name for name in exported if name.endswith(".weight_packed")):
         module = name.removesuffix(".weight_packed")
         shape = torch.Size(exported.load(f"{module}.weight_shape").tolist())
@@ -92,8 +100,7 @@ def test_the_package_decompresses_the_same_weights(chain: Chain, asymmetric: Pat
             packed = exported.load(f"{module}.weight_zero_point")
             zeros_OG = packing.unpack_from_int32(packed, form.bits, scales_OG.shape, packed_dim=0).float()
         groups = quantized.load(f"{module}.g_idx").long()
-        weight_OI = (codes_OI - zeros_OG[:, groups]) * scales_OG[:, groups]
-        assert torch.equal(weight_OI, form.load(quantized, module).weight_rows(0, shape[0]))
+        yield module, (codes_OI - zeros_OG[:, groups]) * scales_OG[:, groups]
 
 
 @torch.inference_mode()

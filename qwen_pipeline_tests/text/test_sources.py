@@ -80,16 +80,44 @@ def test_columns_without_text_are_named(tmp_path: Path) -> None:
 
     pq.write_table(pa.table({"prompt": ["a"], "score": [1.0]}), tmp_path / "other.parquet")
     with pytest.raises(InputRefused, match="columns prompt, score"):
-        open_text(tmp_path / "other.parquet").record(0)
+        open_text(tmp_path / "other.parquet")
 
 
-def test_a_row_without_text_is_named(tmp_path: Path) -> None:
+def test_null_fields_of_rows_are_left_out_at_every_depth(tmp_path: Path) -> None:
+    """Arrow fills the fields of every object of a column; templates would see arguments that nobody wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "holes.parquet")
-    with pytest.raises(InputRefused, match=r"holes\.parquet row 1 has no text"):
-        open_text(tmp_path / "holes.parquet").record(1)
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"city": "Oslo"}, {"days": 3})]
+    rows = [
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "text": None, "score": 1.0}
+        for call in calls
+    ]
+    pq.write_table(pa.Table.from_pylist([*rows, {"text": "a"}]), tmp_path / "rows.parquet")
+    text = open_text(tmp_path / "rows.parquet")
+    messages = [{"role": "assistant", "tool_calls": [call]} for call in calls]
+    assert [text.record(n) for n in range(3)] == [*({"messages": [message]} for message in messages), {"text": "a"}]
+    assert text.where(2) == "rows.parquet row 2"
+
+
+def test_images_of_rows_are_not_decoded(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, Value
+
+    image = {"bytes": b"not an image", "path": None}
+    features = Features({"text": Value("string"), "image": Image()})
+    Dataset.from_dict({"text": ["a", "b"], "image": [image, None]}, features).save_to_disk(str(tmp_path / "saved"))
+    text = open_text(tmp_path / "saved")
+    assert [sorted(text.record(n)) for n in range(2)] == [["image", "text"], ["text"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "dataset_dict.json", "data.parquet", "data.jsonl", "config.json"]
+)
+def test_a_directory_that_is_no_dataset_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory" / name).write_text("{")
+    with pytest.raises(InputRefused, match=r"cannot be read as a dataset|has the columns"):
+        open_text(tmp_path / "directory")
 
 
 def test_without_a_training_split_a_split_must_be_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
-from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
@@ -25,6 +25,7 @@ class Rewrite:
         output: The checkpoint to write, lazily.
         result: Returns the stage's findings for the manifest, once everything is written.
         if_not_finite: See :func:`write_checkpoint`.
+        config_name: See :func:`write_checkpoint`.
     """
 
     stage: str
@@ -35,6 +36,7 @@ class Rewrite:
     output: Checkpoint
     result: Callable[[], Mapping[str, Any]]
     if_not_finite: str | None = None
+    config_name: str = CONFIG
 
     @property
     def derivation(self) -> Derivation:
@@ -71,6 +73,7 @@ class Rewrite:
                 readers=self.readers,
                 if_not_finite=self.if_not_finite,
                 hard_links=hard_links,
+                config_name=self.config_name,
                 observe=observe,
             )
             return Built(contents=contents, result=self.result(), inputs=self.final_digests())

@@ -6,17 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
-from qwen_pipeline.evaluation.findings import QUANTIZED, Findings, origin_of
+from qwen_pipeline.evaluation.findings import Findings, origin_of
 from qwen_pipeline.evaluation.head_checks import purpose
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.tensor_parallel.findings import COLUMNS
 from qwen_pipeline.reports import CheckReport, Outcome, shown
+from qwen_pipeline.text.reading import RecordUse
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure.weights import WeightError
@@ -101,6 +103,21 @@ def method_of(measurement: Measurement) -> str:
         f"{ran} Every token but the first of each window is predicted from the preceding tokens of the window."
         " Perplexity is the exponential of the mean negative log-likelihood; KL is KL(merged || model) in nats per"
         " token; answers are greedy."
+    )
+
+
+def skipped_records(held_out: RecordUse, candidate: Path) -> str:
+    """Return sentences about records that could not be used, of the held-out text and in the candidate's calibration.
+
+    The latter are in the manifest of the candidate, if this pipeline quantized it.
+    """
+    manifest = find_manifest(candidate)
+    calibration: Any = manifest.result.get("calibration") if manifest else None
+    skipped = calibration.get("skipped") if isinstance(calibration, Mapping) else None
+    return "".join(
+        f" Of the {text} text, {RecordUse.from_json(use)}"
+        for text, use in (("held-out", held_out.to_json() if held_out.faults else None), ("calibration", skipped))
+        if use
     )
 
 
@@ -201,12 +218,14 @@ def divergent_rows(findings: Findings) -> list[Sequence[str]]:
             served.name,
             str(part.position + 1),
             shown(part.gap),
-            own.text.strip() if (own := sample.candidate if served.role == QUANTIZED else sample.reference) else "",
+            expected.strip(),
             text.strip(),
         )
         for served in findings.served
         if served.texts
-        for sample, text, part in zip(findings.samples, served.texts, served.partings, strict=True)
+        for sample, text, expected, part in zip(
+            findings.samples, served.texts, served.expected, served.partings, strict=True
+        )
         if part
     ]
 

@@ -130,6 +130,7 @@ class ServingFindings:
         lacking: The kernel that this machine lacks for such a checkpoint; the checkpoint is then not at fault.
         ready: Whether all ranks loaded the checkpoint and the server reported that it is ready.
         texts: The answers.
+        expected: The reference answers, without the rules of the generation config.
         tokens: Number of tokens in each reference answer.
         partings: The first divergence of each answer; None if it equals the reference answer.
     """
@@ -141,6 +142,7 @@ class ServingFindings:
     fault: str | None = None
     lacking: str | None = None
     texts: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     partings: tuple[FirstDivergence | None, ...] = field(default_factory=tuple)
 

@@ -83,6 +83,7 @@ def _compared(
         findings,
         ready=True,
         texts=tuple(decode(answer.tokens) for answer in run.answers),
+        expected=tuple(map(decode, expected)),
         tokens=tuple(map(len, expected)),
         partings=tuple(first_divergence(answer, tokens) for answer, tokens in zip(run.answers, expected, strict=True)),
     )

@@ -164,8 +164,8 @@ def _code_problems(linear: Linear, packed: PackedLinear) -> Iterator[str]:
     scales, form = packed.scales, packed.format
     if count := int((~torch.isfinite(scales)).sum()):
         yield f"{linear.module}.scales has {count} values that are not finite."
-    elif count := int((scales <= 0).sum()):
-        yield f"{linear.module}.scales has {count} values that are not positive."
+    elif count := int((scales == 0).sum()):
+        yield f"{linear.module}.scales has {count} values that are zero."
     off_middle = _off_middle(linear, packed)
     if off_middle and form.sym:
         yield f"{linear.module}.qzeros has {off_middle} zero points that are not the middle code, although sym is true."

@@ -14,7 +14,8 @@ GPTQ compensates for the rounding of earlier channels in later ones, so codes do
 in 221,184 groups of SmolLM2-135M at 4 bits in groups of 64 (GPTQModel 7.6), and in tiny dense and MoE models: errors up
 to 0.45, gains from 0.79 to 1.10. In a fine-tune of it (1.8 million groups), outputs with massive activations compensate
 much more in their last groups: errors up to 1.40, gains down to 0.34, never above 1.17. So a scale that is halved or
-quadrupled can be distinguished from a correct one; a doubled one cannot, from its group alone.
+quadrupled can be distinguished from a correct one; a doubled one cannot, from its group alone. Scales may be negative
+(:mod:`qwen_pipeline.quantization.steps.scale_search`); one whose sign was changed has a gain of about -1.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 MAX_ERROR = 2.0
-MAX_GAIN = 1.5
+MIN_GAIN, MAX_GAIN = -0.5, 1.5
 MIN_NORM_SHARE = 0.1
 """The minimum norm of a group, as a share of the root mean square of its row's groups."""
 
@@ -52,7 +53,7 @@ class GroupFaults:
         error = torch.where(error > 0, error / torch.maximum(norm, min_norm), 0)
         gain = torch.nan_to_num(over_groups(w_OI * v_OI) / over_groups(v_OI.square()), nan=0, posinf=0, neginf=0)
         signs = over_groups((w_OI > 0).float()).bool() & over_groups((w_OI < 0).float()).bool()
-        wrong = ~(error <= MAX_ERROR) | (signs & (norm > min_norm) & (gain > MAX_GAIN))
+        wrong = ~(error <= MAX_ERROR) | (signs & (norm > min_norm) & ((gain > MAX_GAIN) | (gain < MIN_GAIN)))
         wrong &= norm > 0
         self.count += int(wrong.sum())
         if self.first is None and self.count:
@@ -64,5 +65,5 @@ class GroupFaults:
         """A description of the first wrong group."""
         assert self.first
         output, group, error, gain = self.first
-        scale = f", as if its scale were {1 / gain:.2g} times what it should be" if gain > 0 else ""
+        scale = f", as if its scale were {1 / gain:.2g} times what it should be" if gain else ""
         return f"output {output}, group {group} differs by {error:.0%} of its norm{scale}"

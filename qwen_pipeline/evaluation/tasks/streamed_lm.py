@@ -22,11 +22,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from qwen_pipeline.evaluation.logits.likelihood import Continuation, Likelihood, log_likelihoods
 from qwen_pipeline.layerwise.decoding import Decoder
+from qwen_pipeline.layerwise.greedy_rules import GreedyRules
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.config import stop_tokens
-from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.tokenizers import load_tokenizer
 
 ANSWER_TOKENS = 256
 """Default maximum number of tokens in an answer, as in HFLM."""
@@ -138,6 +139,7 @@ class StreamedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
             stops={*stop_tokens(self._model), self.eot_token_id},
             is_complete=lambda tokens: any(stop in self.tokenizer.decode(tokens) for stop in stops),
             limit=limit,
+            rules=GreedyRules.of(self._model),
             observe=self._observe,
         )
         texts = self.tokenizer.batch_decode([list(tokens) for tokens in answers], skip_special_tokens=True)

@@ -22,8 +22,9 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetenso
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.text.records import encode_record, load_tokenizer
+from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RecordReader, RecordUse, TextSpec
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,7 @@ class CalibrationSet:
         position_ids: int32 [S, T]: index of a token in its record; a record begins at each 0.
         spec: The spec with which the windows were drawn.
         lengths: Tokens of each drawn record, in the order of drawing.
+        records: The records that were read, and those among them that could not be used.
     """
 
     input_ids: "Tensor"
@@ -51,6 +53,7 @@ class CalibrationSet:
     position_ids: "Tensor"
     spec: CalibrationSpec
     lengths: tuple[int, ...]
+    records: RecordUse
 
     @property
     def tensors(self) -> dict[str, "Tensor"]:
@@ -72,8 +75,9 @@ class CalibrationSet:
         return self.input_ids[self.attention_mask.bool()].tolist()
 
     def statistics(self) -> dict[str, Any]:
-        """Return counts of tokens, windows and records, as JSON values."""
+        """Return counts of tokens, windows and records, as JSON values; skipped records if there are any."""
         windows, seq_len = self.input_ids.shape
+        skipped = {"skipped": self.records.to_json()} if self.records.faults else {}
         return {
             "tokens": self.tokens,
             "windows": windows,
@@ -84,6 +88,7 @@ class CalibrationSet:
             "record_tokens_histogram": _histogram(self.lengths),
             "distinct_tokens": len(self.input_ids[self.attention_mask.bool()].unique()),
             "digest": self.digest,
+            **skipped,
         }
 
     def save(self, root: Path) -> Contents:
@@ -107,26 +112,31 @@ def _in_memory(tensor: "Tensor") -> LazyTensor:
     return LazyTensor(spec=spec, read=lambda start, stop: tensor[start:stop])
 
 
-def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) -> CalibrationSet:
+def draw_calibration(
+    text: str | Path, checkpoint: Path, spec: CalibrationSpec, *, text_spec: TextSpec = DEFAULT_TEXT_SPEC
+) -> CalibrationSet:
     """Draw windows of tokens, with the tokenizer and the chat template of a checkpoint.
 
     Args:
         text: A source of text, as accepted by :func:`qwen_pipeline.text.sources.open_text`.
         checkpoint: The model that will be quantized.
         spec: Number, length and selection of the windows.
+        text_spec: The share of records that may be skipped, and arguments of the chat template.
 
     Raises:
-        InputRefused: The text is missing or not readable as records, the checkpoint has no tokenizer or no chat
-            template for conversations, or the whole text has too few tokens.
+        InputRefused: The text is missing, too many of its records cannot be used, the checkpoint has no tokenizer or no
+            chat template for conversations, or the whole text has too few tokens.
     """
     source, tokenizer = open_text(text), load_tokenizer(checkpoint)
-    order = shuffled(len(source), spec.seed)
-    encoded = (encode_record(source.record(index), tokenizer, where=source.where(index)) for index in order)
+    reader = RecordReader(source, tokenizer, text_spec)
+    records = reader.tokens(shuffled(len(source), spec.seed))
     windows = _Windows(spec, pad_token=_pad_token(tokenizer))
-    for tokens in encoded:
+    for tokens in records:
         windows.add(tokens)
         if windows.are_full:
-            return windows.build()
+            reader.require_few_skipped(records)
+            return windows.build(reader.use)
+    reader.require_few_skipped(records)
     shortage = (
         f"{windows.count} windows of up to {spec.seq_len} tokens, expected {spec.samples}."
         if spec.packing == "documents"
@@ -134,9 +144,23 @@ def draw_calibration(text: str | Path, checkpoint: Path, spec: CalibrationSpec) 
         f" {spec.samples * spec.seq_len:,}."
     )
     raise InputRefused(
-        f"{text} has {shortage}",
+        f"{text} has {shortage}" + ("" if reader.use.used == len(source) else f" {reader.use}"),
         remedy="Add calibration text, or lower samples or seq_len.",
     )
+
+
+def require_vocabulary(drawn: CalibrationSet, rows: int) -> None:
+    """Check that every token has a row in the embedding.
+
+    Raises:
+        InputRefused: A token has none, because the tokenizer is larger than the model.
+    """
+    if (highest := int(drawn.input_ids.max())) >= rows:
+        raise InputRefused(
+            f"The text has token {highest}, but the model's embedding has {rows:,} rows.",
+            remedy="Use the tokenizer that the model was trained with, or text without the tokens that were added to"
+            " it.",
+        )
 
 
 def is_prepared(text: str | Path) -> bool:
@@ -149,23 +173,27 @@ def load_calibration(root: Path) -> CalibrationSet:
     """Load a calibration set from a finished directory.
 
     Raises:
-        CheckpointRefused: The windows do not match the digests in the manifest.
+        CheckpointRefused: The windows do not match the digests in the manifest, or its data are damaged.
         CheckFailed: The calibration failed a blocking check.
     """
     manifest, file = open_manifest(root), open_safetensors(root / FILE)
-    spec = CalibrationSpec(**{name: manifest.derivation.spec[name] for name in CalibrationSpec.fields()})
+    again = "Delete the directory and calibrate again."
+    try:
+        spec = CalibrationSpec(**{name: manifest.derivation.spec[name] for name in CalibrationSpec.fields()})
+        lengths = tuple(map(int, manifest.result["lengths"]))
+        records = RecordUse.from_json(manifest.result.get("records", {"used": len(lengths)}))
+    except (InputRefused, LookupError, TypeError, ValueError) as error:
+        raise CheckpointRefused(f"{root} has a damaged manifest: {error!r}.", remedy=again) from error
     tensors = {name: file.load(name) for name in file.specs}
     if digests(tensors) != manifest.contents.tensors:
-        raise CheckpointRefused(
-            f"{root / FILE} does not match its manifest.", remedy="Delete the directory and calibrate again."
-        )
+        raise CheckpointRefused(f"{root / FILE} does not match its manifest.", remedy=again)
     for report in load_reports(manifest.result):
         if report.blocks:
             raise CheckFailed(
                 f"{root} failed the check {report.name}: {report.detail}",
                 remedy="Delete the directory and calibrate again as the check says.",
             )
-    return CalibrationSet(**tensors, spec=spec, lengths=tuple(manifest.result["lengths"]))
+    return CalibrationSet(**tensors, spec=spec, lengths=lengths, records=records)
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -205,7 +233,7 @@ class _Windows:
             self._stream += record
             self._positions += range(len(record))
 
-    def build(self) -> CalibrationSet:
+    def build(self, records: RecordUse) -> CalibrationSet:
         import torch
 
         samples, seq_len = shape = self._spec.samples, self._spec.seq_len
@@ -227,6 +255,7 @@ class _Windows:
             position_ids=position_ids * attention_mask,
             spec=self._spec,
             lengths=tuple(self._lengths),
+            records=records,
         )
 
 

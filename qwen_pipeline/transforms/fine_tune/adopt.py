@@ -16,8 +16,9 @@ from qwen_pipeline.qwen.heads import head_kind, with_prefix
 from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
-from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed
+from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed, require_stacks
 from qwen_pipeline.transforms.lora.vocabulary import embedding_name, head_name
+from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 
 OPTIONAL: tuple[ModelPart, ...] = ("mtp", "vision", "audio", "talker", "vocoder")
 """Parts that a fine-tune may lack, since a class of Transformers computes logits without them."""
@@ -75,6 +76,8 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     settled = settle(own, tied_base=is_tied(base))
     places = parse_names(base)
     source = Source(checkpoint=settled.checkpoint, names=parse_names(settled.checkpoint))
+    for each in (source, Source(checkpoint=base, names=places)):
+        require_stacks(each)
     found = {name: placed(parsed, base[name], source) for parsed, name in places.items() if parsed.part != "head"}
     carried = _carried(places, source.names)
     _require_all(base, places, source, found, carried)
@@ -90,13 +93,8 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
         stored=len(settled.checkpoint),
         respelled=sum(tensor is not source.checkpoint.tensors.get(name) for name, tensor in in_place.items()),
         carried=carried,
-        is_resized=vocabulary_rows(settled.checkpoint) != vocabulary_rows(base),
+        is_resized=embedding_rows(settled.checkpoint) != embedding_rows(base),
     )
-
-
-def vocabulary_rows(checkpoint: Checkpoint) -> int:
-    """Return the number of rows of the embedding."""
-    return checkpoint[embedding_name(checkpoint)].rows
 
 
 def _with_config(fine_tune: Checkpoint, base: Checkpoint, config: Mapping[str, object]) -> Checkpoint:
@@ -108,7 +106,9 @@ def _with_config(fine_tune: Checkpoint, base: Checkpoint, config: Mapping[str, o
 def _carried(places: Mapping[ParsedName, str], stored: Mapping[ParsedName, str]) -> dict[ModelPart, int]:
     """Return the parts of which the fine-tune stores nothing, with the number of the base's tensors."""
     present = {parsed.part for parsed in stored}
-    counts = {part: sum(parsed.part == part for parsed in places) for part in OPTIONAL if part not in present}
+    counts: dict[ModelPart, int] = {
+        part: sum(parsed.part == part for parsed in places) for part in OPTIONAL if part not in present
+    }
     return {part: count for part, count in counts.items() if count}
 
 
@@ -120,7 +120,7 @@ def _require_all(
     carried: Mapping[ModelPart, int],
 ) -> None:
     """Require that every tensor of the fine-tune is used, and that only carried parts are missing."""
-    parts = {name: parsed.part for parsed, name in places.items()}
+    parts: dict[str, ModelPart] = {name: parsed.part for parsed, name in places.items()}
     used = {name for each in found.values() if each for name in each.sources}
     used |= {name for parsed, name in source.names.items() if parsed.part == "head"}
     wrong = [f"{name} is missing" for name, each in found.items() if not each and parts[name] not in carried]

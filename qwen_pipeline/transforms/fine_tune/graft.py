@@ -6,7 +6,7 @@ saves it under another ``model_type``. Parts that it lacks come from the base, a
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import REMOVED, with_values
@@ -78,9 +78,7 @@ def with_sections_of(base: Config, config: Config, parts: Collection[ModelPart])
 
 def _part_types(config: Config) -> set[str]:
     """Return the model types under which the language model of a composite model is saved alone."""
-    sections = [config.get("thinker_config"), config.get("text_config")]
-    sections += [(config.get("thinker_config") or {}).get("text_config")]
-    named = {str(section["model_type"]) for section in sections if section and "model_type" in section}
+    named = {str(kind) for kind in config_items(config, "model_type").values()}
     return named | {f"{config.get('model_type')}_{part}" for part in ("text", "thinker")}
 
 
@@ -111,8 +109,10 @@ def _changed_rope(old: Config, new: Config, prefix: str) -> Iterator[tuple[str, 
 
 def _rope(text: Config) -> dict[str, Any]:
     """Return the settings of rotary embeddings, in one spelling."""
-    settings = {"rope_theta": text.get("rope_theta")} | dict(text.get("rope_scaling") or {})
-    settings |= dict(text.get("rope_parameters") or {})
+    settings: dict[str, Any] = {"rope_theta": text.get("rope_theta")}
+    for field in ("rope_scaling", "rope_parameters"):
+        if isinstance(value := text.get(field), Mapping):
+            settings |= cast("Mapping[str, Any]", value)
     kind = settings.pop("type", None)
     return {"rope_type": kind or "default"} | {name: value for name, value in settings.items() if value is not None}
 

@@ -38,6 +38,19 @@ class Placed:
     sources: Sequence[str]
 
 
+def require_stacks(source: Source) -> None:
+    """Require that each stack of experts has three axes.
+
+    Raises:
+        CheckpointRefused: One of them has not; the message names it.
+    """
+    for place, name in source.names.items():
+        if place.module.endswith(FUSED) and len(shape := source.checkpoint[name].shape) != 3:
+            raise CheckpointRefused(
+                f"{name} is {list(shape)}, but a stack of experts has three axes.", remedy="Save the model again."
+            )
+
+
 def placed(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed | None:
     """Return the tensor of ``source`` that has the meaning ``parsed``, in the layout of ``spec``; None if it has none.
 

@@ -122,7 +122,7 @@ def _shapes(adapter: Adapter) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the parameters that an adapter changes, each with its shape in the model that it was trained on."""
     for parameter, factors in adapter.tensors.factors.items():
         shape = adapter.update_shape(factors)
-        yield parameter, (adapter.experts(factors), *shape) if factors.layout == "experts" else shape
+        yield parameter, (adapter.experts(factors), *shape) if factors.layout.endswith("experts") else shape
     for parameter, name in adapter.tensors.saved.items():
         yield parameter, adapter.shape(name)
 

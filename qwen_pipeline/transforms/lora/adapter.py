@@ -15,13 +15,12 @@ from qwen_pipeline.checkpoint.digest import block_ranges, is_finite
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG, PICKLES, open_sidecars
-from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.transforms.lora.adapter_tensors import AdapterTensors, Factors, classify_tensors
-from qwen_pipeline.transforms.lora.settings import MERGE_WITH_PEFT, LoraSettings, lora_settings
+from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS, AdapterWeights, open_weights, weight_files
+from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,14 +31,14 @@ class Adapter:
         root: The adapter's directory.
         config: The parsed ``adapter_config.json``.
         settings: The settings that a merge depends on.
-        weights: The tensors of ``adapter_model.safetensors``.
+        weights: Its tensors, under PEFT's names.
         tensors: The role of each tensor.
     """
 
     root: Path
     config: Mapping[str, Any]
     settings: LoraSettings
-    weights: SafetensorsFile
+    weights: AdapterWeights
     tensors: AdapterTensors
 
     @property
@@ -64,16 +63,22 @@ class Adapter:
 
     def experts(self, factors: Factors) -> int:
         """Return the number of matrices of an update."""
-        return self.shape(factors.down)[0] // self.rank(factors) if factors.layout == "experts" else 1
+        match factors.layout:
+            case "experts":
+                return self.shape(factors.down)[0] // self.rank(factors)
+            case "swapped experts":
+                return self.shape(factors.up)[0] // self.rank(factors)
+            case _:
+                return 1
 
     def update_shape(self, factors: Factors) -> tuple[int, ...]:
         """Return the shape of one matrix of an update: ``[O, I]``, or the kernel's shape of a convolution."""
         up, down = self.shape(factors.up), self.shape(factors.down)
-        return (up[1], down[0]) if factors.layout == "embedding" else (up[0], *down[1:])
+        return (up[0], *down[1:]) if factors.layout in ("linear", "experts") else (up[1], down[0])
 
     def digest(self) -> str:
         """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
-        files = {name: self.root / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)} | self.sidecars
+        files = {name: self.root / name for name in (ADAPTER_CONFIG, *weight_files(self.root))} | self.sidecars
         config = {CONFIG: self.root / CONFIG} if self.labels else {}
         return directory_digest(files | config)
 
@@ -117,7 +122,7 @@ class Adapter:
                 fits = len(down) >= 2 and up == (up[0], rank, *(1 for _ in down[2:])) and down[0] == rank
             case "embedding":
                 fits = len(up) == len(down) == 2 and up[0] == down[1] == rank
-            case "experts":
+            case _:
                 fits = len(up) == len(down) == 2 and up[1] == down[0] and down[0] % rank == 0
         if not fits:
             return False
@@ -141,9 +146,9 @@ def open_adapter(root: Path) -> Adapter:
     """
     config = load_json(root / ADAPTER_CONFIG, refused=AdapterRefused)
     settings = lora_settings(config, source=root / ADAPTER_CONFIG)
-    if not (root / ADAPTER_WEIGHTS).is_file():
+    weights = open_weights(root)
+    if weights is None:
         raise _no_weights(root)
-    weights = open_safetensors(root / ADAPTER_WEIGHTS)
     if not weights.specs:
         raise AdapterRefused(f"{root / ADAPTER_WEIGHTS} has no tensors.", remedy="Save the adapter again.")
     tensors = classify_tensors(weights.specs, settings)
@@ -151,8 +156,8 @@ def open_adapter(root: Path) -> Adapter:
         raise AdapterRefused(
             f"{root} has tensors that its settings do not account for, or one tensor of a pair without the other: "
             f"{listed(sorted(tensors.without_role))}.",
-            remedy="Use the adapter_config.json that was saved with these weights, or save the adapter again. If the"
-            f" file holds more than LoRA: {MERGE_WITH_PEFT}",
+            remedy="Use the adapter_config.json that was saved with these weights, or save the adapter again with"
+            " PEFT's save_pretrained. PEFT's own merge is no way out: it ignores tensors that it does not expect.",
         )
     adapter = Adapter(root=root, config=config, settings=settings, weights=weights, tensors=tensors)
     if grouped := list(adapter.grouped_convolutions()):

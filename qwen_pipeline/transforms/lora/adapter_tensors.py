@@ -37,19 +37,22 @@ class Factors:
         parameter: Path of the updated parameter in the trained model, such as ``model.layers.0.mlp.up_proj.weight``.
         layout: ``linear``: ``up`` = B ``[O, R]``, ``down`` = A ``[R, I]``; with further axes for a convolution.
             ``embedding``: ``up`` = A ``[R, O]``, ``down`` = B ``[I, R]``, where O is the vocabulary. ``experts``:
-            ``up`` = B ``[O, R x E]``, experts innermost; ``down`` = A ``[E x R, I]``, experts outermost.
+            ``up`` = B ``[O, R x E]``, experts innermost; ``down`` = A ``[E x R, I]``, experts outermost. ``swapped
+            experts``: the transposed matrices were trained, so ``up`` = A ``[E x R, O]``, ``down`` = B ``[I, R x E]``.
         pattern_key: The path that rank and alpha patterns are matched against.
         bias: The tensor that, times the scaling, is added to the module's bias.
         magnitude: DoRA's norms.
+        grouped_by_expert: Whether the columns of an expert in B are consecutive, instead of one for each rank.
     """
 
     parameter: str
-    layout: Literal["linear", "embedding", "experts"]
+    layout: Literal["linear", "embedding", "experts", "swapped experts"]
     pattern_key: str
     up: str
     down: str
     bias: str | None = None
     magnitude: str | None = None
+    grouped_by_expert: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import LazyTensor
-from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile
+from qwen_pipeline.transforms.lora.saved.weights import AdapterWeights
 
 if TYPE_CHECKING:
     import torch
 
 
-def lazy_tensor(weights: SafetensorsFile, name: str) -> LazyTensor:
-    """Return a tensor of a file, in the file's own dtype."""
+def lazy_tensor(weights: AdapterWeights, name: str) -> LazyTensor:
+    """Return a tensor of an adapter, in its stored dtype."""
 
     def read(start: int, stop: int) -> "torch.Tensor":
         return weights.load(name, start, stop)

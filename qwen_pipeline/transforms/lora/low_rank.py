@@ -53,7 +53,9 @@ class SavedFactors(LowRank):
             case "embedding":
                 return weights.load_columns(name, start, stop).T
             case "experts":
-                return _loaded_factor(self.adapter, name)[start:stop, expert :: self.adapter.experts(self.factors)]
+                return _loaded_factor(self.adapter, name)[start:stop, self._columns(expert)]
+            case "swapped experts":
+                return self._rows(name, expert).T[start:stop].contiguous()
 
     def down(self, expert: int) -> "torch.Tensor":
         weights, name = self.adapter.weights, self.factors.down
@@ -63,8 +65,21 @@ class SavedFactors(LowRank):
             case "embedding":
                 return weights.load(name).T
             case "experts":
-                rank = self.adapter.rank(self.factors)
-                return weights.load(name, expert * rank, (expert + 1) * rank)
+                return self._rows(name, expert)
+            case "swapped experts":
+                return _loaded_factor(self.adapter, name)[:, self._columns(expert)].T.contiguous()
+
+    def _rows(self, name: str, expert: int) -> "torch.Tensor":
+        """Return an expert's rows of A."""
+        rank = self.adapter.rank(self.factors)
+        return self.adapter.weights.load(name, expert * rank, (expert + 1) * rank)
+
+    def _columns(self, expert: int) -> slice:
+        """Return an expert's columns of B."""
+        if self.factors.grouped_by_expert:
+            rank = self.adapter.rank(self.factors)
+            return slice(expert * rank, (expert + 1) * rank)
+        return slice(expert, None, self.adapter.experts(self.factors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

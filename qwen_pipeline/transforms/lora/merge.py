@@ -7,10 +7,12 @@ from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings, padding_bridge
 from qwen_pipeline.transforms.lora.adapter import require_finite
-from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
+from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, Member
 from qwen_pipeline.transforms.lora.assignment import assign
+from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.completeness import completeness_obstacles
 from qwen_pipeline.transforms.lora.plan import MergePlan
+from qwen_pipeline.transforms.lora.saved.experts import with_expert_layout
 from qwen_pipeline.transforms.lora.task_head import with_task_head
 from qwen_pipeline.transforms.lora.vocabulary import apply_plan, start_from_copies, untied, vocabulary_of
 
@@ -32,7 +34,14 @@ class Merged:
     bridge: PaddingBridge | None = None
 
 
-def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = NO_PADDING) -> Merged:
+def merge_lora(
+    base: Checkpoint,
+    adapters: AdapterSet,
+    *,
+    paddings: Paddings = NO_PADDING,
+    meter: ChangeMeter | None = None,
+    check_values: bool = True,
+) -> Merged:
     """Return the base with all adapter tensors merged; all other tensors, shards and the config stay unchanged.
 
     The config changes only if the vocabulary was resized, embedding and head are no longer tied, or the adapters were
@@ -42,6 +51,8 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
         base: A checkpoint in full precision.
         adapters: The adapters to merge.
         paddings: The padding of the base and of the model that the adapters were trained on, as far as it is known.
+        meter: Measures the changes as the merged tensors are read.
+        check_values: Whether to read all values of the adapters, which must be finite.
 
     Raises:
         QuantizedInputRefused: The base is quantized.
@@ -55,10 +66,11 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
         remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
     )
     base = with_task_head(base, adapters)
+    adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base
-    merged = _merge_same_width(trained, adapters)
-    for adapter in adapters.adapters:
+    merged = _merge_same_width(trained, adapters, meter)
+    for adapter in adapters.adapters if check_values else ():
         require_finite(adapter)
     if bridge is None:
         return merged
@@ -66,9 +78,13 @@ def merge_lora(base: Checkpoint, adapters: AdapterSet, *, paddings: Paddings = N
     return replace(merged, checkpoint=bridge.to_base_width(base, trained, merged.checkpoint), bridge=bridge)
 
 
-def _merge_same_width(base: Checkpoint, adapters: AdapterSet) -> Merged:
+def _laid_out(member: Member, base: Checkpoint) -> Member:
+    return replace(member, adapter=with_expert_layout(member.adapter, base))
+
+
+def _merge_same_width(base: Checkpoint, adapters: AdapterSet, meter: ChangeMeter | None) -> Merged:
     vocabulary = vocabulary_of(base)
-    plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names)
+    plan = MergePlan(base=untied(base, vocabulary), resizable=vocabulary.names, meter=meter)
     for adapter in adapters.adapters:
         start_from_copies(plan, vocabulary, adapter)
     assign(plan, adapters)

@@ -1,11 +1,12 @@
 """The merge of each tensor: its source, the updates added to it, the norms it is scaled to, the rows replaced."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.qwen.tensor_slices import TensorSlice
 from qwen_pipeline.transforms.lora.adapter import Adapter
+from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.dora import renormed_columns, renormed_rows
 from qwen_pipeline.transforms.lora.lazy_ops import cast, with_rows
 from qwen_pipeline.transforms.lora.low_rank import Term, transposed, updated
@@ -72,6 +73,7 @@ class MergePlan:
         merges: Name of a tensor of the base -> its merge.
         obstacles: One for each tensor or module that cannot be merged, with the reason.
         claimed: The slices that already get an update: adapter, stored tensor, stack index and stored row.
+        meter: Measures the changes as they are computed; None if they are not measured.
     """
 
     base: Checkpoint
@@ -81,6 +83,7 @@ class MergePlan:
     claimed: set[tuple[Adapter, str, int | None, int]] = field(
         default_factory=set[tuple[Adapter, str, int | None, int]]
     )
+    meter: ChangeMeter | None = None
 
     def merge_of(self, name: str) -> TensorMerge:
         """Return the merge of a tensor of the base; a new one leaves the tensor unchanged."""
@@ -95,10 +98,16 @@ class MergePlan:
     def changed_tensors(self) -> dict[str, LazyTensor]:
         """Return the merged tensors that differ from the base's."""
         return {
-            name: merge.result()
+            name: self._result(name, merge)
             for name, merge in self.merges.items()
             if merge.adapter_tensors or merge.token_rows or merge.source is not self.base.tensors[name]
         }
+
+    def _result(self, name: str, merge: TensorMerge) -> LazyTensor:
+        if self.meter is None:
+            return merge.result()
+        before = self.base.tensors[name]
+        return self.meter.watched(name, before, merge.source, lambda source: replace(merge, source=source).result())
 
     def can_be_resized(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return whether a tensor may take this shape, which a resized vocabulary gives it."""

@@ -21,9 +21,11 @@ _TRAINING_ONLY = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "lora_B_layout", "unsloth_fused_expert_lora",
 )  # fmt: skip
 """Settings that matter in training only; their effect is already in the saved tensors.
+
+The last two are Unsloth's, and state the order of their columns (:mod:`qwen_pipeline.transforms.lora.saved.experts`).
 
 ``fan_in_fan_out`` is one of them because PEFT turns it off for every ``nn.Linear``, and Qwen models use no other kind.
 """
@@ -35,8 +37,6 @@ MERGE_WITH_PEFT = (
 _SERVE_AS_ADAPTER = "Serve it as an adapter on top of the base, without merging."
 _UNSUPPORTED: Mapping[str, str] = {
     "megatron_config": "Megatron sharded its modules",
-    "use_qalora": "QA-LoRA pools the inputs of its factors",
-    "layer_replication": "the model that it was trained on repeats layers",
     "use_bdlora": "its factors are block diagonal",
     "kasa_config": "KaSA truncates the base's weights and puts a diagonal matrix between the factors",
     "velora_config": "merging VeLoRA has not been verified",
@@ -45,6 +45,8 @@ _UNSUPPORTED: Mapping[str, str] = {
 _UNMERGEABLE: Mapping[str, str] = {
     "alora_invocation_tokens": "an activated LoRA applies to some of the tokens only",
     "arrow_config": "Arrow chooses other factors for each token",
+    "use_qalora": "QA-LoRA pools the inputs of its factors, which PEFT cannot merge either",
+    "layer_replication": "the model that it was trained on has more layers than its base",
 }
 _OTHER_METHODS: Mapping[str, str] = {
     "XLORA": "X-LoRA mixes adapters differently for each token",

@@ -44,7 +44,8 @@ def test_skipped_checks_are_shown_as_skipped_with_the_reason() -> None:
 
 
 def test_a_divergent_served_answer_is_shown_beside_that_of_transformers() -> None:
-    parted = replace(SERVED, role="quantized", texts=("Maybe",), partings=(FirstDivergence(position=1, gap=2.5),))
+    parting = FirstDivergence(position=1, gap=2.5)
+    parted = replace(SERVED, role="quantized", texts=("Maybe",), expected=("Yes!",), partings=(parting,))
     found = replace(FOUND, nbytes=dict.fromkeys(FOUND.models, 1), served=[parted])
     reports = judge(found, Limits())
     page = render_page(found, reports, plots={}, lineage=[], method="So.")

@@ -66,8 +66,8 @@ def nan(tensors: Tensors, _: Config) -> None:
     tensors[f"{UP}.scales"][1, 4] = float("nan")
 
 
-def negative(tensors: Tensors, _: Config) -> None:
-    tensors[f"{UP}.scales"][1, 4] *= -1
+def zero(tensors: Tensors, _: Config) -> None:
+    tensors[f"{UP}.scales"][1, 4] = 0
 
 
 def swap_groups(tensors: Tensors, _: Config) -> None:
@@ -114,7 +114,7 @@ def exclude(_: Tensors, config: Config) -> None:
         (retype, [f"{UP}.scales is F32 [2, 128], expected F16 [2, 128]."]),
         (drop_a_group, [f"{DOWN}.scales is F16 [3, 64], expected F16 [4, 64]."]),
         (nan, [f"{UP}.scales has 1 values that are not finite."]),
-        (negative, [f"{UP}.scales has 1 values that are not positive."]),
+        (zero, [f"{UP}.scales has 1 values that are zero."]),
         (swap_groups, [f"{DOWN}.g_idx is not in order, although desc_act is false."]),
         (flip_a_norm, ["model.norm.weight differs from its value before quantization."]),
         (flip_a_bias, ["model.layers.1.self_attn.k_proj.bias differs from its value before quantization."]),

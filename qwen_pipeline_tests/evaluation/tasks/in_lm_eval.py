@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImpo
 from qwen_pipeline.evaluation.tasks.streamed_lm import StreamedLM
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe
-from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.tokenizers import load_tokenizer
 from qwen_pipeline_tests.tiny import load_tiny
 
 TEXTS = ["", "What is a test?", "Two spaces  ", "<|im_end|>begins like a text", "long enough to be cut " * 40]

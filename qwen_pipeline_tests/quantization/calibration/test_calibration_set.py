@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, draw_calibration, shuffled
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec, Packing
-from qwen_pipeline.text.records import load_records
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -104,6 +103,52 @@ def test_the_draw_neither_uses_nor_changes_the_global_random_state(checkpoint: P
     assert draw(file, checkpoint, samples=9, seq_len=16, seed=1).digest != first.digest
 
 
+GOLDEN = {
+    ("text.jsonl", "stream"): "sha256:4ece4b5830a0d40ca0835826a1e654dfaa8039e0fb0c2e53435b2e471866b84a",
+    ("text.jsonl", "documents"): "sha256:23c61b424148f3fc57a580ad92a1805ec1eeaf2c0e9181ddcdaa9dd6f8180bbb",
+    ("mixed.jsonl", "stream"): "sha256:313f7885cd05578c119c1f4a2d3ea57aa932baa631c1a75b5a6721ecaff3c1df",
+    ("mixed.jsonl", "documents"): "sha256:9a1a141c26e606ebeefcc040a11f1eba5e8964b8efa1c522611fde6a5e158421",
+    ("crlf.jsonl", "stream"): "sha256:313f7885cd05578c119c1f4a2d3ea57aa932baa631c1a75b5a6721ecaff3c1df",
+    ("crlf.jsonl", "documents"): "sha256:9a1a141c26e606ebeefcc040a11f1eba5e8964b8efa1c522611fde6a5e158421",
+    ("space.jsonl", "stream"): "sha256:a8e180f1430602d013d62bc8ebda7375266dccf4f92f441f4b66f80443c9af03",
+    ("lines.txt", "stream"): "sha256:667c546ece7ba103841427ae360c4501e444094b25b0860ac2798da4990deb68",
+}
+"""The digests of calibrations as they were before records had other forms than texts and messages."""
+
+
+def golden_file(name: str) -> bytes:
+    texts: list[dict[str, Any]] = [{"text": f"record {n} " * (n + 1)} for n in range(20)]
+    talks = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"What is {n}?"},
+                {"role": "assistant", "content": f"It is {n}, Grüße \u2028 end."},
+            ]
+        }
+        for n in range(20)
+    ]
+    mixed = [text if n % 2 else talk for n, (text, talk) in enumerate(zip(texts, talks, strict=True))]
+    return {
+        "text.jsonl": "\n".join(map(json.dumps, texts)),
+        "mixed.jsonl": "\n\n".join(json.dumps(record, ensure_ascii=False) for record in mixed),
+        "crlf.jsonl": "\r\n".join(map(json.dumps, mixed)),
+        "space.jsonl": "\n".join(json.dumps({"text": text}) for text in (" ", "a b c" * 20)),
+        "lines.txt": "first line\r\nsecond line\rthird\n" * 9,
+    }[name].encode()
+
+
+@pytest.mark.parametrize(("name", "packing"), GOLDEN)
+def test_texts_that_were_read_before_give_the_same_tokens(
+    name: str, packing: Packing, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(golden_file(name))
+    drawn = draw(file, checkpoint, samples=4, seq_len=24, seed=5, packing=packing)
+    assert drawn.digest == GOLDEN[name, packing]
+    assert str(drawn.records).startswith("All ")
+
+
 @given(count=st.integers(0, 200), seed=st.integers(0, 2**32))
 def test_shuffling_is_a_permutation(count: int, seed: int) -> None:
     assert sorted(shuffled(count, seed)) == list(range(count))
@@ -126,36 +171,6 @@ def test_the_digest_depends_on_shapes_masks_and_tokens(checkpoint: Path, tmp_pat
 def test_too_little_text_is_refused_with_its_amount(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"has 12 tokens, but 2 windows of 8 need 16"):
         draw(write(tmp_path, {"text": "hello"}, {"text": "world"}), checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "line 2 is not valid JSON"),
-        ('"text"', "line 2 is neither text nor a conversation"),
-        ("{}", "line 2 is neither"),
-        ('{"text": ""}', "line 2 is neither"),
-        ('{"text": 5}', "line 2 is neither"),
-        ('{"messages": []}', "line 2 is neither"),
-        ('{"messages": [{"role": "user"}]}', "line 2 is neither"),
-        ('{"messages": ["hello"]}', "line 2 is neither"),
-        ('{"text": "a", "messages": [{"role": "user", "content": "b"}]}', "line 2 is neither"),
-    ],
-)
-def test_a_wrong_line_is_named_by_its_number(tmp_path: Path, line: str, words: str) -> None:
-    with pytest.raises(InputRefused, match=words):
-        load_records(write(tmp_path, {"text": "fine"}, line))
-
-
-def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
-    assert [record["line"] for record in load_records(write(tmp_path, "", {"text": "a"}, "", {"text": "b"}))] == [2, 4]
-
-
-def test_a_file_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match="holds no records"):
-        load_records(write(tmp_path, "", " "))
-    with pytest.raises(InputRefused, match="cannot be read"):
-        load_records(tmp_path / "absent.jsonl")
 
 
 def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:

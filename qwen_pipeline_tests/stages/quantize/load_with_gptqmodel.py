@@ -1,6 +1,7 @@
-"""Load SOURCE with Transformers and QUANTIZED with GPTQModel on a GPU; print the KL divergence."""
+"""Load SOURCE with Transformers and QUANTIZED with GPTQModel on a GPU, with its KERNEL; print the KL divergence."""
 
 import json
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     library: Any = import_module("gptqmodel")
     ids = torch.arange(256).reshape(4, 64)
-    candidate = library.GPTQModel.load(sys.argv[2], device="cuda:0", backend=library.BACKEND.GPTQ_TORCH).model
+    kernel = library.BACKEND(os.environ.get("KERNEL", "gptq_torch"))
+    candidate = library.GPTQModel.load(sys.argv[2], device="cuda:0", backend=kernel).model
     reference: Any = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     with torch.inference_mode():
         exact = reference(ids).logits.double().log_softmax(-1)

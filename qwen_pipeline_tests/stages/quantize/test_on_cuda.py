@@ -9,10 +9,12 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
+from qwen_pipeline.quantization.recipes import RecipeName
 from qwen_pipeline.quantization.spec import QuantizerName
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 from qwen_pipeline_tests.layouts import Layout
+from qwen_pipeline_tests.rounding import save_dequantized
 from qwen_pipeline_tests.stages.quantize.quantizing import (
     SPEC,
     Run,
@@ -42,6 +44,27 @@ def test_each_quantizer_runs_on_cuda(run: Run, tmp_path: Path, name: QuantizerNa
         < 0.1
     )
     assert compare_logits(loaders, "load_with_gptqmodel", run.source, artifact.path)["kl"] < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fast", "balanced"])
+def test_every_kernel_takes_negative_scales(run: Run, tmp_path: Path, recipe: RecipeName) -> None:
+    """The oracle has dequantized weights, in float32; kernels compute in 16 bits."""
+    source = tiny_model("qwen2", tmp_path / "source", hidden_size=256, intermediate_size=512)
+    spec = replace(SPEC, engine="layerwise", recipe=recipe, group_size=128, device="cuda")
+    artifact = quantize(
+        source=source, destination=Directory(tmp_path / "out"), calibration=run.calibration, spec=spec,
+        engine=find_environment("gptqmodel"),
+    )  # fmt: skip
+    require_passed(artifact)
+    output = open_checkpoint(artifact.path)
+    assert any((output.load(name) < 0).any() for name in output if name.endswith(".scales"))
+    whole = save_dequantized(source, artifact.path, tmp_path / "dequantized")
+    for kernel in ("gptq_torch", "gptq_triton", "gptq_exllama_v2", "gptq_marlin", "gptq_machete"):
+        found = compare_logits(
+            find_environment("gptqmodel"), "load_with_gptqmodel", whole, artifact.path, KERNEL=kernel
+        )
+        assert found["kl"] < 1e-4, kernel
 
 
 @pytest.mark.gpu

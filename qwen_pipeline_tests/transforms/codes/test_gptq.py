@@ -61,7 +61,7 @@ def test_weights_equal_those_of_a_loop_over_every_code(
     groups = inputs // form.inputs_per_group(inputs)
     codes = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
     zeros = torch.randint(0, 2**bits, (groups, outputs), generator=generator)
-    scales = torch.rand(groups, outputs, generator=generator).half()
+    scales = (torch.rand(groups, outputs, generator=generator) - 0.5).half()  # signed, as some recipes write them
     g_idx = torch.arange(inputs)[torch.randperm(inputs, generator=generator)] // form.inputs_per_group(inputs)
     stored = (zeros - form.stored_zero_offset) % 2**bits
     packed = PackedLinear(

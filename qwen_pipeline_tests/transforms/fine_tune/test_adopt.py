@@ -209,3 +209,12 @@ def test_a_vocabulary_may_be_resized(tmp_path: Path, family: str, tie: bool) -> 
         stale = adopt(base, resized.replace(config=base.config))
         assert text_config(stale.checkpoint.config)["vocab_size"] == rows
         assert "vocab_size" in stale.settled.corrections[0]
+
+
+def test_a_stack_of_experts_without_three_axes_is_refused(tmp_path: Path) -> None:
+    base = open_checkpoint(tiny_model("qwen3_moe", tmp_path / "base"))
+    root = tiny_model("qwen3_moe", tmp_path / "tuned", seed=TUNED, layout="fused")
+    tensors, name = load_file(root / "model.safetensors"), "model.layers.0.mlp.experts.down_proj"
+    save_file(tensors | {name: tensors[name][0].clone()}, root / "model.safetensors")
+    with pytest.raises(CheckpointRefused, match=r"down_proj is \[64, 96\], but a stack of experts has three axes"):
+        adopt(base, open_checkpoint(root))

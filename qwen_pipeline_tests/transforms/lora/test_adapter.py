@@ -10,18 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.errors import AdapterRefused
+from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
 from qwen_pipeline_tests.oracles import merged_with, peft_merge
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
+from qwen_pipeline_tests.tiny import load_tiny, tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
 
 Tensors = dict[str, torch.Tensor]
 UP_A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 UP_B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 
 
@@ -164,6 +166,23 @@ def test_adapters_that_peft_cannot_merge_are_refused_by_name(tmp_path: Path) -> 
         merged_with(unbiased, adapter)
     with pytest.raises(RuntimeError, match="no bias"):
         peft_merge(unbiased, adapter, dtype=torch.float32)
+
+
+def test_other_methods_are_refused_with_a_merge_that_works(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    torch.manual_seed(1)
+    model = get_peft_model(load_tiny(base, torch.bfloat16), LoHaConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "hada" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(adapter))
+    with pytest.raises(AdapterRefused, match="LOHA") as refusal:
+        open_adapter(adapter)
+    assert "merge_and_unload().save_pretrained(...)" in refusal.value.remedy
+    merged: Any = PeftModel.from_pretrained(load_tiny(base, torch.bfloat16), str(adapter)).merge_and_unload()
+    merged.save_pretrained(str(tmp_path / "model"))
+    ours = merge(base=base, fine_tune=tmp_path / "model", destination=tmp_path / "merged").path
+    assert torch.equal(load_file(ours / "model.safetensors")[QUERY], merged.state_dict()[QUERY])
 
 
 def test_missing_weights_are_refused(adapter: Path) -> None:

@@ -3,8 +3,8 @@
 If every product and sum is exact in bfloat16, both equal the float64 result bit for bit. DoRA, which takes roots, is
 compared in a float32 model instead: ours is the float64 result, rounded once.
 
-The results of the whole matrix are in ``docs/lora.md``; the slow test compares the table there with its own, or writes
-it if ``WRITE_LORA_TABLE`` is set.
+The results of the whole matrix are in ``docs/fine-tunes.md``; the slow test compares the table there with its own, or
+writes it if ``WRITE_LORA_TABLE`` is set.
 """
 
 import json
@@ -24,7 +24,7 @@ from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
-DOCUMENT = REPOSITORY / "docs" / "lora.md"
+DOCUMENT = REPOSITORY / "docs" / "fine-tunes.md"
 _TABLE = re.compile(r"(?s)(<!-- matrix -->\n).*(<!-- end of matrix -->)")
 
 Base = Callable[..., Path]

@@ -1,0 +1,139 @@
+"""GPTQ (arXiv:2210.17323): columns are rounded one by one, and those that follow make up for the error.
+
+With the scales that GPTQModel computes, the codes are GPTQModel's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_pipeline.errors import CheckFailed
+
+BLOCK = 128
+"""GPTQModel's number of columns whose errors are passed on together to all that follow."""
+DAMP_INCREMENT = 0.01
+"""Damping that is added, as a share of the mean diagonal, until a Hessian is positive definite."""
+
+ScalesOf = Callable[[Tensor, Tensor], Tensor]
+"""Returns the scales [O] of a group, given its weights [C, O] and the cost [C] of a squared error in each column."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InverseFactor:
+    """The damped Hessian's inverse, ``upper.T @ upper``, in the order in which columns are rounded.
+
+    Attributes:
+        upper: An upper triangular matrix. A squared error in column c costs ``1 / upper[c, c] ** 2`` once the
+            columns that follow have made up for it.
+        order: The columns in that order.
+        damp: Share of the mean diagonal that was added.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damp: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """A weight on its grid.
+
+    Attributes:
+        weight: Scale times code.
+        target: The weight that GPTQ was about to round in each column.
+        scales: Values of float16, of either sign, in float32.
+        loss: Squared error of each output, as GPTQ estimates it.
+    """
+
+    weight: Tensor
+    target: Tensor
+    scales: Tensor
+    loss: Tensor
+
+    def split(self, outputs: Sequence[int]) -> "Iterator[Rounded]":
+        """Yield weights that were stacked, given their numbers of outputs."""
+        parts = (getattr(self, name).split(list(outputs)) for name in ("weight", "target", "scales", "loss"))
+        for weight_OI, target_OI, scales_OG, loss_O in zip(*parts, strict=True):
+            yield Rounded(weight=weight_OI, target=target_OI, scales=scales_OG, loss=loss_O)
+
+
+def group_aware_order(diagonal_I: Tensor, group_size: int) -> Tensor:
+    """Return columns by descending diagonal within each group, and groups by their largest (arXiv:2505.14638)."""
+    values_GC, within_GC = diagonal_I.view(-1, group_size).sort(dim=1, descending=True, stable=True)
+    starts_G1 = torch.arange(0, len(diagonal_I), group_size, device=diagonal_I.device)[:, None]
+    groups_G = values_GC[:, 0].argsort(descending=True, stable=True)
+    return (within_GC + starts_G1)[groups_G].flatten()
+
+
+def factored(hessian_II: Tensor, order_I: Tensor, damp: float) -> InverseFactor:
+    """Factor the inverse of a Hessian, damped by at least ``damp`` of its mean diagonal.
+
+    Raises:
+        CheckFailed: It is not positive definite with any damping below 1; a NaN or an infinite value is the reason.
+    """
+    ordered_II = hessian_II[order_I][:, order_I]
+    diagonal_I = ordered_II.diagonal().clone()
+    while damp < 1:
+        ordered_II.diagonal().copy_(diagonal_I + damp * diagonal_I.mean())
+        lower_II, failed = torch.linalg.cholesky_ex(ordered_II)
+        if not failed:
+            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+            if not failed:
+                return InverseFactor(upper=upper_II, order=order_I, damp=damp)
+        damp += DAMP_INCREMENT
+    raise CheckFailed(
+        "A Hessian is not positive definite, however much it is damped.",
+        remedy="Look for NaN or infinite weights in the source; more calibration text does not help.",
+    )
+
+
+def round_columns(
+    weight_OI: Tensor,
+    factor: InverseFactor,
+    scales_of: ScalesOf,
+    *,
+    bits: int,
+    group_size: int,
+    block_size: int = BLOCK,
+) -> Rounded:
+    """Round a weight's columns one after another; each makes up for those before it.
+
+    Weights are transposed here, so that the numbers of a column are next to each other.
+
+    Args:
+        weight_OI: The weight.
+        factor: Factor of the inverse Hessian of the inputs.
+        scales_of: Computes the scales of a group from its weights as they are when the loop comes to it.
+        bits: Bits of a code.
+        group_size: Columns of a group.
+        block_size: Columns whose errors are passed on to all that follow at once, a multiple of ``group_size``.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    order_I, upper_II = factor.order, factor.upper
+    target_IO = weight_OI.float().T[order_I]
+    rounded_IO, loss_O = torch.empty_like(target_IO), target_IO.new_zeros(len(weight_OI))
+    scales: list[Tensor] = []
+    for start in range(0, len(order_I), block_size):
+        block = slice(start, start + block_size)
+        target_BO, rounded_BO, upper_BB = target_IO[block], rounded_IO[block], upper_II[block, block]
+        errors_BO = torch.empty_like(target_BO)
+        for column, root in enumerate(upper_BB.diagonal()):
+            if column % group_size == 0:
+                of_group = slice(column, column + group_size)
+                scales.append(scales_of(target_BO[of_group], upper_BB.diagonal()[of_group] ** -2))
+            torch.div(target_BO[column], scales[-1], out=rounded_BO[column])
+            rounded_BO[column].round_().clamp_(low, high).mul_(scales[-1])
+            torch.sub(target_BO[column], rounded_BO[column], out=errors_BO[column]).div_(root)
+            target_BO[column + 1 :] -= upper_BB[column, column + 1 :, None] * errors_BO[column]
+        loss_O += errors_BO.square().sum(dim=0) / 2
+        target_IO[block.stop :] -= upper_II[block, block.stop :].T @ errors_BO
+    places_I = order_I.argsort()
+    groups_G = order_I[::group_size] // group_size
+    return Rounded(
+        weight=rounded_IO[places_I].T,
+        target=target_IO[places_I].T,
+        scales=torch.stack(scales, dim=1)[:, groups_G.argsort()],
+        loss=loss_O,
+    )

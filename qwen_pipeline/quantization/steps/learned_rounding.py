@@ -1,0 +1,232 @@
+"""Learned rounding of a whole decoder layer: AutoRound (arXiv:2309.05516), from where GPTQ ends.
+
+A code is ``clamp(round(w / s + v))`` for the weight ``w`` that GPTQ was about to round. The offset ``v``, at first 0
+and at most half a code, and a relative change of the scale ``s`` are learned, so that the outputs of the layer for the
+inputs of the quantized model come closer to the full-precision model's: offsets by the sign of the gradient, scales by
+Adam. The gradient passes through rounding as if it were the identity. Zeros stay zeros, and equal rows stay equal, so
+padding is preserved.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qwen_pipeline.quantization.recipes import LearnedRounding
+from qwen_pipeline.quantization.steps.scale_search import stored
+
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A weight's place in a layer: a parameter, and the part of it that is the weight."""
+
+    parameter: str
+    index: Index = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBatch:
+    """One batch of the calibration tokens.
+
+    Attributes:
+        hidden: Inputs of the layer in the quantized model, [B, T, H].
+        arguments: Keyword arguments of the layer.
+        target: Outputs of the layer in the full-precision model, [B, T, H].
+        mask: The tokens that count, bool [B * T].
+    """
+
+    hidden: Tensor
+    arguments: Mapping[str, Any]
+    target: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerError:
+    """Squared error of a layer's outputs, as a share of their squares, before and after learning."""
+
+    before: float
+    after: float
+
+
+class Offsets:
+    """The offsets and the changes of scales of one weight, and the codes that they give.
+
+    Args:
+        place: Where the layer has the weight.
+        target_OI: The weight that GPTQ was about to round.
+        scales_OG: GPTQ's scales.
+        bits: Bits of a code.
+    """
+
+    def __init__(self, place: Place, target_OI: Tensor, scales_OG: Tensor, bits: int) -> None:
+        self.place, self._target, self._scales = place, target_OI, scales_OG
+        self._low, self._high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self._offset, self.change = torch.zeros_like(target_OI), torch.zeros_like(scales_OG)
+        self._runs = _runs_of_equal_rows(target_OI)
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales [O, G] as they are stored."""
+        return stored(self._scales * (1 + self.change))
+
+    def weight(self) -> Tensor:
+        """Return the weight [O, I] that the codes stand for."""
+        scale_OI = self._of_inputs(self.scales)
+        return self._steps(scale_OI).round_().clamp_(self._low, self._high).mul_(scale_OI)
+
+    def learn(self, gradient_OI: Tensor, rate: float) -> None:
+        """Move the offsets by ``rate`` against the gradient's sign; set the gradient of the changes of scales."""
+        scale_OI = self._of_inputs(self.scales)
+        steps_OI = self._steps(scale_OI)
+        codes_OI = steps_OI.round()
+        free_OI = (codes_OI >= self._low) & (codes_OI <= self._high)
+        gradient_OI = self._tied(gradient_OI.float()) * scale_OI
+        by_scale_OI = codes_OI.clamp_(self._low, self._high) - (steps_OI - self._offset) * free_OI
+        self.change.grad = (gradient_OI * by_scale_OI).view(*self.change.shape, -1).sum(dim=-1)
+        step_OI = gradient_OI.sign_() * free_OI * (self._target != 0)
+        self._offset.sub_(step_OI, alpha=rate).clamp_(-0.5, 0.5)
+
+    def reset(self) -> None:
+        """Return to GPTQ's codes."""
+        self._offset.zero_()
+        self.change.zero_()
+
+    def _steps(self, scale_OI: Tensor) -> Tensor:
+        return self._target / scale_OI + self._offset
+
+    def _of_inputs(self, scales_OG: Tensor) -> Tensor:
+        return scales_OG.repeat_interleave(self._target.shape[1] // scales_OG.shape[1], dim=1)
+
+    def _tied(self, gradient_OI: Tensor) -> Tensor:
+        """Return the gradient with the sum over each run of equal rows in all of its rows."""
+        if self._runs is None:
+            return gradient_OI
+        sums_RI = gradient_OI.new_zeros(int(self._runs[-1]) + 1, gradient_OI.shape[1])
+        return sums_RI.index_add_(0, self._runs, gradient_OI)[self._runs]
+
+
+def learn_rounding(
+    module: nn.Module,
+    batches: Sequence[LayerBatch],
+    offsets: Sequence[Offsets],
+    settings: LearnedRounding,
+    order: Callable[[int], Sequence[int]],
+) -> LayerError:
+    """Learn the offsets of a layer's weights; they are reset if the error of all tokens did not fall.
+
+    Args:
+        module: The layer. It is not changed.
+        batches: All calibration tokens.
+        offsets: One for each quantized weight of the layer.
+        settings: Number and size of the steps.
+        order: Returns a permutation of so many batches.
+    """
+    layer, size = _TrainableLayer(module, offsets), _batches_of_a_step(batches, settings)
+    squares = sum(_masked(batch.target, batch).double().square().sum().item() for batch in batches)
+    before = layer.error(batches)
+    optimizer = torch.optim.Adam([each.change for each in offsets], lr=settings.scale_rate)
+    queue: list[int] = []
+    for step in range(settings.steps if before else 0):
+        left = 1 - step / settings.steps
+        optimizer.param_groups[0]["lr"] = settings.scale_rate * left
+        while len(queue) < size:
+            queue += order(len(batches))
+        chosen, queue = queue[:size], queue[size:]
+        layer.backward([batches[number] for number in chosen], scale=len(batches) / size / before)
+        for each in offsets:
+            each.learn(layer.gradient(each), rate=2 * settings.travel / settings.steps * left)
+        optimizer.step()
+        layer.update()
+    after = layer.error(batches)
+    if not after < before:
+        for each in offsets:
+            each.reset()
+        after = before
+    return LayerError(before=before / squares, after=after / squares) if squares else LayerError(before=0, after=0)
+
+
+@contextmanager
+def repeatable_gradients() -> Generator[None]:
+    """Compute gradients outside inference mode, with algorithms that always give the same."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class _TrainableLayer:
+    """A layer whose quantized weights have gradients.
+
+    All parameters are copies, as tensors of inference mode cannot be saved for a backward pass.
+    """
+
+    def __init__(self, module: nn.Module, offsets: Sequence[Offsets]) -> None:
+        self._module, self._offsets = module, offsets
+        self._parameters = {name: tensor.detach().clone() for name, tensor in _state(module)}
+        for each in offsets:
+            self._parameters[each.place.parameter].requires_grad_()
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Compute the weights from the offsets."""
+        for each in self._offsets:
+            self._parameters[each.place.parameter][each.place.index].copy_(each.weight())
+
+    @torch.no_grad()
+    def error(self, batches: Iterable[LayerBatch]) -> float:
+        return sum(self._squared_error(batch).double().item() for batch in batches)
+
+    def backward(self, batches: Iterable[LayerBatch], *, scale: float) -> None:
+        for tensor in self._parameters.values():
+            tensor.grad = None
+        for batch in batches:
+            (self._squared_error(batch) * scale).backward()
+
+    def gradient(self, offsets: Offsets) -> Tensor:
+        gradient = self._parameters[offsets.place.parameter].grad
+        assert gradient is not None, f"{offsets.place.parameter} does not affect the layer's outputs"
+        return gradient[offsets.place.index]
+
+    def _squared_error(self, batch: LayerBatch) -> Tensor:
+        hidden = batch.hidden.to(batch.mask.device, copy=True)
+        arguments = {name: _cloned(value) for name, value in batch.arguments.items()}
+        output = functional_call(self._module, self._parameters, (hidden,), arguments)
+        return (_masked(output, batch).float() - _masked(batch.target, batch).float()).square().sum()
+
+
+def _batches_of_a_step(batches: Sequence[LayerBatch], settings: LearnedRounding) -> int:
+    return max(1, settings.windows // len(batches[0].hidden))
+
+
+def _state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _masked(hidden: Tensor, batch: LayerBatch) -> Tensor:
+    """Return the rows of the tokens that count; the mask is copied, as the backward pass keeps an index."""
+    return hidden.to(batch.mask.device).flatten(0, -2)[batch.mask.clone()]
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _runs_of_equal_rows(rows_OI: Tensor) -> Tensor | None:
+    """Return the number of the run of equal rows that each row belongs to, int64 [O]; None if no two are equal."""
+    new_O = torch.ones(len(rows_OI), dtype=torch.bool, device=rows_OI.device)
+    new_O[1:] = (rows_OI[1:] != rows_OI[:-1]).any(dim=1)
+    return None if new_O.all() else new_O.cumsum(0) - 1

@@ -1,0 +1,66 @@
+"""The sidecar files of a merged model: the tokenizer, the chat template and the settings of generation."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+_CONFIG = "tokenizer_config.json"
+_LEGAL = ("LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Files that mean something only together: a part of a tokenizer.
+
+    Attributes:
+        files: The group; if the fine-tune brings the group, none of the base's files of it remain.
+        brought_by: The files of a fine-tune that bring it.
+    """
+
+    files: tuple[str, ...]
+    brought_by: tuple[str, ...]
+
+
+_VOCABULARY = _Group(
+    files=("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken", "added_tokens.json"),
+    brought_by=("tokenizer.json", "tokenizer.model", "vocab.json"),
+)
+_SETTINGS = _Group(files=(_CONFIG, "special_tokens_map.json"), brought_by=(_CONFIG,))
+_TEMPLATES = _Group(
+    files=("chat_template.*", "additional_chat_templates/*"),
+    brought_by=("chat_template.*",),
+)
+_GROUPS = (_VOCABULARY, _SETTINGS, _TEMPLATES)
+
+
+def merged_sidecars(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the sidecars of a merged model: the base's, with the fine-tune's of the same name in their place.
+
+    Of the tokenizer, each part that the fine-tune brings replaces the base's whole part: its vocabulary, its settings,
+    its chat template, wherever that stands. Transformers would prefer a leftover ``chat_template.jinja`` to a template
+    in ``tokenizer_config.json``, and tokens of a leftover ``added_tokens.json`` would be added. A fine-tune with
+    vocabulary and settings brings all of its tokenizer. The base's licence stays.
+    """
+    replaced = [group for group in _GROUPS if any(_matches(path, group.brought_by) for path in fine_tune)]
+    if (_VOCABULARY in replaced and _SETTINGS in replaced) or _has_template(fine_tune.get(_CONFIG)):
+        replaced.append(_TEMPLATES)
+    patterns = tuple(pattern for group in replaced for pattern in group.files)
+    kept = {path: file for path, file in base.items() if not _matches(path, patterns)}
+    added = {path: file for path, file in fine_tune.items() if not (_matches(path, _LEGAL) and path in base)}
+    return kept | added
+
+
+def _has_template(config: Path | None) -> bool:
+    """Return whether a ``tokenizer_config.json`` has a chat template; one that is not JSON has none."""
+    if config is None:
+        return False
+    try:
+        return bool(json.loads(config.read_bytes()).get("chat_template"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path, pattern) for pattern in patterns)

@@ -1,0 +1,101 @@
+"""Files of records as editors, exporters and scrapers write them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.text.record_files import load_records
+from qwen_pipeline.text.records import BadRecord
+
+RECORDS: list[dict[str, Any]] = [{"text": "Grüße \u2028 \u0085"}, {"text": "b", "score": 1}]
+LINES = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS).encode()
+
+
+def read(root: Path, content: bytes | str, name: str = "file.jsonl") -> list[dict[str, Any] | str]:
+    """Return the records of a file, or the reasons why lines are none, with their places."""
+    file = root / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [
+        f"{each.place}: {each.value}" if isinstance(each.value, BadRecord) else dict(each.value)
+        for each in load_records(file)
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES,
+        b"\xef\xbb\xbf" + LINES,
+        LINES.replace(b"\n", b"\r\n") + b"\r\n",
+        LINES.replace(b"\n", b"\n\n \n"),
+        json.dumps(RECORDS).encode(),
+        json.dumps(RECORDS, indent=2).encode(),
+        b"\xef\xbb\xbf\r\n " + json.dumps(RECORDS, indent=1, ensure_ascii=False).encode(),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a"])
+def test_the_same_records_in_other_files(content: bytes, name: str, tmp_path: Path) -> None:
+    assert read(tmp_path, content, name) == RECORDS
+
+
+def test_one_object_over_several_lines_is_a_record(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert read(tmp_path, json.dumps(talk, indent=2)) == [talk]
+    with pytest.raises(InputRefused, match=r"one JSON object, with records in 'train', 'test'") as refused:
+        read(tmp_path, json.dumps({"train": [talk], "test": [talk], "version": 2}, indent=2))
+    assert """jq -c '.["train"][]'""" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "cut', "line 2: is not valid JSON: Unterminated string"),
+        ("// end", "line 2: is not valid JSON"),
+        ('"text"', "line 2: is not a JSON object: 'text'"),
+        ("3", "line 2: is not a JSON object: 3"),
+        ("[" * 100_000, "line 2: is not valid JSON: maximum recursion depth"),
+        ("1" * 5000, "line 2: is not valid JSON"),
+        (b'{"text": "Gr\xfc\xdfe"}', "line 2: is not UTF-8"),
+        ('{"text": "\x00"}', "line 2: is not valid JSON: Invalid control character"),
+    ],
+)
+def test_a_line_that_is_no_record_is_kept_with_the_reason(line: bytes | str, words: str, tmp_path: Path) -> None:
+    line = line.encode() if isinstance(line, str) else line
+    first, second, third = read(tmp_path, b'{"text": "a"}\n' + line + b'\n{"text": "c", "score": NaN}')
+    assert (first, isinstance(third, dict)) == ({"text": "a"}, True)
+    assert str(second).startswith(words)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_other_encodings_are_refused_with_a_command(encoding: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="is in UTF-") as refused:
+        read(tmp_path, '{"text": "a"}'.encode(encoding), name)
+    assert "iconv -f UTF-" in refused.value.remedy
+
+
+def test_a_text_file_is_one_record(tmp_path: Path) -> None:
+    assert read(tmp_path, b"\xef\xbb\xbfa\r\nb\rc", "a.txt") == [{"text": "a\nb\nc"}]
+    assert read(tmp_path, "[", "a.txt") == [{"text": "["}]
+    with pytest.raises(InputRefused, match="is not UTF-8"):
+        read(tmp_path, b"Gr\xfc\xdfe", "a.txt")
+
+
+@pytest.mark.parametrize("content", ["", " \n\n", "[]"])
+def test_a_file_without_records_is_refused(content: str, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="holds no records"):
+        read(tmp_path, content)
+
+
+def test_an_array_that_is_cut_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="begins as a JSON array, but is not valid JSON"):
+        read(tmp_path, json.dumps(RECORDS)[:-3])
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(InputRefused, match="cannot be read"):
+            load_records(path)
