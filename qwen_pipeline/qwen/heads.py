@@ -80,6 +80,17 @@ def _heads(checkpoint: Checkpoint) -> list[str]:
     return [name for name in (*(f"{head}.weight" for head in heads), SCORE_WEIGHT, SCORE_BIAS) if name in checkpoint]
 
 
+def as_trained(base: Checkpoint, fine_tune: Checkpoint) -> Checkpoint:
+    """Return a fine-tune that declares the class without a head, if it stores none and its base is an embedding model.
+
+    Trainers keep the base's class, which may be that of a language model.
+    """
+    if head_kind(base) != "embedding" or head_kind(fine_tune) != "language" or _heads(fine_tune):
+        return fine_tune
+    classes = list(architectures_of("embedding", base.config)[:1])
+    return fine_tune.replace(config={**fine_tune.config, "architectures": classes})
+
+
 def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
     """Return a classifier with ``model.`` before the names of its decoder, which embedding models do not have.
 

@@ -151,6 +151,12 @@ def test_a_published_embedding_model_is_a_base(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"]}))
     tensors = load_file(base / "model.safetensors")
     save_file({n.removeprefix("model."): t for n, t in tensors.items()}, base / "model.safetensors")
+    trained = tiny_headed(base, tmp_path / "trained", "Model")
+    (trained / "config.json").write_text(json.dumps(config_of(base)))
+    whole = merge(base=base, fine_tune=trained, destination=tmp_path / "whole").path
+    assert head_kind(open_checkpoint(whole)) == "embedding"
+    assert torch.equal(answers(load_headed(whole, "Model")), answers(load_headed(trained, "Model")))
+
     adapter = tiny_headed_adapter(base, tmp_path / "adapter", "Model")
     merged = merge(base=base, fine_tune=adapter, destination=tmp_path / "merged").path
     padded = pad(source=merged, destination=tmp_path / "padded", spec=WIDER).path

@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import ModelPart, is_tied
-from qwen_pipeline.qwen.heads import head_kind, with_prefix
+from qwen_pipeline.qwen.heads import as_trained, head_kind, with_prefix
 from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
@@ -73,7 +73,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     base = settle(base, reads_values=False).checkpoint
     grafted = graft(base.config, fine_tune.config)
     own = fine_tune if grafted.config is fine_tune.config else _with_config(fine_tune, base, grafted.config)
-    settled = settle(own, tied_base=is_tied(base))
+    settled = settle(as_trained(base, own), tied_base=is_tied(base))
     places = parse_names(base)
     source = Source(checkpoint=settled.checkpoint, names=parse_names(settled.checkpoint))
     for each in (source, Source(checkpoint=base, names=places)):
@@ -150,8 +150,8 @@ def _assembled(base: Checkpoint, source: Source, in_place: Mapping[str, LazyTens
     is_same = {*in_place, *stored} == set(own) and set(in_place) == set(base) - replaced
     if is_same and all(tensor is own.tensors[name] for name, tensor in in_place.items()):
         return own
-    is_embedding = head_kind(own) == "language" and is_tied(own)
-    heads = {name: head for name, head in stored.items() if name in base or not is_embedding}
+    has_tied_head = head_kind(own) == "language" and is_tied(own)
+    heads = {name: head for name, head in stored.items() if name in base or not has_tied_head}
     kept = base.without(replaced - heads.keys())
     for name in [name for name in reversed(heads) if name not in kept]:
         kept = kept.with_tensor(name, heads[name], after=embedding_name(base))
