@@ -35,7 +35,7 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.recipes import RECIPES, RecipeName
 from qwen_pipeline.quantization.spec import Device, QuantSpec, default_device, usable_cores
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.text.records import load_tokenizer
+from qwen_pipeline.text.tokenizers import load_tokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.workers.environments import find_environment
 

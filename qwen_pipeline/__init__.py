@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.report.frame import report_frame
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
+    from qwen_pipeline.models.base_names import KnownBase as KnownBase
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
     from qwen_pipeline.quantization.evidence import evidence_frame
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from qwen_pipeline.stages.unpad import unpad as unpad
     from qwen_pipeline.stages.validate import validate as validate
     from qwen_pipeline.status import status_frame
+    from qwen_pipeline.text.spec import TextSpec as TextSpec
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights as BaseWeights
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
     checks = report_frame
@@ -60,6 +63,7 @@ __version__ = "0.1.0"
 _API = {
     "AdapterRefused": "errors:AdapterRefused",
     "Artifact": "checkpoint.store.destinations:Artifact",
+    "BaseWeights": "transforms.codes.base_weights:BaseWeights",
     "CalibrationSpec": "quantization.calibration.spec:CalibrationSpec",
     "CheckFailed": "errors:CheckFailed",
     "CheckReport": "reports:CheckReport",
@@ -70,6 +74,7 @@ _API = {
     "Directory": "checkpoint.store.destinations:Directory",
     "EnvironmentFault": "errors:EnvironmentFault",
     "InputRefused": "errors:InputRefused",
+    "KnownBase": "models.base_names:KnownBase",
     "Limits": "evaluation.limits:Limits",
     "Manifest": "checkpoint.manifest:Manifest",
     "PaddingSpec": "qwen.padding_spec:PaddingSpec",
@@ -78,6 +83,7 @@ _API = {
     "QuantizedInputRefused": "errors:QuantizedInputRefused",
     "Settings": "config:Settings",
     "Target": "evaluation.tensor_parallel.findings:Target",
+    "TextSpec": "text.spec:TextSpec",
     "ValidationInputs": "evaluation.plan:ValidationInputs",
     "ValidationPlan": "evaluation.plan:ValidationPlan",
     "WorkerFailed": "errors:WorkerFailed",

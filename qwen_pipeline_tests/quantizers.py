@@ -36,7 +36,7 @@ def quantized_by_gptqmodel(source: Path, out: Path, **settings: Any) -> Path:
 
 
 def logits_of(*roots: Path) -> list[torch.Tensor]:
-    """Return the logits of quantized checkpoints for one fixed sequence, loaded in GPTQModel's environment.
+    """Return the logits of checkpoints for one fixed sequence, loaded in GPTQModel's environment.
 
     GPTQ is loaded as in validation, with every tensor accounted for; AWQ and mixtures of experts are loaded by
     GPTQModel, which has a kernel for AWQ and supports the layout of the experts.
@@ -61,6 +61,8 @@ def save_logits(job: Mapping[str, Any], _: Observe) -> Mapping[str, Any]:
 
 def _load(root: str) -> Any:
     config = json.loads((Path(root) / "config.json").read_bytes())
+    if "quantization_config" not in config:
+        return load_model(root)
     is_gptq = config["quantization_config"]["quant_method"] == "gptq"
     if is_gptq and not number_of_experts(config):
         return load_model(root)

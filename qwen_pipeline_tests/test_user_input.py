@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from qwen_pipeline.quantization.calibration import plot
 from qwen_pipeline_tests.mutations import edited_copy, file_edits, lines_of, mutated
 from qwen_pipeline_tests.tiny import CHAT_TEMPLATE, tiny_adapter, tiny_model, tiny_qwen3
 
-FAST, THOROUGH = 12, int(os.environ.get("FUZZ_EXAMPLES", "10000"))
+FAST, THOROUGH = 20, int(os.environ.get("FUZZ_EXAMPLES", "10000"))
 """Examples of a kind in ``make test``, and in ``make test-slow`` if the variable does not say otherwise."""
 
 
@@ -122,23 +122,32 @@ def tokenizer(draw: st.DrawFn, site: Site) -> Any:
 def use_tokenizer(edits: Any, site: Site, root: Path) -> None:
     model = edited_copy(site.base, root / "model", edits)
     calibrate(model, site.text, root)
-    run("merge", "--base", site.base, "--adapter", model, "--out", root / "merged")
 
 
 def config(draw: st.DrawFn, site: Site) -> Any:
     name = draw(st.sampled_from(("base", "mixture")))
-    return name, draw(file_edits(getattr(site, name), ("config.json", "generation_config.json")))
+    edits = draw(file_edits(getattr(site, name), ("config.json", "generation_config.json")))
+    return name, edits, draw(st.integers(0, 5))
 
 
 def use_config(drawn: Any, site: Site, root: Path) -> None:
-    name, edits = drawn
-    sound = getattr(site, name)
-    model = edited_copy(sound, root / "model", edits)
-    run("pad", "--in", model, "--out", root / "padded", "--tp", 2, "--group-size", 32)
-    run("merge", "--base", model, "--adapter", sound, "--out", root / "into")
-    run("merge", "--base", sound, "--adapter", model, "--out", root / "merged")
-    run("inspect", model, "--base", sound)
-    run("plan", model, "--tp", 2)
+    name, edits, command = drawn
+    sound: Path = getattr(site, name)
+    use_model(edited_copy(sound, root / "model", edits), sound, command, site, root)
+
+
+def use_model(model: Path, sound: Path, command: int, site: Site, root: Path) -> None:
+    """Run one of the commands that read a model."""
+    out: tuple[object, ...] = ("--out", root / "out")
+    commands: Sequence[tuple[object, ...]] = (
+        ("pad", "--in", model, *out, "--tp", 2, "--group-size", 32),
+        ("merge", "--base", model, "--adapter", sound, *out),
+        ("merge", "--base", sound, "--adapter", model, *out),
+        ("inspect", model, "--base", sound),
+        ("plan", model, "--tp", 2),
+        ("calibrate", "--in", model, *out, "--text", site.text, "--samples", 1, "--seq-len", 4, "--all-experts"),
+    )
+    run(*commands[command])
 
 
 def adapter(draw: st.DrawFn, site: Site) -> Any:
@@ -175,15 +184,12 @@ CONTENTS = (
 def directory(draw: st.DrawFn, site: Site) -> Any:
     strays = draw(st.dictionaries(st.sampled_from(STRAYS), st.sampled_from(CONTENTS), max_size=2))
     names = sorted(path.name for path in site.base.iterdir())
-    return [*draw(file_edits(site.base, names)), *strays.items()]
+    return [*draw(file_edits(site.base, names)), *strays.items()], draw(st.integers(0, 5))
 
 
-def use_directory(edits: Any, site: Site, root: Path) -> None:
-    model = edited_copy(site.base, root / "model", edits)
-    run("merge", "--base", site.base, "--adapter", model, "--out", root / "merged")
-    run("inspect", model, "--base", site.base)
-    run("pad", "--in", model, "--out", root / "padded", "--tp", 2, "--group-size", 32)
-    calibrate(model, site.text, root)
+def use_directory(drawn: Any, site: Site, root: Path) -> None:
+    edits, command = drawn
+    use_model(edited_copy(site.base, root / "model", edits), site.base, command, site, root)
 
 
 SETTINGS: dict[str, Any] = {

@@ -139,10 +139,11 @@ def block_ranges(spec: TensorSpec) -> Iterator[tuple[int, int]]:
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:
-    """Return whether there is no NaN and no infinity, without a temporary of the tensor's size."""
+    """Return whether there is no NaN and no infinity, for which only 8-bit floats are copied."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(isfinite(extreme.item()) for extreme in tensor.aminmax())
+    comparable = tensor.half() if tensor.itemsize == 1 else tensor
+    return all(isfinite(extreme.item()) for extreme in comparable.aminmax())
 
 
 def _loader(load: Callable[[int, int], "torch.Tensor"], start: int, stop: int) -> Callable[[], "torch.Tensor"]:

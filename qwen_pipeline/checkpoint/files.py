@@ -45,15 +45,19 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
 
 
 def parse_json(data: str | bytes) -> Any:
-    """Parse JSON whose keys are unique and whose nesting Python can follow.
+    """Parse JSON in UTF-8 whose keys are unique, whose nesting Python can follow, and whose texts can be written.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not. An escape may stand for half of a surrogate pair, which is no text.
     """
+    text = data.decode() if isinstance(data, bytes) else data
     try:
-        return json.loads(data, object_pairs_hook=_unique_keys)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    return value
 
 
 def require_regular(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, open_safetensors
 from qwen_pipeline.errors import CheckpointRefused
@@ -186,7 +188,7 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
     """
     if not root.is_dir():
         raise CheckpointRefused(f"{root} is not a directory.", remedy="Pass a Hugging Face model directory.")
-    config = load_json(root / CONFIG)
+    config = load_config_file(root / CONFIG)
     shards = _open_shards(root, stem)
     tensors: dict[str, LazyTensor] = {}
     owners: dict[str, str] = {}
@@ -269,7 +271,7 @@ def _no_weights(root: Path) -> CheckpointRefused:
     if pickles:
         return CheckpointRefused(
             f"{root} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded.",
-            remedy="If you trust them, convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+            remedy=f"Convert them, which runs nothing: qwen-pipeline convert --from {quote(str(root))} --out DIRECTORY",
         )
     return CheckpointRefused(
         f"{root} holds neither {SINGLE_SHARD} nor {INDEX}.", remedy="Pass a directory with safetensors weights."

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.options import LeaveBehind, TrainedOn
+from qwen_pipeline.cli.options import BaseDequantize, LeaveBehind, TrainedOn
 from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_pipeline.checkpoint.lazy import Checkpoint
+    from qwen_pipeline.models.base_names import KnownBase
     from qwen_pipeline.models.kinds import Recognized
     from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
     from qwen_pipeline.transforms.lora.plan import TensorMerge
@@ -30,6 +31,7 @@ def inspect(
     base: Annotated[Path | None, typer.Option(help="Base to merge into.")] = None,
     trained_on: TrainedOn = None,
     leave_behind: LeaveBehind = None,
+    base_dequantize: BaseDequantize = False,
 ) -> CommandResult:
     """Describe any directory: what it is, who saved it, what happens to each file, and which tensors it changes.
 
@@ -39,13 +41,16 @@ def inspect(
     """
     from qwen_pipeline.cli.inspect_views import what_table
     from qwen_pipeline.errors import PipelineError
+    from qwen_pipeline.models.base_names import KnownBase
     from qwen_pipeline.models.kinds import recognize
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
+    known = KnownBase(root=base, weights=BaseWeights(dequantize=base_dequantize)) if base else None
     found = recognize(fine_tune)
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None, **_what(found)}
     view: list[Table | str] = [what_table(data)]
     try:
-        _describe(fine_tune, base, trained_on, leave_behind or [], data, view)
+        _describe(fine_tune, known, trained_on, leave_behind or [], data, view)
     except PipelineError as refusal:
         return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
     return CommandResult(data=data, view=view)
@@ -53,7 +58,7 @@ def inspect(
 
 def _describe(
     root: Path,
-    base: Path | None,
+    base: "KnownBase | None",
     padded: Path | None,
     leave_behind: list[str],
     data: dict[str, Any],
@@ -88,7 +93,9 @@ def _describe(
         _describe_merge(child, base, padded, data, view)
 
 
-def _describe_model(child: "Checkpoint", base: Path | None, data: dict[str, Any], view: "list[Table | str]") -> None:
+def _describe_model(
+    child: "Checkpoint", base: "KnownBase | None", data: dict[str, Any], view: "list[Table | str]"
+) -> None:
     from qwen_pipeline.checkpoint.lazy import open_checkpoint
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.qwen.config import require_full_precision
@@ -101,7 +108,7 @@ def _describe_model(child: "Checkpoint", base: Path | None, data: dict[str, Any]
         remedy="Provide the model as it was saved before quantization.",
     )
     if base:
-        parent = open_checkpoint(base)
+        parent = base.weights.of(open_checkpoint(base.root))
         output = adopt(parent, child).checkpoint
         carried = [name for name, tensor in output.tensors.items() if tensor is parent.tensors.get(name)]
         data |= {"taken": len(output) - len(carried), "carried_over": carried}
@@ -109,20 +116,20 @@ def _describe_model(child: "Checkpoint", base: Path | None, data: dict[str, Any]
 
 
 def _describe_merge(
-    child: "AdapterSet", base: Path | None, padded: Path | None, data: dict[str, Any], view: "list[Table | str]"
+    child: "AdapterSet", base: "KnownBase | None", padded: Path | None, data: dict[str, Any], view: "list[Table | str]"
 ) -> None:
     from qwen_pipeline.checkpoint.lazy import open_checkpoint
     from qwen_pipeline.cli.inspect_views import merge_table
-    from qwen_pipeline.models.base_names import KnownBase, base_report
+    from qwen_pipeline.models.base_names import base_report
     from qwen_pipeline.models.open import paddings_of
     from qwen_pipeline.qwen.config import diff_configs
     from qwen_pipeline.transforms.lora.merge import merge_lora
 
     if base is None:
         return
-    data["names_base"] = asdict(base_report(KnownBase(root=base), child))
-    parent = open_checkpoint(base)
-    merged = merge_lora(parent, child, paddings=paddings_of(base, child, padded=padded), check_values=False)
+    data["names_base"] = asdict(base_report(base, child))
+    parent = base.weights.of(open_checkpoint(base.root))
+    merged = merge_lora(parent, child, paddings=paddings_of(base.root, child, padded=padded), check_values=False)
     data["trained"] = merged.bridge.trained if merged.bridge else None
     data["config"] = diff_configs(parent.config, merged.checkpoint.config)
     merges = merged.plan.merges.items()

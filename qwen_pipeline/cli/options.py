@@ -4,12 +4,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
-from qwen_pipeline.text.reading import TextSpec, parse_template_arguments
+from qwen_pipeline.text.spec import TextSpec, parse_template_arguments
 
 TEXT_FORMATS = 'JSONL of {"text"}, {"messages"} or other forms, Parquet, or a dataset on the hub'
 ENGINE_HELP = "Quantization engine: this package's layer loop with GPTQModel's solver, or a library's own loop."
@@ -23,6 +23,14 @@ BaseCheckpoint = Annotated[Path, typer.Option(help="Full-precision base checkpoi
 TrainedOn = Annotated[
     Path | None,
     typer.Option(help="Padded checkpoint of the base that the LoRA was trained on, if its settings do not name it."),
+]
+BaseDequantize = Annotated[
+    bool,
+    typer.Option("--base-dequantize", help="Read FP8, GPTQ, AWQ or compressed-tensors weights as full precision."),
+]
+BaseNf4 = Annotated[
+    Literal["single", "double"] | None,
+    typer.Option(help="Round the base as QLoRA does: NF4 without or with double quantization of its statistics."),
 ]
 MaxSkipped = Annotated[
     float | None,

@@ -10,6 +10,8 @@ from qwen_pipeline.cli.options import (
     PADDING_OPTIONS,
     TEXT_FORMATS,
     BaseCheckpoint,
+    BaseDequantize,
+    BaseNf4,
     LeaveBehind,
     MaxSkipped,
     Out,
@@ -69,6 +71,8 @@ def merge(
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
     trained_on: TrainedOn = None,
+    base_dequantize: BaseDequantize = False,
+    base_nf4: BaseNf4 = None,
     leave_behind: LeaveBehind = None,
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
@@ -79,6 +83,7 @@ def merge(
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import merge as stage
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
     return run_stage(
         lambda observe: stage.merge(
@@ -87,6 +92,7 @@ def merge(
             destination=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
+            base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
             padded=trained_on,
             leave_behind=leave_behind or (),
             observe=observe,
@@ -108,6 +114,8 @@ def merge_pad(
     combine: Combination = "cat",
     base_name: BaseNames = None,
     base_revision: BaseRevision = None,
+    base_dequantize: BaseDequantize = False,
+    base_nf4: BaseNf4 = None,
     leave_behind: LeaveBehind = None,
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
@@ -117,16 +125,21 @@ def merge_pad(
     The recipe records the merged checkpoint's digests; `materialize` can store its weights later.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
+    from qwen_pipeline.models.base_names import KnownBase
     from qwen_pipeline.stages.merge_pad import merge_pad
+    from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
     return run_stage(
         lambda observe: merge_pad(
-            base=base,
+            base=KnownBase(
+                root=base,
+                names=base_name or (),
+                revision=base_revision,
+                weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
+            ),
             fine_tune=_fine_tune(adapter, weight, combine),
             merged=Directory(recipe),
             padded=Directory(out),
-            base_names=base_name or (),
-            base_revision=base_revision,
             spec=spec,
             leave_behind=leave_behind or (),
             observe=observe,
@@ -143,7 +156,12 @@ def materialize(recipe: Path) -> CommandResult:
 
 
 @command(app, "pad", examples=["qwen-pipeline pad --in merged/ --out padded/ --group-size 128 --tp 8"])
-def pad(source: Source, out: Out, spec: Annotated[PaddingSpec, PADDING_OPTIONS]) -> CommandResult:
+def pad(
+    source: Source,
+    out: Out,
+    spec: Annotated[PaddingSpec, PADDING_OPTIONS],
+    base_dequantize: BaseDequantize = False,
+) -> CommandResult:
     """Widen the MLP to the next multiple of group size x tensor-parallel degree. Run this before quantize.
 
     The model computes the same function; one that needs no padding keeps its width. A quantized checkpoint is
@@ -152,7 +170,11 @@ def pad(source: Source, out: Out, spec: Annotated[PaddingSpec, PADDING_OPTIONS])
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.stages import pad as stage
 
-    return run_stage(lambda observe: stage.pad(source=source, destination=Directory(out), spec=spec, observe=observe))
+    return run_stage(
+        lambda observe: stage.pad(
+            source=source, destination=Directory(out), spec=spec, dequantize=base_dequantize, observe=observe
+        )
+    )
 
 
 @command(app, "unpad", examples=["qwen-pipeline unpad --in padded/ --out merged-again/"])

@@ -17,8 +17,8 @@ from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets
 from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
-from qwen_pipeline.text.reading import MAX_SKIPPED, TextSpec
 from qwen_pipeline.text.record_files import SUFFIXES
+from qwen_pipeline.text.spec import MAX_SKIPPED, TextSpec
 
 
 def _require_serving_engine(engine: str) -> str:

@@ -18,7 +18,9 @@ from qwen_pipeline.evaluation.serving.findings import ServerEngine, ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
-from qwen_pipeline.text.reading import TextSpec
+from qwen_pipeline.text.spec import TextSpec
+from qwen_pipeline.transforms.codes.base_weights import BaseWeights
+from qwen_pipeline.transforms.codes.nf4 import Statistics
 from qwen_pipeline.workers.environments import find_environment
 
 
@@ -32,6 +34,9 @@ class Settings(BaseSettings):
         base_model: Directory or hub id of the full-precision base model.
         base_revision: Commit, tag or branch of a base model on the hub.
         base_names: Other names by which adapters may refer to the base model, or patterns of names with ``*``.
+        base_dequantize: Whether a quantized base is read as the full precision that its codes stand for.
+        base_nf4: Whether merging starts from the base as QLoRA rounds it: ``single`` or, with double quantization,
+            ``double``.
         leave_behind: Patterns of paths of weights beside a fine-tune's own that were not trained.
         padding: Target geometry of the padded checkpoint.
         quantization: Settings of the quantizer.
@@ -52,6 +57,8 @@ class Settings(BaseSettings):
     base_model: str | None = None
     base_revision: str | None = None
     base_names: tuple[str, ...] = ()
+    base_dequantize: bool = False
+    base_nf4: Statistics | None = None
     leave_behind: tuple[str, ...] = ()
     padding: Padding = Field(default_factory=Padding)
     quantization: QuantSpec = Field(default_factory=QuantSpec)
@@ -72,6 +79,11 @@ class Settings(BaseSettings):
     @property
     def store_root(self) -> Path:
         return self.workspace / "store"
+
+    @property
+    def base_weights(self) -> BaseWeights:
+        """The way to read the base model."""
+        return BaseWeights(dequantize=self.base_dequantize, nf4=self.base_nf4)
 
     @property
     def padding_spec(self) -> PaddingSpec:

@@ -23,6 +23,7 @@ from qwen_pipeline.defs.metadata import (
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import PipelineSettings, Steps, WorkspaceResource
 from qwen_pipeline.defs.stage_assets import COMPLETE, FINE_TUNE_GROUP, stage_asset, stage_result, upload_result
+from qwen_pipeline.models.base_names import KnownBase
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.stages.merge_pad import merge_pad
@@ -91,6 +92,7 @@ def merged_checkpoint(
             destination=workspace.slot(context),
             base_names=(base_model_name(config), *config.base_names),
             base_revision=config.base_revision,
+            base_weights=config.base_weights,
             leave_behind=config.leave_behind,
             hard_links=config.store.hard_links,
             observe=observe,
@@ -136,12 +138,15 @@ def merged_and_padded_checkpoints(
     with steps.run(context) as observe:
         config, slot = settings.resolve(workspace), workspace.slot(context)
         merged, padded = merge_pad(
-            base=base_model_path(config),
+            base=KnownBase(
+                root=base_model_path(config),
+                names=(base_model_name(config), *config.base_names),
+                revision=config.base_revision,
+                weights=config.base_weights,
+            ),
             fine_tune=workspace.fine_tunes.require(context.partition_key).path,
             merged=slot,
             padded=slot,
-            base_names=(base_model_name(config), *config.base_names),
-            base_revision=config.base_revision,
             leave_behind=config.leave_behind,
             spec=config.padding_spec,
             hard_links=config.store.hard_links,

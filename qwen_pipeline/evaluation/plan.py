@@ -11,7 +11,7 @@ from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.serving.findings import ServingPlan
 from qwen_pipeline.evaluation.tasks.plan import TaskPlan
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, TextSpec
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 
 INPUT_OF_ROLE = {
     BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED_QUANTIZED: "unpadded",

@@ -17,6 +17,7 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.padded import padded_model
 from qwen_pipeline.qwen.families import config_values
 from qwen_pipeline.reports import CheckReport, CheckSpec
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.lora.adapter import Adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 
@@ -55,11 +56,13 @@ class KnownBase:
         root: The directory.
         names: Every name of the base, or patterns with ``*``; if empty, the directory's name is compared.
         revision: The commit, tag or branch.
+        weights: The way to read its weights.
     """
 
     root: Path
     names: Collection[str] = ()
     revision: str | None = None
+    weights: BaseWeights = AS_STORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +154,10 @@ def _agrees(copy: Path, base: Path) -> bool:
     if not (copy / CONFIG).is_file() or not (base / CONFIG).is_file():
         return True
     try:
-        configs = [load_json(root / CONFIG) for root in (copy, base)]
-    except CheckpointRefused:
+        ours, theirs = (load_json(root / CONFIG) for root in (base, copy))
+        return all(config_values(ours, size) == config_values(theirs, size) for size in _SIZES)
+    except (CheckpointRefused, TypeError):
         return False
-    return all(config_values(configs[0], size) == config_values(configs[1], size) for size in _SIZES)
 
 
 def _declared_base(adapter: Adapter) -> str:

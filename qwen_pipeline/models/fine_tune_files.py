@@ -5,13 +5,16 @@ Weights that were trained beside a LoRA lie in files that only their trainer rea
 them would give another model than the one that was trained, so such a file is refused unless it is left behind by name.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from shlex import quote
+from typing import Any, cast
 
 from qwen_pipeline.checkpoint.lazy import CONFIG, INDEX, MANIFEST, PICKLES, Checkpoint, relative_files
+from qwen_pipeline.checkpoint.trainers.state_dicts import NON_LORA
 from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.reports import CheckReport, CheckSpec
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, Adapter
@@ -22,6 +25,8 @@ FILES_READ = CheckSpec(
     name="no_weights_are_ignored",
     description="Every file of the fine-tune with weights is read, or was left behind on request.",
 )
+_PLAIN = re.compile(r"[\w./-]+")
+"""A path that has no meaning of its own in a command."""
 _REQUESTED = "on request"
 _LISTED = 3
 _STATE, _EARLIER, _LOGS = "state for resuming the training", "an earlier checkpoint", "logs of the training"
@@ -149,7 +154,8 @@ def require_no_code_of_its_own(child: AdapterSet | Checkpoint) -> None:
         InputRefused: Its config names another class, in a file that comes with it.
     """
     classes = child.config.get("auto_map") if isinstance(child, Checkpoint) else None
-    named = [f"{name}: {code}" for name, code in dict(classes or {}).items() if name.startswith("AutoModel")]
+    codes = cast("Mapping[str, Any]", classes) if isinstance(classes, Mapping) else {}
+    named = [f"{name}: {code}" for name, code in codes.items() if name.startswith("AutoModel")]
     if named:
         raise InputRefused(
             f"The config's auto_map names code of the model's own ({listed(named)}), which is never run here.",
@@ -160,9 +166,12 @@ def require_no_code_of_its_own(child: AdapterSet | Checkpoint) -> None:
 
 def _remedy(files: FineTuneFiles) -> str:
     leave = f"--leave-behind {quote(files.unread[0])} (or the setting leave_behind)"
-    if ADAPTER_CONFIG not in files.read or ADAPTER_WEIGHTS not in files.read:
+    if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*files.read} or not _PLAIN.fullmatch(files.unread[0]):
         return f"If its weights were not trained, pass {leave}. Otherwise put them into the model itself."
     first = files.unread[0]
+    if first == NON_LORA:
+        convert = f"qwen-pipeline convert --from {quote(str(files.root))} --out CONVERTED"
+        return f"Make them a part of the adapter: {convert}\nIf they were not trained, pass {leave}."
     load = f"load_file('{first}')" if first.endswith(".safetensors") else f"torch.load('{first}', weights_only=True)"
     add = (
         "import json, torch; from safetensors.torch import load_file, save_file; "

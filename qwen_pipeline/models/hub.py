@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.files import load_json
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused
 
@@ -46,7 +46,7 @@ def load_config(name: str, *, revision: str | None = None, relative_to: Path = P
     Raises:
         InputRefused: The name is neither a directory, a file nor a hub id, or this account may not read the repository
             or revision, or it does not exist.
-        CheckpointRefused: The file is missing or is not JSON.
+        CheckpointRefused: The file is missing, is not JSON, or has values of wrong types.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the file.
     """
     path = relative_to / Path(name).expanduser()
@@ -54,7 +54,7 @@ def load_config(name: str, *, revision: str | None = None, relative_to: Path = P
         _require_hub_id(name, path)
         path = _snapshot(name, revision, (CONFIG,))
     file = path if path.is_file() else path / CONFIG
-    return load_json(file)
+    return load_config_file(file)
 
 
 def _require_hub_id(name: str, directory: Path) -> None:

@@ -25,6 +25,7 @@ from qwen_pipeline.models.kinds import require_kind
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.settle import settle
+from qwen_pipeline.transforms.codes.base_weights import base_weights
 from qwen_pipeline.transforms.fine_tune.adopt import adopt
 from qwen_pipeline.transforms.lora.across_padding import Paddings
 from qwen_pipeline.transforms.lora.adapter import is_adapter, open_adapter
@@ -70,7 +71,8 @@ def open_model(root: Path) -> Checkpoint:
         return open_checkpoint(root)
     base = Path(manifest.recipe["base"])
     _require_unchanged(root, manifest, "base", base, checkpoint_digest)
-    parent, child = settle(open_model(base)).checkpoint, _fine_tune_of(root, manifest, manifest.recipe)
+    parent = settle(base_weights(manifest.derivation.spec).of(open_model(base))).checkpoint
+    child = _fine_tune_of(root, manifest, manifest.recipe)
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
     else:

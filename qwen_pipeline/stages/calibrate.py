@@ -26,8 +26,9 @@ from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, Calib
 from qwen_pipeline.quantization.spec import Device, default_device
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RECORDS_USED, TextSpec
+from qwen_pipeline.text.reading import RECORDS_USED
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 from qwen_pipeline.workers.parent import run_worker
 

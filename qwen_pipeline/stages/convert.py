@@ -1,16 +1,14 @@
 """``a trainer's checkpoint -> converted``: the same weights as safetensors, in a directory that the inbox takes."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
-from qwen_pipeline.checkpoint.compare import are_equal
+from qwen_pipeline.checkpoint.config_types import load_config_file
 from qwen_pipeline.checkpoint.digest import digest_files, hash_tensors
 from qwen_pipeline.checkpoint.digest_cache import HashedCheckpoint, stat_key
-from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
-from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, LazyTensor, open_checkpoint, open_sidecars
+from qwen_pipeline.checkpoint.lazy import CONFIG, SINGLE_SHARD, Checkpoint, open_checkpoint, open_sidecars
 from qwen_pipeline.checkpoint.manifest import UNREAD
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
@@ -20,20 +18,24 @@ from qwen_pipeline.checkpoint.trainers.weights import TrainedWeights
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import declares_tied
-from qwen_pipeline.qwen.names import parse_name, parse_names
+from qwen_pipeline.qwen.names import parse_names
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
-from qwen_pipeline.transforms.lora.lazy_ops import cast
+from qwen_pipeline.transforms.trained import (
+    Dtype,
+    Selection,
+    is_adapter_tensor,
+    part_of,
+    plan_shards,
+    rounded,
+    select_adapter,
+    select_model,
+    with_dtype,
+)
 
 STAGE = "converted"
 CODE_VERSION = "1"
-Dtype = Literal["bfloat16", "float16", "float32"]
-DTYPES: Mapping[Dtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_FLOATS = ("BF16", "F16", "F32", "F64")
-SHARD_BYTES = 5 * 10**9
 ADAPTER_SHARD = "adapter_model.safetensors"
-_ADAPTER_PARTS = ("lora_", "modules_to_save.", "trainable_tokens_", "token_adapter.")
-_PEFT_PREFIX = "base_model.model."
 
 WEIGHTS_WRITTEN = CheckSpec(
     name="every_weight_is_written",
@@ -74,21 +76,24 @@ def convert(
     """
     weights = open_trained(source)
     home = _home(source, base)
-    conversion = _adapter(weights, home) if home.is_adapter else _model(weights, home)
+    _require_settings_of_adapter(weights, home)
+    read = _checkpoint(weights, home)
+    select = select_adapter if home.is_adapter else select_model
+    selection = select(weights, read.config)
     read_now = as_destination(destination).may_hold(STAGE)
-    given = _input(conversion.read, home, weights.files, read_now=read_now, observe=observe)
-    output = _output(conversion, given.checkpoint, dtype)
-    reports = [_written_report(conversion, home), _names_report(output, home, base)]
+    given = _input(read, home, weights.files, read_now=read_now, observe=observe)
+    output = _output(selection, given.checkpoint, dtype)
+    reports = [_written_report(selection, home), _names_report(output, home, base)]
     summary = {
         "layout": weights.layout,
-        "left_out": dict(conversion.left_out),
+        "left_out": dict(selection.left_out),
         "unused": list(weights.unused),
-        "left_behind": _left_behind(home.root, weights.files, output),
+        "left_behind": _left_behind(source if home.root == base else home.root, weights.files, output),
     }
     rewrite = Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec={"dtype": dtype, "layout": weights.layout, "names": _spec_names(conversion)},
+        spec={"dtype": dtype, "layout": weights.layout, "names": selection.spec},
         sources={"source": given},
         output=output,
         config_name=home.config_name,
@@ -116,27 +121,10 @@ class _Home:
         return self.config_name == ADAPTER_CONFIG
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Conversion:
-    """The tensors to read and to write.
-
-    Attributes:
-        read: The source's distinct tensors, as a checkpoint.
-        written: Name of an output tensor -> name of the tensor that it is read from.
-        left_out: Name of a tensor that is not written -> the reason.
-        config: The output's config, if it is not the source's.
-    """
-
-    read: Checkpoint
-    written: Mapping[str, str]
-    left_out: Mapping[str, str]
-    config: Mapping[str, Any] | None = None
-
-
 def _home(source: Path, base: Path | None) -> _Home:
     """Return the source's directory or the one around it, whichever has a config; else the base's."""
     root = source if source.is_dir() else source.parent
-    for directory in (root, root.parent):
+    for directory in dict.fromkeys((root, source.parent)):
         for name in (ADAPTER_CONFIG, CONFIG):
             if (directory / name).is_file():
                 own = open_sidecars(directory)
@@ -151,65 +139,13 @@ def _home(source: Path, base: Path | None) -> _Home:
     return _Home(root=base, config_name=CONFIG, sidecars=open_sidecars(base))
 
 
-def _model(weights: TrainedWeights, home: _Home) -> _Conversion:
-    """Return the conversion of a full model: all tensors, but a tied head once."""
-    read = _checkpoint(weights, home)
-    if adapted := [name for name in weights.tensors if _is_adapter_tensor(name)]:
+def _require_settings_of_adapter(weights: TrainedWeights, home: _Home) -> None:
+    adapted = [name for name in weights.tensors if is_adapter_tensor(name)]
+    if adapted and not home.is_adapter:
         raise CheckpointRefused(
             f"The weights hold a LoRA ({listed(adapted)}), but {home.root} has no {ADAPTER_CONFIG}.",
             remedy=f"Copy the adapter's {ADAPTER_CONFIG} beside the weights.",
         )
-    left_out = {name: f"tied to {embedding}" for name, embedding in _tied(weights, read)}
-    written = {name: weights.aliases.get(name, name) for name in weights.tensors if name not in left_out}
-    return _Conversion(read=read, written=written, left_out=left_out)
-
-
-def _tied(weights: TrainedWeights, read: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Yield (head, embedding) if the config ties them and they have the same values."""
-    if not declares_tied(read.config):
-        return
-    parts = {name: _part(name, read.config) for name in weights.tensors}
-    heads = [name for name, part in parts.items() if part == "head"]
-    embeddings = [name for name, part in parts.items() if part == "embedding"]
-    for head, embedding in zip(heads, embeddings, strict=False):
-        same = weights.aliases.get(head, head) == weights.aliases.get(embedding, embedding)
-        if same or are_equal(weights.tensors[head], weights.tensors[embedding]):
-            yield head, embedding
-
-
-def _part(name: str, config: Mapping[str, Any]) -> str | None:
-    try:
-        return parse_name(name, config).part
-    except InputRefused:
-        return None
-
-
-def _adapter(weights: TrainedWeights, home: _Home) -> _Conversion:
-    """Return the conversion of an adapter: without the base's weights, and with what was trained beside it."""
-    config = load_json(home.root / ADAPTER_CONFIG)
-    own = {name for name in weights.tensors if name not in weights.frozen}
-    if any(".base_layer." in name for name in own):
-        biases = config.get("bias", "none") != "none"
-        own = {name for name in own if _is_adapter_tensor(name) or (biases and name.endswith(".bias"))}
-    left_out = {name: "not trained: a weight of the base" for name in weights.tensors if name not in own}
-    beside = {name for name in weights.beside if name in own}
-    written = {
-        (_PEFT_PREFIX + name.removeprefix(_PEFT_PREFIX) if name in beside else name): weights.aliases.get(name, name)
-        for name in weights.tensors
-        if name in own
-    }
-    modules = {name.removeprefix(_PEFT_PREFIX).rpartition(".")[0] for name in beside}
-    saved = [*(config.get("modules_to_save") or []), *sorted(modules)]
-    return _Conversion(
-        read=_checkpoint(weights, home),
-        written=written,
-        left_out=left_out,
-        config={**config, "modules_to_save": saved} if modules else None,
-    )
-
-
-def _is_adapter_tensor(name: str) -> bool:
-    return any(f".{part}" in name for part in _ADAPTER_PARTS)
 
 
 def _checkpoint(weights: TrainedWeights, home: _Home) -> Checkpoint:
@@ -217,7 +153,7 @@ def _checkpoint(weights: TrainedWeights, home: _Home) -> Checkpoint:
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in weights.aliases}
     config = home.root / home.config_name
     return Checkpoint(
-        config=load_json(config),
+        config=load_config_file(config),
         config_bytes=config.read_bytes(),
         tensors=tensors,
         shards=dict.fromkeys(tensors, SINGLE_SHARD),
@@ -251,10 +187,10 @@ def _input(read: Checkpoint, home: _Home, files: Collection[Path], *, read_now: 
     )
 
 
-def _output(conversion: _Conversion, source: Checkpoint, dtype: Dtype | None) -> Checkpoint:
-    tensors = {name: _rounded(source.tensors[stored], dtype) for name, stored in conversion.written.items()}
-    config, changed = _with_dtype(conversion.config or source.config, dtype)
-    is_changed = changed or conversion.config is not None
+def _output(selection: Selection, source: Checkpoint, dtype: Dtype | None) -> Checkpoint:
+    tensors = {name: rounded(source.tensors[stored], dtype) for name, stored in selection.written.items()}
+    config, changed = with_dtype(selection.config or source.config, dtype)
+    is_changed = changed or selection.config is not None
     is_adapter = "peft_type" in config
     return replace(
         source,
@@ -265,43 +201,8 @@ def _output(conversion: _Conversion, source: Checkpoint, dtype: Dtype | None) ->
     )
 
 
-def _rounded(tensor: LazyTensor, dtype: Dtype | None) -> LazyTensor:
-    if dtype is None or tensor.spec.dtype not in _FLOATS or tensor.spec.dtype == DTYPES[dtype]:
-        return tensor
-    return cast(tensor, DTYPES[dtype])
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: Dtype | None) -> tuple[Mapping[str, Any], bool]:
-    """Return the config with the requested dtype where it states one, and whether anything changed."""
-    fields = [field for field in ("dtype", "torch_dtype") if config.get(field) not in (None, dtype)]
-    changed = {**config, **dict.fromkeys(fields, dtype)} if dtype and fields else dict(config)
-    return changed, changed != config
-
-
-def plan_shards(tensors: Mapping[str, LazyTensor], *, most: int = SHARD_BYTES) -> dict[str, str]:
-    """Return tensor name -> file name, in files of at most ``most`` bytes unless a single tensor is larger."""
-    numbers: dict[str, int] = {}
-    number, size = 1, 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.spec.nbytes > most:
-            number, size = number + 1, 0
-        numbers[name] = number
-        size += tensor.spec.nbytes
-    if number == 1:
-        return dict.fromkeys(tensors, SINGLE_SHARD)
-    return {name: f"model-{place:05}-of-{number:05}.safetensors" for name, place in numbers.items()}
-
-
-def _spec_names(conversion: _Conversion) -> dict[str, Any]:
-    """Return the names that the output has besides those of the source, and the source's that it lacks."""
-    return {
-        "added": {name: stored for name, stored in conversion.written.items() if name != stored},
-        "left_out": sorted(conversion.left_out),
-    }
-
-
 def _left_behind(root: Path, files: Collection[Path], output: Checkpoint) -> list[str]:
-    """Return the files of a trainer's directory that were neither read nor copied, a directory with its number."""
+    """Return the files of a trainer's directory that were neither read nor copied, a subdirectory with their number."""
     kept = {*(file.resolve() for file in files), *(file.resolve() for file in output.sidecars.values())}
     left: dict[str, int] = {}
     for path in sorted(root.rglob("*")):
@@ -312,22 +213,22 @@ def _left_behind(root: Path, files: Collection[Path], output: Checkpoint) -> lis
     return [f"{name} ({count} files)" if name.endswith("/") else name for name, count in left.items()]
 
 
-def _written_report(conversion: _Conversion, home: _Home) -> CheckReport:
-    total = len(conversion.written) + len(conversion.left_out)
-    reasons = sorted(set(conversion.left_out.values()))
-    omitted = f" Left out: {len(conversion.left_out)} ({listed(reasons)})." if reasons else ""
+def _written_report(selection: Selection, home: _Home) -> CheckReport:
+    total = len(selection.written) + len(selection.left_out)
+    reasons = sorted(set(selection.left_out.values()))
+    omitted = f" Left out: {len(selection.left_out)} ({listed(reasons)})." if reasons else ""
     kind = "The adapter" if home.is_adapter else "The model"
     return WEIGHTS_WRITTEN.report(
         passed=True,
-        measured=f"{len(conversion.written)} of {total}",
-        detail=f"{kind} has {len(conversion.written)} tensors.{omitted}",
+        measured=f"{len(selection.written)} of {total}",
+        detail=f"{kind} has {len(selection.written)} tensors.{omitted}",
     )
 
 
 def _names_report(output: Checkpoint, home: _Home, base: Path | None) -> CheckReport:
     if home.is_adapter:
         return NAMES_KNOWN.skipped("The names of an adapter are matched to its base when it is merged.")
-    unknown = [name for name in output if _part(name, output.config) is None]
+    unknown = [name for name in output if part_of(name, output.config) is None]
     wrong = [f"{name} is unknown" for name in unknown]
     if base and not unknown:
         expected, found = parse_names(open_checkpoint(base)), parse_names(output)

@@ -32,6 +32,7 @@ from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.qwen.heads import head_kind, left_out, without_steps
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.fine_tune.adopt import Adopted, adopt
 from qwen_pipeline.transforms.fine_tune.reports import CARRIED, adoption_summary, carried_report, used_detail
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
@@ -67,6 +68,7 @@ def merge(
     base_names: Collection[str] = (),
     base_revision: str | None = None,
     padded: Path | None = None,
+    base_weights: BaseWeights = AS_STORED,
     leave_behind: Collection[str] = (),
     hard_links: bool = False,
     observe: Observe = unobserved,
@@ -82,6 +84,7 @@ def merge(
             a check; if not, the directory's name is compared, and a difference is only a warning.
         base_revision: The base's commit, tag or branch. An adapter that names another revision fails the same check.
         padded: The padded checkpoint that the adapter was trained on, if the adapter does not name it.
+        base_weights: The way to read the base: by default as it is stored.
         leave_behind: Patterns of paths, in the fine-tune's directory, of weights that are ignored.
         hard_links: Whether a shard that the fine-tune does not change may be a hard link to the base's file.
         observe: Called with the progress.
@@ -92,7 +95,7 @@ def merge(
         CheckFailed: A merged weight is not finite, or the fine-tune is seen to change nothing before it is merged.
     """
     rewrite = prepare(
-        KnownBase(root=base, names=base_names, revision=base_revision),
+        KnownBase(root=base, names=base_names, revision=base_revision, weights=base_weights),
         fine_tune,
         padded=padded,
         leave_behind=leave_behind,
@@ -123,13 +126,13 @@ def prepare(
         observe: Called with the progress.
     """
     sources = {"base": open_input("base", base.root, read_now=read_now, observe=observe)}
-    settled = settle(sources["base"].checkpoint)
+    settled = settle(base.weights.of(sources["base"].checkpoint))
     parent = settled.checkpoint
     child = fine_tune if isinstance(fine_tune, AdapterSet) else open_fine_tune(fine_tune)
     files = files_of(fine_tune if isinstance(fine_tune, Path) else None, child, leave_behind)
     require_all_weights_read(files)
     if isinstance(child, AdapterSet):
-        merge = _merge_adapters(base, sources["base"], settled, child, padded)
+        merge = _merge_adapters(base, settled, child, padded, base_digest=sources["base"].final_digest)
     else:
         assert isinstance(fine_tune, Path)
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
@@ -142,7 +145,12 @@ def prepare(
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec={"base_names": sorted(base.names), **merge.spec} | _left_behind(leave_behind),
+        spec={
+            "base_names": sorted(base.names),
+            **base.weights.spec(sources["base"].checkpoint),
+            **merge.spec,
+            **_left_behind(leave_behind),
+        },
         sources=sources,
         others=merge.others,
         output=output,
@@ -173,7 +181,12 @@ class _Merge:
 
 
 def _merge_adapters(
-    base: KnownBase, source: StageInput, settled: Settled, adapters: AdapterSet, padded: Path | None
+    base: KnownBase,
+    settled: Settled,
+    adapters: AdapterSet,
+    padded: Path | None,
+    *,
+    base_digest: Callable[[], str],
 ) -> _Merge:
     meter = ChangeMeter()
     paddings = paddings_of(base.root, adapters, padded=padded)
@@ -182,7 +195,7 @@ def _merge_adapters(
     model = trained_on(adapters, padded) if merged.bridge else None
 
     def reports() -> list[CheckReport]:
-        is_padded_base = model is not None and model.live_digest == source.final_digest()
+        is_padded_base = model is not None and model.live_digest == base_digest()
         return [
             _adapter_use_report(adapters, merged, remark=left_out(settled.checkpoint, merged.checkpoint)),
             base_report(base, adapters, is_padded_base=is_padded_base),

@@ -16,6 +16,7 @@ from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
 from qwen_pipeline.checkpoint.writer import write_config_and_sidecars
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.models.base_names import KnownBase
 from qwen_pipeline.models.open import has_weights, open_model, recipe_of
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
@@ -28,12 +29,10 @@ from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 
 def merge_pad(
     *,
-    base: Path,
+    base: Path | KnownBase,
     fine_tune: Path | AdapterSet,
     merged: Destination | Path,
     padded: Destination | Path,
-    base_names: Collection[str] = (),
-    base_revision: str | None = None,
     spec: PaddingSpec = pad.DEFAULT_SPEC,
     leave_behind: Collection[str] = (),
     hard_links: bool = False,
@@ -45,12 +44,10 @@ def merge_pad(
     (:func:`open_model`), unless its weights are already stored.
 
     Args:
-        base: See :func:`merge.merge`.
+        base: The base's directory; or with its names, its revision and the way to read it, as for :func:`merge.merge`.
         fine_tune: See :func:`merge.merge`.
         merged: The output directory of the recipe.
         padded: The output directory of the padded checkpoint.
-        base_names: See :func:`merge.merge`.
-        base_revision: See :func:`merge.merge`.
         spec: See :func:`pad.pad`.
         leave_behind: See :func:`merge.merge`.
         hard_links: Whether a shard that neither step changes may be a hard link to the base's file.
@@ -64,7 +61,7 @@ def merge_pad(
         CheckFailed: See :func:`merge.merge`.
     """
     merged = as_destination(merged)
-    known_base = merge.KnownBase(root=base, names=base_names, revision=base_revision)
+    known_base = base if isinstance(base, KnownBase) else KnownBase(root=base)
     merging = merge.prepare(
         known_base,
         fine_tune,
@@ -73,7 +70,7 @@ def merge_pad(
         observe=observe,
     )
     stored = find(merging.derivation, merged)
-    unstored = _UnstoredMerge(merging, merged, recipe_of(base, fine_tune))
+    unstored = _UnstoredMerge(merging, merged, recipe_of(known_base.root, fine_tune))
     source = open_input("source", stored.path, open_root=open_model) if stored else unstored.source
     padding = replace(pad.prepare(source, spec), if_not_finite=merging.if_not_finite)
     artifact = padding.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)

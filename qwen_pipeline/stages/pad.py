@@ -19,6 +19,7 @@ from qwen_pipeline.qwen.settle import CONFIG_MATCHES, config_report, settle
 from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, plan_for
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.padding.pad import pad as pad_checkpoint
 from qwen_pipeline.transforms.padding.splitting import choose_splits
 from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
@@ -49,6 +50,7 @@ def pad(
     source: Path,
     destination: Destination | Path,
     spec: PaddingSpec = DEFAULT_SPEC,
+    dequantize: bool = False,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> Artifact:
@@ -61,6 +63,7 @@ def pad(
         source: The merged checkpoint, stored or a recipe.
         destination: The output directory.
         spec: The target geometry.
+        dequantize: Whether a quantized source is read as the full precision that its codes stand for.
         hard_links: Whether a shard that padding does not change may be a hard link to the source's file.
         observe: Called with the progress.
 
@@ -71,17 +74,20 @@ def pad(
     """
     read_now = as_destination(destination).may_hold(STAGE)
     live = open_input("source", source, open_root=open_model, read_now=read_now, observe=observe)
-    return prepare(live, spec).write(destination, task="pad", hard_links=hard_links, observe=observe)
+    return prepare(live, spec, BaseWeights(dequantize=dequantize)).write(
+        destination, task="pad", hard_links=hard_links, observe=observe
+    )
 
 
-def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
+def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STORED) -> Rewrite:
     """Check a padding and return its derivation and its lazy output; see :func:`pad`."""
-    stored = source.checkpoint
+    stored = weights.of(source.checkpoint)
     require_full_precision(
         stored,
         because="The order is merge, then pad, then quantize: packed codes and group scales cannot take the channels"
         " that padding adds to full-precision tensors.",
-        remedy="Pad the merged full-precision checkpoint, then quantize again.",
+        remedy="Pad the merged full-precision checkpoint, then quantize again. If there is none, read the codes as the"
+        " full precision that they stand for: --base-dequantize.",
     )
     settled = settle(stored)
     live = settled.checkpoint
@@ -98,7 +104,7 @@ def prepare(source: StageInput, spec: PaddingSpec) -> Rewrite:
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
-        spec=spec.to_json(),
+        spec=spec.to_json() | weights.spec(source.checkpoint),
         sources={"source": source},
         output=padded,
         result=lambda: {

@@ -46,7 +46,7 @@ from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import dump_reports
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, TextSpec
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
 from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 from qwen_pipeline.workers.environments import WorkerEnvironment

@@ -13,6 +13,7 @@ from qwen_pipeline.errors import InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.transforms.codes.base_weights import AS_STORED, base_weights
 from qwen_pipeline.transforms.padding.pad import unpad as unpad_checkpoint
 
 STAGE = "unpadded"
@@ -72,6 +73,10 @@ def _identity_report(contents: Contents, manifest: Manifest) -> CheckReport:
         )
     if left_behind := manifest.result.get("left_behind"):
         return IS_WHAT_WAS_PADDED.skipped(f"Padding left buffers behind that are no weights: {listed(left_behind)}.")
+    if base_weights(manifest.derivation.spec) != AS_STORED:
+        return IS_WHAT_WAS_PADDED.skipped(
+            "What was padded is the full precision of a quantized checkpoint, which was never stored."
+        )
     is_same = contents.digest == expected
     return IS_WHAT_WAS_PADDED.report(
         passed=is_same,

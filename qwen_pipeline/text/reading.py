@@ -1,6 +1,5 @@
 """The tokens of a source of text, record by record: records that cannot be used are skipped, counted and named."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,11 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.reports import CheckReport, CheckSpec
-from qwen_pipeline.text.records import BadRecord, EmptyRecord, parse_arguments
+from qwen_pipeline.text.records import BadRecord, EmptyRecord
 from qwen_pipeline.text.sources import TextSource
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.text.tokenizers import encode_record
 
-MAX_SKIPPED = 0.05
 NAMED = 5
 """Skipped records that are named, the first ones."""
 JUDGED = 100
@@ -25,56 +24,6 @@ RECORDS_USED = CheckSpec(
     description="Every record that was drawn from the calibration text could be used.",
     blocking=False,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSpec:
-    """Settings that decide how records become tokens.
-
-    Attributes:
-        max_skipped: Largest share of records that may be skipped because they cannot be used. Empty ones do not count.
-        template_arguments: Arguments of the chat template, such as ``enable_thinking``.
-    """
-
-    max_skipped: float = MAX_SKIPPED
-    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_skipped <= 1:
-            raise InputRefused(
-                f"max_skipped is {self.max_skipped}, expected a share from 0 to 1.",
-                remedy=f"Set max_skipped to {MAX_SKIPPED}.",
-            )
-        try:
-            parse_arguments(self.template_arguments)
-            json.dumps(self.template_arguments, allow_nan=False, ensure_ascii=False).encode()
-        except (BadRecord, TypeError, ValueError) as error:
-            raise InputRefused(
-                f"template_arguments cannot be used: {error}.", remedy="Set only variables that the template reads."
-            ) from error
-
-
-DEFAULT_TEXT_SPEC = TextSpec()
-
-
-def parse_template_arguments(values: Iterable[str]) -> dict[str, Any]:
-    """Return ``NAME=VALUE`` arguments as a mapping; a value that is JSON is decoded.
-
-    Raises:
-        InputRefused: There is no ``=``.
-    """
-    arguments: dict[str, Any] = {}
-    for value in values:
-        name, equals, text = value.partition("=")
-        if not name or not equals:
-            raise InputRefused(
-                f"The template argument {value!r} is not NAME=VALUE.", remedy="Pass it as enable_thinking=false."
-            )
-        try:
-            arguments[name] = json.loads(text)
-        except (ValueError, RecursionError):
-            arguments[name] = text
-    return arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +55,7 @@ class RecordUse:
         reasons = ", ".join(f"{count:,} ({reason})" for reason, count in self.skipped.items())
         skipped = f"{self.faults:,} of {self.used + self.faults:,} records were skipped: {reasons}." if reasons else ""
         first = f" The first: {'; '.join(self.first)}." if self.first else ""
-        empty = f" {self.empty:,} empty ones were passed over." if self.empty else ""
+        empty = f" Empty records that were passed over: {self.empty:,}." if self.empty else ""
         return (skipped + first + empty).strip() or f"All {self.used:,} records were used."
 
     def to_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 from qwen_pipeline.errors import InputRefused
@@ -71,7 +72,7 @@ def _read(file: Path) -> bytes:
     encoding = next((name for mark, name in _WIDE.items() if content.startswith(mark)), None)
     if encoding or (b"\0" in content[:4] and content[:4].strip(b"\0")):
         encoding = encoding or "UTF-16"
-        raise InputRefused(f"{file} is in {encoding}.", remedy=_IN_UTF8.format(encoding, file, file.suffix))
+        raise InputRefused(f"{file} is in {encoding}.", remedy=_IN_UTF8.format(encoding, quote(str(file)), file.suffix))
     return content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
@@ -80,7 +81,7 @@ def _whole_text(content: bytes, file: Path) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise InputRefused(
-            f"{file} is not UTF-8: {error}.", remedy=_IN_UTF8.format("ENCODING", file, file.suffix)
+            f"{file} is not UTF-8: {error}.", remedy=_IN_UTF8.format("ENCODING", quote(str(file)), file.suffix)
         ) from error
 
 
@@ -124,9 +125,10 @@ def _one_object(content: bytes, file: Path) -> Iterator[StoredRecord]:
     if lists := [name for name, part in value.items() if isinstance(part, list) and part and isinstance(part[0], dict)]:
         known = {"messages", "conversations", "chosen", "completion"}
         if not known & set(lists):
+            path = f'.["{lists[0]}"][]'
             raise InputRefused(
                 f"{file} is one JSON object, with records in {', '.join(map(ascii, lists))}.",
-                remedy=f"Write them one per line: jq -c '.[\"{lists[0]}\"][]' {file} > records.jsonl",
+                remedy=f"Write them one per line: jq -c {quote(path)} {quote(str(file))} > records.jsonl",
             )
     yield StoredRecord(place="record 1", value=value)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RecordReader, RecordUse, TextSpec
+from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 
 
 def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> list[list[int]]:

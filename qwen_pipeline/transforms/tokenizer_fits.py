@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
 from qwen_pipeline.reports import CheckReport, CheckSpec
 from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
 
@@ -27,12 +27,11 @@ def embedding_rows(checkpoint: Checkpoint) -> int:
 def tokenizer_report(checkpoint: Checkpoint) -> CheckReport:
     """Report on :data:`TOKENIZER_FITS`: a token without a row ends a server, which reads past the embedding."""
     try:
-        tokens = token_ids(checkpoint.sidecars)
-    except CheckpointRefused as refused:
-        return TOKENIZER_FITS.skipped(f"The tokenizer cannot be read: {refused.what}")
+        tokens, rows = token_ids(checkpoint.sidecars), embedding_rows(checkpoint)
+    except InputRefused as refused:
+        return TOKENIZER_FITS.skipped(f"Tokenizer and embedding cannot be compared: {refused.what}")
     if not tokens:
         return TOKENIZER_FITS.skipped("The checkpoint has no tokenizer with a tokenizer.json or a vocab.json.")
-    rows = embedding_rows(checkpoint)
     beyond = sorted((number, token) for token, number in tokens.items() if number >= rows)
     detail = f"The last of {len(tokens):,} tokens is {max(tokens.values()):,}; the embedding has {rows:,} rows."
     if beyond:

@@ -1,11 +1,12 @@
 """Files are shared where that is allowed, and never with a file that may change."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwen_pipeline.checkpoint.files import clone_file, copy_file, share_file
+from qwen_pipeline.checkpoint.files import clone_file, copy_file, parse_json, share_file
 from qwen_pipeline.checkpoint.lazy import LazyTensor, open_checkpoint
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 
@@ -72,3 +73,22 @@ def test_an_unfinished_file_with_another_hard_link_is_not_written_into(sharded: 
 
     assert (tmp_path / "precious").read_bytes() == damaged
     assert not (out / FIRST).samefile(tmp_path / "precious")
+
+
+@pytest.mark.parametrize("text", [r'{"a": "\ud83d\ude00"}', r'{"a": "\\ud83d"}', '{"a": "\N{GRINNING FACE}"}'])
+def test_texts_of_json_can_be_written_again(text: str) -> None:
+    assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_is_utf_8_without_a_mark(encoding: str) -> None:
+    """Transformers reads nothing else."""
+    with pytest.raises(ValueError, match=r"BOM|can't decode|Expecting value"):
+        parse_json('{"a": 1}'.encode(encoding))
+
+
+@pytest.mark.parametrize("text", [r'{"a": "\ud83d"}', r'{"\uDE00": 1}', r'[["\ude00\ud83d"]]'])
+def test_half_of_a_surrogate_pair_is_no_text(text: str) -> None:
+    for data in (text, text.encode()):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            parse_json(data)

@@ -1,14 +1,18 @@
 """Stage commands on a tiny model: output, exit codes and refusals."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.cli import stages
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.site import Site
 from qwen_pipeline_tests.tiny import tiny_qwen2, with_codes
+from qwen_pipeline_tests.transforms.codes.test_dequantize import to_fp8
 
 
 @pytest.fixture
@@ -102,3 +106,17 @@ def test_merge_pad_takes_weighted_adapters_and_the_revision_of_the_base(site: Si
     assert (ended.code, stored.code) == (0, 0)
     assert ended.data["inputs"] == {"source": stored.data["content_digest"]}
     assert open_manifest(tmp_path / "recipe").derivation == open_manifest(tmp_path / "merged").derivation
+
+
+def test_convert_then_merge_into_a_quantized_base(site: Site, tmp_path: Path) -> None:
+    dropped, trained = site.drop(), tmp_path / "trained"
+    shutil.copytree(dropped, trained)
+    torch.save(load_file(trained / "adapter_model.safetensors"), trained / "adapter_model.bin")
+    (trained / "adapter_model.safetensors").unlink()
+    ended = qwen_pipeline("convert", "--from", trained, "--out", tmp_path / "lora", "--json")
+    assert (ended.code, ended.data["stage"]) == (0, "converted")
+
+    base = to_fp8(Path(shutil.copytree(site.root / "base", tmp_path / "base")))
+    merge = ("merge", "--base", base, "--adapter", tmp_path / "lora", "--out", tmp_path / "merged", "--json")
+    assert qwen_pipeline(*merge).code == 2
+    assert qwen_pipeline(*merge, "--base-dequantize").code == 0

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.fine_tune_files import FILES_READ
 from qwen_pipeline.reports import CheckReport, load_reports
+from qwen_pipeline.stages.convert import convert
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2
 
@@ -92,7 +93,7 @@ def test_weights_beside_a_set_of_adapters_are_refused(base: Path, tmp_path: Path
         merge(base=base, fine_tune=root, destination=tmp_path / "again")
 
 
-@pytest.mark.parametrize("name", ["vit.safetensors", "non_lora_state_dict.bin"])
+@pytest.mark.parametrize("name", ["vit.safetensors", "vit.bin", "non_lora_state_dict.bin"])
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 def test_the_remedy_adds_trained_weights_to_the_adapter(tmp_path: Path, name: str, prefix: str) -> None:
     base = tiny_model("qwen2_5_vl", tmp_path / "base")
@@ -106,8 +107,12 @@ def test_the_remedy_adds_trained_weights_to_the_adapter(tmp_path: Path, name: st
         torch.save(named, adapter / name)
     with pytest.raises(InputRefused) as refusal:
         merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")
-    command = refusal.value.remedy.split("modules_to_save: ")[1].splitlines()[0]
-    subprocess.run(command.replace("python -c", f"{shlex.quote(sys.executable)} -c"), shell=True, check=True)
+    if "python -c" in refusal.value.remedy:
+        command = refusal.value.remedy.split("modules_to_save: ")[1].splitlines()[0]
+        subprocess.run(command.replace("python -c", f"{shlex.quote(sys.executable)} -c"), shell=True, check=True)
+    else:
+        assert f"qwen-pipeline convert --from {adapter} --out CONVERTED" in refusal.value.remedy
+        adapter = convert(source=adapter, destination=tmp_path / "converted").path
     merged = merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")
     found = load_file(merged.path / "model.safetensors")
     assert found.keys() == alone.keys()
@@ -124,3 +129,12 @@ def test_code_of_a_models_own_is_refused(base: Path, tmp_path: Path) -> None:
         merge(base=base, fine_tune=tuned, destination=tmp_path / "merged")
     (tuned / "config.json").write_text(config)
     assert merge(base=base, fine_tune=tuned, destination=tmp_path / "merged")
+
+
+def test_a_name_that_a_shell_would_run_is_in_no_command(base: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    (adapter / "$(touch harm)'.bin").write_text("content")
+    with pytest.raises(InputRefused) as refusal:
+        merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")
+    assert "python -c" not in refusal.value.remedy
+    assert """--leave-behind '$(touch harm)'"'"'.bin'""" in refusal.value.remedy

@@ -18,7 +18,8 @@ from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.calibrate import EXPERT_TABLE, PLOT, calibrate, check_experts
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.text.reading import RecordUse, TextSpec
+from qwen_pipeline.text.reading import RecordUse
+from qwen_pipeline.text.spec import TextSpec
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests.chain import write_text
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, tiny_tokenizer

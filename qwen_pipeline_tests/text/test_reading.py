@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
-from qwen_pipeline.text.reading import RecordReader, RecordUse, TextSpec, parse_template_arguments
+from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.spec import TextSpec, parse_template_arguments
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 GOOD: dict[str, Any] = {"text": "good"}
@@ -38,7 +39,7 @@ def test_skipped_records_are_counted_by_reason_and_the_first_are_named(tmp_path:
     )
     assert RecordUse.from_json(json.loads(json.dumps(reading.use.to_json()))) == reading.use
     assert str(reading.use).startswith("8 of 98 records were skipped: 7 (a message has no content), 1 (has half")
-    assert str(reading.use).endswith("1 empty ones were passed over.")
+    assert str(reading.use).endswith("Empty records that were passed over: 1.")
 
 
 def test_above_the_limit_the_text_is_refused_with_the_remedy_of_the_most_frequent_reason(tmp_path: Path) -> None:

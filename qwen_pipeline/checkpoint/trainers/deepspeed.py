@@ -56,7 +56,7 @@ class _Ranks:
 
 
 def is_zero(root: Path) -> bool:
-    return any(_MODEL.fullmatch(path.name) for path in root.glob("*_states.pt"))
+    return any(_MODEL.fullmatch(path.name) or _OPTIMIZER.fullmatch(path.name) for path in root.glob("*_states.pt"))
 
 
 def open_zero(root: Path) -> TrainedWeights:
@@ -114,7 +114,7 @@ def _require_every_rank(ranks: _Ranks, names: Sequence[str]) -> None:
     if not ranks.optimizers:
         return
     counts = ranks.optimizers[0].get("partition_count")
-    every = set(cast("list[int]", counts)) if isinstance(counts, list) else {counts}
+    every = {int(count) for count in (cast("list[int]", counts) if isinstance(counts, list) else [counts])}
     if len(every) != 1:
         raise CheckpointRefused(
             f"{ranks.root} has groups of parameters in {sorted(every)} parts: its experts were split over ranks.",

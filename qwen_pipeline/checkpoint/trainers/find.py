@@ -8,6 +8,7 @@ from qwen_pipeline.checkpoint.lazy import PICKLES, SIDECARS
 from qwen_pipeline.checkpoint.trainers.deepspeed import is_zero, open_zero
 from qwen_pipeline.checkpoint.trainers.distributed import is_distributed, open_distributed
 from qwen_pipeline.checkpoint.trainers.state_dicts import NON_LORA, open_state_dicts, shards_of
+from qwen_pipeline.checkpoint.trainers.unpickler import MALFORMED, damaged
 from qwen_pipeline.checkpoint.trainers.weights import TrainedWeights
 from qwen_pipeline.errors import CheckpointRefused, listed
 
@@ -30,13 +31,13 @@ def open_trained(root: Path) -> TrainedWeights:
             read safely and completely.
     """
     if root.is_file():
-        return open_state_dicts([root])
+        return _open(lambda: open_state_dicts([root]), root)
     if not root.is_dir():
         raise CheckpointRefused(f"{root} does not exist.", remedy="Pass a checkpoint that a trainer saved.")
     found = dict(_candidates(root))
     if len(found) == 1:
         (opener,) = found.values()
-        return opener()
+        return _open(opener, root)
     if found:
         raise CheckpointRefused(
             f"{root} holds several checkpoints: {listed(sorted(found))}.",
@@ -51,6 +52,13 @@ def open_trained(root: Path) -> TrainedWeights:
         f"{root} holds no weights that a trainer saves.",
         remedy="Pass a file of torch.save, or a directory with pytorch_model.bin, global_step*/ or .metadata.",
     )
+
+
+def _open(opener: Opener, root: Path) -> TrainedWeights:
+    try:
+        return opener()
+    except MALFORMED as error:
+        raise damaged(root, repr(error)) from error
 
 
 def _candidates(root: Path) -> Iterator[tuple[str, Opener]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes
-from qwen_pipeline.checkpoint.trainers.unpickler import Function, Record, damaged, load_pickle, record_class
+from qwen_pipeline.checkpoint.trainers.unpickler import MALFORMED, Function, Record, damaged, load_pickle, record_class
 from qwen_pipeline.errors import CheckpointRefused
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def open_torch_file(path: Path, *, start: int = 0, length: int | None = None) ->
             return _Archive(path, start, file, archive).load()
     except zipfile.BadZipFile as error:
         raise _not_an_archive(path, str(error)) from error
+    except MALFORMED as error:
+        raise damaged(path, repr(error)) from error
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ pickle, so that one file cannot affect how the next one is read.
 
 import io
 import pickle
+import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +17,11 @@ from typing import Any, NoReturn
 
 from qwen_pipeline.errors import CheckpointRefused, PipelineError
 
+MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+"""The errors of reading values that do not have the form that their file claims."""
 _NO_DTENSORS = "Merge the ranks' files with the trainer's own tool (verl: python -m verl.model_merger merge), which"
 _REMEDIES: Mapping[str, str] = {
     "torch.distributed.tensor": f"{_NO_DTENSORS} writes safetensors.",
@@ -96,12 +103,16 @@ _PERMITTED: Mapping[str, Any] = {
     "builtins.tuple": tuple,
     "builtins.set": set,
     "builtins.int": record_class("int"),
+    "builtins.long": record_class("int"),
     "argparse.Namespace": record_class("argparse.Namespace"),
     "pathlib.PosixPath": record_class("pathlib.PosixPath"),
     "pathlib._local.PosixPath": record_class("pathlib.PosixPath"),
     "numpy.dtype": record_class("numpy.dtype"),
     "numpy.core.multiarray.scalar": record_class("numpy.scalar"),
     "numpy._core.multiarray.scalar": record_class("numpy.scalar"),
+    "numpy.ndarray": record_class("numpy.ndarray"),
+    "numpy.core.multiarray._reconstruct": record_class("numpy.ndarray"),
+    "numpy._core.multiarray._reconstruct": record_class("numpy.ndarray"),
     "_codecs.encode": record_class("bytes"),
 }
 
@@ -114,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
         self._source, self._permitted, self._persistent = source, permitted, persistent
 
     def find_class(self, module: str, name: str, /) -> Any:
-        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in self._permitted:
             return self._permitted[full]
         if full.startswith(_RECORDS):

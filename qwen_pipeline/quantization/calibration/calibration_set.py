@@ -22,8 +22,9 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetenso
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.reports import load_reports
-from qwen_pipeline.text.reading import DEFAULT_TEXT_SPEC, RecordReader, RecordUse, TextSpec
+from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
+from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 from qwen_pipeline.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:

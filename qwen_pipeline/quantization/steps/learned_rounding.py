@@ -1,15 +1,17 @@
 """Learned rounding of a whole decoder layer: AutoRound (arXiv:2309.05516), from where GPTQ ends.
 
-A code is ``clamp(round(w / s + v))`` for the weight ``w`` that GPTQ was about to round. The offset ``v``, at first 0
-and at most half a code, and a relative change of the scale ``s`` are learned, so that the outputs of the layer for the
-inputs of the quantized model come closer to the full-precision model's: offsets by the sign of the gradient, scales by
-Adam. The gradient passes through rounding as if it were the identity. Zeros stay zeros, and equal rows stay equal, so
-padding is preserved.
+A code is ``clamp(round(w / s + v))`` for the weight ``w`` that GPTQ was about to round and its scale ``s``, and stands
+for ``s (1 + d)`` times itself. The offset ``v``, at first 0 and at most half a code, and the change ``d`` of each scale
+are learned, so that the outputs of the layer for the inputs of the quantized model come closer to the full-precision
+model's: offsets by the sign of the gradient, scales by Adam. The gradient passes through rounding as if it were the
+identity. Zeros stay zeros, and equal rows stay equal, so padding is preserved.
+
+Codes do not depend on ``d``: if they were rounded again for each scale, every step would undo some of what GPTQ chose.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,19 +80,17 @@ class Offsets:
 
     def weight(self) -> Tensor:
         """Return the weight [O, I] that the codes stand for."""
-        scale_OI = self._of_inputs(self.scales)
-        return self._steps(scale_OI).round_().clamp_(self._low, self._high).mul_(scale_OI)
+        codes_OI = self._steps().round_().clamp_(self._low, self._high)
+        return codes_OI.mul_(self._of_inputs(self.scales))
 
     def learn(self, gradient_OI: Tensor, rate: float) -> None:
         """Move the offsets by ``rate`` against the gradient's sign; set the gradient of the changes of scales."""
-        scale_OI = self._of_inputs(self.scales)
-        steps_OI = self._steps(scale_OI)
-        codes_OI = steps_OI.round()
-        free_OI = (codes_OI >= self._low) & (codes_OI <= self._high)
-        gradient_OI = self._tied(gradient_OI.float()) * scale_OI
-        by_scale_OI = codes_OI.clamp_(self._low, self._high) - (steps_OI - self._offset) * free_OI
-        self.change.grad = (gradient_OI * by_scale_OI).view(*self.change.shape, -1).sum(dim=-1)
-        step_OI = gradient_OI.sign_() * free_OI * (self._target != 0)
+        codes_OI = self._steps().round_()
+        free_OI = (codes_OI >= self._low) & (codes_OI <= self._high) & (self._target != 0)
+        gradient_OI = self._tied(gradient_OI.float()) * self._of_inputs(self._scales)
+        by_scale_OI = gradient_OI * codes_OI.clamp_(self._low, self._high)
+        self.change.grad = by_scale_OI.view(*self.change.shape, -1).sum(dim=-1)
+        step_OI = gradient_OI.sign_() * free_OI
         self._offset.sub_(step_OI, alpha=rate).clamp_(-0.5, 0.5)
 
     def reset(self) -> None:
@@ -98,8 +98,8 @@ class Offsets:
         self._offset.zero_()
         self.change.zero_()
 
-    def _steps(self, scale_OI: Tensor) -> Tensor:
-        return self._target / scale_OI + self._offset
+    def _steps(self) -> Tensor:
+        return self._target / self._of_inputs(self._scales) + self._offset
 
     def _of_inputs(self, scales_OG: Tensor) -> Tensor:
         return scales_OG.repeat_interleave(self._target.shape[1] // scales_OG.shape[1], dim=1)
@@ -119,7 +119,10 @@ def learn_rounding(
     settings: LearnedRounding,
     order: Callable[[int], Sequence[int]],
 ) -> LayerError:
-    """Learn the offsets of a layer's weights; they are reset if the error of all tokens did not fall.
+    """Learn the offsets of a layer's weights, and the changes of their scales.
+
+    If the error of all tokens does not fall, the changes of scales are learned alone; if it does not fall then either,
+    GPTQ's codes and scales are kept.
 
     Args:
         module: The layer. It is not changed.
@@ -128,28 +131,41 @@ def learn_rounding(
         settings: Number and size of the steps.
         order: Returns a permutation of so many batches.
     """
-    layer, size = _TrainableLayer(module, offsets), _batches_of_a_step(batches, settings)
+    layer = _TrainableLayer(module, offsets)
     squares = sum(_masked(batch.target, batch).double().square().sum().item() for batch in batches)
-    before = layer.error(batches)
-    optimizer = torch.optim.Adam([each.change for each in offsets], lr=settings.scale_rate)
+    before = after = layer.error(batches)
+    for travel in (settings.travel, 0.0) if before else ():
+        _descend(layer, batches, replace(settings, travel=travel), order, scale=1 / before)
+        if (learned := layer.error(batches)) < before:
+            after = learned
+            break
+        layer.reset()
+    return LayerError(before=before / squares, after=after / squares) if squares else LayerError(before=0, after=0)
+
+
+def _descend(
+    layer: "_TrainableLayer",
+    batches: Sequence[LayerBatch],
+    settings: LearnedRounding,
+    order: Callable[[int], Sequence[int]],
+    *,
+    scale: float,
+) -> None:
+    """Take the steps; the loss is the mean error of a step's batches, times their number and ``scale``."""
+    size = max(1, settings.windows // len(batches[0].hidden))
+    optimizer = torch.optim.Adam([each.change for each in layer.offsets], lr=settings.scale_rate)
     queue: list[int] = []
-    for step in range(settings.steps if before else 0):
+    for step in range(settings.steps):
         left = 1 - step / settings.steps
         optimizer.param_groups[0]["lr"] = settings.scale_rate * left
         while len(queue) < size:
             queue += order(len(batches))
         chosen, queue = queue[:size], queue[size:]
-        layer.backward([batches[number] for number in chosen], scale=len(batches) / size / before)
-        for each in offsets:
+        layer.backward([batches[number] for number in chosen], scale=scale * len(batches) / size)
+        for each in layer.offsets:
             each.learn(layer.gradient(each), rate=2 * settings.travel / settings.steps * left)
         optimizer.step()
         layer.update()
-    after = layer.error(batches)
-    if not after < before:
-        for each in offsets:
-            each.reset()
-        after = before
-    return LayerError(before=before / squares, after=after / squares) if squares else LayerError(before=0, after=0)
 
 
 @contextmanager
@@ -171,7 +187,7 @@ class _TrainableLayer:
     """
 
     def __init__(self, module: nn.Module, offsets: Sequence[Offsets]) -> None:
-        self._module, self._offsets = module, offsets
+        self._module, self.offsets = module, offsets
         self._parameters = {name: tensor.detach().clone() for name, tensor in _state(module)}
         for each in offsets:
             self._parameters[each.place.parameter].requires_grad_()
@@ -180,8 +196,14 @@ class _TrainableLayer:
     @torch.no_grad()
     def update(self) -> None:
         """Compute the weights from the offsets."""
-        for each in self._offsets:
+        for each in self.offsets:
             self._parameters[each.place.parameter][each.place.index].copy_(each.weight())
+
+    def reset(self) -> None:
+        """Return to GPTQ's codes."""
+        for each in self.offsets:
+            each.reset()
+        self.update()
 
     @torch.no_grad()
     def error(self, batches: Iterable[LayerBatch]) -> float:
@@ -203,10 +225,6 @@ class _TrainableLayer:
         arguments = {name: _cloned(value) for name, value in batch.arguments.items()}
         output = functional_call(self._module, self._parameters, (hidden,), arguments)
         return (_masked(output, batch).float() - _masked(batch.target, batch).float()).square().sum()
-
-
-def _batches_of_a_step(batches: Sequence[LayerBatch], settings: LearnedRounding) -> int:
-    return max(1, settings.windows // len(batches[0].hidden))
 
 
 def _state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

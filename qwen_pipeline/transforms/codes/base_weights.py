@@ -1,5 +1,6 @@
 """The weights that a base stands for: those that are stored, those that its codes encode, or those that QLoRA sees."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,13 @@ class BaseWeights:
 
     def spec(self, base: Checkpoint) -> dict[str, Any]:
         """Return the settings that change the weights of this base, for a derivation."""
-        changed = {"base_dequantize": True} if self.of(base) is not base and self.dequantize else {}
+        changed = {"base_dequantize": True} if self.dequantize and dequantized(base) is not base else {}
         return {**changed, **({"base_nf4": self.nf4} if self.nf4 else {})}
 
 
 AS_STORED = BaseWeights()
 
 
-def base_weights(spec: dict[str, Any]) -> BaseWeights:
+def base_weights(spec: Mapping[str, Any]) -> BaseWeights:
     """Return the way to read a base that :meth:`BaseWeights.spec` describes."""
     return BaseWeights(dequantize=bool(spec.get("base_dequantize")), nf4=spec.get("base_nf4"))

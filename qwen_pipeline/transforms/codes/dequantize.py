@@ -9,6 +9,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.families import text_config
+from qwen_pipeline.transforms.codes.bitsandbytes import parts_of, restored, stored_in_4_bits
 from qwen_pipeline.transforms.codes.formats import CodeFormat, code_format
 from qwen_pipeline.transforms.codes.gptq import PackedLinear
 from qwen_pipeline.transforms.codes.parts import CodeTensor, Elements
@@ -27,7 +28,8 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """Return a quantized checkpoint in full precision; one that is not quantized is returned unchanged.
 
     Weights get the dtype that the config states (bfloat16 if it states none) and are rounded to it once. Codes of GPTQ,
-    AWQ and compressed-tensors and 8-bit floats are read. Scales of activations are left out; everything else stays.
+    AWQ, compressed-tensors and bitsandbytes (4 bits) and 8-bit floats are read. Scales of activations are left out;
+    everything else stays.
 
     Raises:
         CheckpointRefused: The codes have another format, or a code or a scale is missing.
@@ -40,7 +42,10 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     packed = [name for name in checkpoint if name.rpartition(".")[2] in _FIRST_CODES]
     replaced = {name: (name, scaled(checkpoint, name, dtype, settings)) for name in floats}
     replaced |= dict(_unpacked(checkpoint, packed, dtype, settings)) if packed else {}
+    in_4_bits = stored_in_4_bits(checkpoint)
+    replaced |= {name: (name, restored(checkpoint, name)) for name in in_4_bits}
     consumed = {scale_of(checkpoint, name) for name in floats}
+    consumed |= {part for name in in_4_bits for part in parts_of(checkpoint, name)}
     consumed |= {name for name in checkpoint if name.rpartition(".")[2] in OF_ACTIVATIONS}
     if packed:
         consumed |= _codes(checkpoint, packed, code_format(settings)) - set(packed)

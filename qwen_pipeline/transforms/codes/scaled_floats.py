@@ -50,19 +50,19 @@ def scaled(checkpoint: Checkpoint, name: str, dtype: str, settings: Mapping[str,
     spec = replace(weight.spec, dtype=dtype)
     grid = _grid(spec.shape, scale.spec.shape)
     block = _block(spec.shape, grid, settings.get("weight_block_size")) if grid else None
-    if block is None or scale.spec.dtype not in ("F32", "BF16", "F16"):
+    if grid is None or block is None or scale.spec.dtype not in ("F32", "BF16", "F16"):
         raise CheckpointRefused(
             f"{scale_name} is {scale.spec.dtype} {list(scale.spec.shape)}, which does not fit {name}"
             f" {list(spec.shape)} in blocks of {settings.get('weight_block_size') or 'equal size'}.",
             remedy="Use the full-precision model that the checkpoint was made from.",
         )
-    rows, columns = block
+    (rows, columns), shape = block, grid
 
     def read(start: int, stop: int) -> "torch.Tensor":
         import torch
 
         values = weight.read(start, stop).float()
-        scales = scale.read(0, scale.spec.rows).float().reshape(grid)
+        scales = scale.read(0, scale.spec.rows).float().reshape(shape)
         if len(spec.shape) == 2:
             scales = scales[torch.arange(start, stop) // rows]
         else:

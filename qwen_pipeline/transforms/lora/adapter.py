@@ -198,12 +198,7 @@ def _no_weights(root: Path) -> AdapterRefused:
         return AdapterRefused(
             f"{root} has no {ADAPTER_WEIGHTS}.", remedy="Wait until the upload is complete, or download it again."
         )
-    convert = (
-        "from safetensors.torch import save_file; import torch; "
-        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()}}, "
-        f"'{ADAPTER_WEIGHTS}')"
-    )
     return AdapterRefused(
         f"{root} holds pickled weights ({', '.join(pickles)}), which can execute code when they are loaded.",
-        remedy=f'If you trust them, convert them: cd {quote(str(root))} && python -c "{convert}"',
+        remedy=f"Convert them, which runs nothing: qwen-pipeline convert --from {quote(str(root))} --out DIRECTORY",
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**16
 """Elements that are compared together: few enough for the processor's cache."""
-SAMPLED = 4
+SAMPLED = 8
 """Of the pieces of a block, one in so many is measured; whether a block changed at all is always exact."""
 _PEEK_BYTES = 2**16
 

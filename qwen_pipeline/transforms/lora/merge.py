@@ -63,7 +63,9 @@ def merge_lora(
     require_full_precision(
         base,
         because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
-        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize).",
+        remedy="Use the full-precision base; quantize after merging (merge, then pad, then quantize). If there is none,"
+        " read its codes as the full precision that they stand for: --base-dequantize, or base_dequantize in the"
+        " settings.",
     )
     base = with_task_head(base, adapters)
     adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))

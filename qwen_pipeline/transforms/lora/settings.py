@@ -7,6 +7,7 @@ from dataclasses import field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, field_validator
@@ -128,6 +129,7 @@ class LoraSettings:
         return named or (self.tokens_of(INPUT_EMBEDDING) if module.endswith(OUTPUT_HEAD) else ())
 
 
+_TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 _LORA_SETTINGS = TypeAdapter(LoraSettings)
 _MERGED = {"peft_type", "init_lora_weights", *LoraSettings.__dataclass_fields__}
 
@@ -139,6 +141,11 @@ def lora_settings(config: Mapping[str, Any], *, source: Path) -> LoraSettings:
         AdapterRefused: The method is not LoRA, a setting is unsupported or unknown, or a value is invalid.
     """
     _require_lora(config.get("peft_type"), source)
+    for name in _TEXTS:
+        if not isinstance(text := config.get(name, ""), (str, NoneType)) or "\0" in (text or ""):
+            raise AdapterRefused(
+                f"{source} has {name}={text!r}, expected a text.", remedy=f"Correct {name} in the file."
+            )
     if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
         raise AdapterRefused(
             f"{source} has init_lora_weights={init!r}, which can change the base's weights before training; expected"

@@ -57,9 +57,13 @@ def main(out: str, kind: str) -> None:
         save_file(tensors, Path(out) / "expected.safetensors")
 
 
-def _model(kind: str) -> Any:
+def base_model() -> Any:
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SIZES))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SIZES))
+
+
+def _model(kind: str) -> Any:
+    model = base_model()
     if kind.endswith("lora"):
         peft = import_module("peft")
         return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))

@@ -1,6 +1,7 @@
 """An adapter is opened completely, or refused with the name of the setting or tensor that is wrong."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.errors import AdapterRefused
+from qwen_pipeline.stages.convert import convert
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
@@ -104,6 +106,10 @@ def test_settings_that_peft_saves_but_cannot_be_merged_are_refused_by_name(
         ("init_lora_weights", "corda"),
         ("peft_type", "LOHA"),
         ("peft_type", None),
+        ("base_model_name_or_path", ["Qwen/Qwen3-8B"]),
+        ("base_model_name_or_path", "Qwen\0"),
+        ("revision", 7),
+        ("peft_version", 0.18),
         ("setting_of_tomorrow", "on"),
         ("setting_of_tomorrow", 16),
     ],
@@ -139,18 +145,16 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
     assert lora_settings(defaults, source=Path("adapter_config.json")).r == 4, peft.__version__
 
 
-def test_pickled_weights_are_refused_with_a_conversion_that_works(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_weights_are_refused_with_a_conversion_that_works(adapter: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     torch.save(tensors, adapter / "adapter_model.bin")
     (adapter / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(AdapterRefused, match=r"adapter_model\.bin") as refusal:
         open_adapter(adapter)
-    where, code = refusal.value.remedy.split(' && python -c "')
-    monkeypatch.chdir(where.split(": cd ")[1])
-    exec(code.removesuffix('"'))
-    assert len(open_adapter(adapter).tensors.factors) * 2 == len(tensors)
+    _, _, line = refusal.value.remedy.partition(": qwen-pipeline ")
+    assert shlex.split(line) == ["convert", "--from", str(adapter), "--out", "DIRECTORY"]
+    converted = convert(source=adapter, destination=tmp_path / "converted").path
+    assert len(open_adapter(converted).tensors.factors) * 2 == len(tensors)
 
 
 def test_adapters_that_peft_cannot_merge_are_refused_by_name(tmp_path: Path) -> None:

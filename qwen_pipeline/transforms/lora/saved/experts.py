@@ -82,8 +82,8 @@ def _votes(adapter: Adapter, base: Checkpoint, stacks: Mapping[str, Factors]) ->
         except CheckpointRefused:
             continue
         of_a, of_b = adapter.shape(factors.down)[1] == hidden, adapter.shape(factors.up)[0] == hidden
-        if module in FUSED and (of_a or of_b):
-            votes[path] = None if of_a and of_b else of_a == (module == DOWN)
+        if module.endswith(FUSED) and (of_a or of_b):
+            votes[path] = None if of_a and of_b else of_a == module.endswith(DOWN)
     return votes
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from qwen_pipeline.checkpoint.files import load_json
@@ -64,8 +65,8 @@ def open_weights(root: Path) -> AdapterWeights | None:
         raise AdapterRefused(
             f"{root} has tensors without values: {listed(empty)}. A rank of a sharded training (ZeRO-3, FSDP) saved the"
             " part that it held.",
-            remedy="Gather the weights: qwen-pipeline convert --from CHECKPOINT --out DIR, where CHECKPOINT is the"
-            " training's own checkpoint (global_step*/ or pytorch_model_fsdp*/). Or save again with all weights"
+            remedy=f"Gather the weights, if the training's own checkpoint (global_step*/, *.distcp) is there too:"
+            f" qwen-pipeline convert --from {quote(str(root))} --out CONVERTED. Otherwise save again with all weights"
             " gathered (stage3_gather_16bit_weights_on_model_save in DeepSpeed's config).",
         )
     spelling = spelling_of(owners, source=root)
