@@ -29,13 +29,17 @@ SIDECARS = (
     "generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*",
+    "processor_config.json", "spk_dict.pt", "LICENSE*", "NOTICE*", "modules.json", "sentence_*_config.json",
+    "config_sentence_transformers.json", "[0-9]*_*/config.json",
 )  # fmt: skip
 """Files that describe how a model is used rather than what it computes. Every stage copies them unchanged.
+
+Those of sentence-transformers list the steps after the model, each in a directory such as ``1_Pooling``.
 
 ``spk_dict.pt`` holds the voices of Qwen2.5-Omni, without which Transformers does not load it; it is never opened here.
 """
 
+_STEPS, _STEP_WEIGHTS = "modules.json", "[0-9]*_*/model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 ReadRows = Callable[[int, int], "torch.Tensor"]
@@ -210,8 +214,13 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
 
 
 def open_sidecars(root: Path) -> dict[str, Path]:
-    """Return a directory's files that match :data:`SIDECARS`: relative path -> absolute path."""
-    return {path: root / path for path in relative_files(root) if any(fnmatch(path, glob) for glob in SIDECARS)}
+    """Return a directory's files that match :data:`SIDECARS`: relative path -> absolute path.
+
+    Steps of sentence-transformers may have weights, which belong to them if the directory lists its steps.
+    """
+    paths = relative_files(root)
+    globs = (*SIDECARS, _STEP_WEIGHTS) if _STEPS in paths else SIDECARS
+    return {path: root / path for path in paths if any(fnmatch(path, glob) for glob in globs)}
 
 
 def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:

@@ -4,6 +4,14 @@ from collections.abc import Sequence
 
 from qwen_pipeline.errors import listed
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
+from qwen_pipeline.evaluation.head_checks import (
+    HEAD_CHECKS,
+    OF_LANGUAGE,
+    concerning,
+    head_reports,
+    inapplicable,
+    purpose,
+)
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.logits.float16 import FLOAT16, float16_report
 from qwen_pipeline.evaluation.serving.findings import SERVED, serving_report
@@ -60,20 +68,21 @@ SAMPLES = CheckSpec(
     blocking=False,
 )
 CHECKS = (
-    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, PARALLEL, RANKS, FLOAT16, MERGED_NOT_WORSE, SAMPLES,
-    SERVED, TASKS,
+    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, *HEAD_CHECKS, PARALLEL, RANKS, FLOAT16, MERGED_NOT_WORSE,
+    SAMPLES, SERVED, TASKS,
 )  # fmt: skip
 
 
 def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> list[CheckReport]:
     """Return a report for each of :data:`CHECKS`, in order; ``tasks`` has the limits of the scores."""
-    return [
+    reports = [
         _structure(findings),
         _loading(findings),
         _padding(findings, limits),
         _perplexity(findings, limits),
         _kl(findings, limits),
         _agreement(findings, limits),
+        *head_reports(findings, limits),
         _parallel(findings),
         _ranks(findings),
         _float16(findings, limits),
@@ -81,6 +90,10 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
         _samples(findings),
         serving_report(findings.served, max_gap=limits.max_served_gap),
         tasks_report(tasks, findings.tasks, fault=findings.tasks_fault),
+    ]
+    skipped, reason = OF_LANGUAGE & inapplicable(findings.task), f"Not for {purpose(findings.task)}."
+    return [
+        spec.skipped(reason) if spec.name in skipped else report for spec, report in zip(CHECKS, reports, strict=True)
     ]
 
 
@@ -115,25 +128,28 @@ def _loading(findings: Findings) -> CheckReport:
 
 
 def _padding(findings: Findings, limits: Limits) -> CheckReport:
-    padding, kl = findings.structure.padding, None
+    padding, measured = findings.structure.padding, None
+    is_language = findings.task.kind == "language"
+    limit = limits.max_padding_kl if is_language else limits.max_padding_error
+    unit = "mean KL(merged || padded) in nats per token" if is_language else "relative difference of outputs"
     problems = list(padding.audible)
     if PADDED in findings.models:
-        divergence = findings.models[PADDED].divergence
-        if divergence is None:
-            return _unmeasured(PADDING, limits.max_padding_kl, findings, PADDED)
-        kl = divergence.mean
-        if not kl <= limits.max_padding_kl:
+        padded = findings.models[PADDED]
+        measured = padded.divergence.mean if padded.divergence else padded.head.error if padded.head else None
+        if measured is None:
+            return _unmeasured(PADDING, limit, findings, PADDED)
+        if not measured <= limit:
             problems.append("padding alone changes predictions")
     elif not (problems or padding.channels or padding.twins):
         return PADDING.skipped("No padded checkpoint was given, and the model has no padded channels.")
     return PADDING.report(
         passed=not problems,
-        measured=kl,
-        limit=None if kl is None else limits.max_padding_kl,
+        measured=measured,
+        limit=None if measured is None else limit,
         detail=f"{listed(problems)}. Pad and quantize again."
         if problems
         else f"All {padding.channels} added channels are still zero; all {padding.twins} split ones have equal rows."
-        + ("" if kl is None else " The measured value is the mean KL(merged || padded) in nats per token."),
+        + ("" if measured is None else f" The measured value is the {unit}."),
     )
 
 
@@ -281,6 +297,7 @@ def _unmeasured(check: CheckSpec, limit: float, findings: Findings, *roles: str)
 
 def verdict(reports: Sequence[CheckReport]) -> str:
     """Return the outcome of the checks in one line; only checks that ran count as passed."""
+    reports = concerning(reports)
     failed, warned, skipped = (
         ", ".join(report.name for report in reports if report.outcome == outcome)
         for outcome in ("failed", "warning", "skipped")

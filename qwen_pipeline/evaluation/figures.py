@@ -35,6 +35,29 @@ class DivergenceFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadFigures:
+    """Distance of a classifier's logits, or of embeddings, from the reference's.
+
+    Attributes:
+        outputs: Number of texts, or of tokens if each is classified.
+        error: Norm of the differences over that of the reference's deviations from their mean.
+        max_error: The largest difference of two values.
+        agreement: Share of outputs with the same most likely label; None unless there are several labels.
+        order: Share of pairs of rewards that have the same order; None unless there is one label.
+        cosine: Mean cosine of the embeddings of a text; None for classifiers.
+        min_cosine: The lowest such cosine.
+    """
+
+    outputs: int
+    error: float
+    max_error: float
+    agreement: float | None = None
+    order: float | None = None
+    cosine: float | None = None
+    min_cosine: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
     """The activation of largest magnitude in a layer, and the module that it enters or leaves (``mlp.down_proj``)."""
 
@@ -55,6 +78,7 @@ class ModelFigures:
         tokens: Number of predicted tokens.
         linears: Class name of the linear layers that Transformers loaded -> their number.
         divergence: Divergence from the reference model, if requested.
+        head: Distance of another head's outputs from the reference's, in place of perplexity and divergence.
         drift: Distance of the hidden state from the reference's after each layer, relative to the latter's norm.
         peaks: The largest activation of each layer on the windows.
         calibration_peaks: The largest activation of each layer on the calibration tokens, if requested.
@@ -70,6 +94,7 @@ class ModelFigures:
     tokens: int = 0
     linears: Mapping[str, int] = field(default_factory=dict[str, int])
     divergence: DivergenceFigures | None = None
+    head: HeadFigures | None = None
     drift: tuple[float, ...] = ()
     peaks: tuple[Peak, ...] = ()
     calibration_peaks: tuple[Peak, ...] = ()

@@ -1,11 +1,12 @@
 """The findings of one validation, from which checks, plots and reports are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.evaluation.figures import ModelFigures
+from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.samples import Sample
 from qwen_pipeline.evaluation.serving.findings import ServingFindings
 from qwen_pipeline.evaluation.tasks.plan import Score
@@ -43,6 +44,7 @@ class Findings:
         served: Findings of a real serving engine; empty if none is configured.
         tasks: Scores in benchmark tasks; empty if none are configured.
         tasks_fault: The reason why configured tasks have no scores.
+        task: The task of the models.
     """
 
     structure: "Structure"
@@ -54,6 +56,7 @@ class Findings:
     served: Sequence[ServingFindings] = ()
     tasks: Sequence[Score] = ()
     tasks_fault: str | None = None
+    task: HeadTask = field(default_factory=HeadTask)
 
     def perplexity(self, role: str) -> float | None:
         """Return a model's perplexity, or None if it is absent or did not load."""

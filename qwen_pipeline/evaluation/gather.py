@@ -81,7 +81,7 @@ def gather_findings(
     found = _targets(source, quantized, targets, observe)
     shardings = shardings_with_effect(quantized, found)
     measurement = replace(models.measurement, shardings=list(shardings.values()), unruled=plan.serving is not None)
-    log = logs / "validate.log"
+    log, is_language = logs / "validate.log", measurement.task.kind == "language"
     worker = run_worker(
         engine.python, MEASURE, measurement.to_json(), log=log, env=MEASURING_ENVIRONMENT, observe=observe
     )
@@ -90,13 +90,14 @@ def gather_findings(
         structure=structure,
         models={role: figures[role] for role in models.roots},
         nbytes={role: checkpoint.nbytes for role, checkpoint in checkpoints.items()},
-        samples=_samples(plan.prompts, figures, models),
+        samples=_samples(plan.prompts, figures, models) if is_language else [],
         parallel=assess_targets(quantized.config, plan.tensor_parallel, plan.targets),
         targets=with_divergences(found, _divergences(shardings, figures)),
+        task=measurement.task,
     )
-    if plan.serving:
+    if plan.serving and is_language:
         findings = replace(findings, served=_serve(plan.serving, models, figures, logs, observe))
-    if plan.tasks and not any(figures[role].fault for role in (MERGED, QUANTIZED)):
+    if plan.tasks and is_language and not any(figures[role].fault for role in (MERGED, QUANTIZED)):
         findings = _with_scores(findings, plan.tasks, models, logs, observe)
     return findings, worker.peak_memory_bytes
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qwen_pipeline.models.open import open_model
+from qwen_pipeline.qwen.heads import class_of
 
 _OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx)|gate_up_proj|down_proj)")
 KERNEL = "gptq_torch"
@@ -64,10 +65,10 @@ def place_tensors(root: Path) -> Placement:
 
     try:
         config = AutoConfig.from_pretrained(root, local_files_only=True)
-        name = next(iter(config.architectures or ()), None)
+        checkpoint = open_model(root)
+        name = class_of(checkpoint) or next(iter(config.architectures or ()), None)
         if (architecture := getattr(transformers, str(name), None)) is None:
             return Placement(fault=f"Transformers {transformers.__version__} has no architecture {name!r}.")
-        checkpoint = open_model(root)
         shapes = {
             tensor: torch.zeros((), dtype=spec.torch_dtype).expand(spec.shape) for tensor, spec in checkpoint.items()
         }

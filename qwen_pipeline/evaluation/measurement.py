@@ -1,8 +1,10 @@
 """The measurement as it is sent to the worker."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from qwen_pipeline.evaluation.heads import HeadTask
 
 MEASURE = "qwen_pipeline.evaluation.worker:measure"
 MEASURING_ENVIRONMENT = {"GPTQ_TORCH_CACHE_WEIGHTS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -27,6 +29,7 @@ class Measurement:
         shardings: Shardings that change the weights of the quantized model
             (:mod:`~qwen_pipeline.evaluation.tensor_parallel.simulate`); each is compared on one window with the model
             that is not sharded.
+        task: The task of the reference; a model with another head is loaded, but not compared.
     """
 
     models: Mapping[str, str]
@@ -40,13 +43,15 @@ class Measurement:
     unruled: bool = False
     calibration: Sequence[Sequence[int]] = ()
     shardings: Sequence[tuple[int, Sequence[str]]] = ()
+    task: HeadTask = field(default_factory=HeadTask)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Measurement":
-        return cls(**value)
+        fields: dict[str, Any] = {**value, "task": HeadTask.from_json(value.get("task") or {})}
+        return cls(**fields)
 
 
 def sharding_role(number: int) -> str:

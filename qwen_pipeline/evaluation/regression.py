@@ -17,6 +17,8 @@ NOT_WORSE = CheckSpec(
 )
 MAX_GROWTH = 1.02
 """Maximum ratio of the new quantized model's perplexity to that of the released one; beyond it the check warns."""
+_DECIDING = ("perplexity", "error")
+"""The figures that the ratio is computed from; a model has one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> Check
         return NOT_WORSE.skipped("The last release was measured on other held-out text, or another number of windows.")
     found = changes(released, now)
     growth = next(
-        (change.now / change.before for change in found if change.figure == "perplexity" and change.before), None
+        (change.now / change.before for change in found if change.figure in _DECIDING and change.before), None
     )
     if growth is None:
         return NOT_WORSE.report(passed=False, detail="Not compared: one of the two models did not load.")
@@ -88,7 +90,10 @@ def compare(released: ValidationVerdict | None, now: ValidationVerdict) -> Check
 
 
 def _figures(model: ModelFigures) -> dict[str, float]:
-    figures = {"perplexity": model.perplexity}
+    figures: dict[str, float | None] = {"perplexity": model.perplexity}
     if model.divergence:
         figures |= {"mean KL": model.divergence.mean, "top-1 agreement": model.divergence.top1_agreement}
+    if head := model.head:
+        figures |= {"error": head.error, "label agreement": head.agreement, "order of rewards": head.order}
+        figures |= {"cosine": head.cosine}
     return {name: value for name, value in figures.items() if value is not None}

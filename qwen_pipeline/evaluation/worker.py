@@ -25,6 +25,7 @@ from qwen_pipeline.layerwise.greedy_rules import GreedyRules
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, Progress
+from qwen_pipeline.qwen.heads import head_kind
 
 
 def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
@@ -38,13 +39,15 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     figures = {role: _placed(role, root, observe) for role, root in measurement.models.items()}
     loaded = {role: open_model(Path(measurement.models[role])) for role, found in figures.items() if not found.fault}
     context = ComputeContext(device=torch.device(measurement.device), dtype=torch.float32)
-    if measurement.reference in loaded:
+    alike = {role: model for role, model in loaded.items() if head_kind(model) == measurement.task.kind}
+    if measurement.reference in alike:
         measured = evaluate(
-            loaded,
+            alike,
             [torch.tensor(window) for window in measurement.windows],
             reference=measurement.reference,
-            compared=[role for role in measurement.compared if role in loaded],
+            compared=[role for role in measurement.compared if role in alike],
             context=context,
+            task=measurement.task,
             observe=observe,
         )
         figures |= {
@@ -58,7 +61,7 @@ def measure(spec: Mapping[str, Any], observe: Observe) -> dict[str, Any]:
     answering = {role: loaded[role] for role in measurement.answering if role in loaded}
     for role, answer in _answered(answering, measurement, context, observe).items():
         figures[role] = replace(figures[role], **answer)
-    if measurement.shardings and not figures[QUANTIZED].fault:
+    if measurement.shardings and measurement.task.kind == "language" and not figures[QUANTIZED].fault:
         figures |= _sharded(measurement, context)
     return dump_figures(figures)
 

@@ -48,6 +48,8 @@ class Family:
         ties: Whether ``tie_word_embeddings`` has a meaning (``_tied_weights_keys`` of the model's class).
         ties_by_default: The meaning of a config without ``tie_word_embeddings``.
         ties_by_text: Whether the text section alone can declare the head tied (``__post_init__`` of the config).
+        scored: Beginning of the names of Transformers' classes with a ``score`` in place of the output head; empty if
+            models with other heads are not supported.
     """
 
     mixer: Mixer = "attention"
@@ -61,6 +63,7 @@ class Family:
     ties: bool = True
     ties_by_default: bool = False
     ties_by_text: bool = False
+    scored: str = ""
 
 
 def _thinker(towers: Mapping[str, ModelPart], **rest: Any) -> Family:
@@ -86,8 +89,8 @@ _TEXT_3_5_MOE = Family(
 _TEXT_4 = Family(mixer="4", experts=True, shared=True, decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True)
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2": Family(),
-    "qwen2_moe": Family(experts=True, shared=True),
+    "qwen2": Family(scored="Qwen2"),
+    "qwen2_moe": Family(experts=True, shared=True, scored="Qwen2Moe"),
     "qwen2_vl": _VL,
     "qwen2_5_vl": _VL,
     "qwen2_5_omni": _OMNI_2_5,
@@ -98,8 +101,8 @@ FAMILIES: Mapping[str, Family] = {
         towers=_AUDIO,
         ties=False,
     ),
-    "qwen3": Family(head_dim=128),
-    "qwen3_moe": Family(experts=True),
+    "qwen3": Family(head_dim=128, scored="Qwen3"),
+    "qwen3_moe": Family(experts=True, scored="Qwen3Moe"),
     "qwen3_next": Family(mixer="next", experts=True, shared=True, head_dim=256, drafts=True),
     "qwen3_vl": Family(decoder=_DECODER, towers=_VISION, head_dim=128),
     "qwen3_vl_moe": Family(experts=True, decoder=_DECODER, towers=_VISION),

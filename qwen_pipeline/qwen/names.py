@@ -17,6 +17,25 @@ from qwen_pipeline.qwen.families import Config, Family, Mixer, ModelPart, requir
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
+SCORE = "score"
+"""The linear layer that stands in place of the output head where tokens or texts are classified or rated."""
+_OTHER_HEADS: Mapping[str, tuple[str, str]] = {
+    "v_head.": (
+        "a value head of TRL, which no class of Transformers loads beside an output head",
+        "If the model is a policy, remove v_head from its files. If it is a reward model, rename v_head.summary to"
+        " score, remove lm_head, and set architectures to the family's class, such as Qwen3ForTokenClassification: it"
+        " computes the same value for each token.",
+    ),
+    "qa_outputs.": (
+        "a head that answers questions by the place in a text, which is not supported",
+        "Quantize the model without this pipeline, or use a classifier.",
+    ),
+    "score.": (
+        "a head that is no single linear layer named score, or of a family whose classifiers are not supported",
+        "Use a head of Transformers' own classes; others need code that the model's repository brings along.",
+    ),
+}
+"""Beginning of the names of heads that are refused -> a description, and what to do."""
 FUSED = (GATE_UP, DOWN)
 """Stacks of experts: parameters without ``.weight``."""
 _CODES = (
@@ -71,6 +90,9 @@ def parse_name(name: str, config: Config) -> ParsedName:
     """
     if parsed := _parse(name, require_family(config)):
         return parsed
+    for prefix, (reason, remedy) in _OTHER_HEADS.items():
+        if name.startswith(prefix):
+            raise CheckpointRefused(f"{name} belongs to {reason}.", remedy=remedy)
     raise CheckpointRefused(
         f"Models of type {config['model_type']} have no tensor {name}.",
         remedy="If training added it, such as a value or reward head, save the model without it. Otherwise fetch the"
@@ -115,6 +137,8 @@ def spellings(parsed: ParsedName, family: Family) -> list[str]:
     """Return all names that a tensor may have on disk or in memory, the published ones first."""
     leaf = parsed.module if parsed.module in FUSED else f"{parsed.module}.{parsed.parameter}"
     inner = leaf if parsed.layer is None else f"layers.{parsed.layer}.{leaf}"
+    if parsed.part == "head" and parsed.module == SCORE:
+        return [f"{SCORE}.{parsed.parameter}"]
     if parsed.part == "head":
         return [f"{head}.{parsed.parameter}" for head in family.heads]
     if parsed.part == "mtp":
@@ -136,6 +160,8 @@ def _parse(name: str, family: Family) -> ParsedName | None:
     module, _, parameter = name.rpartition(".")
     if module in family.heads and parameter in ("weight", *_CODES):
         return ParsedName(part="head", module="lm_head", parameter=parameter)
+    if module == SCORE and family.scored and parameter in ("weight", "bias"):
+        return ParsedName(part="head", module=SCORE, parameter=parameter)
     for prefix in family.decoder:
         if name.startswith(prefix) and (parsed := _parse_decoder(name.removeprefix(prefix), family)):
             return parsed

@@ -19,13 +19,13 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import REMOVED, is_quantized, quantization_settings, with_values
 from qwen_pipeline.qwen.families import (
-    ARCHITECTURES,
     TIED,
     config_items,
     declares_tied,
     require_family,
     tie_paths,
 )
+from qwen_pipeline.qwen.heads import architectures_of, corrected_labels, head_kind
 from qwen_pipeline.qwen.layers import number_of_layers
 from qwen_pipeline.qwen.names import ParsedName, parse_names
 from qwen_pipeline.reports import CheckReport, CheckSpec
@@ -168,6 +168,8 @@ def _head(stored: _Stored) -> Iterator[_Correction]:
     """Yield whether the head is the embedding: a stored head of other values is not, and a missing one is."""
     config, family, has_head = stored.config, require_family(stored.config), _HEAD in stored.names
     says_tied = declares_tied(config) or any(config_items(config, TIED).values())
+    if head_kind(stored.checkpoint) != "language":
+        return
     if not has_head and not declares_tied(config):
         if not family.ties or not (says_tied or stored.tied_base):
             raise _missing_head(family.ties)
@@ -249,7 +251,7 @@ def _vocabulary(stored: _Stored) -> Iterator[_Correction]:
 
 
 def _architectures(stored: _Stored) -> Iterator[_Correction]:
-    known = ARCHITECTURES[str(stored.config["model_type"])]
+    known = architectures_of(head_kind(stored.checkpoint), stored.config)
     value = stored.config.get("architectures")
     declared = cast("list[Any]", value) if isinstance(value, list) else []
     if not any(name in known for name in declared):
@@ -259,8 +261,13 @@ def _architectures(stored: _Stored) -> Iterator[_Correction]:
         )
 
 
+def _labels(stored: _Stored) -> Iterator[_Correction]:
+    if values := corrected_labels(stored.checkpoint):
+        yield _Correction(values=values, reason="the stored score has as many rows")
+
+
 _Rule = Callable[[_Stored], Iterator[_Correction]]
-_RULES: tuple[_Rule, ...] = (_layers, _layer_types, _vocabulary, _head, _quantization, _architectures)
+_RULES: tuple[_Rule, ...] = (_layers, _layer_types, _vocabulary, _head, _quantization, _labels, _architectures)
 
 
 def _short(value: object) -> str:

@@ -29,6 +29,7 @@ from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
+from qwen_pipeline.qwen.heads import head_kind, left_out, without_steps
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
@@ -139,7 +140,8 @@ def prepare(
         require_no_code_of_its_own(child)
         merge = _with_change_report(_adopt_model(parent, child), sources, base.root, fine_tune)
         require_change(parent, merge.output)
-    output = merge.output.replace(sidecars=merged_sidecars(parent.sidecars, child.sidecars))
+    kept = without_steps(parent.sidecars, head_kind(merge.output))
+    output = merge.output.replace(sidecars=merged_sidecars(kept, child.sidecars))
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
@@ -195,7 +197,7 @@ def _merge_adapters(
     def reports() -> list[CheckReport]:
         is_padded_base = model is not None and model.live_digest == base_digest()
         return [
-            _adapter_use_report(adapters, merged),
+            _adapter_use_report(adapters, merged, remark=left_out(settled.checkpoint, merged.checkpoint)),
             base_report(base, adapters, is_padded_base=is_padded_base),
             CARRIED.report(passed=True, detail="An adapter changes tensors of the base, which has every part."),
             config_report(settled),
@@ -216,7 +218,7 @@ def _adopt_model(parent: Checkpoint, child: Checkpoint) -> _Merge:
     return _Merge(
         output=adopted.checkpoint,
         summary=adoption_summary(adopted),
-        reports=lambda: _model_reports(adopted, len(parent)),
+        reports=lambda: _model_reports(adopted, parent),
     )
 
 
@@ -268,7 +270,7 @@ def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
     return {"kind": "adapter", "adapters": described, "combination": adapters.combination, "scalings": scalings}
 
 
-def _adapter_use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
+def _adapter_use_report(adapters: AdapterSet, merged: Merged, *, remark: str) -> CheckReport:
     count = sum(len(adapter.weights.specs) for adapter in adapters.adapters)
     changed = sum(bool(merge.adapter_tensors) for merge in merged.plan.merges.values())
     sides = {"live": ", which was unpadded for it and padded again", "padded": ", padded as it was in training"}
@@ -277,15 +279,17 @@ def _adapter_use_report(adapters: AdapterSet, merged: Merged) -> CheckReport:
         passed=True,
         measured=f"{count} of {count}",
         detail=f"All {count} tensors of the fine-tune were matched to {changed} tensors of the base{padding}, before"
-        " anything was written.",
+        f" anything was written.{remark}",
     )
 
 
-def _model_reports(adopted: Adopted, base_tensors: int) -> list[CheckReport]:
+def _model_reports(adopted: Adopted, base: Checkpoint) -> list[CheckReport]:
     exception = ", except for the rows of its vocabulary" if adopted.is_resized else ""
     return [
         TENSORS_USED.report(
-            passed=True, measured=f"{adopted.stored} of {adopted.stored}", detail=used_detail(adopted, base_tensors)
+            passed=True,
+            measured=f"{adopted.stored} of {adopted.stored}",
+            detail=used_detail(adopted, len(base)) + left_out(base, adopted.checkpoint),
         ),
         BASE_MATCHES.report(passed=True, detail=f"A complete model, with the base's tensors and shapes{exception}."),
         carried_report(adopted),

@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.lineage import Step, dump_step, step_of
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, listed
 from qwen_pipeline.evaluation.checks import verdict
+from qwen_pipeline.evaluation.head_checks import concerning
 from qwen_pipeline.evaluation.report.load import REPORT_JSON, ValidationReport, load_validation
 from qwen_pipeline.evaluation.report.markdown import REPORT, quality_table
 from qwen_pipeline.evaluation.report.model_card import ModelCard
@@ -154,8 +155,9 @@ def _card(
         split=report.findings.structure.padding.twins > 0,
         quality=quality_table(report.findings.models, report.findings.nbytes),
         verdict=verdict(report.checks),
-        skipped=[f"`{check.name}`: {check.detail}" for check in report.checks if check.skipped],
+        skipped=[f"`{check.name}`: {check.detail}" for check in concerning(report.checks) if check.skipped],
         steps=[*report.lineage, *steps],
+        task=report.findings.task,
     )
 
 

@@ -16,6 +16,7 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.checks import CHECKS, judge
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, UNPADDED_QUANTIZED, Findings, rounded
 from qwen_pipeline.evaluation.gather import OpenedModels, gather_findings
+from qwen_pipeline.evaluation.heads import task_of, texts_of
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_unpadded_baseline, widened
@@ -133,9 +134,11 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
     )
     require_settled(checkpoints[MERGED])
     tokenizer = load_tokenizer(inputs.reference)
-    tokens, records = read_windows(
+    task = task_of(checkpoints[MERGED])
+    windows, records = read_windows(
         inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len, spec=plan.text_spec
     )
+    tokens = texts_of(windows, tokenizer, task)
     _require_vocabulary(checkpoints, tokens)
     require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], inputs.candidate)
     digests = {INPUT_OF_ROLE[role]: checkpoint_digest(root, observe=observe) for role, root in roots.items()}
@@ -155,14 +158,16 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         models={role: str(root) for role, root in roots.items()},
         reference=MERGED,
         compared=[PADDED, QUANTIZED, UNPADDED_QUANTIZED],
-        answering=[MERGED, QUANTIZED],
+        answering=[MERGED, QUANTIZED] if task.kind == "language" else [],
         windows=tokens,
         prompts=[
-            encode_prompt(prompt, tokenizer, arguments=plan.text_spec.template_arguments) for prompt in plan.prompts
+            encode_prompt(prompt, tokenizer, arguments=plan.text_spec.template_arguments)
+            for prompt in (plan.prompts if task.kind == "language" else ())
         ],
         max_new_tokens=MAX_NEW_TOKENS,
         device=plan.device or default_device(),
         calibration=spread(calibration.stream, windows=plan.windows, seq_len=plan.seq_len) if calibration else (),
+        task=task,
     )
     models = OpenedModels(roots=roots, checkpoints=checkpoints, tokenizer=tokenizer, measurement=measurement)
     return _Prepared(inputs=inputs, models=models, digests=digests, evidence_before=evidence_before, records=records)
@@ -195,7 +200,7 @@ def _write(
         reports,
         result,
         lineage=[*lineage, *(dump_step(step) for step in steps_of(candidate))],
-        method=method_of(len(models.measurement.windows), plan.seq_len)
+        method=method_of(models.measurement)
         + skipped_records(prepared.records, candidate)
         + changed_limits(plan.limits),
         more_plots={losses: LOSS_PLOT} if losses else {},

@@ -8,6 +8,7 @@ import pytest
 from qwen_pipeline.evaluation.checks import CHECKS, judge, verdict
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
 from qwen_pipeline.evaluation.findings import MERGED, QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.head_checks import HEAD_CHECKS, concerning
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import Sample
 from qwen_pipeline.evaluation.structure.weights import PaddingFindings
@@ -35,7 +36,10 @@ def test_a_good_model_passes_everything() -> None:
 
 
 def test_a_verdict_names_what_was_skipped_and_does_not_count_it_as_passed() -> None:
-    kept = [check.report(passed=True, detail="") for check in CHECKS[:-3]]
+    of_language = [
+        check.skipped("") if check in HEAD_CHECKS else check.report(passed=True, detail="") for check in CHECKS
+    ]
+    kept = of_language[:-3]
     left = [CHECKS[-3].report(passed=False, detail=""), *(check.skipped("") for check in CHECKS[-2:])]
     assert verdict([*kept, *left]) == (
         "passed: 10 of 11 checks that ran, with warnings: sample_texts; skipped: serves, benchmark_tasks"
@@ -161,7 +165,7 @@ def test_checks_without_what_they_compare_with_are_skipped_and_never_counted() -
     models = {role: GOOD.models[role] for role in (MERGED, QUANTIZED)}
     bare = replace(GOOD, models=models, samples=[], structure=replace(GOOD.structure, padding=PaddingFindings()))
     reports = judge(bare, Limits(max_mean_kl=0.05, max_activation=1))
-    skipped = {report.name: report.detail for report in reports if report.skipped}
+    skipped = {report.name: report.detail for report in concerning(reports) if report.skipped}
     assert skipped.keys() == {"padding_is_silent", "merged_not_worse", "sample_texts", "serves", "benchmark_tasks"}
     assert skipped["merged_not_worse"] == "No base was given to compare the merged model with."
     assert not any(report.passed or report.blocks for report in reports if report.skipped)

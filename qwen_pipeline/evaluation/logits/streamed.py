@@ -1,6 +1,7 @@
 """Perplexity, divergence and drift of several models, with one decoder layer of each in memory at a time."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -8,12 +9,15 @@ from torch import Tensor
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Peak, Stretch
+from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.logits.activation_range import PeakStream
 from qwen_pipeline.evaluation.logits.divergence import Predictions
+from qwen_pipeline.evaluation.logits.heads import compare_outputs, head_outputs
 from qwen_pipeline.layerwise.forward import LayerStream, advance, logit_blocks
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
+LANGUAGE = HeadTask()
 EVALUATION_BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
 """Tokens in a batch, by device; at least one window."""
 STRETCHES = 32
@@ -27,9 +31,12 @@ def evaluate(
     reference: str,
     compared: Collection[str],
     context: ComputeContext,
+    task: HeadTask = LANGUAGE,
     observe: Observe = unobserved,
 ) -> dict[str, ModelFigures]:
     """Score every token but the first of each window, and compare each prediction with the reference's.
+
+    Models with another head than a language model's have its outputs compared instead.
 
     Args:
         models: Role -> checkpoint, full precision or GPTQ codes, all with the same depth and vocabulary.
@@ -37,6 +44,7 @@ def evaluate(
         reference: The role with which others are compared.
         compared: Roles to compare with the reference.
         context: Device and dtype of the computation.
+        task: The task of all of the models.
         observe: Called for each layer.
     """
     batches = _batches(windows, context)
@@ -48,20 +56,49 @@ def evaluate(
             drift[role].append(_distance(streams[role], streams[reference], context))
         observe(Progress(task="evaluate", done=layer + 1, total=len(streams[reference].parts), unit="layers"))
 
+    measured = (
+        _predictions(streams, batches, reference, compared)
+        if task.kind == "language"
+        else _outputs(streams, batches, reference, compared, task)
+    )
+    return {
+        role: replace(found, drift=tuple(drift[role]), peaks=tuple(streams[role].peaks))
+        for role, found in measured.items()
+    }
+
+
+def _predictions(
+    streams: Mapping[str, PeakStream], batches: Sequence[Tensor], reference: str, compared: Collection[str]
+) -> dict[str, ModelFigures]:
     predictions = [
-        Predictions(batch[:, 1:].flatten(), roles=models, reference=reference, compared=compared) for batch in batches
+        Predictions(batch[:, 1:].flatten(), roles=streams, reference=reference, compared=compared) for batch in batches
     ]
-    for block in logit_blocks(list(streams.values()), context):
-        predictions[block.batch].update(block.first, dict(zip(models, block.values, strict=True)))
+    for block in logit_blocks(list(streams.values()), streams[reference].context):
+        predictions[block.batch].update(block.first, dict(zip(streams, block.values, strict=True)))
     return {
         role: ModelFigures(
             perplexity=torch.cat([each.nll(role) for each in predictions]).mean().exp().item(),
             tokens=sum(batch[:, 1:].numel() for batch in batches),
-            divergence=_divergence(predictions, role, len(windows[0]) - 1) if role in compared else None,
-            drift=tuple(drift[role]),
-            peaks=tuple(streams[role].peaks),
+            divergence=_divergence(predictions, role, batches[0].shape[1] - 1) if role in compared else None,
         )
-        for role in models
+        for role in streams
+    }
+
+
+def _outputs(
+    streams: Mapping[str, PeakStream],
+    batches: Sequence[Tensor],
+    reference: str,
+    compared: Collection[str],
+    task: HeadTask,
+) -> dict[str, ModelFigures]:
+    outputs = {role: head_outputs(stream, batches, task) for role, stream in streams.items()}
+    return {
+        role: ModelFigures(
+            tokens=sum(batch.numel() for batch in batches),
+            head=compare_outputs(found, outputs[reference], task) if role in compared else None,
+        )
+        for role, found in outputs.items()
     }
 
 

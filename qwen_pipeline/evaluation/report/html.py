@@ -12,12 +12,12 @@ from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.report.markdown import (
     DIVERGENT_COLUMNS,
-    QUALITY_COLUMNS,
     SCORE_COLUMNS,
     SERVED_COLUMNS,
     divergent_rows,
     kernels,
     padding_cost,
+    quality_columns,
     quality_rows,
     score_rows,
     served_rows,
@@ -50,7 +50,7 @@ def render_page(
         title=verdict(reports).capitalize(),
         failed=any(report.blocks for report in reports),
         tiles=_tiles(findings),
-        quality_columns=QUALITY_COLUMNS,
+        quality_columns=quality_columns(findings.models),
         quality=list(quality_rows(findings.models, findings.nbytes)),
         padding_cost=padding_cost(findings),
         reports=reports,
@@ -73,6 +73,8 @@ def render_page(
 
 def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
     """Return the key figures: name, value, unit."""
+    if findings.task.kind != "language":
+        return _head_tiles(findings)
     quantized, padded = findings.models[QUANTIZED].divergence, findings.models.get(PADDED)
     ratio = findings.perplexity_ratio(QUANTIZED, to=MERGED)
     of_padding = padded.divergence if padded else None
@@ -85,6 +87,19 @@ def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
         *([("KL, padded / unpadded", shown(cost) or "-", "ratio, after quantization")] if cost else []),
         ("Size", f"{sizes[QUANTIZED] / sizes[MERGED]:.0%}" if sizes.get(MERGED) else "-", "of the merged weights"),
     ]
+
+
+def _head_tiles(findings: Findings) -> list[tuple[str, str, str]]:
+    head, sizes = findings.models[QUANTIZED].head, findings.nbytes
+    figures = {
+        "Error of the outputs": (head.error, "of their deviations, to merged"),
+        "Label agreement": (head.agreement, "share, with merged"),
+        "Order of rewards": (head.order, "share of pairs, as merged"),
+        "Cosine": (head.cosine, "mean, with merged"),
+    } if head else {}  # fmt: skip
+    tiles = [(name, shown(value), unit) for name, (value, unit) in figures.items() if value is not None]
+    size = f"{sizes[QUANTIZED] / sizes[MERGED]:.0%}" if sizes.get(MERGED) else "-"
+    return [*tiles, ("Size", size, "of the merged weights")]
 
 
 @cache

@@ -20,6 +20,7 @@ from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.evaluation.checks import AGREEMENT, CHECKS, MERGED_NOT_WORSE, PADDING, SAMPLES
 from qwen_pipeline.evaluation.figures import ModelFigures
+from qwen_pipeline.evaluation.head_checks import MINIMUM_HEAD_CHECKS, inapplicable
 from qwen_pipeline.evaluation.report.model_card import Widened
 from qwen_pipeline.evaluation.report.rejudge import ReportedFindings, contradictions
 from qwen_pipeline.evaluation.serving.findings import SERVED
@@ -30,8 +31,8 @@ REPORT_JSON = "report.json"
 RELEASED_JSON = f"validation/{REPORT_JSON}"
 """The report in a release, which contains its validation."""
 OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE, SAMPLES))
-"""Checks that a configuration may leave out; :data:`PADDING` is left out of a model that is not padded."""
-MINIMUM = frozenset({AGREEMENT.name})
+"""Checks that a configuration may leave out; others are left out of models that they do not concern."""
+MINIMUM = frozenset({AGREEMENT.name, *(check.name for check in MINIMUM_HEAD_CHECKS)})
 """Checks whose limit is a minimum. Every other limit is a maximum."""
 
 
@@ -59,7 +60,8 @@ class ValidationReport:
     def blocking(self) -> list[CheckReport]:
         """The checks that prevent a release: blocking ones that failed, and required ones that were skipped."""
         silent = self.findings.structure.padding
-        optional = OPTIONAL if self.padding or silent.channels or silent.twins else OPTIONAL | {PADDING.name}
+        optional = OPTIONAL | inapplicable(self.findings.task)
+        optional |= frozenset() if self.padding or silent.channels or silent.twins else {PADDING.name}
         return [check for check in self.checks if check.blocks or (check.skipped and check.name not in optional)]
 
     @property

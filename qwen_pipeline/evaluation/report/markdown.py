@@ -12,7 +12,9 @@ from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import Findings, origin_of
+from qwen_pipeline.evaluation.head_checks import purpose
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
+from qwen_pipeline.evaluation.measurement import Measurement
 from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.tensor_parallel.findings import COLUMNS
 from qwen_pipeline.reports import CheckReport, Outcome, shown
@@ -29,6 +31,7 @@ _MARKS: Mapping[Outcome, str] = MappingProxyType(
 )
 NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 QUALITY_COLUMNS = ("model", "tensors, MB", "perplexity", "change", "KL mean", "KL 99.9 %", "top-1 agreement")
+HEAD_COLUMNS = ("model", "tensors, MB", "outputs", "error", "label agreement", "order of rewards", "cosine")
 SERVED_COLUMNS = ("checkpoint", "engine", "ranks", "started", "equal answers", "largest gap, nats", "remark")
 DIVERGENT_COLUMNS = ("prompt", "served", "from token", "gap, nats", "answer of Transformers", "served answer")
 SCORE_COLUMNS = ("task/metric", "merged", "quantized", "standard error")
@@ -50,9 +53,7 @@ def render_report(
         checks_table(reports),
         "## Tensor parallelism by engine",
         _table(COLUMNS, [row.cells for row in findings.targets]),
-        f"![Perplexity by stage]({PERPLEXITY_PLOT})",
-        "## Divergence of predictions",
-        f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
+        *_divergence_plots(findings),
         *(["## Serving", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
         *(
             ["## Divergent served answers", _table(DIVERGENT_COLUMNS, rows)]
@@ -67,7 +68,7 @@ def render_report(
             ("weights with the largest error", "‖W - Wq‖ / ‖W‖"),
             [(f"`{error.module}`", f"{error.relative:.4f}") for error in worst_weights(findings)],
         ),
-        "## Sample answers",
+        *(["## Sample answers"] if findings.task.kind == "language" else []),
         *(_side_by_side(sample) for sample in findings.samples),
         "## Method",
         f"{method} Linear layers were loaded as {kernels(findings)}.",
@@ -75,13 +76,33 @@ def render_report(
     return "\n\n".join(sections) + "\n"
 
 
-def method_of(windows: int, seq_len: int) -> str:
+def _divergence_plots(findings: Findings) -> list[str]:
+    if findings.task.kind != "language":
+        return ["## Divergence of hidden states", f"![Drift of hidden states by layer]({DISTANCE_PLOT})"]
+    return [
+        f"![Perplexity by stage]({PERPLEXITY_PLOT})",
+        "## Divergence of predictions",
+        f"![KL along the context, and drift of hidden states by layer]({DISTANCE_PLOT})",
+    ]
+
+
+def method_of(measurement: Measurement) -> str:
     """Return a description of the method."""
-    return (
+    windows, seq_len = len(measurement.windows), len(measurement.windows[0])
+    ran = (
         f"Models ran in float32, with one decoder layer in memory at a time, on {windows} windows of {seq_len} tokens,"
-        " spread evenly over held-out text. Every token but the first of each window is predicted from the preceding"
-        " tokens of the window. Perplexity is the exponential of the mean negative log-likelihood; KL is"
-        " KL(merged || model) in nats per token; answers are greedy."
+        " spread evenly over held-out text."
+    )
+    if measurement.task.kind != "language":
+        return (
+            f"{ran} The outputs of each model, which is {purpose(measurement.task)}, were compared with those of the"
+            " merged one; the error is the norm of the differences over that of the merged outputs' deviations from"
+            " their mean."
+        )
+    return (
+        f"{ran} Every token but the first of each window is predicted from the preceding tokens of the window."
+        " Perplexity is the exponential of the mean negative log-likelihood; KL is KL(merged || model) in nats per"
+        " token; answers are greedy."
     )
 
 
@@ -124,7 +145,7 @@ def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> 
 
 def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
     """Return a table of models: size, perplexity and its change by the last step, divergence from the merged model."""
-    return _table(QUALITY_COLUMNS, quality_rows(models, nbytes))
+    return _table(quality_columns(models), quality_rows(models, nbytes))
 
 
 def checks_table(reports: Sequence[CheckReport]) -> str:
@@ -135,12 +156,21 @@ def checks_table(reports: Sequence[CheckReport]) -> str:
     )
 
 
+def quality_columns(models: Mapping[str, ModelFigures]) -> Sequence[str]:
+    """Return the header of :func:`quality_table`: of language models, or of models with another head."""
+    return HEAD_COLUMNS if any(model.head for model in models.values()) else QUALITY_COLUMNS
+
+
 def quality_rows(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> Iterator[Sequence[str]]:
     """Yield the cells of :func:`quality_table`."""
     for role, model in models.items():
         size = f"{nbytes[role] / 1e6:,.1f}"
+        if head := model.head:
+            figures = (head.error, head.agreement, head.order, head.cosine)
+            yield (role, size, str(head.outputs), *(shown(figure) for figure in figures))
+            continue
         if model.perplexity is None:
-            yield (role, size, "not loaded", "", "", "", "")
+            yield (role, size, "not loaded" if model.fault else "" if model.tokens else "not compared", "", "", "", "")
             continue
         divergence, origin = model.divergence, origin_of(role, models)
         before = models[origin].perplexity if origin else None

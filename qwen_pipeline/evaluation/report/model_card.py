@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, get_args
 
 from qwen_pipeline.checkpoint.store.lineage import Step
+from qwen_pipeline.evaluation.heads import HeadTask
+from qwen_pipeline.evaluation.report.usage import PIPELINE_TAGS, loading_code
 from qwen_pipeline.qwen.families import SizeField, TowerField
 from qwen_pipeline.qwen.tensor_parallel.feasibility import assess_degrees
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
@@ -48,6 +50,7 @@ class ModelCard:
         verdict: The outcome of the checks, in words.
         skipped: A sentence for each check that did not run: its name and the reason.
         steps: The lineage, from the first step to the validation.
+        task: The task of the model.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ModelCard:
     verdict: str
     steps: Sequence[Step]
     skipped: Sequence[str] = ()
+    task: HeadTask = field(default_factory=HeadTask)
 
     def render(self) -> str:
         """Return the card: YAML front matter, then Markdown."""
@@ -67,7 +71,7 @@ class ModelCard:
             f"A fine-tune of {self._base_link}, quantized with GPTQ to {self._bits} bits in groups of"
             f" {self._group_size}. The weights are safetensors; no remote code is needed.",
             "## How to load it",
-            self._transformers(),
+            loading_code(self.name, self.task),
             self._vllm(),
             "## Quality",
             f"Measured on held-out text before release: {self.verdict}. The full report is in"
@@ -115,33 +119,20 @@ class ModelCard:
             base_model_relation="quantized",
             library_name="transformers",
             license=self.config.get("license"),
-            pipeline_tag="text-generation",
+            pipeline_tag=PIPELINE_TAGS[self.task.kind],
             tags=["gptq", f"{self._bits}-bit", str(self.config["model_type"])],
         )
         return data.to_yaml()
-
-    def _transformers(self) -> str:
-        return f"""```python
-# pip install transformers optimum gptqmodel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "{self.name}"  # this directory, or the Hub id after an upload
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
-chat = [{{"role": "user", "content": "What is the capital of France?"}}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs.to(model.device), max_new_tokens=64)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```"""
 
     def _vllm(self) -> str:
         degrees = serving_degrees(self.config)
         command = f"vllm serve {self.name}" + (f" --tensor-parallel-size {degrees[-1]}" if degrees[-1:] > [1] else "")
         listed = ", ".join(map(str, degrees)) or "none"
+        shown = f"```bash\n{command}\n```\n\n" if self.task.kind == "language" else ""  # others were not served
         return (
-            f"```bash\n{command}\n```\n\n"
-            f"Tensor-parallel degrees at which every rank holds whole quantization groups and heads: **{listed}**"
-            f" (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong answers."
+            f"{shown}Tensor-parallel degrees at which every rank holds whole quantization groups and heads:"
+            f" **{listed}** (of {', '.join(map(str, DEGREES))}). Other degrees may load and silently give wrong"
+            " answers."
             + "".join(f" {each}" for each in (tower_obstacles(self.config, {"vllm": degrees}) if degrees else ()))
         )
 

@@ -3,6 +3,7 @@
 from math import isfinite
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen_pipeline.evaluation.findings import PADDED, QUANTIZED, UNPADDED_QUANTIZED, Findings, origin_of
@@ -37,9 +38,26 @@ def draw_perplexity(findings: Findings, path: Path) -> None:
 
 
 def draw_distance(findings: Findings, path: Path) -> None:
-    """Draw the divergence of predictions along the context, and of hidden states after each layer."""
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
-    axes = add_axes(figure, 2, 1)
+    """Draw the divergence of predictions along the context, if there are any, and of hidden states after each layer."""
+    panels = 2 if findings.task.kind == "language" else 1
+    figure = Figure(figsize=(7.2, 2.6 * panels), layout="constrained")
+    if panels == 2:
+        _draw_stretches(findings, add_axes(figure, panels, 1))
+    axes = add_axes(figure, panels, panels)
+    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0]), (UNPADDED_QUANTIZED, PALETTE[-1])):
+        drift = findings.models[role].drift if role in findings.models else ()
+        if any(drift):
+            axes.plot(range(len(drift)), drift, label=role, color=color, linewidth=1.5, marker="o", markersize=2.6)
+            axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("after layer", color=INK, fontsize=9)
+    axes.set_ylabel("‖h - h merged‖ / ‖h merged‖", color=INK, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    save_plot(figure, path)
+
+
+def _draw_stretches(findings: Findings, axes: Axes) -> None:
     divergence = findings.models[QUANTIZED].divergence
     stretches = divergence.stretches if divergence else ()
     positions = [stretch.first for stretch in stretches]
@@ -53,18 +71,6 @@ def draw_distance(findings: Findings, path: Path) -> None:
     axes.set_xlabel("position in the window", color=INK, fontsize=9)
     axes.set_ylabel("KL(merged ‖ quantized), nats", color=INK, fontsize=9)
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    axes = add_axes(figure, 2, 2)
-    for role, color in ((PADDED, BETTER), (QUANTIZED, PALETTE[0]), (UNPADDED_QUANTIZED, PALETTE[-1])):
-        drift = findings.models[role].drift if role in findings.models else ()
-        if any(drift):
-            axes.plot(range(len(drift)), drift, label=role, color=color, linewidth=1.5, marker="o", markersize=2.6)
-            axes.set_yscale("log")
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("after layer", color=INK, fontsize=9)
-    axes.set_ylabel("‖h - h merged‖ / ‖h merged‖", color=INK, fontsize=9)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    save_plot(figure, path)
 
 
 def draw_quantization_error(findings: Findings, path: Path) -> None:

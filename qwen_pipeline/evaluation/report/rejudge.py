@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from qwen_pipeline.evaluation.checks import judge
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import MERGED, QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import Sample
 from qwen_pipeline.evaluation.serving.findings import ServingFindings
@@ -56,6 +57,7 @@ class ReportedFindings:
     served: list[ServingFindings]
     tasks: list[Score]
     tasks_fault: str | None
+    task: HeadTask
 
     @property
     def faults(self) -> list[str]:
@@ -77,6 +79,7 @@ class ReportedFindings:
             served=self.served,
             tasks=self.tasks,
             tasks_fault=self.tasks_fault,
+            task=self.task,
         )
         return judge(findings, limits, tasks)
 

@@ -27,12 +27,16 @@ def write_report(
 
     The files of ``more_plots`` (caption -> file name) already exist.
     """
-    draw_perplexity(findings, root / PERPLEXITY_PLOT)
+    is_language = findings.task.kind == "language"
+    if is_language:
+        draw_perplexity(findings, root / PERPLEXITY_PLOT)
     draw_distance(findings, root / DISTANCE_PLOT)
     draw_quantization_error(findings, root / ERROR_PLOT)
+    perplexity = {"Perplexity on held-out text, and the change by each stage": root / PERPLEXITY_PLOT}
+    distance = "KL along the context, and drift of hidden states by layer"
     plots = {
-        "Perplexity on held-out text, and the change by each stage": root / PERPLEXITY_PLOT,
-        "KL along the context, and drift of hidden states by layer": root / DISTANCE_PLOT,
+        **(perplexity if is_language else {}),
+        distance if is_language else "Drift of hidden states by layer": root / DISTANCE_PLOT,
         "Error of each quantized weight by layer": root / ERROR_PLOT,
         **{caption: root / file for caption, file in more_plots.items()},
     }

@@ -3,7 +3,8 @@
 An engine builds a module from its name, before it has seen a tensor. GPTQModel, vLLM and SGLang look the name up in
 ``quantization_config.dynamic``: a key that begins with ``-:`` is a regular expression, matched from the start of the
 name, of modules without codes. Without such a rule vLLM builds the draft head of Qwen3.5 and every ``FusedMoE`` layer
-quantized (vLLM#36954, vLLM#48816), and SGLang the fused ``in_proj_ba`` (SGLang#38854).
+quantized (vLLM#36954, vLLM#48816), and SGLang the fused ``in_proj_ba`` (SGLang#38854). vLLM gives the ``score`` of a
+classifier its quantization too (``as_seq_cls_model`` in ``model_executor/models/adapters.py``).
 """
 
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.qwen.names import ParsedName, parse_name
+from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_name
 
 EXCLUDE = "-:"
 """Prefix of a key of ``dynamic`` that excludes modules."""
@@ -24,7 +25,7 @@ def exclusion_rules(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Return the value of ``dynamic`` for a checkpoint with codes: a rule for every linear layer stored without them.
 
     Draft heads and towers are named as a whole. A layer of the decoder is named by its kind, such as ``mlp.gate``, or
-    with its number where other layers of that kind have codes. Embedding and head have fields of their own.
+    with its number where other layers of that kind have codes. Embedding and output head have fields of their own.
     """
     coded = [name.removesuffix(".qweight") for name in checkpoint if name.endswith(".qweight")]
     rules: dict[str, dict[str, Any]] = {}
@@ -43,7 +44,8 @@ def excluding_rule(quantization_config: Mapping[str, Any], module: str) -> str |
 def _without_codes(checkpoint: Checkpoint) -> Iterator[ParsedName]:
     for name, spec in checkpoint.items():
         parsed = parse_name(name, checkpoint.config)
-        if parsed.parameter == "weight" and len(spec.shape) > 1 and parsed.part not in ("embedding", "head"):
+        has_own_field = parsed.part in ("embedding", "head") and parsed.module != SCORE
+        if parsed.parameter == "weight" and len(spec.shape) > 1 and not has_own_field:
             yield parsed
 
 

@@ -12,11 +12,12 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import FULL_PRECISION_BASE, require_full_precision
 from qwen_pipeline.qwen.families import ModelPart, is_tied
-from qwen_pipeline.qwen.names import ParsedName, parse_names
+from qwen_pipeline.qwen.heads import as_trained, head_kind, with_prefix
+from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
 from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed, require_stacks
-from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
+from qwen_pipeline.transforms.lora.vocabulary import embedding_name, head_name
 from qwen_pipeline.transforms.tokenizer_fits import embedding_rows
 
 OPTIONAL: tuple[ModelPart, ...] = ("mtp", "vision", "audio", "talker", "vocoder")
@@ -72,7 +73,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     base = settle(base, reads_values=False).checkpoint
     grafted = graft(base.config, fine_tune.config)
     own = fine_tune if grafted.config is fine_tune.config else _with_config(fine_tune, base, grafted.config)
-    settled = settle(own, tied_base=is_tied(base))
+    settled = settle(as_trained(base, own), tied_base=is_tied(base))
     places = parse_names(base)
     source = Source(checkpoint=settled.checkpoint, names=parse_names(settled.checkpoint))
     for each in (source, Source(checkpoint=base, names=places)):
@@ -82,7 +83,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     _require_all(base, places, source, found, carried)
     sections = with_sections_of(base.config, settled.checkpoint.config, carried)
     in_place = {name: each.tensor for name, each in found.items() if each}
-    adopted = _assembled(base, source, in_place)
+    adopted = with_prefix(_assembled(base, source, in_place))
     if sections.config is not settled.checkpoint.config:
         adopted = adopted.replace(config=sections.config)
     return Adopted(
@@ -144,18 +145,25 @@ def _fits(shape: Sequence[int], expected: Sequence[int], part: ModelPart) -> boo
 
 def _assembled(base: Checkpoint, source: Source, in_place: Mapping[str, LazyTensor]) -> Checkpoint:
     """Return the fine-tune with the base's names: as it is if it has them already, else in the order of the base."""
-    own, vocabulary = source.checkpoint, vocabulary_of(base)
-    is_same = set(own) - {vocabulary.head} == set(in_place) == set(base) - {vocabulary.head}
+    own, stored = source.checkpoint, _heads(base, source)
+    replaced = {name for parsed, name in parse_names(base).items() if parsed.part == "head"}
+    is_same = {*in_place, *stored} == set(own) and set(in_place) == set(base) - replaced
     if is_same and all(tensor is own.tensors[name] for name, tensor in in_place.items()):
         return own
-    head = next((own.tensors[name] for parsed, name in source.names.items() if parsed.part == "head"), None)
-    if head and is_tied(own) and vocabulary.head not in base:
-        head = None  # it equals the embedding
-    kept = base
-    if head and vocabulary.head not in base:
-        kept = base.with_tensor(vocabulary.head, head, after=vocabulary.embedding)
-    elif not head:
-        kept = base.without([vocabulary.head])
-    placed_tensors = {**in_place, vocabulary.head: head} if head else in_place
+    has_tied_head = head_kind(own) == "language" and is_tied(own)
+    heads = {name: head for name, head in stored.items() if name in base or not has_tied_head}
+    kept = base.without(replaced - heads.keys())
+    for name in [name for name in reversed(heads) if name not in kept]:
+        kept = kept.with_tensor(name, heads[name], after=embedding_name(base))
+    placed_tensors = {**in_place, **heads}
     tensors = {name: placed_tensors.get(name, tensor) for name, tensor in kept.tensors.items()}
     return replace(own, tensors=tensors, shards=kept.shards)
+
+
+def _heads(base: Checkpoint, source: Source) -> dict[str, LazyTensor]:
+    """Return the fine-tune's heads in the base's spelling; those of classifiers have only one."""
+    heads = {parsed: name for parsed, name in source.names.items() if parsed.part == "head"}
+    return {
+        name if parsed.module == SCORE else head_name(base): source.checkpoint.tensors[name]
+        for parsed, name in heads.items()
+    }

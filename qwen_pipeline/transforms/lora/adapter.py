@@ -14,7 +14,7 @@ from typing import Any
 from qwen_pipeline.checkpoint.digest import block_ranges, is_finite
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.checkpoint.files import load_json
-from qwen_pipeline.checkpoint.lazy import PICKLES, open_sidecars
+from qwen_pipeline.checkpoint.lazy import CONFIG, PICKLES, open_sidecars
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.transforms.lora.adapter_tensors import AdapterTensors, Factors, classify_tensors
 from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS, AdapterWeights, open_weights, weight_files
@@ -78,9 +78,15 @@ class Adapter:
 
     def digest(self) -> str:
         """Return ``sha256:<hex>`` over the adapter's weights, settings and sidecars."""
-        return directory_digest(
-            {name: self.root / name for name in (ADAPTER_CONFIG, *weight_files(self.root))} | self.sidecars
-        )
+        files = {name: self.root / name for name in (ADAPTER_CONFIG, *weight_files(self.root))} | self.sidecars
+        config = {CONFIG: self.root / CONFIG} if self.labels else {}
+        return directory_digest(files | config)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The config of the trained model, if it is beside an adapter with a ``score``: it names the labels."""
+        has_score = "score.weight" in self.tensors.saved and (self.root / CONFIG).is_file()
+        return load_json(self.root / CONFIG) if has_score else {}
 
     def rank(self, factors: Factors) -> int:
         """Return the rank of an update; of a stack of experts, the rank of each matrix."""

@@ -13,6 +13,7 @@ from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.completeness import completeness_obstacles
 from qwen_pipeline.transforms.lora.plan import MergePlan
 from qwen_pipeline.transforms.lora.saved.experts import with_expert_layout
+from qwen_pipeline.transforms.lora.task_head import with_task_head
 from qwen_pipeline.transforms.lora.vocabulary import apply_plan, start_from_copies, untied, vocabulary_of
 
 NO_PADDING = Paddings()
@@ -43,7 +44,8 @@ def merge_lora(
 ) -> Merged:
     """Return the base with all adapter tensors merged; all other tensors, shards and the config stay unchanged.
 
-    The config changes only if the vocabulary was resized, or embedding and head are no longer tied.
+    The config changes only if the vocabulary was resized, embedding and head are no longer tied, or the adapters were
+    trained with another head, which then takes the place of the base's.
 
     Args:
         base: A checkpoint in full precision.
@@ -63,6 +65,7 @@ def merge_lora(
         because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
         remedy=FULL_PRECISION_BASE,
     )
+    base = with_task_head(base, adapters)
     adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base

@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.config import with_values
 from qwen_pipeline.qwen.families import config_paths, is_tied, require_family, tie_paths
+from qwen_pipeline.qwen.heads import head_kind
 from qwen_pipeline.qwen.names import ParsedName, spellings
 from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter
@@ -23,22 +24,37 @@ from qwen_pipeline.transforms.lora.plan import MergePlan, TensorMerge, TokenRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """The names of a base's embedding and head, and whether they are tied; a tied head may be stored as well."""
+    """The names of a base's embedding and output head, and whether they are tied; a tied head may be stored as well.
+
+    Classifiers and embedding models have no output head.
+    """
 
     embedding: str
-    head: str
+    head: str | None
     tied: bool
 
     @property
-    def names(self) -> tuple[str, str]:
-        return self.embedding, self.head
+    def names(self) -> tuple[str, ...]:
+        return (self.embedding, self.head) if self.head else (self.embedding,)
 
 
 def vocabulary_of(base: Checkpoint) -> Vocabulary:
-    """Return the names of a base's embedding and head; the head has a name even if only the embedding is stored.
+    """Return the names of a base's embedding and head; a tied head has a name even if only the embedding is stored.
 
     Raises:
         CheckpointRefused: The base has no embedding.
+    """
+    embedding = embedding_name(base)
+    if head_kind(base) != "language":
+        return Vocabulary(embedding=embedding, head=None, tied=False)
+    return Vocabulary(embedding=embedding, head=head_name(base), tied=is_tied(base))
+
+
+def embedding_name(base: Checkpoint) -> str:
+    """Return the name of the embedding.
+
+    Raises:
+        CheckpointRefused: There is none.
     """
     family = require_family(base.config)
     embeddings = spellings(ParsedName(part="embedding", module="embed_tokens", parameter="weight"), family)
@@ -48,15 +64,19 @@ def vocabulary_of(base: Checkpoint) -> Vocabulary:
             f"The base has no embedding; expected one of {', '.join(embeddings)}.",
             remedy="Download the checkpoint again.",
         )
-    heads = [f"{head}.weight" for head in family.heads]
+    return embedding
+
+
+def head_name(base: Checkpoint) -> str:
+    """Return the name of the output head, or the one that it would have beside the embedding."""
+    heads, embedding = [f"{head}.weight" for head in require_family(base.config).heads], embedding_name(base)
     same_prefix = [name for name in heads if embedding.startswith(name.removesuffix("lm_head.weight"))]
-    head = next((name for name in (*heads, *same_prefix) if name in base), same_prefix[0])
-    return Vocabulary(embedding=embedding, head=head, tied=is_tied(base))
+    return next((name for name in (*heads, *same_prefix) if name in base), same_prefix[0])
 
 
 def untied(base: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
     """Return the base with the head as a separate tensor."""
-    if not vocabulary.tied:
+    if not vocabulary.tied or not vocabulary.head:
         return base
     embedding = base.tensors[vocabulary.embedding]
     if vocabulary.head in base:
@@ -101,6 +121,9 @@ def apply_plan(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, mus
         vocabulary: The base's embedding and head.
         must_tie: Whether the adapters were trained with embedding and head tied.
     """
+    if not vocabulary.head:
+        rows = plan.merge_of(vocabulary.embedding).source.spec.rows
+        return _replaced(base, plan.changed_tensors(), _resized(base, vocabulary, rows))
     embedding, head = (plan.merge_of(name) for name in vocabulary.names)
     if vocabulary.tied and embedding.token_rows and not head.token_rows:
         head.token_rows = embedding.token_rows
@@ -117,9 +140,7 @@ def apply_plan(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, mus
             " resized vocabulary must contain both)"
         )
     changed = plan.changed_tensors()
-    config: dict[str, Any] = {}
-    if rows != base[vocabulary.embedding].rows:
-        config |= dict.fromkeys(config_paths(base.config, "vocab_size"), rows)
+    config = _resized(base, vocabulary, rows)
     if stay_tied:
         same = changed.pop(vocabulary.head, None)
         if same and vocabulary.head in base:
@@ -128,6 +149,12 @@ def apply_plan(plan: MergePlan, base: Checkpoint, vocabulary: Vocabulary, *, mus
     if vocabulary.tied:
         config |= dict.fromkeys(tie_paths(base.config), False)
     return _replaced(plan.base, changed, config)
+
+
+def _resized(base: Checkpoint, vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
+    """Return the config values for a vocabulary of this size; none if it is the base's."""
+    is_same = rows == base[vocabulary.embedding].rows
+    return {} if is_same else dict.fromkeys(config_paths(base.config, "vocab_size"), rows)
 
 
 def _replaced(base: Checkpoint, tensors: Mapping[str, LazyTensor], fields: Mapping[str, Any]) -> Checkpoint:
