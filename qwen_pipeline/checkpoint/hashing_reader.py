@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, TensorHasher, hash_tensors
+from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, TensorHasher, block_ranges, hash_tensors
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.progress import Observe, unobserved
 
@@ -102,3 +102,14 @@ def hashing_paused() -> Generator[None, None, None]:
         yield
     finally:
         _thread.is_paused = False
+
+
+def are_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Return whether two tensors have the same shape and values; dtypes may differ. What is read is not hashed."""
+    import torch
+
+    if a.spec.shape != b.spec.shape:
+        return False
+    wide = torch.promote_types(a.spec.torch_dtype, b.spec.torch_dtype)
+    with hashing_paused():
+        return all(a.read(*rows).to(wide).equal(b.read(*rows).to(wide)) for rows in block_ranges(a.spec))

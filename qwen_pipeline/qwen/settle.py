@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from qwen_pipeline.checkpoint.compare import are_equal
+from qwen_pipeline.checkpoint.hashing_reader import are_equal
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import REMOVED, is_quantized, quantization_settings, with_values

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwen_pipeline.checkpoint.compare import are_equal
+from qwen_pipeline.checkpoint.hashing_reader import are_equal
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD, LazyTensor
 from qwen_pipeline.checkpoint.trainers.weights import TrainedWeights
 from qwen_pipeline.errors import InputRefused

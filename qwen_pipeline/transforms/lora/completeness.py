@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from qwen_pipeline.checkpoint.compare import are_equal
+from qwen_pipeline.checkpoint.hashing_reader import are_equal
 from qwen_pipeline.qwen.names import parse_name
 from qwen_pipeline.qwen.tensor_slices import slices_of
 from qwen_pipeline.transforms.lora.adapter import Adapter

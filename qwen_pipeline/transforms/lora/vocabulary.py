@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_pipeline.checkpoint.compare import are_equal
+from qwen_pipeline.checkpoint.hashing_reader import are_equal
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.config import with_values
