@@ -142,6 +142,11 @@ def prepare(
         require_change(parent, merge.output)
     kept = without_steps(parent.sidecars, head_kind(merge.output))
     output = merge.output.replace(sidecars=merged_sidecars(kept, child.sidecars))
+
+    def reports() -> list[CheckReport]:
+        of_output = [files_report(files, leave_behind), tokenizer_report(output), _finite_report(output)]
+        return [*merge.reports(), *of_output]
+
     return Rewrite(
         stage=STAGE,
         code_version=CODE_VERSION,
@@ -154,17 +159,7 @@ def prepare(
         sources=sources,
         others=merge.others,
         output=output,
-        result=lambda: {
-            **merge.summary,
-            "checks": dump_reports(
-                [
-                    *merge.reports(),
-                    files_report(files, leave_behind),
-                    tokenizer_report(output),
-                    _finite_report(output),
-                ]
-            ),
-        },
+        result=lambda: {**merge.summary, "checks": dump_reports(reports())},
         if_not_finite="If the base is finite, the training diverged: use an earlier checkpoint of the fine-tune.",
     )
 
