@@ -256,3 +256,6 @@ def test_a_family_without_such_classes_refuses_them(tmp_path: Path) -> None:
     adapter = tiny_adapter(base, tmp_path / "adapter", task_type=TASKS["ForSequenceClassification"])
     with pytest.raises(InputRefused, match="not supported for models of type qwen3_vl"):
         merge(base=base, fine_tune=adapter, destination=tmp_path / "out")
+    embedder = tiny_adapter(base, tmp_path / "embedder", task_type=TASKS["Model"])  # of a retriever, by its whole model
+    merged = merge(base=base, fine_tune=embedder, destination=tmp_path / "out").path
+    assert config_of(merged)["architectures"] == config_of(base)["architectures"]

@@ -41,7 +41,7 @@ def with_task_head(base: Checkpoint, adapters: AdapterSet) -> Checkpoint:
         if path in (SCORE_WEIGHT, SCORE_BIAS)
     }
     tasks = {str(adapter.config.get("task_type")) for adapter in adapters.adapters}
-    if saved or (tasks & {*_CLASSIFIERS, *_EMBEDDERS}):
+    if saved or tasks & {*_CLASSIFIERS}:
         _require_scored(base, adapters)
     if saved:
         return _scored(base, adapters, saved)
@@ -50,7 +50,7 @@ def with_task_head(base: Checkpoint, adapters: AdapterSet) -> Checkpoint:
             f"An adapter was trained for {', '.join(sorted(tasks))}, but neither it nor the base has {SCORE_WEIGHT}.",
             remedy="Provide the adapter as PEFT saved it, with modules_to_save: the head is a part of it.",
         )
-    return _without_head(base) if tasks & {*_EMBEDDERS} and head_kind(base) == "language" else base
+    return _without_head(base) if tasks & {*_EMBEDDERS} else base
 
 
 def _require_scored(base: Checkpoint, adapters: AdapterSet) -> None:
@@ -60,7 +60,7 @@ def _require_scored(base: Checkpoint, adapters: AdapterSet) -> None:
         raise AdapterRefused(
             f"{adapters.adapters[0].root} was trained for {adapters.adapters[0].config.get('task_type')}, which is not"
             f" supported for models of type {base.config.get('model_type')}.",
-            remedy=f"Classifiers, reward and embedding models are supported for {supported}.",
+            remedy=f"Classifiers and reward models are supported for {supported}.",
         )
 
 
@@ -111,6 +111,9 @@ def _pad_token(base: Checkpoint, adapters: AdapterSet) -> int | None:
 
 
 def _without_head(base: Checkpoint) -> Checkpoint:
+    """Return a language model without its output head; models of families without such a class stay as they are."""
+    if head_kind(base) != "language" or not FAMILIES[base.config["model_type"]].scored:
+        return base
     names = [name for name in base if _is_head(base, name)]
     config = with_values(base.config, {"architectures": list(architectures_of("embedding", base.config)[:1])})
     return (base.without(names) if names else base).replace(config=config)
