@@ -127,6 +127,8 @@ class LayerQuantization:
                 lambda count: torch.randperm(count, generator=random).tolist(),
             )
         self.errors["before_learning"] = error.before
+        if error.travel is not None:
+            self.errors["travel"] = error.travel
         rows = {row.module: row for row in self.rows}
         for linear, learned in offsets.items():
             solved = repacked(learned.weight(), learned.scales, self._solved[linear.module], self._spec)

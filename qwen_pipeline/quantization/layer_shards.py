@@ -30,7 +30,7 @@ class LayerRecord:
             ``forward`` (the complete passes that compute the inputs of the next layer); and ``learn``, if rounding is
             learned.
         errors: For a recipe that compares models, the squared error of the quantized layer's outputs as a share of the
-            full-precision model's: ``output``, and ``before_learning``.
+            full-precision model's: ``output``, and ``before_learning``; ``travel`` is how far learned offsets could go.
     """
 
     sha256: str

@@ -48,13 +48,14 @@ class LearnedRounding:
     Attributes:
         steps: Number of gradient steps.
         windows: Windows of a step, in whole batches of the forward pass.
-        travel: Sum of the step sizes that an offset can go, in codes; they fall linearly to 0.
+        travels: How far an offset can go in all steps, in codes. They are tried in this order until the error of the
+            layer falls; with 0 only scales are learned. Step sizes fall linearly to 0.
         scale_rate: First learning rate of the relative changes of scales; it falls linearly to 0.
     """
 
     steps: int
     windows: int = 8
-    travel: float = 1.0
+    travels: tuple[float, ...] = (1.0, 0.25, 0.06, 0.0)
     scale_rate: float = 1e-3
 
 

@@ -11,7 +11,7 @@ Codes do not depend on ``d``: if they were rounded again for each scale, every s
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,10 +51,15 @@ class LayerBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
-    """Squared error of a layer's outputs, as a share of their squares, before and after learning."""
+    """Squared error of a layer's outputs, as a share of their squares, before and after learning.
+
+    Attributes:
+        travel: How far an offset could go; None if nothing was learned.
+    """
 
     before: float
     after: float
+    travel: float | None = None
 
 
 class Offsets:
@@ -121,8 +126,9 @@ def learn_rounding(
 ) -> LayerError:
     """Learn the offsets of a layer's weights, and the changes of their scales.
 
-    If the error of all tokens does not fall, the changes of scales are learned alone; if it does not fall then either,
-    GPTQ's codes and scales are kept.
+    If the error of all tokens does not fall, they are learned again with smaller steps, at last the changes of scales
+    alone; if it does not fall then either, GPTQ's codes and scales are kept. Where a few activations are far larger
+    than the others, large steps do harm that later ones do not undo.
 
     Args:
         module: The layer. It is not changed.
@@ -133,14 +139,14 @@ def learn_rounding(
     """
     layer = _TrainableLayer(module, offsets)
     squares = sum(_masked(batch.target, batch).double().square().sum().item() for batch in batches)
-    before = after = layer.error(batches)
-    for travel in (settings.travel, 0.0) if before else ():
-        _descend(layer, batches, replace(settings, travel=travel), order, scale=1 / before)
-        if (learned := layer.error(batches)) < before:
-            after = learned
-            break
+    before = layer.error(batches)
+    for travel in settings.travels if before else ():
+        _descend(layer, batches, settings, order, travel=travel, scale=1 / before)
+        if (after := layer.error(batches)) < before:
+            return LayerError(before=before / squares, after=after / squares, travel=travel)
         layer.reset()
-    return LayerError(before=before / squares, after=after / squares) if squares else LayerError(before=0, after=0)
+    share = before / squares if squares else 0.0
+    return LayerError(before=share, after=share)
 
 
 def _descend(
@@ -149,6 +155,7 @@ def _descend(
     settings: LearnedRounding,
     order: Callable[[int], Sequence[int]],
     *,
+    travel: float,
     scale: float,
 ) -> None:
     """Take the steps; the loss is the mean error of a step's batches, times their number and ``scale``."""
@@ -163,7 +170,7 @@ def _descend(
         chosen, queue = queue[:size], queue[size:]
         layer.backward([batches[number] for number in chosen], scale=scale * len(batches) / size)
         for each in layer.offsets:
-            each.learn(layer.gradient(each), rate=2 * settings.travel / settings.steps * left)
+            each.learn(layer.gradient(each), rate=2 * travel / settings.steps * left)
         optimizer.step()
         layer.update()
 

@@ -127,13 +127,14 @@ def test_equal_seeds_give_equal_codes() -> None:
 def test_if_the_error_does_not_fall_scales_are_learned_alone_or_nothing_is() -> None:
     layer = Gated()
     for settings, falls in (
-        (LearnedRounding(steps=1, travel=0.5, scale_rate=1e-3), True),
-        (LearnedRounding(steps=1, travel=0.0, scale_rate=0.9), False),
+        (LearnedRounding(steps=1, travels=(0.5, 0.0)), True),
+        (LearnedRounding(steps=1, travels=(0.0,), scale_rate=0.9), False),
     ):
         offsets = offsets_of(layer)
         scales, codes = zip(*((each.scales, codes_of(each)) for each in offsets), strict=True)
         error = learn_rounding(layer, batches_of(layer), offsets, settings, forwards)
         assert (error.after < error.before) == falls
+        assert error.travel == (0.0 if falls else None)
         assert all(torch.equal(codes_of(each), were) for each, were in zip(offsets, codes, strict=True))
         assert all(torch.equal(each.scales, were) != falls for each, were in zip(offsets, scales, strict=True))
 

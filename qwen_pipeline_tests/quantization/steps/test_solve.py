@@ -133,4 +133,6 @@ def test_the_recipes_are_those_that_code_version_names() -> None:
     assert (correction.strength, correction.residual) == (0.5, True)
     learned = [RECIPES[name].learned_rounding for name in ("balanced", "best")]
     assert learned == [LearnedRounding(steps=50), LearnedRounding(steps=200)]
-    assert LearnedRounding(steps=1) == LearnedRounding(steps=1, windows=8, travel=1.0, scale_rate=1e-3)
+    assert LearnedRounding(steps=1) == LearnedRounding(
+        steps=1, windows=8, travels=(1.0, 0.25, 0.06, 0.0), scale_rate=1e-3
+    )
