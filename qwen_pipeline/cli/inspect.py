@@ -99,6 +99,7 @@ def _describe_model(
     from qwen_pipeline.checkpoint.lazy import open_checkpoint
     from qwen_pipeline.cli.tables import size
     from qwen_pipeline.qwen.config import require_full_precision
+    from qwen_pipeline.qwen.settle import settle
     from qwen_pipeline.transforms.fine_tune.adopt import adopt
 
     view.append(f"Full model: {len(child)} tensors, {size(child.nbytes)}.")
@@ -108,7 +109,7 @@ def _describe_model(
         remedy="Provide the model as it was saved before quantization.",
     )
     if base:
-        parent = base.weights.of(open_checkpoint(base.root))
+        parent = settle(base.weights.of(open_checkpoint(base.root))).checkpoint
         output = adopt(parent, child).checkpoint
         carried = [name for name, tensor in output.tensors.items() if tensor is parent.tensors.get(name)]
         data |= {"taken": len(output) - len(carried), "carried_over": carried}
@@ -123,12 +124,13 @@ def _describe_merge(
     from qwen_pipeline.models.base_names import base_report
     from qwen_pipeline.models.open import paddings_of
     from qwen_pipeline.qwen.config import diff_configs
+    from qwen_pipeline.qwen.settle import settle
     from qwen_pipeline.transforms.lora.merge import merge_lora
 
     if base is None:
         return
     data["names_base"] = asdict(base_report(base, child))
-    parent = base.weights.of(open_checkpoint(base.root))
+    parent = settle(base.weights.of(open_checkpoint(base.root))).checkpoint
     merged = merge_lora(parent, child, paddings=paddings_of(base.root, child, padded=padded), check_values=False)
     data["trained"] = merged.bridge.trained if merged.bridge else None
     data["config"] = diff_configs(parent.config, merged.checkpoint.config)
