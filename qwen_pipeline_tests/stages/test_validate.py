@@ -251,7 +251,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(chain: Chain, tmp_p
         validate_chain(chain, tmp_path / "out", reference=chain.quantized)
     with pytest.raises(InputRefused, match="fewer than one window of 100000"):
         validate_chain(chain, tmp_path / "out", seq_len=100_000)
-    with pytest.raises(InputRefused, match="cannot be read"):
+    with pytest.raises(InputRefused, match="does not exist"):
         validate_chain(chain, tmp_path / "out", text=tmp_path / "absent.txt")
     cut = Path(shutil.copytree(chain.quantized, tmp_path / "cut"))
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
