@@ -77,6 +77,7 @@ tensor_parallel = {2 if base else TENSOR_PARALLEL}
 [quantization]
 bits = 4
 group_size = {GROUP_SIZE}
+recipe = "fast"
 samples = 24
 seq_len = 512
 

@@ -113,8 +113,14 @@ def _open_ranks(root: Path) -> _Ranks:
 def _require_every_rank(ranks: _Ranks, names: Sequence[str]) -> None:
     if not ranks.optimizers:
         return
-    counts = ranks.optimizers[0].get("partition_count")
-    every = {int(count) for count in (cast("list[int]", counts) if isinstance(counts, list) else [counts])}
+    counts: object = ranks.optimizers[0].get("partition_count")
+    stated = cast("list[object]", counts) if isinstance(counts, list) else [counts]
+    every = {count for count in stated if isinstance(count, int)}
+    if not every:
+        raise CheckpointRefused(
+            f"{ranks.root} does not state the number of its ranks: partition_count is {counts!r}.",
+            remedy="Copy the checkpoint again from where it was trained.",
+        )
     if len(every) != 1:
         raise CheckpointRefused(
             f"{ranks.root} has groups of parameters in {sorted(every)} parts: its experts were split over ranks.",

@@ -25,8 +25,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def base_of(root: Path, width: int, family: str = "qwen3_moe") -> Path:
-    sizes = {"moe_intermediate_size": width, "num_experts": EXPERTS}
-    return tiny_model(family, root, dtype=torch.float32, **sizes)
+    return tiny_model(family, root, dtype=torch.float32, moe_intermediate_size=width, num_experts=EXPERTS)
 
 
 def trained(base: Path, root: Path, version: str | None, targets: tuple[str, ...] = (GATE_UP, DOWN)) -> Tensors:
