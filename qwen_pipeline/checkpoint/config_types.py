@@ -26,7 +26,7 @@ def _is_text(value: object) -> bool:
 
 
 _IS: Mapping[str, Callable[[object], bool]] = {
-    "an integer from 0": _is_count,
+    "an integer from 0 to 2^31 - 1": _is_count,
     "a finite number": _is_number,
     "true or false": lambda value: isinstance(value, bool),
     "a text": _is_text,
@@ -37,7 +37,7 @@ _IS: Mapping[str, Callable[[object], bool]] = {
 }
 _SECTIONS = ("text_config", "vision_config", "audio_config", "thinker_config", "talker_config", "code2wav_config")
 _FIELDS: Mapping[str, tuple[str, ...]] = {
-    "an integer from 0": (
+    "an integer from 0 to 2^31 - 1": (
         "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
         "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "num_experts",
         "num_local_experts", "num_experts_per_tok", "decoder_sparse_step", "full_attention_interval",

@@ -216,10 +216,6 @@ def _layer_types(stored: _Stored) -> Iterator[_Correction]:
         if types is None:
             continue
         number = number_of_layers(stored.config)
-        if not isinstance(types, list) or not all(isinstance(each, str) for each in cast("list[Any]", types)):
-            raise CheckpointRefused(
-                f"{path} must be a list of names, got {_short(types)}.", remedy=f"Correct {path} in config.json."
-            )
         if not types or len(types) == number or (len(types) < number and not stored.names):
             continue
         if len(set(types)) > 1:
