@@ -45,7 +45,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(QUICK, tmp_path_factory.mktemp("learned"), recipe="balanced")
 
 
-@pytest.fixture(scope="module", params=["gptq", "fast", "balanced"])
+@pytest.fixture(scope="module", params=["gptq", "fast"])
 def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(ALL, tmp_path_factory.mktemp("every"), recipe=request.param)
 
