@@ -1,7 +1,8 @@
 # Start with `make demo` and `make test`. Every target installs what it needs first.
-.PHONY: demo test test-fast test-slow test-serve check bench ui clean
+.PHONY: demo test test-fast test-slow test-serve check bench sbom ui clean
 
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes, which would each compile the package again
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -13,7 +14,7 @@ demo: $(ENGINE)
 test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# The tests that need no quantizer's environment, without those that take many seconds each.
+# The tests of single parts, which need no quantizer's environment.
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		-m 'not (slow or gpu or serve or engine or lengthy)'
@@ -34,6 +35,11 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# What the package itself needs, as installed.
+sbom: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/python -m qwen_pipeline.lineage.product_bom > build/qwen-pipeline.cdx.json
 
 ui: $(INSTALLED)
 	$(BIN)/qwen-pipeline ui

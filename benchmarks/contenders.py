@@ -22,7 +22,7 @@ from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT
 MERGEKIT = "mergekit==0.1.5"
 COPY, START, PEFT, WHOLE_MODEL_PAD, WITH_MERGEKIT = "cp -r", "start", "PEFT merge", "whole-model pad", "mergekit"
 """The baseline; a process that only imports this package's libraries; and other tools."""
-MERGE, PAD = "merge", f"pad, {DEFAULT_LAYOUT}"
+MERGE, PAD, FLOATS, BLOCKS = "merge", f"pad, {DEFAULT_LAYOUT}", "quantize, fp8-dynamic", "quantize, fp8"
 ONE_PASS, ZEROS = f"merge+pad, one pass, {DEFAULT_LAYOUT}", "merge+pad, one pass, zeros"
 """This package's commands. Those that pad are named with their layout: the default one, or interleaved zeros."""
 SAMPLE_SECONDS = 0.01
@@ -32,6 +32,7 @@ _ONE_PASS = (
     "merge-pad --base base --adapter adapter --recipe out/merged --out out/padded --tp {degree} --layout {layout}"
 )
 _PAD = "pad --in base --out out --tp {degree} --layout {layout}"
+_QUANTIZE = "quantize --in base --out out --method {method}"
 _START = "import os, torch, qwen_pipeline.cli; from qwen_pipeline.stages.merge_pad import merge_pad; os._exit(0)"
 _PEFT_START = "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
 _PEFT = (
@@ -95,6 +96,8 @@ def own_commands(degree: int) -> list[Contender]:
         ONE_PASS: _ONE_PASS.format(degree=degree, layout=DEFAULT_LAYOUT),
         ZEROS: _ONE_PASS.format(degree=degree, layout="interleave"),
         PAD: _PAD.format(degree=degree, layout=DEFAULT_LAYOUT),
+        FLOATS: _QUANTIZE.format(method="fp8-dynamic"),
+        BLOCKS: _QUANTIZE.format(method="fp8"),
     }
     return [
         Contender(name=name, command=(sys.executable, "-m", "qwen_pipeline", *command.split()), start=_python(_START))

@@ -34,7 +34,7 @@ from qwen_pipeline.quantization import solver
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.geometry import PaddedSize, load_plan
 from qwen_pipeline.qwen.padding_spec import Layout
-from qwen_pipeline.text.tokenizers import load_tokenizer
+from qwen_pipeline.text.bounded_tokenizer import BoundedTokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.padding.splitting import split_map
 from qwen_pipeline.workers.environments import find_environment
@@ -153,7 +153,7 @@ def main() -> None:
     for name, quiet in (("experts", 0), ("quiet experts", QUIET)):
         out = options.scratch / name.replace(" ", "-")
         models[name] = out if out.exists() else upcycle(base, out, quiet=quiet)
-    tokenizer = load_tokenizer(base)
+    tokenizer = BoundedTokenizer(base)
     seen = token_windows(texts.calibration, tokenizer, windows=options.samples, seq_len=options.seq_len)
     held_out = token_windows(texts.held_out, tokenizer, windows=options.windows, seq_len=options.seq_len)
     job = {

@@ -37,7 +37,7 @@ from qwen_pipeline.quantization.spec import Device, QuantizerName, QuantSpec, de
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.quantize import quantize
-from qwen_pipeline.text.tokenizers import load_tokenizer
+from qwen_pipeline.text.bounded_tokenizer import BoundedTokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.workers.environments import find_environment
 
@@ -58,7 +58,7 @@ def compare(
             engine=find_environment(spec.environment, python),
         )
         seconds, used = time.perf_counter() - started, processor_seconds() - used
-        held_out = token_windows(texts.held_out, load_tokenizer(model), windows=windows, seq_len=spec.seq_len)
+        held_out = token_windows(texts.held_out, BoundedTokenizer(model), windows=windows, seq_len=spec.seq_len)
         figures = evaluate(
             {"full": open_checkpoint(model), "quantized": open_checkpoint(artifact.path)},
             [torch.tensor(window) for window in held_out],

@@ -3,10 +3,17 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count, islice, product
 from pathlib import Path
+from string import ascii_lowercase
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
@@ -14,8 +21,16 @@ from qwen_pipeline.checkpoint.writer import write_checkpoint
 
 SHARD_BYTES = 4 * 10**9
 """About the size of a file of the published 72B checkpoint."""
-NOISE = 2**22
-"""Number of random values. Each tensor repeats them from its own offset, which only a compressor could exploit."""
+NOISE = 2**22 - 3
+"""Number of random values, a prime, so that no row of a weight equals another.
+
+Each tensor repeats them from its own offset, which only a compressor could exploit.
+"""
+
+SPECIAL_TOKENS = 16
+"""Tokens left to loaders, which add Qwen's own."""
+SPACE = "\u0120"
+"""The space before a word, in byte-level BPE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +139,31 @@ def write_adapter(widths: Widths, layers: int, root: Path, *, rank: int, base: P
     }
     (root / "adapter_config.json").write_text(json.dumps(config))
     return root
+
+
+def write_tokenizer(widths: Widths, root: Path) -> None:
+    """Write a byte-level BPE tokenizer that fills the vocabulary: one token for each byte and for each short word."""
+    alphabet, words = sorted(ByteLevel.alphabet()), _words(widths)
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *(f"{SPACE}{word}" for word in words)])}
+    merges = [(f"{SPACE}{word[:-1]}", word[-1]) for word in words]
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer.save(str(root / "tokenizer.json"))
+    (root / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def write_text(widths: Widths, path: Path, *, words: int, seed: int) -> None:
+    """Write about as many words, a token each, in records of 500, with frequencies like those of natural language."""
+    known = list(_words(widths))
+    ranks = np.random.default_rng(seed).zipf(1.2, size=(-(-words // 500), 500)) % len(known)
+    texts = ("".join(f" {known[rank]}" for rank in record) for record in ranks)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _words(widths: Widths) -> Iterator[str]:
+    """Return the words a, b, ..., aa, ab, ... that fill a vocabulary, beside bytes and special tokens."""
+    words = (letters for length in count(1) for letters in product(ascii_lowercase, repeat=length))
+    return map("".join, islice(words, widths.vocab_size - 256 - SPECIAL_TOKENS))
 
 
 def _shapes(widths: Widths, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:

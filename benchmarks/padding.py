@@ -32,7 +32,7 @@ from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.spec import QuantizerName, QuantSpec
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.stages import pad, quantize
-from qwen_pipeline.text.tokenizers import load_tokenizer
+from qwen_pipeline.text.bounded_tokenizer import BoundedTokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.workers.environments import find_environment
 from qwen_pipeline.workers.parent import started_worker
@@ -137,7 +137,7 @@ class Benchmark:
     def _divergences(self, model: Path, quantized: Mapping[str, Path]) -> dict[str, float]:
         options = self._options
         windows = token_windows(
-            self._texts.held_out, load_tokenizer(model), windows=options.windows, seq_len=options.seq_len
+            self._texts.held_out, BoundedTokenizer(model), windows=options.windows, seq_len=options.seq_len
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         figures = evaluate(

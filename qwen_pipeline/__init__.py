@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_pipeline.api import plan as plan
+    from qwen_pipeline.audits import audit_frame
     from qwen_pipeline.checkpoint.manifest import Manifest as Manifest
     from qwen_pipeline.checkpoint.store.destinations import Artifact as Artifact
     from qwen_pipeline.checkpoint.store.destinations import CheckpointStore as CheckpointStore
@@ -25,18 +26,26 @@ if TYPE_CHECKING:
     from qwen_pipeline.errors import PipelineError as PipelineError
     from qwen_pipeline.errors import QuantizedInputRefused as QuantizedInputRefused
     from qwen_pipeline.errors import WorkerFailed as WorkerFailed
+    from qwen_pipeline.evaluation.allocation.goals import Goal as Goal
     from qwen_pipeline.evaluation.limits import Limits as Limits
     from qwen_pipeline.evaluation.plan import ValidationInputs as ValidationInputs
     from qwen_pipeline.evaluation.plan import ValidationPlan as ValidationPlan
     from qwen_pipeline.evaluation.report.frame import report_frame
     from qwen_pipeline.evaluation.tensor_parallel.findings import Target as Target
+    from qwen_pipeline.intake.placement import settings_of_product as settings_of_product
     from qwen_pipeline.models.base_names import KnownBase as KnownBase
     from qwen_pipeline.models.open import open_model
     from qwen_pipeline.quantization.calibration.spec import CalibrationSpec as CalibrationSpec
     from qwen_pipeline.quantization.evidence import evidence_frame
     from qwen_pipeline.quantization.spec import QuantSpec as QuantSpec
     from qwen_pipeline.qwen.padding_spec import PaddingSpec as PaddingSpec
+    from qwen_pipeline.releases.promotion import approve as approve
+    from qwen_pipeline.releases.promotion import promote as promote
+    from qwen_pipeline.releases.promotion import rollback as rollback
     from qwen_pipeline.reports import CheckReport as CheckReport
+    from qwen_pipeline.retention.collect import collect as collect
+    from qwen_pipeline.stages.allocate import AllocationInputs as AllocationInputs
+    from qwen_pipeline.stages.allocate import allocate as allocate
     from qwen_pipeline.stages.calibrate import calibrate as calibrate
     from qwen_pipeline.stages.convert import convert as convert
     from qwen_pipeline.stages.export import export as export
@@ -53,6 +62,7 @@ if TYPE_CHECKING:
     from qwen_pipeline.transforms.codes.base_weights import BaseWeights as BaseWeights
     from qwen_pipeline.workers.environments import find_environment as find_environment
 
+    audit = audit_frame
     checks = report_frame
     evidence = evidence_frame
     fine_tune_status = status_frame
@@ -62,6 +72,7 @@ __version__ = "0.1.0"
 
 _API = {
     "AdapterRefused": "errors:AdapterRefused",
+    "AllocationInputs": "stages.allocate:AllocationInputs",
     "Artifact": "checkpoint.store.destinations:Artifact",
     "BaseWeights": "transforms.codes.base_weights:BaseWeights",
     "CalibrationSpec": "quantization.calibration.spec:CalibrationSpec",
@@ -73,6 +84,7 @@ _API = {
     "DestinationRefused": "errors:DestinationRefused",
     "Directory": "checkpoint.store.destinations:Directory",
     "EnvironmentFault": "errors:EnvironmentFault",
+    "Goal": "evaluation.allocation.goals:Goal",
     "InputRefused": "errors:InputRefused",
     "KnownBase": "models.base_names:KnownBase",
     "Limits": "evaluation.limits:Limits",
@@ -87,8 +99,12 @@ _API = {
     "ValidationInputs": "evaluation.plan:ValidationInputs",
     "ValidationPlan": "evaluation.plan:ValidationPlan",
     "WorkerFailed": "errors:WorkerFailed",
+    "allocate": "stages.allocate:allocate",
+    "approve": "releases.promotion:approve",
+    "audit": "audits:audit_frame",
     "calibrate": "stages.calibrate:calibrate",
     "checks": "evaluation.report.frame:report_frame",
+    "collect": "retention.collect:collect",
     "convert": "stages.convert:convert",
     "evidence": "quantization.evidence:evidence_frame",
     "export": "stages.export:export",
@@ -100,9 +116,12 @@ _API = {
     "open_checkpoint": "models.open:open_model",
     "pad": "stages.pad:pad",
     "plan": "api:plan",
+    "promote": "releases.promotion:promote",
     "publish": "stages.publish:publish",
     "quantize": "stages.quantize:quantize",
     "repair": "stages.repair:repair",
+    "rollback": "releases.promotion:rollback",
+    "settings_of_product": "intake.placement:settings_of_product",
     "unpad": "stages.unpad:unpad",
     "validate": "stages.validate:validate",
 }

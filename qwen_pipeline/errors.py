@@ -4,7 +4,9 @@ Every message says what is wrong, with names and values, and what to do about it
 command line, and whether Dagster may retry.
 """
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Mapping, Sequence
 
 
 class PipelineError(Exception):
@@ -72,6 +74,41 @@ class WorkerFailed(EnvironmentFault):
     """A worker process ended without a result, or its library returned one that does not fit the input."""
 
     retryable = False
+
+
+_AGAIN = "Then run again: finished work is kept."
+_REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: f"Free space on its disk. {_AGAIN}",
+    errno.EDQUOT: f"Free space within the quota, or have it raised. {_AGAIN}",
+    errno.EMFILE: f"Raise the limit of open files: ulimit -n 65536. {_AGAIN}",
+    errno.ENFILE: f"Close other programs: the machine has no more open files. {_AGAIN}",
+    errno.ENOMEM: f"Provide more memory, or close other programs. {_AGAIN}",
+    errno.EIO: f"Check the disk, and the kernel's log for its errors. {_AGAIN}",
+    errno.EROFS: f"Choose a place that can be written, or mount it for writing. {_AGAIN}",
+    errno.EACCES: f"Give this user the permission to read inputs and write outputs. {_AGAIN}",
+    errno.EPERM: f"Give this user the permission to read inputs and write outputs. {_AGAIN}",
+    errno.ENOENT: f"Put back what was removed while it was used, or correct the path. {_AGAIN}",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+
+
+def machine_fault(error: OSError | MemoryError, *, place: object = None) -> EnvironmentFault:
+    """Return an error of the operating system as one that names the file, the cause and what to do.
+
+    Args:
+        error: The error.
+        place: Where it happened, if the error itself names no file.
+    """
+    if isinstance(error, MemoryError):
+        return EnvironmentFault(f"Memory ran out: {str(error) or 'none is left'}.", remedy=_REMEDIES[errno.ENOMEM])
+    names = " -> ".join(
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))
+    )
+    where, number = names or place or "A file", error.errno or 0
+    reason = error.strerror or str(error) or type(error).__name__
+    return EnvironmentFault(
+        f"{where} cannot be used: {reason}.", remedy=_REMEDIES.get(number, f"Make sure that it can be used. {_AGAIN}")
+    )
 
 
 def listed(items: Sequence[str], *, limit: int = 6) -> str:

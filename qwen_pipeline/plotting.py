@@ -14,9 +14,9 @@ PALETTE = ("#3b82c4", "#4fb3bf", "#52a675", "#b5a136", "#d9822b", "#c9503c", "#a
 """One colour for each kind of layer: cool for attention, warm for MLPs, of about equal lightness."""
 
 
-def add_axes(figure: Figure, rows: int = 1, row: int = 1) -> Axes:
-    """Add the ``row``-th of ``rows`` axes, stacked from the top, in the common style."""
-    axes = figure.add_subplot(rows, 1, row)
+def add_axes(figure: Figure, rows: int = 1, number: int = 1, *, columns: int = 1) -> Axes:
+    """Add the ``number``-th of ``rows`` times ``columns`` axes, row by row from the top, in the common style."""
+    axes = figure.add_subplot(rows, columns, number)
     axes.patch.set_alpha(0)
     axes.tick_params(which="both", colors=INK, labelsize=8)
     axes.grid(visible=True, color=INK, alpha=0.18, linewidth=0.6)

@@ -1,5 +1,6 @@
 """Settings: where they are read from, their defaults, and error messages that name the setting at fault."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_pipeline.config import FILE_VARIABLE, load_settings, require_setting, settings_from_values
+from qwen_pipeline.config import FILE_VARIABLE, load_settings, require_setting, settings_from_values, settings_of
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.evaluation.limits import Limits
 
@@ -91,8 +92,32 @@ def test_targets_determine_the_number_of_ranks(settings_file: Path) -> None:
         ("[padding.targets]\nvllm = [0]", "padding.targets.vllm.0 is 0", "greater than 0"),
         ("[padding]\ntensor_parallel = 8\ntargets = { vllm = [2] }", "padding", "Remove tensor_parallel, or targets"),
         ("[quantization]\nbits = 5", "bits is 5", "4, 8"),
+        ("[store]\npadded = false", "store", "store.merged = false too"),
+        (
+            "[quantization]\nengine = 'gptqmodel'\n[store]\nmerged = false\npadded = false",
+            "gptqmodel reads padded weights",
+            "setting",
+        ),
         ("base_model = ", "not valid TOML", "Invalid value"),
         ("[validation.serve]\nengine = 'llama'", "validation.serve.engine is 'llama'", "'vllm'"),
+        (
+            "[padding.targets]\nvllm = [1000000000]",
+            "padding.targets.vllm.0 is 1000000000",
+            "less than or equal to 1024",
+        ),
+        ("[padding]\ntensor_parallel = 1000000000", "padding.tensor_parallel is 1000000000", "or equal to 1024"),
+        ("[validation]\nprompts = []", "validation.prompts is []", "at least 1 item"),
+        ("[validation]\nprompts = [' ']", "validation.prompts.0 is ' '", "match pattern"),
+        ("[validation.limits]\nmax_mean_kl = nan", "max_mean_kl", "is not a number"),
+        ("[validation.overrides.poet]\nmax_mean_kl = nan", "max_mean_kl of poet", "is not a number"),
+        ("[validation.lm_eval]\nmax_drop = nan", "validation.lm_eval.max_drop is nan", "greater than or equal to 0"),
+        ("[validation.lm_eval.minimum]\n'a/b' = nan", "validation.lm_eval.minimum.a/b is nan", "finite number"),
+        ("owners = ['me']", "owners.0 is 'me'", "expected team:name or an e-mail address"),
+        (f"workspace = '{'w' * 300}'", "workspace is", "names of up to 255 bytes"),
+        (f"workspace = '{'w/' * 600}'", "workspace is", "up to 1024 printable characters"),
+        ('workspace = "a\\u0000b"', "workspace is", "printable characters"),
+        ("[calibration]\ntokenizer_seconds = 0", "calibration.tokenizer_seconds is 0", "greater than 0"),
+        ("a = " + "[" * 5000, "not valid TOML", "recursion"),
         ("[validation.overrides.poet]\nmax_kl = 1", "no limit 'max_kl' for poet", "Did you mean max_mean_kl"),
     ],
 )
@@ -103,6 +128,19 @@ def test_an_error_names_the_setting_and_gives_a_hint(settings_file: Path, text: 
     assert named in refusal.value.what
     assert hint in refusal.value.what
     assert refusal.value.remedy
+
+
+def test_a_settings_file_that_is_no_text_is_refused(settings_file: Path) -> None:
+    settings_file.write_bytes("base_model = 'Grüße'".encode("latin-1"))
+    with pytest.raises(InputRefused, match=r"not valid TOML in UTF-8: 'utf-8' codec"):
+        load_settings()
+    os.truncate(settings_file, 40_000_000_000)
+    with pytest.raises(InputRefused, match=r"has 40,000,000,000 bytes"):
+        load_settings()
+    settings_file.unlink()
+    settings_file.mkdir()
+    with pytest.raises(InputRefused, match=r"is not a regular file|does not exist"):
+        load_settings()
 
 
 @pytest.mark.parametrize(
@@ -167,3 +205,83 @@ def test_given_settings_ignore_the_file_and_the_environment(
     with pytest.raises(InputRefused, match="bits is 5") as refusal:
         settings_from_values({"quantization": {"bits": 5}})
     assert refusal.value.remedy
+
+
+RECIPES = """
+[bases.small]
+model = "Qwen/A"
+[bases.large]
+model = "Qwen/B"
+revision = "abc1234"
+text_only = true
+[padding]
+tensor_parallel = 8
+[quantization]
+group_size = 64
+modules = { self_attn = 8 }
+[calibration]
+source = "chats.jsonl"
+max_skipped = 0.5
+[recipes.fast]
+match = ["chat-*"]
+calibration = "code.jsonl"
+leave_behind = ["*.bin"]
+quantization = { bits = 8, modules = { mlp = "keep" } }
+[recipes.floats]
+base = "large"
+quantization = { method = "fp8" }
+padding = { targets = { vllm = [2] } }
+[recipes.floats.validation.limits]
+max_mean_kl = 0.5
+"""
+
+
+def test_a_recipe_replaces_what_it_names_and_a_base_is_the_only_one_of_its_product(
+    settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_file.write_text(RECIPES)
+    settings = load_settings()
+    assert settings_of(settings, None) is settings
+    fast = settings_of(settings, "fast", base="small")
+    assert (fast.base_model, fast.text_only, fast.leave_behind) == ("Qwen/A", False, ("*.bin",))
+    assert fast.calibration.source == str(settings_file.parent / "code.jsonl")
+    assert (fast.calibration.max_skipped, fast.padding) == (0.5, settings.padding)
+    assert fast.quantization == replace(settings.quantization, bits=8, modules={"mlp": "keep"})
+    assert not fast.bases
+    assert not fast.recipes
+    floats = settings_of(settings, "floats", base="large", overrides={"validation": {"windows": 3}})
+    assert (floats.base_revision, floats.text_only, floats.quantization.method) == ("abc1234", True, "fp8")
+    assert floats.padding_spec.targets == {"vllm": (2,)}
+    assert floats.validation == settings.validation.model_copy(update={"limits": Limits(max_mean_kl=0.5), "windows": 3})
+    assert settings_of(settings, None, base="large").quantization == settings.quantization
+    monkeypatch.setenv("QWEN_PIPELINE_RECIPES__FAST__QUANTIZATION", '{"bits": 8, "samples": 4}')
+    monkeypatch.setenv("QWEN_PIPELINE_RECIPES__FLOATS__VALIDATION__WINDOWS", "5")
+    monkeypatch.setenv("QWEN_PIPELINE_BASES__LARGE__NAMES", '["lab/*"]')
+    settings = load_settings()
+    assert settings_of(settings, "fast").quantization == replace(settings.quantization, bits=8, samples=4)
+    assert settings_of(settings, "floats", base="large").validation.windows == 5
+    assert settings.bases["large"].names == ("lab/*",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("bits = 8", "bits = 5", "recipes.fast.quantization.bits is 5, expected one of 4, 8"),
+        ("bits = 8", "bitz = 8", "recipes.fast.quantization.bitz does not exist. Did you mean bits?"),
+        ("bits = 8", "bits = 'x'", "recipes.fast.quantization.bits is 'x'"),
+        ("[2]", "[0]", "recipes.floats.padding.targets.vllm.0 is 0"),
+        ("max_mean_kl", "max_kl", "recipes.floats.validation.limits.max_kl does not exist. Did you mean max_mean_kl?"),
+        ("[recipes.floats.validation.limits]", "[recipes.floats.validation]\nunpadded = true", "for all recipes"),
+        ("match =", "mtch =", "recipes.fast.mtch does not exist. Did you mean match?"),
+        ('base = "large"', "base = 'huge'", "recipes.floats.base is 'huge', which does not exist. Known are small"),
+        ("[recipes.fast]", "[recipes.default]", "recipes.default is 'default'"),
+        ("[recipes.fast]", "[recipes.'a@b']", "recipes.a@b"),
+        ("[bases.small]", "default_recipes = ['quick']\n[bases.small]", "default_recipes is 'quick'"),
+        ("[bases.small]", "base_names = ['x']\n[bases.small]", "base_names is ('x',), but there are sections"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_when_settings_load(settings_file: Path, old: str, new: str, named: str) -> None:
+    settings_file.write_text(RECIPES.replace(old, new, 1))
+    with pytest.raises(InputRefused) as refusal:
+        load_settings()
+    assert named in refusal.value.what

@@ -15,14 +15,17 @@ from qwen_pipeline.checkpoint import digest, writer
 from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.verify import require_intact
+from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 
 GEOMETRY = PaddingSpec(group_size=32, tensor_parallel=2)
-KILLS = 100
+FLOATS = QuantSpec(method="fp8-dynamic")
+KILLS = int(os.environ.get("KILLS", "25"))
 SEED = 20
 CALLS = ("pwrite", "pwritev", "fsync", "rename", "replace")
 
@@ -53,6 +56,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
                 spec=GEOMETRY,
             ),
         ),
+        Work("floats", lambda out: quantize(source=base, destination=out / "quantized", spec=FLOATS)),
     ]
 
 
@@ -62,7 +66,7 @@ def digests(out: Path) -> dict[str, str]:
 
 def require_complete(out: Path) -> None:
     """Assert that every directory with its final name is complete, as a reader sees it."""
-    for root in (out / "merged", out / "padded"):
+    for root in (out / "merged", out / "padded", out / "quantized"):
         if root.exists():
             manifest = open_manifest(root)
             assert all((root / path).stat().st_size == file.bytes for path, file in manifest.contents.files.items())
@@ -125,7 +129,7 @@ def calls_of(work: Work, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[in
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_do_not_change_the_result(
+def test_kills_at_any_moment_do_not_change_the_result(
     works: list[Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digest, "BLOCK_BYTES", 4096)

@@ -1,72 +1,61 @@
-"""No input of users ends a command with an internal error: it is taken, or refused with a remedy."""
+"""No input of users ends a command with an internal error: it is taken, or refused with a remedy.
 
+``FUZZ_EXAMPLES=10000 make test-slow`` tries as many of each kind; ``docs/security.md`` has the last figures.
+"""
+
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from qwen_pipeline.cli import app
+from qwen_pipeline import config as config_package
+from qwen_pipeline.checkpoint import thread_pool
+from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.config import Settings, load_settings
+from qwen_pipeline.config.file import PREFIX
+from qwen_pipeline.errors import PipelineError
+from qwen_pipeline.evaluation.loading import place_tensors
+from qwen_pipeline.evaluation.structure.check import check_structure
 from qwen_pipeline.quantization.calibration import plot
-from qwen_pipeline_tests.mutations import edited_copy, file_edits, lines_of, mutated
-from qwen_pipeline_tests.tiny import CHAT_TEMPLATE, tiny_adapter, tiny_model, tiny_qwen3
+from qwen_pipeline.text import bounded_tokenizer
+from qwen_pipeline_tests.fuzzing.kept import KeptObject
+from qwen_pipeline_tests.fuzzing.mutate import Edits, damaged, edited_copy, file_edits, lines_of, mutated_document
+from qwen_pipeline_tests.tiny import CHAT_TEMPLATE
+from qwen_pipeline_tests.user_inputs import MODEL_COMMANDS, Site, calibrate, make_site, run, run_on_model
 
-SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example)
-FAST, THOROUGH = 20, int(os.environ.get("FUZZ_EXAMPLES", "100"))
+pytestmark = pytest.mark.lengthy
+
+FAST, THOROUGH = 20, int(os.environ.get("FUZZ_EXAMPLES", "30"))
 """Examples of a kind in ``make test``, and in ``make test-slow`` if the variable does not say otherwise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Sound inputs to damage."""
-
-    base: Path
-    mixture: Path
-    adapter: Path
-    text: Path
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    root = tmp_path_factory.mktemp("site")
-    base = tiny_qwen3(root / "base", intermediate_size=96)
-    text = root / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"Some words, number {n}."}) for n in range(9)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "draw_calibration_plot", lambda *_: None)
+        patch.setattr(bounded_tokenizer, "BoundedObject", KeptObject)
+        patch.setattr(thread_pool, "pool_size", lambda: 1)
+        patch.setattr(config_package, "load_settings", _remembered_settings())
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        yield Site(
-            base=base,
-            mixture=tiny_model("qwen3_moe", root / "mixture"),
-            adapter=tiny_adapter(base, root / "adapter"),
-            text=text,
-        )
+        yield make_site(tmp_path_factory.mktemp("site"))
 
 
-def run(*arguments: object) -> dict[str, Any]:
-    """Run a command in this process; return its JSON, after checking that an error has a remedy."""
-    ended = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    data: dict[str, Any] = json.loads(ended.stdout)
-    if ended.exit_code:
-        assert ended.exit_code in (1, 2, 3), (ended.exit_code, data, ended.stderr)
-        assert data["error"]["remedy"], data
-    return data
+def _remembered_settings() -> Callable[[], Settings]:
+    """Return a function that loads the settings again if a variable has changed."""
+    load = functools.cache(lambda _: load_settings())
+    return lambda: load(tuple(item for item in sorted(os.environ.items()) if item[0].startswith(PREFIX)))
 
 
-def calibrate(model: Path, text: Path, root: Path, *more: str) -> dict[str, Any]:
-    return run(
-        "calibrate", "--in", model, "--text", text, "--out", root / "tokens", "--samples", 1, "--seq-len", 4, *more
-    )
-
-
-Damage = Callable[[st.DrawFn, Site], Any]
+Damage = Callable[[Random, Site], Any]
 Use = Callable[[Any, Site, Path], object]
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -81,9 +70,9 @@ SEEDS: list[Any] = [
 ]  # fmt: skip
 
 
-def records(draw: st.DrawFn, site: Site) -> bytes:
+def records(random: Random, site: Site) -> bytes:
     del site
-    return draw(lines_of(st.sampled_from(SEEDS).flatmap(mutated)))
+    return lines_of(SEEDS, random)
 
 
 def use_records(content: bytes, site: Site, root: Path) -> None:
@@ -103,10 +92,11 @@ PIECES = (
 )  # fmt: skip
 
 
-def template(draw: st.DrawFn, site: Site) -> bytes:
+def template(random: Random, site: Site) -> bytes:
     del site
-    pieces = draw(st.lists(st.sampled_from((*PIECES, CHAT_TEMPLATE)), max_size=7))
-    return "".join(pieces).encode("utf-8", draw(st.sampled_from(("surrogatepass", "replace"))))
+    pieces = random.choices((*PIECES, CHAT_TEMPLATE), k=random.randint(0, 7))
+    content = "".join(pieces).encode("utf-8", random.choice(("surrogatepass", "replace")))
+    return damaged(content, random) if random.random() < 0.2 else content
 
 
 def use_template(content: bytes, site: Site, root: Path) -> None:
@@ -116,46 +106,28 @@ def use_template(content: bytes, site: Site, root: Path) -> None:
     calibrate(model, text, root, "--max-skipped", "1", "--template-argument", "x=1")
 
 
-def tokenizer(draw: st.DrawFn, site: Site) -> Any:
-    return draw(file_edits(site.base, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")))
+def tokenizer(random: Random, site: Site) -> Edits:
+    return file_edits(site.base, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), random)
 
 
-def use_tokenizer(edits: Any, site: Site, root: Path) -> None:
+def use_tokenizer(edits: Edits, site: Site, root: Path) -> None:
     model = edited_copy(site.base, root / "model", edits)
     calibrate(model, site.text, root)
 
 
-def config(draw: st.DrawFn, site: Site) -> Any:
-    name = draw(st.sampled_from(("base", "mixture")))
-    edits = draw(file_edits(getattr(site, name), ("config.json", "generation_config.json")))
-    return name, edits, draw(st.integers(0, 5))
+def config(random: Random, site: Site) -> tuple[Path, Edits, str]:
+    sound = random.choice((site.base, site.mixture, site.coded))
+    edits = file_edits(sound, ("config.json", "generation_config.json"), random)
+    return sound, edits, random.choice(MODEL_COMMANDS)
 
 
-def use_config(drawn: Any, site: Site, root: Path) -> None:
-    name, edits, command = drawn
-    sound: Path = getattr(site, name)
-    use_model(edited_copy(sound, root / "model", edits), sound, command, site, root)
+def use_model(drawn: Any, site: Site, root: Path) -> None:
+    sound, edits, command = drawn
+    run_on_model(command, edited_copy(sound, root / "model", edits), sound, site, root)
 
 
-def use_model(model: Path, sound: Path, command: int, site: Site, root: Path) -> None:
-    """Run one of the commands that read a model."""
-    out: tuple[object, ...] = ("--out", root / "out")
-    commands: Sequence[tuple[object, ...]] = (
-        ("pad", "--in", model, *out, "--tp", 2, "--group-size", 32),
-        ("merge", "--base", model, "--adapter", sound, *out),
-        ("merge", "--base", sound, "--adapter", model, *out),
-        ("inspect", model, "--base", sound),
-        ("plan", model, "--tp", 2),
-        ("calibrate", "--in", model, *out, "--text", site.text, "--samples", 1, "--seq-len", 4, "--all-experts"),
-    )
-    run(*commands[command])
-
-
-def adapter(draw: st.DrawFn, site: Site) -> Any:
-    names = [path.name for path in site.adapter.iterdir()]
-    return draw(
-        file_edits(site.adapter, ["adapter_config.json", *(name for name in names if name != "adapter_config.json")])
-    )
+def adapter(random: Random, site: Site) -> Edits:
+    return file_edits(site.adapter, sorted(path.name for path in site.adapter.iterdir()), random)
 
 
 def use_adapter(edits: Any, site: Site, root: Path) -> None:
@@ -182,15 +154,36 @@ CONTENTS = (
 )
 
 
-def directory(draw: st.DrawFn, site: Site) -> Any:
-    strays = draw(st.dictionaries(st.sampled_from(STRAYS), st.sampled_from(CONTENTS), max_size=2))
-    names = sorted(path.name for path in site.base.iterdir())
-    return [*draw(file_edits(site.base, names)), *strays.items()], draw(st.integers(0, 5))
+def directory(random: Random, site: Site) -> tuple[Path, Edits, str]:
+    sound = random.choice((site.base, site.padded, site.coded))
+    names = sorted(path.name for path in sound.iterdir() if path.is_file())
+    strays = [(name, random.choice(CONTENTS)) for name in random.sample(STRAYS, random.randint(0, 2))]
+    return sound, [*file_edits(sound, names, random), *strays], random.choice(MODEL_COMMANDS)
 
 
-def use_directory(drawn: Any, site: Site, root: Path) -> None:
-    edits, command = drawn
-    use_model(edited_copy(site.base, root / "model", edits), site.base, command, site, root)
+def codes(random: Random, site: Site) -> Edits:
+    return file_edits(site.coded, ("config.json", "model.safetensors", "generation_config.json"), random)
+
+
+def use_codes(edits: Any, site: Site, root: Path) -> None:
+    """Compare with the source as the worker of a validation does."""
+    copy = edited_copy(site.coded, root / "coded", edits)
+    with suppress(PipelineError):
+        check_structure(open_checkpoint(site.base), open_checkpoint(copy))
+    assert place_tensors(copy)
+
+
+def trained(random: Random, site: Site) -> tuple[Path, Edits]:
+    sound = random.choice(site.trained)
+    names = sorted(str(path.relative_to(sound)) for path in sound.rglob("*") if path.is_file())
+    return sound, file_edits(sound, names, random)
+
+
+def use_trained(drawn: Any, site: Site, root: Path) -> None:
+    sound, edits = drawn
+    copy = edited_copy(sound, root / "trained", edits)
+    run("convert", "--from", copy, "--out", root / "out", "--base", site.base)
+    run("inspect", copy, "--base", site.base)
 
 
 SETTINGS: dict[str, Any] = {
@@ -200,9 +193,29 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def configured(draw: st.DrawFn, site: Site) -> Any:
+SETTINGS_FILE = """
+base_model = "base"
+inbox = "inbox"
+
+[calibration]
+source = "text.jsonl"
+samples = 128
+
+[quantization]
+method = "gptq"
+dynamic = { 'mlp\\.down_proj' = { damp_percent = 0.1 } }
+
+[validation.limits]
+max_mean_kl = 0.05
+
+[store]
+merged = false
+"""
+
+
+def configured(random: Random, site: Site) -> Any:
     del site
-    return draw(mutated(SETTINGS))
+    return mutated_document(SETTINGS, random)
 
 
 def use_configured(values: Any, site: Site, root: Path) -> None:
@@ -212,19 +225,35 @@ def use_configured(values: Any, site: Site, root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             text = json.dumps(value)
-            if name and "\ud83d" not in name:
+            if name and name.isprintable() and "=" not in name:  # what a variable may be called
                 patch.setitem(os.environ, f"QWEN_PIPELINE_{name.upper()}", text)
         calibrate(site.base, site.text, root)
+
+
+def settings_file(random: Random, site: Site) -> bytes:
+    del site
+    return damaged(SETTINGS_FILE.encode(), random)
+
+
+def use_settings_file(content: bytes, site: Site, root: Path) -> None:
+    (root / "inbox/x").mkdir(parents=True)
+    (root / "qwen_pipeline.toml").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "QWEN_PIPELINE_CONFIG", str(root / "qwen_pipeline.toml"))
+        run("status")
 
 
 KINDS: dict[str, tuple[Damage, Use]] = {
     "records": (records, use_records),
     "template": (template, use_template),
     "tokenizer": (tokenizer, use_tokenizer),
-    "config": (config, use_config),
+    "config": (config, use_model),
     "adapter": (adapter, use_adapter),
-    "directory": (directory, use_directory),
+    "directory": (directory, use_model),
+    "codes": (codes, use_codes),
+    "trained": (trained, use_trained),
     "settings": (configured, use_configured),
+    "settings file": (settings_file, use_settings_file),
 }
 
 
@@ -233,6 +262,11 @@ def test_sound_input_is_taken(site: Site, tmp_path: Path) -> None:
     text.write_text("\n".join(map(json.dumps, SEEDS)))
     assert "error" not in calibrate(site.base, text, tmp_path)
     assert "error" not in run("merge", "--base", site.base, "--adapter", site.adapter, "--out", tmp_path / "merged")
+    assert "error" not in run("convert", "--from", site.trained[1], "--base", site.base, "--out", tmp_path / "whole")
+    taken = {"unpad": site.padded, "plan": site.base, "export": site.coded, "audit show": site.padded}
+    for verb, model in taken.items():
+        (command,) = (command for command in MODEL_COMMANDS if command.startswith(verb))
+        assert "error" not in run_on_model(command, model, site.base, site, tmp_path / verb)
 
 
 @pytest.mark.timeout(7200)
@@ -241,10 +275,14 @@ def test_sound_input_is_taken(site: Site, tmp_path: Path) -> None:
 def test_every_damage_is_taken_or_refused_with_a_remedy(kind: str, examples: int, site: Site) -> None:
     damage, use = KINDS[kind]
 
-    @settings(max_examples=examples, derandomize=examples == FAST, suppress_health_check=SLOW)
-    @given(drawn=st.composite(damage)(site))
-    def check(drawn: Any) -> None:
-        with tempfile.TemporaryDirectory() as root:
+    scratch = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+    @settings(max_examples=examples, derandomize=examples == FAST, suppress_health_check=(HealthCheck.too_slow,))
+    @given(random=st.randoms(use_true_random=True))
+    def check(random: Random) -> None:
+        drawn = damage(random, site)
+        note(ascii(drawn)[:3000])
+        with tempfile.TemporaryDirectory(dir=scratch) as root:
             use(drawn, site, Path(root))
 
     check()

@@ -6,7 +6,9 @@ release.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from pydantic import TypeAdapter
 
 from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, digest_file, digest_files, hash_tensors
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
-from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, canonical_sha256, find_manifest
+from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, find_manifest
+from qwen_pipeline.checkpoint.store.canonical import canonical_sha256
 from qwen_pipeline.progress import Observe, unobserved
 
 
@@ -32,6 +35,17 @@ class HashedCheckpoint:
 
 
 _HASHED = TypeAdapter(HashedCheckpoint)
+_rereading: ContextVar[bool] = ContextVar("rereading", default=False)
+
+
+@contextmanager
+def rereading() -> Generator[None, None, None]:
+    """Within the body, nothing is taken from the cache: every byte is read, as an audit demands."""
+    token = _rereading.set(True)
+    try:
+        yield
+    finally:
+        _rereading.reset(token)
 
 
 def _user_cache() -> Path:
@@ -63,7 +77,7 @@ class DigestCache:
                 files={path: file for path, file in contents.files.items() if isinstance(file, FileDigest)},
             )
         entry = self._entry(_files_of(root, open_checkpoint(root) if checkpoint is None else checkpoint))
-        return _HASHED.validate_json(entry.read_bytes()) if entry.is_file() else None
+        return _HASHED.validate_json(entry.read_bytes()) if self._remembers(entry) else None
 
     def add(self, root: Path, checkpoint: Checkpoint, tensors: HashedTensors) -> HashedCheckpoint:
         """Add the hash results of a directory without a manifest, and return them with those of its files."""
@@ -74,9 +88,12 @@ class DigestCache:
     def sha256(self, path: Path) -> str:
         """Return the hex SHA-256 of a file, which is read once."""
         entry = self._entry([path])
-        if not entry.is_file():
+        if not self._remembers(entry):
             _write(entry, digest_file(path).sha256.encode())
         return entry.read_text()
+
+    def _remembers(self, entry: Path) -> bool:
+        return entry.is_file() and not _rereading.get()
 
     def _entry(self, files: Iterable[Path]) -> Path:
         return self.directory / stat_key(files)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ _SYNC_FILE_RANGE_WRITE = 2
 """``linux/fs.h``"""
 
 
+_SCRATCH = ".new"
+_LFS_POINTER = b"version https://git-lfs"
 MAX_JSON_BYTES = 100_000_000
 """The largest JSON file that is read; the index of the largest mixture published so far has a tenth of it."""
+MAX_TOML_BYTES = 1_000_000
 
 
 def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
             class.
     """
     try:
-        value = parse_json(_read_regular(path, refused))
+        value = parse_json(read_regular(path, refused))
     except FileNotFoundError as error:
         raise refused(f"{path} is missing.", remedy="Pass a directory that has it, or fetch it again.") from error
     except OSError as error:
@@ -44,20 +48,55 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
     return cast("dict[str, Any]", value)
 
 
-def parse_json(data: str | bytes) -> Any:
-    """Parse JSON in UTF-8 whose keys are unique, whose nesting Python can follow, and whose texts can be written.
+def load_toml(path: Path, *, refused: type[InputRefused] = InputRefused) -> dict[str, Any]:
+    """Read a TOML file.
 
     Raises:
-        ValueError: It is not. An escape may stand for half of a surrogate pair, which is no text.
+        InputRefused: The file cannot be read, is too large, or is not TOML in UTF-8. ``refused`` may be another class.
+    """
+    try:
+        return tomllib.loads(read_regular(path, refused, most=MAX_TOML_BYTES).decode())
+    except OSError as error:
+        raise refused(f"{path} cannot be read: {error}.", remedy="Make it a readable file.") from error
+    except (ValueError, RecursionError) as error:
+        raise refused(f"{path} is not valid TOML in UTF-8: {error}.", remedy="Correct the file.") from error
+
+
+def parse_json(data: str | bytes, *, half_surrogates: bool = False) -> Any:
+    """Parse JSON in UTF-8 whose keys are unique, whose nesting Python can follow, and whose texts can be written.
+
+    Args:
+        data: The JSON.
+        half_surrogates: Whether an escape may stand for half of a surrogate pair, which is no text.
+
+    Raises:
+        ValueError: It is not.
     """
     text = data.decode() if isinstance(data, bytes) else data
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
-        if "\\ud" in text.lower():
+        if not half_surrogates and "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return value
+
+
+def read_regular(path: Path, refused: type[InputRefused] = CheckpointRefused, *, most: int = MAX_JSON_BYTES) -> bytes:
+    """Read a small file.
+
+    Raises:
+        CheckpointRefused: It is no regular file, or larger than ``most``. ``refused`` may be another class.
+        OSError: It cannot be read.
+    """
+    require_regular(path, refused=refused)
+    if (size := path.stat().st_size) > most:
+        raise refused(
+            f"{path} has {size:,} bytes, but such a file here has at most {most:,}.",
+            remedy="Fetch or save the file again.",
+        )
+    require_no_pointer(data := path.read_bytes(), path, refused=refused)
+    return data
 
 
 def require_regular(path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> None:
@@ -71,14 +110,17 @@ def require_regular(path: Path, *, refused: type[InputRefused] = CheckpointRefus
         raise refused(f"{path} is not a regular file.", remedy="Put the file itself in its place.")
 
 
-def _read_regular(path: Path, refused: type[InputRefused]) -> bytes:
-    require_regular(path, refused=refused)
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+def require_no_pointer(beginning: bytes, path: Path, *, refused: type[InputRefused] = CheckpointRefused) -> None:
+    """Require that the beginning of a file is not that of a pointer of Git LFS, which clones have without LFS.
+
+    Raises:
+        CheckpointRefused: It is. ``refused`` may be another class.
+    """
+    if beginning.startswith(_LFS_POINTER):
         raise refused(
-            f"{path} has {size:,} bytes, but a JSON file here has at most {MAX_JSON_BYTES:,}.",
-            remedy="Fetch or save the file again.",
+            f"{path} is a pointer of Git LFS, not the file that it points to.",
+            remedy="Fetch the files themselves, such as with git lfs pull in the clone.",
         )
-    return path.read_bytes()
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,19 +138,38 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def remove_scratch(root: Path) -> None:
+    """Remove the files of a directory that :func:`write_bytes` had not completed when its process ended."""
+    for scratch in root.rglob(f"*{_SCRATCH}"):
+        scratch.unlink()
+
+
 def open_locked(path: Path, *, wait: bool = False) -> BinaryIO:
     """Open a lock file, created if absent, with an exclusive ``flock`` that is held until the file is closed.
+
+    A file that its last holder removed is no lock: another process may hold the one that took its name.
 
     Raises:
         BlockingIOError: Another process holds the lock, and ``wait`` is False.
     """
-    file = path.open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
+    while True:
+        file = path.open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open(path, file):
+                return file
+        except BaseException:
+            file.close()
+            raise
         file.close()
-        raise
-    return file
+
+
+def _is_open(path: Path, file: BinaryIO) -> bool:
+    """Return whether a name still leads to an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def sync_directory(path: Path) -> None:
@@ -179,7 +240,7 @@ def share_file(source: Path, target: Path, *, hard_links: bool) -> bool:
 
 @contextmanager
 def _replacing(path: Path) -> Generator[BinaryIO, None, None]:
-    scratch = path.with_name(path.name + ".new")
+    scratch = path.with_name(path.name + _SCRATCH)
     try:
         with scratch.open("wb") as file:
             yield file

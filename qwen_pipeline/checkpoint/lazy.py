@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 STEM = "model"
+_MAX_NAME = 255
 INDEX = f"{STEM}.safetensors.index.json"
 SINGLE_SHARD = f"{STEM}.safetensors"
 MANIFEST = "manifest.json"
@@ -39,6 +40,7 @@ Those of sentence-transformers list the steps after the model, each in a directo
 ``spk_dict.pt`` holds the voices of Qwen2.5-Omni, without which Transformers does not load it; it is never opened here.
 """
 
+MAX_SIDECAR_BYTES = 1_000_000_000
 _STEPS, _STEP_WEIGHTS = "modules.json", "[0-9]*_*/model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -159,6 +161,14 @@ class Checkpoint(Mapping[str, TensorSpec]):
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
         return replace(self, tensors=kept, shards={name: self.shards[name] for name in kept})
 
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """Return this checkpoint with other names of its tensors, name -> new name, in the same shards."""
+        return replace(
+            self,
+            tensors={names[name]: tensor for name, tensor in self.tensors.items()},
+            shards={names[name]: shard for name, shard in self.shards.items()},
+        )
+
     def with_tensor(self, name: str, tensor: LazyTensor, *, after: str) -> "Checkpoint":
         """Return this checkpoint with one more tensor, right after the tensor ``after`` and in the same shard.
 
@@ -187,7 +197,7 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
             it, or its index does not agree with the shards.
     """
     if not root.is_dir():
-        raise CheckpointRefused(f"{root} is not a directory.", remedy="Pass a Hugging Face model directory.")
+        raise _no_directory(root)
     config = load_config_file(root / CONFIG)
     shards = _open_shards(root, stem)
     tensors: dict[str, LazyTensor] = {}
@@ -213,14 +223,31 @@ def open_checkpoint(root: Path, *, stem: str = STEM) -> Checkpoint:
     )
 
 
+def _no_directory(root: Path) -> CheckpointRefused:
+    if root.exists():
+        remedy = f"Pass the directory that holds the file: {quote(str(root.parent))}. If it is an archive, unpack it."
+        return CheckpointRefused(f"{root} is a file, not a directory.", remedy=remedy)
+    return CheckpointRefused(f"{root} does not exist.", remedy="Correct the path: pass a Hugging Face model directory.")
+
+
 def open_sidecars(root: Path) -> dict[str, Path]:
     """Return a directory's files that match :data:`SIDECARS`: relative path -> absolute path.
 
     Steps of sentence-transformers may have weights, which belong to them if the directory lists its steps.
+
+    Raises:
+        CheckpointRefused: A file is far larger than such a file is; they are read as a whole.
     """
     paths = relative_files(root)
     globs = (*SIDECARS, _STEP_WEIGHTS) if _STEPS in paths else SIDECARS
-    return {path: root / path for path in paths if any(fnmatch(path, glob) for glob in globs)}
+    found = {path: root / path for path in paths if any(fnmatch(path, glob) for glob in globs)}
+    for file in found.values():
+        if (size := file.stat().st_size) > MAX_SIDECAR_BYTES:
+            raise CheckpointRefused(
+                f"{file} has {size:,} bytes, but a file beside the weights has at most {MAX_SIDECAR_BYTES:,}.",
+                remedy="Remove it, or fetch it again.",
+            )
+    return found
 
 
 def _open_shards(root: Path, stem: str) -> list[SafetensorsFile]:
@@ -255,9 +282,9 @@ def _owners(index: Path) -> dict[str, str]:
 
 
 def _shard_path(root: Path, file: str) -> Path:
-    if Path(file).name != file or not file.endswith(".safetensors"):
+    if Path(file).name != file or not file.endswith(".safetensors") or len(file) > _MAX_NAME or not file.isprintable():
         raise CheckpointRefused(
-            f"{INDEX} of {root} names the shard {file!r}, which is not a plain *.safetensors file name.",
+            f"{INDEX} of {root} names the shard {ascii(file)[:120]}, which is not a plain *.safetensors file name.",
             remedy="Use a checkpoint whose shards are in the same directory as its index.",
         )
     path = root / file

@@ -4,7 +4,6 @@
 shard layout, logs, times or the host: the same inputs give the same digest on every machine.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -14,9 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from qwen_pipeline.checkpoint.lazy import INDEX, MANIFEST
+from qwen_pipeline.checkpoint.files import parse_json, read_regular
+from qwen_pipeline.checkpoint.lazy import MANIFEST
+from qwen_pipeline.checkpoint.store.canonical import canonical_sha256, content_digest
+from qwen_pipeline.checkpoint.store.origin import origin
 from qwen_pipeline.errors import CheckpointRefused
 
 FORMAT = "qwen-pipeline/manifest/4"
@@ -24,8 +26,6 @@ OUTDATED = tuple(f"qwen-pipeline/manifest/{version}" for version in (1, 2, 3))
 """Older formats, whose digests of tensors are computed differently and cannot be compared with those of this one."""
 UNREAD = "unread"
 """The placeholder for the digest of an input that is computed while the input is read; never in a manifest."""
-LOGS = "logs/"
-"""Files below this folder are kept and listed, but are not part of the content digest: they hold times and hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +70,10 @@ class Contents:
     @property
     def digest(self) -> str:
         """The content digest, ``sha256:<hex>``: over tensors and files, independent of shard layout and file order."""
-        other_files = {
-            path: file.sha256 for path, file in self.files.items() if is_content(path) and isinstance(file, FileDigest)
-        }
-        tensors = {name: [t.dtype, list(t.shape), t.tree_blake3] for name, t in self.tensors.items()}
-        return "sha256:" + canonical_sha256({"tensors": tensors, "files": other_files})
+        sha256 = {path: file.sha256 for path, file in self.files.items() if isinstance(file, FileDigest)}
+        return content_digest(
+            {name: (t.dtype, list(t.shape), t.tree_blake3) for name, t in self.tensors.items()}, sha256
+        )
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +119,9 @@ class RunFigures:
         read_bytes: Bytes that this process read, without its workers.
         written_bytes: Bytes that this process wrote, without its workers.
         started: ISO 8601 time in UTC.
-        environment: Versions of the packages that computed the bytes, and the platform.
+        environment: Versions of the packages that computed the bytes, the platform, and as far as they are known the
+            ``user``, the ``trigger`` and ``run`` that started it, the ``commit`` of the code, and digests of the
+            ``code`` and of the installed ``packages``.
     """
 
     seconds: float
@@ -181,17 +182,18 @@ def open_manifest(root: Path) -> Manifest:
             f"{root} has no {MANIFEST}: it is unfinished or was not made by this pipeline.",
             remedy="Run the stage that makes it; an interrupted run continues where it stopped.",
         )
-    data = path.read_bytes()
+    data = read_regular(path)
     if (found := _format(data)) in OUTDATED:
         raise CheckpointRefused(
             f"{path} has the format {found!r}; this version reads {FORMAT!r}.",
             remedy="Run its stage again into another directory, and delete this one: the weights are the same.",
         )
     if found != FORMAT:
-        raise _damaged(path, f"format {found!r}, expected {FORMAT!r}")
+        raise _damaged(path, f"format {found!a:.60}, expected {FORMAT!r}")
     try:
+        parse_json(data)
         manifest = _MANIFEST.validate_json(data)
-    except ValidationError as error:
+    except ValueError as error:
         raise _damaged(path, str(error)) from error
     if outside := [name for name in manifest.contents.files if not _is_below(name)]:
         raise _damaged(path, f"it names {outside[0]!r}, which is not a path below its directory")
@@ -211,25 +213,15 @@ def find_manifest(root: Path) -> Manifest | None:
 
 def is_outdated(root: Path) -> bool:
     """Return whether a finished directory has an older format. It then counts as absent, and is made again."""
-    return (root / MANIFEST).is_file() and _format((root / MANIFEST).read_bytes()) in OUTDATED
-
-
-def is_content(path: str) -> bool:
-    """Return whether a file counts towards the content digest; weights count by tensor, and logs do not count."""
-    return not (path.endswith(".safetensors") or path in (INDEX, MANIFEST) or path.startswith(LOGS))
-
-
-def canonical_sha256(value: object) -> str:
-    """Return the hex SHA-256 of a JSON value with sorted keys and no white space."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return (root / MANIFEST).is_file() and _format(read_regular(root / MANIFEST)) in OUTDATED
 
 
 def describe_environment() -> dict[str, str]:
-    """Return the versions of the packages that compute bytes, and the platform."""
+    """Return the versions of the packages that compute bytes, the platform, and who started the run through what."""
     return {name: found for name in ("qwen-pipeline", "torch", "safetensors") if (found := _version(name))} | {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **origin(),
     }
 
 

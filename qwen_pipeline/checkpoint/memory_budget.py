@@ -35,9 +35,9 @@ class ResourceNeeds:
     open_files: int
 
 
-def estimate_needs(*, disk_bytes: int, longest_row_bytes: int = 0) -> ResourceNeeds:
-    """Return the needs of writing ``disk_bytes`` on all cores of this machine."""
-    threads = pool_size()
+def estimate_needs(*, disk_bytes: int, longest_row_bytes: int = 0, threads: int | None = None) -> ResourceNeeds:
+    """Return the needs of writing ``disk_bytes`` with ``threads``, by default those of this machine."""
+    threads = pool_size() if threads is None else threads
     return ResourceNeeds(
         disk_bytes=disk_bytes,
         memory_bytes=threads

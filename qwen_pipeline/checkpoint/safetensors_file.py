@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qwen_pipeline.checkpoint.buffers import empty
-from qwen_pipeline.checkpoint.files import parse_json, require_regular
+from qwen_pipeline.checkpoint.files import parse_json, require_no_pointer, require_regular
 from qwen_pipeline.errors import CheckpointRefused
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
 
+_POINTER_BYTES = 64
 MAX_AXES = 8
 
 ITEM_BYTES: Mapping[str, int] = {
@@ -121,11 +122,14 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     """Read and verify the header of one file.
 
     Raises:
-        CheckpointRefused: The header is damaged, or its offsets and shapes do not agree with the file's size.
+        CheckpointRefused: The header is damaged, its offsets and shapes do not agree with the file's size, or the file
+            is a pointer of Git LFS.
     """
     require_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
+        require_no_pointer(file.read(_POINTER_BYTES), path)
+        file.seek(0)
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):

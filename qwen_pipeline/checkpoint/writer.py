@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from qwen_pipeline.checkpoint.digest import Block, HashedTensor, TensorHasher, blocks_of, digest_file, digest_shard
+from qwen_pipeline.checkpoint.digest import (
+    Block,
+    HashedTensor,
+    HashedTensors,
+    TensorHasher,
+    blocks_of,
+    digest_file,
+    digest_files,
+    digest_shard,
+    hash_tensors,
+)
 from qwen_pipeline.checkpoint.digest_cache import DigestCache
 from qwen_pipeline.checkpoint.files import share_file, write_bytes
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
@@ -68,6 +78,37 @@ def write_checkpoint(
     files |= {path: digest_file(out / path) for path in write_config_and_sidecars(checkpoint, out, config_name)}
     files |= {path: digest_file(out / path) for path in _write_index(checkpoint, out, config_name)}
     return Contents(tensors={name: writer.results[name].digest for name in writer.names}, files=files)
+
+
+def write_recipe(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    task: str,
+    readers: Sequence[HashingReader] = (),
+    if_not_finite: str | None = None,
+    config_name: str = CONFIG,
+    observe: Observe = unobserved,
+) -> Contents:
+    """Compute and hash every tensor, but write only config and sidecars into ``out``; see :func:`write_checkpoint`.
+
+    Raises:
+        CheckFailed: A value is not finite, and ``if_not_finite`` is given.
+    """
+    for reader in readers:
+        reader.skip_unchanged(checkpoint)
+    tensors = hash_tensors(checkpoint.tensors, task=task, observe=observe)
+    if if_not_finite and (faulty := [name for name, tensor in tensors.items() if not tensor.finite]):
+        raise CheckFailed(f"{faulty[0]} has values that are not finite.", remedy=if_not_finite)
+    for reader in readers:
+        reader.finish(checkpoint, tensors, task=f"{task}: hash unread tensors", observe=observe)
+    return without_weights(checkpoint, out, tensors, config_name)
+
+
+def without_weights(checkpoint: Checkpoint, out: Path, tensors: HashedTensors, config_name: str = CONFIG) -> Contents:
+    """Write only config and sidecars; return the contents of a recipe with these hash results of its tensors."""
+    files = {path: out / path for path in write_config_and_sidecars(checkpoint, out, config_name)}
+    return Contents(tensors={name: tensor.digest for name, tensor in tensors.items()}, files=digest_files(files))
 
 
 @dataclass(slots=True)

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 import qwen_pipeline
-from qwen_pipeline.cli import convert, engine, evidence, inspect, pipeline, plan, quantize, repair, stages, validate
+from qwen_pipeline.cli import (
+    convert,
+    engine,
+    evidence,
+    inspect,
+    pipeline,
+    plan,
+    quantize,
+    repair,
+    stages,
+    validate,
+)
+from qwen_pipeline.cli.lineage import audit, release
+from qwen_pipeline.cli.operations import doctor, metrics, notify, releases, retention
 from qwen_pipeline.workers.fast_exit import fast_exit
 
 app = typer.Typer(
@@ -50,6 +63,13 @@ app.add_typer(plan.app)
 app.add_typer(inspect.app)
 app.add_typer(repair.app)
 app.add_typer(evidence.app)
+app.add_typer(audit.app, name="audit")
+app.add_typer(release.app)
+app.add_typer(doctor.app)
+app.add_typer(notify.app)
+app.add_typer(metrics.app)
+app.add_typer(releases.app)
+app.add_typer(retention.app)
 app.add_typer(engine.app, name="engine")
 
 

@@ -55,7 +55,7 @@ def run_demo(*, base: str | None, observe: Observe) -> CommandResult:
 
 def _write_settings(base: str | None) -> Settings:
     file = config_file()
-    if file.exists() and not file.read_text().startswith(_FIRST_LINE):
+    if file.exists() and not file.read_bytes().startswith(_FIRST_LINE.encode()):
         raise InputRefused(
             f"{file} was not written by the demo, which would overwrite it.",
             remedy="Run the demo in another directory.",

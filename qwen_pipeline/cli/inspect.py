@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_pipeline.cli.options import BaseDequantize, LeaveBehind, TrainedOn
+from qwen_pipeline.cli.options import BaseDequantize, LeaveBehind, TextOnly, TrainedOn
 from qwen_pipeline.cli.results import CommandResult, command
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def inspect(
     trained_on: TrainedOn = None,
     leave_behind: LeaveBehind = None,
     base_dequantize: BaseDequantize = False,
+    text_only: TextOnly = False,
 ) -> CommandResult:
     """Describe any directory: what it is, who saved it, what happens to each file, and which tensors it changes.
 
@@ -45,12 +46,14 @@ def inspect(
     from qwen_pipeline.models.kinds import recognize
     from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
-    known = KnownBase(root=base, weights=BaseWeights(dequantize=base_dequantize)) if base else None
+    weights = BaseWeights(dequantize=base_dequantize, text_only=text_only)
+    known = KnownBase(root=base, weights=weights) if base else None
     found = recognize(fine_tune)
     data: dict[str, Any] = {"fine_tune": str(fine_tune), "base": str(base) if base else None, **_what(found)}
     view: list[Table | str] = [what_table(data)]
     try:
         _describe(fine_tune, known, trained_on, leave_behind or [], data, view)
+        _describe_intake(fine_tune, data, view)
     except PipelineError as refusal:
         return CommandResult(data=_declared(fine_tune) | data, view=view, fault=refusal)
     return CommandResult(data=data, view=view)
@@ -72,7 +75,7 @@ def _describe(
     from qwen_pipeline.checkpoint.lazy import Checkpoint
     from qwen_pipeline.cli.inspect_views import files_table, settings_table
     from qwen_pipeline.models.changes import require_effect
-    from qwen_pipeline.models.fine_tune_files import files_of, require_all_weights_read, require_no_code_of_its_own
+    from qwen_pipeline.models.fine_tune_files import files_of, require_all_weights_read
     from qwen_pipeline.models.open import open_fine_tune
 
     child = open_fine_tune(root)
@@ -86,11 +89,28 @@ def _describe(
     view.append(files_table(files))
     require_all_weights_read(files)
     if isinstance(child, Checkpoint):
-        require_no_code_of_its_own(child)
         _describe_model(child, base, data, view)
     else:
         require_effect(child, read_values=False)
         _describe_merge(child, base, padded, data, view)
+
+
+def _describe_intake(root: Path, data: dict[str, Any], view: "list[Table | str]") -> None:
+    """Add the base and the products that the fine-tune would get in the inbox, if the settings have a base."""
+    from qwen_pipeline.config import load_settings
+    from qwen_pipeline.intake.placement import place
+    from qwen_pipeline.models.inbox import Arrival
+
+    settings = load_settings()
+    if not (settings.base_model or settings.bases):
+        return
+    found = place(settings, Arrival(root.resolve().name, root))
+    data["intake"] = {**asdict(found), "products": list(found.products)}
+    if found.state == "placed":
+        base = f"Its base in the settings is {found.base}. " if found.base else ""
+        view.append(f"{base}In the inbox it becomes: {', '.join(found.products)}.")
+    else:
+        view.append(f"In the inbox it would be {found.state}: {found.reason}")
 
 
 def _describe_model(
@@ -98,22 +118,20 @@ def _describe_model(
 ) -> None:
     from qwen_pipeline.checkpoint.lazy import open_checkpoint
     from qwen_pipeline.cli.tables import size
-    from qwen_pipeline.qwen.config import require_full_precision
+    from qwen_pipeline.models.examine import require_full_precision_model
     from qwen_pipeline.qwen.settle import settle
     from qwen_pipeline.transforms.fine_tune.adopt import adopt
 
     view.append(f"Full model: {len(child)} tensors, {size(child.nbytes)}.")
-    require_full_precision(
-        child,
-        because="Padding and quantization need the full-precision weights of a fine-tune.",
-        remedy="Provide the model as it was saved before quantization.",
-    )
+    require_full_precision_model(child)
     if base:
         parent = settle(base.weights.of(open_checkpoint(base.root))).checkpoint
-        output = adopt(parent, child).checkpoint
-        carried = [name for name, tensor in output.tensors.items() if tensor is parent.tensors.get(name)]
-        data |= {"taken": len(output) - len(carried), "carried_over": carried}
+        whole = adopt(parent, child).checkpoint
+        output, source = base.weights.kept(whole), base.weights.kept(parent)
+        carried = [name for name, tensor in output.tensors.items() if tensor is source.tensors.get(name)]
+        data |= {"taken": len(output) - len(carried), "carried_over": carried, "left_out": len(whole) - len(output)}
         view.append(f"{len(output) - len(carried)} tensors are taken, {len(carried)} are carried over from the base.")
+        view += [f"{len(whole) - len(output)} tensors are left out: --text-only."] * base.weights.text_only
 
 
 def _describe_merge(
@@ -132,6 +150,7 @@ def _describe_merge(
     data["names_base"] = asdict(base_report(base, child))
     parent = settle(base.weights.of(open_checkpoint(base.root))).checkpoint
     merged = merge_lora(parent, child, paddings=paddings_of(base.root, child, padded=padded), check_values=False)
+    data["left_out"] = len(merged.checkpoint) - len(base.weights.kept(merged.checkpoint))
     data["trained"] = merged.bridge.trained if merged.bridge else None
     data["config"] = diff_configs(parent.config, merged.checkpoint.config)
     merges = merged.plan.merges.items()
@@ -165,6 +184,7 @@ def _remarks(data: Mapping[str, Any]) -> list[str]:
         "padded": "Trained on a padded checkpoint of this base: the channels that padding added are left out.",
     }
     remarks = [bridged[data["trained"]]] if data["trained"] else []
+    remarks += [f"{data['left_out']} tensors are left out: --text-only."] if data["left_out"] else []
     remarks += [f"config.json: {path} becomes {json.dumps(value)}." for path, value in data["config"].items()]
     if not data["trained"]:
         remarks.append(data["names_base"]["detail"])

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,6 +32,9 @@ BaseNf4 = Annotated[
     Literal["single", "double"] | None,
     typer.Option(help="Round the base as QLoRA does: NF4 without or with double quantization of its statistics."),
 ]
+TextOnly = Annotated[
+    bool, typer.Option("--text-only", help="Take the language model of a model with towers, and release it alone.")
+]
 MaxSkipped = Annotated[
     float | None,
     typer.Option(help="Largest share of records that may be skipped because they cannot be used; default: settings."),
@@ -53,7 +56,8 @@ def text_spec(configured: TextSpec, max_skipped: float | None, template_argument
     Raises:
         InputRefused: A value is invalid.
     """
-    return TextSpec(
+    return replace(
+        configured,
         max_skipped=configured.max_skipped if max_skipped is None else max_skipped,
         template_arguments=parse_template_arguments(template_argument)
         if template_argument

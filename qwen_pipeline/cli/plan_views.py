@@ -12,6 +12,9 @@ from rich.text import Text
 
 from qwen_pipeline.checkpoint.memory_budget import AvailableResources, shortages
 from qwen_pipeline.cli.tables import feasibility_table, size
+from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.quantization.steps.cost import REFERENCES, RecipeCost
+from qwen_pipeline.qwen.methods import FP8_LAYOUTS
 from qwen_pipeline.qwen.padding_spec import PaddingSpec, Targets
 from qwen_pipeline.qwen.tensor_parallel.engines import ServingPrediction
 from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeFeasibility, Division
@@ -82,13 +85,14 @@ def plan_data(plan: PlanResult) -> dict[str, Any]:
 def plan_view(plan: PlanResult) -> list[RenderableType]:
     """Return the recommendation, refusals of towers, the picture and the tables."""
     group_size, pad_towers = plan.request.group_size, plan.request.towers
+    into = "in" if plan.request.method == "gptq" else "to"
     return [
         _recommendation(plan),
         *_tower_refusals(plan.towers, padded=pad_towers),
         rank_picture(plan.divisions),
         _option_table(plan),
         *([_tower_table(plan.towers, padded=pad_towers)] if plan.towers else []),
-        f"Without padding, quantized in groups of {group_size}:",
+        f"Without padding, quantized {into} {_form(plan.request, group_size)}:",
         _engine_table(plan.predictions, [degree.degree for degree in plan.degrees]),
         feasibility_table(plan.degrees, group_size),
     ]
@@ -105,13 +109,21 @@ def _recommendation(plan: PlanResult) -> str:
     ranks = lcm(*chosen.degrees) if plan.request.towers else chosen.plan.tensor_parallel
     pad = f"pad --group-size {chosen.group_size} --tp {ranks}" + " --towers" * plan.request.towers
     steps = [pad] if sizes or plan.request.towers else []
-    steps.append(f"quantize --group-size {chosen.group_size}")
+    is_floats = plan.request.method != "gptq"
+    steps.append(
+        f"quantize --method {plan.request.method}" if is_floats else f"quantize --group-size {chosen.group_size}"
+    )
     return (
-        f"For {targets}: groups of {chosen.group_size}, "
+        f"For {targets}: {_form(plan.request, chosen.group_size)}, "
         + (f"{sizes} (+{chosen.weights:.2%} weights)" if sizes else "no padding")
         + f"; {chosen.rank_bytes / 1e9:.2f} GB/rank.\n"
         + f"Run: qwen-pipeline {', then qwen-pipeline '.join(steps)}."
     )
+
+
+def _form(request: PaddingSpec, group_size: int) -> str:
+    layout = FP8_LAYOUTS.get(request.method)
+    return layout.title if layout else f"groups of {group_size}"
 
 
 def _option_data(option: Option, remark: str) -> dict[str, Any]:
@@ -244,6 +256,33 @@ def _tower_table(towers: Sequence[TowerFeasibility], *, padded: bool) -> Table:
 
 def _tower_refusals(towers: Sequence[TowerFeasibility], *, padded: bool) -> list[Text]:
     return [Text(sentence, style="red") for tower in towers for sentence in tower.refusals(padded=padded)]
+
+
+def recipe_data(costs: Sequence[RecipeCost], spec: QuantSpec) -> dict[str, Any]:
+    """Return the estimated seconds of each recipe, and what they are scaled from, as JSON values."""
+    return {
+        "device": spec.device,
+        "tokens": spec.samples * spec.seq_len,
+        "source": REFERENCES[spec.device].source,
+        "estimates": [asdict(cost) for cost in costs],
+    }
+
+
+def recipe_view(costs: Sequence[RecipeCost], spec: QuantSpec) -> Table:
+    """Return the same data as a table; the recipe of the settings is marked."""
+    where, source = "a GPU" if spec.device == "cuda" else f"{spec.threads} cores", REFERENCES[spec.device].source
+    table = Table(
+        *("recipe", "minutes", "of gptq", "", ""),
+        title=f"Quantizing {spec.samples} x {spec.seq_len} tokens on {where}",
+        caption=f"Scaled from {source}.",
+        caption_justify="left",
+        title_justify="left",
+    )
+    for cost in costs:
+        minutes, ratio = f"{cost.seconds / 60:,.1f}", f"{cost.seconds / costs[0].seconds:.1f}"
+        configured = "configured" if cost.recipe == spec.recipe else ""
+        table.add_row(cost.recipe, minutes, ratio, "" if cost.measured else "estimated", configured)
+    return table
 
 
 def resource_data(estimate: ResourceEstimate, available: AvailableResources, directory: Path) -> dict[str, Any]:

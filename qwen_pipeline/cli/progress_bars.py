@@ -4,10 +4,10 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen_pipeline import progress
+from qwen_pipeline.cli.console import VisibleConsole
 from qwen_pipeline.progress import Observe, logging_observer
 
 
@@ -18,9 +18,9 @@ def progress_bars() -> Generator[Observe, None, None]:
     Standard error is duplicated first, because Dagster redirects it into its logs.
     """
     with os.fdopen(os.dup(2), "w", buffering=1) as stderr:
-        console = Console(file=stderr)
+        console = VisibleConsole(file=stderr)
         if not console.is_terminal:
-            yield logging_observer(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+            yield logging_observer(lambda line: console.print(line, highlight=False, soft_wrap=True))
             return
         columns = (
             TextColumn("{task.description}", markup=False),

@@ -1,7 +1,6 @@
 """Results of commands: tables or JSON, error messages, and exit codes."""
 
 import inspect
-import json
 import sys
 import tempfile
 import traceback
@@ -13,11 +12,13 @@ from typing import Annotated, Any
 
 import click
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
+from qwen_pipeline.checkpoint.store.origin import started_through
+from qwen_pipeline.cli.console import VisibleConsole, dump_visible
 from qwen_pipeline.cli.options import spec_options
-from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError
+from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, machine_fault
 
 INTERRUPTED = 130
 CRASHED = 70
@@ -97,15 +98,16 @@ def _flag(name: str, annotation: object) -> inspect.Parameter:
 def _run_and_print(command: Callable[[], CommandResult], *, as_json: bool, debug: bool) -> int:
     """Run a command, print its result and its error, and return the exit code."""
     try:
-        result = command()
+        with started_through(f"command {Path(sys.argv[0]).name} {' '.join(sys.argv[1:2])}".strip()):
+            result = command()
     except click.ClickException:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        result = CommandResult(data={}, fault=error)
+        result = CommandResult(data={}, fault=as_fault(error))
     if as_json:
-        print(json.dumps({**result.data, **_error_object(result.fault)}, ensure_ascii=False))
+        print(dump_visible({**result.data, **_error_object(result.fault)}))
     else:
-        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+        console = VisibleConsole(width=None if sys.stdout.isatty() else FILE_WIDTH)
         for part in result.view:
             console.print(part)
     if result.then:
@@ -113,10 +115,20 @@ def _run_and_print(command: Callable[[], CommandResult], *, as_json: bool, debug
     if result.fault is None:
         return 0
     _print_error(result.fault, debug=debug)
-    return _exit_code(result.fault)
+    return exit_code(result.fault)
 
 
-def _exit_code(fault: BaseException) -> int:
+def as_fault(error: BaseException) -> BaseException:
+    """Return an error of the operating system as one of this package, and any other unchanged."""
+    if isinstance(error, (OSError, MemoryError)):
+        fault = machine_fault(error)
+        fault.__cause__ = error
+        return fault
+    return error
+
+
+def exit_code(fault: BaseException) -> int:
+    """Return the exit code of a command that ended with an error."""
     if isinstance(fault, PipelineError):
         return fault.exit_code
     return INTERRUPTED if isinstance(fault, KeyboardInterrupt) else CRASHED
@@ -126,12 +138,12 @@ def _error_object(fault: BaseException | None) -> dict[str, Any]:
     if fault is None:
         return {}
     what, remedy = (fault.what, fault.remedy) if isinstance(fault, PipelineError) else (str(fault), None)
-    return {"error": {"kind": type(fault).__name__, "what": what, "remedy": remedy, "exit_code": _exit_code(fault)}}
+    return {"error": {"kind": type(fault).__name__, "what": what, "remedy": remedy, "exit_code": exit_code(fault)}}
 
 
 def _print_error(fault: BaseException, *, debug: bool) -> None:
     """Print the error and its remedy on standard error."""
-    console = Console(stderr=True)
+    console = VisibleConsole(stderr=True)
     match fault:
         case PipelineError():
             title = next((text for kind, text in _TITLES.items() if isinstance(fault, kind)), "Error")

@@ -18,6 +18,7 @@ from qwen_pipeline.cli.options import (
     Source,
     SpecOptions,
     TemplateArgument,
+    TextOnly,
     TrainedOn,
     text_spec,
 )
@@ -73,6 +74,7 @@ def merge(
     trained_on: TrainedOn = None,
     base_dequantize: BaseDequantize = False,
     base_nf4: BaseNf4 = None,
+    text_only: TextOnly = False,
     leave_behind: LeaveBehind = None,
 ) -> CommandResult:
     """Merge a fine-tune into its base: W + scaling * B @ A, computed in float32, rounded once.
@@ -92,7 +94,7 @@ def merge(
             destination=Directory(out),
             base_names=base_name or (),
             base_revision=base_revision,
-            base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
+            base_weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4, text_only=text_only),
             padded=trained_on,
             leave_behind=leave_behind or (),
             observe=observe,
@@ -116,13 +118,16 @@ def merge_pad(
     base_revision: BaseRevision = None,
     base_dequantize: BaseDequantize = False,
     base_nf4: BaseNf4 = None,
+    text_only: TextOnly = False,
     leave_behind: LeaveBehind = None,
+    store_padded: Annotated[bool, typer.Option(help="Store padded weights, or only their digests.")] = True,
     *,
     spec: Annotated[PaddingSpec, PADDING_OPTIONS],
 ) -> CommandResult:
     """Merge and pad in one pass: merged weights are never stored; padded weights equal those of two passes.
 
-    The recipe records the merged checkpoint's digests; `materialize` can store its weights later.
+    The recipe records the merged checkpoint's digests; `materialize` can store its weights later. With
+    --no-store-padded the padded checkpoint is a recipe too: quantize and validate compute its weights as they read.
     """
     from qwen_pipeline.checkpoint.store.destinations import Directory
     from qwen_pipeline.models.base_names import KnownBase
@@ -135,12 +140,13 @@ def merge_pad(
                 root=base,
                 names=base_name or (),
                 revision=base_revision,
-                weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4),
+                weights=BaseWeights(dequantize=base_dequantize, nf4=base_nf4, text_only=text_only),
             ),
             fine_tune=_fine_tune(adapter, weight, combine),
             merged=Directory(recipe),
             padded=Directory(out),
             spec=spec,
+            stores_padded=store_padded,
             leave_behind=leave_behind or (),
             observe=observe,
         )[1]
@@ -149,7 +155,7 @@ def merge_pad(
 
 @command(app, "materialize", examples=["qwen-pipeline materialize workspace/store/merged/my-lora/latest"])
 def materialize(recipe: Path) -> CommandResult:
-    """Store the weights of a merged checkpoint that is only a recipe, and check them against the recorded digests."""
+    """Store the weights of a checkpoint that is only a recipe, and check them against the recorded digests."""
     from qwen_pipeline.models.open import materialize as store_weights
 
     return run_stage(lambda observe: store_weights(recipe.resolve(), observe=observe))

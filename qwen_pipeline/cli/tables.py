@@ -2,13 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact
+from qwen_pipeline.checkpoint.store.products import product
+from qwen_pipeline.config.assets import Costs
+from qwen_pipeline.costs import cost, gpu_seconds
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.reports import Outcome, dump_reports, load_reports, shown
 
@@ -24,7 +28,13 @@ _OUTCOMES: Mapping[Outcome, Text] = {
     "warning": Text("warning", style="yellow"),
     "skipped": Text("skipped", style="dim"),
 }
-_STATE_STYLES = {"done": "green", "failed": "bold red", "damaged": "bold red", "stale": "yellow", "missing": "dim"}
+_STATE_STYLES: Mapping[str, str] = {
+    **dict.fromkeys(("quarantined", "failed", "damaged"), "bold red"),
+    "done": "green",
+    "dropped": "dim green",
+    "stale": "yellow",
+    "missing": "dim",
+}
 
 
 def size(nbytes: int) -> str:
@@ -41,6 +51,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "content_digest": manifest.content_digest,
         "bytes": manifest.contents.nbytes,
         "seconds": manifest.run.seconds,
+        "gpu_seconds": gpu_seconds(manifest),
         "peak_memory_bytes": manifest.run.peak_memory_bytes,
         "added_memory_bytes": manifest.run.added_memory_bytes,
         "reused": artifact.reused,
@@ -96,21 +107,38 @@ def blocking_failure(artifacts: Iterable[Artifact]) -> CheckFailed | None:
 
 
 def status_table(statuses: Sequence["FineTuneStatus"], title: str = "fine-tune") -> Table:
-    """Return a table with a row for each fine-tune (or import) and the state of every stage."""
-    stages = list(statuses[0].stages)
-    table = Table(title, *stages, "remark")
+    """Return a table with a row for each product (or import): the first stage that is not done, and what it needs."""
+    has_bases = any(status.base for status in statuses)
+    fixed = [Column(name, no_wrap=True) for name in ("stage", "state")]
+    table = Table(
+        Column(title, overflow="fold"), *(["base"] if has_bases else []), *fixed, Column("remark", overflow="fold")
+    )
     for status in statuses:
-        states = [status.stages[stage].state for stage in stages]
-        table.add_row(status.name, *(Text(state, style=_STATE_STYLES[state]) for state in states), Text(status.remark))
+        stage, state = status.first_open
+        found = status.stages[stage]
+        remark = status.remark or found.fault or ", ".join(found.failed_checks)
+        shown_state = "quarantined" if status.is_quarantined else state
+        table.add_row(
+            status.name,
+            *([status.base] if has_bases else []),
+            "" if status.is_quarantined else stage,
+            Text(shown_state, style=_STATE_STYLES[shown_state]),
+            Text(" ".join(remark.split())),
+        )
     return table
 
 
-def status_data(statuses: Sequence["FineTuneStatus"]) -> list[dict[str, Any]]:
-    """Return the status of each fine-tune (or import) as JSON values."""
+def status_data(statuses: Sequence["FineTuneStatus"], prices: Costs) -> list[dict[str, Any]]:
+    """Return the status of each product (or import) as JSON values, with what its outputs cost at these prices."""
     return [
         {
             "name": status.name,
+            "fine_tune": product(status.name).fine_tune,
+            "recipe": product(status.name).recipe,
+            "base": status.base or None,
+            "quarantined": status.is_quarantined,
             "remark": status.remark or None,
+            "cost": cost((each.artifact.manifest for each in status.stages.values() if each.artifact), prices),
             "stages": {
                 name: {"state": stage.state, **(artifact_data(stage.artifact) if stage.artifact else {})}
                 for name, stage in status.stages.items()
@@ -147,6 +175,15 @@ def change_table(changes: Sequence["Change"]) -> Table:
     return table
 
 
+def recipe_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return a table with a column for each recipe and a row for each figure."""
+    first, *others = rows[0]
+    table = Table(first, *(row[first] for row in rows))
+    for figure in others:
+        table.add_row(figure, *(row[figure] for row in rows))
+    return table
+
+
 def repair_table(plan: "PadPlan") -> Table:
     """Return a table with a row for each size and the groups that a repair adds."""
     ranks = plan.tensor_parallel
@@ -162,3 +199,20 @@ def repair_table(plan: "PadPlan") -> Table:
             f"{before / ranks:g} -> {after / ranks:g}" + " channels" * size.of_tower,
         )
     return table
+
+
+def allocation_view(data: Mapping[str, Any], out: Path) -> list[RenderableType]:
+    """Return the uniform candidates beside the choice, the curve, and the modules that differ from the usual."""
+    sizes = Table("precision", "GB", "KL, measured", "KL, predicted from parts")
+    for each in data["uniform"]:
+        sizes.add_row(
+            each["precision"], f"{each['bytes'] / 1e9:.3f}", f"{each['kl']:.4g}", f"{each['sum_of_parts']:.4g}"
+        )
+    sizes.add_row("chosen", f"{data['bytes'] / 1e9:.3f}", f"{data['measured_kl']:.4g}", f"{data['predicted_kl']:.4g}")
+    curve = Table("GB", "bits", "KL, predicted")
+    for point in data["curve"][:: max(len(data["curve"]) // 10, 1)]:
+        curve.add_row(f"{point['bytes'] / 1e9:.3f}", f"{point['bits']:.2f}", f"{point['kl']:.4g}")
+    modules = Table("modules", "precision")
+    for pattern, word in data["modules"].items():
+        modules.add_row(pattern, word)
+    return [sizes, curve, modules, f"Usual precision: {data['usual']}. Settings, table and curve: {out}"]

@@ -6,7 +6,7 @@ are resolved against the directory of the file, so that settings do not depend o
 """
 
 from qwen_pipeline.config.file import DEFAULT_FILE, FILE_VARIABLE, PREFIX, config_file
-from qwen_pipeline.config.loading import load_settings, require_setting, settings_from_values
+from qwen_pipeline.config.loading import load_settings, require_setting, settings_from_values, settings_of
 from qwen_pipeline.config.settings import Settings
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "load_settings",
     "require_setting",
     "settings_from_values",
+    "settings_of",
 ]

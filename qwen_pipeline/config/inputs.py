@@ -6,9 +6,11 @@ from qwen_pipeline.config.file import config_file
 from qwen_pipeline.config.loading import require_setting
 from qwen_pipeline.config.settings import Settings
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.lineage.sign import load_key
+from qwen_pipeline.lineage.verification.envelopes import PublicKey, SigningKey, load_public_key
 from qwen_pipeline.models.hub import find_base, load_config
 from qwen_pipeline.qwen.geometry import require_towers
-from qwen_pipeline.qwen.tensor_parallel.plan import padding_for
+from qwen_pipeline.qwen.tensor_parallel.plan import plan_for
 from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 
 
@@ -44,6 +46,20 @@ def quantizer_environment(settings: Settings) -> WorkerEnvironment:
     return find_environment(settings.quantization.environment, settings.engine_python())
 
 
+def signing_key(settings: Settings) -> SigningKey | None:
+    """Return the key that signs releases, their pointers and approvals; None if they are not signed."""
+    signing = settings.signing
+    return load_key(signing.key, signing.certificate) if signing.key else None
+
+
+def trusted_keys(settings: Settings) -> list[PublicKey] | None:
+    """Return the keys of which one must have signed a statement about a release; None if none has to."""
+    signing = settings.signing
+    trusted = [load_public_key(file) for file in signing.trusted]
+    own = signing_key(settings)
+    return [own.public, *trusted] if own else trusted or None
+
+
 def require_ready(settings: Settings) -> None:
     """Check every input before a run, so that a missing one is reported now and not hours later.
 
@@ -51,16 +67,28 @@ def require_ready(settings: Settings) -> None:
         InputRefused: A required setting is missing, names a file that does not exist, or does not fit the base model.
         EnvironmentFault: The environment of a configured engine is not installed.
     """
-    name = base_model_name(settings)
-    calibration_source(settings)
+    base_model_name(settings)
+    if settings.quantization.needs_calibration:
+        calibration_source(settings)
     held_out_text(settings)
     quantizer_environment(settings)
     settings.serving_plan()
-    padding = settings.padding
-    if padding.targets or padding.towers:
-        config = load_config(name, revision=settings.base_revision, relative_to=config_file().parent)
-        if padding.targets:
-            padding_for(config, padding.targets, group_size=settings.quantization.group_size)
-        if padding.towers:
-            require_towers(config, ranks=settings.padding_spec.ranks)
+    require_padding(settings)
     settings.task_plan()
+
+
+def require_padding(settings: Settings) -> None:
+    """Check that the base model can be padded as the settings demand.
+
+    Raises:
+        InputRefused: Padding helps no target, or the model has no towers.
+    """
+    padding = settings.padding
+    if not (padding.targets or padding.towers):
+        return
+    name = base_model_name(settings)
+    config = load_config(name, revision=settings.base_revision, relative_to=config_file().parent)
+    if padding.targets:
+        plan_for(config, settings.padding_spec)
+    if padding.towers:
+        require_towers(config, ranks=settings.padding_spec.ranks)

@@ -1,24 +1,39 @@
 """The sections of the settings file: frozen models that reject unknown keys."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from qwen_pipeline.config.file import beside_config
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.evaluation.behaviour.plan import BehaviourPlan
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.serving.findings import ServedRole, ServerEngine
 from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS
-from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets
+from qwen_pipeline.qwen.methods import Method
+from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, MAX_RANKS, Layout, PaddingSpec, Targets
 from qwen_pipeline.qwen.tensor_parallel.engines import kernels_of
+from qwen_pipeline.text.bounded_tokenizer import LIMITS
 from qwen_pipeline.text.record_files import SUFFIXES
 from qwen_pipeline.text.spec import MAX_SKIPPED, TextSpec
+from qwen_pipeline.workers.bounded import Limits as TokenizerLimits
 
 
 def _require_serving_engine(engine: str) -> str:
@@ -30,14 +45,32 @@ def _require_serving_engine(engine: str) -> str:
 
 
 ServingEngineName = Annotated[str, AfterValidator(_require_serving_engine)]
-Degrees = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
+Degrees = Annotated[tuple[Degree, ...], Field(min_length=1)]
 ConfiguredPath = Annotated[Path, AfterValidator(beside_config)]
+Prompt = Annotated[str, Field(min_length=1, max_length=100_000, pattern=r"\S")]
+_OWNER = re.compile(r"team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7}")
+"""An owner of assets, as Dagster takes it."""
+
+
+def _require_owner(owner: str) -> str:
+    if not _OWNER.fullmatch(owner):
+        raise ValueError("expected team:name or an e-mail address")
+    return owner
+
+
+Owner = Annotated[str, AfterValidator(_require_owner)]
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, and rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def is_section(annotation: Any) -> bool:
+    """Return whether the type of a setting is that of a section, with settings of its own."""
+    return isinstance(annotation, type) and (is_dataclass(annotation) or issubclass(annotation, BaseModel))
 
 
 def _declared(targets: Targets) -> list[Target]:
@@ -57,7 +90,7 @@ class Padding(Section):
             ranks can share. Their new channels are zeros at the end.
     """
 
-    tensor_parallel: int = Field(default=8, ge=1)
+    tensor_parallel: int = Field(default=8, ge=1, le=MAX_RANKS)
     targets: Mapping[ServingEngineName, Degrees] = Field(default_factory=dict[str, tuple[int, ...]])
     layout: Layout = DEFAULT_LAYOUT
     towers: bool = False
@@ -73,9 +106,9 @@ class Padding(Section):
         """The targets, one for each pair of engine and degree."""
         return _declared(self.targets)
 
-    def spec(self, group_size: int) -> PaddingSpec:
+    def spec(self, group_size: int, method: Method = "gptq") -> PaddingSpec:
         """Return the padding spec for a quantization in groups of ``group_size``."""
-        return PaddingSpec(group_size=group_size, **dict(self))
+        return PaddingSpec(group_size=group_size, method=method, **dict(self))
 
 
 def _text_source(source: str) -> str:
@@ -95,6 +128,7 @@ def _require_template_arguments(arguments: Mapping[str, Any]) -> Mapping[str, An
     return arguments
 
 
+MAX_SECONDS, MAX_MEMORY_GB = 86_400, 1_000_000
 TemplateArguments = Annotated[Mapping[str, Any], AfterValidator(_require_template_arguments)]
 
 
@@ -108,6 +142,9 @@ class Calibration(Section):
         max_skipped: Largest share of records that may be skipped because they cannot be used; empty ones do not count.
         template_arguments: Arguments of the chat template, such as ``enable_thinking``, for records that do not bring
             their own.
+        tokenizer_seconds: Processor time that the tokenizer and the chat template may take to be loaded, and for a
+            text; a long text may take more.
+        tokenizer_memory_gb: Memory that they may take.
     """
 
     source: TextName | None = None
@@ -115,9 +152,19 @@ class Calibration(Section):
     max_skipped: float = Field(default=MAX_SKIPPED, ge=0, le=1)
     template_arguments: TemplateArguments = Field(default_factory=dict[str, Any])
 
+    tokenizer_seconds: float = Field(default=LIMITS.seconds, gt=0, le=MAX_SECONDS)
+    tokenizer_memory_gb: float = Field(default=LIMITS.memory_bytes / 1e9, gt=0, le=MAX_MEMORY_GB)
+
     @property
     def text_spec(self) -> TextSpec:
-        return TextSpec(max_skipped=self.max_skipped, template_arguments=self.template_arguments)
+        return TextSpec(
+            max_skipped=self.max_skipped, template_arguments=self.template_arguments, limits=self.tokenizer_limits
+        )
+
+    @property
+    def tokenizer_limits(self) -> TokenizerLimits:
+        """The limits of tokenizers and chat templates, in the validation too."""
+        return replace(LIMITS, seconds=self.tokenizer_seconds, memory_bytes=int(self.tokenizer_memory_gb * 1e9))
 
     @model_validator(mode="before")
     @classmethod
@@ -137,7 +184,7 @@ class Serve(Section):
     """
 
     engine: ServerEngine | None = None
-    tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    tensor_parallel: tuple[Degree, ...] = ()
     models: tuple[ServedRole, ...] = ("quantized",)
     ready_seconds: int = Field(default=1800, ge=1)
     arguments: tuple[str, ...] = ()
@@ -159,7 +206,7 @@ class LmEval(Section):
     include: ConfiguredPath | None = None
     limit: PositiveInt | None = None
     max_drop: float = Field(default=0.03, ge=0)
-    minimum: Mapping[str, float] = Field(default_factory=dict[str, float])
+    minimum: Mapping[str, FiniteFloat] = Field(default_factory=dict[str, float])
     blocking: bool = True
 
 
@@ -176,6 +223,10 @@ class Validation(Section):
         serve: Serving with a real engine.
         lm_eval: Benchmark tasks.
         prompts: Prompts that the merged and the quantized model answer side by side.
+        behaviour: Lengths of the further requests whose answers a program has to be able to read.
+        other_merge: Whether a fine-tune of an NF4 base (``base_nf4``) is also merged onto the base as it is stored, to
+            compare both merges on held-out text. Adds an asset when the code location is loaded; a run cannot change
+            it.
         unpadded: Whether the merged checkpoint is also quantized without padding, to measure the cost of padding. Adds
             an asset when the code location is loaded; a run cannot change it.
         windows: Number of evaluation windows.
@@ -192,7 +243,9 @@ class Validation(Section):
     overrides: Mapping[str, Mapping[str, float]] = Field(default_factory=dict[str, Mapping[str, float]])
     serve: Serve = Field(default_factory=Serve)
     lm_eval: LmEval = Field(default_factory=LmEval)
-    prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    prompts: tuple[Prompt, ...] = Field(default=DEFAULT_PROMPTS, min_length=1, max_length=100)
+    behaviour: BehaviourPlan = Field(default_factory=BehaviourPlan)
+    other_merge: bool = False
     unpadded: bool = False
     windows: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=2)
@@ -208,6 +261,8 @@ class Validation(Section):
     def _require_known_limits(cls, overrides: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
         known = [limit.name for limit in fields(Limits)]
         for fine_tune, limits in overrides.items():
+            if unset := sorted(name for name, limit in limits.items() if isnan(limit)):
+                raise ValueError(f"the limit {unset[0]} of {fine_tune} is not a number")
             if unknown := sorted(limits.keys() - set(known)):
                 raise ValueError(f"there is no limit {unknown[0]!r} for {fine_tune}.{suggestion(unknown[0], known)}")
         return overrides
@@ -215,21 +270,6 @@ class Validation(Section):
     def limits_of(self, fine_tune: str | None) -> Limits:
         """Return the limits of a fine-tune: the general ones, with its own overrides applied."""
         return replace(self.limits, **self.overrides.get(fine_tune or "", {}))
-
-
-class Store(Section):
-    """Storage of intermediate checkpoints.
-
-    Attributes:
-        merged: Whether merged weights are stored. If not, merging and padding are a single pass, and the merged
-            checkpoint is a recipe with the same digest. Changes the asset graph when the code location is loaded; a run
-            cannot change it.
-        hard_links: Whether an unchanged shard may be a hard link to the base model's file. Writing to either file then
-            changes both.
-    """
-
-    merged: bool = True
-    hard_links: bool = False
 
 
 class Engine(Section):

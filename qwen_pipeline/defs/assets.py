@@ -8,25 +8,36 @@ tensors. The checks of a stage's output are the checks of its asset.
 # Dagster recognizes MaterializeResult in a signature only without its type argument.
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import dagster as dg
 
 from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
-from qwen_pipeline.config.inputs import (
-    base_model_name,
-    base_model_path,
-)
+from qwen_pipeline.checkpoint.store.canonical import canonical_sha256
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Slot
+from qwen_pipeline.checkpoint.store.products import product
+from qwen_pipeline.config import Settings, settings_of
+from qwen_pipeline.config.inputs import base_model_name, base_model_path
 from qwen_pipeline.defs.checks import asset_check_specs
-from qwen_pipeline.defs.metadata import (
-    directory_metadata,
-)
-from qwen_pipeline.defs.partitions import FINE_TUNES
+from qwen_pipeline.defs.metadata import artifact_metadata, base_table, directory_metadata
+from qwen_pipeline.defs.partitions import BASE_TAG, FINE_TUNES, PARTITION_TAG
 from qwen_pipeline.defs.resources import PipelineSettings, Steps, WorkspaceResource
-from qwen_pipeline.defs.stage_assets import COMPLETE, FINE_TUNE_GROUP, stage_asset, stage_result, upload_result
+from qwen_pipeline.defs.stage_assets import (
+    COMPLETE,
+    FINE_TUNE_GROUP,
+    needless_result,
+    stage_asset,
+    stage_result,
+    upload_result,
+)
+from qwen_pipeline.intake.bases import known_bases, known_digest
+from qwen_pipeline.intake.placement import base_of
 from qwen_pipeline.models.base_names import KnownBase
 from qwen_pipeline.models.open import fine_tune_digest
+from qwen_pipeline.progress import Observe
 from qwen_pipeline.stages import merge, pad
 from qwen_pipeline.stages.merge_pad import merge_pad
+from qwen_pipeline.transforms.codes.base_weights import BaseWeights
 
 
 @dg.asset(group_name=FINE_TUNE_GROUP, kinds={"huggingface", "qwen"})
@@ -38,17 +49,40 @@ def base_model(
 ) -> dg.MaterializeResult:
     """The full-precision model that was fine-tuned: a directory, or a snapshot from the hub.
 
-    It is read once to compute its digest, which is part of the identity of every downstream asset.
+    It is read once to compute its digest, which is part of the identity of every downstream asset. If there are several
+    bases, a run reads that of its own fine-tune, and the metadata has a row for each. The data version then covers all
+    of them, so it also changes when a base is read for the first time; which one a checkpoint was merged into is in the
+    metadata of that checkpoint.
     """
     with steps.run(context) as observe:
         config = settings.resolve(workspace)
-        base = base_model_path(config)
-        digest = checkpoint_digest(base, observe=observe)
+        if not config.bases:
+            return _only_base(config, observe)
+        own = base_of(config, product(context.run.tags[PARTITION_TAG]).fine_tune) if _is_of_one(context) else None
+        if own:
+            context.instance.add_run_tags(context.run_id, {BASE_TAG: own})
+        for name in config.bases if own is None else [own]:
+            checkpoint_digest(base_model_path(settings_of(config, None, base=name)), observe=observe)
+        digests = {name: known_digest(base.root) or "not read yet" for name, base in known_bases(config).items()}
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion("sha256:" + canonical_sha256(digests)),
+        metadata={"bases": base_table(config, digests), **({"base_of_this_run": own} if own else {})},
+    )
+
+
+def _only_base(config: Settings, observe: Observe) -> dg.MaterializeResult:
+    base = base_model_path(config)
+    digest = checkpoint_digest(base, observe=observe)
     nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest),
         metadata={"name": base_model_name(config), **directory_metadata(base, digest, nbytes)},
     )
+
+
+def _is_of_one(context: dg.AssetExecutionContext) -> bool:
+    """Return whether the asset is materialized in a run of one fine-tune, and not by itself."""
+    return PARTITION_TAG in context.run.tags
 
 
 @dg.asset(
@@ -63,10 +97,10 @@ def fine_tune(context: dg.AssetExecutionContext, workspace: WorkspaceResource, s
     The upload is only read, never modified. If it is not complete, the check `complete` fails and the run stops here.
     """
     with steps.run(context):
-        upload = workspace.fine_tunes.find(context.partition_key)
+        upload = workspace.fine_tunes.find(product(context.partition_key).fine_tune)
         obstacle = upload.obstacle()
         digest = upload.digest if obstacle else fine_tune_digest(upload.path)
-    return upload_result(upload, digest, obstacle)
+    return upload_result(upload, context.partition_key, digest, obstacle)
 
 
 @stage_asset(merge, deps=[base_model, fine_tune], kinds={"pytorch", "qwen"})
@@ -85,19 +119,55 @@ def merged_checkpoint(
     without its weights, as a recipe with their digests.
     """
     with steps.run(context) as observe:
-        config = settings.resolve(workspace)
-        artifact = merge.merge(
-            base=base_model_path(config),
-            fine_tune=workspace.fine_tunes.require(context.partition_key).path,
-            destination=workspace.slot(context),
-            base_names=(base_model_name(config), *config.base_names),
-            base_revision=config.base_revision,
-            base_weights=config.base_weights,
-            leave_behind=config.leave_behind,
-            hard_links=config.store.hard_links,
-            observe=observe,
-        )
-    return stage_result(artifact, context.partition_key)
+        config = settings.of_product(workspace, context)
+        artifact = _merged(workspace, workspace.slot(context), config, config.base_weights, observe)
+    return stage_result(artifact, context.partition_key, prices=config.costs)
+
+
+def _merged(
+    workspace: WorkspaceResource, slot: Slot, config: Settings, weights: BaseWeights, observe: Observe
+) -> Artifact:
+    return merge.merge(
+        base=base_model_path(config),
+        fine_tune=workspace.fine_tunes.require(slot.product.fine_tune).path,
+        destination=slot,
+        base_names=(base_model_name(config), *config.base_names),
+        base_revision=config.base_revision,
+        base_weights=weights,
+        leave_behind=config.leave_behind,
+        hard_links=config.store.hard_links,
+        observe=observe,
+    )
+
+
+@dg.asset(
+    deps=[base_model, fine_tune],
+    partitions_def=FINE_TUNES,
+    group_name=FINE_TUNE_GROUP,
+    kinds={"pytorch", "qwen"},
+    code_version=merge.CODE_VERSION,
+)
+def otherwise_merged_checkpoint(
+    context: dg.AssetExecutionContext,
+    workspace: WorkspaceResource,
+    settings: PipelineSettings,
+    steps: Steps,
+) -> dg.MaterializeResult:
+    """The fine-tune, merged onto the base as it is stored, where `merged_checkpoint` rounds the base to NF4 first.
+
+    It exists only with the setting `validation.other_merge = true`. The report of the validation compares both merges
+    on held-out text. It is never quantized.
+    """
+    with steps.run(context) as observe:
+        config = settings.of_product(workspace, context)
+        if not config.validation.other_merge:  # another base is rounded, so the asset exists
+            return needless_result(context.partition_key, because="This base is not rounded to NF4.")
+        slot = replace(workspace.slot(context), beside=True)
+        artifact = _merged(workspace, slot, config, config.other_base_weights, observe)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.manifest.content_digest),
+        metadata=artifact_metadata(artifact, config.costs),
+    )
 
 
 @stage_asset(pad, deps=[merged_checkpoint], kinds={"pytorch", "qwen"})
@@ -113,7 +183,7 @@ def padded_checkpoint(
     packed codes and scales cannot be widened freely.
     """
     with steps.run(context) as observe:
-        config = settings.resolve(workspace)
+        config = settings.of_product(workspace, context)
         artifact = pad.pad(
             source=workspace.latest(context, merge.STAGE).path,
             destination=workspace.slot(context),
@@ -121,7 +191,7 @@ def padded_checkpoint(
             hard_links=config.store.hard_links,
             observe=observe,
         )
-    return stage_result(artifact, context.partition_key)
+    return stage_result(artifact, context.partition_key, prices=config.costs)
 
 
 @dg.multi_asset(
@@ -134,9 +204,12 @@ def merged_and_padded_checkpoints(
     settings: PipelineSettings,
     steps: Steps,
 ) -> Iterator[dg.MaterializeResult]:
-    """Merge and pad in a single pass: only the padded weights are stored. Used with `store.merged = false`."""
+    """Merge and pad in a single pass: only the padded weights are stored. Used with `store.merged = false`.
+
+    With `store.padded = false` neither are: the pass computes digests, and later stages compute the weights again.
+    """
     with steps.run(context) as observe:
-        config, slot = settings.resolve(workspace), workspace.slot(context)
+        config, slot = settings.of_product(workspace, context), workspace.slot(context)
         merged, padded = merge_pad(
             base=KnownBase(
                 root=base_model_path(config),
@@ -144,13 +217,14 @@ def merged_and_padded_checkpoints(
                 revision=config.base_revision,
                 weights=config.base_weights,
             ),
-            fine_tune=workspace.fine_tunes.require(context.partition_key).path,
+            fine_tune=workspace.fine_tunes.require(product(context.partition_key).fine_tune).path,
             merged=slot,
             padded=slot,
             leave_behind=config.leave_behind,
             spec=config.padding_spec,
+            stores_padded=config.store.padded,
             hard_links=config.store.hard_links,
             observe=observe,
         )
-    yield stage_result(merged, context.partition_key, asset=merged_checkpoint.key)
-    yield stage_result(padded, context.partition_key, asset=padded_checkpoint.key)
+    yield stage_result(merged, context.partition_key, prices=config.costs, asset=merged_checkpoint.key)
+    yield stage_result(padded, context.partition_key, prices=config.costs, asset=padded_checkpoint.key)

@@ -6,15 +6,15 @@ The launchpad then shows and completes every setting, and each setting is docume
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import dagster as dg
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
 
 from qwen_pipeline.config import Settings
+from qwen_pipeline.config.sections import is_section
 
 Resource = TypeVar("Resource", bound="dg.ConfigurableResource[Any]")
 ConfigFields = dict[str, Any]
@@ -29,7 +29,7 @@ def config_fields(model: type, values: Mapping[str, Any]) -> ConfigFields:
     fields: ConfigFields = {}
     for name, value in values.items():
         description = descriptions.get(name)
-        if _is_section(hints[name]):
+        if is_section(hints[name]):
             section = _section(hints[name], value)
             fields[name] = (section, Field(default=section(), description=description))
         else:
@@ -65,10 +65,6 @@ def _config_type(annotation: Any) -> Any:
 
 def _section(model: type, values: Mapping[str, Any]) -> type[dg.Config]:
     return create_model(model.__name__, __base__=dg.Config, **config_fields(model, values))
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and (is_dataclass(annotation) or issubclass(annotation, BaseModel))
 
 
 def _descriptions(model: type) -> dict[str, str]:

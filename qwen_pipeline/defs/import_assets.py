@@ -26,7 +26,7 @@ def imported_checkpoint(
         upload = workspace.quantized_imports.find(context.partition_key)
         obstacle = upload.obstacle()
         digest = upload.digest if obstacle else repair.quantized_digest(upload.path, observe=observe)
-    return upload_result(upload, digest, obstacle)
+    return upload_result(upload, context.partition_key, digest, obstacle)
 
 
 @stage_asset(repair, deps=[imported_checkpoint], kinds={"pytorch", "qwen"}, group=IMPORT_GROUP, partitions=IMPORTS)
@@ -41,10 +41,11 @@ def repaired_checkpoint(
     Nothing is quantized again. The checks verify that every rank reads exactly the bits of the original weights.
     """
     with steps.run(context) as observe:
+        config = settings.resolve(workspace)
         artifact = repair.repair(
             source=workspace.quantized_imports.require(context.partition_key).path,
             destination=workspace.slot(context),
-            tensor_parallel=settings.resolve(workspace).padding_spec.ranks,
+            tensor_parallel=config.padding_spec.ranks,
             observe=observe,
         )
-    return stage_result(artifact, context.partition_key)
+    return stage_result(artifact, context.partition_key, prices=config.costs)

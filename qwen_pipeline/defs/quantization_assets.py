@@ -3,8 +3,13 @@
 # pyright: reportMissingTypeArgument=false, reportUnknownParameterType=false
 # Dagster recognizes MaterializeResult in a signature only without its type argument.
 
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 
+from qwen_pipeline.checkpoint.store.products import product
+from qwen_pipeline.config import Settings
 from qwen_pipeline.config.inputs import (
     base_model_name,
     base_model_path,
@@ -15,19 +20,24 @@ from qwen_pipeline.config.inputs import (
 from qwen_pipeline.defs.assets import merged_checkpoint, padded_checkpoint
 from qwen_pipeline.defs.metadata import (
     artifact_metadata,
+    card_markdown,
     evidence_markdown,
     inline_plot,
     loss_table,
+    recipe_metadata,
+    significant,
+    spent,
 )
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import PipelineSettings, Steps, WorkspaceResource
-from qwen_pipeline.defs.stage_assets import FINE_TUNE_GROUP, stage_asset, stage_result
+from qwen_pipeline.defs.stage_assets import FINE_TUNE_GROUP, needless_result, stage_asset, stage_result
 from qwen_pipeline.evaluation.regression import NOT_WORSE
 from qwen_pipeline.evaluation.report.html import PAGE
 from qwen_pipeline.evaluation.report.markdown import report_markdown
 from qwen_pipeline.quantization.evidence import EVIDENCE
+from qwen_pipeline.releases.promotion import offer
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, validate
-from qwen_pipeline.status import against_last_release, calibration_of, version_before
+from qwen_pipeline.status import against_last_release, calibration_of, latest_manifests, other_merge_of, version_before
 
 
 @stage_asset(calibrate, deps=[padded_checkpoint], kinds={"huggingface", "pytorch"}, of="tokens", pool="gpu")
@@ -43,7 +53,10 @@ def calibration_tokens(
     `experts_reached` fails before anything is quantized.
     """
     with steps.run(context) as observe:
-        config = settings.resolve(workspace)
+        config = settings.of_product(workspace, context)
+        if not config.quantization.needs_calibration:  # another recipe's quantization does, so the asset exists
+            because = "8-bit floats need no calibration."
+            return needless_result(context.partition_key, because=because, checks=calibrate.CHECKS)
         artifact = calibrate.calibrate(
             source=workspace.latest(context, pad.STAGE).path,
             text=calibration_source(config),
@@ -59,11 +72,19 @@ def calibration_tokens(
     return stage_result(
         artifact,
         context.partition_key,
+        prices=config.costs,
         statistics=dg.MetadataValue.json(statistics),
         experts=dg.MetadataValue.json(artifact.manifest.result["experts"]),
         tokens=statistics["tokens"],
         plot=dg.MetadataValue.md(inline_plot(artifact.path / calibrate.PLOT)),
     )
+
+
+def _calibration(context: dg.AssetExecutionContext, workspace: WorkspaceResource, config: Settings) -> Path | None:
+    """Return the directory of the calibration tokens; None if the method of the quantization needs none."""
+    if not config.quantization.needs_calibration:
+        return None
+    return workspace.latest(context, calibrate.STAGE).path
 
 
 @stage_asset(quantize, deps=[padded_checkpoint, calibration_tokens], kinds={"pytorch", "qwen"}, pool="gpu")
@@ -73,17 +94,18 @@ def quantized_checkpoint(
     settings: PipelineSettings,
     steps: Steps,
 ) -> dg.MaterializeResult:
-    """The padded checkpoint with the weights of its linear layers as GPTQ codes and scales.
+    """The padded checkpoint with the weights of its linear layers as GPTQ codes and scales, or as 8-bit floats.
 
-    The quantizer runs in a process and a Python environment of its own. Steps that use the GPU share the pool `gpu`, so
+    GPTQ's quantizer runs in a process and a Python environment of its own; 8-bit floats (`quantization.method`) need
+    neither it nor calibration tokens. Steps that use the GPU share the pool `gpu`, so
     that one runs at a time.
     """
     with steps.run(context) as observe:
-        config = settings.resolve(workspace)
+        config = settings.of_product(workspace, context)
         artifact = quantize.quantize(
             source=workspace.latest(context, pad.STAGE).path,
             destination=workspace.slot(context),
-            calibration=workspace.latest(context, calibrate.STAGE).path,
+            calibration=_calibration(context, workspace, config),
             spec=config.quantization,
             engine=quantizer_environment(config),
             observe=observe,
@@ -92,6 +114,7 @@ def quantized_checkpoint(
     return stage_result(
         artifact,
         context.partition_key,
+        prices=config.costs,
         worst_modules=loss_table(artifact.manifest.result["losses"]),
         evidence=dg.MetadataValue.path(artifact.path / EVIDENCE),
         evidence_summary=dg.MetadataValue.json(artifact.manifest.result["evidence"]),
@@ -119,18 +142,19 @@ def unpadded_quantized_checkpoint(
     is never published, so its own quality blocks nothing.
     """
     with steps.run(context) as observe:
-        config = settings.resolve(workspace)
+        config = settings.of_product(workspace, context)
         artifact = quantize.quantize(
             source=workspace.latest(context, merge.STAGE).path,
             destination=workspace.slot(context),
-            calibration=workspace.latest(context, calibrate.STAGE).path,
+            calibration=_calibration(context, workspace, config),
             spec=config.quantization,
             engine=quantizer_environment(config),
             stage=quantize.UNPADDED_STAGE,
             observe=observe,
         )
     return dg.MaterializeResult(
-        data_version=dg.DataVersion(artifact.manifest.content_digest), metadata=artifact_metadata(artifact)
+        data_version=dg.DataVersion(artifact.manifest.content_digest),
+        metadata=artifact_metadata(artifact, config.costs),
     )
 
 
@@ -154,15 +178,16 @@ def validated_checkpoint(
     configured, it also compares that engine's answers.
     """
     with steps.run(context) as observe:
-        config = settings.resolve(workspace)
+        config = settings.of_product(workspace, context)
         validation, store, name = config.validation, workspace.store, context.partition_key
-        quantized = workspace.latest(context, quantize.STAGE)
+        merged, quantized = (workspace.latest(context, stage) for stage in (merge.STAGE, quantize.STAGE))
         previous = version_before(store, name, quantized)
         inputs = validate.ValidationInputs(
-            reference=workspace.latest(context, merge.STAGE).path,
+            reference=merged.path,
             candidate=quantized.path,
             text=held_out_text(config),
             base=base_model_path(config),
+            other_merge=other_merge_of(store, name, merged).path if validation.other_merge else None,
             padded=workspace.latest(context, pad.STAGE).path,
             unpadded=workspace.latest(context, quantize.UNPADDED_STAGE).path if validation.unpadded else None,
             calibration=calibration_of(store, name, quantized),
@@ -170,7 +195,7 @@ def validated_checkpoint(
         )
         artifact = validate.validate(
             inputs,
-            plan=config.validation_plan(name, serving=config.serving_plan()),
+            plan=config.validation_plan(product(name).fine_tune, serving=config.serving_plan()),
             destination=workspace.slot(context),
             engine=quantizer_environment(config),
             observe=observe,
@@ -178,9 +203,11 @@ def validated_checkpoint(
     return stage_result(
         artifact,
         name,
+        prices=config.costs,
         more_reports=[against_last_release(store, name, artifact)],
         report=dg.MetadataValue.md(report_markdown(artifact.path)),
         page=dg.MetadataValue.path(artifact.path / PAGE),
+        **recipe_metadata(store, name),
     )
 
 
@@ -194,15 +221,32 @@ def published_checkpoint(
     """The release: the quantized checkpoint with its model card and validation report, ready to serve.
 
     Regardless of how it is started, publishing reads the validation reports and requires that all blocking checks
-    passed for exactly these bytes.
+    passed for exactly these bytes. The pointer `candidate` then leads to the release.
     """
     with steps.run(context) as observe:
+        config = settings.of_product(workspace, context)
+        named = product(context.partition_key)
         artifact = publish.publish(
             quantized=workspace.latest(context, quantize.STAGE).path,
-            validated=workspace.latest(context, validate.STAGE).path,
+            validated=workspace.store.require_latest(validate.STAGE, context.partition_key).path,
             destination=workspace.slot(context),
-            base_model=base_model_name(settings.resolve(workspace)),
-            fine_tune=context.partition_key,
+            base_model=base_model_name(config),
+            fine_tune=named.fine_tune,
+            recipe=named.recipe,
+            signing_key=config.signing.key,
+            signing_certificate=config.signing.certificate,
             observe=observe,
         )
-    return stage_result(artifact, context.partition_key)
+        offer(config, context.partition_key, artifact.path)
+    made = list(latest_manifests(workspace.store, context.partition_key))
+    totals: dict[str, Any] = {
+        "total_seconds": significant(sum(each.run.seconds for each in made)),
+        **spent(*made, prices=config.costs, of="total_"),
+    }
+    return stage_result(
+        artifact,
+        context.partition_key,
+        prices=config.costs,
+        card=dg.MetadataValue.md(card_markdown(artifact.path)),
+        **totals,
+    )

@@ -4,17 +4,12 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from qwen_pipeline.defs.arrivals.admission import Admission
 from qwen_pipeline.defs.jobs import process_fine_tune
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.defs.resources import PipelineSettings, WorkspaceResource
-from qwen_pipeline.status import status_of
-
-_UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-]
+from qwen_pipeline.defs.runs import has_unfinished_run
+from qwen_pipeline.status import fine_tune_statuses
 
 
 @dg.schedule(
@@ -27,23 +22,20 @@ _UNFINISHED = [
 def nightly(
     context: dg.ScheduleEvaluationContext, workspace: WorkspaceResource, settings: PipelineSettings
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Request a run of every known fine-tune that needs work and has no unfinished run."""
+    """Request a run of every known product that needs work and has no unfinished run."""
     date = f"{context.scheduled_execution_time:%Y-%m-%d}"
     config = settings.resolve(workspace)
     known = set(context.instance.get_dynamic_partitions(FINE_TUNES.name or ""))
-    outdated = [
-        upload.name
-        for upload in workspace.fine_tunes.arrivals()
-        if upload.name in known
-        and status_of(config, upload.name, upload).needs_work
-        and not _has_unfinished_run(context.instance, upload.name)
-    ]
+    outdated = {
+        status.name: status.base
+        for status in fine_tune_statuses(config)
+        if status.name in known and status.needs_work and not has_unfinished_run(context.instance, status.name)
+    }
     if not outdated:
         yield dg.SkipReason("Every fine-tune has been validated, and every one that passed has been published.")
-    for name in outdated:
-        yield dg.RunRequest(partition_key=name, run_key=f"{name}@{date}")
-
-
-def _has_unfinished_run(instance: dg.DagsterInstance, fine_tune: str) -> bool:
-    tags = {"dagster/partition": fine_tune}
-    return instance.get_runs_count(dg.RunsFilter(tags=tags, statuses=_UNFINISHED)) > 0
+    admission = Admission(config, context.instance)
+    for name, base in outdated.items():
+        if reason := admission.refuse(name):
+            context.log.warning(f"{name}: {reason}")
+            continue
+        yield dg.RunRequest(partition_key=name, run_key=f"{name}@{date}", tags=admission.tags(name, base))

@@ -10,8 +10,9 @@ from typing import Any
 import dagster as dg
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact
+from qwen_pipeline.config.assets import Costs
 from qwen_pipeline.defs.checks import asset_check_result, asset_check_specs
-from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata
+from qwen_pipeline.defs.metadata import artifact_metadata, directory_metadata, measured_metadata
 from qwen_pipeline.defs.partitions import FINE_TUNES
 from qwen_pipeline.models.inbox import Arrival
 from qwen_pipeline.reports import CheckReport, CheckSpec, load_reports
@@ -54,6 +55,7 @@ def stage_result(
     artifact: Artifact,
     partition: str,
     *,
+    prices: Costs,
     asset: dg.AssetKey | None = None,
     more_reports: Sequence[CheckReport] = (),
     **metadata: Any,
@@ -67,12 +69,21 @@ def stage_result(
     return dg.MaterializeResult(
         asset_key=asset,
         data_version=dg.DataVersion(manifest.content_digest),
-        metadata={**metadata, **artifact_metadata(artifact)},
+        metadata={**measured_metadata(reports), **metadata, **artifact_metadata(artifact, prices)},
         check_results=[asset_check_result(report, partition, asset) for report in reports],
     )
 
 
-def upload_result(upload: Arrival, digest: str, obstacle: str | None) -> dg.MaterializeResult:
+def needless_result(partition: str, *, because: str, checks: Sequence[CheckSpec] = ()) -> dg.MaterializeResult:
+    """Return the materialization of an asset that a partition does not need: nothing is made, checks are skipped."""
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion("needless"),
+        metadata={"remark": because},
+        check_results=[asset_check_result(check.skipped(because), partition) for check in checks],
+    )
+
+
+def upload_result(upload: Arrival, partition: str, digest: str, obstacle: str | None) -> dg.MaterializeResult:
     """Return the materialization of an upload; ``obstacle`` is the reason if it is not complete."""
     report = COMPLETE.report(
         passed=obstacle is None, detail=obstacle or "Every file is present and has its full length."
@@ -80,5 +91,5 @@ def upload_result(upload: Arrival, digest: str, obstacle: str | None) -> dg.Mate
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest),
         metadata=directory_metadata(upload.path, digest, upload.nbytes),
-        check_results=[asset_check_result(report, upload.name)],
+        check_results=[asset_check_result(report, partition)],
     )

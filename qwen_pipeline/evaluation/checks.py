@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 
 from qwen_pipeline.errors import listed
+from qwen_pipeline.evaluation.behaviour.checks import BEHAVIOUR_CHECKS, behaviour_reports
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.head_checks import (
+    DRAFTS,
     HEAD_CHECKS,
     OF_LANGUAGE,
     concerning,
+    drafts_report,
     head_reports,
     inapplicable,
     purpose,
+    served_heads_report,
 )
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.logits.float16 import FLOAT16, float16_report
@@ -68,8 +72,8 @@ SAMPLES = CheckSpec(
     blocking=False,
 )
 CHECKS = (
-    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, *HEAD_CHECKS, PARALLEL, RANKS, FLOAT16, MERGED_NOT_WORSE,
-    SAMPLES, SERVED, TASKS,
+    STRUCTURE, LOADS, PADDING, PERPLEXITY, KL, AGREEMENT, DRAFTS, *HEAD_CHECKS, PARALLEL, RANKS, FLOAT16,
+    MERGED_NOT_WORSE, *BEHAVIOUR_CHECKS, SAMPLES, SERVED, TASKS,
 )  # fmt: skip
 
 
@@ -82,19 +86,27 @@ def judge(findings: Findings, limits: Limits, tasks: TaskPlan | None = None) -> 
         _perplexity(findings, limits),
         _kl(findings, limits),
         _agreement(findings, limits),
+        drafts_report(findings, limits),
         *head_reports(findings, limits),
         _parallel(findings),
         _ranks(findings),
         _float16(findings, limits),
         _merged_not_worse(findings, limits),
+        *behaviour_reports(findings.behaviour, findings.samples, findings.models[QUANTIZED].divergence, limits),
         _samples(findings),
-        serving_report(findings.served, max_gap=limits.max_served_gap),
+        _served(findings, limits),
         tasks_report(tasks, findings.tasks, fault=findings.tasks_fault),
     ]
     skipped, reason = OF_LANGUAGE & inapplicable(findings.task), f"Not for {purpose(findings.task)}."
     return [
         spec.skipped(reason) if spec.name in skipped else report for spec, report in zip(CHECKS, reports, strict=True)
     ]
+
+
+def _served(findings: Findings, limits: Limits) -> CheckReport:
+    if findings.task.kind == "language":
+        return serving_report(findings.served, max_gap=limits.max_served_gap)
+    return served_heads_report(findings.served, findings.task, limits)
 
 
 def _structure(findings: Findings) -> CheckReport:
@@ -111,8 +123,8 @@ def _loading(findings: Findings) -> CheckReport:
     faults = [f"{role}: {model.fault}" for role, model in findings.models.items() if model.fault]
     unplaced = [f"{role}: {model.unplaced}" for role, model in findings.models.items() if model.unplaced]
     advice = (
-        "Transformers does not support packed experts and would initialize them randomly: serve the checkpoint with an"
-        " engine that supports them."
+        "Transformers supports neither packed experts, which it would initialize randomly, nor codes of several widths:"
+        " serve the checkpoint with an engine that supports them."
     )
     return LOADS.report(
         passed=not (faults or unplaced),
@@ -217,12 +229,17 @@ def _ranks(findings: Findings) -> CheckReport:
         passed=not wrong,
         measured=len(wrong),
         limit=0,
-        detail=f"{listed([fault for faults in wrong.values() for fault in faults])}. Pad for these ranks before"
-        " quantization, use smaller groups, or repair the checkpoint."
+        detail=f"{listed([fault for faults in wrong.values() for fault in faults])}. {_remedy(findings.targets)}"
         if wrong
         else f"{', '.join(map(str, kernels))}: every rank computes with the unsharded weights, bit for bit.",
         severity="WARN" if heads_only else "ERROR",
     )
+
+
+def _remedy(rows: "Sequence[TargetFindings]") -> str:
+    if any(row.is_of_floats for row in rows):
+        return "Pad for these ranks before quantization, or use the method fp8-dynamic, which has no blocks."
+    return "Pad for these ranks before quantization, use smaller groups, or repair the checkpoint."
 
 
 def _target_faults(rows: "Sequence[TargetFindings]") -> list[str]:

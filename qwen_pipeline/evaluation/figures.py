@@ -2,9 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,46 +69,42 @@ class ModelFigures:
 
     Attributes:
         fault: The reason why Transformers did not load it completely; there are then no other figures.
-        unplaced: The reason why Transformers cannot load the packed experts of a valid checkpoint; streamed figures
-            exist.
+        unplaced: The reason why Transformers cannot load the packed experts, or the codes of several widths, of a valid
+            checkpoint; streamed figures exist.
+        computed_from: The role of the model whose weights this one's were computed from; None if they were read.
         perplexity: ``exp`` of the mean negative log-likelihood of every token but the first of each window.
         tokens: Number of predicted tokens.
         linears: Class name of the linear layers that Transformers loaded -> their number.
         divergence: Divergence from the reference model, if requested.
         head: Distance of another head's outputs from the reference's, in place of perplexity and divergence.
+        draft_acceptance: Share of the draft head's drafts that the model itself accepts; None without a draft head.
         drift: Distance of the hidden state from the reference's after each layer, relative to the latter's norm.
         peaks: The largest activation of each layer on the windows.
         calibration_peaks: The largest activation of each layer on the calibration tokens, if requested.
         answers: Token ids of the greedy answer to each prompt, if requested.
         unruled_answers: The answers without the rules of the generation config, if requested and if it has any.
+        replies: Token ids of the greedy answer to each request of :mod:`qwen_pipeline.evaluation.behaviour`; empty for
+            one that does not fit into memory.
+        unreplied: The reason why these answers are missing.
         unapplied: Settings of the generation config that would change answers, but are not applied.
         unanswered: The reason why a requested answer is missing.
     """
 
     fault: str | None = None
     unplaced: str | None = None
+    computed_from: str | None = None
     perplexity: float | None = None
     tokens: int = 0
     linears: Mapping[str, int] = field(default_factory=dict[str, int])
     divergence: DivergenceFigures | None = None
     head: HeadFigures | None = None
+    draft_acceptance: float | None = None
     drift: tuple[float, ...] = ()
     peaks: tuple[Peak, ...] = ()
     calibration_peaks: tuple[Peak, ...] = ()
     answers: tuple[tuple[int, ...], ...] = ()
     unruled_answers: tuple[tuple[int, ...], ...] = ()
+    replies: tuple[tuple[int, ...], ...] = ()
+    unreplied: str | None = None
     unapplied: tuple[str, ...] = ()
     unanswered: str | None = None
-
-
-_FIGURES = TypeAdapter(dict[str, ModelFigures])
-
-
-def dump_figures(figures: Mapping[str, ModelFigures]) -> dict[str, Any]:
-    """Return role -> figures as JSON values."""
-    return _FIGURES.dump_python(dict(figures), mode="json")
-
-
-def load_figures(value: Mapping[str, Any]) -> dict[str, ModelFigures]:
-    """Read the figures that :func:`dump_figures` returned."""
-    return _FIGURES.validate_python(value)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from qwen_pipeline.evaluation.behaviour.findings import Behaviour
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.samples import Sample
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 BASE, MERGED, PADDED, QUANTIZED = "base", "merged", "padded", "quantized"
 UNPADDED_QUANTIZED = "quantized unpadded"
 """The merged model quantized without padding, to measure the cost of padding."""
+MERGED_OTHERWISE = "merged otherwise"
+"""The same fine-tune, merged onto the base read in another way: after QLoRA, rounded as in training or not."""
 _ORIGINS = {
     MERGED: (BASE,),
+    MERGED_OTHERWISE: (BASE,),
     PADDED: (MERGED, BASE),
     QUANTIZED: (PADDED, MERGED, BASE),
     UNPADDED_QUANTIZED: (MERGED, BASE),
@@ -45,6 +49,7 @@ class Findings:
         tasks: Scores in benchmark tasks; empty if none are configured.
         tasks_fault: The reason why configured tasks have no scores.
         task: The task of the models.
+        behaviour: Answers to requests whose form a program relies on.
     """
 
     structure: "Structure"
@@ -57,6 +62,7 @@ class Findings:
     tasks: Sequence[Score] = ()
     tasks_fault: str | None = None
     task: HeadTask = field(default_factory=HeadTask)
+    behaviour: Behaviour = field(default_factory=Behaviour)
 
     def perplexity(self, role: str) -> float | None:
         """Return a model's perplexity, or None if it is absent or did not load."""

@@ -1,12 +1,14 @@
-"""The checks of classifiers, reward models and embedding models, in place of those of language models."""
+"""The checks of classifiers, reward models, embedding models and draft heads, beside those of language models."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qwen_pipeline.evaluation.behaviour.checks import BEHAVIOUR_CHECKS
 from qwen_pipeline.evaluation.figures import HeadFigures
-from qwen_pipeline.evaluation.findings import MERGED, QUANTIZED, Findings
+from qwen_pipeline.evaluation.findings import BASE, MERGED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.limits import Limits
+from qwen_pipeline.evaluation.serving.findings import ServingFindings, report_on_servers
 from qwen_pipeline.reports import CheckReport, CheckSpec
 
 LOGITS = CheckSpec(
@@ -25,10 +27,15 @@ ORDER = CheckSpec(
 COSINE = CheckSpec(
     name="embedding_cosine", description="The merged and the quantized model embed texts in almost the same direction."
 )
+DRAFTS = CheckSpec(
+    name="draft_acceptance",
+    description="On held-out text, the quantized model accepts enough of its draft head's drafts.",
+    blocking=False,
+)
 HEAD_CHECKS = (LOGITS, LABELS, ORDER, COSINE)
 OF_LANGUAGE = frozenset({
-    "perplexity_ratio", "kl_divergence", "top1_agreement", "merged_not_worse", "sample_texts", "serves",
-    "benchmark_tasks",
+    "perplexity_ratio", "kl_divergence", "top1_agreement", "draft_acceptance", "merged_not_worse", "sample_texts",
+    "benchmark_tasks", *(check.name for check in BEHAVIOUR_CHECKS),
 })  # fmt: skip
 """The checks that only a language model has."""
 MINIMUM_HEAD_CHECKS = (LABELS, ORDER, COSINE)
@@ -44,6 +51,11 @@ class _HeadCheck:
     measured: Callable[[HeadFigures], float | None]
     limit: Callable[[Limits], float]
     detail: Callable[[HeadFigures], str]
+
+    def passes(self, measured: float, limits: Limits) -> bool:
+        """Return whether a figure is within the limit; NaN never is."""
+        limit = self.limit(limits)
+        return measured >= limit if self.spec in MINIMUM_HEAD_CHECKS else measured <= limit
 
 
 _TABLE = (
@@ -86,6 +98,52 @@ def head_reports(findings: Findings, limits: Limits) -> list[CheckReport]:
     return [_report(check, findings, limits) for check in _TABLE]
 
 
+def served_heads_report(served: Sequence[ServingFindings], task: HeadTask, limits: Limits) -> CheckReport:
+    """Report on the outputs that a serving engine computed, by the limits of the checks that concern the task."""
+    checks = [check for check in _TABLE if check.concerns(task)]
+    compared = [each.head for each in served if each.head]
+    first = checks[0]
+    values = [value for found in compared if (value := first.measured(found)) is not None]
+    worst = min if first.spec in MINIMUM_HEAD_CHECKS else max
+    return report_on_servers(
+        served,
+        wrong=lambda each: [fault for check in checks if (fault := _served_fault(check, each.head, limits))],
+        agreement=f"{compared[0].outputs} outputs are as close to the merged model's as the limits demand"
+        f" ({first.spec.name} {worst(values):.3g})"
+        if values
+        else "",
+        measured=worst(values, default=0.0),
+        limit=first.limit(limits),
+    )
+
+
+def _served_fault(check: _HeadCheck, found: HeadFigures | None, limits: Limits) -> str:
+    measured = check.measured(found) if found else None
+    if measured is None:
+        return "it computed nothing"
+    return "" if check.passes(measured, limits) else f"{check.spec.name} is {measured:.3g}, not {check.limit(limits):g}"
+
+
+def drafts_report(findings: Findings, limits: Limits) -> CheckReport:
+    """Report on :data:`DRAFTS`, beside the shares of the models that the quantized one was made from."""
+    shares = {
+        role: found.draft_acceptance
+        for role in (BASE, MERGED, QUANTIZED)
+        if (found := findings.models.get(role)) and found.draft_acceptance is not None
+    }
+    if QUANTIZED not in shares:
+        return DRAFTS.skipped("The model has no draft head.")
+    passed = shares[QUANTIZED] >= limits.min_draft_acceptance
+    others = ", ".join(f"{role} {share:.1%}" for role, share in shares.items() if role != QUANTIZED)
+    return DRAFTS.report(
+        passed=passed,
+        measured=shares[QUANTIZED],
+        limit=limits.min_draft_acceptance,
+        detail=f"Share of first drafts that equal the model's own next token; {others or 'no other was measured'}."
+        + ("" if passed else " Serve it without speculation, or train the draft head after the fine-tune."),
+    )
+
+
 def inapplicable(task: HeadTask) -> frozenset[str]:
     """Return the names of the checks that do not concern models with this task."""
     others = frozenset(check.spec.name for check in _TABLE if not check.concerns(task))
@@ -96,7 +154,7 @@ def concerning(reports: Sequence[CheckReport]) -> list[CheckReport]:
     """Return the reports without those that were skipped because they are about another kind of model."""
     ours = {check.name for check in HEAD_CHECKS}
     is_language = all(report.skipped for report in reports if report.name in ours)
-    others = ours if is_language else ours | OF_LANGUAGE
+    others = ours | {DRAFTS.name} if is_language else ours | OF_LANGUAGE
     return [report for report in reports if not (report.skipped and report.name in others)]
 
 
@@ -122,6 +180,6 @@ def _report(check: _HeadCheck, findings: Findings, limits: Limits) -> CheckRepor
             limit=limit,
             detail=f"Not measured, because these models did not load: {', '.join(absent or [MERGED])}.",
         )
-    passed = measured >= limit if check.spec in MINIMUM_HEAD_CHECKS else measured <= limit
+    passed = check.passes(measured, limits)
     advice = "" if passed else " Use more calibration text, smaller groups or 8 bits."
     return check.spec.report(passed=passed, measured=measured, limit=limit, detail=check.detail(found) + advice)

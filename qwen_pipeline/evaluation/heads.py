@@ -7,7 +7,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.heads import SCORE_WEIGHT, HeadKind, Pooling, head_kind, pooling_of
+from qwen_pipeline.text.tokenizers import Tokenizer
 
 TEXT_TOKENS = 64
 """Tokens in a text that is classified or embedded as a whole: windows are cut into several texts."""
@@ -55,11 +57,11 @@ def task_of(checkpoint: Checkpoint) -> HeadTask:
         kind=kind,
         labels=checkpoint[SCORE_WEIGHT].rows if kind in ("sequence", "token") else 0,
         pooling=pooling_of(checkpoint) if kind == "embedding" else (),
-        pad_token=checkpoint.config.get("pad_token_id") if kind == "sequence" else None,
+        pad_token=text_config(checkpoint.config).get("pad_token_id") if kind == "sequence" else None,
     )
 
 
-def texts_of(windows: Sequence[Sequence[int]], tokenizer: Any, task: HeadTask) -> list[list[int]]:
+def texts_of(windows: Sequence[Sequence[int]], tokenizer: Tokenizer, task: HeadTask) -> list[list[int]]:
     """Return the texts that a model is measured on, all of one length.
 
     A text that is classified or embedded as a whole ends with the tokens that the tokenizer adds to a text, as the
@@ -67,8 +69,8 @@ def texts_of(windows: Sequence[Sequence[int]], tokenizer: Any, task: HeadTask) -
     """
     if task.kind in ("language", "token"):
         return [list(window) for window in windows]
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
+    bare = tokenizer.encode_text("a", add_special_tokens=False)
+    whole = tokenizer.encode_text("a", add_special_tokens=True)
     start = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     before, after = whole[:start], whole[start + len(bare) :]
     length = min(TEXT_TOKENS, *map(len, windows))

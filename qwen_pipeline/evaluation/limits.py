@@ -1,6 +1,9 @@
 """The limits on the difference between a quantized model and the model it was made from."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isnan
+
+from qwen_pipeline.errors import InputRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +14,15 @@ class Limits:
         max_perplexity_ratio: Perplexity of the quantized model over that of the merged one.
         max_mean_kl: Mean KL(merged || quantized), in nats per token.
         min_top1_agreement: Share of tokens for which both predict the same most likely token.
+        min_draft_acceptance: Share of the draft head's drafts that the quantized model accepts; a warning below it.
         max_padding_kl: Mean KL(merged || padded), in nats per token: padding may differ by rounding only.
+        min_same_calls: Share of the merged model's tool calls that the quantized one makes too; this limit and the four
+            after it lead to warnings.
+        max_thinking_ratio: Tokens of the quantized model's thought over those of the merged one's.
+        min_json: Share of the merged model's answers in JSON where the quantized one's are JSON too.
+        min_ended: Share of the answers that the merged model ends and the quantized one ends too.
+        min_needles: Share of the sentences in a long text that the merged model finds and the quantized one finds too.
+        max_kl_growth: Mean KL in the last quarter of a window over that in the first; a warning beyond it.
         max_activation: Magnitude of any activation of the quantized model; a warning beyond it. The float16 maximum is
             65504, and neither held-out text nor calibration contains the token with the largest activations.
         max_head_error: Norm of the differences between the logits of two classifiers, over that of the merged model's
@@ -30,6 +41,13 @@ class Limits:
     max_perplexity_ratio: float = 1.2
     max_mean_kl: float = 0.3
     min_top1_agreement: float = 0.7
+    min_draft_acceptance: float = 0.4
+    min_same_calls: float = 0.5
+    max_thinking_ratio: float = 2.0
+    min_json: float = 1.0
+    min_ended: float = 0.75
+    min_needles: float = 1.0
+    max_kl_growth: float = 2.0
     max_padding_kl: float = 1e-6
     max_head_error: float = 0.5
     min_label_agreement: float = 0.85
@@ -39,6 +57,11 @@ class Limits:
     max_merged_ratio: float = 1.1
     max_served_gap: float = 0.5
     max_activation: float = 65504 / 2
+
+    def __post_init__(self) -> None:
+        for name, limit in asdict(self).items():
+            if isnan(limit):
+                raise InputRefused(f"The limit {name} is not a number.", remedy=f"Set {name} to a number, or omit it.")
 
 
 DEFAULT_LIMITS = Limits()

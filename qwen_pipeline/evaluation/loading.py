@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.qwen.heads import class_of
+from qwen_pipeline.transforms.codes.fp8 import is_fp8
+from qwen_pipeline.transforms.codes.gptq import gptq_format
 
-_OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx)|gate_up_proj|down_proj)")
+_OF_EXPERTS = re.compile(r".*\.experts\.(\d+\..*\.(qweight|qzeros|scales|g_idx|weight_scale)|gate_up_proj|down_proj)")
+_OF_CODES = (".qweight", ".weight_scale")
 KERNEL = "gptq_torch"
 """GPTQModel's kernel that dequantizes the codes and multiplies in the model's dtype.
 
@@ -32,8 +37,9 @@ class Placement:
 
     Attributes:
         fault: The reason why Transformers does not load it completely.
-        unplaced: Instead of a fault, the reason why Transformers cannot load a valid checkpoint: it does not support
-            packed experts, initializes them randomly, and only logs that. Engines that support them can serve it.
+        unplaced: Instead of a fault, the reason why Transformers cannot load a valid checkpoint. It does not support
+            packed experts, initializes them randomly, and only logs that; and it reads one width of codes for all
+            layers. Engines that support either can serve it.
         linears: Class name of the linear layers -> their number.
     """
 
@@ -72,7 +78,7 @@ def place_tensors(root: Path) -> Placement:
         shapes = {
             tensor: torch.zeros((), dtype=spec.torch_dtype).expand(spec.shape) for tensor, spec in checkpoint.items()
         }
-        with _cpu_kernels():
+        with _cpu_kernels(), _floats_as_stored():
             options = loading_options(config, device="meta")
             model, info = load_with(architecture, None, config=config, state_dict=shapes, **options)
     except MemoryError:
@@ -80,10 +86,20 @@ def place_tensors(root: Path) -> Placement:
     except Exception as error:
         return Placement(fault=fault_of(error))
     if not_loaded := unloaded_tensors(info):
-        keys = [str(key) for found in info.values() for key in found or ()]
-        packed = all(map(_OF_EXPERTS.fullmatch, keys)) and any(key.endswith(".qweight") for key in keys)
-        return Placement(unplaced=not_loaded, linears=linears_of(model)) if packed else Placement(fault=not_loaded)
+        keys = [key if isinstance(key, str) else str(key[0]) for found in info.values() for key in found or ()]
+        packed = all(map(_OF_EXPERTS.fullmatch, keys)) and any(key.endswith(_OF_CODES) for key in keys)
+        valid = packed or all(_has_own_format(checkpoint, key) for key in keys)
+        return Placement(unplaced=not_loaded, linears=linears_of(model)) if valid else Placement(fault=not_loaded)
     return Placement(linears=linears_of(model))
+
+
+def _has_own_format(checkpoint: Checkpoint, tensor: str) -> bool:
+    """Return whether a tensor is of a layer with other codes than the config's own, which Optimum does not read."""
+    module = tensor.rpartition(".")[0]
+    if f"{module}.qweight" not in checkpoint:
+        return False
+    form = gptq_format(checkpoint.config)
+    return form.of(checkpoint, module) != form
 
 
 def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -98,11 +114,13 @@ def load_with(architecture: Any, root: str | None, **options: Any) -> tuple[Any,
 
 
 def kernel_of(config: Any) -> dict[str, Any]:
-    """Return the arguments that make Transformers load codes with :data:`KERNEL`; none for full precision."""
+    """Return the arguments that make Transformers load codes with :data:`KERNEL`; none for floats of any precision."""
     from transformers import GPTQConfig
 
     quantization = getattr(config, "quantization_config", None)
-    return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend=KERNEL)} if quantization else {}
+    if not quantization or is_fp8(quantization):
+        return {}
+    return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend=KERNEL)}
 
 
 def unloaded_tensors(info: dict[str, Collection[object]]) -> str:
@@ -136,6 +154,18 @@ def _cpu_kernels() -> Generator[None]:
         yield
     finally:
         quantizer.select_quant_linear, quantizer.post_init_model = select, initialize
+
+
+@contextmanager
+def _floats_as_stored() -> Generator[None]:
+    """Make Transformers keep 8-bit floats: without a GPU it would dequantize them all, which computes every weight."""
+    quantizer: Any = FineGrainedFP8HfQuantizer
+    validate = quantizer.validate_environment
+    quantizer.validate_environment = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        quantizer.validate_environment = validate
 
 
 def _first(found: Collection[object], limit: int = 5) -> str:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, UNPADDED_QUANTIZED
+from qwen_pipeline.evaluation.behaviour.plan import DEFAULT_BEHAVIOUR, BehaviourPlan
+from qwen_pipeline.evaluation.findings import BASE, MERGED, MERGED_OTHERWISE, PADDED, QUANTIZED, UNPADDED_QUANTIZED
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS
 from qwen_pipeline.evaluation.serving.findings import ServingPlan
@@ -14,7 +15,8 @@ from qwen_pipeline.evaluation.tensor_parallel.findings import Target
 from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
 
 INPUT_OF_ROLE = {
-    BASE: "base", MERGED: "reference", PADDED: "padded", QUANTIZED: "candidate", UNPADDED_QUANTIZED: "unpadded",
+    BASE: "base", MERGED: "reference", MERGED_OTHERWISE: "other_merge", PADDED: "padded", QUANTIZED: "candidate",
+    UNPADDED_QUANTIZED: "unpadded",
 }  # fmt: skip
 """Role -> the field of :class:`ValidationInputs`, which is also its name in the derivation."""
 
@@ -28,6 +30,8 @@ class ValidationInputs:
         candidate: The quantized checkpoint.
         text: Held-out text: a file of records or a directory, see :mod:`qwen_pipeline.text.sources`.
         base: The checkpoint that was fine-tuned, to measure the effect of fine-tuning.
+        other_merge: The merge of the same fine-tune onto the same base read otherwise, to compare the two: after QLoRA,
+            onto the base in full precision and as it was rounded in training.
         padded: The padded checkpoint, if the candidate is wider than the reference. Without it, a candidate that was
             made elsewhere is compared with the reference padded by zeros, and the effect of padding on predictions is
             not measured. The channels that a repair added are read from the candidate's manifest.
@@ -41,6 +45,7 @@ class ValidationInputs:
     candidate: Path
     text: Path
     base: Path | None = None
+    other_merge: Path | None = None
     padded: Path | None = None
     unpadded: Path | None = None
     calibration: Path | None = None
@@ -63,6 +68,7 @@ class ValidationPlan:
             among ``tensor_parallel`` ranks.
         limits: The thresholds of the checks.
         prompts: Prompts that the merged and the quantized model answer side by side.
+        behaviour: Further requests that both answer, and whose answers a program has to be able to read.
         windows: Maximum number of windows of text.
         seq_len: Tokens in a window.
         text_spec: The share of records of the text that may be skipped, and arguments of the chat template, which
@@ -76,6 +82,7 @@ class ValidationPlan:
     targets: Sequence[Target] = ()
     limits: Limits = DEFAULT_LIMITS
     prompts: Sequence[str] = DEFAULT_PROMPTS
+    behaviour: BehaviourPlan = DEFAULT_BEHAVIOUR
     windows: int = 8
     seq_len: int = 512
     text_spec: TextSpec = DEFAULT_TEXT_SPEC
@@ -87,12 +94,13 @@ class ValidationPlan:
         """Return the settings that affect the report, for the identity of a validation."""
         return {
             "limits": asdict(self.limits),
+            "behaviour": self.behaviour.to_json(),
             "device": self.device,
             "prompts": list(self.prompts),
             "serving": self.serving.to_json() if self.serving else None,
             "tasks": self.tasks.to_json() if self.tasks else None,
             "seq_len": self.seq_len,
-            "text": asdict(self.text_spec),
+            "text": self.text_spec.to_json(),
             "targets": [str(target) for target in self.targets],
             "tensor_parallel": self.tensor_parallel,
             "windows": self.windows,

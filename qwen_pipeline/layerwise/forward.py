@@ -4,7 +4,7 @@ For each layer: read it (the following ones are read meanwhile), run every batch
 of all batches are kept, the weights are not. A model is read once, and memory does not depend on the number of layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.layerwise.meta_model import Arguments
 from qwen_pipeline.layerwise.model import ComputeContext, LayeredModel, iter_modules
+
+_NONE: Mapping["LayerStream", "LayerStream"] = {}
 
 
 class _CapturedError(Exception):
@@ -50,7 +52,7 @@ class LayerStream(LayeredModel):
     """Hidden states of batches that pass through the layers of one model.
 
     Args:
-        checkpoint: Full precision or GPTQ codes, of any Qwen family.
+        checkpoint: Full precision, GPTQ codes or 8-bit floats, of any Qwen family.
         batches: Token ids [B, T].
         context: Device and dtype of the computation.
         other_models: Number of other models whose hidden states are held at the same time.
@@ -70,10 +72,11 @@ class LayerStream(LayeredModel):
         self._batches, self._copies = batches, len(batches) * (1 + other_models)
         self.hidden: list[Tensor] = []
         self._arguments: list[Sequence[Arguments]] = []
-        for batch in batches:
-            inputs = self.meta_model.layer_inputs(batch)
-            self.hidden.append(context.offload(inputs.hidden, copies=self._copies))
-            self._arguments.append(_deduplicated(inputs.arguments, self._arguments[0] if self._arguments else ()))
+        with self.meta_model.holding_rows(batches):
+            for batch in batches:
+                inputs = self.meta_model.layer_inputs(batch)
+                self.hidden.append(context.offload(inputs.hidden, copies=self._copies))
+                self._arguments.append(_deduplicated(inputs.arguments, self._arguments[0] if self._arguments else ()))
 
     @torch.inference_mode()
     def run(self, layer: int, module: nn.Module) -> None:
@@ -169,8 +172,12 @@ class LayerStream(LayeredModel):
         return inputs
 
 
-def advance(streams: Sequence[LayerStream]) -> Iterator[int]:
+def advance(streams: Sequence[LayerStream], beside: Mapping[LayerStream, LayerStream] = _NONE) -> Iterator[int]:
     """Run models side by side, layer by layer; yield the number of each layer once all models have passed it.
+
+    Args:
+        streams: The models.
+        beside: Model -> other tokens that pass through its layers too, which are read once for both.
 
     Raises:
         InputRefused: The models have different numbers of layers.
@@ -181,12 +188,16 @@ def advance(streams: Sequence[LayerStream]) -> Iterator[int]:
             f"The models have {sorted(depths)} layers, expected equal numbers.",
             remedy="Compare models of one family and size.",
         )
-    steps = [(stream, layer) for layer in range(depths.pop()) for stream in streams]
-    modules = iter_modules(steps)
-    for stream, layer in steps:
-        stream.run(layer, next(modules))
-        if stream is streams[-1]:
-            yield layer
+    depth = depths.pop()
+    modules = iter_modules([(stream, layer) for layer in range(depth) for stream in streams])
+    for layer in range(depth):
+        for stream in streams:
+            module = next(modules)
+            stream.run(layer, module)
+            if stream in beside:
+                beside[stream].run(layer, module)
+            del module
+        yield layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,11 @@ class MetaModel:
             setattr(self._decoder, name, child_with_weights)
         self._decoder.eval()
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return self._decoder.norm
+
     def new_cache(self) -> Any:
         """Return an empty cache of Transformers for a batch that is processed in parts; calls of layers fill it."""
         from transformers import DynamicCache
@@ -74,6 +79,18 @@ class MetaModel:
         self._run(tokens_BT, cache)
         arguments = [recorder.arguments for recorder in self._recorders]
         return LayerInputs(hidden=self._recorders[0].hidden, arguments=arguments)
+
+    @contextmanager
+    def holding_rows(self, batches: Sequence[Tensor]) -> Generator[None]:
+        """Read the rows of the embedding for all batches at once, and keep them within the body.
+
+        Most rows are needed by several batches, and rows that are close are read together.
+        """
+        self._embedding.hold(batches)
+        try:
+            yield
+        finally:
+            self._embedding.hold(())
 
     @torch.inference_mode()
     def head_inputs(self, tokens_BT: Tensor, hidden: Tensor) -> Tensor:
@@ -120,10 +137,22 @@ class _LazyEmbedding(nn.Module):
     def __init__(self, weights: ModelWeights, dtype: torch.dtype) -> None:
         super().__init__()
         self._weights, self._dtype = weights, dtype
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, batches: Sequence[Tensor]) -> None:
+        """Read and keep the rows of some batches of tokens, in place of those of earlier ones."""
+        ids = torch.cat([batch.flatten() for batch in batches]).unique().cpu() if len(batches) > 1 else None
+        self._held = None if ids is None else (ids, self._weights.rows(ids.tolist()))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         ids, indices_BT = tokens_BT.unique(return_inverse=True)
-        return self._weights.rows(ids.tolist()).to(tokens_BT.device, self._dtype)[indices_BT]
+        return self._rows(ids.cpu()).to(tokens_BT.device, self._dtype)[indices_BT]
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        if self._held is None:
+            return self._weights.rows(ids.tolist())
+        held_ids, rows = self._held
+        return rows[torch.searchsorted(held_ids, ids)]
 
 
 def _decoder_on_meta(config: Mapping[str, Any]) -> Any:

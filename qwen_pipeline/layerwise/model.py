@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qwen_pipeline.checkpoint.buffers import BLOCK_BYTES, return_freed_blocks
 from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.layerwise.input_rounding import with_rounded_inputs
 from qwen_pipeline.layerwise.meta_model import MetaModel
 from qwen_pipeline.layerwise.prefetch import Prefetcher
 from qwen_pipeline.layerwise.weights import READERS, HostTensors, ModelWeights, ModuleWeights, Take, fill, pipelined
@@ -61,8 +62,12 @@ class LayeredModel:
     """A model whose layers are read and built one by one.
 
     Args:
-        checkpoint: Full precision or GPTQ codes, of any Qwen family.
+        checkpoint: Full precision, GPTQ codes or 8-bit floats, of any Qwen family.
         context: Device and dtype of the computation.
+
+    Attributes:
+        kept: The stored tensors of the layer that was built last, by name, if they are to be kept; else None.
+        take: Returns stored tensors by name where they are in memory already; None if they are read.
 
     Raises:
         CheckpointRefused: A tensor that the model needs is missing or has another shape.
@@ -70,14 +75,24 @@ class LayeredModel:
 
     def __init__(self, checkpoint: Checkpoint, context: ComputeContext) -> None:
         return_freed_blocks()
+        self.kept: dict[str, Tensor] | None = None
+        self.take: Take | None = None
         self.context, self.weights = context, ModelWeights.of(checkpoint)
         self.meta_model = MetaModel(self.weights, device=context.device, dtype=context.dtype)
         self.parts = [self.weights.part(f"layers.{i}", layer) for i, layer in enumerate(self.meta_model.layers)]
 
     def build(self, layer: int, take: Take) -> nn.Module:
         """Return a callable layer; ``take`` is called for its stored tensors, in the order of its part."""
+        if self.kept is not None:
+            self.kept = {}
+            take = _keeping(take, self.kept)
         parameters = self.parts[layer].assemble(take, device=self.context.device, dtype=self.context.dtype)
-        return fill(self.meta_model.layers[layer], parameters)
+        return with_rounded_inputs(fill(self.meta_model.layers[layer], parameters), self.parts[layer].rounded_inputs)
+
+    def pop_kept(self) -> dict[str, Tensor]:
+        """Return the stored tensors of the layer that was built last, which are not kept any longer."""
+        kept, self.kept = self.kept or {}, {}
+        return kept
 
     def iter_layers(self, first: int = 0, *, ahead_on_gpu: float = SHARE_AHEAD_ON_GPU) -> Iterator[nn.Module]:
         """Yield the layers from ``first`` on; while one computes, the following ones are read."""
@@ -109,12 +124,12 @@ def iter_modules(
     if not any(model.context.has_own_memory for model, _ in steps):
         yield from pipelined([_on_host(model, layer) for model, layer in steps])
         return
-    parts = [model.parts[layer] for model, layer in steps]
-    budget = max(part.numel for part in parts) * steps[0][0].context.dtype.itemsize * ahead_on_gpu
+    budget = max(model.parts[layer].numel for model, layer in steps) * steps[0][0].context.dtype.itemsize * ahead_on_gpu
+    parts = [model.parts[layer] for model, layer in steps if not model.take]
     tensors = [part.checkpoint.tensors[name] for part in parts for name in part.stored]
     with Prefetcher(tensors, steps[0][0].context.device, budget=int(budget)) as prefetched:
         for model, layer in steps:
-            yield model.build(layer, _in_order(prefetched, model.parts[layer]))
+            yield model.build(layer, model.take or _in_order(prefetched, model.parts[layer]))
 
 
 def _on_host(model: LayeredModel, layer: int) -> tuple[Callable[[], HostTensors], Callable[[HostTensors], nn.Module]]:
@@ -122,6 +137,14 @@ def _on_host(model: LayeredModel, layer: int) -> tuple[Callable[[], HostTensors]
     part = model.parts[layer]
     budget = int(part.numel * model.context.dtype.itemsize * SHARE_AHEAD_ON_HOST)
     return partial(part.read, budget=budget), lambda stored: model.build(layer, part.taking(stored))
+
+
+def _keeping(take: Take, kept: dict[str, Tensor]) -> Take:
+    def taken(name: str) -> Tensor:
+        kept[name] = take(name)
+        return kept[name]
+
+    return taken
 
 
 def _in_order(prefetched: Prefetcher, part: ModuleWeights) -> Take:

@@ -20,9 +20,12 @@ from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
+from qwen_pipeline.layerwise.input_rounding import InputRounding
 from qwen_pipeline.qwen.families import stored_head
 from qwen_pipeline.qwen.names import decoder_prefix
+from qwen_pipeline.transforms.codes.fp8 import SCALE_DTYPES, fp8_format
 from qwen_pipeline.transforms.codes.gptq import CODES, PackedLinear, gptq_format
+from qwen_pipeline.transforms.codes.scaled_floats import FLOATS
 
 READERS = 8
 """Reading threads; a single thread does not keep a fast disk busy."""
@@ -44,12 +47,14 @@ class WeightConverter:
         stored: Names of the stored tensors, in the order in which ``write`` takes them.
         write: Fills the parameter, converting to its dtype.
         is_stored: Whether the parameter equals a stored tensor, except for its dtype.
+        inputs: How engines round the inputs of the layer; None if they do not.
     """
 
     stored: tuple[str, ...]
     shape: tuple[int, ...]
     write: Callable[[Tensor, Take], object]
     is_stored: bool = False
+    inputs: InputRounding | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,11 @@ class ModuleWeights:
     @property
     def numel(self) -> int:
         return sum(prod(converter.shape) for converter in self.converters.values())
+
+    @property
+    def rounded_inputs(self) -> dict[str, InputRounding]:
+        """Parameter -> the rounding of its layer's inputs, for weights of 8-bit floats."""
+        return {name: converter.inputs for name, converter in self.converters.items() if converter.inputs}
 
     @property
     def stored(self) -> list[str]:
@@ -170,6 +180,8 @@ class ModelWeights:
     def _converter(self, name: str, shape: tuple[int, ...]) -> WeightConverter:
         found = self.checkpoint.get(name)
         module, experts = name.removesuffix(".weight"), name.rpartition(".")[0]
+        if found and found.dtype in FLOATS:
+            return self._scaled(name, shape)
         if found and found.shape == shape:
             return WeightConverter(
                 stored=(name,), shape=shape, write=lambda out, take: out.copy_(take(name)), is_stored=True
@@ -204,25 +216,54 @@ class ModelWeights:
 
         return WeightConverter(stored=tuple(names), shape=shape, write=write)
 
+    def _scaled(self, name: str, shape: tuple[int, ...]) -> WeightConverter:
+        """Multiply 8-bit floats by their scales."""
+        form = fp8_format(self.checkpoint.config.get("quantization_config") or {})
+        names = dict(zip(form.suffixes, (name, f"{name.removesuffix('.weight')}.{form.layout.scale}"), strict=True))
+        stored = self.checkpoint.get(names[form.layout.scale])
+        scale_dtype = stored.dtype if stored and stored.dtype in SCALE_DTYPES else SCALE_DTYPES[0]
+        require_specs(self.checkpoint, names, form.code_specs(shape[0], shape[1], scales=scale_dtype))
+
+        def write(out: Tensor, take: Take) -> None:
+            codes, scales = (take(each) for each in names.values())
+            for start, stop in block_ranges(TensorSpec(dtype="F32", shape=shape)):
+                out[start:stop] = form.weight_rows(codes[start:stop], scales, start)
+
+        inputs = InputRounding(per_scale=form.layout.block)
+        return WeightConverter(stored=tuple(names.values()), shape=shape, write=write, inputs=inputs)
+
     def _dequantized(self, module: str, shape: tuple[int, ...]) -> WeightConverter:
-        form = gptq_format(self.checkpoint.config)
+        form = gptq_format(self.checkpoint.config).of(self.checkpoint, module)
         names = {code: f"{module}.{code}" for code in CODES}
-        for code, spec in form.code_specs(shape[0], shape[1]).items():
-            if self.checkpoint.get(names[code]) != spec:
-                raise CheckpointRefused(
-                    f"{names[code]} is {self.checkpoint.get(names[code])}, expected {spec}.",
-                    remedy="Quantize the checkpoint again.",
-                )
+        require_specs(self.checkpoint, names, form.code_specs(shape[0], shape[1]))
 
         def write(out: Tensor, take: Take) -> None:
             packed = PackedLinear(format=form, **{code: take(name) for code, name in names.items()})
-            for start, stop in block_ranges(TensorSpec(dtype="F32", shape=shape)):
-                out[start:stop] = packed.weight_rows(start, stop)
+            packed.write_weight(out)
 
         return WeightConverter(stored=tuple(names.values()), shape=shape, write=write)
 
 
 _HALVES = ("gate_proj", "up_proj")
+
+
+def require_specs(checkpoint: Checkpoint, names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+    """Require that the codes of a layer have the dtypes and shapes that follow from its weight.
+
+    Args:
+        checkpoint: The checkpoint.
+        names: Suffix of a code -> name of its tensor.
+        specs: Suffix of a code -> expected dtype and shape.
+
+    Raises:
+        CheckpointRefused: A code is missing or has another dtype or shape.
+    """
+    for code, spec in specs.items():
+        if checkpoint.get(names[code]) != spec:
+            raise CheckpointRefused(
+                f"{names[code]} is {checkpoint.get(names[code])}, expected {spec}.",
+                remedy="Quantize the checkpoint again.",
+            )
 
 
 def fill(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
@@ -253,7 +294,12 @@ def _stacked(converters: Sequence[WeightConverter]) -> WeightConverter:
         for part, converter in zip(out, converters, strict=True):
             converter.write(part, take)
 
-    return WeightConverter(stored=_stored(converters), shape=(len(converters), *converters[0].shape), write=write)
+    return WeightConverter(
+        stored=_stored(converters),
+        shape=(len(converters), *converters[0].shape),
+        write=write,
+        inputs=converters[0].inputs,
+    )
 
 
 def _concatenated(converters: Sequence[WeightConverter]) -> WeightConverter:
@@ -263,7 +309,8 @@ def _concatenated(converters: Sequence[WeightConverter]) -> WeightConverter:
     def write(out: Tensor, take: Take) -> None:
         stacked.write(out.view(len(converters), rows, *rest), take)
 
-    return WeightConverter(stored=stacked.stored, shape=(len(converters) * rows, *rest), write=write)
+    shape = (len(converters) * rows, *rest)
+    return WeightConverter(stored=stacked.stored, shape=shape, write=write, inputs=stacked.inputs)
 
 
 def _stored(converters: Sequence[WeightConverter]) -> tuple[str, ...]:

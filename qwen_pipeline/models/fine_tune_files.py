@@ -165,10 +165,13 @@ def require_no_code_of_its_own(child: AdapterSet | Checkpoint) -> None:
 
 
 def _remedy(files: FineTuneFiles) -> str:
-    leave = f"--leave-behind {quote(files.unread[0])} (or the setting leave_behind)"
-    if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*files.read} or not _PLAIN.fullmatch(files.unread[0]):
-        return f"If its weights were not trained, pass {leave}. Otherwise put them into the model itself."
     first = files.unread[0]
+    leave = f"--leave-behind {quote(first)} (or the setting leave_behind)"
+    if Path(first).name.startswith("adapter_model"):
+        return f"If they are another copy of the adapter, or another adapter, pass {leave}."
+    is_loaded = first.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
+    if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*files.read} or not is_loaded or not _PLAIN.fullmatch(first):
+        return f"If its weights were not trained, pass {leave}. Otherwise put them into the model itself."
     if first == NON_LORA:
         convert = f"qwen-pipeline convert --from {quote(str(files.root))} --out CONVERTED"
         return f"Make them a part of the adapter: {convert}\nIf they were not trained, pass {leave}."

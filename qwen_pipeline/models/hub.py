@@ -35,6 +35,19 @@ def find_base(name: str, *, revision: str | None = None, relative_to: Path = Pat
     return _snapshot(name, revision, FILE_PATTERNS)
 
 
+def cached_base(name: str, *, revision: str | None = None, relative_to: Path = Path()) -> Path:
+    """Return the directory of a base that is on this machine: a local one, or its snapshot in the hub's cache.
+
+    Nothing is downloaded. What is in neither place is returned as a local directory, which does not exist.
+    """
+    if (directory := relative_to / Path(name).expanduser()).is_dir():
+        return directory
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, CONFIG, revision=revision) if name.count("/") == 1 else None
+    return Path(found).parent if isinstance(found, str) else directory
+
+
 def load_config(name: str, *, revision: str | None = None, relative_to: Path = Path()) -> dict[str, Any]:
     """Return a model's config, downloading only ``config.json`` if ``name`` is a hub id.
 
@@ -54,6 +67,23 @@ def load_config(name: str, *, revision: str | None = None, relative_to: Path = P
         _require_hub_id(name, path)
         path = _snapshot(name, revision, (CONFIG,))
     file = path if path.is_file() else path / CONFIG
+    return load_config_file(file)
+
+
+def cached_config(name: str, *, revision: str | None = None, relative_to: Path = Path()) -> dict[str, Any] | None:
+    """Return a model's config if it is on this machine, in a directory or in the hub's cache; nothing is downloaded.
+
+    Raises:
+        CheckpointRefused: The file is not JSON, or has values of wrong types.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    file = relative_to / Path(name).expanduser() / CONFIG
+    if not file.is_file():
+        cached = try_to_load_from_cache(name, CONFIG, revision=revision) if _HUB_ID.fullmatch(name) else None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
     return load_config_file(file)
 
 

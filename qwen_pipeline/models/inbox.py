@@ -5,6 +5,7 @@ and either it has not changed since the last tick of the sensor, or the uploader
 after all other files.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +16,18 @@ from typing import Any, cast
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import CONFIG
-from qwen_pipeline.checkpoint.manifest import canonical_sha256
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
+from qwen_pipeline.checkpoint.store.canonical import canonical_sha256
 from qwen_pipeline.errors import DestinationRefused, InputRefused, PipelineError
-from qwen_pipeline.models.kinds import recognize
+from qwen_pipeline.models.kinds import Kind, recognize
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 from qwen_pipeline.transforms.lora.adapter_set import ADAPTER_SET
 
 MARKER = ".complete"
 PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".incomplete", ".crdownload", ".aria2")
 
+READ_BYTES = 4 * 2**30
+"""The largest upload whose bytes identify it; a larger one is identified by the stats of its files."""
 _INDEX = ".safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
@@ -44,6 +47,20 @@ def require_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """The reason why a directory is not a complete fine-tune.
+
+    Attributes:
+        is_incomplete: Whether it may vanish by itself, because the upload may still be going on.
+        remedy: What to do about it.
+    """
+
+    reason: str
+    is_incomplete: bool = False
+    remedy: str = "Complete or correct the upload."
+
+
 @dataclass(frozen=True)
 class Arrival:
     """A directory in the inbox, complete or not."""
@@ -52,15 +69,20 @@ class Arrival:
     path: Path
 
     @cached_property
+    def stats(self) -> dict[str, os.stat_result]:
+        """Relative path -> stat of each file, sorted, without the marker ``.complete``; no file is read."""
+        found = dict(_stats_below(str(self.path), ""))
+        return {relative: found[relative] for relative in sorted(found) if relative != MARKER}
+
+    @property
     def files(self) -> dict[str, Path]:
         """Relative path -> file, sorted, without the marker ``.complete``."""
-        found = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*") if path.is_file()}
-        return {relative: found[relative] for relative in sorted(found) if relative != MARKER}
+        return {relative: self.path / relative for relative in self.stats}
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the files' stats, which changes when a file is added, removed or written; no file is read."""
-        stats = [(relative, path.stat()) for relative, path in self.files.items()]
+        stats = self.stats.items()
         return canonical_sha256([[relative, s.st_size, s.st_mtime_ns, s.st_ino] for relative, s in stats])
 
     @cached_property
@@ -69,8 +91,13 @@ class Arrival:
         return directory_digest(self.files)
 
     @property
+    def identity(self) -> str:
+        """The digest; of a large upload, which would be read for this alone, ``files:<fingerprint>``."""
+        return self.digest if self.nbytes <= READ_BYTES else f"files:{self.fingerprint}"
+
+    @property
     def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files.values())
+        return sum(stat.st_size for stat in self.stats.values())
 
     @property
     def is_marked_complete(self) -> bool:
@@ -81,32 +108,47 @@ class Arrival:
 
     def obstacle(self) -> str | None:
         """Return the reason why the directory is not a complete fine-tune, or None."""
+        found = self.find_obstacle()
+        return found.reason if found else None
+
+    def find_obstacle(self) -> "Obstacle | None":
+        """Return the first obstacle, or None."""
         try:
             require_name(self.name)
             return next(self._obstacles(), None)
         except PipelineError as fault:
-            return fault.what
+            return Obstacle(fault.what, remedy=fault.remedy)
         except OSError as error:
-            return f"it cannot be read: {error}"
+            return Obstacle(f"it cannot be read: {error}", is_incomplete=True)
 
-    def _obstacles(self) -> Iterator[str]:
+    def _obstacles(self) -> "Iterator[Obstacle]":
         if irregular := self._irregular():
-            yield f"{irregular} is neither a regular file nor a directory"
+            yield Obstacle(f"{irregular} is neither a regular file nor a directory")
         yield from (
-            f"{relative} is a link to a file outside of the directory"
+            Obstacle(f"{relative} is a link to a file outside of the directory")
             for relative, path in self.files.items()
             if self._leads_outside(path)
         )
+        found = recognize(self.path)
+        if (refusal := found.refusal) and not found.kind.is_incomplete:
+            yield Obstacle(f"it is {found.kind.name}: {refusal[0]}", remedy=refusal[1])
+        yield from (Obstacle(reason, is_incomplete=True) for reason in self._gaps(found.kind))
+
+    def _gaps(self, kind: Kind) -> Iterator[str]:
+        """Yield what is missing of an upload that may still be going on."""
         yield from (f"{path} is still being written" for path in self.files if path.endswith(PARTIAL_SUFFIXES))
-        if refusal := (kind := recognize(self.path).kind).refusal:
-            yield f"it is {kind.name}: {refusal[0]}"
+        if kind.refusal:
+            yield f"it is {kind.name}: {kind.refusal[0]}"
         if not {ADAPTER_CONFIG, ADAPTER_SET, CONFIG} & self.files.keys():
             yield f"it has none of {ADAPTER_CONFIG}, {ADAPTER_SET} and {CONFIG}"
         weights = [path for relative, path in self.files.items() if relative.endswith(".safetensors")]
         if not weights:
             yield "it has no *.safetensors file"
         for path in weights:
-            open_safetensors(path)
+            try:
+                open_safetensors(path)
+            except PipelineError as fault:
+                yield fault.what
         missing = (shard for index in self._indexes() for shard in _shards(index) if shard not in self.files)
         yield from (f"it has no {shard}, which an index names" for shard in missing)
 
@@ -120,6 +162,16 @@ class Arrival:
 
     def _leads_outside(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self.path.resolve())
+
+
+def _stats_below(directory: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield (relative path, stat) of each regular file; links to files are followed, those to directories are not."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _stats_below(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield f"{prefix}{entry.name}", entry.stat()
 
 
 def _shards(index: Path) -> set[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import Any, cast
 
@@ -26,7 +26,9 @@ class Kind:
         files: Patterns of paths, of which each must match a file.
         without: Patterns that match no file.
         fields: Paths of fields that the adapter's or the model's config must have.
-        refusal: Why it cannot be a fine-tune, and the remedy, which may name ``{root}``; None if it can be.
+        refusal: Why it cannot be a fine-tune, and the remedy; None if it can be. The remedy may name ``{root}``, and
+            with ``{inside}`` the directories in it that hold a model or an adapter.
+        is_incomplete: Whether a file is missing that may still arrive.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Kind:
     without: Sequence[str] = ()
     fields: Sequence[str] = ()
     refusal: tuple[str, str] | None = None
+    is_incomplete: bool = False
 
 
 _SHARDED = (
@@ -47,26 +50,67 @@ _MLX = (
 )
 _SEVERAL = (
     "each checkpoint in it is a fine-tune of its own",
-    "Pass the one that is meant, such as {root}/checkpoint-100.",
+    "Pass the one that is meant: {inside}.",
 )
+_BARE_ADAPTER = (
+    f"{ADAPTER_CONFIG}, which states rank and scaling, is missing",
+    "Fetch it too: PEFT saves it beside the weights.",
+)
+_BARE_MODEL = (f"{CONFIG} is missing", "Fetch it too: it is saved beside the weights.")
+_ADAPTERS = (
+    "each directory in it is a fine-tune of its own",
+    "Pass the one that is meant: {inside}. To merge several, pass each with --adapter, or list them in"
+    f" {{root}}/{ADAPTER_SET}.",
+)
+_MODELS = ("each directory in it is a fine-tune of its own", "Pass the one that is meant: {inside}.")
+_CACHED = (
+    "it holds each revision of the model in a directory of its own",
+    "Pass the revision that is meant: {inside}.",
+)
+_MEGATRON = (
+    "Megatron names and splits its tensors in its own way",
+    "Export it to Hugging Face's format where it was trained, and use the result; ms-swift does so with --to_hf true.",
+)
+_PACKED = ("the files are in an archive", "Unpack it, and pass the directory that holds the files.")
 _GGUF = ("GGUF files hold quantized weights", "Use the full-precision model or adapter that they were made from.")
 
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".7z", ".rar")
 KINDS: Sequence[Kind] = (
     Kind(name="a set of adapters", files=(ADAPTER_SET,)),
     Kind(
         name="an adapter of MLX", files=("adapters.safetensors",), without=("adapter_model*.safetensors",), refusal=_MLX
     ),
     Kind(name="an adapter of MLX", files=(ADAPTER_CONFIG,), fields=("lora_parameters",), refusal=_MLX),
-    Kind(name="an adapter", files=(ADAPTER_CONFIG,)),
+    Kind(name="an adapter", files=(ADAPTER_CONFIG, "adapter_model*")),
     Kind(name="a model of Sentence Transformers", files=("modules.json", "*.safetensors")),
     Kind(name="a text-only model", files=(CONFIG, "*.safetensors"), fields=("model_type=*_text",)),
     Kind(name="a whole model", files=(CONFIG, "*.safetensors")),
+    Kind(name="an adapter", files=(ADAPTER_CONFIG,)),
+    Kind(name="a checkpoint of Megatron", files=("latest_checkpointed_iteration.txt",), refusal=_MEGATRON),
+    Kind(name="a checkpoint of Megatron", files=("**mp_rank_*/model_optim_rng.pt",), refusal=_MEGATRON),
     Kind(name="a sharded checkpoint of DeepSpeed", files=("**global_step*/*_states.pt",), refusal=_SHARDED),
     Kind(name="a sharded checkpoint of DeepSpeed", files=("*_model_states.pt",), refusal=_SHARDED),
     Kind(name="a sharded checkpoint of FSDP", files=("**.distcp",), refusal=_SHARDED),
     Kind(name="a sharded checkpoint of verl", files=("**model_world_size_*.pt",), refusal=_SHARDED),
     Kind(name="an output directory of a trainer", files=("checkpoint-*/*",), refusal=_SEVERAL),
-    Kind(name="GGUF files", files=("*.gguf",), refusal=_GGUF),
+    Kind(
+        name="an adapter without its settings",
+        files=("adapter_model*.safetensors",),
+        refusal=_BARE_ADAPTER,
+        is_incomplete=True,
+    ),
+    Kind(
+        name="a model without its config",
+        files=("model*.safetensors",),
+        without=(CONFIG,),
+        refusal=_BARE_MODEL,
+        is_incomplete=True,
+    ),
+    Kind(name="a folder of a hub's cache", files=("snapshots/*/*",), refusal=_CACHED),
+    Kind(name="a directory of adapters", files=(f"*/{ADAPTER_CONFIG}",), refusal=_ADAPTERS),
+    Kind(name="a directory of models", files=(f"*/{CONFIG}", "*/*.safetensors"), refusal=_MODELS),
+    Kind(name="a directory of GGUF files", files=("*.gguf",), refusal=_GGUF),
+    *(Kind(name="an archive", files=(f"*{ending}",), refusal=_PACKED) for ending in ARCHIVES),
 )
 """In the order in which they are tried; the first whose evidence is complete is taken."""
 UNKNOWN = Kind(name="none of the known kinds", files=())
@@ -128,6 +172,15 @@ class Recognized:
     kind: Kind
     tools: Mapping[str, str]
 
+    @property
+    def refusal(self) -> tuple[str, str] | None:
+        """The reason why it cannot be a fine-tune, and the remedy with the paths of this directory; None if it can."""
+        if self.kind.refusal is None:
+            return None
+        reason, remedy = self.kind.refusal
+        inside = listed([quote(str(self.root / path)) for path in _inside(relative_files(self.root))])
+        return reason, remedy.format(root=quote(str(self.root)), inside=inside)
+
 
 def recognize(root: Path) -> Recognized:
     """Recognize a directory by the names of its files, its configs and its model card; no weight is read."""
@@ -150,9 +203,8 @@ def require_kind(root: Path) -> Recognized:
         InputRefused: It is of a kind that cannot be merged; the message names the kind.
     """
     found = recognize(root)
-    if found.kind.refusal:
-        reason, remedy = found.kind.refusal
-        raise InputRefused(f"{root} is {found.kind.name}: {reason}.", remedy=remedy.format(root=quote(str(root))))
+    if refusal := found.refusal:
+        raise InputRefused(f"{root} is {found.kind.name}: {refusal[0]}.", remedy=refusal[1])
     if found.kind is UNKNOWN and root.is_dir() and not (root / CONFIG).is_file():
         raise InputRefused(
             f"{root} is {UNKNOWN.name}; it has {listed(relative_files(root)) or 'no files'}.",
@@ -161,6 +213,13 @@ def require_kind(root: Path) -> Recognized:
             " CONVERTED",
         )
     return found
+
+
+def _inside(files: Collection[str]) -> list[str]:
+    """Return the directories that hold a model or an adapter; without any, those at the top."""
+    holding = {PurePosixPath(path).parent for path in files if path.endswith((f"/{CONFIG}", f"/{ADAPTER_CONFIG}"))}
+    outermost = {str(path) for path in holding if not holding & {*path.parents}}
+    return sorted(outermost or {path.split("/")[0] for path in files if "/" in path})
 
 
 def _is_kind(kind: Kind, files: Collection[str], config: Mapping[str, Any]) -> bool:

@@ -1,7 +1,8 @@
-"""Models and fine-tunes by directory, including recipes: merged models whose weights are computed when they are read.
+"""Models and fine-tunes by directory, including recipes: models whose weights are computed when they are read.
 
 A recipe is a finished directory with config, tokenizer and manifest but without weights, which can be stored later. Its
-manifest has the digest of every tensor; the content digest is that of the stored checkpoint.
+manifest has the digest of every tensor; the content digest is that of the stored checkpoint. The recipe of a merged
+model names its base and its fine-tune, that of a padded one the merged model.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.models.kinds import require_kind
 from qwen_pipeline.models.padded import padded_model, trained_on
 from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.qwen.settle import settle
 from qwen_pipeline.transforms.codes.base_weights import base_weights
 from qwen_pipeline.transforms.fine_tune.adopt import adopt
@@ -31,6 +33,8 @@ from qwen_pipeline.transforms.lora.across_padding import Paddings
 from qwen_pipeline.transforms.lora.adapter import is_adapter, open_adapter
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, is_adapter_set, open_set, single, weighted
 from qwen_pipeline.transforms.lora.merge import merge_lora
+from qwen_pipeline.transforms.lora.saved.weights import weight_files
+from qwen_pipeline.transforms.padding.pad import pad
 
 
 def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
@@ -41,7 +45,7 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
     """
     require_kind(root)
     kinds = {
-        "an adapter": is_adapter(root),
+        "an adapter": _is_adapter(root),
         "a set of adapters": is_adapter_set(root),
         "a whole model": has_weights(root),
     }
@@ -50,9 +54,14 @@ def open_fine_tune(root: Path) -> AdapterSet | Checkpoint:
             f"{root} holds {' and '.join(found)}, so it is unclear which one is the fine-tune.",
             remedy="Keep only one of them in the directory.",
         )
-    if is_adapter(root):
+    if _is_adapter(root):
         return single(open_adapter(root))
     return open_set(root) if is_adapter_set(root) else open_checkpoint(root)
+
+
+def _is_adapter(root: Path) -> bool:
+    """Return whether a directory holds an adapter; its settings alone may remain beside the merged model."""
+    return is_adapter(root) and bool(weight_files(root) or not has_weights(root))
 
 
 def has_weights(root: Path) -> bool:
@@ -69,21 +78,35 @@ def open_model(root: Path) -> Checkpoint:
     manifest = find_manifest(root)
     if manifest is None or manifest.recipe is None:
         return open_checkpoint(root)
-    base = Path(manifest.recipe["base"])
+    computed = _padded if "source" in manifest.recipe else _merged
+    model = computed(root, manifest, manifest.recipe)
+    return Checkpoint(
+        config=model.config,
+        config_bytes=(root / CONFIG).read_bytes(),
+        tensors=model.tensors,
+        shards=model.shards,
+        sidecars=open_sidecars(root),
+    )
+
+
+def _merged(root: Path, manifest: Manifest, recipe: Mapping[str, str]) -> Checkpoint:
+    base = Path(recipe["base"])
     _require_unchanged(root, manifest, "base", base, checkpoint_digest)
-    parent = settle(base_weights(manifest.derivation.spec).of(open_model(base))).checkpoint
-    child = _fine_tune_of(root, manifest, manifest.recipe)
+    weights = base_weights(manifest.derivation.spec)
+    parent = settle(weights.of(open_model(base))).checkpoint
+    child = _fine_tune_of(root, manifest, recipe)
     if isinstance(child, AdapterSet):
         merged = merge_lora(parent, child, paddings=paddings_of(base, child)).checkpoint
     else:
         merged = adopt(parent, child).checkpoint
-    return Checkpoint(
-        config=merged.config,
-        config_bytes=(root / CONFIG).read_bytes(),
-        tensors=merged.tensors,
-        shards=merged.shards,
-        sidecars=open_sidecars(root),
-    )
+    return weights.kept(merged)
+
+
+def _padded(root: Path, manifest: Manifest, recipe: Mapping[str, str]) -> Checkpoint:
+    source = Path(recipe["source"])
+    _require_unchanged(root, manifest, "source", source, checkpoint_digest)
+    live = settle(base_weights(manifest.derivation.spec).of(open_model(source))).checkpoint
+    return pad(live, load_plan(manifest.result["padding"]))
 
 
 def paddings_of(base: Path, adapters: AdapterSet, *, padded: Path | None = None) -> Paddings:
@@ -117,10 +140,15 @@ def materialize(root: Path, *, observe: Observe = unobserved) -> Artifact:
     return store_recipe(root, write)
 
 
+def with_weights(artifact: Artifact, *, observe: Observe = unobserved) -> Artifact:
+    """Return an artifact whose weights are stored: if it is a recipe, store them; see :func:`materialize`."""
+    return materialize(artifact.path, observe=observe) if artifact.manifest.recipe else artifact
+
+
 def fine_tune_digest(root: Path, *, observe: Observe = unobserved) -> str:
     """Return the content digest of the adapter, the set of adapters or the whole model in a directory."""
     require_kind(root)
-    if is_adapter(root):
+    if _is_adapter(root):
         return open_adapter(root).digest()
     return open_set(root).digest() if is_adapter_set(root) else checkpoint_digest(root, observe=observe)
 
@@ -132,6 +160,11 @@ def recipe_of(base: Path, fine_tune: Path | AdapterSet) -> dict[str, str]:
     else:
         inputs = {"fine_tune": fine_tune}
     return {role: str(path.resolve()) for role, path in {"base": base, **inputs}.items()}
+
+
+def padded_recipe(merged: Path) -> dict[str, str]:
+    """Return role -> path of the input of a padded checkpoint."""
+    return {"source": str(merged.resolve())}
 
 
 def _fine_tune_of(root: Path, manifest: Manifest, recipe: Mapping[str, str]) -> AdapterSet | Checkpoint:

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_pipeline.checkpoint.manifest import find_manifest
 from qwen_pipeline.errors import AdapterRefused, InputRefused
-from qwen_pipeline.qwen.geometry import PadPlan, load_plan
+from qwen_pipeline.qwen.channels import sized_tensors
+from qwen_pipeline.qwen.geometry import PadPlan, dump_plan, load_plan
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
+from qwen_pipeline.transforms.lora.merge import Merged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +66,16 @@ def trained_on(adapters: AdapterSet, root: Path | None = None) -> PaddedModel | 
             remedy="Merge one adapter at a time, each into the result of the merge before.",
         )
     return models[0] if models else None
+
+
+def unpad_data(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
+    """Return the data that unpadding needs, if the merged checkpoint is padded like its base."""
+    if base is None or (merged.bridge is None and _changes_padded_tensors(merged, base.plan)):
+        return {}
+    config = base.live_config if merged.checkpoint.config_bytes else None
+    return {"padding": dump_plan(base.plan), "live_config": config}
+
+
+def _changes_padded_tensors(merged: Merged, plan: PadPlan) -> bool:
+    padded = {name for size in plan.sizes for name in sized_tensors(merged.checkpoint, size.field)}
+    return any(change.adapter_tensors for name, change in merged.plan.merges.items() if name in padded)

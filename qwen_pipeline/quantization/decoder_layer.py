@@ -6,9 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.measure import Stopwatch, resident_peak
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.quantization.evidence import ModuleEvidence
 from qwen_pipeline.quantization.input_groups import EXPERTS, InputGroup, LayerPass, input_groups
@@ -27,6 +25,9 @@ from qwen_pipeline.quantization.steps.solve import repacked, solve_by_recipe
 from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.codes.gptq import CODES
 
+MEASURED_LAYERS, EXPERTS_A_SAMPLE = 16, 16
+"""The errors after each step are measured in so many layers, evenly spaced, and there for one of so many experts."""
+
 Report = Callable[[Linear, float], None]
 """Reports the loss of a linear layer once it is solved."""
 
@@ -37,13 +38,13 @@ class LayerQuantization:
     Args:
         passes: The layer to quantize and, for a recipe that compares models, the same layer of the full-precision one.
         masks: For each batch the calibration tokens that count, bool [B * T].
-        linears: The linear layers of the layer.
+        linears: The linear layers of the layer that get codes.
         spec: Settings of the quantization.
         clock: Measures the parts.
 
     Attributes:
         rows: Figures of the linear layers that are quantized.
-        errors: Errors of the layer's outputs: see :class:`~qwen_pipeline.quantization.layer_shards.LayerRecord`.
+        errors: Errors of the layer's outputs: see :class:`~qwen_pipeline.quantization.output.layer_shards.LayerRecord`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class LayerQuantization:
         if self._full:
             self._full.stream.run(self._full.layer, self._full.module)
             self._clock.lap("forward")
-        if learning:
+        if learning and self._linears:
             for name, child in children.items():
                 setattr(module, name, child)  # instead of the cached outputs of attention
             self._learn(learning)
@@ -88,12 +89,17 @@ class LayerQuantization:
         passes = [self._quantized, *([self._full] if self._full else [])]
         for group in input_groups(passes, self._masks, self._linears, all_experts=self._spec.all_experts):
             self._clock.lap("capture")
-            tokens, solutions = group.hessian.tokens, _solutions(group, self._spec)
+            tokens, solutions = group.hessian.tokens, _solutions(group, self._spec, measured=self._is_measured(group))
             for linear, weight, solved in zip(group.linears, group.weights, solutions, strict=True):
-                _write_dequantized(weight, solved)
+                solved.packed.write_weight(weight)
                 self._solved[linear.module] = solved
                 self.rows.append(self._row(linear, solved, tokens))
                 report(linear, solved.loss)
+
+    def _is_measured(self, group: InputGroup) -> bool:
+        layers = len(self._quantized.stream.parts)
+        is_sampled = self._quantized.layer % -(-layers // MEASURED_LAYERS) == 0
+        return is_sampled and (group.expert or 0) % EXPERTS_A_SAMPLE == 0
 
     def _row(self, linear: Linear, solved: Solved, tokens: int) -> ModuleEvidence:
         return ModuleEvidence(
@@ -107,8 +113,10 @@ class LayerQuantization:
             seconds=round(self._clock.lap("solve"), 3),
             gpu_peak_bytes=self._clock.gpu_peak_bytes,
             host_peak_bytes=resident_peak(),
+            groups=solved.packed.scales.numel(),
             zero_groups=solved.zero_groups,
             saturated_groups=solved.saturated_groups,
+            **solved.errors,
         )
 
     def _learn(self, settings: LearnedRounding) -> None:
@@ -116,7 +124,9 @@ class LayerQuantization:
         random = torch.Generator().manual_seed(self._spec.seed * 2**16 + self._quantized.layer)
         with repeatable_gradients():
             offsets = {
-                linear: Offsets(_place(linear), *_before_rounding(self._solved[linear.module]), self._spec.bits)
+                linear: Offsets(
+                    _place(linear), *_before_rounding(self._solved[linear.module]), self._spec.of(linear.module).bits
+                )
                 for linear in self._linears
             }
             error = learn_rounding(
@@ -131,12 +141,13 @@ class LayerQuantization:
             self.errors["travel"] = error.travel
         rows = {row.module: row for row in self.rows}
         for linear, learned in offsets.items():
-            solved = repacked(learned.weight(), learned.scales, self._solved[linear.module], self._spec)
+            own = self._spec.of(linear.module)
+            solved = repacked(learned.weight(), learned.scales, self._solved[linear.module], own)
             self._solved[linear.module] = solved
             counts = {"zero_groups": solved.zero_groups, "saturated_groups": solved.saturated_groups}
             rows[linear.module] = replace(rows[linear.module], **counts)
             place = learned.place
-            _write_dequantized(self._quantized.module.get_parameter(place.parameter)[place.index], solved)
+            solved.packed.write_weight(self._quantized.module.get_parameter(place.parameter)[place.index])
         self.rows = list(rows.values())
 
     def _batches(self) -> list[LayerBatch]:
@@ -168,16 +179,14 @@ class LayerClock(Stopwatch):
         return torch.cuda.max_memory_allocated() if self._on_gpu else 0
 
 
-def _solutions(group: InputGroup, spec: QuantSpec) -> Iterable[Solved]:
+def _solutions(group: InputGroup, spec: QuantSpec, *, measured: bool) -> Iterable[Solved]:
     weights = {each.module: weight for each, weight in zip(group.linears, group.weights, strict=True)}
+    precisions = set(map(spec.precision_of, weights))
+    assert len(precisions) == 1, "linear layers that share their inputs are built as one, and so have one precision"
+    own = spec.of(next(iter(weights)))
     if spec.steps == Recipe():
-        return solve(weights, group.hessian, spec)
-    return solve_by_recipe(weights, group.hessian, group.error, spec).values()
-
-
-def _write_dequantized(weight_OI: Tensor, solved: Solved) -> None:
-    for start, stop in block_ranges(TensorSpec(dtype="F32", shape=tuple(weight_OI.shape))):
-        weight_OI[start:stop] = solved.packed.weight_rows(start, stop)
+        return solve(weights, group.hessian, own)
+    return solve_by_recipe(weights, group.hessian, group.error, own, measured=measured).values()
 
 
 def _before_rounding(solved: Solved) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.checkpoint.manifest import LOGS
+from qwen_pipeline.checkpoint.store.canonical import LOGS
 from qwen_pipeline.checkpoint.thread_pool import map_ordered
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.qwen.linears import Linear
@@ -41,6 +41,11 @@ class ModuleEvidence:
         groups: Groups of weights: outputs times groups of inputs.
         zero_groups: Groups whose weights are all zero.
         saturated_groups: Groups with at least a quarter of their codes at the ends of the grid.
+        gptq_error: What GPTQ alone would add to the outputs' error, as a share of their squares, estimated on some
+            outputs (:mod:`qwen_pipeline.quantization.steps.step_errors`). This and those below are None for the recipe
+            ``gptq``, for most experts, and in some layers if there are many.
+        corrected_error: That of GPTQ with corrected targets.
+        searched_error: That of the codes before rounding is learned, whose scales were searched for.
     """
 
     module: str
@@ -56,6 +61,13 @@ class ModuleEvidence:
     groups: int | None = None
     zero_groups: int | None = None
     saturated_groups: int | None = None
+    gptq_error: float | None = None
+    corrected_error: float | None = None
+    searched_error: float | None = None
+
+
+STEP_ERRORS = ("gptq_error", "corrected_error", "searched_error")
+"""The fields for the errors after each step of a recipe."""
 
 
 def gather_evidence(
@@ -72,7 +84,8 @@ def gather_evidence(
         zero, saturated = row.zero_groups, row.saturated_groups
         if zero is None or saturated is None:
             zero, saturated = zero_and_saturated_groups(form.load(output, linear.module))
-        groups = linear.out_features * linear.in_features // form.inputs_per_group(linear.in_features)
+        per_group = form.of(output, linear.module).inputs_per_group(linear.in_features)
+        groups = linear.out_features * linear.in_features // per_group
         gathered[linear.module] = replace(row, groups=groups, zero_groups=zero, saturated_groups=saturated)
 
     known = [linear for linear in linears if linear.module in logged and f"{linear.module}.qweight" in output]
@@ -200,5 +213,6 @@ _COLUMNS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "groups": (_optional(int), "Int64"),
     "zero_groups": (_optional(int), "Int64"),
     "saturated_groups": (_optional(int), "Int64"),
+    **{name: (_optional(float), "float64") for name in STEP_ERRORS},
 }
 """Column of the table -> the function that reads its text, and its dtype in a data frame."""

@@ -57,12 +57,14 @@ class InputGroup:
         weights: Their weights [O, I], to be replaced in place by the dequantized codes.
         hessian: Hessian of their inputs.
         error: Error of their inputs; empty if the full-precision layer is not known.
+        expert: Number of the expert that they belong to.
     """
 
     linears: Sequence[Linear]
     weights: Sequence[Tensor]
     hessian: Hessian
     error: InputError
+    expert: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ def input_groups(
         passes: The layer whose linear layers are quantized one after another; then, to measure the error of inputs, the
             same layer of the full-precision model.
         masks: For each batch the tokens that count, bool [B * T].
-        linears: The linear layers of the layer that are quantized.
+        linears: The linear layers of the layer that are quantized; others keep their weights.
         all_experts: Whether each expert is calibrated on every token, regardless of the router.
     """
     by_kind = {linear.kind: linear for linear in linears}
@@ -113,10 +115,19 @@ def input_groups(
             if step in LAST_OF_MIXERS:
                 for each, inputs in zip(passes, captured, strict=True):
                     each.stream.cache_outputs(each.layer, each.module, step[0], inputs)
+        elif linears and step in LAST_OF_MIXERS and step[0] in dict(passes[0].module.named_modules()):
+            for each in passes:
+                inputs = _offloaded(each, step[0], copies=len(passes) * len(masks))
+                each.stream.cache_outputs(each.layer, each.module, step[0], inputs)
     if experts := [linear for linear in linears if linear.is_expert]:
         inputs = ExpertInputs.capture(passes, masks, all_experts=all_experts)
         for number, group in groupby(experts, key=_expert_number):
             yield from _expert_groups(passes, number, list(group), inputs)
+
+
+def _offloaded(each: LayerPass, kind: str, *, copies: int) -> list[Tensor]:
+    """Return all inputs of a linear layer that keeps its weight, stored like the hidden states."""
+    return [each.stream.context.offload(reaching[-1][0], copies=copies) for reaching in each.inputs_on_the_way([kind])]
 
 
 def _measure(
@@ -159,14 +170,14 @@ def _expert_groups(
         hessian.add(x_NH)
         if full:
             error.add(full=full[0], quantized=x_NH)
-    yield InputGroup(linears=(gate, up), weights=gate_up_2MH.chunk(2), hessian=hessian, error=error)
+    yield InputGroup(linears=(gate, up), weights=gate_up_2MH.chunk(2), hessian=hessian, error=error, expert=number)
     hessian, error = Hessian(down.in_features), InputError()
     for found in inputs.of(number):
         x_NM, *full = (_gated(stack, number, x_NH) for stack, x_NH in zip(stacks, found, strict=True))
         hessian.add(x_NM)
         if full:
             error.add(full=full[0], quantized=x_NM)
-    yield InputGroup(linears=(down,), weights=(down_HM,), hessian=hessian, error=error)
+    yield InputGroup(linears=(down,), weights=(down_HM,), hessian=hessian, error=error, expert=number)
 
 
 def _gated(stack: nn.Module, number: int, x_NH: Tensor) -> Tensor:

@@ -81,3 +81,13 @@ def require_device(spec: QuantSpec) -> None:
             f" {visible}.",
             remedy="Lower gpus, quantize with device 'cpu', or use a machine with GPUs and a CUDA build of torch.",
         )
+
+
+def shard_of(packed: Path, layer: int) -> Path:
+    """Return the file in which the layer loop writes a layer's codes."""
+    return packed / f"layer-{layer:05d}.safetensors"
+
+
+def record_of(packed: Path, layer: int) -> Path:
+    """Return the file that the layer loop writes last for a layer."""
+    return shard_of(packed, layer).with_suffix(".json")

@@ -27,12 +27,13 @@ from qwen_pipeline.checkpoint.measure import Stopwatch
 from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext, iter_modules
 from qwen_pipeline.layerwise.weights import ModelWeights
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, Progress
 from qwen_pipeline.quantization.decoder_layer import LayerClock, LayerQuantization
 from qwen_pipeline.quantization.input_groups import LayerPass, require_known
 from qwen_pipeline.quantization.job import QuantJob, require_device, use_work_dir
-from qwen_pipeline.quantization.layer_shards import LayerRecord, finished_layers, write_index, write_layer
 from qwen_pipeline.quantization.losses import LOG_COLUMNS
+from qwen_pipeline.quantization.output.layer_shards import LayerRecord, finished_layers, write_index, write_layer
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.qwen.linears import Linear, decoder_linears
 from qwen_pipeline.transforms.codes.packed import quantized_checkpoint
@@ -42,7 +43,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     """Quantize ``job.source`` with ``job.windows`` into ``job.packed``, continuing after the layers that are finished.
 
     Returns:
-        ``layers``: figures of each layer (:class:`~qwen_pipeline.quantization.layer_shards.LayerRecord`).
+        ``layers``: figures of each layer (:class:`~qwen_pipeline.quantization.output.layer_shards.LayerRecord`).
         ``seconds``: those of the whole run, by part.
 
     Raises:
@@ -58,7 +59,7 @@ def quantize_directory(spec: Mapping[str, Any], observe: Observe) -> Mapping[str
     laps.lap("import")
     job.packed.mkdir(parents=True, exist_ok=True)
     loop = LayerLoop(
-        open_checkpoint(job.source),
+        open_model(job.source),
         torch.from_numpy(np.load(job.windows)).long(),
         torch.from_numpy(np.load(job.mask)).bool(),
         job.spec,
@@ -116,7 +117,7 @@ class LayerLoop:
         self, records: list[LayerRecord], by_layer: Sequence[Sequence[Linear]], observe: Observe
     ) -> list[LayerRecord]:
         """Run the tokens through the finished layers, then quantize the others."""
-        self._use_finished(len(records))
+        self._use_finished(records)
         streams = [self.stream, *([self.full_stream] if self.full_stream else [])]
         finished = [(stream, layer) for layer in range(len(records)) for stream in streams]
         others = [(streams[-1], layer) for layer in range(len(records), len(by_layer))]
@@ -133,7 +134,8 @@ class LayerLoop:
             for layer in range(len(records), len(by_layer)):
                 clock, passes = LayerClock(self.stream.context), self._passes(layer, next(modules))
                 clock.lap("load")
-                quantization = LayerQuantization(passes, self._masks, by_layer[layer], self._spec, clock)
+                coded = [linear for linear in by_layer[layer] if self._spec.precision_of(linear.module).coded]
+                quantization = LayerQuantization(passes, self._masks, coded, self._spec, clock)
                 quantization.run(report)
                 tensors, rows, errors = quantization.tensors, quantization.rows, quantization.errors
                 del passes, quantization
@@ -142,12 +144,14 @@ class LayerLoop:
             records += [writing.result()] if writing else []
         return records
 
-    def _use_finished(self, count: int) -> None:
-        """Make the stream read the first ``count`` layers from their codes."""
+    def _use_finished(self, records: Sequence[LayerRecord]) -> None:
+        """Make the stream read the finished layers from their codes; layers that keep all weights have none."""
+        count = len(records)
         write_index(self._out, count, self._spec)
-        if count:
+        if any(record.modules for record in records):
             quantization = self._spec.quantization_config("layerwise")
-            packed = quantized_checkpoint(self._source, open_checkpoint(self._out), self._linears, quantization)
+            forms = self._spec.forms(linear.module for linear in self._linears)
+            packed = quantized_checkpoint(self._source, open_checkpoint(self._out), self._linears, quantization, forms)
             weights = ModelWeights(checkpoint=packed, prefix=self.stream.weights.prefix)
             layers = enumerate(self.stream.meta_model.layers[:count])
             self.stream.parts[:count] = [weights.part(f"layers.{n}", layer) for n, layer in layers]

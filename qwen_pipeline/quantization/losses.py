@@ -6,24 +6,25 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.quantization.evidence import ModuleEvidence
+from qwen_pipeline.quantization.evidence import STEP_ERRORS, ModuleEvidence
 from qwen_pipeline.qwen.linears import Linear
 
 NOT_SOLVED = 999_999_999
 """The loss that GPTQModel 7 logs for a module that it only rounded to nearest."""
 
 _COUNTS = ("gpu_peak_bytes", "host_peak_bytes", "zero_groups", "saturated_groups")
-LOG_COLUMNS: tuple[str, ...] = ("layer", "module", "loss", "samples", "damp", "time", *_COUNTS)
+LOG_COLUMNS: tuple[str, ...] = ("layer", "module", "loss", "samples", "damp", "time", *_COUNTS, *STEP_ERRORS)
 
 
 def log_row(row: ModuleEvidence) -> dict[str, Any]:
     """Return a row of the log, by :data:`LOG_COLUMNS`; its ``module`` is the path in the decoder layer."""
     figures = (row.layer, row.kind, row.loss, row.tokens, row.damp, row.seconds)
-    return dict(zip(LOG_COLUMNS, (*figures, *(getattr(row, name) for name in _COUNTS)), strict=True))
+    others = (getattr(row, name) for name in (*_COUNTS, *STEP_ERRORS))
+    return dict(zip(LOG_COLUMNS, (*figures, *others), strict=True))
 
 
 def loss_json(row: ModuleEvidence) -> dict[str, Any]:
-    """Return an entry of ``losses`` in the manifest's result, as JSON values."""
+    """Return an entry of ``losses`` in the manifest's result, as JSON values; errors that are unknown are left out."""
     return {
         "module": row.module,
         "loss": row.loss,
@@ -32,6 +33,7 @@ def loss_json(row: ModuleEvidence) -> dict[str, Any]:
         "rounded": row.rounded,
         "seconds": row.seconds,
         **{name: getattr(row, name) for name in _COUNTS},
+        **{name: error for name in STEP_ERRORS if (error := getattr(row, name)) is not None},
     }
 
 
@@ -49,6 +51,7 @@ def read_losses(quant_log: Path, linears: Sequence[Linear]) -> list[ModuleEviden
 def _read_row(row: dict[str, str], linear: Linear) -> ModuleEvidence:
     loss = _read_loss(row["loss"])
     rounded = loss >= NOT_SOLVED
+    errors: dict[str, Any] = {name: float(row[name]) for name in STEP_ERRORS if row.get(name)}
     return ModuleEvidence(
         module=linear.module,
         layer=linear.layer,
@@ -59,6 +62,7 @@ def _read_row(row: dict[str, str], linear: Linear) -> ModuleEvidence:
         rounded=rounded,
         seconds=float(row["time"]) if "time" in row else None,
         **{name: int(row[name]) for name in _COUNTS if name in row},
+        **errors,
     )
 
 

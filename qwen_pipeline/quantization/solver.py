@@ -6,7 +6,7 @@ The interface changes between releases, so the parts used here have contract tes
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -74,6 +74,7 @@ class Solved:
         zero_groups: Groups whose weights are all zero.
         saturated_groups: Groups with at least a quarter of their codes at the ends of the grid.
         target: The weight that was about to be rounded in each column, if a later step of the recipe needs it.
+        errors: Errors after the steps of a recipe, by the names that :class:`ModuleEvidence` has for them.
     """
 
     packed: PackedLinear
@@ -82,6 +83,7 @@ class Solved:
     zero_groups: int
     saturated_groups: int
     target: Tensor | None = None
+    errors: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def solve(weights: Mapping[str, Tensor], hessian: Hessian, spec: QuantSpec) -> Iterator[Solved]:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,12 +11,20 @@ from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec, Packing
 from qwen_pipeline.quantization.recipes import RECIPES, Recipe, RecipeName
 from qwen_pipeline.quantization.validators import require_at_least, require_choice, require_share
-from qwen_pipeline.workers.environments import EnvironmentName
+from qwen_pipeline.qwen.families import Config
+from qwen_pipeline.qwen.methods import FP8_LAYOUTS, Method
+from qwen_pipeline.qwen.precision import ModuleRules, Precision, Preset, preset_words
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format
+from qwen_pipeline.workers.environments import MAIN, EnvironmentName
 
 QuantizerName = Literal["layerwise", "gptqmodel", "autogptq"]
 Device = Literal["cpu", "cuda"]
 OVERRIDES = ("damp_percent", "mse")
-"""Settings that can be overridden for single modules."""
+"""Settings that can be overridden for single modules by ``dynamic``; ``modules`` decides on bits and groups."""
+LEFT_OUT: Mapping[str, Any] = {"method": "gptq", "recipe": "gptq", "precision": "uniform", "modules": []}
+"""Values that are left out of manifests, so that derivation keys are those of versions without these fields."""
+OF_CODES = ("recipe", "sym", "group_size", "desc_act", "damp_percent", "dynamic", "mse", "precision", "modules")
+"""Settings of integer codes that 8-bit floats do not have."""
 
 
 def usable_cores() -> int:
@@ -36,6 +44,10 @@ class QuantSpec:
     of it.
 
     Attributes:
+        method: ``gptq``, or 8-bit floats in one of three layouts: ``fp8`` is Transformers' and Qwen's own, with a scale
+            for each block of 128 x 128; ``fp8-block`` has the same blocks as compressed-tensors; ``fp8-dynamic``,
+            compressed-tensors too, has a scale for each output. 8-bit floats need no calibration and no GPU, and
+            ignore the settings of the tokens and of the machine; those of integer codes must be left at their defaults.
         engine: The quantizer: ``layerwise`` is this package's own loop over GPTQModel's solver, the others are
             libraries.
         recipe: The steps with which codes are chosen: ``gptq`` is GPTQModel's solver alone, the others lose less at the
@@ -50,6 +62,11 @@ class QuantSpec:
         dynamic: Regular expression, searched for in the module's name -> settings of the module (GPTQModel's
             ``dynamic``). Only ``damp_percent`` and ``mse``, which do not change the format of the codes; the first
             match counts.
+        precision: What else than ``bits`` and ``group_size`` the modules get: ``uniform`` is nothing else, ``official``
+            what Qwen itself leaves out of its releases of the family (:mod:`qwen_pipeline.qwen.precision`).
+        modules: Regular expression of RE2, searched for in the module's name -> its precision: ``keep`` for the weight
+            as it is, bits such as ``8``, or bits and group size such as ``4g32``. The first match counts, and comes
+            before that of ``precision``. Needs ``layerwise``.
         mse: Exponent of the error that a search over clipped scales minimizes, such as 2.4; 0 uses the extreme values.
         samples: Number of windows of calibration tokens.
         seq_len: Tokens per calibration window.
@@ -64,6 +81,7 @@ class QuantSpec:
             over several; the other quantizers use one.
     """
 
+    method: Method = "gptq"
     engine: QuantizerName = "layerwise"
     recipe: RecipeName = "gptq"
     bits: int = 4
@@ -74,6 +92,8 @@ class QuantSpec:
     damp_percent: float = 0.05
     mse: float = 0.0
     dynamic: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    precision: Preset = "uniform"
+    modules: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
     samples: int = 128
     seq_len: int = 2048
     seed: int = 42
@@ -85,11 +105,15 @@ class QuantSpec:
     gpus: int = 1
 
     def __post_init__(self) -> None:
+        require_choice("method", self.method, get_args(Method))
         require_choice("engine", self.engine, get_args(QuantizerName))
         require_choice("recipe", self.recipe, get_args(RecipeName))
         require_choice("device", self.device, get_args(Device))
         require_choice("bits", self.bits, (4, 8))
         require_choice("group_size", self.group_size, (32, 64, 128))
+        require_choice("precision", self.precision, get_args(Preset))
+        object.__setattr__(self, "modules", {pattern: str(word) for pattern, word in dict(self.modules).items()})
+        self.rules.require_valid()
         for name in ("batch_size", "threads", "gpus"):
             require_at_least(name, getattr(self, name), low=1)
         if self.gpus > 1 and (self.device == "cpu" or self.engine != "gptqmodel"):
@@ -104,7 +128,24 @@ class QuantSpec:
         if self.recipe != "gptq":
             self._require_supported_by_recipe()
         self._require_valid_overrides()
+        if self.method != "gptq":
+            self._require_no_setting_of_codes()
+        if (self.modules or self.precision != "uniform") and self.engine != "layerwise":
+            raise InputRefused(
+                f"modules or precision is set, but {self.engine} gives all modules one format here.",
+                remedy="Set engine to 'layerwise', or leave both at their defaults.",
+            )
         _ = self.calibration  # validates its settings
+
+    def _require_no_setting_of_codes(self) -> None:
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in OF_CODES:
+            value = getattr(self, name)
+            if value != ({} if isinstance(value, Mapping) else defaults[name]):
+                raise InputRefused(
+                    f"The method is {self.method!r}, whose 8-bit floats have no {name}, but {name} is {value!r}.",
+                    remedy=f"Leave {name} at its default, or set method to 'gptq'.",
+                )
 
     def _require_supported_by_autogptq(self) -> None:
         unsupported = (
@@ -136,9 +177,10 @@ class QuantSpec:
         for pattern, settings in self.dynamic.items():
             if unknown := sorted(settings.keys() - set(OVERRIDES)):
                 raise InputRefused(
-                    f"dynamic {pattern!r} sets {', '.join(unknown)}; all modules of a checkpoint must have codes of"
-                    " one format.",
-                    remedy=f"Override only {', '.join(OVERRIDES)}.",
+                    f"dynamic {pattern!r} sets {', '.join(unknown)}; the bits and groups of modules are set in"
+                    " modules.",
+                    remedy=f"Override only {', '.join(OVERRIDES)}; for other bits write, for example, --module"
+                    f" '{pattern}=8'.",
                 )
             try:
                 re.compile(pattern)
@@ -154,8 +196,43 @@ class QuantSpec:
         return next((settings for pattern, settings in self.dynamic.items() if re.search(pattern, module)), {})
 
     @property
+    def rules(self) -> ModuleRules:
+        """The precision of every module, without that of a preset."""
+        default = Precision(bits=self.bits, group_size=self.group_size)
+        return ModuleRules(default=default, words={pattern: str(word) for pattern, word in self.modules.items()})
+
+    def for_model(self, config: Config) -> "QuantSpec":
+        """Return the spec with the preset's precisions for a family among its ``modules``."""
+        words = preset_words(self.precision, str(config.get("model_type")))
+        added = {pattern: word for pattern, word in words.items() if pattern not in self.modules}
+        return replace(self, precision="uniform", modules={**self.modules, **added})
+
+    def precision_of(self, module: str) -> Precision:
+        """Return the precision of a module."""
+        return self.rules.of(module)
+
+    def of(self, module: str) -> "QuantSpec":
+        """Return the spec with the bits and the group size of a module that gets codes."""
+        own = self.precision_of(module)
+        assert own.bits, f"{module} gets no codes"
+        assert own.group_size, f"{module} has no groups"
+        return self if own == self.rules.default else replace(self, bits=own.bits, group_size=own.group_size)
+
+    def forms(self, modules: Iterable[str]) -> dict[str, GptqFormat]:
+        """Return module -> format of its codes, for those of ``modules`` that get codes of another format."""
+        form = gptq_format({"quantization_config": self.quantization_config("")})
+        others = {module: own for module in modules if (own := self.precision_of(module)) != self.rules.default}
+        return {
+            module: replace(form, bits=own.bits, group_size=own.group_size)
+            for module, own in others.items()
+            if own.bits and own.group_size
+        }
+
+    @property
     def environment(self) -> EnvironmentName:
         """Environment that the quantizer runs in; ``layerwise`` uses GPTQModel's solver and so its environment."""
+        if self.method != "gptq":
+            return MAIN
         return "autogptq" if self.engine == "autogptq" else "gptqmodel"
 
     @property
@@ -164,13 +241,38 @@ class QuantSpec:
         return CalibrationSpec(**{name: getattr(self, name) for name in CalibrationSpec.fields()})
 
     @property
+    def needs_calibration(self) -> bool:
+        return self.method == "gptq"
+
+    @property
+    def reads_files(self) -> bool:
+        """True if the engine reads stored weights itself, instead of a checkpoint that this package opens."""
+        return self.needs_calibration and self.engine != "layerwise"
+
+    @property
+    def padding_unit(self) -> int:
+        """Channels that a rank must hold whole: a group of codes, a block of floats, or what kernels align to.
+
+        Of the groups of several modules it is the largest, so that all of them have whole groups.
+        """
+        if layout := FP8_LAYOUTS.get(self.method):
+            return layout.unit
+        own = map(self.rules.read, self.rules.words.values())
+        return max([self.group_size, *(each.group_size or 0 for each in own)])
+
+    @property
     def steps(self) -> Recipe:
         return RECIPES[self.recipe]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields; the recipe ``gptq`` is left out, as in manifests of versions without recipes."""
-        fields = asdict(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("recipe", "gptq")}
+        """Return the fields that decide the bytes; of 8-bit floats, the method alone.
+
+        Values in :data:`LEFT_OUT` are left out; the order of ``modules`` is kept.
+        """
+        if self.method != "gptq":
+            return {"method": self.method}
+        values = {**asdict(self), "modules": [list(rule) for rule in self.modules.items()]}
+        return {name: value for name, value in values.items() if LEFT_OUT.get(name, ...) != value}
 
     def quantization_config(self, quantizer: str) -> dict[str, Any]:
         """Return the ``quantization_config`` of ``config.json`` that Transformers, vLLM and GPTQModel can load.

@@ -6,7 +6,7 @@ listed is refused: nothing is inferred from the form of a config.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
@@ -83,6 +83,7 @@ _VL = Family(decoder=_DECODER, towers=_VISION, ties_by_text=True)
 _OMNI_2_5 = _thinker({**_VISION, **_AUDIO})
 _OMNI_3 = _thinker({**_VISION, **_AUDIO}, experts=True)
 _TEXT_3_5 = Family(mixer="3.5", decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True)
+_COMPOSITE_3_5 = replace(_TEXT_3_5, scored="Qwen3_5")
 _TEXT_3_5_MOE = Family(
     mixer="3.5", experts=True, shared=True, decoder=_DECODER, towers=_VISION, head_dim=256, drafts=True
 )
@@ -103,13 +104,13 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3": Family(head_dim=128, scored="Qwen3"),
     "qwen3_moe": Family(experts=True, scored="Qwen3Moe"),
-    "qwen3_next": Family(mixer="next", experts=True, shared=True, head_dim=256, drafts=True),
+    "qwen3_next": Family(mixer="next", experts=True, shared=True, head_dim=256, drafts=True, scored="Qwen3Next"),
     "qwen3_vl": Family(decoder=_DECODER, towers=_VISION, head_dim=128),
     "qwen3_vl_moe": Family(experts=True, decoder=_DECODER, towers=_VISION),
     "qwen3_omni_moe": _OMNI_3,
     "qwen3_omni_moe_thinker": _OMNI_3,
     "qwen3_asr": Family(decoder=_DECODER, towers=_AUDIO, head_dim=128, ties_by_default=True),
-    "qwen3_5": _TEXT_3_5,
+    "qwen3_5": _COMPOSITE_3_5,
     "qwen3_5_text": _TEXT_3_5,
     "qwen3_5_moe": _TEXT_3_5_MOE,
     "qwen3_5_moe_text": _TEXT_3_5_MOE,

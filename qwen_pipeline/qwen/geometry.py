@@ -11,9 +11,9 @@ from dataclasses import field as dataclass_field
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.qwen.config import with_values
 from qwen_pipeline.qwen.families import DecoderField, SizeField, TowerField, config_paths
 from qwen_pipeline.qwen.layers import (
@@ -111,8 +111,19 @@ def dump_plan(plan: PadPlan) -> dict[str, Any]:
 
 
 def load_plan(value: Mapping[str, Any]) -> PadPlan:
-    """Return the plan in a padded checkpoint's ``Manifest.result["padding"]``."""
-    return _PLAN.validate_python(value)
+    """Return the plan in a padded checkpoint's ``Manifest.result["padding"]``.
+
+    Raises:
+        CheckpointRefused: It is damaged.
+    """
+    try:
+        return _PLAN.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointRefused(
+            f"A manifest has a damaged padding plan: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            remedy="Delete the directory and pad again; the result is the same.",
+        ) from error
 
 
 def plan_padding(

@@ -9,16 +9,15 @@ Sources: ``modeling_layers.py`` of Transformers 5.23; ``Pooling.load`` of senten
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from qwen_pipeline.checkpoint.files import load_json, parse_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.qwen.families import ARCHITECTURES, FAMILIES, Config, Family
-from qwen_pipeline.qwen.names import SCORE
+from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.qwen.families import ARCHITECTURES, FAMILIES, Config, Family, text_config
+from qwen_pipeline.qwen.names import DRAFTS, SCORE
 
 HeadKind = Literal["language", "sequence", "token", "embedding"]
 """The use of the last hidden states: next tokens, a text's label or reward, labels of tokens, a text's embedding."""
@@ -69,10 +68,16 @@ def number_of_labels(config: Config) -> int:
 
 def left_out(base: Checkpoint, fine_tune: Checkpoint) -> str:
     """Return a sentence about the base's heads that a fine-tune of another class does not have; empty without any."""
-    names = [name for name in _heads(base) if name not in fine_tune]
+    names = [name for name in (*_heads(base), *drafts(base)) if name not in fine_tune]
     if head_kind(base) == head_kind(fine_tune) or not names:
         return ""
-    return f" {', '.join(names)} of the base is left out: {fine_tune.config['architectures'][0]} has no such head."
+    return f" {listed(names)} of the base is left out: {fine_tune.config['architectures'][0]} has no such head."
+
+
+def drafts(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of a draft head, which predicts tokens and so is of no use without an output head."""
+    is_drafting = FAMILIES[checkpoint.config["model_type"]].drafts
+    return [name for name in checkpoint if name.startswith(DRAFTS)] if is_drafting else []
 
 
 def _heads(checkpoint: Checkpoint) -> list[str]:
@@ -98,14 +103,9 @@ def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
     """
     if head_kind(checkpoint) not in ("sequence", "token"):
         return checkpoint
-    names = {name: name if name.startswith(("model.", f"{SCORE}.")) else f"model.{name}" for name in checkpoint}
-    if all(new == name for name, new in names.items()):
-        return checkpoint
-    return replace(
-        checkpoint,
-        tensors={names[name]: tensor for name, tensor in checkpoint.tensors.items()},
-        shards={names[name]: shard for name, shard in checkpoint.shards.items()},
-    )
+    known = ("model.", f"{SCORE}.", DRAFTS)
+    names = {name: name if name.startswith(known) else f"model.{name}" for name in checkpoint}
+    return checkpoint if all(new == name for name, new in names.items()) else checkpoint.renamed(names)
 
 
 def label_fields(count: int, names: Config | None = None) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def corrected_labels(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     _require_one_head(checkpoint, kind)
     labels, width = checkpoint[SCORE_WEIGHT].shape
-    if width != (hidden := checkpoint.config.get("hidden_size")):
+    if width != (hidden := text_config(checkpoint.config).get("hidden_size")):
         raise CheckpointRefused(
             f"{SCORE_WEIGHT} has {width} inputs, but hidden_size is {hidden}.",
             remedy="Use config and weights of the same model.",
@@ -197,15 +197,26 @@ _OF_FLAG = {
 """Fields of sentence-transformers before 5.4, one for each way."""
 
 
+def further_steps(checkpoint: Checkpoint) -> list[str]:
+    """Return the directories of the steps after pooling that change more than the length of an embedding."""
+    steps = _steps(checkpoint.sidecars)
+    pooling = next((number for number, (_, kind) in enumerate(steps) if kind.endswith(".Pooling")), len(steps))
+    return [path for path, kind in steps[pooling + 1 :] if not kind.endswith(".Normalize")]
+
+
 def _pooling_config(sidecars: Mapping[str, Path]) -> Path | None:
     """Return the config of the step that pools hidden states; None if the files list no such step."""
+    paths = [path for path, kind in _steps(sidecars) if kind.endswith(".Pooling")]
+    return next((found for path in paths if (found := sidecars.get(f"{path}/config.json"))), None)
+
+
+def _steps(sidecars: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """Return the directory and the class of each step of sentence-transformers; none without its file."""
     if not (file := sidecars.get(MODULES)):
-        return None
+        return []
     try:
-        steps = parse_json(file.read_bytes())
-        paths = [step["path"] for step in steps if str(step["type"]).endswith(".Pooling")]
+        return [(str(step["path"]), str(step["type"])) for step in parse_json(file.read_bytes())]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointRefused(
             f"{file} is not a list of steps of sentence-transformers: {error!r}.", remedy="Fetch the file again."
         ) from error
-    return next((found for path in paths if (found := sidecars.get(f"{path}/config.json"))), None)

@@ -17,6 +17,8 @@ from qwen_pipeline.qwen.families import Config, Family, Mixer, ModelPart, requir
 
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
+DRAFTS = "mtp."
+"""Beginning of the names of a draft head's tensors."""
 SCORE = "score"
 """The linear layer that stands in place of the output head where tokens or texts are classified or rated."""
 _OTHER_HEADS: Mapping[str, tuple[str, str]] = {
@@ -36,6 +38,8 @@ _OTHER_HEADS: Mapping[str, tuple[str, str]] = {
     ),
 }
 """Beginning of the names of heads that are refused -> a description, and what to do."""
+_OF_ADAPTERS = (".lora_A.", ".lora_B.", ".base_layer.", ".lora_magnitude_vector.", ".modules_to_save.")
+"""Parts of the names in the state dict of a model that PEFT wraps."""
 FUSED = (GATE_UP, DOWN)
 """Stacks of experts: parameters without ``.weight``."""
 _CODES = (
@@ -90,6 +94,11 @@ def parse_name(name: str, config: Config) -> ParsedName:
     """
     if parsed := _parse(name, require_family(config)):
         return parsed
+    if any(part in name for part in _OF_ADAPTERS):
+        raise CheckpointRefused(
+            f"{name} belongs to an adapter that was not merged into the model that is stored here.",
+            remedy="Save the adapter alone with PEFT's save_pretrained, or the model that merge_and_unload returns.",
+        )
     for prefix, (reason, remedy) in _OTHER_HEADS.items():
         if name.startswith(prefix):
             raise CheckpointRefused(f"{name} belongs to {reason}.", remedy=remedy)
@@ -142,7 +151,7 @@ def spellings(parsed: ParsedName, family: Family) -> list[str]:
     if parsed.part == "head":
         return [f"{head}.{parsed.parameter}" for head in family.heads]
     if parsed.part == "mtp":
-        return [f"mtp.{inner}"]
+        return [f"{DRAFTS}{inner}"]
     if parsed.part in ("decoder", "embedding", "norm"):
         return [f"{prefix}{inner}" for prefix in family.decoder]
     tower = parsed.module.partition(".")[0]
@@ -155,8 +164,8 @@ def _parse(name: str, family: Family) -> ParsedName | None:
             leaf = name.removeprefix(prefix)
             module, parameter = (leaf, "weight") if leaf.endswith(FUSED) else leaf.rpartition(".")[::2]
             return ParsedName(part=part, module=f"{_tower_name(prefix)}.{module}".rstrip("."), parameter=parameter)
-    if name.startswith("mtp.") and family.drafts:
-        return _parse_draft(name.removeprefix("mtp."), family)
+    if name.startswith(DRAFTS) and family.drafts:
+        return _parse_draft(name.removeprefix(DRAFTS), family)
     module, _, parameter = name.rpartition(".")
     if module in family.heads and parameter in ("weight", *_CODES):
         return ParsedName(part="head", module="lm_head", parameter=parameter)

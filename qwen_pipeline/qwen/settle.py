@@ -27,6 +27,7 @@ from qwen_pipeline.qwen.families import (
 )
 from qwen_pipeline.qwen.heads import architectures_of, corrected_labels, head_kind
 from qwen_pipeline.qwen.layers import number_of_layers
+from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.qwen.names import ParsedName, parse_names
 from qwen_pipeline.reports import CheckReport, CheckSpec
 
@@ -128,6 +129,17 @@ def settled_config(config: Mapping[str, Any]) -> dict[str, Any]:
         checkpoint=Checkpoint(config=config, tensors={}, shards={}), names={}, reads_values=False, tied_base=False
     )
     return with_values(config, {path: v for found in _layer_types(unstored) for path, v in found.values.items()})
+
+
+def require_sizes(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint after checking that the decoder's weights have the sizes of its config.
+
+    Raises:
+        CheckpointRefused: A weight has another shape, or is missing.
+    """
+    if not is_quantized(checkpoint):
+        decoder_linears(checkpoint)
+    return checkpoint
 
 
 def require_settled(checkpoint: Checkpoint) -> Checkpoint:

@@ -9,13 +9,23 @@ from typing import NoReturn
 import dagster as dg
 
 from qwen_pipeline.config import Settings
+from qwen_pipeline.errors import InputRefused
 
 _DEFAULTS = Path(__file__).parent
 
 
 def dagster_home(settings: Settings) -> Path:
-    """Return ``DAGSTER_HOME`` if it is set, else the workspace's home, which is created if it is missing."""
+    """Return ``DAGSTER_HOME`` if it is set, else the workspace's home, which is created if it is missing.
+
+    Raises:
+        InputRefused: The variable is not an absolute path.
+    """
     if home := os.environ.get("DAGSTER_HOME"):
+        if not Path(home).is_absolute():
+            raise InputRefused(
+                f"DAGSTER_HOME is {home!r}, expected an absolute path.",
+                remedy="Set it to one, or unset it: the workspace has a home of its own.",
+            )
         return Path(home)
     directory = settings.dagster_home
     directory.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,18 @@ import dagster as dg
 from qwen_pipeline import errors
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import Artifact
+from qwen_pipeline.checkpoint.store.products import product
 from qwen_pipeline.config import Settings
+from qwen_pipeline.config.execution import Execution
 from qwen_pipeline.config.inputs import require_ready
 from qwen_pipeline.definitions import code_location
+from qwen_pipeline.defs.arrivals.sensors import ARRIVAL_TAG, fine_tune_inbox
 from qwen_pipeline.defs.jobs import process_fine_tune
-from qwen_pipeline.defs.partitions import FINE_TUNES
+from qwen_pipeline.defs.partitions import FINE_TUNES, product_tags
 from qwen_pipeline.defs.resources import StepRunner, configured_resources
-from qwen_pipeline.defs.sensors import ARRIVAL_TAG, fine_tune_inbox
-from qwen_pipeline.errors import CheckFailed, PipelineError
+from qwen_pipeline.errors import CheckFailed, InputRefused, PipelineError
+from qwen_pipeline.intake.placement import base_of, settings_of_product
+from qwen_pipeline.intake.recipes import products_of, require_recipe
 from qwen_pipeline.models.inbox import Inbox, require_name
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.runner.dagster_home import open_instance
@@ -33,43 +37,80 @@ class Outcome:
     """The outcome of a run.
 
     Attributes:
+        key: The product.
         artifacts: The outputs of the stages that finished, new or reused, in the order of the graph.
         fault: The reason why the run stopped early, if it did.
     """
 
-    fine_tune: str
+    key: str
     run_id: str
     artifacts: Sequence[Artifact]
     fault: BaseException | None
 
 
-def run_fine_tune(settings: Settings, fine_tune: str, *, observe: Observe = unobserved) -> Outcome:
-    """Materialize all assets of one fine-tune.
+def run_fine_tune(
+    settings: Settings, fine_tune: str, *, recipe: str | None = None, observe: Observe = unobserved
+) -> Outcome:
+    """Materialize all assets of one product of a fine-tune.
+
+    Args:
+        settings: All settings.
+        fine_tune: The fine-tune's name.
+        recipe: The recipe, which need not be one that its rule applies to it; by default the only one that is.
+        observe: Called with the progress.
 
     Raises:
-        InputRefused: The fine-tune is not in the inbox or is not complete, or a setting is missing or invalid.
+        InputRefused: The fine-tune is not in the inbox, is not complete or has no base, several recipes apply to it, or
+            a setting is missing or invalid.
+        EnvironmentFault: The environment of a configured engine is not installed.
+    """
+    keys = products_to_run(settings, fine_tune, recipe=recipe)
+    if len(keys) > 1:
+        raise InputRefused(f"{fine_tune!r} has the products {', '.join(keys)}.", remedy="Run each: pass its recipe.")
+    return run_product(settings, keys[0], observe=observe)
+
+
+def products_to_run(settings: Settings, fine_tune: str, *, recipe: str | None = None) -> list[str]:
+    """Return the keys of the products of a fine-tune in the inbox: of one recipe, or of all that apply to it.
+
+    Raises:
+        InputRefused: It is not in the inbox, is not complete or has no base, there is no such recipe for it, or a
+            setting is missing or invalid.
         EnvironmentFault: The environment of a configured engine is not installed.
     """
     upload = Inbox(settings.inbox).require(fine_tune)
-    require_ready(settings)
-    tags = {ARRIVAL_TAG: f"{fine_tune}@{upload.digest}"}
-    return materialize(settings, fine_tune, observe=observe, tags=tags)
+    base = base_of(settings, fine_tune)
+    if recipe is None:
+        keys = [each.key for each in products_of(settings, fine_tune, base=base, root=upload.path)]
+    else:
+        require_recipe(settings, recipe, base)
+        keys = [product(f"{fine_tune}@{recipe}").key]
+    for key in keys:
+        require_ready(settings_of_product(settings, key))
+    return keys
 
 
-def publish_fine_tune(settings: Settings, fine_tune: str, *, observe: Observe = unobserved) -> Outcome:
-    """Materialize only the release, from the latest outputs in the store."""
-    return materialize(settings, require_name(fine_tune), only=["published_checkpoint"], observe=observe)
+def run_product(settings: Settings, key: str, *, observe: Observe = unobserved) -> Outcome:
+    """Materialize all assets of one of :func:`products_to_run`."""
+    upload = Inbox(settings.inbox).find(product(key).fine_tune)
+    return materialize(settings, key, observe=observe, tags={ARRIVAL_TAG: f"{key}@{upload.identity}"})
+
+
+def publish_fine_tune(
+    settings: Settings, fine_tune: str, *, recipe: str | None = None, observe: Observe = unobserved
+) -> Outcome:
+    """Materialize only the release of a product, from the latest outputs in the store."""
+    key = product(f"{require_name(fine_tune)}@{recipe or ''}").key
+    return materialize(settings, key, only=["published_checkpoint"], observe=observe)
 
 
 def evaluate_inbox_sensor(settings: Settings) -> list[str]:
     """Evaluate the sensor of the inbox twice, like the daemon, and return its messages."""
-    definitions, cursor, messages = code_location(settings), None, list[str]()
-    workspace = configured_resources(settings)["workspace"]
+    definitions, cursor, messages = code_location(_here(settings)), None, list[str]()
+    resources = configured_resources(settings)
     with open_instance(settings) as instance:
         for _ in range(2):
-            context = dg.build_sensor_context(
-                instance, cursor, definitions=definitions, resources={"workspace": workspace}
-            )
+            context = dg.build_sensor_context(instance, cursor, definitions=definitions, resources=resources)
             result = cast("dg.SensorResult", fine_tune_inbox(context))
             cursor = result.cursor
             requested = [f"requested a run of {request.run_key}" for request in result.run_requests or ()]
@@ -79,29 +120,34 @@ def evaluate_inbox_sensor(settings: Settings) -> list[str]:
 
 def materialize(
     settings: Settings,
-    fine_tune: str,
+    key: str,
     *,
     only: Sequence[str] = (),
     observe: Observe = unobserved,
     tags: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Materialize all assets of one partition, or only those named in ``only``. Nothing is retried."""
-    definitions = code_location(settings, StepRunner(observe, retry_delays=()))
+    """Materialize all assets of one product's partition, or only those named in ``only``. Nothing is retried."""
+    definitions = code_location(_here(settings), StepRunner(observe, retry_delays=()))
     with open_instance(settings) as instance:
         job = definitions.resolve_job_def(process_fine_tune.name)
         end_orphaned_runs(instance)
-        instance.add_dynamic_partitions(FINE_TUNES.name or "", [fine_tune])
+        instance.add_dynamic_partitions(FINE_TUNES.name or "", [key])
         result = job.execute_in_process(
             instance=instance,
-            partition_key=fine_tune,
+            partition_key=key,
             asset_selection=[dg.AssetKey(name) for name in only] or None,
-            tags={PROCESS_TAG: this_process(), **(tags or {})},
+            tags={PROCESS_TAG: this_process(), **product_tags(key), **(tags or {})},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             raise_on_error=False,
         )
     artifacts = _artifacts(result)
     fault = None if result.success else _fault(result)
-    return Outcome(fine_tune=fine_tune, run_id=result.run_id, artifacts=artifacts, fault=fault)
+    return Outcome(key=key, run_id=result.run_id, artifacts=artifacts, fault=fault)
+
+
+def _here(settings: Settings) -> Settings:
+    """Return the settings with all steps in this process, wherever ``execution`` has them run."""
+    return settings.model_copy(update={"execution": Execution()})
 
 
 def _artifacts(result: dg.ExecuteInProcessResult) -> list[Artifact]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.digest import digest_files
 from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
-from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation
+from qwen_pipeline.checkpoint.manifest import Contents, Derivation
+from qwen_pipeline.checkpoint.store.canonical import LOGS
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.errors import listed
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.quantization.calibration import calibration_set
 from qwen_pipeline.quantization.calibration.calibration_set import (
@@ -26,6 +27,7 @@ from qwen_pipeline.quantization.calibration.spec import MIN_EXPERT_TOKENS, Calib
 from qwen_pipeline.quantization.spec import Device, default_device
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
+from qwen_pipeline.text.bounded_tokenizer import prepare_tokenizers
 from qwen_pipeline.text.reading import RECORDS_USED
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
@@ -75,25 +77,27 @@ def calibrate(
     """
     from qwen_pipeline.quantization.calibration.expert_coverage import has_experts
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_model(source)
     is_mixture = has_experts(require_settled(checkpoint))
     opened = open_text(text)
     inputs = {"source": checkpoint_digest(source, observe=observe), "text": opened.digest()}
     settings = {"text": opened.name, "all_experts": all_experts, "min_expert_tokens": min_expert_tokens}
-    settings |= asdict(spec) | asdict(text_spec)
+    settings |= asdict(spec) | text_spec.to_json()
     derivation = Derivation(stage=STAGE, inputs=inputs, spec=settings, code_version=CODE_VERSION)
 
     def build(partial: Path) -> Built:
+        prepare_tokenizers()
         drawn = draw_calibration(text, source, spec, text_spec=text_spec)
         require_vocabulary(drawn, embedding_rows(checkpoint))
         contents = drawn.save(partial)
         (partial / LOGS).mkdir(exist_ok=True)
         experts, peak = dict[int, list[int]](), 0
-        if is_mixture and not all_experts:
-            experts, peak = _count_expert_tokens(source, partial, device or default_device(), observe)
+        on = device or default_device() if is_mixture and not all_experts else None
+        if on:
+            experts, peak = _count_expert_tokens(source, partial, on, observe)
         _write_logs(partial, drawn.statistics(), experts, min_expert_tokens)
         reports = [drawn.records.report(), check_experts(experts, min_expert_tokens, is_mixture=is_mixture)]
-        result = _result(drawn, experts, reports)
+        result = _result(drawn, experts, reports) | ({"device": on} if on else {})
         return Built(contents=_with_logs(contents, partial), result=result, worker_peak_bytes=peak)
 
     return derive(derivation, destination, build)

@@ -9,13 +9,15 @@ from qwen_pipeline.checkpoint.manifest import Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports, report_on_modules
 from qwen_pipeline.transforms.codes.formats import code_format
+from qwen_pipeline.transforms.codes.fp8 import is_fp8
 from qwen_pipeline.transforms.codes.to_compressed_tensors import as_compressed
 
 STAGE = "exported"
-CODE_VERSION = "1"
+CODE_VERSION = "3"
 SAME_WEIGHTS = CheckSpec(
     name="same_weights", description="Codes, zero points, scales and groups, read back, equal those of the source."
 )
@@ -34,6 +36,12 @@ def export(*, source: Path, destination: Destination | Path, observe: Observe = 
         CheckpointRefused: The source is not a GPTQ checkpoint of 4 or 8 bits.
     """
     quantized = open_checkpoint(source)
+    if is_fp8(quantized.config.get("quantization_config") or {}):
+        raise CheckpointRefused(
+            f"{source} has 8-bit floats, not GPTQ codes.",
+            remedy="Quantize the padded checkpoint with --method fp8-block or fp8-dynamic, which are"
+            " compressed-tensors.",
+        )
     compressed = as_compressed(quantized)
     derivation = Derivation(
         stage=STAGE,

@@ -1,7 +1,8 @@
 """``base + fine-tune -> merged``: one full-precision checkpoint of a base and its adapters or fine-tuned model."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
+from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.base_names import BASE_MATCHES, KnownBase, base_report
 from qwen_pipeline.models.changes import (
     CHANGES_BASE,
@@ -24,17 +26,18 @@ from qwen_pipeline.models.fine_tune_files import (
     require_all_weights_read,
     require_no_code_of_its_own,
 )
-from qwen_pipeline.models.open import materialize, open_fine_tune, paddings_of
-from qwen_pipeline.models.padded import PaddedModel, padded_model, trained_on
+from qwen_pipeline.models.open import open_fine_tune, paddings_of, with_weights
+from qwen_pipeline.models.padded import padded_model, trained_on, unpad_data
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.channels import sized_tensors
-from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
+from qwen_pipeline.qwen.geometry import dump_plan
 from qwen_pipeline.qwen.heads import head_kind, left_out, without_steps
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
+from qwen_pipeline.qwen.text_only import LANGUAGE, language_model, others_than_language, without_processors
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.fine_tune.adopt import Adopted, adopt
 from qwen_pipeline.transforms.fine_tune.reports import CARRIED, adoption_summary, carried_report, used_detail
+from qwen_pipeline.transforms.lora import reports as lora_reports
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
@@ -84,7 +87,8 @@ def merge(
             a check; if not, the directory's name is compared, and a difference is only a warning.
         base_revision: The base's commit, tag or branch. An adapter that names another revision fails the same check.
         padded: The padded checkpoint that the adapter was trained on, if the adapter does not name it.
-        base_weights: The way to read the base: by default as it is stored.
+        base_weights: The way to read the base: by default as it is stored; and whether only the language model of the
+            merge is kept.
         leave_behind: Patterns of paths, in the fine-tune's directory, of weights that are ignored.
         hard_links: Whether a shard that the fine-tune does not change may be a hard link to the base's file.
         observe: Called with the progress.
@@ -103,7 +107,7 @@ def merge(
         observe=observe,
     )
     artifact = rewrite.write(destination, task="merge", hard_links=hard_links, observe=observe)
-    return materialize(artifact.path, observe=observe) if artifact.manifest.recipe else artifact
+    return with_weights(artifact, observe=observe)
 
 
 def prepare(
@@ -138,10 +142,13 @@ def prepare(
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         require_no_code_of_its_own(child)
-        merge = _with_change_report(_adopt_model(parent, child), sources, base.root, fine_tune)
-        require_change(parent, merge.output)
-    kept = without_steps(parent.sidecars, head_kind(merge.output))
-    output = merge.output.replace(sidecars=merged_sidecars(kept, child.sidecars))
+        adopted = _adopt_model(parent, child, text_only=base.weights.text_only)
+        merge = _with_change_report(adopted, sources, base.root, fine_tune)
+    if base.weights.text_only:
+        merge = _language_model_of(merge, parent)
+    if isinstance(child, Checkpoint):
+        require_change(base.weights.kept(parent), merge.output)
+    output = _with_sidecars(merge.output, parent, child, text_only=base.weights.text_only)
 
     def reports() -> list[CheckReport]:
         of_output = [files_report(files, leave_behind), tokenizer_report(output), _finite_report(output)]
@@ -175,6 +182,14 @@ class _Merge:
     others: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
+def _with_sidecars(
+    output: Checkpoint, parent: Checkpoint, child: AdapterSet | Checkpoint, *, text_only: bool
+) -> Checkpoint:
+    """Return a merged checkpoint with the sidecars of both parents; a language model alone has no processors."""
+    sidecars = merged_sidecars(without_steps(parent.sidecars, head_kind(output)), child.sidecars)
+    return output.replace(sidecars=without_processors(sidecars) if text_only else sidecars)
+
+
 def _merge_adapters(
     base: KnownBase,
     settled: Settled,
@@ -185,8 +200,14 @@ def _merge_adapters(
 ) -> _Merge:
     meter = ChangeMeter()
     paddings = paddings_of(base.root, adapters, padded=padded)
+    if base.weights.text_only and paddings.base:
+        raise InputRefused(
+            f"{base.root} is padded, and its padding map names the tensors of the whole model.",
+            remedy="Merge into the model that it was padded from (qwen-pipeline unpad), or leave out text_only.",
+        )
     merged = merge_lora(settled.checkpoint, adapters, paddings=paddings, meter=meter)
     require_effect(adapters)
+    dropped = others_than_language(merged.checkpoint) if base.weights.text_only else ()
     model = trained_on(adapters, padded) if merged.bridge else None
 
     def reports() -> list[CheckReport]:
@@ -196,20 +217,23 @@ def _merge_adapters(
             base_report(base, adapters, is_padded_base=is_padded_base),
             CARRIED.report(passed=True, detail="An adapter changes tensors of the base, which has every part."),
             config_report(settled),
-            adapter_change_report(meter, merged.checkpoint),
+            adapter_change_report(meter, merged.checkpoint.without(dropped)),
         ]
 
     return _Merge(
         output=merged.checkpoint,
-        summary=_adapter_summary(merged, adapters) | _unpad_data(merged, padded_model(base.root)),
+        summary=lora_reports.adapter_summary(merged, adapters) | unpad_data(merged, padded_model(base.root)),
         reports=reports,
         spec={"base_revision": base.revision, **_bridge_spec(merged)},
         others={"fine_tune": adapters.digest()},
     )
 
 
-def _adopt_model(parent: Checkpoint, child: Checkpoint) -> _Merge:
+def _adopt_model(parent: Checkpoint, child: Checkpoint, *, text_only: bool) -> _Merge:
     adopted = adopt(parent, child)
+    if text_only:
+        carried = {part: count for part, count in adopted.carried.items() if part in LANGUAGE}
+        adopted = replace(adopted, carried=carried, remarks=())
     return _Merge(
         output=adopted.checkpoint,
         summary=adoption_summary(adopted),
@@ -226,6 +250,24 @@ def _with_change_report(merge: _Merge, sources: Mapping[str, StageInput], base: 
     return replace(merge, reports=reports)
 
 
+def _language_model_of(merge: _Merge, parent: Checkpoint) -> _Merge:
+    """Return a merge of which the language model is kept; manifest and check name the parts that are left out."""
+    output, left = language_model(merge.output), others_than_language(merge.output)
+    changed = sum(merge.output.tensors[name] is not parent.tensors.get(name) for name in left)
+    parts = dict(Counter(left.values()))
+    remark = (
+        f" Left out on request: {', '.join(parts)} ({len(left)} tensors, {changed} of them changed)." if left else ""
+    )
+
+    def reports() -> list[CheckReport]:
+        return [
+            replace(report, detail=report.detail + remark) if report.name == TENSORS_USED.name else report
+            for report in merge.reports()
+        ]
+
+    return replace(merge, output=output, reports=reports, summary={**merge.summary, "left_out": parts})
+
+
 def _left_behind(patterns: Collection[str]) -> dict[str, Any]:
     return {"leave_behind": sorted(patterns)} if patterns else {}
 
@@ -235,46 +277,10 @@ def _bridge_spec(merged: Merged) -> dict[str, Any]:
     return {"trained": bridge.trained, "padding": dump_plan(bridge.plan)} if bridge else {}
 
 
-def _unpad_data(merged: Merged, base: PaddedModel | None) -> dict[str, Any]:
-    """Return the data that unpadding needs, if the merged checkpoint is padded like its base."""
-    if base is None or (merged.bridge is None and _changes_padded_tensors(merged, base.plan)):
-        return {}
-    config = base.live_config if merged.checkpoint.config_bytes else None
-    return {"padding": dump_plan(base.plan), "live_config": config}
-
-
-def _changes_padded_tensors(merged: Merged, plan: PadPlan) -> bool:
-    padded = {name for size in plan.sizes for name in sized_tensors(merged.checkpoint, size.field)}
-    return any(change.adapter_tensors for name, change in merged.plan.merges.items() if name in padded)
-
-
-def _adapter_summary(merged: Merged, adapters: AdapterSet) -> dict[str, Any]:
-    """Return the adapters' settings, and the scalings of each changed tensor."""
-    described = [
-        asdict(member.adapter.settings)
-        | {
-            "weight": member.weight,
-            "base": member.adapter.base_name,
-            "revision": member.adapter.revision,
-            "peft_version": member.adapter.config.get("peft_version"),
-        }
-        for member in adapters.members
-    ]
-    changes = merged.plan.merges.items()
-    scalings = {name: sorted({term.scaling for term in change.terms}) for name, change in changes if change.terms}
-    return {"kind": "adapter", "adapters": described, "combination": adapters.combination, "scalings": scalings}
-
-
 def _adapter_use_report(adapters: AdapterSet, merged: Merged, *, remark: str) -> CheckReport:
     count = sum(len(adapter.weights.specs) for adapter in adapters.adapters)
-    changed = sum(bool(merge.adapter_tensors) for merge in merged.plan.merges.values())
-    sides = {"live": ", which was unpadded for it and padded again", "padded": ", padded as it was in training"}
-    padding = sides[merged.bridge.trained] if merged.bridge else ""
     return TENSORS_USED.report(
-        passed=True,
-        measured=f"{count} of {count}",
-        detail=f"All {count} tensors of the fine-tune were matched to {changed} tensors of the base{padding}, before"
-        f" anything was written.{remark}",
+        passed=True, measured=f"{count} of {count}", detail=lora_reports.used_detail(merged, count) + remark
     )
 
 

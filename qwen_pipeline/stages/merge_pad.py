@@ -1,23 +1,22 @@
-"""``base + fine-tune -> merged, padded`` in one pass: merged weights are only hashed, padded ones are stored."""
+"""``base + fine-tune -> merged, padded`` in one pass: merged weights are only hashed, padded ones stored on request."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.digest import digest_files
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.manifest import UNREAD, Contents
+from qwen_pipeline.checkpoint.manifest import UNREAD
 from qwen_pipeline.checkpoint.memory_budget import ResourceNeeds, estimate_needs
 from qwen_pipeline.checkpoint.store.derive import Built, derive, find
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
-from qwen_pipeline.checkpoint.writer import write_config_and_sidecars
+from qwen_pipeline.checkpoint.writer import without_weights
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.base_names import KnownBase
-from qwen_pipeline.models.open import has_weights, open_model, recipe_of
+from qwen_pipeline.models.open import has_weights, open_model, padded_recipe, recipe_of, with_weights
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.settle import settle
@@ -35,13 +34,15 @@ def merge_pad(
     padded: Destination | Path,
     spec: PaddingSpec = pad.DEFAULT_SPEC,
     leave_behind: Collection[str] = (),
+    stores_padded: bool = True,
     hard_links: bool = False,
     observe: Observe = unobserved,
 ) -> tuple[Artifact, Artifact]:
-    """Merge a fine-tune and pad the result, and store only the padded weights.
+    """Merge a fine-tune and pad the result, and store only the padded weights, or none.
 
     Both artifacts have the content digests that the two stages would give them. The merged one is a recipe
-    (:func:`open_model`), unless its weights are already stored.
+    (:func:`open_model`), unless its weights are already stored, and so is the padded one if its weights are not to be
+    stored: both are then computed once, for their digests, and again by each stage that reads them.
 
     Args:
         base: The base's directory; or with its names, its revision and the way to read it, as for :func:`merge.merge`.
@@ -50,6 +51,7 @@ def merge_pad(
         padded: The output directory of the padded checkpoint.
         spec: See :func:`pad.pad`.
         leave_behind: See :func:`merge.merge`.
+        stores_padded: Whether to store the padded weights.
         hard_links: Whether a shard that neither step changes may be a hard link to the base's file.
         observe: Called with the progress.
 
@@ -73,7 +75,15 @@ def merge_pad(
     unstored = _UnstoredMerge(merging, merged, recipe_of(known_base.root, fine_tune))
     source = open_input("source", stored.path, open_root=open_model) if stored else unstored.source
     padding = replace(pad.prepare(source, spec), if_not_finite=merging.if_not_finite)
-    artifact = padding.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
+    if stores_padded:
+        artifact = padding.write(padded, task="merge and pad", hard_links=hard_links, observe=observe)
+        return stored or unstored.recipe, with_weights(artifact, observe=observe)
+    artifact = padding.write_recipe(
+        padded,
+        lambda: padded_recipe((stored or unstored.recipe).path),
+        task="merge and pad, without storing",
+        observe=observe,
+    )
     return stored or unstored.recipe, artifact
 
 
@@ -91,7 +101,7 @@ class ResourceEstimate:
     """The sizes that determine the cost of merging into a model and padding it.
 
     Two stages read the base and the merged weights, and store both outputs. One pass reads the base, and stores the
-    padded weights.
+    padded weights or none.
     """
 
     base_bytes: int
@@ -105,6 +115,7 @@ class ResourceEstimate:
             self._way("merge", base, base),
             self._way("merge, then pad", 2 * base, base + padded),
             self._way("one pass", base, padded),
+            self._way("one pass, nothing stored", base, 0),
         ]
 
     def _way(self, name: str, read_bytes: int, disk_bytes: int) -> PassEstimate:
@@ -152,9 +163,5 @@ class _UnstoredMerge:
         return derive(derivation, self._destination, self._write)
 
     def _write(self, partial: Path) -> Built:
-        files = digest_files(
-            {path: partial / path for path in write_config_and_sidecars(self._merging.output, partial)}
-        )
-        tensors = {name: tensor.digest for name, tensor in self._reader.results.items()}
-        contents = Contents(tensors=tensors, files=files)
+        contents = without_weights(self._merging.output, partial, self._reader.results)
         return Built(contents=contents, result=self._merging.result(), recipe=self._recipe)

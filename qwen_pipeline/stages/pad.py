@@ -8,14 +8,14 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.rewrite import Rewrite
 from qwen_pipeline.checkpoint.store.stage_input import StageInput, open_input
-from qwen_pipeline.models.open import open_model
+from qwen_pipeline.models.open import open_model, with_weights
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.channels import sized_tensors
 from qwen_pipeline.qwen.config import diff_configs, require_full_precision
 from qwen_pipeline.qwen.geometry import PadPlan, attention_obstacles, dump_plan
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
-from qwen_pipeline.qwen.settle import CONFIG_MATCHES, config_report, settle
+from qwen_pipeline.qwen.settle import CONFIG_MATCHES, config_report, require_sizes, settle
 from qwen_pipeline.qwen.tensor_parallel.plan import USUAL_ENGINE, plan_for
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -74,9 +74,9 @@ def pad(
     """
     read_now = as_destination(destination).may_hold(STAGE)
     live = open_input("source", source, open_root=open_model, read_now=read_now, observe=observe)
-    return prepare(live, spec, BaseWeights(dequantize=dequantize)).write(
-        destination, task="pad", hard_links=hard_links, observe=observe
-    )
+    rewrite = prepare(live, spec, BaseWeights(dequantize=dequantize))
+    artifact = rewrite.write(destination, task="pad", hard_links=hard_links, observe=observe)
+    return with_weights(artifact, observe=observe)
 
 
 def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STORED) -> Rewrite:
@@ -93,6 +93,7 @@ def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STO
     live = settled.checkpoint
     plan = choose_splits(live, plan_for(live.config, spec))
     padded = pad_checkpoint(live, plan)
+    require_sizes(live)
     reports = [
         _width_report(plan, spec.ranks),
         _zero_effect_report(live, plan, spec.layout),

@@ -7,7 +7,8 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.digest import digest_file, digest_files, digest_shard, hash_checkpoint
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
-from qwen_pipeline.checkpoint.manifest import LOGS, Contents, Derivation, FileDigest, Manifest, open_manifest
+from qwen_pipeline.checkpoint.manifest import Contents, Derivation, FileDigest, Manifest, open_manifest
+from qwen_pipeline.checkpoint.store.canonical import LOGS
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.lineage import Step, dump_step, step_of
@@ -16,12 +17,14 @@ from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.head_checks import concerning
 from qwen_pipeline.evaluation.report.load import REPORT_JSON, ValidationReport, load_validation
 from qwen_pipeline.evaluation.report.markdown import REPORT, quality_table
-from qwen_pipeline.evaluation.report.model_card import ModelCard
+from qwen_pipeline.evaluation.report.model_card import ModelCard, public_name
+from qwen_pipeline.lineage.released_files import OF_CHECKPOINT, OF_VALIDATION, require_releasable
+from qwen_pipeline.lineage.sign import load_key, sign_release
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.reports import CheckSpec, dump_reports
 
 STAGE = "published"
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 README, PROVENANCE, VALIDATION = "README.md", "provenance.json", "validation"
 
 PASSED = CheckSpec(
@@ -39,6 +42,9 @@ def publish(
     destination: Destination | Path,
     base_model: str,
     fine_tune: str,
+    recipe: str | None = None,
+    signing_key: Path | None = None,
+    signing_certificate: Path | None = None,
     observe: Observe = unobserved,
 ) -> Artifact:
     """Make a release of a quantized checkpoint: its files, a model card, the validation report, and the provenance.
@@ -51,30 +57,33 @@ def publish(
         destination: Where the release goes.
         base_model: Hub id of the base, or its directory, for the card.
         fine_tune: The name of the release.
+        recipe: The recipe of the settings that made it, for manifest and card; None for the default one.
+        signing_key: A P-256 private key in PEM. It also signs a release that was made before, if it has not yet.
+        signing_certificate: PEM file of the certificate that an authority made for the key, and intermediate ones.
         observe: Called with the bytes copied.
 
     Raises:
         CheckFailed: The validation is of another checkpoint, a blocking check failed, or a required check was skipped.
-        CheckpointRefused: The validation is damaged, or a file is not the one that was validated.
+        CheckpointRefused: The validation is damaged, a file is not the one that was validated, or is of a kind that no
+            release holds.
+        InputRefused: The signing key cannot be read.
     """
     checkpoint, validation = open_manifest(quantized), open_manifest(validated)
     report = _require_passed(checkpoint, validation, validated)
+    key = load_key(signing_key, signing_certificate) if signing_key else None
     derivation = Derivation(
         stage=STAGE,
         inputs={"quantized": checkpoint.content_digest, "validated": validation.content_digest},
-        spec={"base_model": base_model, "fine_tune": fine_tune},
+        spec={"base_model": public_name(base_model), "fine_tune": fine_tune, **_recipe_spec(recipe)},
         code_version=CODE_VERSION,
     )
 
     def build(partial: Path) -> Built:
-        released = _copy_files(checkpoint, quantized, partial, observe)
-        released |= {
-            f"{VALIDATION}/{path}": file
-            for path, file in _copy_files(validation, validated, partial / VALIDATION, observe).items()
-        }
-        card = _card(
-            partial, report, [step_of(checkpoint), step_of(validation)], base_model=base_model, fine_tune=fine_tune
-        )
+        released = _copy_files(checkpoint, quantized, partial, OF_CHECKPOINT, observe)
+        report_files = _copy_files(validation, validated, partial / VALIDATION, OF_VALIDATION, observe)
+        released |= {f"{VALIDATION}/{path}": file for path, file in report_files.items()}
+        steps = [step_of(checkpoint), step_of(validation)]
+        card = _card(partial, report, steps, base_model=base_model, fine_tune=fine_tune, recipe=recipe)
         (partial / README).write_text(card.render())
         (partial / PROVENANCE).write_text(_provenance(card))
         written = digest_files({name: partial / name for name in (README, PROVENANCE)})
@@ -85,7 +94,7 @@ def publish(
         contents = Contents(tensors=checkpoint.contents.tensors, files=released | written)
         return Built(contents=contents, result={"checks": dump_reports(checks)})
 
-    return derive(derivation, destination, build)
+    return derive(derivation, destination, build, attest=(lambda root: sign_release(root, key)) if key else None)
 
 
 def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path) -> ValidationReport:
@@ -109,12 +118,15 @@ def _require_passed(checkpoint: Manifest, validation: Manifest, validated: Path)
     return report
 
 
-def _copy_files(manifest: Manifest, root: Path, out: Path, observe: Observe) -> dict[str, FileDigest]:
+def _copy_files(
+    manifest: Manifest, root: Path, out: Path, allowed: Sequence[str], observe: Observe
+) -> dict[str, FileDigest]:
     """Copy the files of a finished directory without its logs; read each copy back and compare it with the manifest.
 
     Every file of a release has a SHA-256, shards too, so that other tools can verify it.
     """
     files = {path: file for path, file in manifest.contents.files.items() if not path.startswith(LOGS)}
+    require_releasable(root, files, allowed)
     released: dict[str, FileDigest] = {}
     done, total = 0, sum(file.bytes for file in files.values())
     for path, file in files.items():
@@ -144,11 +156,18 @@ def _other_file(path: Path) -> CheckpointRefused:
 
 
 def _card(
-    release: Path, report: ValidationReport, steps: Sequence[Step], *, base_model: str, fine_tune: str
+    release: Path,
+    report: ValidationReport,
+    steps: Sequence[Step],
+    *,
+    base_model: str,
+    fine_tune: str,
+    recipe: str | None,
 ) -> ModelCard:
     """Describe a release; ``steps`` are those after the validation's reference."""
     return ModelCard(
         name=fine_tune,
+        recipe=recipe,
         base_model=base_model,
         config=open_checkpoint(release).config,
         padding=report.padding,
@@ -161,10 +180,16 @@ def _card(
     )
 
 
+def _recipe_spec(recipe: str | None) -> dict[str, str]:
+    """Return the field that names the recipe; none for the default one, whose releases keep their digests."""
+    return {"recipe": recipe} if recipe else {}
+
+
 def _provenance(card: ModelCard) -> str:
     provenance = {
         "format": "qwen-pipeline/provenance/1",
         "fine_tune": card.name,
+        **_recipe_spec(card.recipe),
         "base_model": card.base_name,
         "steps": [dump_step(step) for step in card.steps],
     }

@@ -18,7 +18,7 @@ from qwen_pipeline.qwen.config import diff_configs, flat_config
 from qwen_pipeline.qwen.geometry import PadPlan, dump_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.formats import CodeFormat, code_format
-from qwen_pipeline.transforms.codes.repair import plan_repair, widenings
+from qwen_pipeline.transforms.codes.repair import coarsest, plan_repair, widenings
 from qwen_pipeline.transforms.codes.repair import repair as repair_checkpoint
 
 if TYPE_CHECKING:
@@ -55,12 +55,16 @@ class Quantized:
     Attributes:
         checkpoint: The tensors. The config contains the quantization settings, whichever file they come from; settings
             files are sidecars.
-        form: The format of the codes.
+        form: The format of the codes, except for layers to which the config gives another.
+        mlps: The one with the largest groups among those of MLPs.
+        attention: The same for attention.
         stem: The file name of the weights without suffixes, such as ``model``, or AutoGPTQ's ``gptq_model-4bit-128g``.
     """
 
     checkpoint: Checkpoint
     form: CodeFormat
+    mlps: CodeFormat
+    attention: CodeFormat
     stem: str
 
 
@@ -78,7 +82,8 @@ def open_quantized(root: Path) -> Quantized:
     form = code_format(settings)
     if settings != checkpoint.config.get("quantization_config"):
         checkpoint = checkpoint.replace(config={**checkpoint.config, "quantization_config": dict(settings)})
-    return Quantized(checkpoint=checkpoint, form=form, stem=stem)
+    mlps, attention = (coarsest(checkpoint, form, mlps=mlps) for mlps in (True, False))
+    return Quantized(checkpoint=checkpoint, form=form, mlps=mlps, attention=attention, stem=stem)
 
 
 def quantized_digest(root: Path, *, observe: Observe = unobserved) -> str:
@@ -100,7 +105,9 @@ def plan(source: Path, *, tensor_parallel: int, towers: bool = False) -> PadPlan
     """Plan a repair from headers alone; raises the errors of :func:`repair`."""
     quantized = open_quantized(source)
     config, form = quantized.checkpoint.config, quantized.form
-    pad_plan = plan_repair(config, form, tensor_parallel=tensor_parallel, towers=towers)
+    pad_plan = plan_repair(
+        config, quantized.mlps, tensor_parallel=tensor_parallel, towers=towers, attention=quantized.attention
+    )
     repair_checkpoint(quantized.checkpoint, form, pad_plan)
     return pad_plan
 
@@ -131,7 +138,9 @@ def repair(
     """
     quantized = open_quantized(source)
     before, form = quantized.checkpoint, quantized.form
-    pad_plan = plan_repair(before.config, form, tensor_parallel=tensor_parallel, towers=towers)
+    pad_plan = plan_repair(
+        before.config, quantized.mlps, tensor_parallel=tensor_parallel, towers=towers, attention=quantized.attention
+    )
     after = _named_for_loaders(repair_checkpoint(before, form, pad_plan), quantized.stem)
 
     def build(partial: Path) -> Built:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, Derivation, Manifest, open_manifest
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.verify import require_intact
 from qwen_pipeline.checkpoint.writer import write_checkpoint
 from qwen_pipeline.errors import InputRefused, listed
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import load_plan
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
@@ -37,7 +38,7 @@ def unpad(*, source: Path, destination: Destination | Path, observe: Observe = u
         InputRefused: The manifest has no padding map.
         CheckpointRefused: The source has no manifest, or has changed since it was written.
     """
-    padded, manifest = open_checkpoint(source), open_manifest(source)
+    padded, manifest = open_model(source), open_manifest(source)
     live = _live(padded, manifest, source)
 
     def build(partial: Path) -> Built:

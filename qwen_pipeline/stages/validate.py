@@ -1,31 +1,59 @@
 """``quantized -> validated``: measurements of a quantized checkpoint against the model it was made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
-from qwen_pipeline.checkpoint.manifest import LOGS, Derivation, canonical_sha256, find_manifest
+from qwen_pipeline.checkpoint.manifest import Derivation, find_manifest
+from qwen_pipeline.checkpoint.store.canonical import LOGS, canonical_sha256
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.evaluation.behaviour.ask import Asking, Requests
 from qwen_pipeline.evaluation.checks import CHECKS, judge
-from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, UNPADDED_QUANTIZED, Findings, rounded
+from qwen_pipeline.evaluation.findings import (
+    MERGED,
+    MERGED_OTHERWISE,
+    PADDED,
+    QUANTIZED,
+    UNPADDED_QUANTIZED,
+    Findings,
+    rounded,
+)
 from qwen_pipeline.evaluation.gather import OpenedModels, gather_findings
 from qwen_pipeline.evaluation.heads import task_of, texts_of
 from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.measurement import Measurement
-from qwen_pipeline.evaluation.origin import calibration_digest, require_padded, require_unpadded_baseline, widened
+from qwen_pipeline.evaluation.origin import (
+    calibration_digest,
+    equal_by_digest,
+    require_other_merge,
+    require_padded,
+    require_unpadded_baseline,
+    widened,
+)
 from qwen_pipeline.evaluation.plan import DEFAULT_PLAN, INPUT_OF_ROLE, ValidationInputs, ValidationPlan
 from qwen_pipeline.evaluation.report.load import load_validation
-from qwen_pipeline.evaluation.report.markdown import LOSS_PLOT, changed_limits, method_of, skipped_records
+from qwen_pipeline.evaluation.report.markdown import (
+    LOSS_PLOT,
+    STEPS_PLOT,
+    changed_limits,
+    method_of,
+    proof_of,
+    rounded_inputs,
+    skipped_records,
+    ways_of_merging,
+)
 from qwen_pipeline.evaluation.samples import DEFAULT_PROMPTS, MAX_NEW_TOKENS
 from qwen_pipeline.models.open import open_model
-from qwen_pipeline.progress import Observe, unobserved
+from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.quantization.calibration.calibration_set import CalibrationSet, load_calibration
 from qwen_pipeline.quantization.evidence import ModuleEvidence, load_evidence
 from qwen_pipeline.quantization.spec import default_device
@@ -33,10 +61,11 @@ from qwen_pipeline.qwen.config import require_full_precision
 from qwen_pipeline.qwen.families import text_config
 from qwen_pipeline.qwen.settle import require_settled
 from qwen_pipeline.reports import CheckReport, dump_reports
+from qwen_pipeline.text.bounded_tokenizer import BoundedTokenizer
 from qwen_pipeline.text.reading import RecordUse
-from qwen_pipeline.text.tokenizers import encode_prompt, load_tokenizer
 from qwen_pipeline.text.windows import read_windows, spread
-from qwen_pipeline.workers.environments import WorkerEnvironment
+from qwen_pipeline.transforms.codes.fp8 import is_fp8
+from qwen_pipeline.workers.environments import MAIN, WorkerEnvironment
 
 __all__ = [
     "CHECKS",
@@ -50,7 +79,7 @@ __all__ = [
 ]
 
 STAGE = "validated"
-CODE_VERSION = "12"
+CODE_VERSION = "16"
 ENGINE = "gptqmodel"
 """The library with which Transformers loads GPTQ checkpoints, whichever quantizer made them."""
 
@@ -101,18 +130,15 @@ def validate(
     derivation = Derivation(
         stage=STAGE,
         inputs=prepared.digests,
-        spec={**plan.to_json(), "versions": replace(engine, name=ENGINE).versions()},
+        spec={**plan.to_json(), "versions": _loader(engine, prepared).versions()},
         code_version=CODE_VERSION,
     )
 
     def build(partial: Path) -> Built:
-        if (inputs.candidate / MANIFEST).is_file():
-            require_intact(inputs.candidate)
         logs = partial / LOGS
         logs.mkdir(exist_ok=True)
-        findings, peak_bytes = gather_findings(
-            prepared.models, plan, candidate=inputs.candidate, engine=engine, logs=logs, observe=observe
-        )
+        with _verifying(inputs.candidate, observe) as observed:
+            findings, peak_bytes = gather_findings(prepared.models, plan, engine=engine, logs=logs, observe=observed)
         reports = judge(findings, plan.limits, plan.tasks)
         result = _write(partial, prepared, plan, findings, reports)
         return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=peak_bytes)
@@ -121,6 +147,37 @@ def validate(
     if artifact.reused:
         load_validation(artifact.path, artifact.manifest)
     return artifact
+
+
+def _loader(engine: WorkerEnvironment, prepared: _Prepared) -> WorkerEnvironment:
+    """Return the environment by the library with which Transformers loads the candidate."""
+    settings = prepared.models.checkpoints[QUANTIZED].config.get("quantization_config") or {}
+    return replace(engine, name=MAIN if is_fp8(settings) else ENGINE)
+
+
+@contextmanager
+def _verifying(candidate: Path, observe: Observe) -> Generator[Observe]:
+    """Compare a finished directory's files with its manifest during the body; yield an observer for the body.
+
+    It raises the error as soon as a difference is known, and an error of the body is raised only if there is none.
+    """
+    if not (candidate / MANIFEST).is_file():
+        yield observe
+        return
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(require_intact, candidate)
+
+        def observed(progress: Progress) -> None:
+            if verified.done():
+                verified.result()
+            observe(progress)
+
+        try:
+            yield observed
+        except Exception:
+            verified.result()
+            raise
+        verified.result()
 
 
 def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -> _Prepared:
@@ -133,7 +190,7 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         remedy="Pass the merged full-precision checkpoint as the reference.",
     )
     require_settled(checkpoints[MERGED])
-    tokenizer = load_tokenizer(inputs.reference)
+    tokenizer = BoundedTokenizer(inputs.reference, plan.text_spec.limits)
     task = task_of(checkpoints[MERGED])
     windows, records = read_windows(
         inputs.text, tokenizer, windows=plan.windows, seq_len=plan.seq_len, spec=plan.text_spec
@@ -142,6 +199,8 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
     _require_vocabulary(checkpoints, tokens)
     require_padded(checkpoints[MERGED], checkpoints.get(PADDED), checkpoints[QUANTIZED], inputs.candidate)
     digests = {INPUT_OF_ROLE[role]: checkpoint_digest(root, observe=observe) for role, root in roots.items()}
+    if inputs.other_merge:
+        require_other_merge(inputs.other_merge, inputs.reference)
     if inputs.unpadded:
         trio = (checkpoints[role] for role in (UNPADDED_QUANTIZED, MERGED, QUANTIZED))
         require_unpadded_baseline(
@@ -154,23 +213,36 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
     if inputs.before:
         digests["before"] = checkpoint_digest(inputs.before, observe=observe)
     digests["text"] = f"sha256:{canonical_sha256(tokens)}"
+    requests = _requests(checkpoints[MERGED], tokenizer, plan, tokens) if task.kind == "language" else Requests()
     measurement = Measurement(
         models={role: str(root) for role, root in roots.items()},
         reference=MERGED,
-        compared=[PADDED, QUANTIZED, UNPADDED_QUANTIZED],
+        compared=[MERGED_OTHERWISE, PADDED, QUANTIZED, UNPADDED_QUANTIZED],
         answering=[MERGED, QUANTIZED] if task.kind == "language" else [],
         windows=tokens,
         prompts=[
-            encode_prompt(prompt, tokenizer, arguments=plan.text_spec.template_arguments)
+            tokenizer.encode_prompt(prompt, arguments=plan.text_spec.template_arguments)
             for prompt in (plan.prompts if task.kind == "language" else ())
         ],
         max_new_tokens=MAX_NEW_TOKENS,
         device=plan.device or default_device(),
         calibration=spread(calibration.stream, windows=plan.windows, seq_len=plan.seq_len) if calibration else (),
+        requests=[request.tokens for request in requests.asked],
+        request_limits=[request.limit for request in requests.asked],
         task=task,
+        equal=equal_by_digest(roots.get(PADDED, roots[MERGED]), inputs.candidate),
     )
-    models = OpenedModels(roots=roots, checkpoints=checkpoints, tokenizer=tokenizer, measurement=measurement)
+    models = OpenedModels(
+        roots=roots, checkpoints=checkpoints, tokenizer=tokenizer, measurement=measurement, requests=requests
+    )
     return _Prepared(inputs=inputs, models=models, digests=digests, evidence_before=evidence_before, records=records)
+
+
+def _requests(
+    merged: Checkpoint, tokenizer: BoundedTokenizer, plan: ValidationPlan, windows: Sequence[Sequence[int]]
+) -> Requests:
+    asking = Asking(tokenizer, plan.text_spec.template_arguments)
+    return asking.requests(plan.behaviour, windows, positions=text_config(merged.config).get("max_position_embeddings"))
 
 
 def _write(
@@ -178,7 +250,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the report into ``root``; return the result for the manifest."""
     from qwen_pipeline.evaluation.report.write import write_report
-    from qwen_pipeline.quantization.plot import draw_losses
+    from qwen_pipeline.quantization.plot import draw_losses, draw_steps
 
     models, candidate = prepared.models, prepared.inputs.candidate
     lineage = [
@@ -193,7 +265,10 @@ def _write(
         "text": prepared.digests["text"],
         "records": prepared.records.to_json(),
     }
-    losses = draw_losses(candidate, prepared.evidence_before, root / LOSS_PLOT)
+    drawn = {
+        LOSS_PLOT: draw_losses(candidate, prepared.evidence_before, root / LOSS_PLOT),
+        STEPS_PLOT: draw_steps(candidate, root / STEPS_PLOT),
+    }
     write_report(
         root,
         findings,
@@ -201,9 +276,12 @@ def _write(
         result,
         lineage=[*lineage, *(dump_step(step) for step in steps_of(candidate))],
         method=method_of(models.measurement)
+        + proof_of(models.measurement, findings.models)
+        + ways_of_merging(prepared.inputs)
+        + rounded_inputs(models.checkpoints[QUANTIZED].config)
         + skipped_records(prepared.records, candidate)
         + changed_limits(plan.limits),
-        more_plots={losses: LOSS_PLOT} if losses else {},
+        more_plots={caption: file for file, caption in drawn.items() if caption},
     )
     return result
 

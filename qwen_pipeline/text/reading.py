@@ -9,10 +9,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.reports import CheckReport, CheckSpec
-from qwen_pipeline.text.records import BadRecord, EmptyRecord
+from qwen_pipeline.text.records import BadRecord, EmptyRecord, parse_record
 from qwen_pipeline.text.sources import TextSource
 from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
-from qwen_pipeline.text.tokenizers import encode_record
+from qwen_pipeline.text.tokenizers import Tokenizer
 
 NAMED = 5
 """Skipped records that are named, the first ones."""
@@ -95,7 +95,7 @@ class RecordReader:
         spec: The limit, and arguments of the chat template.
     """
 
-    def __init__(self, source: TextSource, tokenizer: Any, spec: TextSpec = DEFAULT_TEXT_SPEC) -> None:
+    def __init__(self, source: TextSource, tokenizer: Tokenizer, spec: TextSpec = DEFAULT_TEXT_SPEC) -> None:
         self._source, self._tokenizer, self._spec = source, tokenizer, spec
         self._used = self._empty = 0
         self._reasons, self._first = Counter[str](), list[str]()
@@ -112,14 +112,14 @@ class RecordReader:
         """Yield the token ids of each record that can be used.
 
         Raises:
-            InputRefused: The records skipped so far are too many for the whole source, or see :func:`encode_record`.
+            InputRefused: The records skipped so far are too many for the whole source, or see :meth:`Tokenizer.encode`.
         """
         arguments = self._spec.template_arguments
         for index in order:
             where = self._source.where(index)
             try:
-                fields = self._source.record(index)
-                tokens = encode_record(fields, self._tokenizer, where=where, arguments=arguments)
+                record = parse_record(self._source.record(index))
+                tokens = self._tokenizer.encode(record, where=where, arguments=arguments)
             except EmptyRecord:
                 tokens = []
             except BadRecord as bad:

@@ -1,24 +1,32 @@
-"""Files of records: JSON lines, a JSON array, or a text that is one record."""
+"""Files of records: JSON lines, a JSON array, or a text that is one record.
+
+Lines are read when they are asked for, since a file may be larger than the memory.
+"""
 
 import codecs
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, cast
 
+from qwen_pipeline.checkpoint.files import parse_json
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.text.lines import MAX_LINE_BYTES, Lines
 from qwen_pipeline.text.records import FORMAT, BadRecord
 
 PARQUET = ".parquet"
 SUFFIXES = (".jsonl", ".json", ".txt", PARQUET)
 """Suffixes of files that hold text."""
+MAX_DOCUMENT_BYTES = 250_000_000
+"""The longest JSON array that is read; lines have no such limit."""
 
 _WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
          codecs.BOM_UTF16_BE: "UTF-16"}  # fmt: skip
 """Byte order mark -> encoding; UTF-32's begin with UTF-16's."""
 _IN_UTF8 = "Save the file in UTF-8, such as with: iconv -f {} -t UTF-8 {} > in-utf-8{}"
+_BEGINNING = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,36 +52,70 @@ class StoredRecord:
         return self.value
 
 
-def load_records(file: Path) -> list[StoredRecord]:
-    """Read a file's records. Blank lines are skipped; lines that are not records are kept with the reason.
+class RecordLines(Sequence[StoredRecord]):
+    """The records of a file of JSON lines, each parsed when it is asked for."""
+
+    def __init__(self, file: Path, start: int) -> None:
+        self._lines = Lines(file, start)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        place = f"line {self._lines.number(index)}"
+        if (length := self._lines.length(index)) > MAX_LINE_BYTES:
+            bad = BadRecord(f"has more than {MAX_LINE_BYTES:,} bytes", f"{length:,}", remedy="Split these records.")
+            return StoredRecord(place=place, value=bad)
+        return StoredRecord(place=place, value=_parse(self._lines.read(index)))
+
+
+def load_records(file: Path) -> Sequence[StoredRecord]:
+    """Open a file's records. Blank lines are skipped; lines that are not records are kept with the reason.
 
     A byte order mark is ignored, and Windows' line ends are read as those of Unix.
 
     Raises:
-        InputRefused: The file cannot be read, is not UTF-8, or has no records.
+        InputRefused: The file cannot be read, is not UTF-8, is too long for its kind, or has no records.
     """
-    content = _read(file)
-    if file.suffix == ".txt":
-        return [StoredRecord(place="line 1", value={"text": _whole_text(content, file)})]
-    start = content.lstrip()[:1]
-    records = list(_elements(content, file) if start == b"[" else _lines(content))
-    if start == b"{" and len(records) > 1 and all(isinstance(each.value, BadRecord) for each in records[:2]):
-        records = list(_one_object(content, file)) or records
+    try:
+        with file.open("rb") as stream:
+            beginning, size = stream.read(_BEGINNING), os.fstat(stream.fileno()).st_size
+        _require_utf8(beginning, file)
+        mark = len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
+        if file.suffix == ".txt":
+            return [StoredRecord(place="line 1", value={"text": _whole_text(_read(file, size, mark), file)})]
+        first = beginning[mark:].lstrip()[:1]
+        records = list(_elements(_read(file, size, mark), file)) if first == b"[" else RecordLines(file, mark)
+        if first == b"{" and len(records) > 1 and all(isinstance(each.value, BadRecord) for each in records[:2]):
+            records = (
+                list(_one_object(_read(file, size, mark), file)) if size <= MAX_DOCUMENT_BYTES else []
+            ) or records
+    except OSError as error:
+        raise InputRefused(f"{file} cannot be read: {error}.", remedy="Pass a readable JSONL or .txt file.") from error
     if not records:
         raise InputRefused(f"{file} holds no records.", remedy=FORMAT)
     return records
 
 
-def _read(file: Path) -> bytes:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputRefused(f"{file} cannot be read: {error}.", remedy="Pass a readable JSONL or .txt file.") from error
-    encoding = next((name for mark, name in _WIDE.items() if content.startswith(mark)), None)
-    if encoding or (b"\0" in content[:4] and content[:4].strip(b"\0")):
+def _require_utf8(beginning: bytes, file: Path) -> None:
+    encoding = next((name for mark, name in _WIDE.items() if beginning.startswith(mark)), None)
+    if encoding or (b"\0" in beginning[:4] and beginning[:4].strip(b"\0")):
         encoding = encoding or "UTF-16"
         raise InputRefused(f"{file} is in {encoding}.", remedy=_IN_UTF8.format(encoding, quote(str(file)), file.suffix))
-    return content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _read(file: Path, size: int, start: int) -> bytes:
+    """Read a whole document."""
+    is_text = file.suffix == ".txt"
+    if size > (most := MAX_LINE_BYTES if is_text else MAX_DOCUMENT_BYTES):
+        lines = "jq -R -c '{text: .}'" if is_text else "jq -c '.[]'"
+        raise InputRefused(
+            f"{file} is one {'text' if is_text else 'array'} of {size:,} bytes, but at most {most:,} are read at once.",
+            remedy=f"Write its records one per line: {lines} {quote(str(file))} > records.jsonl",
+        )
+    return file.read_bytes()[start:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _whole_text(content: bytes, file: Path) -> str:
@@ -85,18 +127,12 @@ def _whole_text(content: bytes, file: Path) -> str:
         ) from error
 
 
-def _lines(content: bytes) -> Iterator[StoredRecord]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield StoredRecord(place=f"line {number}", value=_parse(line))
-
-
 def _parse(line: bytes) -> Mapping[str, Any] | BadRecord:
     try:
-        return _as_fields(json.loads(line.decode()))
+        return _as_fields(parse_json(line, half_surrogates=True))
     except UnicodeDecodeError as error:
         return BadRecord("is not UTF-8", str(error), remedy=_IN_UTF8.format("ENCODING", "FILE", ""))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return BadRecord("is not valid JSON", f"{error}: {line[:60].decode(errors='replace')!a}", remedy=FORMAT)
 
 
@@ -119,8 +155,8 @@ def _one_object(content: bytes, file: Path) -> Iterator[StoredRecord]:
         InputRefused: The object has lists of records instead of being one.
     """
     try:
-        value: Any = json.loads(content)
-    except (ValueError, RecursionError):
+        value: Any = parse_json(content, half_surrogates=True)
+    except ValueError:
         return
     if lists := [name for name, part in value.items() if isinstance(part, list) and part and isinstance(part[0], dict)]:
         known = {"messages", "conversations", "chosen", "completion"}
@@ -135,8 +171,8 @@ def _one_object(content: bytes, file: Path) -> Iterator[StoredRecord]:
 
 def _decoded(content: bytes, file: Path) -> object:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse_json(content, half_surrogates=True)
+    except ValueError as error:
         raise InputRefused(
             f"{file} begins as a JSON array, but is not valid JSON: {error}.", remedy=f"Correct the array. {FORMAT}"
         ) from error

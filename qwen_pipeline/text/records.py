@@ -151,8 +151,7 @@ def _sharegpt(fields: Fields) -> Conversation:
 def _alpaca(fields: Fields) -> Conversation:
     """Read Alpaca's form as LLaMA-Factory does: the input follows the instruction in a line of its own."""
     question = "\n".join(_string(fields, name) for name in ("instruction", "input") if name in fields)
-    history = [_pair(pair) for pair in fields.get("history", ())]
-    turns = [*(text for pair in history for text in pair), question, fields.get("output") or _string(fields, "chosen")]
+    turns = [*_history(fields.get("history", [])), question, fields.get("output") or _string(fields, "chosen")]
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)]
     return _chat([*_system(fields), *messages], fields)
@@ -259,11 +258,13 @@ def _system(fields: Fields) -> list[Message]:
     return [{"role": "system", "content": _string(fields, "system")}] if "system" in fields else []
 
 
-def _pair(value: object) -> Sequence[str]:
-    pair = cast("list[object]", value) if isinstance(value, list) else []
-    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+def _history(value: object) -> list[str]:
+    """Return the texts of a list of pairs, one after the other."""
+    pairs = cast("list[object]", value) if isinstance(value, list) else [value]
+    texts = [text for pair in pairs if isinstance(pair, list) and len(pair) == 2 for text in cast("list[object]", pair)]
+    if len(texts) != 2 * len(pairs) or not all(isinstance(text, str) for text in texts):
         raise BadRecord("history is not a list of pairs of texts", _shown(value))
-    return cast("list[str]", pair)
+    return cast("list[str]", texts)
 
 
 def _string(fields: Fields, name: str) -> str:

@@ -5,7 +5,7 @@ are read here; Parquet, directories and the hub through the optional dependency 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from qwen_pipeline.checkpoint.digest_cache import directory_digest
+from qwen_pipeline.checkpoint.files import require_regular
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.text.record_files import PARQUET, SUFFIXES, StoredRecord, load_records
 from qwen_pipeline.text.records import FIELDS, FORMS, MEDIA, BadRecord
@@ -21,6 +22,7 @@ _HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(#(?P<split>\w+))?"
 )
 _SPLIT = "train"
+MAX_UNPACKED_BYTES, MAX_ROWS = 100_000_000_000, 1_000_000_000
 _COLUMNS = "Pass a dataset with a column messages, text or conversations, or other columns that docs/text.md lists."
 
 
@@ -89,7 +91,7 @@ class RecordFile:
         return self.file.name
 
     @cached_property
-    def _records(self) -> list[StoredRecord]:
+    def _records(self) -> Sequence[StoredRecord]:
         return load_records(self.file)
 
     def __len__(self) -> int:
@@ -99,7 +101,7 @@ class RecordFile:
         return self._records[index].fields
 
     def where(self, index: int, /) -> str:
-        return f"{self.file} {self._records[index].place}"
+        return f"{self.file.name} {self._records[index].place}"
 
     def digest(self) -> str:
         return directory_digest({"records": self.file})
@@ -168,13 +170,14 @@ def _open_rows(path: Path) -> Any:
     """
     library = _library()
     try:
+        _require_bounded(path)
         if path.is_file():
             loaded = library.load_dataset("parquet", split=_SPLIT, data_files=str(path))
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = library.load_from_disk(str(path))
         else:
             loaded = library.load_dataset(str(path))
-    except MemoryError:
+    except (InputRefused, MemoryError):
         raise
     except Exception as error:
         cause = error.__cause__ or error
@@ -184,6 +187,26 @@ def _open_rows(path: Path) -> Any:
             " convert the text to JSONL.",
         ) from error
     return _one_split(str(path), loaded)
+
+
+def _require_bounded(path: Path) -> None:
+    """Require that Parquet files unpack to a size that a disk has: a few kilobytes can stand for terabytes.
+
+    Raises:
+        InputRefused: They do not; the message names the file.
+    """
+    from pyarrow import parquet
+
+    for file in [path] if path.is_file() else path.rglob(f"*{PARQUET}"):
+        require_regular(file, refused=InputRefused)
+        metadata = parquet.read_metadata(file)
+        unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        if unpacked > MAX_UNPACKED_BYTES or metadata.num_rows > MAX_ROWS:
+            raise InputRefused(
+                f"{file} unpacks to {unpacked:,} bytes in {metadata.num_rows:,} rows, but at most"
+                f" {MAX_UNPACKED_BYTES:,} and {MAX_ROWS:,} are read.",
+                remedy="Pass a part of it: far less text is needed.",
+            )
 
 
 def _load_rows(name: str, *, split: str | None, config: str | None = None, **more: Any) -> Any:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.text.bounded_tokenizer import LIMITS
 from qwen_pipeline.text.records import BadRecord, parse_arguments
+from qwen_pipeline.workers.bounded import Limits
 
 MAX_SKIPPED = 0.05
 
@@ -18,10 +20,16 @@ class TextSpec:
     Attributes:
         max_skipped: Largest share of records that may be skipped because they cannot be used. Empty ones do not count.
         template_arguments: Arguments of the chat template, such as ``enable_thinking``.
+        limits: Limits of the tokenizer and the chat template. They refuse, and change no token.
     """
 
     max_skipped: float = MAX_SKIPPED
     template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    limits: Limits = LIMITS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings that decide the tokens."""
+        return {"max_skipped": self.max_skipped, "template_arguments": self.template_arguments}
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_skipped <= 1:

@@ -3,19 +3,51 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.text.records import BadRecord, Conversation, Message, parse_record
+from qwen_pipeline.text.records import BadRecord, Conversation, Message, PlainText, parse_record
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a tokenizer needs one."""
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.json"
+MAX_TEMPLATE = 1_000_000
+"""The longest chat template that is compiled, in characters; those of Qwen have up to 10,000."""
+MAX_ADDED = 200_000
+"""The largest number of added tokens, of which each costs the time of a search."""
+_SLACK, _EXPANSION = 1_000_000, 100
+"""A chat template may make so many characters, or so many times the characters of the record."""
 _NOTHING: Mapping[str, Any] = {}
 _PROBE = [{"role": "user", "content": "?"}]
 _ARGUMENTS = {"key": "value"}
 _T = TypeVar("_T")
+
+
+class Tokenizer(Protocol):
+    """The tokenizer of a checkpoint.
+
+    Attributes:
+        pad_token: The token that fills windows.
+    """
+
+    @property
+    def pad_token(self) -> int: ...
+    def encode(self, record: PlainText | Conversation, *, where: str, arguments: Mapping[str, Any] = ...) -> list[int]:
+        """Return the token ids of a record: see :func:`encode_record`."""
+        ...
+
+    def encode_prompt(self, prompt: str, *, arguments: Mapping[str, Any] = ...) -> list[int]:
+        """Return the token ids of a prompt: see :func:`encode_prompt`."""
+        ...
+
+    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        ...
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
@@ -37,6 +69,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
         )
         if not tokenizer.chat_template and (checkpoint / _TEMPLATE).is_file():
             tokenizer.chat_template = load_json(checkpoint / _TEMPLATE).get("chat_template")
+        _require_short(tokenizer.chat_template, checkpoint)
         _ = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id
     except (InputRefused, MemoryError):
         raise
@@ -49,6 +82,16 @@ def load_tokenizer(checkpoint: Path) -> Any:
     return tokenizer
 
 
+def _require_short(template: object, checkpoint: Path) -> None:
+    """Refuse a chat template that would take minutes to compile; there may be several, by name."""
+    for each in template.values() if isinstance(template, dict) else [template]:
+        if (length := len(str(each or ""))) > MAX_TEMPLATE:
+            raise InputRefused(
+                f"The chat template of {checkpoint} has {length:,} characters, but at most {MAX_TEMPLATE:,} are read.",
+                remedy="Copy the chat template from the model that was fine-tuned.",
+            )
+
+
 def _require_readable(checkpoint: Path) -> None:
     """Refuse a directory without a vocabulary, and files that are not JSON, by their name."""
     if not any((checkpoint / name).is_file() for name in VOCABULARIES):
@@ -58,7 +101,14 @@ def _require_readable(checkpoint: Path) -> None:
         )
     for name in ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", _TEMPLATE):
         if (checkpoint / name).is_file():
-            load_json(checkpoint / name, refused=InputRefused)
+            content = load_json(checkpoint / name, refused=InputRefused)
+            added = content.get("added_tokens") or content.get("added_tokens_decoder") or ()
+            if isinstance(added, list | dict) and len(cast("Sequence[Any]", added)) > MAX_ADDED:
+                raise InputRefused(
+                    f"{checkpoint / name} has {len(cast('Sequence[Any]', added)):,} added tokens, but at most"
+                    f" {MAX_ADDED:,} are read.",
+                    remedy="Copy the tokenizer's files from the model that was fine-tuned.",
+                )
 
 
 def encode_record(
@@ -76,7 +126,16 @@ def encode_record(
         BadRecord: The record cannot be used.
         InputRefused: It is a conversation, and the tokenizer has no chat template, or one that cannot be compiled.
     """
-    record = parse_record(fields)
+    return encode(parse_record(fields), tokenizer, where=where, arguments=arguments)
+
+
+def encode(
+    record: PlainText | Conversation, tokenizer: Any, *, where: str, arguments: Mapping[str, Any] = _NOTHING
+) -> list[int]:
+    """Return the token ids of a record that :func:`~qwen_pipeline.text.records.parse_record` read.
+
+    The arguments and the errors are those of :func:`encode_record`.
+    """
     if not isinstance(record, Conversation):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return [*_tokenize(record.text, tokenizer), *end]
@@ -116,7 +175,7 @@ def _render(messages: Sequence[Message], tokenizer: Any, **arguments: Any) -> st
     from jinja2 import TemplateSyntaxError
 
     try:
-        return _guarded(lambda: tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+        text = _guarded(lambda: tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
     except TemplateSyntaxError as error:
         raise InputRefused(
             f"The checkpoint's chat template cannot be compiled: line {error.lineno}: {error.message}.",
@@ -126,6 +185,9 @@ def _render(messages: Sequence[Message], tokenizer: Any, **arguments: Any) -> st
         raise
     except Exception as error:
         raise BadRecord("the chat template refuses it", f"{_first_lines(error)} ({type(error).__name__})") from error
+    if len(text) > _SLACK and len(text) > _EXPANSION * len(json.dumps([messages, arguments], default=str)):
+        raise BadRecord("the chat template makes a text that is far longer", f"{len(text):,} characters")
+    return text
 
 
 def _tokenize(text: str, tokenizer: Any) -> list[int]:

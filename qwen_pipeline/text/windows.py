@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
+from qwen_pipeline.text.tokenizers import Tokenizer
 
 
-def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> list[list[int]]:
+def token_windows(text: Path, tokenizer: Tokenizer, *, windows: int, seq_len: int) -> list[list[int]]:
     """Return up to ``windows`` windows of ``seq_len`` tokens, without overlap, spread evenly over the whole text.
 
     Raises:
@@ -20,7 +20,7 @@ def token_windows(text: Path, tokenizer: Any, *, windows: int, seq_len: int) -> 
 
 
 def read_windows(
-    text: Path, tokenizer: Any, *, windows: int, seq_len: int, spec: TextSpec = DEFAULT_TEXT_SPEC
+    text: Path, tokenizer: Tokenizer, *, windows: int, seq_len: int, spec: TextSpec = DEFAULT_TEXT_SPEC
 ) -> tuple[list[list[int]], RecordUse]:
     """Return the windows of :func:`token_windows`, and the use of the text's records.
 

@@ -1,10 +1,11 @@
 """The sidecar files of a merged model: the tokenizer, the chat template and the settings of generation."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+
+from qwen_pipeline.checkpoint.files import load_json
 
 _CONFIG = "tokenizer_config.json"
 _LEGAL = ("LICENSE*", "NOTICE*")
@@ -42,6 +43,9 @@ def merged_sidecars(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> 
     its chat template, wherever that stands. Transformers would prefer a leftover ``chat_template.jinja`` to a template
     in ``tokenizer_config.json``, and tokens of a leftover ``added_tokens.json`` would be added. A fine-tune with
     vocabulary and settings brings all of its tokenizer. The base's licence stays.
+
+    Raises:
+        CheckpointRefused: The fine-tune's ``tokenizer_config.json`` is not a JSON object.
     """
     replaced = [group for group in _GROUPS if any(_matches(path, group.brought_by) for path in fine_tune)]
     if (_VOCABULARY in replaced and _SETTINGS in replaced) or _has_template(fine_tune.get(_CONFIG)):
@@ -53,13 +57,8 @@ def merged_sidecars(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> 
 
 
 def _has_template(config: Path | None) -> bool:
-    """Return whether a ``tokenizer_config.json`` has a chat template; one that is not JSON has none."""
-    if config is None:
-        return False
-    try:
-        return bool(json.loads(config.read_bytes()).get("chat_template"))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    """Return whether a ``tokenizer_config.json`` has a chat template."""
+    return config is not None and bool(load_json(config).get("chat_template"))
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -37,7 +37,8 @@ def main(target: str, *packages: str) -> None:
 
 
 def _call(target: str, packages: Sequence[str]) -> int:
-    _die_with_parent()
+    die_with_parent()
+    _require_parent()
     _start_group_reaper()
     try:
         started = time.monotonic()
@@ -95,12 +96,16 @@ def _redirect_output(log: str) -> None:
         os.dup2(file, stream)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (on Linux; elsewhere the parent's clean-up does it)."""
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies; on other systems than Linux do nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(os.environ["QWEN_PIPELINE_PARENT"]):
-            sys.exit("The parent process has ended.")
+
+
+def _require_parent() -> None:
+    """End this process if its parent has ended before :func:`die_with_parent` was called."""
+    if sys.platform == "linux" and os.getppid() != int(os.environ["QWEN_PIPELINE_PARENT"]):
+        sys.exit("The parent process has ended.")
 
 
 def _start_group_reaper() -> None:

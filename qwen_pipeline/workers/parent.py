@@ -83,7 +83,7 @@ def started_worker(
         channel = {"QWEN_PIPELINE_MESSAGES_FD": str(writing), "QWEN_PIPELINE_PARENT": str(os.getpid())}
         try:
             process = subprocess.Popen(
-                [str(python), "-P", "-c", _bootstrap(), target, *packages],
+                [str(python), "-P", "-c", bootstrap("child"), target, *packages],
                 env={**os.environ, **(env or {}), **channel},
                 stdin=subprocess.PIPE,
                 stdout=printed,
@@ -166,12 +166,15 @@ class Worker:
             stdin.write(json.dumps(task).encode())
 
 
-def _bootstrap() -> str:
-    """Return code that imports this copy of the package, but prefers the environment's own versions of all others."""
+def bootstrap(module: str) -> str:
+    """Return code that runs ``main`` of a module of this folder with the command line's arguments.
+
+    It imports this copy of the package, but prefers the environment's own versions of all others.
+    """
     root = str(Path(qwen_pipeline.__file__).parents[1])
     return (
         f"import sys; sys.path.insert(0, {root!r}); import qwen_pipeline; sys.path.append(sys.path.pop(0)); "
-        "from qwen_pipeline.workers.child import main; main(*sys.argv[1:])"
+        f"from qwen_pipeline.workers.{module} import main; main(*sys.argv[1:])"
     )
 
 
@@ -185,13 +188,14 @@ def _follow(messages: Iterator[bytes], observe: Observe) -> WorkerResult | None:
             case "result":
                 result = WorkerResult(**content)
             case "fault":
-                raise _load_error(content)
+                raise load_error(content)
             case _:
                 raise AssertionError(f"unknown message {kind!r}")
     return result
 
 
-def _load_error(content: Mapping[str, str]) -> PipelineError:
+def load_error(content: Mapping[str, str]) -> PipelineError:
+    """Return the error that a worker sent."""
     kind = getattr(errors, content["kind"], PipelineError)
     return kind(content["what"], remedy=content["remedy"])
 

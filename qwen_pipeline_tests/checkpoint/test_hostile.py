@@ -55,7 +55,7 @@ def holding(data: bytes) -> Callable[[Path], None]:
         (replaced_by_directory, "is not a regular file"),
         (looping, "cannot be read"),
         (dangling, "is missing"),
-        (sparse, f"has 40,000,000,000 bytes, but a JSON file here has at most {MAX_JSON_BYTES:,}"),
+        (sparse, f"has 40,000,000,000 bytes, but such a file here has at most {MAX_JSON_BYTES:,}"),
         (holding(b'{"a": ' + DEEP + b"}"), "is not valid JSON: it is nested too deeply"),
         (holding(b'{"a": 1, "b": 2, "a": 3}'), "is not valid JSON: repeated keys 'a'"),
         (holding(b'{"a": ' + b"9" * 5000 + b"}"), "is not valid JSON"),
@@ -69,6 +69,16 @@ def test_a_json_file_that_is_none_is_refused(tmp_path: Path, make: Callable[[Pat
         load_json(tmp_path / "config.json")
     assert words in refusal.value.what
     assert str(tmp_path / "config.json") in refusal.value.what
+
+
+def test_a_sidecar_that_is_far_too_large_is_refused(sharded: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(sharded, root)
+    sparse(root / "LICENSE.txt")
+    with pytest.raises(
+        CheckpointRefused, match=r"LICENSE\.txt has 40,000,000,000 bytes, but a file beside the weights"
+    ):
+        open_checkpoint(root)
 
 
 def header(entries: object) -> bytes:

@@ -21,8 +21,18 @@ COMMANDS = (
     "plan",
     "inspect",
     "status",
+    "sign",
+    "verify",
     "demo",
     "ui",
+)
+GROUPED = (
+    ("engine", "install"),
+    ("engine", "check"),
+    ("audit", "show"),
+    ("audit", "diff"),
+    ("audit", "descendants"),
+    ("audit", "recall"),
 )
 
 
@@ -43,7 +53,7 @@ def test_help_names_every_command_and_exit_code() -> None:
     assert "Exit codes: 0 success, 1 a check failed, 2" in text
 
 
-@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("engine", "install"), ("engine", "check")])
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *GROUPED])
 def test_every_command_has_an_example_and_json_output(command: tuple[str, ...]) -> None:
     text = qwen_pipeline(*command, "--help").out
     assert f"qwen-pipeline {' '.join(command)}" in text

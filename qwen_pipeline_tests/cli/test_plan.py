@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.memory_budget import AvailableResources, estimate_
 from qwen_pipeline.cli.plan import plan
 from qwen_pipeline.cli.plan_views import CUT_END, group_line, resource_data, resource_view
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.quantization.recipes import RECIPES
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.qwen.tensor_parallel.feasibility import Division
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
@@ -94,11 +95,14 @@ def test_a_group_straddles_if_a_rank_ends_inside_it(inputs: int, group_size: int
 
 def test_plan_compares_needed_and_available_resources(tmp_path: Path) -> None:
     base, out = tiny_qwen2(tmp_path / "base"), tmp_path / "not" / "there"
-    shown = plan(model=str(base), tp=[2], group_size=32, out=out).data["outlay"]
-    merging, both, one_pass = shown["ways"]
+    data = plan(model=str(base), tp=[2], group_size=32, out=out).data
+    assert [cost["recipe"] for cost in data["recipes"]["estimates"]] == list(RECIPES)
+    shown = data["outlay"]
+    merging, both, one_pass, unstored = shown["ways"]
     stored = open_checkpoint(base).nbytes
     assert merging["disk_bytes"] == one_pass["read_bytes"] == stored
     assert both["disk_bytes"] == stored + one_pass["disk_bytes"]
+    assert (unstored["read_bytes"], unstored["disk_bytes"]) == (stored, 0)
     assert one_pass["memory_bytes"] == estimate_needs(disk_bytes=0).memory_bytes
     assert shown["place"] == str(out)
     assert shown["room"]["disk_bytes"] > both["disk_bytes"]
@@ -108,14 +112,16 @@ def test_plan_compares_needed_and_available_resources(tmp_path: Path) -> None:
 def test_shortages_are_those_that_the_stages_would_report(tmp_path: Path) -> None:
     estimate = estimate_resources(tiny_qwen2(tmp_path / "base"), PaddingSpec(group_size=32, tensor_parallel=2))
     assert estimate
-    _, both, one_pass = estimate.ways
+    _, both, one_pass, _ = estimate.ways
     available = AvailableResources(disk_bytes=both.needs.disk_bytes - 1, memory_bytes=None, open_files=None)
     assert not list(shortages(one_pass.needs, available, tmp_path))
     (fault,) = shortages(both.needs, available, tmp_path)
-    assert [way["refused"] for way in resource_data(estimate, available, tmp_path)["ways"]] == [[], [fault.what], []]
+    assert [way["refused"] for way in resource_data(estimate, available, tmp_path)["ways"]] == [
+        [], [fault.what], [], [],
+    ]  # fmt: skip
     table, *refusals = resource_view(estimate, available, tmp_path)
     assert [str(refusal) for refusal in refusals] == [f"merge, then pad would be refused: {fault.what} {fault.remedy}"]
-    assert table.row_count == 4
+    assert table.row_count == 5
 
 
 def test_plan_shows_a_refused_tower_and_its_remedy(tmp_path: Path) -> None:
@@ -142,3 +148,13 @@ def test_plan_refuses_unknown_models_and_engines(tmp_path: Path, model: Path) ->
     (tmp_path / "empty").mkdir()
     assert qwen_pipeline("plan", tmp_path / "empty").code == 2
     assert qwen_pipeline("plan", model, "--engine", "vlm").code == 2
+
+
+def test_8_bit_floats_are_planned_in_whole_blocks(model: Path) -> None:
+    blocks = plan(str(model), tp=[4, 8], method="fp8")
+    assert blocks.data["chosen"] == "fp8, padded"
+    assert "pad --group-size 128 --tp 8, then qwen-pipeline quantize --method fp8." in str(blocks.view[0])
+    assert {row["verdict"] for row in blocks.data["engines"]} == {"refused"}
+    channels = plan(str(model), tp=[8], method="fp8-dynamic")
+    assert channels.data["chosen"] == "fp8-dynamic, unpadded"
+    assert "Run: qwen-pipeline quantize --method fp8-dynamic." in str(channels.view[0])

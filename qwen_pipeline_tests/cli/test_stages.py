@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.cli import stages
-from qwen_pipeline_tests.cli.terminal import qwen_pipeline
+from qwen_pipeline_tests.cli.terminal import qwen_pipeline, qwen_pipeline_process
 from qwen_pipeline_tests.site import Site
 from qwen_pipeline_tests.tiny import tiny_qwen2, with_codes
 from qwen_pipeline_tests.transforms.codes.test_dequantize import to_fp8
@@ -36,7 +36,7 @@ def test_merge_then_pad_with_json(site: Site, tmp_path: Path) -> None:
 
 
 def test_tables_go_to_standard_output_and_progress_to_standard_error(merged: Path, tmp_path: Path) -> None:
-    ended = qwen_pipeline("pad", "--in", merged, "--out", tmp_path / "padded", "--tp", 2, "--group-size", 32)
+    ended = qwen_pipeline_process("pad", "--in", merged, "--out", tmp_path / "padded", "--tp", 2, "--group-size", 32)
     assert ended.code == 0
     assert "width_divides" in ended.out
     assert str(tmp_path / "padded") in ended.out

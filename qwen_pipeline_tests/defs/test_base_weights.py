@@ -1,4 +1,4 @@
-"""The settings ``base_dequantize`` and ``base_nf4`` in the graph, with merged weights and without."""
+"""The settings ``base_dequantize``, ``base_nf4`` and ``text_only`` in the graph, with merged weights and without."""
 
 import pytest
 
@@ -25,10 +25,12 @@ def test_a_quantized_base_is_merged_into_and_padded_if_the_settings_say_so(site:
     assert "base_dequantize" not in specs["padded"]
 
 
-def test_a_merge_onto_nf4_is_a_setting_too(site: Site) -> None:
+@pytest.mark.slow
+def test_a_merge_onto_nf4_and_the_language_model_alone_are_settings_too(site: Site) -> None:
     site.drop()
     settings = (site.root / "qwen_pipeline.toml").read_text()
-    (site.root / "qwen_pipeline.toml").write_text('base_nf4 = "double"\n' + settings)
+    (site.root / "qwen_pipeline.toml").write_text('base_nf4 = "double"\ntext_only = true\n' + settings)
     outcome = materialize(site.settings, FINE_TUNE, only=SELECTION[:3])
     assert outcome.fault is None
-    assert outcome.artifacts[-1].manifest.derivation.spec["base_nf4"] == "double"
+    spec = outcome.artifacts[-1].manifest.derivation.spec
+    assert (spec["base_nf4"], spec["text_only"]) == ("double", True)

@@ -17,7 +17,7 @@ import pytest
 
 from qwen_pipeline.checkpoint.store.destinations import CheckpointStore
 from qwen_pipeline.definitions import code_location
-from qwen_pipeline.defs.sensors import ARRIVAL_TAG
+from qwen_pipeline.defs.arrivals.sensors import ARRIVAL_TAG
 from qwen_pipeline.defs.stage_assets import FINE_TUNE_GROUP as GROUP
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 
@@ -126,7 +126,9 @@ def publish_over_graphql(site: Site, server: Server) -> None:
     parameters = {
         "selector": {**WHERE, "jobName": "process_fine_tune"},
         "mode": "default",
-        "runConfigData": {"resources": {"settings": {"config": {"validation": {"windows": 3}}}}},
+        "runConfigData": {
+            "resources": {"settings": {"config": {"validation": {"windows": 3}}}},
+        },
         "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
     }
     launched = server.ask(LAUNCH, parameters=parameters)["launchRun"]

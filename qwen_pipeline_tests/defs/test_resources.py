@@ -70,7 +70,8 @@ def test_an_invalid_override_is_refused_by_dagster_or_by_the_settings(site: Site
 
 
 @pytest.mark.parametrize(
-    ("section", "setting", "value"), [("store", "merged", False), ("validation", "unpadded", True)]
+    ("section", "setting", "value"),
+    [("store", "merged", False), ("validation", "unpadded", True), ("validation", "other_merge", True)],
 )
 def test_a_run_cannot_override_a_setting_that_decides_which_assets_exist(
     site: Site, section: str, setting: str, value: bool
@@ -90,10 +91,8 @@ def test_the_config_schema_describes_every_setting(site: Site) -> None:
     }
     described = {".".join(path): field.description for path, field in fields_below(schemas["settings"], ())}
     assert {path for path in described if "." not in path} == Settings.model_fields.keys() - {
-        "workspace",
-        "inbox",
-        "imports",
-        "owners",
+        *("workspace", "inbox", "imports", "owners", "notify", "openlineage", "execution", "assets"),
+        *("bases", "recipes", "default_recipes", "uploads_choose_recipes", "release", "queue"),
     }
     assert described["base_revision"] == "Commit, tag or branch of a base model on the hub."
     assert described["padding.towers"].startswith("Whether the MLPs of vision and audio towers")

@@ -18,7 +18,7 @@ def test_a_fine_tune_without_a_release_is_run_once_per_night(site: Site) -> None
         assert nightly_requests(site, instance) == [("poet", "poet@2026-11-24")]
 
 
-@pytest.mark.parametrize(("status", "waits"), [("STARTED", True), ("STARTING", True), ("FAILURE", False)])
+@pytest.mark.parametrize(("status", "waits"), [("STARTED", True), ("FAILURE", False)])
 def test_a_fine_tune_with_an_unfinished_run_is_not_run_again(site: Site, status: str, waits: bool) -> None:
     site.drop()
     job = code_location(site.settings).resolve_job_def("process_fine_tune")

@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from qwen_pipeline.defs.sensors import ARRIVAL_TAG
+from qwen_pipeline.defs.arrivals.sensors import ARRIVAL_TAG
 from qwen_pipeline.models.inbox import MARKER
 from qwen_pipeline_tests.defs.ticks import Daemon
 from qwen_pipeline_tests.site import Site

@@ -13,8 +13,10 @@ from qwen_pipeline.checkpoint.store.verify import contents_of_directory
 from qwen_pipeline.defs.resources import StepRunner
 from qwen_pipeline.errors import CheckFailed, EnvironmentFault, InputRefused, PipelineError, QuantizedInputRefused
 from qwen_pipeline.qwen.geometry import load_plan
+from qwen_pipeline.reports import dump_reports
 from qwen_pipeline.runner.dagster_home import open_instance
 from qwen_pipeline.runner.headless import Outcome, materialize
+from qwen_pipeline.stages import merge
 from qwen_pipeline.status import fine_tune_statuses
 from qwen_pipeline_tests.site import FINE_TUNE, Site
 from qwen_pipeline_tests.tiny import tiny_model, tiny_qwen2, with_codes
@@ -73,6 +75,20 @@ def test_padding_quantized_weights_is_refused_with_the_right_order(site: Site, t
     assert not list(site.settings.store_root.glob("padded/*/*"))
 
 
+def test_an_input_whose_blocking_check_failed_is_refused_in_another_run_too(site: Site) -> None:
+    reports = dump_reports([merge.CHECKS[0].report(passed=False, detail="Two adapters collide.")])
+    slot = CheckpointStore(site.settings.store_root).slot(FINE_TUNE)
+
+    def build(partial: Path) -> Built:
+        (partial / "config.json").write_text("{}")
+        return Built(contents=contents_of_directory(partial), result={"checks": reports})
+
+    derive(Derivation(stage="merged", inputs={}, spec={}, code_version="1"), slot, build)
+    outcome = materialize(site.settings, FINE_TUNE, only=["padded_checkpoint"])
+    assert isinstance(outcome.fault, CheckFailed)
+    assert "Two adapters collide." in outcome.fault.what
+
+
 @pytest.mark.parametrize("fault", [InputRefused("no", remedy="yes"), CheckFailed("bad", remedy="better")])
 def test_a_permanent_fault_is_not_retried(fault: PipelineError) -> None:
     with pytest.raises(dg.Failure) as failure, StepRunner().run(dg.build_asset_context()):
@@ -111,17 +127,18 @@ def test_without_stored_merged_weights_one_step_materializes_both_checkpoints(si
     assert padded.manifest.derivation.inputs == {"source": recipe.manifest.content_digest}
 
 
-def test_towers_are_padded_if_the_settings_say_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_towers_are_padded_and_nothing_is_stored_if_set_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(site.root / "base")
     tiny_model("qwen3_vl", site.root / "base")
     site.drop()
     monkeypatch.setenv("QWEN_PIPELINE_PADDING__TENSOR_PARALLEL", "5")
     monkeypatch.setenv("QWEN_PIPELINE_PADDING__TOWERS", "true")
-    site.configure("\n[store]\nmerged = false\n")
+    site.configure("\n[store]\nmerged = false\npadded = false\n")
     selection = ["base_model", "fine_tune", "merged_checkpoint", "padded_checkpoint"]
     outcome = materialize(site.settings, FINE_TUNE, only=selection)
     assert outcome.fault is None
     _, padded = outcome.artifacts
+    assert not list(padded.path.glob("*.safetensors"))
     assert [(size.field, size.padded) for size in load_plan(padded.manifest.result["padding"]).sizes] == [
         ("intermediate_size", 160),
         ("vision_config.intermediate_size", 100),

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from qwen_pipeline.definitions import code_location
+from qwen_pipeline.defs.arrivals.sensors import fine_tune_inbox
 from qwen_pipeline.defs.resources import configured_resources
 from qwen_pipeline.defs.schedules import nightly
-from qwen_pipeline.defs.sensors import fine_tune_inbox
 from qwen_pipeline_tests.site import Site
 
 
@@ -17,22 +17,32 @@ class Daemon:
     def __init__(self, site: Site, instance: dg.DagsterInstance) -> None:
         self.instance = instance
         self.definitions = code_location(site.settings)
-        self.workspace = configured_resources(site.settings)["workspace"]
+        self.resources = configured_resources(site.settings)
         self.cursor: str | None = None
         self.run_keys: set[str] = set()
         self.skip_message = ""
 
-    def tick(self) -> list[str]:
-        """Return the partitions for which this tick starts a run."""
+    def evaluate(self) -> dg.SensorResult:
+        """Return the result of a tick, without doing what it asks for."""
         context = dg.build_sensor_context(
-            self.instance, self.cursor, definitions=self.definitions, resources={"workspace": self.workspace}
+            self.instance, self.cursor, definitions=self.definitions, resources=self.resources
         )
         result = fine_tune_inbox(context)
         assert isinstance(result, dg.SensorResult)
+        return result
+
+    def tick(self) -> list[str]:
+        """Return the partitions for which this tick starts a run."""
+        result = self.evaluate()
         self.cursor = result.cursor
+        self.events = list(result.asset_events)
         self.skip_message = str(result.skip_reason.skip_message) if result.skip_reason else ""
         for request in result.dynamic_partitions_requests or ():
-            self.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+            if isinstance(request, dg.DeleteDynamicPartitionsRequest):
+                for key in request.partition_keys:
+                    self.instance.delete_dynamic_partition(request.partitions_def_name, key)
+            else:
+                self.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
         started = [run for run in result.run_requests or () if run.run_key not in self.run_keys]
         self.run_keys |= {str(run.run_key) for run in started}
         return [str(run.partition_key) for run in started]

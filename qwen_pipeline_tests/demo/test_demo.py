@@ -78,7 +78,7 @@ def test_a_second_demo_reuses_everything(demo: Demo) -> None:
 
 
 def test_quantization_to_eight_bits_costs_at_most_one_percent(demo: Demo) -> None:
-    demo.run("run", FINE_TUNE, QWEN_PIPELINE_QUANTIZATION__BITS="8")
+    demo.run("run", FINE_TUNE, QWEN_PIPELINE_QUANTIZATION__BITS="8", QWEN_PIPELINE_QUANTIZATION__RECIPE="gptq")
     report = json.loads((demo.latest("validated") / "report.json").read_text())
     perplexity = {role: figures["perplexity"] for role, figures in report["findings"]["models"].items()}
 

@@ -14,7 +14,7 @@ from qwen_pipeline.evaluation.logits.streamed import evaluate
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
-from qwen_pipeline.text.tokenizers import load_tokenizer
+from qwen_pipeline.text.bounded_tokenizer import BoundedTokenizer
 from qwen_pipeline.text.windows import token_windows
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline_tests.in_transformers import in_transformers
@@ -37,7 +37,7 @@ def test_perplexity_and_kl_are_those_of_plain_transformers(tmp_path: Path) -> No
     ).path
     quantized = round_to_codes(padded, tmp_path / "quantized", group_size=GROUP_SIZE)
     text = write_texts(tmp_path).held_out
-    windows = token_windows(text, load_tokenizer(base), windows=2, seq_len=256)
+    windows = token_windows(text, BoundedTokenizer(base), windows=2, seq_len=256)
     models = str(base), str(dequantized(padded, quantized, tmp_path / "dequantized"))
     plain = in_transformers("qwen_pipeline_tests.demo.figures_in_transformers", json.dumps(windows), *models)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,7 @@ def test_held_out_topics_are_in_no_other_file(tmp_path: Path) -> None:
     assert not any(json.dumps(text) in others for text in held_out)
 
 
+@pytest.mark.slow
 def test_peft_trains_the_adapter_and_it_is_renamed_once_complete(tmp_path: Path) -> None:
     base = tiny_qwen2(tmp_path / "base")
     texts = tmp_path / "texts.jsonl"

@@ -13,6 +13,7 @@ from qwen_pipeline.evaluation.limits import Limits
 from qwen_pipeline.evaluation.report.html import render_page
 from qwen_pipeline.evaluation.report.markdown import HEAD_COLUMNS, quality_table
 from qwen_pipeline.evaluation.report.usage import loading_code
+from qwen_pipeline.evaluation.serving.findings import ServingFindings
 from qwen_pipeline.reports import CheckReport
 from qwen_pipeline_tests.evaluation.example_findings import GOOD, SMALL_PEAK
 
@@ -59,14 +60,19 @@ def test_a_good_model_passes_the_checks_that_concern_it(task: HeadTask, ran: set
     ours = {check.name for check in HEAD_CHECKS}
     assert {name for name in ours if reports[name].passed} == ran
     assert (
-        {name for name, report in reports.items() if report.skipped} == (ours - ran) | OF_LANGUAGE == inapplicable(task)
+        {name for name, report in reports.items() if report.skipped} - {"serves"}
+        == (ours - ran) | OF_LANGUAGE
+        == inapplicable(task)
     )
-    assert verdict(list(reports.values())) == f"passed: {6 + len(ran)} of {6 + len(ran)} checks that ran"
+    assert "validation.serve.engine" in reports["serves"].detail
+    number = 6 + len(ran)
+    assert verdict(list(reports.values())) == f"passed: {number} of {number} checks that ran; skipped: serves"
 
 
 def test_a_language_model_skips_them_and_its_verdict_does_not_name_them() -> None:
     reports = judge(GOOD, Limits())
     assert {report.name for report in reports if report.skipped} == {check.name for check in HEAD_CHECKS} | {
+        "draft_acceptance",
         "serves",
         "benchmark_tasks",
     }
@@ -100,12 +106,42 @@ def test_a_model_that_did_not_load_fails_what_needs_it() -> None:
     assert "did not load: quantized" in reports["head_logits"].detail
 
 
+@pytest.mark.parametrize("task", CLOSE)
+def test_outputs_that_an_engine_computed_have_the_same_limits(task: HeadTask) -> None:
+    served = ServingFindings(role="quantized", degree=2, engine="vllm", ready=True, head=CLOSE[task])
+    report = judged(replace(findings_of(task), served=[served]))["serves"]
+    assert report.passed
+    assert f"vllm serves quantized on 2 ranks: {CLOSE[task].outputs} outputs" in report.detail
+    strict = Limits(max_head_error=0.1, min_embedding_cosine=0.98)
+    report = judged(replace(findings_of(task), served=[served]), strict)["serves"]
+    assert (report.blocks, report.measured) == (True, 0.97 if task is EMBEDDER else 0.2)
+    assert " is 0.97, not 0.98" in report.detail if task is EMBEDDER else "head_logits is 0.2, not 0.1" in report.detail
+
+
+def test_an_engine_that_computed_nothing_never_passes() -> None:
+    served = ServingFindings(role="quantized", degree=1, engine="vllm", ready=True)
+    outcomes = {
+        "failed": [served],
+        "failed, too": [replace(served, fault="ValueError: no")],
+        "skipped": [replace(served, fault="x", lacking="the engine has no kernel k")],
+        "skipped, too": [replace(served, uncompared="the engine also computes what follows")],
+        "warning": [replace(served, lacking="no kernel"), replace(served, role="merged", head=CLOSE[EMBEDDER])],
+    }
+    for outcome, findings in outcomes.items():
+        report = judged(replace(findings_of(EMBEDDER), served=findings))["serves"]
+        assert report.outcome == outcome.partition(",")[0], report.detail
+    page = render_page(replace(findings_of(EMBEDDER), served=outcomes["warning"]), [], plots={}, lineage=[], method="")
+    assert "64 outputs, compared with the merged model" in page
+
+
 def test_nan_never_passes() -> None:
     nan = float("nan")
     lost = HeadFigures(outputs=1, error=nan, max_error=nan, agreement=nan, order=nan, cosine=nan, min_cosine=nan)
     for task in CLOSE:
         reports = judged(findings_of(task, **{QUANTIZED: ModelFigures(head=lost, peaks=(SMALL_PEAK,))}))
         assert not any(reports[check.name].passed for check in HEAD_CHECKS)
+        served = ServingFindings(role="quantized", degree=1, engine="vllm", ready=True, head=lost)
+        assert judged(replace(findings_of(task), served=[served]))["serves"].blocks
 
 
 def test_reports_show_the_figures_of_heads() -> None:
@@ -118,3 +154,19 @@ def test_reports_show_the_figures_of_heads() -> None:
     assert "Perplexity, quantized" not in page
     assert "AutoModelForSequenceClassification.from_pretrained" in loading_code("spam", CLASSIFIER)
     assert "pooling: lasttoken" in loading_code("search", EMBEDDER)
+
+
+def test_shares_of_accepted_drafts_are_compared_with_their_limit_and_shown_beside_those_before() -> None:
+    def found(share: float) -> CheckReport:
+        models = {
+            role: replace(model, draft_acceptance={MERGED: 0.8, QUANTIZED: share}.get(role))
+            for role, model in GOOD.models.items()
+        }
+        reports = concerning(judge(replace(GOOD, models=models), Limits(min_draft_acceptance=0.5)))
+        return next(report for report in reports if report.name == "draft_acceptance")
+
+    good, bad = found(0.75), found(0.25)
+    assert (good.outcome, good.measured, good.limit) == ("passed", 0.75, 0.5)
+    assert "merged 80.0%" in good.detail
+    assert (bad.outcome, bad.blocks) == ("warning", False)
+    assert "train the draft head" in bad.detail

@@ -37,7 +37,20 @@ def test_what_cannot_be_compared_is_skipped_or_warns() -> None:
     assert first.outcome == other_text.outcome == "skipped"
     unloaded = replace(RELEASED, quantized=ModelFigures(fault="OSError: no"))
     assert compare(RELEASED, unloaded).outcome == "warning"
-    assert [change.figure for change in changes(RELEASED, RELEASED)] == ["perplexity", "mean KL", "top-1 agreement"]
+    assert [change.figure for change in changes(RELEASED, RELEASED)] == [
+        "perplexity", "mean KL", "KL 99.9 %", "top-1 agreement",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mean", "tail", "lost"), [(0.05, 0.2, False), (0.05, 0.5, True), (0.2, 0.5, False)])
+def test_a_better_mean_with_a_worse_tail_says_so(mean: float, tail: float, lost: bool) -> None:
+    assert FIGURES.divergence
+    now = replace(FIGURES, perplexity=9.9, divergence=replace(FIGURES.divergence, mean=mean, p99_9=tail))
+    report = compare(RELEASED, replace(RELEASED, quantized=now))
+    assert report.passed != lost
+    assert ("its tail grew" in report.detail) == lost
+    assert f"KL 99.9 % 0.3 -> {tail:g}" in report.detail
+    assert report.measured == pytest.approx(tail / 0.3 if lost else 0.99)
 
 
 def test_verdicts_are_read_from_validations(validated: Artifact, tmp_path: Path) -> None:

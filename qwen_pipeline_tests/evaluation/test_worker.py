@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen_pipeline.errors import EnvironmentFault
-from qwen_pipeline.evaluation.figures import ModelFigures, load_figures
+from qwen_pipeline.evaluation.figures import ModelFigures
+from qwen_pipeline.evaluation.measured import Measured
 from qwen_pipeline.evaluation.measurement import MEASURE, MEASURING_ENVIRONMENT, Measurement
 from qwen_pipeline.transforms.codes.gptq import gptq_format
 from qwen_pipeline.workers.parent import run_worker
@@ -39,6 +41,7 @@ def test_a_model_with_missing_weights_is_not_loaded(tmp_path: Path) -> None:
     assert "unexpected_keys: model.layers.0.extra.weight" in str(fault.value)
 
 
+@pytest.mark.slow
 def test_the_worker_loads_real_codes_and_reports_the_faults_of_broken_ones(chain: Chain, tmp_path: Path) -> None:
     """Measure in one process: a quantized model, a missing tensor, other sizes, packed experts, a small vocabulary.
 
@@ -68,12 +71,13 @@ def test_the_worker_loads_real_codes_and_reports_the_faults_of_broken_ones(chain
     assert found["experts"].fault is None
 
 
+@pytest.mark.slow
 def test_an_environment_without_the_engine_is_a_fault(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="cannot load GPTQ checkpoints: No module named"):
-        measure(chain, tmp_path, python=Path(sys.executable))
+        measure(chain, tmp_path, python=Path(sys.executable), quantized=chain.quantized)
 
 
-def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: Path) -> dict[str, ModelFigures]:
+def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: Path) -> Mapping[str, ModelFigures]:
     measurement = Measurement(
         models={"merged": str(chain.merged)} | {role: str(root) for role, root in others.items()},
         reference="merged",
@@ -86,9 +90,8 @@ def measure(chain: Chain, logs: Path, *, python: Path | None = None, **others: P
         calibration=[list(range(8))],
     )
     python = python or chain.engine.python
-    return load_figures(
-        run_worker(python, MEASURE, measurement.to_json(), log=logs / "log", env=MEASURING_ENVIRONMENT).value
-    )
+    worker = run_worker(python, MEASURE, measurement.to_json(), log=logs / "log", env=MEASURING_ENVIRONMENT)
+    return Measured.from_json(worker.value).figures
 
 
 def packed_experts(root: Path) -> Path:

@@ -8,7 +8,6 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Directory
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.evaluation.structure.check import check_structure
-from qwen_pipeline.evaluation.tensor_parallel.find import find_targets
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target
 from qwen_pipeline.qwen.geometry import plan_padding
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
@@ -19,6 +18,7 @@ from qwen_pipeline.transforms.padding.pad import pad as padded_view
 from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.chain import GROUP_SIZE, Chain
 from qwen_pipeline_tests.damages import Healthy
+from qwen_pipeline_tests.evaluation.simulated import find_targets
 from qwen_pipeline_tests.rounding import round_to_codes
 from qwen_pipeline_tests.tiny import tiny_model
 from qwen_pipeline_tests.zoo import SPECIMENS, table

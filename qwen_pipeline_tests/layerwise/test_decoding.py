@@ -175,12 +175,36 @@ def test_layers_within_the_budget_are_read_once_and_others_once_per_step(qwen2: 
 
     watched = replace(checkpoint, tensors={name: counted(name, tensor) for name, tensor in checkpoint.tensors.items()})
     first, second, head = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
-    layer = 4 * Decoder(checkpoint, CPU).parts[0].numel
+    layer = sum(checkpoint[name].nbytes for name in Decoder(checkpoint, CPU).parts[0].stored)
     expected = streamed_answers(checkpoint)
     for budget, times in ((None, (1, 1, 1)), (layer, (1, LIMIT, LIMIT)), (0, (LIMIT, LIMIT, LIMIT))):
         reads.clear()
         assert streamed_answers(watched, budget=budget) == expected
         assert tuple(map(reads.count, (first, second, head))) == times
+
+
+def test_codes_that_fit_stay_as_codes_and_propose_the_answers_of_a_model_that_does_not(
+    qwen2: Path, tmp_path: Path
+) -> None:
+    """Answers stay those of ``generate``; a proposer that is always right saves all but two steps of twelve."""
+    checkpoint, expected = open_checkpoint(qwen2), plain_answers(qwen2)
+    packed = open_checkpoint(round_to_codes(qwen2, tmp_path / "packed", group_size=32))
+    codes, whole = (Decoder(packed, CPU, budget=budget) for budget in (packed.nbytes, None))
+    arguments: dict[str, Any] = {"stops": stop_tokens(checkpoint), "limit": LIMIT}
+    answers = codes.answers(PROMPTS, **arguments)
+    assert answers == whole.answers(PROMPTS, **arguments)
+    assert codes.is_compact
+    assert codes.answers(PROMPTS, **arguments) == answers  # from memory alone
+    assert whole.is_resident
+    assert not whole.is_compact
+
+    steps: list[Progress] = []
+    drafts = [answer[:3] for answer in answers]
+    for proposer, at_most in ((codes, LIMIT), (Decoder(checkpoint, CPU), 3)):
+        steps.clear()
+        found = streamed_answers(checkpoint, budget=0, proposer=proposer, drafts=drafts, observe=steps.append)
+        assert found == expected
+        assert len(steps) <= at_most
 
 
 def test_nan_logits_choose_the_first_token_as_argmax_does(qwen2: Path, tmp_path: Path) -> None:

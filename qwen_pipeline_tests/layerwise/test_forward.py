@@ -78,6 +78,24 @@ def test_models_of_different_depth_are_refused(tmp_path: Path) -> None:
         next(advance([LayerStream(open_checkpoint(root), BATCHES, CPU) for root in roots]))
 
 
+@pytest.mark.slow
 @pytest.mark.lengthy
 def test_memory_is_at_most_a_layer_and_a_half(tmp_path: Path) -> None:
     require_a_layer_and_a_half(tmp_path, "qwen_pipeline_tests.layerwise.peak_of_forward")
+
+
+def test_rows_of_the_embedding_are_read_once_for_all_batches(tmp_path: Path) -> None:
+    checkpoint, read = open_checkpoint(tiny_qwen2(tmp_path / "model")), 0
+    embedding = checkpoint.tensors["model.embed_tokens.weight"]
+
+    def counted(start: int, stop: int) -> torch.Tensor:
+        nonlocal read
+        read += stop - start
+        return embedding.read(start, stop)
+
+    watched = checkpoint.replace(tensors={"model.embed_tokens.weight": replace(embedding, read=counted, stored=None)})
+    batches = [torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    together, alone = LayerStream(watched, batches, CPU), [LayerStream(checkpoint, [batch], CPU) for batch in batches]
+    assert read <= 60
+    for hidden, stream in zip(together.hidden, alone, strict=True):
+        assert torch.equal(hidden, stream.hidden[0])

@@ -26,6 +26,8 @@ from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS
 from qwen_pipeline_tests.adapter_kinds import KINDS, train
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2, tiny_qwen3
 
+pytestmark = pytest.mark.lengthy
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Weights beside a fine-tune's own are refused by name, with remedies that work; files of trainers are left behind."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.models.fine_tune_files import FILES_READ
+from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.reports import CheckReport, load_reports
 from qwen_pipeline.stages.convert import convert
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2
+
+pytestmark = pytest.mark.lengthy
 
 LEFT_BEHIND = {
     "README.md": "a document",
@@ -27,6 +32,9 @@ LEFT_BEHIND = {
     "checkpoint-4/adapter_model.safetensors": "an earlier checkpoint",
     "runs/Nov30/events.out.tfevents.1": "logs of the training",
     "trainer_log.jsonl": "logs of the training",
+    "training_loss.png": "logs of the training",
+    "all_results.json": "a document",
+    "additional_config.json": "a document",
     "zero_to_fp32.py": "code, which is never run",
     "notes": "not weights",
 }
@@ -83,6 +91,21 @@ def test_weights_beside_a_whole_model_are_refused_but_not_its_other_formats(base
         merge(base=base, fine_tune=tuned, destination=tmp_path / "again")
 
 
+def test_the_settings_of_an_adapter_beside_the_model_it_was_merged_into_are_left_behind(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter, tuned = tiny_adapter(base, tmp_path / "adapter"), tiny_qwen2(tmp_path / "tuned", seed=3)
+    shutil.copy(adapter / "adapter_config.json", tuned)
+    assert "adapter_config.json" in files_read(base, tuned, tmp_path / "merged").detail
+    assert checkpoint_digest(tmp_path / "merged") == checkpoint_digest(tuned) == fine_tune_digest(tuned)
+    shutil.copy(adapter / "adapter_model.safetensors", tuned)
+    with pytest.raises(InputRefused, match="holds an adapter and a whole model"):
+        merge(base=base, fine_tune=tuned, destination=tmp_path / "again")
+    (tuned / "adapter_model.safetensors").rename(tuned / "adapter_model.bin")
+    with pytest.raises(InputRefused, match=r"does not read: adapter_model\.bin"):
+        merge(base=base, fine_tune=tuned, destination=tmp_path / "again")
+
+
 def test_weights_beside_a_set_of_adapters_are_refused(base: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     tiny_adapter(base, root / "style")
@@ -93,6 +116,7 @@ def test_weights_beside_a_set_of_adapters_are_refused(base: Path, tmp_path: Path
         merge(base=base, fine_tune=root, destination=tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit.safetensors", "vit.bin", "non_lora_state_dict.bin"])
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 def test_the_remedy_adds_trained_weights_to_the_adapter(tmp_path: Path, name: str, prefix: str) -> None:

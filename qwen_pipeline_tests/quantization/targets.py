@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.layerwise.forward import LayerStream, logit_blocks
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.quantization import decoder_layer, gptqmodel, layerwise, solver
+from qwen_pipeline.quantization import gptqmodel, layerwise, solver
 from qwen_pipeline.quantization.layerwise import LayerLoop
 from qwen_pipeline.quantization.solver import Hessian, pack, solve
 from qwen_pipeline.quantization.spec import QuantSpec
@@ -111,10 +111,10 @@ def quantize_with_unrounded_scales(spec: Mapping[str, Any], observe: Observe) ->
         weights.append(rounded_OI.clone())
         return pack(rounded_OI, *others)
 
-    def put(weight_OI: torch.Tensor, _: object) -> None:
+    def put(_: PackedLinear, weight_OI: torch.Tensor) -> None:
         weight_OI.copy_(weights.pop())
 
-    with patch.object(solver, "pack", keep), patch.object(decoder_layer, "_write_dequantized", put):
+    with patch.object(solver, "pack", keep), patch.object(PackedLinear, "write_weight", put):
         return layerwise.quantize_directory(spec, observe)
 
 
@@ -129,3 +129,19 @@ def logits(stream: LayerStream) -> torch.Tensor:
     for block in logit_blocks([stream], stream.context):
         parts.setdefault(block.batch, []).append(block.values[0])
     return torch.cat([torch.cat(part, dim=-1) for part in parts.values()])
+
+
+def gptqmodel_logits(spec: Mapping[str, Any], _: Observe) -> dict[str, Any]:
+    """Load a checkpoint with GPTQModel; return its float32 logits for the first tokens, and its layers by their bits.
+
+    The kernel loads in 16 bits; products of codes and scales are exact once the scales are float32.
+    """
+    library: Any = import_module("gptqmodel")
+    model = library.GPTQModel.load(
+        spec["model"], device="cpu", backend=library.BACKEND("gptq_torch"), dtype=torch.float16
+    )
+    found = model.model.float().eval()
+    bits = [str(module.bits) for module in found.modules() if hasattr(module, "qweight")]
+    with torch.inference_mode():
+        values = found(torch.arange(48)[None]).logits.flatten().tolist()
+    return {"logits": values, "linears": {each: bits.count(each) for each in sorted(set(bits))}}

@@ -49,6 +49,7 @@ def found() -> dict[str, Any]:
     return json.loads(printed.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.parametrize("act_group_aware", [False, True])
 def test_codes_of_live_channels_equal_those_without_padding(found: dict[str, Any], act_group_aware: bool) -> None:
@@ -57,6 +58,7 @@ def test_codes_of_live_channels_equal_those_without_padding(found: dict[str, Any
     assert settled["dead are zero"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.parametrize("act_group_aware", [False, True])
 def test_without_the_patch_padding_costs_accuracy(found: dict[str, Any], act_group_aware: bool) -> None:

@@ -1,8 +1,9 @@
 """The quantizer ``layerwise`` on every Qwen family: codes on disk compute the logits in memory, resumed or not."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ ALL: Sequence[Case] = [
     *((family, layout, ()) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)),
     *((family, "saved", (1,)) for family in ("qwen2_moe", "qwen3_moe", "qwen3_next")),
 ]
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized(QUICK, tmp_path_factory.mktemp("quick"))
+CASES: Mapping[RecipeName, Sequence[Case]] = {
+    "gptq": ALL,
+    "fast": [case for case in ALL if case[1] == "saved"],  # a layout is read in the same way by every recipe
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,10 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(QUICK, tmp_path_factory.mktemp("learned"), recipe="balanced")
 
 
-@pytest.fixture(scope="module", params=["gptq", "fast"])
-def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized(ALL, tmp_path_factory.mktemp("every"), recipe=request.param)
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RecipeName], Path]:
+    """Quantize every case of a recipe once: pytest would set up an indirectly parametrized fixture for each test."""
+    return cache(lambda recipe: quantized(CASES[recipe], tmp_path_factory.mktemp(recipe), recipe=recipe))
 
 
 def quantized(cases: Sequence[Case], root: Path, *, recipe: RecipeName = "gptq") -> Path:
@@ -78,12 +79,7 @@ def source(case: Case, root: Path) -> Path:
     return tiny_model(family, root, layout=layout, **sizes)
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("case", QUICK, ids=name_of)
-def test_codes_on_disk_compute_the_logits_in_memory(quick: Path, tmp_path: Path, case: Case) -> None:
-    require_agreement(quick, name_of(case), tmp_path)
-
-
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.parametrize("case", QUICK, ids=name_of)
 def test_codes_of_a_recipe_that_compares_models_and_learns_do_too(learned: Path, tmp_path: Path, case: Case) -> None:
@@ -91,9 +87,14 @@ def test_codes_of_a_recipe_that_compares_models_and_learns_do_too(learned: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ALL, ids=name_of)
-def test_codes_of_every_family_compute_the_logits_in_memory(every: Path, tmp_path: Path, case: Case) -> None:
-    require_agreement(every, name_of(case), tmp_path)
+@pytest.mark.parametrize(
+    ("recipe", "case"),
+    [pytest.param(recipe, case, id=f"{recipe}-{name_of(case)}") for recipe, cases in CASES.items() for case in cases],
+)
+def test_codes_of_every_family_compute_the_logits_in_memory(
+    every: Callable[[RecipeName], Path], tmp_path: Path, recipe: RecipeName, case: Case
+) -> None:
+    require_agreement(every(recipe), name_of(case), tmp_path)
 
 
 def require_agreement(root: Path, name: str, scratch: Path) -> None:

@@ -16,6 +16,7 @@ from qwen_pipeline_tests.tiny import tiny_model
 QUANTIZE = "qwen_pipeline.quantization.gptqmodel:quantize_directory"
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_an_error_in_a_thread_is_reported_before_it_ends_the_process(tmp_path: Path) -> None:
     python, target = find_environment("gptqmodel").python, "qwen_pipeline_tests.quantization.targets:lose_a_thread"

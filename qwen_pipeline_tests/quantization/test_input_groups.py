@@ -27,11 +27,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.inference_mode()
-def first_layer(checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool) -> dict[str, tuple[int, Tensor]]:
-    """Return kind -> tokens and Hessian, for the linear layers of the first layer."""
+def first_layer(
+    checkpoint: Checkpoint, mask: Tensor, *, all_experts: bool, within: str = ""
+) -> dict[str, tuple[int, Tensor]]:
+    """Return kind -> tokens and Hessian, for the linear layers of the first layer whose kind begins with ``within``."""
     stream = LayerStream(checkpoint, WINDOWS.split(2), CPU)
     module = next(stream.iter_layers())
-    linears = [linear for linear in decoder_linears(checkpoint) if linear.layer == 0]
+    linears = [each for each in decoder_linears(checkpoint) if each.layer == 0 and each.kind.startswith(within)]
     masks = [part.flatten() for part in mask.split(2)]
     found: dict[str, tuple[int, Tensor]] = {}
     passes = [LayerPass(stream=stream, layer=0, module=module)]
@@ -105,3 +107,21 @@ def test_an_unknown_linear_layer_is_refused() -> None:
     )
     with pytest.raises(InputRefused, match="odd_proj"):
         require_known([odd])
+
+
+def test_attention_that_keeps_its_weights_is_computed_once(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, cached = open_checkpoint(mixture), list[str]()
+    cache = LayerStream.cache_outputs
+
+    def counted(self: LayerStream, layer: int, module: Any, last: str, inputs: list[Tensor]) -> None:
+        cached.append(last)
+        cache(self, layer, module, last, inputs)
+
+    whole = first_layer(checkpoint, MASK, all_experts=False)
+    monkeypatch.setattr(LayerStream, "cache_outputs", counted)
+    found = first_layer(checkpoint, MASK, all_experts=False, within="mlp")
+    assert cached == ["self_attn.o_proj"]
+    assert found.keys() == {kind for kind in whole if kind.startswith("mlp")}
+    for kind, (tokens, hessian) in found.items():
+        assert tokens == whole[kind][0]
+        assert torch.equal(hessian, whole[kind][1])

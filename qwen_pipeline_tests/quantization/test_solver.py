@@ -73,6 +73,7 @@ def test_packing_preserves_a_weight_on_its_grid() -> None:
     assert torch.equal(packed.weight_rows(0, 2080), weight_OI)
 
 
+@pytest.mark.slow
 def test_the_solver_accepts_a_hessian_and_weights(chain: Chain, tmp_path: Path) -> None:
     """The codes equal those with a Hessian accumulated by GPTQModel; weights of dead channels become zero.
 

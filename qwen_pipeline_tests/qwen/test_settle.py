@@ -159,10 +159,12 @@ def test_a_leftover_quantization_of_full_precision_weights_is_removed(
 ) -> None:
     root = tiny_model("qwen2_5_vl", tmp_path)
     before = json.loads((root / CONFIG).read_bytes())
-    edit_config(root, lambda _: {"quantization_config": settings, "text_config.quantization_config": settings})
+    fields = ("quantization_config", "text_config.quantization_config", "compression_config")
+    edit_config(root, lambda _: dict.fromkeys(fields, settings))
     settled = settle(open_checkpoint(root))
     assert settled.checkpoint.config == before
-    assert "text_config.quantization_config removed: the weights are stored in full precision" in settled.corrections[0]
+    removed = ", ".join(f"{field} removed" for field in fields)
+    assert f"{removed}: the weights are stored in full precision" in settled.corrections[0]
 
 
 @pytest.mark.parametrize(("layers", "message"), [(3, "layers 2 are missing"), (1, "layers 1 are stored too")])

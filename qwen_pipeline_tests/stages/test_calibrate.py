@@ -97,7 +97,7 @@ def test_skipped_records_are_counted_named_and_warned_of(dense: Path, tmp_path: 
     report, _ = load_reports(manifest.result)
     assert report.outcome == "warning"
     assert report.measured == "38 of 39"
-    assert f"{text} line 8: has half of a surrogate pair" in report.detail
+    assert f"{text.name} line 8: has half of a surrogate pair" in report.detail
     assert manifest.result["records"] == drawn.records.to_json() == drawn.statistics()["skipped"]
     assert (drawn.records.empty, drawn.records.skipped) == (1, {"has half of a surrogate pair": 1})
     again = calibrate(source=dense, text=text, destination=Directory(path), spec=spec)

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.errors import AdapterRefused, CheckpointRefused, InputRefused
 from qwen_pipeline.models.open import open_model
-from qwen_pipeline.qwen.heads import head_kind
+from qwen_pipeline.qwen.families import FAMILIES
+from qwen_pipeline.qwen.heads import further_steps, head_kind
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline_tests.layouts import Layout
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen3, tiny_tokenizer
 from qwen_pipeline_tests.tiny_heads import (
     SCORED_FAMILIES,
@@ -48,7 +50,8 @@ def config_of(root: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", SCORED_FAMILIES)
 def test_a_full_fine_tune_with_another_head_is_merged_and_padded(tmp_path: Path, family: str, head: Head) -> None:
-    base = tiny_model(family, tmp_path / "base", tie=family == "qwen3")
+    layout: Layout = "mtp" if FAMILIES[family].drafts else "saved"
+    base = tiny_model(family, tmp_path / "base", tie=family == "qwen3", layout=layout)
     trained = tiny_headed(base, tmp_path / "trained", head)
     merged = merge(base=base, fine_tune=trained, destination=tmp_path / "merged")
     padded = pad(source=merged.path, destination=tmp_path / "padded", spec=WIDER)
@@ -60,7 +63,10 @@ def test_a_full_fine_tune_with_another_head_is_merged_and_padded(tmp_path: Path,
     assert all(report.passed for report in reports)
     if family != "qwen3":
         used = next(report.detail for report in reports if report.name == "every_tensor_is_used")
-        assert "lm_head.weight of the base is left out" in used
+        assert " lm_head.weight" in used
+        assert "of the base is left out" in used
+        assert ("mtp." in used) == FAMILIES[family].drafts
+    assert not any(name.startswith("mtp.") for name in open_checkpoint(padded.path))
     for artifact in (merged, padded):
         for field in ("architectures", "id2label", "label2id", "pad_token_id"):
             assert config_of(artifact.path).get(field) == config_of(trained).get(field)
@@ -74,10 +80,12 @@ def _sizes(padded: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("tie", [False, True])
-def test_an_adapter_brings_its_head(tmp_path: Path, head: Head, tie: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout", "tie"), [("qwen3", "saved", True), ("qwen3_next", "mtp", False), ("qwen3_5", "mtp", False)]
+)
+def test_an_adapter_brings_its_head(tmp_path: Path, head: Head, family: str, layout: Layout, tie: bool) -> None:
     """PEFT merges in float64; a float32 base makes the merge exact but for its one rounding."""
-    base = tiny_qwen3(tmp_path / "base", tie=tie, dtype=torch.float32)
+    base = tiny_model(family, tmp_path / "base", tie=tie, dtype=torch.float32, layout=layout)
     adapter = tiny_headed_adapter(base, tmp_path / "adapter", head)
     merged = merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")
     padded = pad(source=merged.path, destination=tmp_path / "padded", spec=WIDER)
@@ -87,10 +95,11 @@ def test_an_adapter_brings_its_head(tmp_path: Path, head: Head, tie: bool) -> No
     for root in (merged.path, padded.path):
         assert torch.allclose(answers(load_headed(root, head)), expected, rtol=1e-5, atol=1e-5)
     config = config_of(padded.path)
-    assert config["architectures"] == [f"Qwen3{head}"]
+    assert config["architectures"] == [f"{FAMILIES[family].scored}{head}"]
+    assert not any(name.startswith("mtp.") for name in open_checkpoint(merged.path))
     if head != "Model":
         assert len(config["id2label"]) == 3
-        assert config["pad_token_id"] == PAD
+        assert config.get("text_config", config)["pad_token_id"] == PAD
     assert all(report.passed for report in load_reports(merged.manifest.result))
 
 
@@ -167,6 +176,25 @@ def test_a_published_embedding_model_is_a_base(tmp_path: Path) -> None:
     theirs: Any = PeftModel.from_pretrained(load_headed(base, "Model"), str(adapter))
     expected = answers(theirs.merge_and_unload())
     assert torch.allclose(answers(load_headed(padded, "Model")), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_modules_of_a_fine_tuned_embedding_model_are_carried_along(tmp_path: Path) -> None:
+    base = tiny_qwen3(tmp_path / "base", tie=True)
+    trained = as_sentence_transformer(tiny_headed(base, tmp_path / "trained", "Model"), pooling="mean")
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense", "name": "2", "idx": 2}
+    steps = json.loads((trained / "modules.json").read_text())
+    (trained / "modules.json").write_text(json.dumps([*steps[:2], dense]))
+    (trained / "2_Dense").mkdir()
+    (trained / "2_Dense/config.json").write_text(json.dumps({"in_features": 64, "out_features": 8, "bias": False}))
+    save_file({"linear.weight": torch.ones(8, 64)}, trained / "2_Dense/model.safetensors")
+    merged = merge(base=base, fine_tune=trained, destination=tmp_path / "merged").path
+    padded = pad(source=merged, destination=tmp_path / "padded", spec=WIDER).path
+    for path in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert (padded / path).read_bytes() == (trained / path).read_bytes(), path
+    assert further_steps(open_checkpoint(padded)) == ["2_Dense"]
+    (trained / "modules.json").unlink()
+    with pytest.raises(InputRefused, match=r"does not read: 2_Dense/model\.safetensors"):
+        merge(base=base, fine_tune=trained, destination=tmp_path / "again")
 
 
 def test_an_adapter_of_a_padded_classifier_merges_into_the_live_base(tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
 """One pass gives the bytes of two, and a recipe has the digest of the stored weights."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.measure import measured
 from qwen_pipeline.checkpoint.store.destinations import Artifact, CheckpointStore
 from qwen_pipeline.checkpoint.store.verify import require_intact
-from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
 from qwen_pipeline.models.open import materialize, open_model
-from qwen_pipeline.qwen.padding_spec import PaddingSpec
+from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import estimate_resources, merge_pad
 from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.quantize import quantize
+from qwen_pipeline.stages.unpad import unpad
 from qwen_pipeline.transforms.lora.adapter_set import weighted
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
 from qwen_pipeline_tests.whole import load_model
@@ -34,13 +39,16 @@ class Inputs:
         self.merged = merge(base=self.base, fine_tune=self.adapter, destination=root / "merged")
         self.padded = pad(source=self.merged.path, destination=root / "padded", spec=GEOMETRY)
 
-    def one_pass(self, out: Path) -> tuple[Artifact, Artifact]:
+    def one_pass(
+        self, out: Path, *, spec: PaddingSpec = GEOMETRY, stores_padded: bool = True
+    ) -> tuple[Artifact, Artifact]:
         return merge_pad(
             base=self.base,
             fine_tune=self.adapter,
             merged=out / "recipe",
             padded=out / "padded",
-            spec=GEOMETRY,
+            spec=spec,
+            stores_padded=stores_padded,
         )
 
 
@@ -67,6 +75,58 @@ def test_one_pass_gives_the_same_result_as_two(
     require_intact(recipe.path)
     again = inputs.one_pass(tmp_path)
     assert all(artifact.reused for artifact in again)
+
+
+@pytest.mark.parametrize("layout", ["interleave", "split"])
+def test_neither_weights_need_be_stored(inputs: Inputs, tmp_path: Path, layout: Layout) -> None:
+    spec = replace(GEOMETRY, layout=layout)
+    padded = pad(source=inputs.merged.path, destination=tmp_path / "stored", spec=spec)
+    recipes = inputs.one_pass(tmp_path, spec=spec, stores_padded=False)
+    assert not list(tmp_path.glob("recipe/*.safetensors")) + list(tmp_path.glob("padded/*.safetensors"))
+    for recipe, stored in zip(recipes, (inputs.merged, padded), strict=True):
+        require_intact(recipe.path)
+        assert recipe.manifest.derivation == stored.manifest.derivation
+        assert recipe.manifest.content_digest == stored.manifest.content_digest
+        assert recipe.manifest.result == stored.manifest.result
+        expected, computed = open_model(stored.path), open_model(recipe.path)
+        assert computed.config == expected.config
+        assert all(torch.equal(expected.load(name), computed.load(name)) for name in expected)
+
+    quantized = [
+        quantize(source=source, destination=source.with_suffix(".fp8"), spec=QuantSpec(method="fp8-dynamic"))
+        for source in (padded.path, recipes[1].path)
+    ]
+    assert quantized[0].manifest.derivation == quantized[1].manifest.derivation
+    assert quantized[0].manifest.contents == quantized[1].manifest.contents
+    merged_again = unpad(source=recipes[1].path, destination=tmp_path / "unpadded")
+    assert merged_again.manifest.contents.tensors == inputs.merged.manifest.contents.tensors
+
+    again = inputs.one_pass(tmp_path, spec=spec, stores_padded=False)
+    assert all(artifact.reused for artifact in again)
+    _, filled = inputs.one_pass(tmp_path, spec=spec)
+    assert filled.manifest.recipe is None
+    assert filled.manifest.contents == padded.manifest.contents
+    require_intact(filled.path)
+
+
+def test_what_is_not_finite_is_refused_before_a_recipe_exists(inputs: Inputs, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(inputs.adapter, tmp_path / "adapter"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    huge = {name: tensor.fill_(1e30) for name, tensor in tensors.items()}
+    save_file(huge, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckFailed, match="not finite"):
+        merge_pad(
+            base=inputs.base, fine_tune=adapter, merged=tmp_path / "recipe", padded=tmp_path / "padded",
+            spec=GEOMETRY, stores_padded=False,
+        )  # fmt: skip
+    assert not (tmp_path / "recipe").exists()
+    assert not (tmp_path / "padded").exists()
+
+
+def test_only_the_layer_loop_reads_a_recipe(inputs: Inputs, tmp_path: Path) -> None:
+    _, padded = inputs.one_pass(tmp_path, stores_padded=False)
+    with pytest.raises(InputRefused, match="materialize"):
+        quantize(source=padded.path, destination=tmp_path / "out", spec=QuantSpec(engine="gptqmodel"))
 
 
 def test_a_recipe_reads_like_stored_weights_and_can_be_stored_later(inputs: Inputs, tmp_path: Path) -> None:
@@ -161,6 +221,7 @@ def test_the_estimate_is_what_the_stages_read_and_write(inputs: Inputs) -> None:
         "merge": (estimate.base_bytes, estimate.base_bytes),
         "merge, then pad": (2 * estimate.base_bytes, estimate.base_bytes + estimate.padded_bytes),
         "one pass": (estimate.base_bytes, estimate.padded_bytes),
+        "one pass, nothing stored": (estimate.base_bytes, 0),
     }
     run = inputs.padded.manifest.run
     assert run.written_bytes >= estimate.padded_bytes

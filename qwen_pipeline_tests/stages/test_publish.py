@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
+from qwen_pipeline.checkpoint.digest import digest_file
 from qwen_pipeline.checkpoint.files import copy_file
 from qwen_pipeline.checkpoint.lazy import SINGLE_SHARD
 from qwen_pipeline.checkpoint.manifest import dump_manifest, open_manifest
@@ -138,10 +141,13 @@ def test_a_release_names_the_optional_checks_that_were_skipped(
 ) -> None:
     partly = rewritten(validated.path, tmp_path / "partly", {"checks": {"merged_not_worse": SKIPPED}})
     release = run(chain, partly, tmp_path / "out")
-    words = "checks that ran, with warnings: sample_texts; skipped: merged_not_worse, serves, benchmark_tasks"
+    words = (
+        "checks that ran, with warnings: sample_texts; skipped: merged_not_worse, tool_calls, thinking_length,"
+        " json_answers, needles_found, kl_along_context, serves, benchmark_tasks"
+    )
     (passed, _) = load_reports(release.manifest.result)
-    assert passed.detail == f"Passed: 9 of 10 {words}."
-    assert f"before release: passed: 9 of 10 {words}." in (release.path / "README.md").read_text()
+    assert passed.detail == f"Passed: 10 of 11 {words}."
+    assert f"before release: passed: 10 of 11 {words}." in (release.path / "README.md").read_text()
 
 
 CANDIDATE = {"candidate": "sha256:" + "0" * 64}
@@ -178,6 +184,7 @@ def test_a_failed_check_that_was_edited_to_passed_is_not_published(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_an_edited_validation_is_not_reused_and_its_remedy_works(
     chain: Chain, validated: Artifact, tmp_path: Path
 ) -> None:
@@ -303,6 +310,40 @@ def test_a_file_that_changed_after_validation_is_not_published(
     with pytest.raises(CheckpointRefused, match=f"tampered/{file} is not the file that was validated"):
         run(chain, validated.path, tmp_path / "out", quantized=tampered)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "training_args.bin", "modeling.py", ".env", "a/b.json", "spk_dict.pt"]
+)
+def test_only_listed_files_are_released(chain: Chain, validated: Artifact, tmp_path: Path, file: str) -> None:
+    held = tmp_path / "held"
+    shutil.copytree(chain.quantized, held)
+    (held / file).parent.mkdir(exist_ok=True)
+    torch.save({"voices": [torch.zeros(2), Counter()]}, tmp_path / "voices")
+    (tmp_path / "voices").rename(held / file)
+    manifest = open_manifest(held)
+    files = {**manifest.contents.files, file: digest_file(held / file)}
+    contents = replace(manifest.contents, files=files)
+    (held / "manifest.json").write_bytes(
+        dump_manifest(replace(manifest, contents=contents, content_digest=contents.digest))
+    )
+    forged = rewritten(validated.path, tmp_path / "forged", {"candidate": contents.digest})
+    inputs = {**open_manifest(forged).derivation.inputs, "candidate": contents.digest}
+    edited = open_manifest(forged)
+    (forged / "manifest.json").write_bytes(
+        dump_manifest(replace(edited, derivation=replace(edited.derivation, inputs=inputs)))
+    )
+    with pytest.raises(
+        CheckpointRefused, match=f"held has files .* not hold: '{file}'|{file} names collections.Counter"
+    ):
+        run(chain, forged, tmp_path / "out", quantized=held)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_release_names_no_directory_of_this_machine(chain: Chain, release: Artifact) -> None:
+    for path in release.path.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert str(chain.merged.parent).encode() not in path.read_bytes(), path
 
 
 def test_a_changed_report_is_not_published(chain: Chain, validated: Artifact, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def imported(live: Path) -> Path:
     return quantized_by_gptqmodel(live, live.parent / "gptq", bits=4, group_size=32)
 
 
+@pytest.mark.slow
 def test_a_real_checkpoint_is_repaired_and_computes_the_same(imported: Path, tmp_path: Path) -> None:
     artifact = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)
     reports = load_reports(artifact.manifest.result)
@@ -143,6 +144,7 @@ def test_the_demo_model_quantized_unpadded_is_right_on_three_ranks_only_after_re
         assert not torch.equal(on_two, live.weight_rows(0, 576)), "two ranks load it, and scale with the wrong groups"
 
 
+@pytest.mark.slow
 def test_a_repeated_repair_is_reused_and_gives_the_same_digest(imported: Path, tmp_path: Path) -> None:
     first = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)
     again = repair(source=imported, destination=tmp_path / "out", tensor_parallel=4)

@@ -10,6 +10,7 @@ from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.text.spec import TextSpec, parse_template_arguments
+from qwen_pipeline.text.tokenizer_service import LoadedTokenizer
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
 GOOD: dict[str, Any] = {"text": "good"}
@@ -19,7 +20,7 @@ BAD: dict[str, Any] = {"messages": [{"role": "user"}]}
 def reader(root: Path, records: list[dict[str, Any]], **spec: Any) -> RecordReader:
     file = root / "text.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
-    return RecordReader(open_text(file), tiny_tokenizer(), TextSpec(**spec))
+    return RecordReader(open_text(file), LoadedTokenizer(tiny_tokenizer()), TextSpec(**spec))
 
 
 def test_skipped_records_are_counted_by_reason_and_the_first_are_named(tmp_path: Path) -> None:
@@ -33,8 +34,7 @@ def test_skipped_records_are_counted_by_reason_and_the_first_are_named(tmp_path:
         empty=1,
         skipped={"a message has no content": 7, "has half of a surrogate pair": 1},
         first=tuple(
-            f"{tmp_path}/text.jsonl line {number}: a message has no content: {BAD['messages'][0]}"
-            for number in range(91, 96)
+            f"text.jsonl line {number}: a message has no content: {BAD['messages'][0]}" for number in range(91, 96)
         ),
     )
     assert RecordUse.from_json(json.loads(json.dumps(reading.use.to_json()))) == reading.use

@@ -1,12 +1,14 @@
 """Files of records as editors, exporters and scrapers write them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.text import lines, record_files
 from qwen_pipeline.text.record_files import load_records
 from qwen_pipeline.text.records import BadRecord
 
@@ -56,7 +58,7 @@ def test_one_object_over_several_lines_is_a_record(tmp_path: Path) -> None:
         ("// end", "line 2: is not valid JSON"),
         ('"text"', "line 2: is not a JSON object: 'text'"),
         ("3", "line 2: is not a JSON object: 3"),
-        ("[" * 100_000, "line 2: is not valid JSON: maximum recursion depth"),
+        ("[" * 100_000, "line 2: is not valid JSON: it is nested too deeply"),
         ("1" * 5000, "line 2: is not valid JSON"),
         (b'{"text": "Gr\xfc\xdfe"}', "line 2: is not UTF-8"),
         ('{"text": "\x00"}', "line 2: is not valid JSON: Invalid control character"),
@@ -99,3 +101,38 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(InputRefused, match="cannot be read"):
             load_records(path)
+
+
+def test_lines_that_are_too_long_are_named_and_the_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines, "_PIECE", 7)
+    found = read(tmp_path, b'\r\n\r{"text": "a"}\r\n' + b"x" * 101 + b'\n \r{"text": "c"}')
+    assert found == [{"text": "a"}, "line 4: has more than 100 bytes: 101", {"text": "c"}]
+
+
+def test_files_that_are_no_text_are_refused_at_once(tmp_path: Path) -> None:
+    for name, words in (("a.jsonl", "zero bytes from byte"), ("a.txt", "is one text of 40,000,000,014")):
+        file = tmp_path / name
+        file.write_bytes(b'{"text": "a"}\n')
+        os.truncate(file, 40_000_000_014)
+        with pytest.raises(InputRefused, match=words):
+            load_records(file)
+    array = tmp_path / "a.json"
+    array.write_bytes(b"[1, 2")
+    os.truncate(array, 40_000_000_000)
+    with pytest.raises(InputRefused, match="is one array of 40,000,000,000 bytes, but at most 250,000,000"):
+        load_records(array)
+
+
+def test_a_file_that_is_changed_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(LINES)
+    records = load_records(file)
+    file.write_bytes(LINES[:-5])
+    with pytest.raises(InputRefused, match="was changed while it was read"):
+        _ = records[0]
+
+
+def test_a_key_that_is_repeated_makes_a_record_unclear(tmp_path: Path) -> None:
+    (found,) = read(tmp_path, '{"text": "a", "text": "b"}')
+    assert str(found).startswith("line 1: is not valid JSON: repeated keys 'text'")

@@ -73,6 +73,7 @@ def test_a_record_is_read_as_the_page_says(record: str, expected: str) -> None:
          "skipped: has a prompt and an answer of different types"),
         ({"instruction": "A", "output": "B", "input": 3}, "skipped: input is not a text"),
         ({"instruction": "A", "output": "B", "history": [["C"]]}, "skipped: history is not a list of pairs of texts"),
+        ({"instruction": "A", "output": "B", "history": True}, "skipped: history is not a list of pairs of texts"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "skipped: function_call is not valid JSON"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "skipped: function_call names no function"),
         ({"conversations": [{"from": ["gpt"], "value": "A"}]}, "skipped: a turn has an unknown speaker"),

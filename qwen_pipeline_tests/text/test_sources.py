@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_pipeline.errors import EnvironmentFault, InputRefused
+from qwen_pipeline.text import sources
 from qwen_pipeline.text.sources import open_text
 
 TALKS = [
@@ -55,6 +56,18 @@ def saved_splits(root: Path) -> Path:
 def directory(root: Path) -> Path:
     (root / "files").mkdir()
     return parquet(root).rename(root / "files" / "train-00000-of-00001.parquet").parent
+
+
+def test_a_parquet_file_that_unpacks_to_far_more_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"text": ["a" * 10_000_000]}), file, compression="zstd", use_dictionary=False)
+    monkeypatch.setattr(sources, "MAX_UNPACKED_BYTES", 1_000_000)
+    assert file.stat().st_size < 100_000
+    with pytest.raises(InputRefused, match=r"bomb.parquet unpacks to 10,000,0.. bytes in 1 rows"):
+        open_text(file)
 
 
 @pytest.mark.parametrize("make", [jsonl, parquet, saved, saved_splits, directory])

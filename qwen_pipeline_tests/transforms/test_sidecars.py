@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.sidecars import merged_sidecars
 from qwen_pipeline_tests.tiny import tiny_tokenizer
 
@@ -124,10 +125,8 @@ def test_other_sidecars_are_replaced_by_name_and_the_licence_stays() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
-def test_a_config_that_is_no_object_has_no_template(content: str, tmp_path: Path) -> None:
+def test_a_config_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     config.write_text(content)
-    base = {"chat_template.jinja": tmp_path / "chat_template.jinja"}
-    assert merged_sidecars(base, {"tokenizer_config.json": config}).keys() == {
-        "chat_template.jinja", "tokenizer_config.json",
-    }  # fmt: skip
+    with pytest.raises(CheckpointRefused, match="is not"):
+        merged_sidecars({}, {"tokenizer_config.json": config})

@@ -18,6 +18,7 @@ from qwen_pipeline.workers.environments import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_the_installed_engine_imports_and_has_its_pinned_versions() -> None:
     versions = check_environment("gptqmodel")
@@ -55,6 +56,19 @@ def test_an_environment_without_the_engine_is_named() -> None:
         WorkerEnvironment(name="gptqmodel", python=Path(sys.executable)).versions()
 
 
+@pytest.mark.parametrize("endless", ["sleep 60", "yes", "sleep 60 & yes no 1>&2"])
+def test_an_interpreter_that_does_not_end_is_named(
+    endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "ANSWER_SECONDS", 0.2)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{endless}\n")
+    python.chmod(0o755)
+    with pytest.raises(EnvironmentFault, match="did not answer with a version within"):
+        WorkerEnvironment(name="gptqmodel", python=python).versions()
+
+
+@pytest.mark.slow
 def test_a_failed_installation_quotes_pip_and_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "_requirements", lambda _: f"{tmp_path}/no-such-package-1.0-py3-none-any.whl\n")
     with pytest.raises(EnvironmentFault, match=r"(?s)its last lines:.*no-such-package"):

@@ -17,6 +17,8 @@ from qwen_pipeline.workers.parent import WorkerResult, run_worker, started_worke
 from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.workers.processes import wait_until_ended
 
+pytestmark = pytest.mark.lengthy
+
 PYTHON = Path(sys.executable)
 ROOT = str(REPOSITORY)
 TARGETS = "qwen_pipeline_tests.workers.targets"

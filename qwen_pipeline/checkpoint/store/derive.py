@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.files import open_locked, sync_directory, write_bytes
+from qwen_pipeline.checkpoint.files import open_locked, remove_scratch, sync_directory, write_bytes
 from qwen_pipeline.checkpoint.journal import JOURNAL
 from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.manifest import (
@@ -27,12 +27,21 @@ from qwen_pipeline.checkpoint.manifest import (
     open_manifest,
 )
 from qwen_pipeline.checkpoint.measure import measured
+from qwen_pipeline.checkpoint.store import log
 from qwen_pipeline.checkpoint.store.destinations import PARTIAL, Artifact, Destination, as_destination
-from qwen_pipeline.errors import CheckFailed, CheckpointRefused, DestinationLocked, DestinationRefused, EnvironmentFault
+from qwen_pipeline.errors import (
+    CheckFailed,
+    CheckpointRefused,
+    DestinationLocked,
+    DestinationRefused,
+    EnvironmentFault,
+    machine_fault,
+)
 
 WORK_DIR = ".workshop"
 """The folder of the partial directory for a build's own resume state; removed before the final rename."""
 _DERIVATION = ".derivation"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +69,7 @@ def derive(
     build: Callable[[Path], Built],
     *,
     fingerprints: Mapping[str, str] | None = None,
+    attest: Callable[[Path], object] | None = None,
 ) -> Artifact:
     """Return the finished directory of a derivation; run ``build`` only if there is none.
 
@@ -75,6 +85,8 @@ def derive(
         build: Writes the files.
         fingerprints: Role -> :func:`fingerprint` of each input that may be unread. They identify an interrupted build,
             so that it is continued whether or not the input's digest has become known in the meantime.
+        attest: Called with the finished directory, new or found, before the destination records it. It may add files
+            that no manifest lists.
 
     Returns:
         The directory and its manifest, with ``reused=True`` if nothing had to be built.
@@ -90,7 +102,9 @@ def derive(
     if not artifact:
         attempt = replace(derivation, inputs={**derivation.inputs, **(fingerprints or {})})
         artifact = _build_under_lock(attempt, derivation, destination, build)
-    destination.on_finished(artifact.path)
+    if attest:
+        attest(artifact.path)
+    destination.on_finished(artifact.path, made=not artifact.reused)
     return artifact
 
 
@@ -113,6 +127,8 @@ def store_recipe(root: Path, build: Callable[[Path], Contents]) -> Artifact:
         stored = replace(manifest, contents=contents, recipe=None, run=figures())
         write_bytes(root / MANIFEST, dump_manifest(stored))
         (root / JOURNAL).unlink(missing_ok=True)
+        if store := log.logged_store(root):
+            log.record(store, root, "materialized")
         return Artifact(path=root, manifest=stored)
 
 
@@ -148,7 +164,6 @@ def _build_under_lock(
     attempt: Derivation, derivation: Derivation, destination: Destination, build: Callable[[Path], Built]
 ) -> Artifact:
     out = destination.path_for(attempt)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + PARTIAL)
     with _lock(out), _disk_faults(partial):
         if found := find(derivation, destination):
@@ -167,6 +182,7 @@ def _prepare(partial: Path, attempt: Derivation) -> None:
     if partial.exists() and not (label.is_file() and label.read_text() == expected):
         shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
+    remove_scratch(partial)
     write_bytes(label, expected.encode())
 
 
@@ -202,12 +218,21 @@ def _reveal(partial: Path, destination: Destination) -> Artifact:
 
 @contextmanager
 def _lock(out: Path) -> Generator[None, None, None]:
-    try:
-        lock = open_locked(out.with_name(out.name + ".lock"))
-    except BlockingIOError as error:
-        raise DestinationLocked(
-            f"Another process is writing {out}.", remedy="Wait for it to end, or end it, then run again."
-        ) from error
+    with _disk_faults(out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = open_locked(out.with_name(out.name + ".lock"))
+        except BlockingIOError as error:
+            raise DestinationLocked(
+                f"Another process is writing {out}.", remedy="Wait for it to end, or end it, then run again."
+            ) from error
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise DestinationRefused(
+                f"{out} cannot be created: {error.strerror} ({error.filename}).",
+                remedy="Choose a place below a directory in which files can be created.",
+            ) from error
     with lock:
         yield
 
@@ -217,8 +242,8 @@ def _disk_faults(partial: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.errno not in _FULL:
+            raise machine_fault(error, place=partial) from error
         raise EnvironmentFault(
             f"The disk of {partial} is full ({error.strerror}).",
             remedy="Free space and run again: finished shards are kept.",

@@ -1,5 +1,6 @@
 """A prepared stage that computes one checkpoint from others: its derivation and its lazy output."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any
 
 from qwen_pipeline.checkpoint.hashing_reader import HashingReader
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint
-from qwen_pipeline.checkpoint.manifest import Derivation
+from qwen_pipeline.checkpoint.manifest import Contents, Derivation
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
 from qwen_pipeline.checkpoint.store.stage_input import StageInput
-from qwen_pipeline.checkpoint.writer import write_checkpoint
+from qwen_pipeline.checkpoint.writer import write_checkpoint, write_recipe
 from qwen_pipeline.progress import Observe, unobserved
 
 
@@ -60,23 +61,51 @@ class Rewrite:
         """Return role -> digest of each source, once the readers have finished."""
         return {role: source.final_digest() for role, source in self.sources.items()}
 
+    def write_recipe(
+        self,
+        destination: Destination | Path,
+        recipe: Callable[[], Mapping[str, str]],
+        *,
+        task: str,
+        observe: Observe = unobserved,
+    ) -> Artifact:
+        """Write the output as a recipe, unless it exists: its weights are computed and hashed, but not stored.
+
+        Args:
+            destination: The output directory.
+            recipe: Returns what the manifest says of the inputs (:class:`Manifest`), once all were read.
+            task: Name of the progress.
+            observe: Called with the progress.
+        """
+        return self._derive(write_recipe, destination, recipe, task=task, observe=observe)
+
     def write(
         self, destination: Destination | Path, *, task: str, hard_links: bool = False, observe: Observe = unobserved
     ) -> Artifact:
         """Write the output, unless it exists."""
+        write = functools.partial(write_checkpoint, hard_links=hard_links)
+        return self._derive(write, destination, task=task, observe=observe)
 
+    def _derive(
+        self,
+        write: Callable[..., Contents],
+        destination: Destination | Path,
+        recipe: Callable[[], Mapping[str, str] | None] = lambda: None,
+        *,
+        task: str,
+        observe: Observe,
+    ) -> Artifact:
         def build(partial: Path) -> Built:
-            contents = write_checkpoint(
+            contents = write(
                 self.output,
                 partial,
                 task=task,
                 readers=self.readers,
                 if_not_finite=self.if_not_finite,
-                hard_links=hard_links,
                 config_name=self.config_name,
                 observe=observe,
             )
-            return Built(contents=contents, result=self.result(), inputs=self.final_digests())
+            return Built(contents=contents, result=self.result(), inputs=self.final_digests(), recipe=recipe())
 
         return derive(self.derivation, destination, build, fingerprints=self.fingerprints)
 

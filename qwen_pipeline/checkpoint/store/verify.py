@@ -10,6 +10,7 @@ from qwen_pipeline.checkpoint.manifest import (
     ShardDigest,
     open_manifest,
 )
+from qwen_pipeline.checkpoint.store.canonical import ATTESTATIONS
 from qwen_pipeline.errors import CheckpointRefused
 
 
@@ -48,9 +49,11 @@ def require_intact(root: Path) -> Manifest:
 
 
 def _files_below(root: Path) -> dict[str, Path]:
-    """Return relative path -> file, without the manifest and hidden files."""
+    """Return relative path -> file, without the manifest, what joins a release when it is signed, and hidden files."""
     return {
         path.relative_to(root).as_posix(): path
         for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.relative_to(root).as_posix() not in (MANIFEST, *ATTESTATIONS)
     }

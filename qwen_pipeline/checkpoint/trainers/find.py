@@ -78,7 +78,10 @@ def _candidates(root: Path) -> Iterator[tuple[str, Opener]]:
 def _steps(root: Path) -> list[Path]:
     """Return the directory of the step that ``latest`` names; without it, those of all steps."""
     latest = root / _LATEST
-    names = [latest.read_text().strip()] if latest.is_file() else [path.name for path in root.glob("global_step*")]
+    try:
+        names = [latest.read_text().strip()] if latest.is_file() else [path.name for path in root.glob("global_step*")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged(latest, str(error)) from error
     return sorted(root / name for name in names if Path(name).name == name and is_zero(root / name))
 
 

@@ -43,7 +43,7 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def plain_names(names: Collection[str], *, source: Path) -> dict[str, str]:
+def plain_names(names: Collection[str], *, source: Path | str) -> dict[str, str]:
     """Return stored name -> name without wrappers.
 
     Raises:

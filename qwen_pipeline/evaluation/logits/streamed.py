@@ -1,7 +1,7 @@
 """Perplexity, divergence and drift of several models, with one decoder layer of each in memory at a time."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -12,16 +12,53 @@ from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures, Pe
 from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.logits.activation_range import PeakStream
 from qwen_pipeline.evaluation.logits.divergence import Predictions
+from qwen_pipeline.evaluation.logits.drafts import draft_acceptance
 from qwen_pipeline.evaluation.logits.heads import compare_outputs, head_outputs
 from qwen_pipeline.layerwise.forward import LayerStream, advance, logit_blocks
 from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.layerwise.weights import Take
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
+Stored = Mapping[str, Tensor]
+"""Tensors of one decoder layer as they are stored, by name, on the device of the computation."""
 LANGUAGE = HeadTask()
 EVALUATION_BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
 """Tokens in a batch, by device; at least one window."""
 STRETCHES = 32
 """Maximum number of ranges of positions for which the distribution of KL is described."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InPassing:
+    """Further measurements for which layers are read anyway.
+
+    Attributes:
+        tokens: Role -> windows [T] on which the activations of a model are measured too.
+        keeping: Roles whose stored tensors of a layer are kept until all models have passed it.
+        use: Called then with the layer's number, and role -> tensors.
+        computed: Role -> the role, one of ``keeping``, from whose tensors of a layer its own are computed, and a
+            function that does it, given these tensors and a name.
+        take_outputs: Called with the outputs [N, D] of the reference, float64, if its head is not a language model's.
+    """
+
+    tokens: Mapping[str, Sequence[Tensor]] = field(default_factory=dict[str, Sequence[Tensor]])
+    keeping: Collection[str] = ()
+    use: Callable[[int, Mapping[str, Stored]], None] = lambda *_: None
+    computed: Mapping[str, tuple[str, Callable[[Stored, str], Tensor]]] = field(
+        default_factory=dict[str, tuple[str, Callable[[Mapping[str, Tensor], str], Tensor]]]
+    )
+    take_outputs: Callable[[Tensor], object] = lambda _: None
+
+    def computing(self, role: str, source: str, compute: Callable[[Stored, str], Tensor]) -> "InPassing":
+        """Return this, with the tensors of a model computed from those of another."""
+        return replace(
+            self,
+            keeping=list(dict.fromkeys([*self.keeping, source])),
+            computed={**self.computed, role: (source, compute)},
+        )
+
+
+NOTHING = InPassing()
 
 
 def evaluate(
@@ -32,11 +69,13 @@ def evaluate(
     compared: Collection[str],
     context: ComputeContext,
     task: HeadTask = LANGUAGE,
+    in_passing: InPassing = NOTHING,
     observe: Observe = unobserved,
 ) -> dict[str, ModelFigures]:
     """Score every token but the first of each window, and compare each prediction with the reference's.
 
-    Models with another head than a language model's have its outputs compared instead.
+    Models with another head than a language model's have its outputs compared instead. The drafts of a draft head are
+    compared with the model's own predictions.
 
     Args:
         models: Role -> checkpoint, full precision or GPTQ codes, all with the same depth and vocabulary.
@@ -45,26 +84,54 @@ def evaluate(
         compared: Roles to compare with the reference.
         context: Device and dtype of the computation.
         task: The task of all of the models.
+        in_passing: Further measurements, for which nothing more is read.
         observe: Called for each layer.
     """
     batches = _batches(windows, context)
-    others = len(models) - 1
+    others = len(models) - 1 + len(in_passing.tokens)
     streams = {role: PeakStream(model, batches, context, other_models=others) for role, model in models.items()}
+    beside: dict[LayerStream, PeakStream] = {
+        streams[role]: PeakStream(models[role], _batches(tokens, context), context, other_models=others)
+        for role, tokens in in_passing.tokens.items()
+    }
     drift: dict[str, list[float]] = {role: [] for role in models}
-    for layer in advance(list(streams.values())):
+    _share_tensors(streams, in_passing)
+    for layer in advance(list(streams.values()), beside):
+        in_passing.use(layer, {role: streams[role].pop_kept() for role in in_passing.keeping})
         for role in compared:
             drift[role].append(_distance(streams[role], streams[reference], context))
         observe(Progress(task="evaluate", done=layer + 1, total=len(streams[reference].parts), unit="layers"))
 
+    language = task.kind == "language"
+    accepted = {role: draft_acceptance(stream, batches) if language else None for role, stream in streams.items()}
     measured = (
         _predictions(streams, batches, reference, compared)
-        if task.kind == "language"
-        else _outputs(streams, batches, reference, compared, task)
+        if language
+        else _outputs(streams, batches, reference, compared, task, in_passing.take_outputs)
     )
     return {
-        role: replace(found, drift=tuple(drift[role]), peaks=tuple(streams[role].peaks))
+        role: replace(
+            found,
+            drift=tuple(drift[role]),
+            peaks=tuple(streams[role].peaks),
+            draft_acceptance=accepted[role],
+            computed_from=in_passing.computed[role][0] if role in in_passing.computed else None,
+            calibration_peaks=tuple(beside[streams[role]].peaks) if role in in_passing.tokens else (),
+        )
         for role, found in measured.items()
     }
+
+
+def _share_tensors(streams: Mapping[str, PeakStream], in_passing: InPassing) -> None:
+    """Let models keep the tensors of their layers, and compute theirs from what others keep."""
+    for role in in_passing.keeping:
+        streams[role].kept = {}
+    for role, (source, compute) in in_passing.computed.items():
+        streams[role].take = _computing(compute, streams[source])
+
+
+def _computing(compute: Callable[[Stored, str], Tensor], source: PeakStream) -> Take:
+    return lambda name: compute(source.kept or {}, name)
 
 
 def _predictions(
@@ -91,8 +158,10 @@ def _outputs(
     reference: str,
     compared: Collection[str],
     task: HeadTask,
+    take_outputs: Callable[[Tensor], object],
 ) -> dict[str, ModelFigures]:
     outputs = {role: head_outputs(stream, batches, task) for role, stream in streams.items()}
+    take_outputs(outputs[reference])
     return {
         role: ModelFigures(
             tokens=sum(batch.numel() for batch in batches),

@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from qwen_pipeline.evaluation.behaviour.checks import COLUMNS as BEHAVIOUR_COLUMNS
+from qwen_pipeline.evaluation.behaviour.checks import behaviour_rows
 from qwen_pipeline.evaluation.checks import verdict
 from qwen_pipeline.evaluation.findings import MERGED, PADDED, QUANTIZED, Findings
 from qwen_pipeline.evaluation.report.markdown import (
@@ -59,6 +61,8 @@ def render_page(
         served_columns=SERVED_COLUMNS,
         divergent=divergent_rows(findings),
         divergent_columns=DIVERGENT_COLUMNS,
+        behaviour=behaviour_rows(findings.behaviour),
+        behaviour_columns=BEHAVIOUR_COLUMNS,
         scores=score_rows(findings),
         score_columns=SCORE_COLUMNS,
         worst=worst_weights(findings),

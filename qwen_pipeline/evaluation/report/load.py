@@ -18,9 +18,10 @@ from qwen_pipeline.checkpoint.files import parse_json
 from qwen_pipeline.checkpoint.manifest import FileDigest, Manifest
 from qwen_pipeline.checkpoint.store.lineage import Step
 from qwen_pipeline.errors import CheckpointRefused, listed
+from qwen_pipeline.evaluation.behaviour.checks import BEHAVIOUR_CHECKS, MINIMUM_BEHAVIOUR_CHECKS
 from qwen_pipeline.evaluation.checks import AGREEMENT, CHECKS, MERGED_NOT_WORSE, PADDING, SAMPLES
 from qwen_pipeline.evaluation.figures import ModelFigures
-from qwen_pipeline.evaluation.head_checks import MINIMUM_HEAD_CHECKS, inapplicable
+from qwen_pipeline.evaluation.head_checks import DRAFTS, MINIMUM_HEAD_CHECKS, inapplicable
 from qwen_pipeline.evaluation.report.model_card import Widened
 from qwen_pipeline.evaluation.report.rejudge import ReportedFindings, contradictions
 from qwen_pipeline.evaluation.serving.findings import SERVED
@@ -30,9 +31,9 @@ from qwen_pipeline.reports import CheckReport, load_reports
 REPORT_JSON = "report.json"
 RELEASED_JSON = f"validation/{REPORT_JSON}"
 """The report in a release, which contains its validation."""
-OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE, SAMPLES))
+OPTIONAL = frozenset(check.name for check in (SERVED, TASKS, MERGED_NOT_WORSE, SAMPLES, DRAFTS, *BEHAVIOUR_CHECKS))
 """Checks that a configuration may leave out; others are left out of models that they do not concern."""
-MINIMUM = frozenset({AGREEMENT.name, *(check.name for check in MINIMUM_HEAD_CHECKS)})
+MINIMUM = frozenset(check.name for check in (AGREEMENT, DRAFTS, *MINIMUM_HEAD_CHECKS, *MINIMUM_BEHAVIOUR_CHECKS))
 """Checks whose limit is a minimum. Every other limit is a maximum."""
 
 

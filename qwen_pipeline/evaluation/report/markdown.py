@@ -2,30 +2,36 @@
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.manifest import find_manifest
+from qwen_pipeline.evaluation.behaviour.checks import COLUMNS as BEHAVIOUR_COLUMNS
+from qwen_pipeline.evaluation.behaviour.checks import behaviour_rows
 from qwen_pipeline.evaluation.checks import verdict
-from qwen_pipeline.evaluation.figures import ModelFigures
-from qwen_pipeline.evaluation.findings import Findings, origin_of
+from qwen_pipeline.evaluation.figures import HeadFigures, ModelFigures
+from qwen_pipeline.evaluation.findings import MERGED_OTHERWISE, Findings, origin_of
 from qwen_pipeline.evaluation.head_checks import purpose
 from qwen_pipeline.evaluation.limits import DEFAULT_LIMITS, Limits
 from qwen_pipeline.evaluation.measurement import Measurement
+from qwen_pipeline.evaluation.origin import reading_of_base
+from qwen_pipeline.evaluation.plan import ValidationInputs
+from qwen_pipeline.evaluation.report import markup
 from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.tensor_parallel.findings import COLUMNS
 from qwen_pipeline.reports import CheckReport, Outcome, shown
 from qwen_pipeline.text.reading import RecordUse
+from qwen_pipeline.transforms.codes.fp8 import is_fp8
 
 if TYPE_CHECKING:
     from qwen_pipeline.evaluation.structure.weights import WeightError
 
 REPORT = "report.md"
 PERPLEXITY_PLOT, DISTANCE_PLOT, ERROR_PLOT = "perplexity.png", "distance.png", "quantization_error.png"
-LOSS_PLOT = "losses.png"
+LOSS_PLOT, STEPS_PLOT = "losses.png", "steps.png"
 _MARKS: Mapping[Outcome, str] = MappingProxyType(
     {"passed": "✅ passed", "failed": "❌ failed", "warning": "⚠️ warning", "skipped": "⏭️ **skipped**"}
 )
@@ -52,26 +58,31 @@ def render_report(
         "## Checks",
         checks_table(reports),
         "## Tensor parallelism by engine",
-        _table(COLUMNS, [row.cells for row in findings.targets]),
+        markup.table(COLUMNS, _texts(row.cells for row in findings.targets)),
         *_divergence_plots(findings),
-        *(["## Serving", _table(SERVED_COLUMNS, served_rows(findings))] if findings.served else []),
+        *(["## Serving", markup.table(SERVED_COLUMNS, _texts(served_rows(findings)))] if findings.served else []),
         *(
-            ["## Divergent served answers", _table(DIVERGENT_COLUMNS, rows)]
+            ["## Divergent served answers", markup.table(DIVERGENT_COLUMNS, _texts(rows))]
             if (rows := divergent_rows(findings))
             else []
         ),
-        *(["## Benchmark tasks", _table(SCORE_COLUMNS, score_rows(findings))] if findings.tasks else []),
+        *(
+            ["## Behaviour", markup.table(BEHAVIOUR_COLUMNS, _texts(rows))]
+            if (rows := behaviour_rows(findings.behaviour))
+            else []
+        ),
+        *(["## Benchmark tasks", markup.table(SCORE_COLUMNS, _texts(score_rows(findings)))] if findings.tasks else []),
         "## Quantization error",
         f"![Error of each quantized weight, by layer]({ERROR_PLOT})",
         *(f"{caption}\n\n![{caption}]({file})" for caption, file in more_plots.items()),
-        _table(
+        markup.table(
             ("weights with the largest error", "‖W - Wq‖ / ‖W‖"),
-            [(f"`{error.module}`", f"{error.relative:.4f}") for error in worst_weights(findings)],
+            [(markup.code(error.module), f"{error.relative:.4f}") for error in worst_weights(findings)],
         ),
         *(["## Sample answers"] if findings.task.kind == "language" else []),
         *(_side_by_side(sample) for sample in findings.samples),
         "## Method",
-        f"{method} Linear layers were loaded as {kernels(findings)}.",
+        markup.text(f"{method} Linear layers were loaded as {kernels(findings)}."),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -104,6 +115,42 @@ def method_of(measurement: Measurement) -> str:
         " Perplexity is the exponential of the mean negative log-likelihood; KL is KL(merged || model) in nats per"
         " token; answers are greedy."
     )
+
+
+def proof_of(measurement: Measurement, models: Mapping[str, ModelFigures]) -> str:
+    """Return sentences about what was compared by values, what by digests, and what was computed instead of read."""
+    by_digest = len(measurement.equal)
+    sentences = [
+        " Every code was compared with the weight that it stands for.",
+        f" {by_digest} tensors that are not quantized have the same digests as before quantization, and the candidate's"
+        " digests are those of its bytes; all others were compared value by value."
+        if by_digest
+        else " All tensors that are not quantized were compared value by value.",
+        *(
+            f" The weights of the {role} model were computed from those of the {found.computed_from} one, by the maps"
+            " in its manifest."
+            for role, found in models.items()
+            if found.computed_from
+        ),
+    ]
+    return "".join(sentences)
+
+
+def ways_of_merging(inputs: ValidationInputs) -> str:
+    """Return a sentence about the two ways in which a fine-tune was merged; empty if there is one."""
+    if not inputs.other_merge:
+        return ""
+    return (
+        f" The merged model was merged onto the base {reading_of_base(inputs.reference)}, the one {MERGED_OTHERWISE}"
+        f" onto the base {reading_of_base(inputs.other_merge)}; the former is what was quantized."
+    )
+
+
+def rounded_inputs(config: Mapping[str, Any]) -> str:
+    """Return a sentence about the inputs of a quantized model's layers, if engines round them."""
+    if not is_fp8(config.get("quantization_config") or {}):
+        return ""
+    return " Inputs of layers with 8-bit floats were rounded to 8 bits too, with scales of each token, as by engines."
 
 
 def skipped_records(held_out: RecordUse, candidate: Path) -> str:
@@ -145,14 +192,17 @@ def report_markdown(path: Path, *, max_inline_bytes: int = MAX_INLINE_BYTES) -> 
 
 def quality_table(models: Mapping[str, ModelFigures], nbytes: Mapping[str, int]) -> str:
     """Return a table of models: size, perplexity and its change by the last step, divergence from the merged model."""
-    return _table(quality_columns(models), quality_rows(models, nbytes))
+    return markup.table(quality_columns(models), quality_rows(models, nbytes))
 
 
 def checks_table(reports: Sequence[CheckReport]) -> str:
     """Return a table of the checks."""
-    return _table(
+    return markup.table(
         ("outcome", "check", "measured", "limit", "detail"),
-        [(_MARKS[report.outcome], report.name, *report.figures, report.detail) for report in reports],
+        [
+            (_MARKS[report.outcome], *map(markup.text, (report.name, *report.figures, report.detail)))
+            for report in reports
+        ],
     )
 
 
@@ -204,10 +254,24 @@ def served_rows(findings: Findings) -> list[Sequence[str]]:
             "yes" if served.ready else "no",
             f"{sum(part is None for part in served.partings)} of {len(served.partings)}" if served.partings else "",
             shown(max((part.gap for part in served.partings if part), default=None)),
-            served.lacking or served.fault or "",
+            served.lacking or served.uncompared or served.fault or _served_outputs(served.head),
         )
         for served in findings.served
     ]
+
+
+def _served_outputs(head: HeadFigures | None) -> str:
+    """Return a clause about the outputs that an engine computed of a model with another head."""
+    if head is None:
+        return ""
+    named = {
+        "error": head.error,
+        "label agreement": head.agreement,
+        "order of rewards": head.order,
+        "cosine": head.cosine,
+    }
+    figures = [f"{name} {shown(value)}" for name, value in named.items() if value is not None]
+    return f"{head.outputs} outputs, compared with the merged model's: {', '.join(figures)}"
 
 
 def divergent_rows(findings: Findings) -> list[Sequence[str]]:
@@ -252,9 +316,9 @@ def worst_weights(findings: Findings, count: int = 5) -> "list[WeightError]":
 
 
 def _side_by_side(sample: Sample) -> str:
-    answers = _table(("merged", "quantized"), [(_cell(sample.reference), _cell(sample.candidate))])
-    fault = f"⚠️ The quantized answer {sample.fault}." if sample.fault else ""
-    return "\n\n".join(filter(None, [f"> {sample.prompt}", answers, fault]))
+    answers = markup.table(("merged", "quantized"), [(_cell(sample.reference), _cell(sample.candidate))])
+    fault = markup.text(f"⚠️ The quantized answer {sample.fault}.") if sample.fault else ""
+    return "\n\n".join(filter(None, [f"> {markup.text(sample.prompt)}", answers, fault]))
 
 
 def kernels(findings: Findings) -> str:
@@ -266,12 +330,9 @@ def kernels(findings: Findings) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
+def _texts(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    return [list(map(markup.text, row)) for row in rows]
 
 
 def _cell(answer: Completion | None) -> str:
-    return "*no answer*" if answer is None else answer.text.strip().replace("\n", "<br>")
+    return "*no answer*" if answer is None else markup.lines(answer.text.strip())

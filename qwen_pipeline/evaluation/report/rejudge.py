@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from qwen_pipeline.evaluation.behaviour.findings import Behaviour
 from qwen_pipeline.evaluation.checks import judge
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.findings import MERGED, QUANTIZED, Findings, rounded
@@ -58,6 +59,7 @@ class ReportedFindings:
     tasks: list[Score]
     tasks_fault: str | None
     task: HeadTask
+    behaviour: Behaviour
 
     @property
     def faults(self) -> list[str]:
@@ -80,6 +82,7 @@ class ReportedFindings:
             tasks=self.tasks,
             tasks_fault=self.tasks_fault,
             task=self.task,
+            behaviour=self.behaviour,
         )
         return judge(findings, limits, tasks)
 

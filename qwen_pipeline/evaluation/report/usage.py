@@ -12,7 +12,13 @@ PIPELINE_TAGS: Mapping[HeadKind, str] = {
     "embedding": "feature-extraction",
 }
 """Kind of head -> the hub's name of its task."""
-_LOAD = """# pip install transformers optimum gptqmodel
+_PACKAGES: Mapping[str, str] = {
+    "gptq": "optimum gptqmodel",
+    "fp8": "accelerate",
+    "compressed-tensors": "accelerate compressed-tensors",
+}
+"""The ``quant_method`` of a config -> the packages that Transformers needs besides itself."""
+_LOAD = """# pip install transformers {packages}
 from transformers import {auto}, AutoTokenizer
 
 path = "{name}"  # this directory, or the Hub id after an upload
@@ -36,8 +42,8 @@ _CODE: Mapping[HeadKind, tuple[str, str]] = {
 }
 
 
-def loading_code(name: str, task: HeadTask) -> str:
+def loading_code(name: str, task: HeadTask, quant_method: str = "gptq") -> str:
     """Return a Markdown block that loads the release ``name`` and runs it once."""
     auto, run = _CODE[task.kind]
     run = run.replace("{pooling}", ", ".join(task.pooling))
-    return f"```python\n{_LOAD.format(auto=auto, name=name)}{run}\n```"
+    return f"```python\n{_LOAD.format(auto=auto, name=name, packages=_PACKAGES[quant_method])}{run}\n```"

@@ -1,7 +1,9 @@
-"""The worker that starts a real server for a checkpoint and queries its OpenAI API. It runs under vLLM's Python.
+"""The worker that starts a real server for a checkpoint and queries its API. It runs under vLLM's Python.
 
 The server listens on a free port of the loopback interface and belongs to the worker's process group, which is killed
 after the step. Prompts are token ids, decoding is greedy, and every answer includes the likeliest tokens per position.
+Models with another head are served by vLLM's pooling runner, without the activation (softmax, normalization) that it
+would apply to outputs.
 """
 
 import json
@@ -14,12 +16,19 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
+from math import nan
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from qwen_pipeline.evaluation.serving.findings import ServedCompletion, ServerJob, ServerRun, dump_server_run
+from qwen_pipeline.evaluation.serving.findings import (
+    PoolingTask,
+    ServedCompletion,
+    ServerJob,
+    ServerRun,
+    dump_server_run,
+)
 from qwen_pipeline.progress import Observe, Progress
 
 SERVER_ENVIRONMENT = {
@@ -48,17 +57,20 @@ def serve(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, Any]:
     """Run a :class:`ServerJob` and return a :class:`ServerRun`, both as JSON values; a server fault is a finding."""
     job = ServerJob.from_json(spec)
     log = Path(job.log)
-    ready, answers = False, list[ServedCompletion]()
+    ready, answers, outputs = False, list[ServedCompletion](), list[tuple[float, ...]]()
     try:
         with _server(job, log) as (server, url):
             _await_ready(job, server, url, log, observe)
             ready = True
             for number, prompt in enumerate(job.prompts):
-                answers.append(_complete(url, prompt, job.max_new_tokens))
+                if job.pooling:
+                    outputs += _pool(url, prompt, job.pooling)
+                else:
+                    answers.append(_complete(url, prompt, job.max_new_tokens))
                 observe(Progress(task=job.title, done=number + 1, total=len(job.prompts), unit="answers"))
     except (ServerFault, OSError) as error:
         return dump_server_run(ServerRun(ready=ready, fault=_cause(log) or f"{error} ({_last_line(log)})"))
-    return dump_server_run(ServerRun(ready=True, answers=tuple(answers)))
+    return dump_server_run(ServerRun(ready=True, answers=tuple(answers), outputs=tuple(outputs)))
 
 
 @contextmanager
@@ -97,9 +109,19 @@ def _command(job: ServerJob, port: int) -> list[str]:
         "--max-model-len": str(max_model_len),
         "--max-num-seqs": "4",
         "--generation-config": "vllm",
+        **(_pooling_options(job.pooling) if job.pooling else {}),
     }
     arguments = [word for option in options.items() for word in option]
     return [sys.executable, "-P", "-m", job.module, *arguments, "--enforce-eager", *job.arguments]
+
+
+def _pooling_options(task: PoolingTask) -> dict[str, str]:
+    """Return vLLM's options for a model with another head, whichever class the config declares."""
+    return {
+        "--runner": "pooling",
+        "--convert": "embed" if task == "embed" else "classify",
+        "--pooler-config": json.dumps({"task": task}),
+    }
 
 
 def _free_port() -> int:
@@ -133,18 +155,41 @@ def _complete(url: str, prompt: Sequence[int], max_new_tokens: int) -> ServedCom
         "return_tokens_as_token_ids": True,
         "return_token_ids": True,
     }
-    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
-    try:
-        with urlopen(request, timeout=ANSWER_SECONDS) as reply:  # noqa: S310
-            choice = json.load(reply)["choices"][0]
-    except HTTPError as error:
-        raise ServerFault(f"the server answered {error.code} {error.reason}") from error
+    choice = _post(f"{url}/v1/completions", body)["choices"][0]
     likeliest = choice["logprobs"]["top_logprobs"]
     return ServedCompletion(
         tokens=tuple(choice["token_ids"]),
         ended=choice["finish_reason"] == "stop",
         likeliest=tuple({_token_id(name): value for name, value in position.items()} for position in likeliest),
     )
+
+
+def _pool(url: str, text: Sequence[int], task: PoolingTask) -> list[tuple[float, ...]]:
+    """Return the output of a text, or of each of its tokens; vLLM writes NaN as null."""
+    data = _post(f"{url}/pooling", pooling_request(text, task))["data"][0]["data"]
+    rows = data if isinstance(data[0], list) else [data]
+    return [tuple(nan if value is None else float(value) for value in row) for row in rows]
+
+
+def pooling_request(text: Sequence[int], task: PoolingTask) -> dict[str, Any]:
+    """Return the body of a request for the output of a text."""
+    return {
+        "model": "checkpoint",
+        "input": list(text),
+        "task": task,
+        "use_activation": False,
+        "encoding_format": "float",
+    }
+
+
+def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urlopen(request, timeout=ANSWER_SECONDS) as reply:  # noqa: S310
+            return json.load(reply)
+    except HTTPError as error:
+        said = error.read(300).decode(errors="replace")
+        raise ServerFault(f"the server answered {error.code} {error.reason}: {said}") from error
 
 
 def _token_id(name: str) -> int:

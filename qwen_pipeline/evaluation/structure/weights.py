@@ -1,18 +1,20 @@
 """Compare each quantized weight with the original, one block of rows at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 import torch
-from torch.linalg import vector_norm
+from torch import Tensor
 
-from qwen_pipeline.checkpoint.digest import block_ranges
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.evaluation.structure.groups import GroupFaults
+from qwen_pipeline.evaluation.structure.groups import GroupFaults, Groups
 from qwen_pipeline.qwen.linears import Linear, load_weight
-from qwen_pipeline.transforms.codes.gptq import PackedLinear, unpack_rows
+from qwen_pipeline.transforms.codes.gptq import PackedLinear, count_extremes
+
+BLOCK_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}
+"""Weights of a block of rows, by device: on a CPU a block and what is computed from it stay in its caches."""
+HEAD = 64
+"""Values of each row or column that are read before the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,33 +36,69 @@ class RowsAndColumns:
         duplicate_rows: Rows that equal the previous row; ``duplicate_columns`` likewise.
     """
 
-    zero_rows: torch.Tensor
-    zero_columns: torch.Tensor
-    duplicate_rows: torch.Tensor
-    duplicate_columns: torch.Tensor
-    _last_row: torch.Tensor | None = None
+    zero_rows: Tensor
+    zero_columns: Tensor
+    duplicate_rows: Tensor
+    duplicate_columns: Tensor
+    _last_row: Tensor | None = None
 
     @classmethod
-    def of_shape(cls, out_features: int, in_features: int) -> "RowsAndColumns":
-        duplicate_columns = torch.ones(in_features, dtype=torch.bool)
-        duplicate_columns[:1] = False
+    def of_shape(cls, out_features: int, in_features: int, device: torch.device) -> "RowsAndColumns":
+        rows = torch.ones(out_features, dtype=torch.bool, device=device)
+        columns = torch.ones(in_features, dtype=torch.bool, device=device)
+        duplicates = columns.clone()
+        duplicates[:1] = False
         return cls(
-            zero_rows=torch.ones(out_features, dtype=torch.bool),
-            zero_columns=torch.ones(in_features, dtype=torch.bool),
-            duplicate_rows=torch.zeros(out_features, dtype=torch.bool),
-            duplicate_columns=duplicate_columns,
+            zero_rows=rows, zero_columns=columns, duplicate_rows=rows.logical_not(), duplicate_columns=duplicates
         )
 
-    def update(self, start: int, block_OI: torch.Tensor) -> None:
-        """Add the rows from ``start`` on; blocks must come in order."""
-        stop = start + len(block_OI)
-        self.zero_rows[start:stop] = vector_norm(block_OI, ord=inf, dim=1) == 0
-        self.zero_columns.logical_and_(vector_norm(block_OI, ord=inf, dim=0) == 0)
-        self.duplicate_rows[start + 1 : stop] = (block_OI[1:] == block_OI[:-1]).all(dim=1)
+    def update(self, start: int, block_OI: Tensor) -> None:
+        """Add the rows from ``start`` on; blocks must come in order.
+
+        A row or column that differs in its first values is not read further.
+        """
+        stop, head_OI, head_rows_OI = start + len(block_OI), block_OI[:, :HEAD], block_OI[:HEAD]
+        _narrow(self.zero_rows[start:stop], lambda at: _zero(head_OI[at], 1), lambda at: _zero(block_OI[at], 1))
+        _narrow(self.zero_columns, lambda at: _zero(head_rows_OI[:, at], 0), lambda at: _zero(block_OI[:, at], 0))
+        _narrow(
+            self.duplicate_columns,
+            lambda at: _equal(head_rows_OI[:, at], head_rows_OI[:, at - 1], 0),
+            lambda at: _equal(block_OI[:, at], block_OI[:, at - 1], 0),
+        )
+        duplicate_rows = self.duplicate_rows[start:stop]
+        duplicate_rows[1:] = True
+        _narrow(
+            duplicate_rows,
+            lambda at: _equal(head_OI[at], head_OI[at - 1], 1),
+            lambda at: _equal(block_OI[at], block_OI[at - 1], 1),
+        )
         if self._last_row is not None:
-            self.duplicate_rows[start] = torch.equal(block_OI[0], self._last_row)
-        self.duplicate_columns[1:].logical_and_((block_OI[:, 1:] == block_OI[:, :-1]).all(dim=0))
+            duplicate_rows[0] = torch.equal(block_OI[0], self._last_row)
         self._last_row = block_OI[-1].clone()
+
+    def on_host(self) -> "RowsAndColumns":
+        """Return the findings in the host's memory."""
+        return RowsAndColumns(
+            zero_rows=self.zero_rows.cpu(),
+            zero_columns=self.zero_columns.cpu(),
+            duplicate_rows=self.duplicate_rows.cpu(),
+            duplicate_columns=self.duplicate_columns.cpu(),
+        )
+
+
+def _narrow(flags: Tensor, *tests: Callable[[Tensor], Tensor]) -> None:
+    """Clear the flags that a test does not confirm; a test gets the numbers of those that are still set."""
+    for test in tests:
+        if len(still := flags.nonzero().flatten()):
+            flags[still] = test(still)
+
+
+def _zero(values: Tensor, axis: int) -> Tensor:
+    return (values == 0).all(dim=axis)
+
+
+def _equal(values: Tensor, others: Tensor, axis: int) -> Tensor:
+    return (values == others).all(dim=axis)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,27 +118,50 @@ class WeightComparison:
 
 
 def compare_weight(source: Checkpoint, linear: Linear, packed: PackedLinear) -> WeightComparison:
-    """Compare a weight of ``source`` with its dequantized codes.
+    """Compare a weight of ``source`` with its dequantized codes, on the device that has them.
 
-    Norms are float32 within a block of rows and float64 over blocks.
+    Norms are float32 within a group and float64 over groups.
     """
-    spec = TensorSpec(dtype=source[linear.tensor].dtype, shape=(linear.out_features, linear.in_features))
-    before, after = (RowsAndColumns.of_shape(linear.out_features, linear.in_features) for _ in range(2))
-    groups, ends, bits = GroupFaults(), 0, packed.format.bits
-    squared_error = squared_norm = 0.0
-    for start, stop in block_ranges(spec):
-        w_OI, wq_OI = load_weight(source, linear, slice(start, stop)).float(), packed.weight_rows(start, stop)
+    device, groups = packed.qweight.device, Groups.of(packed.g_idx)
+    before, after = (RowsAndColumns.of_shape(linear.out_features, linear.in_features, device) for _ in range(2))
+    faults, squares = GroupFaults(), torch.zeros(2, dtype=torch.float64, device=device)
+    for start, w_OI in _blocks(source, linear, device):
+        wq_OI = packed.weight_rows(start, start + len(w_OI))
         before.update(start, w_OI)
         after.update(start, wq_OI)
-        groups.update(start, w_OI, wq_OI, packed.g_idx)
-        codes_IO = unpack_rows(packed.qweight[:, start:stop], bits)
-        ends += int(((codes_IO == 0) | (codes_IO == 2**bits - 1)).sum())
-        squared_error += vector_norm(w_OI - wq_OI).item() ** 2
-        squared_norm += vector_norm(w_OI).item() ** 2
-    relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
-    error = WeightError(module=linear.module, layer=linear.layer, kind=linear.kind, relative=relative)
-    saturated = ends / (linear.out_features * linear.in_features)
-    return WeightComparison(error=error, groups=groups, saturated=saturated, before=before, after=after)
+        squares += faults.update(start, w_OI, wq_OI, groups)
+    error, norm = squares.sqrt().tolist()
+    found = WeightError(
+        module=linear.module, layer=linear.layer, kind=linear.kind, relative=error / norm if norm else 0.0
+    )
+    extremes = count_extremes(packed.qweight, packed.format.bits)
+    return WeightComparison(
+        error=found,
+        groups=faults,
+        saturated=extremes / (linear.out_features * linear.in_features),
+        before=before.on_host(),
+        after=after.on_host(),
+    )
+
+
+def kept_weight(source: Checkpoint, linear: Linear) -> WeightComparison:
+    """Return the comparison of a weight that was not quantized, whose equality is checked elsewhere."""
+    device = torch.device("cpu")
+    found = RowsAndColumns.of_shape(linear.out_features, linear.in_features, device)
+    for start, w_OI in _blocks(source, linear, device):
+        found.update(start, w_OI)
+    error = WeightError(module=linear.module, layer=linear.layer, kind=linear.kind, relative=0.0)
+    return WeightComparison(error=error, groups=GroupFaults(), saturated=0.0, before=found, after=found)
+
+
+def _blocks(source: Checkpoint, linear: Linear, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Yield a weight in float32, in blocks of rows, each with the number of its first row."""
+    rows = max(1, BLOCK_WEIGHTS[device.type] // linear.in_features)
+    expert_OI = load_weight(source, linear) if linear.expert_slice else None  # whose rows are not read one by one
+    for start in range(0, linear.out_features, rows):
+        stop = min(start + rows, linear.out_features)
+        block_OI = load_weight(source, linear, slice(start, stop)) if expert_OI is None else expert_OI[start:stop]
+        yield start, block_OI.to(device).float()
 
 
 @dataclass(slots=True)

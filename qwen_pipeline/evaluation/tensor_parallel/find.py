@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from typing import Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import PipelineError
@@ -11,12 +12,13 @@ from qwen_pipeline.evaluation.tensor_parallel.findings import (
     ANY_ENGINE,
     ShardedModules,
     Sharding,
+    ShardingFindings,
     Target,
     TargetFindings,
 )
-from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import head_obstacles
+from qwen_pipeline.qwen.precision import Precision, PrecisionAt
 from qwen_pipeline.qwen.tensor_parallel.engines import (
     SERVING_ENGINES,
     ShardingVerdict,
@@ -28,52 +30,55 @@ from qwen_pipeline.qwen.tensor_parallel.feasibility import DegreeFeasibility, as
 from qwen_pipeline.qwen.tensor_parallel.plan import obstacle_of
 from qwen_pipeline.qwen.tensor_parallel.towers import tower_obstacles
 from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format
+from qwen_pipeline.transforms.codes.module_rules import declared_format
+
+PlannedTarget = tuple[TargetFindings, Sharding | None]
+"""A kernel of a target judged by its rules, and the sharding to simulate; None if the kernel refuses the checkpoint."""
 
 
-def find_targets(
-    source: Checkpoint, candidate: Checkpoint, targets: Sequence[Target], *, observe: Observe = unobserved
-) -> list[TargetFindings]:
-    """Check a quantized checkpoint against each target; each distinct sharding is simulated once.
-
-    Args:
-        source: The checkpoint that was quantized, which determines the layers.
-        candidate: Its codes, whose shapes must be those of ``source``.
-        targets: The engines and degrees that will serve it.
-        observe: Called for each layer.
+def plan_targets(candidate: Config, targets: Sequence[Target]) -> list[PlannedTarget]:
+    """Judge a quantized checkpoint's config by the rules of each target.
 
     Raises:
         CheckpointRefused: The candidate is not GPTQ with 4 or 8 bits.
         InputRefused: The engine of a target is unknown.
     """
-    from qwen_pipeline.evaluation.tensor_parallel.simulate import compare_shardings  # computes, so it needs torch
-
-    form = gptq_format(candidate.config)
-    rows: list[tuple[TargetFindings, Sharding | None]] = []
+    form = gptq_format(candidate)
+    rows: list[PlannedTarget] = []
     for target in targets:
         for kernel in _kernels(target.engine):
-            verdict, reasons = _rules(candidate.config, form, kernel, target.degree)
+            verdict, reasons = _rules(candidate, form, kernel, target.degree)
             row = TargetFindings(target=target, kernel=kernel, verdict=verdict, reasons=reasons, found=None)
             rows.append((row, None if row.refuses else _sharding_of(kernel, target.degree)))
-    shardings = list(dict.fromkeys(sharding for _, sharding in rows if sharding))
-    found = dict(zip(shardings, compare_shardings(source, candidate, form, shardings, observe=observe), strict=True))
-    return [replace(row, found=found[sharding] if sharding else None) for row, sharding in rows]
+    return rows
 
 
-def shardings_with_effect(candidate: Checkpoint, found: Sequence[TargetFindings]) -> dict[Sharding, ShardedModules]:
+def shardings_of(planned: Sequence[PlannedTarget]) -> list[Sharding]:
+    """Return the distinct shardings to simulate."""
+    return list(dict.fromkeys(sharding for _, sharding in planned if sharding))
+
+
+def simulated_targets(planned: Sequence[PlannedTarget], simulated: Sequence[ShardingFindings]) -> list[TargetFindings]:
+    """Return the findings for each target, with those of its sharding."""
+    found = {each.cut: each for each in simulated}
+    return [replace(row, found=found[sharding] if sharding else None) for row, sharding in planned]
+
+
+def shardings_with_effect(candidate: Checkpoint, found: Sequence[ShardingFindings]) -> dict[Sharding, ShardedModules]:
     """Return the modules of each sharding that changes weights, unless its ranks lack inputs or scales."""
-    size = gptq_format(candidate.config).group_size if found else 0
-    errors_of = {row.found.cut: row.found.errors for row in found if row.found and row.found.errors}
 
     def is_runnable(sharding: Sharding, errors: Mapping[str, float]) -> bool:
         if not all(map(isfinite, errors.values())):
             return False
-        inputs = [candidate[f"{module}.g_idx"].rows for module in errors]
-        return all(not i % sharding.ranks and i // sharding.ranks >= size for i in inputs)
+        form = gptq_format(candidate.config)
+        inputs = {module: candidate[f"{module}.g_idx"].rows for module in errors}
+        sizes = {module: form.of(candidate, module).group_size for module in errors}
+        return all(not i % sharding.ranks and i // sharding.ranks >= sizes[module] for module, i in inputs.items())
 
     return {
-        sharding: (sharding.ranks, sorted(errors))
-        for sharding, errors in errors_of.items()
-        if is_runnable(sharding, errors)
+        each.cut: (each.cut.ranks, sorted(each.errors))
+        for each in found
+        if each.errors and is_runnable(each.cut, each.errors)
     }
 
 
@@ -93,12 +98,14 @@ def assess_targets(config: Config, degree: int, targets: Sequence[Target]) -> De
     Some engines can share groups that others cannot, so declared targets take precedence.
     """
     try:
-        group_size = max(gptq_format(config).group_size, 1)
+        form = gptq_format(config)
+        group_size = max(form.group_size, 1)
         (found,) = assess_degrees(
             config, group_size=group_size, degrees=[max([target.degree for target in targets] or [degree])]
         )
         requested = [{target.engine: [target.degree]} for target in targets]
-        obstacles = [obstacle_of(config, each, group_size=group_size) for each in requested]
+        declared = _declared_at(config, replace(form, group_size=group_size))
+        obstacles = [obstacle_of(config, each, group_size=group_size, precision_at=declared) for each in requested]
         of_towers = [obstacle for each in requested for obstacle in tower_obstacles(config, each)]
     except PipelineError:
         return None
@@ -119,11 +126,29 @@ def _rules(config: Config, form: GptqFormat, kernel: str, degree: int) -> tuple[
     if kernel == ANY_ENGINE:
         obstacles = tuple(head_obstacles(config, degree))
         return ("refused", obstacles) if obstacles else ("ok", ())
-    predicted = predict_serving(config, kernel, group_size=form.group_size, degree=degree)
-    if form.bits == 4 and form.sym and not form.desc_act:
+    predicted = predict_serving(
+        config,
+        kernel,
+        group_size=form.group_size,
+        degree=degree,
+        bits=form.bits,
+        precision_at=_declared_at(config, form),
+    )
+    if form.sym and not form.desc_act:
         return predicted.verdict, predicted.reasons
-    unknown = "its rules are known for 4 bits, symmetric, without act-order only"
+    unknown = "its rules are known for symmetric codes without act-order only"
     return worst_of([predicted.verdict, "unknown"]), (*predicted.reasons, unknown)
+
+
+def _declared_at(config: Config, form: GptqFormat) -> PrecisionAt:
+    """Return the precisions that a config declares."""
+    settings: Mapping[str, Any] = config["quantization_config"]
+
+    def precision_at(layer: int, kind: str) -> Precision:
+        own = declared_format(settings, f"model.layers.{layer}.{kind}", form)
+        return Precision(bits=own.bits, group_size=own.group_size) if own else Precision()
+
+    return precision_at
 
 
 def _sharding_of(kernel: str, degree: int) -> Sharding | None:

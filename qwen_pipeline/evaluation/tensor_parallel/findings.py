@@ -6,10 +6,14 @@ from math import isfinite
 
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.evaluation.figures import DivergenceFigures
+from qwen_pipeline.qwen.padding_spec import require_ranks
 from qwen_pipeline.qwen.tensor_parallel.engines import ShardingVerdict, kernels_of
 
 ANY_ENGINE = "any engine"
 """A loader that only shards evenly: the target if no engine is declared."""
+
+OF_FLOATS = "8-bit floats"
+"""Follows the name of an engine whose rules for 8-bit floats apply."""
 
 COLUMNS = ("engine", "ranks", "engine rules", "weights on ranks", "KL(unsharded ‖ sharded)")
 
@@ -35,7 +39,7 @@ class Target:
         kernels_of(engine)
         if not degree.isdecimal() or not int(degree):
             raise InputRefused(f"{text!r} has no number of ranks.", remedy="Write engine:ranks, as in vllm-marlin:8.")
-        return cls(engine=engine, degree=int(degree))
+        return cls(engine=engine, degree=require_ranks(int(degree[:9])))
 
     def __str__(self) -> str:
         return f"{self.engine} at {self.degree}"
@@ -100,6 +104,10 @@ class TargetFindings:
     verdict: ShardingVerdict
     reasons: Sequence[str]
     found: ShardingFindings | None
+
+    @property
+    def is_of_floats(self) -> bool:
+        return self.kernel.endswith(OF_FLOATS)
 
     @property
     def refuses(self) -> bool:

@@ -42,7 +42,19 @@ def rank_part(packed: PackedLinear, dimension: Dimension, rank: int, ranks: int)
         )
     qzeros, scales = (part[rank * groups : (rank + 1) * groups] for part in (packed.qzeros, packed.scales))
     return replace(
-        packed, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=in_order(inputs, size).clamp(max=groups - 1)
+        packed,
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=in_order(inputs, size).clamp(max=groups - 1).to(packed.g_idx.device),
+    )
+
+
+def first_outputs(packed: PackedLinear, count: int) -> PackedLinear:
+    """Return the layer with its first outputs only, ``count`` of them or all; a multiple of the codes in a word."""
+    words = count // packed.format.codes_per_word
+    return replace(
+        packed, qweight=packed.qweight[:, :count], qzeros=packed.qzeros[:, :words], scales=packed.scales[:, :count]
     )
 
 
@@ -64,7 +76,7 @@ def effective_g_idx(packed: PackedLinear, ranks: int) -> "torch.Tensor":
         raise ValueError(
             f"{len(packed.g_idx)} inputs in groups of {size} cannot be split into {ranks} shares of at least a group"
         )
-    own = in_order(inputs, size).clamp(max=groups - 1)
+    own = in_order(inputs, size).clamp(max=groups - 1).to(packed.g_idx.device)
     return torch.cat([own + rank * groups for rank in range(ranks)])
 
 

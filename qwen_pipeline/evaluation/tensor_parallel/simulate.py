@@ -3,8 +3,7 @@
 Each packed layer is sharded as by the engine's loader (after appending whole groups of zeros to MLPs or halving
 experts' groups, if the engine does that). The shard of every rank is dequantized as on the rank, and compared with the
 unsharded weight on slices: groups run along the inputs, so a few outputs of a row-parallel layer cover all of them, and
-the outputs at the edges of each shard cover the boundaries in a column-parallel layer. Memory holds the codes of one
-layer at a time.
+the outputs at the edges of each shard cover the boundaries in a column-parallel layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,15 +18,14 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.evaluation.figures import ModelFigures
 from qwen_pipeline.evaluation.logits.streamed import evaluate
-from qwen_pipeline.evaluation.tensor_parallel.findings import ShardedModules, Sharding, ShardingFindings
-from qwen_pipeline.evaluation.tensor_parallel.ranks import effective_g_idx, rank_part
+from qwen_pipeline.evaluation.tensor_parallel.findings import ShardedModules, Sharding
+from qwen_pipeline.evaluation.tensor_parallel.ranks import effective_g_idx, first_outputs, rank_part
 from qwen_pipeline.layerwise.model import ComputeContext
-from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.families import Config
 from qwen_pipeline.qwen.geometry import PaddedSize
 from qwen_pipeline.qwen.layers import Matrix, head_geometry, layer_matrices
-from qwen_pipeline.qwen.linears import Linear, decoder_linears
-from qwen_pipeline.transforms.codes.gptq import CODES, GptqFormat, PackedLinear, gptq_format, in_order
+from qwen_pipeline.qwen.linears import decoder_linears
+from qwen_pipeline.transforms.codes.gptq import CODES, PackedLinear, gptq_format, in_order
 from qwen_pipeline.transforms.codes.parts import Widening
 
 SLICE = 64
@@ -36,31 +34,23 @@ MIN_GROUP = 32
 """The smallest group to which vLLM's MoE WNA16 halves groups."""
 
 
-def compare_shardings(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    form: GptqFormat,
-    shardings: Sequence[Sharding],
-    *,
-    observe: Observe = unobserved,
-) -> list[ShardingFindings]:
-    """Compare the sharded weights with the unsharded ones for each sharding; every layer is read once."""
-    layers = list(_sharded_layers(source)) if shardings else []
-    errors: list[dict[str, float]] = [{} for _ in shardings]
-    for done, (linear, matrix) in enumerate(layers, start=1):
-        specs = form.code_specs(linear.out_features, linear.in_features)
-        is_valid = all(candidate.get(f"{linear.module}.{code}") == spec for code, spec in specs.items())
-        packed = form.load(candidate, linear.module) if is_valid else None
-        if packed and not 0 <= packed.g_idx.min() <= packed.g_idx.max() < len(packed.scales):
-            packed = None
-        for found, sharding in zip(errors, shardings, strict=True):
-            if error := _error(packed, candidate.config, matrix, sharding) if packed else inf:
-                found[linear.module] = error
-        observe(Progress(task="simulate ranks", done=done, total=len(layers), unit="modules"))
-    return [
-        ShardingFindings(cut=sharding, compared=len(layers), errors=found)
-        for sharding, found in zip(shardings, errors, strict=True)
-    ]
+def sharded_matrices(source: Checkpoint) -> dict[str, Matrix]:
+    """Return each packed layer that is sharded, with its matrix, which determines the dimension."""
+    config = source.config
+    of_layer: dict[int, dict[str, Matrix]] = {}
+    found: dict[str, Matrix] = {}
+    for linear in decoder_linears(source):
+        if linear.layer not in of_layer:
+            kinds = {kind: matrix for matrix in layer_matrices(config, linear.layer) for kind in matrix.kinds()}
+            of_layer = {linear.layer: kinds}
+        if (matrix := of_layer[linear.layer][linear.kind]).split != "whole":
+            found[linear.module] = matrix
+    return found
+
+
+def sharding_errors(packed: PackedLinear, config: Config, matrix: Matrix, shardings: Sequence[Sharding]) -> list[float]:
+    """Return the relative error of each sharded weight, over slices; 0 means equal bits."""
+    return [_error(packed, config, matrix, sharding) for sharding in shardings]
 
 
 def over_ranks(candidate: Checkpoint, modules: Sequence[str], ranks: int) -> Checkpoint:
@@ -98,37 +88,27 @@ def diverge(
     ]
 
 
-def _sharded_layers(source: Checkpoint) -> Iterator[tuple[Linear, Matrix]]:
-    """Yield each packed layer that is sharded, with its matrix, which determines the dimension."""
-    config = source.config
-    matrices: dict[int, dict[str, Matrix]] = {}
-    for linear in decoder_linears(source):
-        if linear.layer not in matrices:
-            of_layer = layer_matrices(config, linear.layer)
-            matrices = {linear.layer: {kind: matrix for matrix in of_layer for kind in matrix.kinds()}}
-        if (matrix := matrices[linear.layer][linear.kind]).split != "whole":
-            yield linear, matrix
-
-
 def _error(packed: PackedLinear, config: Config, matrix: Matrix, sharding: Sharding) -> float:
     """Return the relative error of the sharded weight, over slices; 0 means equal bits."""
     if matrix.split == "rows":
-        pairs = _row_parallel(packed, _loaded(packed, matrix, sharding), sharding.ranks)
+        whole = first_outputs(packed, SLICE)
+        pairs = _row_parallel(whole, _loaded(whole, matrix, sharding), sharding.ranks)
     else:
         key_values = matrix.kind in ("self_attn.k_proj", "self_attn.v_proj")
         shares = min(sharding.ranks, head_geometry(config)[1]) if key_values else sharding.ranks
         if packed.qweight.shape[1] % (shares * packed.format.codes_per_word):
             return inf
         pairs = _column_parallel(packed, shares)
-    squares = torch.tensor([[vector_norm(held - w).item(), vector_norm(w).item()] for held, w in pairs]).double()
-    error, norm = squares.square().sum(dim=0).sqrt().tolist()
+    norms = torch.stack([torch.stack([vector_norm(held - w), vector_norm(w)]) for held, w in pairs]).double()
+    error, norm = norms.square().sum(dim=0).sqrt().tolist()
     return error / norm if norm else error
 
 
 def _row_parallel(whole: PackedLinear, loaded: PackedLinear, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the first outputs of the sharded and the unsharded weight; inputs that no rank holds count as zero."""
-    w_SI = whole.weight_rows(0, SLICE)
-    parts = [rank_part(loaded, "in", rank, ranks).weight_rows(0, SLICE) for rank in range(ranks)]
+    outputs = whole.qweight.shape[1]
+    w_SI = whole.weight_rows(0, outputs)
+    parts = [rank_part(loaded, "in", rank, ranks).weight_rows(0, outputs) for rank in range(ranks)]
     held = torch.zeros_like(w_SI)
     joined = torch.cat(parts, dim=1)[:, : w_SI.shape[1]]
     held[:, : joined.shape[1]] = joined
@@ -168,10 +148,10 @@ def _padded(packed: PackedLinear, matrix: Matrix, zeros: int) -> PackedLinear:
 
 
 def _widened(packed: PackedLinear, code: str, by: Widening) -> Tensor:
-    tensor: Tensor = getattr(packed, code)
+    tensor: Tensor = getattr(packed, code).cpu()
     spec = TensorSpec(dtype="F16" if code == "scales" else "I32", shape=tuple(tensor.shape))
     wide = packed.format.code_tensors[code].widened(LazyTensor(spec=spec, read=lambda a, b: tensor[a:b]), by)
-    return wide.read(0, wide.spec.rows)
+    return wide.read(0, wide.spec.rows).to(packed.qweight.device)
 
 
 def _regrouped(packed: PackedLinear, group_size: int) -> PackedLinear:
@@ -182,5 +162,5 @@ def _regrouped(packed: PackedLinear, group_size: int) -> PackedLinear:
         format=replace(packed.format, group_size=group_size),
         qzeros=packed.qzeros.repeat_interleave(factor, dim=0),
         scales=packed.scales.repeat_interleave(factor, dim=0),
-        g_idx=in_order(len(packed.g_idx), group_size),
+        g_idx=in_order(len(packed.g_idx), group_size).to(packed.g_idx.device),
     )

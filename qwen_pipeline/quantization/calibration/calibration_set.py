@@ -22,10 +22,10 @@ from qwen_pipeline.checkpoint.safetensors_file import TensorSpec, open_safetenso
 from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused
 from qwen_pipeline.quantization.calibration.spec import CalibrationSpec
 from qwen_pipeline.reports import load_reports
+from qwen_pipeline.text.bounded_tokenizer import BoundedTokenizer
 from qwen_pipeline.text.reading import RecordReader, RecordUse
 from qwen_pipeline.text.sources import open_text
 from qwen_pipeline.text.spec import DEFAULT_TEXT_SPEC, TextSpec
-from qwen_pipeline.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,10 +128,10 @@ def draw_calibration(
         InputRefused: The text is missing, too many of its records cannot be used, the checkpoint has no tokenizer or no
             chat template for conversations, or the whole text has too few tokens.
     """
-    source, tokenizer = open_text(text), load_tokenizer(checkpoint)
+    source, tokenizer = open_text(text), BoundedTokenizer(checkpoint, text_spec.limits)
     reader = RecordReader(source, tokenizer, text_spec)
     records = reader.tokens(shuffled(len(source), spec.seed))
-    windows = _Windows(spec, pad_token=_pad_token(tokenizer))
+    windows = _Windows(spec, pad_token=tokenizer.pad_token)
     for tokens in records:
         windows.add(tokens)
         if windows.are_full:
@@ -263,10 +263,6 @@ class _Windows:
 def _cut(record: list[int], length: int) -> Iterator[list[int]]:
     for start in range(0, len(record), length):
         yield record[start : start + length]
-
-
-def _pad_token(tokenizer: Any) -> int:
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def _histogram(lengths: tuple[int, ...]) -> list[dict[str, int]]:

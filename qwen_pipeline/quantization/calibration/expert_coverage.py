@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
+from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.checkpoint.safetensors_file import open_safetensors
 from qwen_pipeline.errors import WorkerFailed
 from qwen_pipeline.layerwise.forward import LayerStream
 from qwen_pipeline.layerwise.model import ComputeContext
+from qwen_pipeline.models.open import open_model
 from qwen_pipeline.progress import Observe, Progress, unobserved
 from qwen_pipeline.qwen.linears import decoder_linears
 
@@ -38,7 +39,7 @@ def measure_coverage(spec: Mapping[str, Any], observe: Observe) -> Mapping[str, 
     )
     file = open_safetensors(Path(spec["windows"]))
     counts = count_expert_tokens(
-        open_checkpoint(Path(spec["source"])), file.load("input_ids"), file.load("attention_mask"), context, observe
+        open_model(Path(spec["source"])), file.load("input_ids"), file.load("attention_mask"), context, observe
     )
     return {"layers": {str(layer): tokens.tolist() for layer, tokens in counts.items()}}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_pipeline.errors import CheckFailed
+from qwen_pipeline.quantization.steps.replay import replayed
 
 BLOCK = 128
 """GPTQModel's number of columns whose errors are passed on together to all that follow."""
@@ -110,23 +111,16 @@ def round_columns(
         group_size: Columns of a group.
         block_size: Columns whose errors are passed on to all that follow at once, a multiple of ``group_size``.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     order_I, upper_II = factor.order, factor.upper
     target_IO = weight_OI.float().T[order_I]
     rounded_IO, loss_O = torch.empty_like(target_IO), target_IO.new_zeros(len(weight_OI))
     scales: list[Tensor] = []
+    rounding = _BlockRounding(scales_of, bits, group_size)
     for start in range(0, len(order_I), block_size):
         block = slice(start, start + block_size)
-        target_BO, rounded_BO, upper_BB = target_IO[block], rounded_IO[block], upper_II[block, block]
-        errors_BO = torch.empty_like(target_BO)
-        for column, root in enumerate(upper_BB.diagonal()):
-            if column % group_size == 0:
-                of_group = slice(column, column + group_size)
-                scales.append(scales_of(target_BO[of_group], upper_BB.diagonal()[of_group] ** -2))
-            torch.div(target_BO[column], scales[-1], out=rounded_BO[column])
-            rounded_BO[column].round_().clamp_(low, high).mul_(scales[-1])
-            torch.sub(target_BO[column], rounded_BO[column], out=errors_BO[column]).div_(root)
-            target_BO[column + 1 :] -= upper_BB[column, column + 1 :, None] * errors_BO[column]
+        round_block = replayed(rounding) if target_IO.device.type == "cuda" else rounding
+        rounded_IO[block], errors_BO, scales_GO = round_block(target_IO[block], upper_II[block, block])
+        scales += scales_GO.clone()
         loss_O += errors_BO.square().sum(dim=0) / 2
         target_IO[block.stop :] -= upper_II[block, block.stop :].T @ errors_BO
     places_I = order_I.argsort()
@@ -137,3 +131,29 @@ def round_columns(
         scales=torch.stack(scales, dim=1)[:, groups_G.argsort()],
         loss=loss_O,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockRounding:
+    """Rounds the columns of one block, given its weights [B, O] and its part of the factor [B, B].
+
+    The weights are changed to what they were when they were rounded. It returns the rounded weights, their errors
+    as shares of the roots of the factor's diagonal, and the scales [G, O].
+    """
+
+    scales_of: ScalesOf
+    bits: int
+    group_size: int
+
+    def __call__(self, target_BO: Tensor, upper_BB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        rounded_BO, errors_BO, scales = torch.empty_like(target_BO), torch.empty_like(target_BO), list[Tensor]()
+        for column, root in enumerate(upper_BB.diagonal()):
+            if column % self.group_size == 0:
+                of_group = slice(column, column + self.group_size)
+                scales.append(self.scales_of(target_BO[of_group], upper_BB.diagonal()[of_group] ** -2))
+            torch.div(target_BO[column], scales[-1], out=rounded_BO[column])
+            rounded_BO[column].round_().clamp_(low, high).mul_(scales[-1])
+            torch.sub(target_BO[column], rounded_BO[column], out=errors_BO[column]).div_(root)
+            target_BO[column + 1 :] -= upper_BB[column, column + 1 :, None] * errors_BO[column]
+        return rounded_BO, errors_BO, torch.stack(scales)

@@ -7,11 +7,13 @@ model's: offsets by the sign of the gradient, scales by Adam. The gradient passe
 identity. Zeros stay zeros, and equal rows stay equal, so padding is preserved.
 
 Codes do not depend on ``d``: if they were rounded again for each scale, every step would undo some of what GPTQ chose.
+
+What is learned is kept only if the error also falls on windows that nothing was learned from.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from qwen_pipeline.quantization.recipes import LearnedRounding
 from qwen_pipeline.quantization.steps.scale_search import stored
 
 Index = tuple[int | slice, ...]
+HELD_OUT_EVERY = 8
+"""One window in so many is held out; of fewer windows the last one, if there are two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class LayerBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
-    """Squared error of a layer's outputs, as a share of their squares, before and after learning.
+    """Squared error of a layer's outputs for all tokens, as a share of their squares, before and after learning.
 
     Attributes:
         travel: How far an offset could go; None if nothing was learned.
@@ -126,9 +130,9 @@ def learn_rounding(
 ) -> LayerError:
     """Learn the offsets of a layer's weights, and the changes of their scales.
 
-    If the error of all tokens does not fall, they are learned again with smaller steps, at last the changes of scales
-    alone; if it does not fall then either, GPTQ's codes and scales are kept. Where a few activations are far larger
-    than the others, large steps do harm that later ones do not undo.
+    If the error does not fall, of all tokens and of the windows that are held out, they are learned again with smaller
+    steps, at last the changes of scales alone; if it does not fall then either, GPTQ's codes and scales are kept. Where
+    a few activations are far larger than the others, large steps do harm that later ones do not undo.
 
     Args:
         module: The layer. It is not changed.
@@ -137,16 +141,31 @@ def learn_rounding(
         settings: Number and size of the steps.
         order: Returns a permutation of so many batches.
     """
-    layer = _TrainableLayer(module, offsets)
-    squares = sum(_masked(batch.target, batch).double().square().sum().item() for batch in batches)
-    before = layer.error(batches)
-    for travel in settings.travels if before else ():
-        _descend(layer, batches, settings, order, travel=travel, scale=1 / before)
-        if (after := layer.error(batches)) < before:
-            return LayerError(before=before / squares, after=after / squares, travel=travel)
+    layer, held_out = _TrainableLayer(module, offsets), _held_out(batches)
+    learned = [replace(batch, mask=batch.mask & ~held) for batch, held in zip(batches, held_out, strict=True)]
+    squares = sum(_masked(batch.target, batch.mask).double().square().sum().item() for batch in batches)
+    before = layer.errors(batches, held_out)
+    for travel in settings.travels if before.all else ():
+        _descend(layer, learned, settings, order, travel=travel, scale=1 / before.all)
+        after = layer.errors(batches, held_out)
+        if after.all < before.all and after.held_out <= before.held_out:
+            return LayerError(before=before.all / squares, after=after.all / squares, travel=travel)
         layer.reset()
-    share = before / squares if squares else 0.0
+    share = before.all / squares if squares else 0.0
     return LayerError(before=share, after=share)
+
+
+def _held_out(batches: Sequence[LayerBatch]) -> list[Tensor]:
+    """Return for each batch the tokens of windows that are held out, bool [B * T]; of a single window none."""
+    sizes = [len(batch.hidden) for batch in batches]
+    numbers = torch.arange(sum(sizes))
+    held = numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    if not held.any() and len(held) > 1:
+        held[-1] = True
+    return [
+        part.to(batch.mask.device).repeat_interleave(len(batch.mask) // len(part)) & batch.mask
+        for part, batch in zip(held.split(sizes), batches, strict=True)
+    ]
 
 
 def _descend(
@@ -187,6 +206,14 @@ def repeatable_gradients() -> Generator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Errors:
+    """Squared errors of all tokens, and of those that are held out."""
+
+    all: float
+    held_out: float
+
+
 class _TrainableLayer:
     """A layer whose quantized weights have gradients.
 
@@ -213,25 +240,32 @@ class _TrainableLayer:
         self.update()
 
     @torch.no_grad()
-    def error(self, batches: Iterable[LayerBatch]) -> float:
-        return sum(self._squared_error(batch).double().item() for batch in batches)
+    def errors(self, batches: Sequence[LayerBatch], held_out: Sequence[Tensor]) -> _Errors:
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch, held in zip(batches, held_out, strict=True):
+            squares_N = self._squares(batch)
+            of_held_out = squares_N[held[batch.mask]].sum()
+            sums += torch.stack([squares_N.sum(), of_held_out]).double().cpu()
+        total, of_held_out = sums.tolist()
+        return _Errors(all=total, held_out=of_held_out)
 
     def backward(self, batches: Iterable[LayerBatch], *, scale: float) -> None:
         for tensor in self._parameters.values():
             tensor.grad = None
         for batch in batches:
-            (self._squared_error(batch) * scale).backward()
+            (self._squares(batch).sum() * scale).backward()
 
     def gradient(self, offsets: Offsets) -> Tensor:
         gradient = self._parameters[offsets.place.parameter].grad
         assert gradient is not None, f"{offsets.place.parameter} does not affect the layer's outputs"
         return gradient[offsets.place.index]
 
-    def _squared_error(self, batch: LayerBatch) -> Tensor:
+    def _squares(self, batch: LayerBatch) -> Tensor:
+        """Return the squared error of each token that counts."""
         hidden = batch.hidden.to(batch.mask.device, copy=True)
         arguments = {name: _cloned(value) for name, value in batch.arguments.items()}
         output = functional_call(self._module, self._parameters, (hidden,), arguments)
-        return (_masked(output, batch).float() - _masked(batch.target, batch).float()).square().sum()
+        return (_masked(output, batch.mask).float() - _masked(batch.target, batch.mask).float()).square().sum(dim=1)
 
 
 def _state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -239,9 +273,9 @@ def _state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _masked(hidden: Tensor, batch: LayerBatch) -> Tensor:
+def _masked(hidden: Tensor, mask_N: Tensor) -> Tensor:
     """Return the rows of the tokens that count; the mask is copied, as the backward pass keeps an index."""
-    return hidden.to(batch.mask.device).flatten(0, -2)[batch.mask.clone()]
+    return hidden.to(mask_N.device).flatten(0, -2)[mask_N.clone()]
 
 
 def _cloned(value: Any) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor
 from qwen_pipeline.quantization.recipes import ScaleSearch
 
 SMALLEST_HALF = 2.0**-24
-AT_ONCE = {"cpu": 1, "cuda": 28}
-"""Scales that are tried at once, by device: on a CPU the errors of a group should stay in its cache."""
+CACHE_BYTES = 32 * 2**20
+"""Errors that are computed at once on a GPU, in bytes: they stay in its cache. A CPU's is smaller than one scale's."""
 
 
 def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: ScaleSearch) -> Tensor:
@@ -27,11 +27,12 @@ def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: Sca
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     step_O = target_CO.abs().amax(dim=0) / -low
-    step_O[step_O == 0] = 1  # any scale is exact for zeros
+    step_O.masked_fill_(step_O == 0, 1)  # any scale is exact for zeros
     factors_K = torch.linspace(search.smallest, search.largest, search.candidates, device=step_O.device)[:, None]
     scales_KO = stored(torch.cat([factors_K, -factors_K] if search.signed else [factors_K]) * step_O)
     costs: list[Tensor] = []
-    for scales_k1O in scales_KO[:, None].split(AT_ONCE[step_O.device.type]):
+    at_once = max(1, CACHE_BYTES // target_CO.nbytes) if step_O.device.type == "cuda" else 1
+    for scales_k1O in scales_KO[:, None].split(at_once):
         errors_kCO = (target_CO / scales_k1O).round_().clamp_(low, high).mul_(scales_k1O).sub_(target_CO)
         costs.append(cost_C @ errors_kCO.square_())
     return scales_KO.gather(0, torch.cat(costs).argmin(dim=0, keepdim=True))[0]

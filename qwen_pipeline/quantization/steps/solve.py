@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.quantization.losses import NOT_SOLVED
+from qwen_pipeline.quantization.recipes import ScaleSearch
 from qwen_pipeline.quantization.solver import Hessian, Solved, pack, zero_and_saturated_groups
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.quantization.steps.gptq import (
@@ -21,12 +22,13 @@ from qwen_pipeline.quantization.steps.gptq import (
     round_columns,
 )
 from qwen_pipeline.quantization.steps.scale_search import absmax_scales, searched_scales
+from qwen_pipeline.quantization.steps.step_errors import StepErrors
 from qwen_pipeline.quantization.steps.target_correction import InputError, corrected
 from qwen_pipeline.transforms.codes.gptq import gptq_format, in_order
 
 
 def solve_by_recipe(
-    weights: Mapping[str, Tensor], hessian: Hessian, error: InputError, spec: QuantSpec
+    weights: Mapping[str, Tensor], hessian: Hessian, error: InputError, spec: QuantSpec, *, measured: bool = True
 ) -> dict[str, Solved]:
     """Return codes for the weights [O, I] of modules that share their inputs, chosen to preserve the modules' outputs.
 
@@ -38,6 +40,7 @@ def solve_by_recipe(
         hessian: Hessian of the inputs in the quantized model.
         error: Error of the inputs; empty for a recipe that does not correct targets.
         spec: Settings of the quantization, among them the recipe.
+        measured: Whether the errors after each step are measured.
 
     Raises:
         CheckFailed: A loss is NaN, or the Hessian is not positive definite.
@@ -47,14 +50,23 @@ def solve_by_recipe(
     order_I, solved = _order(mean_II, spec), dict[str, Solved]()
     for damp, modules in _by_damping(weights, spec).items():
         factor = factored(mean_II, order_I, damp)
+        outputs = [len(weights[module]) for module in modules]
         target_OI = torch.cat([weights[module].float() for module in modules])
+        steps = StepErrors(target_OI, outputs, mean_II, error, factor) if measured else None
         if spec.steps.target_correction:
             target_OI = corrected(target_OI, error, factor, spec.steps.target_correction)
         target_OI[:, dead_I] = 0
-        rounded = round_columns(target_OI, factor, _scales(spec), bits=spec.bits, group_size=spec.group_size)
+        if steps:
+            steps.drop(dead_I)
+        scales_of = _scales(spec.bits, spec.steps.scale_search)
+        rounded = round_columns(target_OI, factor, scales_of, bits=spec.bits, group_size=spec.group_size)
+        errors = [dict[str, float]()] * len(modules)
+        if steps:
+            size = {"bits": spec.bits, "group_size": spec.group_size}
+            errors = steps.measured(target_OI, rounded.weight, _scales(spec.bits, None), **size)
         del target_OI
-        for module, part in zip(modules, rounded.split([len(weights[module]) for module in modules]), strict=True):
-            solved[module] = _packed(module, part, factor.damp, tokens, spec)
+        for module, part, found in zip(modules, rounded.split(outputs), errors, strict=True):
+            solved[module] = replace(_packed(module, part, factor.damp, tokens, spec), errors=found)
     return {module: solved[module] for module in weights}
 
 
@@ -79,11 +91,11 @@ def _order(hessian_II: Tensor, spec: QuantSpec) -> Tensor:
     return torch.arange(len(hessian_II), device=hessian_II.device)
 
 
-def _scales(spec: QuantSpec) -> ScalesOf:
-    search = spec.steps.scale_search
+@cache
+def _scales(bits: int, search: ScaleSearch | None) -> ScalesOf:
     if search is None:
-        return lambda target_CO, _: absmax_scales(target_CO, bits=spec.bits)
-    return partial(searched_scales, bits=spec.bits, search=search)
+        return lambda target_CO, _: absmax_scales(target_CO, bits=bits)
+    return partial(searched_scales, bits=bits, search=search)
 
 
 def _packed(module: str, rounded: Rounded, damp: float, tokens: int, spec: QuantSpec) -> Solved:

@@ -38,6 +38,11 @@ class InputError:
         """Add the residual streams [N, O] of both models, and the inputs [N, I] of the quantized one."""
         self.residual = _plus(self.residual, product((full - quantized).T, inputs))
 
+    def of_outputs(self, rows: Tensor) -> "InputError":
+        """Return the sums that concern some outputs."""
+        residual = None if self.residual is None else self.residual[rows]
+        return InputError(inputs=self.inputs, residual=residual, tokens=self.tokens)
+
 
 def corrected(weight_OI: Tensor, error: InputError, factor: InverseFactor, correction: TargetCorrection) -> Tensor:
     """Return the weight that is nearest to the full-precision layer's outputs for the inputs of the quantized model.

@@ -1,14 +1,16 @@
 """The cheapest padding and group size with which a model serves on given engines and tensor-parallel degrees."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.qwen.families import Config, declares_tied, text_config
+from qwen_pipeline.qwen.families import Config, declares_tied, require_family, text_config
 from qwen_pipeline.qwen.geometry import PadPlan, plan_padding, resized_config, with_towers
 from qwen_pipeline.qwen.layers import Matrix, layer_matrices, number_of_layers, required
+from qwen_pipeline.qwen.methods import layout_of
 from qwen_pipeline.qwen.padding_spec import DEFAULT_LAYOUT, Layout, PaddingSpec, Targets, served_degrees
+from qwen_pipeline.qwen.precision import KEPT, ModuleRules, Precision, PrecisionAt
 from qwen_pipeline.qwen.tensor_parallel.engines import (
     VERDICTS,
     ServingPrediction,
@@ -16,10 +18,9 @@ from qwen_pipeline.qwen.tensor_parallel.engines import (
     predict_serving,
     worst_of,
 )
+from qwen_pipeline.qwen.tensor_parallel.floats import float_padding_for
 
 BITS = 4
-SCALE_BITS = 16 + BITS
-"""A float16 scale and a zero point for each group of inputs of each output."""
 GROUP_SIZES = (128, 64, 32)
 SERVES: tuple[ShardingVerdict, ...] = ("ok", "padded at load")
 
@@ -69,18 +70,26 @@ class Option:
         return _first_obstacle(self.predictions)
 
 
-def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
+Words = Mapping[str, str]
+"""Pattern -> word of a precision: see :class:`~qwen_pipeline.qwen.precision.ModuleRules`."""
+NO_WORDS: Words = {}
+
+
+def options(
+    config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES, words: Words = NO_WORDS
+) -> list[Option]:
     """Return the ways to serve a model on these engines at all of their degrees, the best first.
 
     Each group size is considered without padding, padded to whole groups, and padded to the smallest widths that all
-    degrees can share. Options that serve come first, by bytes per rank, then by descending group size.
+    degrees can share. Options that serve come first, by bytes per rank, then by descending group size. Modules that
+    ``words`` name have their own precision in each option.
 
     Raises:
         InputRefused: The family or an engine is unknown, the config lacks a size, or ``targets`` lacks a degree.
     """
     degrees = served_degrees(targets)
     found = [
-        _option(config, plan, name, targets)
+        _option(config, plan, name, targets, words)
         for group_size in group_sizes
         for name, plan in _plans(config, group_size, lcm(*degrees)).items()
     ]
@@ -94,7 +103,9 @@ def options(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GR
     )
 
 
-def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES) -> list[Option]:
+def fewer_ranks(
+    config: Config, targets: Targets, *, group_sizes: Sequence[int] = GROUP_SIZES, words: Words = NO_WORDS
+) -> list[Option]:
     """Return the best option at the highest lower degree that has one, and the best one without padding."""
     highest = served_degrees(targets)[-1]
     found: list[Option] = []
@@ -102,7 +113,7 @@ def fewer_ranks(config: Config, targets: Targets, *, group_sizes: Sequence[int] 
         lower = {
             engine: sorted({min(degree, requested) for requested in degrees}) for engine, degrees in targets.items()
         }
-        serving = [option for option in options(config, lower, group_sizes=group_sizes) if option.serves]
+        serving = [option for option in options(config, lower, group_sizes=group_sizes, words=words) if option.serves]
         unpadded = [option for option in serving if not option.plan.changes]
         found += serving[:1] if not found else []
         if unpadded:
@@ -116,7 +127,9 @@ def plan_for(config: Config, spec: PaddingSpec) -> PadPlan:
     Raises:
         InputRefused: The family cannot be padded, or the model serves on the targets with no padding.
     """
-    if spec.targets:
+    if spec.targets and spec.method != "gptq":
+        plan = float_padding_for(config, spec.targets, layout_of(spec.method), padding_layout=spec.layout)
+    elif spec.targets:
         plan = padding_for(config, spec.targets, group_size=spec.group_size, layout=spec.layout)
     else:
         plan = plan_padding(
@@ -141,21 +154,31 @@ def padding_for(config: Config, targets: Targets, *, group_size: int, layout: La
     )
 
 
-def obstacle_of(config: Config, targets: Targets, *, group_size: int) -> str:
+def obstacle_of(config: Config, targets: Targets, *, group_size: int, precision_at: PrecisionAt | None = None) -> str:
     """Return the first target that an unpadded model fails on, with the reason; empty if it serves on all of them."""
-    return _first_obstacle(_predictions(config, targets, group_size))
+    own = precision_at or declared_at(config, group_size, NO_WORDS)
+    return _first_obstacle(_predictions(config, targets, group_size, own))
 
 
-def quantized_bytes(config: Config, group_size: int) -> int:
+def declared_at(config: Config, group_size: int, words: Words) -> PrecisionAt:
+    """Return the precisions of a model with 4 bits in groups of ``group_size``, except for what ``words`` name."""
+    rules = ModuleRules(default=Precision(bits=BITS, group_size=group_size), words=words)
+    rules.require_valid()
+    return rules.at(require_family(config).decoder[0])
+
+
+def quantized_bytes(config: Config, group_size: int, words: Words = NO_WORDS) -> int:
     """Return the bytes of a model's weights after quantization: codes, scales, and weights that stay in 16 bits."""
-    bits = sum(_bits(matrix, group_size) * layers for matrix, layers in _counted(config))
+    precision_at = declared_at(config, group_size, words)
     embeddings = required(config, "vocab_size") * required(config, "hidden_size") * (1 if declares_tied(config) else 2)
-    return bits // 8 + 2 * embeddings
-
-
-def _bits(matrix: Matrix, group_size: int) -> int:
-    numbers = matrix.out_features * matrix.in_features * matrix.count
-    return numbers * BITS + numbers * SCALE_BITS // group_size if matrix.quantized else numbers * 16
+    return 2 * embeddings + sum(
+        (precision_at(layer, matrix.kinds()[0]) if matrix.quantized else KEPT).nbytes(
+            matrix.out_features, matrix.in_features
+        )
+        * matrix.count
+        for layer in range(number_of_layers(config))
+        for matrix in layer_matrices(config, layer)
+    )
 
 
 def _plans(config: Config, group_size: int, ranks: int) -> dict[str, PadPlan]:
@@ -177,7 +200,7 @@ def _is_whole(plan: PadPlan) -> bool:
     return all(width % plan.group_size == 0 for width in _widths(plan))
 
 
-def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Option:
+def _option(config: Config, plan: PadPlan, name: str, targets: Targets, words: Words) -> Option:
     wide, group_size, degrees = config, plan.group_size, served_degrees(targets)
     for size in plan.sizes:
         wide = resized_config(wide, size, size.padded)
@@ -187,17 +210,19 @@ def _option(config: Config, plan: PadPlan, name: str, targets: Targets) -> Optio
         plan=plan,
         config=wide,
         degrees=tuple(degrees),
-        predictions=tuple(_predictions(wide, targets, group_size)),
-        weights=_weights(wide) / _weights(config) - 1,
-        rank_bytes=quantized_bytes(wide, group_size) // degrees[-1],
-        flops=_flops(wide) / _flops(config) - 1,
+        predictions=tuple(_predictions(wide, targets, group_size, declared_at(wide, group_size, words))),
+        weights=weight_count(wide) / weight_count(config) - 1,
+        rank_bytes=quantized_bytes(wide, group_size, words) // degrees[-1],
+        flops=multiplications(wide) / multiplications(config) - 1,
     )
 
 
-def _predictions(config: Config, targets: Targets, group_size: int) -> Iterator[ServingPrediction]:
+def _predictions(
+    config: Config, targets: Targets, group_size: int, precision_at: PrecisionAt
+) -> Iterator[ServingPrediction]:
     for engine, degrees in targets.items():
         for degree in degrees:
-            yield predict_serving(config, engine, group_size=group_size, degree=degree)
+            yield predict_serving(config, engine, group_size=group_size, degree=degree, precision_at=precision_at)
 
 
 def _first_obstacle(predictions: Iterable[ServingPrediction]) -> str:
@@ -220,11 +245,12 @@ def _counted(config: Config) -> list[tuple[Matrix, int]]:
     return list(counts.items())
 
 
-def _weights(config: Config) -> int:
+def weight_count(config: Config) -> int:
+    """Return the number of weights that quantization turns into codes."""
     return sum(m.out_features * m.in_features * m.count * n for m, n in _counted(config) if m.quantized)
 
 
-def _flops(config: Config) -> int:
+def multiplications(config: Config) -> int:
     """Return the multiplications per token in the decoder's matrices; only the chosen ones of routed experts run."""
     chosen = int(text_config(config).get("num_experts_per_tok") or 1)
     return sum(m.out_features * m.in_features * (chosen if "*" in m.kind else m.count) * n for m, n in _counted(config))

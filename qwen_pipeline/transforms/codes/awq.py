@@ -50,6 +50,10 @@ class AwqFormat:
             }
         )
 
+    def of(self, checkpoint: Checkpoint, module: str) -> "AwqFormat":  # noqa: ARG002
+        """Return this format: AWQ has one for all layers."""
+        return self
+
     def load(self, checkpoint: Checkpoint, module: str) -> PackedLinear:
         """Read one layer's codes and repack them in GPTQ's layout."""
         qweight, qzeros, scales = (checkpoint.load(f"{module}.{code}") for code in self.codes)

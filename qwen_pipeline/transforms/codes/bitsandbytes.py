@@ -7,12 +7,12 @@ JSON in the bytes of ``<weight>.quant_state.bitsandbytes__nf4`` or ``__fp4``
 (https://github.com/bitsandbytes-foundation/bitsandbytes, ``functional.py``, ``QuantState.as_dict``, 0.50).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
+from qwen_pipeline.checkpoint.files import parse_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import ITEM_BYTES, TensorSpec, as_bytes
 from qwen_pipeline.errors import CheckpointRefused
@@ -100,7 +100,7 @@ class _State:
 def _state(checkpoint: Checkpoint, name: str) -> _State:
     stored = next(f"{name}.{state}" for state in _STATES if f"{name}.{state}" in checkpoint)
     try:
-        settings: dict[str, Any] = json.loads(bytes(as_bytes(checkpoint.load(stored))))
+        settings: dict[str, Any] = parse_json(bytes(as_bytes(checkpoint.load(stored))))
         shape = tuple(int(length) for length in settings["shape"])
         is_nested = "nested_blocksize" in settings
         state = _State(

@@ -7,7 +7,8 @@ I32 [O / P, G] unless it is symmetric, ``weight_g_idx`` [I] with act-order, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,21 +60,35 @@ class CompressedFormat:
             }
         )
 
+    def of(self, checkpoint: Checkpoint, module: str) -> "CompressedFormat":
+        """Return the format of one layer's codes, whose bits and groups follow from the shapes that are stored."""
+        packed, scales = (checkpoint.get(f"{module}.{code}") for code in ("weight_packed", "weight_scale"))
+        if not (packed and scales and f"{module}.weight_shape" in checkpoint):
+            return self
+        inputs = int(checkpoint.load(f"{module}.weight_shape")[1])
+        per_word, groups = inputs // packed.shape[1], scales.shape[1]
+        bits = WORD_BITS // per_word if per_word else 0
+        if bits not in PACKED_BITS or (bits, ceil(inputs / self.group_size)) == (self.bits, groups):
+            return self
+        return replace(self, bits=bits, group_size=ceil(inputs / groups))
+
     def load(self, checkpoint: Checkpoint, module: str) -> PackedLinear:
         """Read one layer's codes and repack them in GPTQ's layout."""
         import torch
+
+        own = self.of(checkpoint, module)
 
         def optional(code: str, default: "torch.Tensor") -> "torch.Tensor":
             return checkpoint.load(f"{module}.{code}") if f"{module}.{code}" in checkpoint else default
 
         qweight = checkpoint.load(f"{module}.weight_packed").T
         scales = checkpoint.load(f"{module}.weight_scale").T
-        per_word, middle = WORD_BITS // self.bits, word_of(2 ** (self.bits - 1), self.bits)
+        per_word, middle = WORD_BITS // own.bits, word_of(2 ** (own.bits - 1), own.bits)
         symmetric = torch.full((scales.shape[1] // per_word, len(scales)), middle, dtype=torch.int32)
         return PackedLinear(
             format=GptqFormat(
-                bits=self.bits,
-                group_size=self.group_size,
+                bits=own.bits,
+                group_size=own.group_size,
                 desc_act=self.desc_act,
                 sym=self.symmetric,
                 checkpoint_format="gptq_v2",
@@ -81,7 +96,7 @@ class CompressedFormat:
             qweight=qweight,
             qzeros=optional("weight_zero_point", symmetric).T,
             scales=scales,
-            g_idx=optional("weight_g_idx", in_order(len(qweight) * per_word, self.group_size)),
+            g_idx=optional("weight_g_idx", in_order(len(qweight) * per_word, own.group_size)),
         )
 
 
@@ -89,24 +104,22 @@ def compressed_format(settings: Mapping[str, Any]) -> CompressedFormat:
     """Return the format in a model's ``quantization_config``.
 
     Raises:
-        CheckpointRefused: The format is not ``pack-quantized``, there is not exactly one scheme, or its weights are not
-            integers of 4 or 8 bits in groups.
+        CheckpointRefused: The format is not ``pack-quantized``, there is no scheme, or one has weights that are not
+            integers of 4 or 8 bits in groups; or schemes differ in symmetry or order.
     """
     groups = cast("Mapping[str, Any]", settings.get("config_groups") or {})
     schemes = [cast("Mapping[str, Any]", scheme.get("weights") or {}) for scheme in groups.values()]
     scheme = schemes[0] if schemes else {}
+    unread = next((each for each in schemes if not _is_read(each, like=scheme)), scheme)
     found = {
         "format": settings.get("format"),
         "schemes": len(schemes),
-        "num_bits": scheme.get("num_bits"),
-        "type": scheme.get("type"),
-        "strategy": scheme.get("strategy"),
+        **{name: unread.get(name) for name in ("num_bits", "type", "strategy")},
     }
-    fits = len(schemes) == 1 and found["format"] == "pack-quantized" and found["num_bits"] in PACKED_BITS
-    if not fits or found["type"] != "int" or found["strategy"] != "group":
+    if found["format"] != "pack-quantized" or not schemes or not _is_read(unread, like=scheme):
         raise CheckpointRefused(
-            f"The compressed-tensors config has {found}; expected the format 'pack-quantized' and one scheme of 4 or"
-            " 8 bit integers (type 'int', strategy 'group').",
+            f"The compressed-tensors config has {found}; expected the format 'pack-quantized' and schemes of 4 or 8 bit"
+            " integers (type 'int', strategy 'group'), alike in symmetry and order.",
             remedy="Use a checkpoint with 4 or 8 bit weights in groups, such as one of llm-compressor's scheme W4A16.",
         )
     return CompressedFormat(
@@ -115,3 +128,10 @@ def compressed_format(settings: Mapping[str, Any]) -> CompressedFormat:
         symmetric=bool(scheme.get("symmetric", True)),
         desc_act=scheme.get("actorder") in (True, "group"),
     )
+
+
+def _is_read(scheme: Mapping[str, Any], *, like: Mapping[str, Any]) -> bool:
+    """Return whether a scheme has codes that are read here, in the same way as those of another scheme."""
+    alike = all(scheme.get(name) == like.get(name) for name in ("symmetric", "actorder"))
+    is_packed = scheme.get("num_bits") in PACKED_BITS and scheme.get("type") == "int"
+    return alike and is_packed and scheme.get("strategy") == "group"

@@ -106,8 +106,9 @@ def _unpacked(
 
 def _weight(codes: "_LastCodes", form: CodeFormat, code: str, dtype: str) -> LazyTensor:
     """Return the weight of the layer that a code tensor belongs to."""
-    spec = TensorSpec(dtype=dtype, shape=_shape(codes.checkpoint[code], form.code_tensors[code.rpartition(".")[2]]))
     module = code.rpartition(".")[0]
+    own = form.of(codes.checkpoint, module)
+    spec = TensorSpec(dtype=dtype, shape=_shape(codes.checkpoint[code], own.code_tensors[code.rpartition(".")[2]]))
 
     def read(start: int, stop: int) -> "torch.Tensor":
         return codes.of(module).weight_rows(start, stop).to(spec.torch_dtype).contiguous()

@@ -7,7 +7,9 @@ from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.awq import awq_format
 from qwen_pipeline.transforms.codes.compressed_tensors import compressed_format
-from qwen_pipeline.transforms.codes.gptq import PackedLinear, gptq_format
+from qwen_pipeline.transforms.codes.fp8 import is_fp8
+from qwen_pipeline.transforms.codes.gptq import GptqFormat, PackedLinear, gptq_format
+from qwen_pipeline.transforms.codes.module_rules import declared_format
 from qwen_pipeline.transforms.codes.parts import CodeTensor
 
 
@@ -15,8 +17,8 @@ class CodeFormat(Protocol):
     """The format of the packed linear layers of one checkpoint.
 
     Attributes:
-        bits: Bits of a code.
-        group_size: Inputs of a group; -1 is one group for all inputs.
+        bits: Bits of a code, unless a layer has others.
+        group_size: Inputs of a group, unless a layer has others; -1 is one group for all inputs.
         desc_act: Whether inputs were quantized in another order than they are stored in (act-order).
         codes: Suffixes of the tensors that every packed layer has.
         code_tensors: Suffix of a tensor -> its channels, for packed layers and for layers that were not quantized.
@@ -32,9 +34,20 @@ class CodeFormat(Protocol):
     def codes(self) -> tuple[str, ...]: ...
     @property
     def code_tensors(self) -> Mapping[str, CodeTensor]: ...
+    def of(self, checkpoint: Checkpoint, module: str, /) -> "CodeFormat":
+        """Return the format of one layer's codes as stored: its bits and groups may be other than these."""
+        ...
+
     def load(self, checkpoint: Checkpoint, module: str, /) -> PackedLinear:
         """Read one layer, whose weight can then be computed by rows."""
         ...
+
+
+def declared_for(checkpoint: Checkpoint, form: CodeFormat, module: str) -> CodeFormat:
+    """Return the format that a config declares for a layer's codes; that of its shapes, if only these tell."""
+    if isinstance(form, GptqFormat):
+        return declared_format(checkpoint.config.get("quantization_config") or {}, module, form) or form
+    return form.of(checkpoint, module)
 
 
 def code_format(settings: Mapping[str, Any]) -> CodeFormat:
@@ -44,6 +57,13 @@ def code_format(settings: Mapping[str, Any]) -> CodeFormat:
         CheckpointRefused: The checkpoint is not quantized, or the format is not supported.
     """
     method = settings.get("quant_method")
+    if is_fp8(settings):
+        raise CheckpointRefused(
+            f"The checkpoint has 8-bit floats (quant_method {method!r}, format {settings.get('format')!r}), not integer"
+            " codes in groups.",
+            remedy="Read it as full precision and quantize that again: qwen-pipeline pad --base-dequantize, then"
+            " qwen-pipeline quantize --method fp8.",
+        )
     if method == "gptq":
         return gptq_format({"quantization_config": settings})
     if method == "awq":

@@ -15,8 +15,9 @@ and the weight is ``W[o, i] = scales[g, o] * (code[i, o] - zero[g, o])`` with ``
 format ``gptq`` store ``zero - 1``; ``gptq_v2`` stores ``zero``.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 PACKED_BITS = (4, 8)
 CODES = ("qweight", "qzeros", "scales", "g_idx")
+EXCLUDE, OVERRIDE = "-:", "+:"
+"""Prefixes of a key of ``dynamic``: that of modules without codes, and that of modules with other codes."""
+_BLOCK_WEIGHTS, _COUNTED_WORDS = {"cpu": 2**20, "cuda": 2**24}, {"cpu": 2**16, "cuda": 2**26}
+"""Weights of a block of rows, and words whose codes are counted at a time; on a CPU they stay in its caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +85,35 @@ class GptqFormat:
         }
         return MappingProxyType({**codes, **UNPACKED})
 
+    def of(self, checkpoint: Checkpoint, module: str) -> "GptqFormat":
+        """Return the format of one layer's codes, whose bits and groups follow from the shapes that are stored.
+
+        A word of ``qzeros`` holds as many outputs as one of ``qweight`` holds inputs. Shapes that are possible with
+        this format, and shapes that belong to none, have this one.
+        """
+        qweight, qzeros, scales = (checkpoint.get(f"{module}.{code}") for code in CODES[:3])
+        shapes = [each.shape for each in (qweight, qzeros, scales) if each and len(each.shape) == 2]
+        if len(shapes) < 3 or not all(map(min, shapes)):
+            return self
+        (words, _), (_, zero_words), (groups, outputs) = shapes
+        per_word = outputs // zero_words
+        bits = WORD_BITS // per_word if per_word else 0
+        inputs = words * per_word
+        if bits not in PACKED_BITS or outputs % zero_words:
+            return self
+        own = replace(self, bits=bits)
+        if ceil(inputs / own.inputs_per_group(inputs)) == groups:
+            return own
+        return replace(own, group_size=inputs // groups) if inputs % groups == 0 else self
+
     def load(self, checkpoint: Checkpoint, module: str) -> "PackedLinear":
         """Read one layer's codes. Some quantizers omit ``g_idx`` if inputs are in order."""
+        form = self.of(checkpoint, module)
         qweight, qzeros, scales = (checkpoint.load(f"{module}.{code}") for code in CODES[:3])
-        inputs = len(qweight) * self.codes_per_word
+        inputs = len(qweight) * form.codes_per_word
         name = f"{module}.g_idx"
-        g_idx = checkpoint.load(name) if name in checkpoint else in_order(inputs, self.inputs_per_group(inputs))
-        return PackedLinear(format=self, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
+        g_idx = checkpoint.load(name) if name in checkpoint else in_order(inputs, form.inputs_per_group(inputs))
+        return PackedLinear(format=form, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
 
     def inputs_per_group(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else self.group_size
@@ -106,7 +133,8 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
     """Return the format in a model's ``config.json``.
 
     Raises:
-        CheckpointRefused: The model is not quantized by GPTQ, or not to 4 or 8 bits, or a setting is not supported.
+        CheckpointRefused: The model is not quantized by GPTQ, or not to 4 or 8 bits, or a setting or a rule for single
+            modules is not supported.
     """
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     method, bits = settings.get("quant_method"), settings.get("bits")
@@ -126,6 +154,7 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
         raise CheckpointRefused(
             f"config.json has group_size {group_size!r}, expected -1 or a positive integer.", remedy=remedy
         )
+    _require_rules(settings.get("dynamic") or {})
     return GptqFormat(
         bits=bits,
         group_size=group_size,
@@ -133,6 +162,28 @@ def gptq_format(config: Mapping[str, Any]) -> GptqFormat:
         sym=bool(settings.get("sym", True)),
         checkpoint_format=checkpoint_format,
     )
+
+
+def expression_of(rule: str) -> str:
+    """Return the regular expression of a key of ``dynamic``."""
+    return rule[2:] if rule.startswith((EXCLUDE, OVERRIDE)) else rule
+
+
+def _require_rules(dynamic: Any) -> None:
+    rules = cast("Mapping[str, Any]", dynamic if isinstance(dynamic, Mapping) else {str(dynamic): None})
+    for rule, fields in rules.items():
+        try:
+            re.compile(expression_of(rule))
+        except re.error as error:
+            fault = str(error)
+        else:
+            known = isinstance(fields, Mapping) and fields.get("bits", 4) in PACKED_BITS
+            fault = "" if known and isinstance(fields.get("group_size", 1), int) else f"its value is {fields!r}"
+        if fault:
+            raise CheckpointRefused(
+                f"config.json has a rule for single modules in dynamic, {rule!r}, that is not supported: {fault}.",
+                remedy="Correct the rule: an expression of Python's re, with 4 or 8 bits and an integer group_size.",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,11 +210,23 @@ class PackedLinear:
 
         The product of a float16 scale and a difference of codes below 2**8 is exact in float32.
         """
-        codes_IO = unpack_rows(self.qweight[:, start:stop], self.format.bits)
-        zeros_GO = self.zeros(start, stop)
+        return self._rows(start, stop, in_order=self.is_in_order)
+
+    def write_weight(self, out_OI: "torch.Tensor") -> None:
+        """Fill a tensor with the weight, rounded to its dtype; memory holds one block of rows besides."""
+        in_order, rows = self.is_in_order, max(1, _BLOCK_WEIGHTS[out_OI.device.type] // max(1, out_OI.shape[1]))
+        for start in range(0, len(out_OI), rows):
+            out_OI[start : start + rows] = self._rows(start, min(start + rows, len(out_OI)), in_order=in_order)
+
+    def _rows(self, start: int, stop: int, *, in_order: bool) -> "torch.Tensor":
+        codes_OI = unpack_columns(self.qweight[:, start:stop].T.contiguous(), self.format.bits)
+        zeros_OG, scales_OG = self.zeros(start, stop).T.contiguous(), self.scales[:, start:stop].T.float()
+        groups, inputs = zeros_OG.shape[1], len(self.g_idx)
+        if in_order and inputs % groups == 0:
+            steps_OGS = codes_OI.view(len(codes_OI), groups, inputs // groups) - zeros_OG[:, :, None]
+            return (steps_OGS * scales_OG[:, :, None]).flatten(1)
         groups_I = self.g_idx.long()
-        steps_IO = codes_IO - zeros_GO[groups_I]
-        return (steps_IO * self.scales[:, start:stop].float()[groups_I]).T
+        return (codes_OI - zeros_OG[:, groups_I]) * scales_OG[:, groups_I]
 
     def zeros(self, start: int, stop: int) -> "torch.Tensor":
         """Return the zero points of outputs ``start:stop``, int32 [G, stop - start]."""
@@ -188,6 +251,34 @@ def unpack_rows(words: "torch.Tensor", bits: int) -> "torch.Tensor":
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
     codes = (words[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.reshape(len(words) * len(shifts), words.shape[1])
+
+
+def unpack_columns(words: "torch.Tensor", bits: int) -> "torch.Tensor":
+    """Unpack int32 words [R, C] into int32 codes [R, C * 32 / bits]; the first columns are in the lowest bits."""
+    import torch
+
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> shifts) & (2**bits - 1)).flatten(1)
+
+
+def count_extremes(words: "torch.Tensor", bits: int) -> int:
+    """Return the number of codes in int32 words, of any shape, that are at either end of their range."""
+    import torch
+
+    lowest = word_of(1, bits)
+
+    def all_ones(words: "torch.Tensor") -> "torch.Tensor":
+        shift = 1
+        while shift < bits:
+            words, shift = words & (words >> shift), 2 * shift
+        return words & lowest  # of each code, whether all of its bits were ones
+
+    def count(words: "torch.Tensor") -> "torch.Tensor":
+        found = all_ones(words) | all_ones(~words)
+        highest = (found * lowest) >> (WORD_BITS - bits)  # adds up all codes of a word
+        return (highest & (2**bits - 1)).sum()
+
+    return int(torch.stack([count(part) for part in words.flatten().split(_COUNTED_WORDS[words.device.type])]).sum())
 
 
 def pack_rows(codes: "torch.Tensor", bits: int) -> "torch.Tensor":

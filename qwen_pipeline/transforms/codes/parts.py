@@ -27,10 +27,19 @@ largest scale of a layer, by which some engines normalize, and a power of two, s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widening:
-    """The addition of channels along one dimension of a layer; ``size.positions()`` are those of the live channels."""
+    """The addition of channels along one dimension of a layer; ``size.positions()`` are those of the live channels.
+
+    Attributes:
+        group_size: Inputs of a group of the layer's codes; those of the size's, which it divides, if None.
+    """
 
     dimension: Dimension
     size: PaddedSize
+    group_size: int | None = None
+
+    @property
+    def inputs_per_group(self) -> int:
+        return self.group_size or self.size.group_size
 
 
 class CodeTensor(Protocol):
@@ -55,7 +64,7 @@ class Axis:
     def channels(self, widening: Widening) -> int:
         """Return the number of channels of the widened dimension in one element; 0 if the axis does not count it."""
         if self.counts == "groups":
-            return widening.size.group_size if widening.dimension == "in" else 0
+            return widening.inputs_per_group if widening.dimension == "in" else 0
         return self.per if self.counts == widening.dimension else 0
 
 
@@ -95,8 +104,8 @@ class GroupNumbers(CodeTensor):
 
         def read(start: int, stop: int) -> "torch.Tensor":
             positions = widening.size.positions()
-            groups = torch.arange(widening.size.padded) // widening.size.group_size
-            new_number = groups[positions[:: widening.size.group_size]]
+            groups = torch.arange(widening.size.padded) // widening.inputs_per_group
+            new_number = groups[positions[:: widening.inputs_per_group]]
             groups[positions] = new_number[tensor.read(0, widening.size.live).long()]
             return groups[start:stop].to(spec.torch_dtype)
 

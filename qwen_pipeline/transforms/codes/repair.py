@@ -21,12 +21,26 @@ from qwen_pipeline.qwen.geometry import (
     with_towers,
 )
 from qwen_pipeline.qwen.names import FUSED, parse_name
-from qwen_pipeline.transforms.codes.formats import CodeFormat
+from qwen_pipeline.transforms.codes.formats import CodeFormat, declared_for
 from qwen_pipeline.transforms.codes.parts import Widening
 
 
-def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int, towers: bool = False) -> PadPlan:
+def plan_repair(
+    config: Config,
+    form: CodeFormat,
+    *,
+    tensor_parallel: int,
+    towers: bool = False,
+    attention: CodeFormat | None = None,
+) -> PadPlan:
     """Return the whole groups to add to each size for ``tensor_parallel`` ranks, and channels to add to ``towers``.
+
+    Args:
+        config: The model's config.
+        form: The format of the MLPs' codes; where they differ, that with the largest groups (:func:`coarsest`).
+        tensor_parallel: Number of ranks.
+        towers: Whether to widen the MLPs of towers.
+        attention: The same for attention, if it has another format.
 
     Raises:
         InputRefused: Added groups cannot make the model divisible; the remedy names alternatives.
@@ -46,12 +60,20 @@ def plan_repair(config: Config, form: CodeFormat, *, tensor_parallel: int, tower
             remedy="Pad the full-precision checkpoint and quantize it again: qwen-pipeline pad"
             f" --group-size {form.group_size} --tp {tensor_parallel}, then qwen-pipeline quantize.",
         )
-    if obstacles := attention_obstacles(config, group_size=form.group_size, tensor_parallel=tensor_parallel):
+    of_attention = (attention or form).group_size
+    if obstacles := attention_obstacles(config, group_size=of_attention, tensor_parallel=tensor_parallel):
         raise InputRefused(
             f"{tensor_parallel} ranks cannot share this model, whatever the width of its MLP: {listed(obstacles)}.",
-            remedy=_alternatives(config, form.group_size, tensor_parallel),
+            remedy=_alternatives(config, of_attention, tensor_parallel),
         )
     return with_towers(plan, config, ranks=tensor_parallel) if towers else plan
+
+
+def coarsest(checkpoint: Checkpoint, form: CodeFormat, *, mlps: bool) -> CodeFormat:
+    """Return the format with the largest groups among those declared for the codes of MLPs, or of attention."""
+    modules = [name.rpartition(".")[0] for name in checkpoint if name.endswith((".qweight", ".weight_packed"))]
+    forms = [declared_for(checkpoint, form, module) for module in modules if (".mlp." in module) == mlps]
+    return max(forms, key=lambda own: own.group_size, default=form)
 
 
 def repair(checkpoint: Checkpoint, form: CodeFormat, plan: PadPlan) -> Checkpoint:
@@ -94,22 +116,23 @@ def _widened_tensors(checkpoint: Checkpoint, form: CodeFormat, size: PaddedSize)
     modules = _names_by_module(checkpoint)
     wrong: list[str] = []
     for module, widening in widenings(checkpoint, size).items():
-        names = modules[module]
-        wrong += [f"{module}.{code} is missing" for code in form.codes if code not in names and "weight" not in names]
+        names, own = modules[module], declared_for(checkpoint, form, module)
+        by = replace(widening, group_size=own.group_size)
+        wrong += [f"{module}.{code} is missing" for code in own.codes if code not in names and "weight" not in names]
         for suffix, name in names.items():
-            code_tensor = form.code_tensors.get(suffix)
+            code_tensor = own.code_tensors.get(suffix)
             if code_tensor is None:
                 wrong.append(f"{name} is not a tensor of this format")
-            elif not code_tensor.fits(checkpoint[name], widening):
+            elif not code_tensor.fits(checkpoint[name], by):
                 wrong.append(f"{name} is {list(checkpoint[name].shape)}")
             else:
-                yield name, code_tensor.widened(checkpoint.tensors[name], widening)
+                yield name, code_tensor.widened(checkpoint.tensors[name], by)
     if wrong:
         raise CheckpointRefused(
             f"The codes do not fit {size.field} {size.live} in groups of {form.group_size} at {form.bits} bits:"
             f" {listed(wrong)}.",
-            remedy="Download the checkpoint again. If its layers differ in bits or group size, it cannot be repaired:"
-            " pad the full-precision checkpoint and quantize it again.",
+            remedy="Download the checkpoint again. If its layers differ and the config does not say how, it cannot be"
+            " repaired: pad the full-precision checkpoint and quantize it again.",
         )
 
 

@@ -5,17 +5,22 @@ compressed-tensors [outputs, words] (:mod:`qwen_pipeline.transforms.codes.compre
 transposed, except for the zero points of asymmetric codes, which the older GPTQ format stores minus one.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
+from qwen_pipeline.qwen.fused import EXPERTS, built_kind
+from qwen_pipeline.qwen.names import FUSED, parse_name
 from qwen_pipeline.transforms.codes.gptq import GptqFormat, gptq_format, pack_rows, unpack_rows
+from qwen_pipeline.transforms.codes.module_rules import module_pattern
 
 if TYPE_CHECKING:
     import torch
 
+FORMAT = "pack-quantized"
 _EMBEDDINGS = ("embed_tokens", "embedding")
 
 
@@ -43,9 +48,50 @@ def as_compressed(quantized: Checkpoint) -> Checkpoint:
 
 
 def compressed_config(quantized: Checkpoint, form: GptqFormat) -> dict[str, Any]:
-    """Return the ``quantization_config``, which lists every linear layer that is not quantized."""
+    """Return the ``quantization_config``, which lists every linear layer that is not quantized.
+
+    Experts that are stored in stacks are named by a pattern, as engines ask for the names of single ones.
+    """
     names = (name.removesuffix(".weight") for name in quantized if name.endswith(".weight"))
     ignored = [name for name in names if len(quantized[f"{name}.weight"].shape) == 2 and not _is_embedding(name)]
+    ignored += [f"re:.*{re.escape(name.rpartition('.')[0])}.*" for name in quantized if name.endswith(FUSED)]
+    targets = _targets(quantized, form)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{n}": _scheme(own, targets[own]) for n, own in enumerate(targets)},
+        "ignore": list(dict.fromkeys([*ignored, "lm_head"])),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _targets(quantized: Checkpoint, form: GptqFormat) -> dict[GptqFormat, list[str]]:
+    """Return the formats of the codes, each with the modules that have it: all linear layers, or patterns of names.
+
+    Before 0.32 or so, vLLM compared the class of a fused module, such as ``QKVParallelLinear``, with targets before the
+    names of its parts (``find_matched_target``), so that ``Linear`` must not be among the targets of several schemes.
+    """
+    modules = [name.removesuffix(".qweight") for name in quantized if name.endswith(".qweight")]
+    forms = {module: form.of(quantized, module) for module in modules}
+    if set(forms.values()) <= {form}:
+        return {form: ["Linear"]}
+    layers: dict[tuple[str, GptqFormat], list[int]] = {}
+    for module, own in forms.items():
+        parsed = parse_name(f"{module}.qweight", quantized.config)
+        kind = EXPERTS if built_kind(parsed.module) == EXPERTS else parsed.module
+        layers.setdefault((kind, own), []).append(parsed.layer or 0)
+    kinds = [kind for kind, _ in layers]
+    kinds += [parse_name(name, quantized.config).module for name in quantized if name.endswith(".weight")]
+    targets: dict[GptqFormat, list[str]] = {form: []} if form in forms.values() else {}
+    for (kind, own), numbers in layers.items():
+        everywhere = kinds.count(kind) == 1
+        targets.setdefault(own, []).append(f"re:{module_pattern(kind, None if everywhere else sorted(set(numbers)))}")
+    return targets
+
+
+def _scheme(form: GptqFormat, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": form.bits,
         "type": "int",
@@ -55,16 +101,8 @@ def compressed_config(quantized: Checkpoint, form: GptqFormat) -> dict[str, Any]
         "actorder": "group" if form.desc_act else None,
         "dynamic": False,
     }
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
-        "ignore": list(dict.fromkeys([*ignored, "lm_head"])),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+    others = {"input_activations": None, "output_activations": None}
+    return {"targets": targets, "weights": weights, **others, "format": FORMAT}  # LMDeploy asks each scheme for it
 
 
 def _is_embedding(module: str) -> bool:
@@ -72,6 +110,7 @@ def _is_embedding(module: str) -> bool:
 
 
 def _compressed(quantized: Checkpoint, module: str, form: GptqFormat) -> Iterator[tuple[str, LazyTensor]]:
+    form = form.of(quantized, module)
     words, outputs = quantized[f"{module}.qweight"].shape
     inputs = words * form.codes_per_word
     yield f"{module}.weight_packed", _transposed(quantized.tensors[f"{module}.qweight"])

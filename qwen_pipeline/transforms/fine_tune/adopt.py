@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.trainers.weights import plain_names
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import FULL_PRECISION_BASE, require_full_precision
 from qwen_pipeline.qwen.families import ModelPart, is_tied
-from qwen_pipeline.qwen.heads import as_trained, head_kind, with_prefix
+from qwen_pipeline.qwen.heads import as_trained, drafts, head_kind, with_prefix
 from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_names
-from qwen_pipeline.qwen.settle import Settled, settle
+from qwen_pipeline.qwen.settle import Settled, require_sizes, settle
 from qwen_pipeline.transforms.fine_tune.graft import graft, with_sections_of
 from qwen_pipeline.transforms.fine_tune.layouts import Placed, Source, placed, require_stacks
 from qwen_pipeline.transforms.lora.vocabulary import embedding_name, head_name
@@ -57,8 +58,8 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     Raises:
         QuantizedInputRefused: The base or the fine-tune is quantized.
         InputRefused: See :func:`settle`.
-        CheckpointRefused: A tensor is missing, is not in the base, is stored twice or has another shape; the message
-            names it.
+        CheckpointRefused: A tensor is missing, is not in the base, is stored twice or has another shape than in the
+            base or in the fine-tune's own config; the message names it.
     """
     require_full_precision(
         base,
@@ -70,10 +71,13 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
         because="Padding and quantization need the full-precision weights of a fine-tune.",
         remedy="Provide the model as it was saved before quantization.",
     )
-    base = settle(base, reads_values=False).checkpoint
+    base, stored = settle(base, reads_values=False).checkpoint, fine_tune
+    fine_tune = _unwrapped(stored)
     grafted = graft(base.config, fine_tune.config)
     own = fine_tune if grafted.config is fine_tune.config else _with_config(fine_tune, base, grafted.config)
     settled = settle(as_trained(base, own), tied_base=is_tied(base))
+    if head_kind(settled.checkpoint) != "language":
+        base = base.without(drafts(base))
     places = parse_names(base)
     source = Source(checkpoint=settled.checkpoint, names=parse_names(settled.checkpoint))
     for each in (source, Source(checkpoint=base, names=places)):
@@ -87,14 +91,20 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     if sections.config is not settled.checkpoint.config:
         adopted = adopted.replace(config=sections.config)
     return Adopted(
-        checkpoint=adopted,
+        checkpoint=require_sizes(adopted),
         settled=settled,
         remarks=(*grafted.remarks, *sections.remarks),
         stored=len(settled.checkpoint),
-        respelled=sum(tensor is not source.checkpoint.tensors.get(name) for name, tensor in in_place.items()),
+        respelled=sum(tensor is not stored.tensors.get(name) for name, tensor in in_place.items()),
         carried=carried,
         is_resized=embedding_rows(settled.checkpoint) != embedding_rows(base),
     )
+
+
+def _unwrapped(fine_tune: Checkpoint) -> Checkpoint:
+    """Return a fine-tune without the names of modules that torch.compile, FSDP and trainers put around others."""
+    names = plain_names(fine_tune, source="The fine-tune")
+    return fine_tune if all(name == plain for name, plain in names.items()) else fine_tune.renamed(names)
 
 
 def _with_config(fine_tune: Checkpoint, base: Checkpoint, config: Mapping[str, object]) -> Checkpoint:

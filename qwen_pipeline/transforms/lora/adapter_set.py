@@ -4,20 +4,22 @@
 with the square root of its weight times scaling: an approximation that keeps the rank, which is why PEFT offers it.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field
 
-from qwen_pipeline.checkpoint.manifest import canonical_sha256
+from qwen_pipeline.checkpoint.files import load_toml
+from qwen_pipeline.checkpoint.store.canonical import canonical_sha256
 from qwen_pipeline.errors import AdapterRefused, InputRefused, listed
 from qwen_pipeline.transforms.lora.adapter import Adapter, open_adapter
 
 ADAPTER_SET = "adapters.toml"
 Combination = Literal["cat", "linear"]
+MAX_WEIGHT = 1e6
+_MAX_PATH = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +63,18 @@ def weighted(roots: Sequence[Path], weights: Sequence[float], *, combination: Co
     """Open several adapters as a set; without weights each has weight 1.
 
     Raises:
-        InputRefused: The numbers of weights and adapters differ.
+        InputRefused: The numbers of weights and adapters differ, or a weight is not a finite number of a usual size.
         AdapterRefused: An adapter is refused, or cannot be added to others.
     """
     if weights and len(weights) != len(roots):
         raise InputRefused(
             f"Expected one weight for each of {len(roots)} adapters, got {len(weights)}.",
             remedy="Give one weight for each adapter, or no weights.",
+        )
+    if not all(abs(weight) <= MAX_WEIGHT for weight in weights):
+        raise InputRefused(
+            f"The weights {listed([f'{weight:g}' for weight in weights])} are not all finite and up to {MAX_WEIGHT:g}.",
+            remedy="Give each adapter a number as its weight, such as 0.7.",
         )
     factors = weights or [1.0] * len(roots)
     members = [Member(adapter=open_adapter(root), weight=weight) for root, weight in zip(roots, factors, strict=True)]
@@ -77,8 +84,8 @@ def weighted(roots: Sequence[Path], weights: Sequence[float], *, combination: Co
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    path: str
-    weight: FiniteFloat = 1.0
+    path: Annotated[str, Field(min_length=1, max_length=_MAX_PATH, pattern=r"^[^\x00-\x1f]+$")]
+    weight: Annotated[float, Field(strict=True, ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
 
 
 class _SetFile(BaseModel):
@@ -100,10 +107,10 @@ def open_set(root: Path) -> AdapterSet:
     """
     file = root / ADAPTER_SET
     try:
-        parsed = _SetFile.model_validate(tomllib.loads(file.read_text()))
-    except (OSError, ValueError) as error:
+        parsed = _SetFile.model_validate(load_toml(file, refused=AdapterRefused))
+    except ValueError as error:
         raise AdapterRefused(
-            f"{file} cannot be read: {error}.",
+            f"{file} is invalid: {error}.",
             remedy='Write combination_type = "cat", and one [[adapters]] table with path and weight for each adapter.',
         ) from error
     if outside := [entry.path for entry in parsed.adapters if not _is_subdirectory(root, entry.path)]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import AdapterRefused, listed
 from qwen_pipeline.qwen.config import FULL_PRECISION_BASE, require_full_precision
+from qwen_pipeline.qwen.settle import require_sizes
 from qwen_pipeline.transforms.lora.across_padding import PaddingBridge, Paddings, padding_bridge
 from qwen_pipeline.transforms.lora.adapter import require_finite
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet, Member
@@ -56,6 +57,7 @@ def merge_lora(
 
     Raises:
         QuantizedInputRefused: The base is quantized.
+        CheckpointRefused: The base's weights have other sizes than its config.
         AdapterRefused: An adapter tensor matches no tensor of the base, several, or one of another shape, or is not
             finite; or a tensor that the settings require is missing; or the adapter uses channels that padding added
             and the base does not have. Nothing is skipped.
@@ -65,7 +67,7 @@ def merge_lora(
         because=f"A LoRA is merged into the full-precision weights that it was trained on{_base_names(adapters)}.",
         remedy=FULL_PRECISION_BASE,
     )
-    base = with_task_head(base, adapters)
+    base = with_task_head(require_sizes(base), adapters)
     adapters = replace(adapters, members=tuple(_laid_out(member, base) for member in adapters.members))
     bridge = padding_bridge(base, adapters, paddings)
     trained = bridge.to_trained_width(base) if bridge else base

@@ -4,16 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from qwen_pipeline.errors import AdapterRefused
+from qwen_pipeline.errors import AdapterRefused, listed
+from qwen_pipeline.qwen.patterns import compile_pattern
 
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that do not change the base's weights."""
@@ -68,25 +66,29 @@ OUTPUT_HEAD = "lm_head"
 _UNSET: tuple[object, ...] = (None, False, "none", [], {})
 
 _T = TypeVar("_T")
+Rank = Annotated[int, Field(strict=True, ge=1, le=2**20)]
+Alpha = Literal[0] | Annotated[float, Field(strict=True, ge=1e-6, le=1e6)]
+"""A negative alpha is a slip: an adapter is subtracted by a negative weight. One of 0 fails `changes_the_base`."""
+Row = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_WHOLE_OR_END = r"(.*\.)?({})$"
+"""The paths that a pattern of PEFT stands for: those that match it, and those that end so after a dot."""
 
 
 @validated_dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
     """The settings that determine the effect of an adapter's tensors, under PEFT's names."""
 
-    r: PositiveInt
-    lora_alpha: FiniteFloat
+    r: Rank
+    lora_alpha: Alpha
     use_rslora: bool = False
-    rank_pattern: Mapping[str, PositiveInt] = field(default_factory=dict[str, int])
-    alpha_pattern: Mapping[str, FiniteFloat] = field(default_factory=dict[str, float])
+    rank_pattern: Mapping[str, Rank] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict[str, float])
     use_dora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
-    trainable_token_indices: Mapping[str, tuple[NonNegativeInt, ...]] = field(
-        default_factory=dict[str, tuple[int, ...]]
-    )
+    trainable_token_indices: Mapping[str, tuple[Row, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     ensure_weight_tying: bool = False
 
     @field_validator("trainable_token_indices", mode="before")
@@ -98,7 +100,7 @@ class LoraSettings:
     @classmethod
     def _require_patterns(cls, value: Mapping[str, _T]) -> Mapping[str, _T]:
         for pattern in value:
-            _compiled(pattern)
+            compile_pattern(pattern, around=_WHOLE_OR_END)
         return value
 
     def rank(self, module: str) -> int:
@@ -130,6 +132,7 @@ class LoraSettings:
 
 
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
+_MAX_TEXT = 1000
 _LORA_SETTINGS = TypeAdapter(LoraSettings)
 _MERGED = {"peft_type", "init_lora_weights", *LoraSettings.__dataclass_fields__}
 
@@ -142,9 +145,11 @@ def lora_settings(config: Mapping[str, Any], *, source: Path) -> LoraSettings:
     """
     _require_lora(config.get("peft_type"), source)
     for name in _TEXTS:
-        if not isinstance(text := config.get(name, ""), (str, NoneType)) or "\0" in (text or ""):
+        text = config.get(name) or ""
+        if not isinstance(text, str) or len(text) > _MAX_TEXT or not text.isprintable():
             raise AdapterRefused(
-                f"{source} has {name}={text!r}, expected a text.", remedy=f"Correct {name} in the file."
+                f"{source} has {name}={ascii(text)[:80]}, expected a text of up to {_MAX_TEXT} printable characters.",
+                remedy=f"Correct {name} in the file.",
             )
     if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
         raise AdapterRefused(
@@ -159,9 +164,13 @@ def lora_settings(config: Mapping[str, Any], *, source: Path) -> LoraSettings:
     fields = {name: config[name] for name in LoraSettings.__dataclass_fields__ if config.get(name) is not None}
     try:
         return _LORA_SETTINGS.validate_python(fields)
-    except ValueError as error:
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, each['loc']))} is {ascii(each['input'])[:60]}: {each['msg']}"
+            for each in error.errors()
+        ]
         raise AdapterRefused(
-            f"{source} has an invalid value: {error}.",
+            f"{source} has invalid values: {listed(wrong)}.",
             remedy="Use the adapter_config.json that PEFT saved with the weights, or save the adapter again.",
         ) from error
 
@@ -193,24 +202,5 @@ def _refusal(name: str, value: object, source: Path) -> AdapterRefused:
 
 def _resolve(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
     """Return the value of the first pattern that matches the whole path, or its end after a dot, as PEFT does."""
-    return next((value for key, value in patterns.items() if _compiled(key).match(module)), default)
-
-
-@cache
-def _compiled(pattern: str) -> Any:
-    """Compile a pattern with RE2, which matches in linear time; one that an uploader wrote for ``re`` may never end.
-
-    Raises:
-        ValueError: The pattern is not a regular expression, or uses lookaround or backreferences.
-    """
-    re2: Any = import_module("re2")
-    options = re2.Options()
-    options.log_errors = False
-    try:
-        return re2.compile(rf"(.*\.)?({pattern})$", options)
-    except re2.error as error:
-        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else error
-        raise ValueError(
-            f"{pattern!r} is not a regular expression of RE2 ({reason}), which has neither lookaround nor"
-            " backreferences; names of modules need none"
-        ) from error
+    found = (value for key, value in patterns.items() if compile_pattern(key, around=_WHOLE_OR_END).match(module))
+    return next(found, default)

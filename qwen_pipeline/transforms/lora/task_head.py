@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import AdapterRefused, CheckpointRefused
 from qwen_pipeline.qwen.config import with_values
-from qwen_pipeline.qwen.families import FAMILIES, Family
+from qwen_pipeline.qwen.families import FAMILIES, Family, text_config, text_prefix
 from qwen_pipeline.qwen.heads import SCORE_BIAS, SCORE_WEIGHT, architectures_of, head_kind, label_fields, with_prefix
 from qwen_pipeline.qwen.names import parse_name
 from qwen_pipeline.transforms.lora.adapter import Adapter
@@ -89,8 +89,8 @@ def _scored_config(base: Checkpoint, scored: Checkpoint, adapters: AdapterSet) -
     labels = scored[SCORE_WEIGHT].rows
     values = {**beside, **label_fields(labels, beside if "id2label" in beside else base.config)}
     values["architectures"] = list(architectures_of(kind, base.config)[:1])
-    pad = values.get("pad_token_id", base.config.get("pad_token_id"))
-    values["pad_token_id"] = pad if pad is not None else _pad_token(base, adapters)
+    pad = values.pop("pad_token_id", text_config(base.config).get("pad_token_id"))
+    values[text_prefix(base.config) + "pad_token_id"] = pad if pad is not None else _pad_token(base, adapters)
     return with_values(base.config, {name: value for name, value in values.items() if value is not None})
 
 
@@ -120,7 +120,8 @@ def _without_head(base: Checkpoint) -> Checkpoint:
 
 
 def _is_head(base: Checkpoint, name: str) -> bool:
+    """Return whether a tensor belongs to an output head or to a draft head."""
     try:
-        return parse_name(name, base.config).part == "head"
+        return parse_name(name, base.config).part in ("head", "mtp")
     except CheckpointRefused:
         return False

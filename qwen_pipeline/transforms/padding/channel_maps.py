@@ -18,6 +18,8 @@ NEW = -1
 
 def placed(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
     """Return the padded channels as copies of the live ones; new ones are zero."""
+    if live.device.type != "cpu":
+        return selected(live, axis, source_P.to(live.device))
     shape = list(live.shape)
     shape[axis] = len(source_P)
     copied = (source_P != NEW).nonzero().flatten()
@@ -25,6 +27,12 @@ def placed(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.
     if len(copied) < len(source_P):
         padded.zero_()
     return copy_channels(live, source_P[copied], padded, copied, axis=axis)
+
+
+def selected(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
+    """Return the padded channels as :func:`placed` does, on the device of both tensors."""
+    padded = live.index_select(axis, source_P.clamp(min=0))
+    return padded.masked_fill_(_along(axis, padded, source_P == NEW), 0)
 
 
 def divided(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch.Tensor":
@@ -35,7 +43,7 @@ def divided(live: "torch.Tensor", axis: int, source_P: "torch.Tensor") -> "torch
     """
     import torch
 
-    padded = placed(live, axis, source_P)
+    padded, source_P = placed(live, axis, source_P), source_P.to(live.device)
     order_P, last_P = _parts(source_P)
     split = ((order_P > 0) | ~last_P).nonzero().flatten()
     parts = padded.index_select(axis, split)
@@ -75,8 +83,8 @@ def _parts(source_P: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     """Return the index of each padded channel among the parts of its live one (0, 1, ...), and whether it is last."""
     import torch
 
-    index_P = torch.arange(len(source_P))
-    starts_P = torch.ones(len(source_P), dtype=torch.bool)
+    index_P = torch.arange(len(source_P), device=source_P.device)
+    starts_P = torch.ones(len(source_P), dtype=torch.bool, device=source_P.device)
     starts_P[1:] = (source_P[1:] != source_P[:-1]) | (source_P[1:] == NEW)
     order_P = index_P - torch.where(starts_P, index_P, 0).cummax(dim=0).values
     return order_P, torch.cat([starts_P[1:], starts_P.new_ones(min(1, len(starts_P)))])

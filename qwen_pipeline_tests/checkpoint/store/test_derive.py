@@ -69,6 +69,13 @@ def test_a_finished_build_is_not_repeated_wherever_the_attempt_is_interrupted(
     assert {path.name for path in artifact.path.iterdir()} == {"note.txt", "manifest.json"}
 
 
+@pytest.mark.parametrize("place", ["{file}/out", "/proc/nowhere"])
+def test_a_place_where_nothing_can_be_created_is_refused(place: str, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    with pytest.raises(DestinationRefused, match="cannot be created"):
+        derive(note("one"), Directory(Path(place.format(file=file))), write_note)
+
+
 def test_a_directory_with_other_files_or_another_output_is_refused(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(DestinationRefused, match="was not made by this pipeline"):
         copy(sharded, sharded)

@@ -18,7 +18,7 @@ from qwen_pipeline.checkpoint.trainers.find import open_trained
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline_tests.tiny import tiny_qwen2
 
-pytestmark = pytest.mark.lengthy
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The statements of a model card about towers; ``stages/test_publish.py`` tests the rest in a release."""
 
+from dataclasses import replace
 from typing import Any
 
 from qwen_pipeline.evaluation.report.model_card import ModelCard, Widened
@@ -32,3 +33,20 @@ def test_a_tower_that_vllm_refuses_is_mentioned() -> None:
     assert "vllm at TP 8 refuses the vision tower" in narrow
     assert "--mm-encoder-tp-mode data" in narrow
     assert "refuses" not in card(DECODER, TOWER, intermediate_size=3424)
+
+
+def test_the_recipe_is_named_unless_it_is_the_default_one() -> None:
+    settings = {"quantization_config": {"bits": 4, "group_size": 128}}
+    default = ModelCard(
+        name="bot",
+        base_model="Qwen/Tiny",
+        config=QWEN2_5_VL_3B | settings,
+        padding=[],
+        split=True,
+        quality="",
+        verdict="",
+        steps=[],
+    )
+    by_recipe = replace(default, recipe="fast").render()
+    assert "It was made by the recipe `fast`. The weights are safetensors" in by_recipe
+    assert by_recipe.replace(" It was made by the recipe `fast`.", "") == default.render()

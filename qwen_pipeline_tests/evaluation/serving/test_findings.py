@@ -126,6 +126,13 @@ def test_a_server_is_started_queried_and_stopped(job: ServerJob) -> None:
     assert seen[-1].done == seen[-1].total == 2
 
 
+def test_a_server_is_asked_for_outputs_without_their_activation(job: ServerJob) -> None:
+    whole = load_server_run(serve(replace(job, pooling="embed").to_json(), unobserved))
+    assert (whole.fault, whole.outputs) == (None, ((1, 3, 1), (1, 10, 1)))
+    tokens = load_server_run(serve(replace(job, pooling="token_classify").to_json(), unobserved))
+    assert tokens.outputs == ((1, 3, 1), (6, 3, 1), (1, 10, 1), (20, 10, 1))
+
+
 def test_a_server_that_dies_during_a_request_was_ready(job: ServerJob) -> None:
     died = load_server_run(serve(replace(job, prompts=[[DEADLY]]).to_json(), unobserved))
     assert died.ready

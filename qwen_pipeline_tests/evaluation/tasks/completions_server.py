@@ -1,4 +1,8 @@
-"""A server with the engine's command line and API: it counts up from a prompt's last token, and dies at 13 and 14."""
+"""A server with the engine's command line and API: it counts up from a prompt's last token, and dies at 13 and 14.
+
+Of a model with another head it returns, for a text or each token, the first token, half of the last, and NaN if the
+engine would apply its activation.
+"""
 
 import argparse
 import json
@@ -21,6 +25,9 @@ class Completions(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/pooling":
+            self._pool(**request)
+            return
         last = request["prompt"][-1]
         if last in _LOG_AT_DEATH:
             print(
@@ -37,6 +44,13 @@ class Completions(BaseHTTPRequestHandler):
         }
         self._send({"choices": [choice]})
 
+    def _pool(self, *, input: list[int], task: str, use_activation: bool, **_: Any) -> None:  # noqa: A002
+        if json.loads(known.pooler_config) != {"task": task} or known.runner != "pooling":
+            self.send_error(400)
+            return
+        rows = [[token, input[-1] / 2, None if use_activation else 1.0] for token in input]
+        self._send({"data": [{"index": 0, "data": rows if task == "token_classify" else rows[0]}]})
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Write no log."""
 
@@ -50,5 +64,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--runner")
+    parser.add_argument("--pooler-config")
     known, _ = parser.parse_known_args()
     HTTPServer((known.host, known.port), Completions).serve_forever()

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, open_checkpoint
 from qwen_pipeline.errors import InputRefused
-from qwen_pipeline.evaluation.tensor_parallel.find import find_targets, shardings_with_effect
+from qwen_pipeline.evaluation.tensor_parallel.find import shardings_with_effect
 from qwen_pipeline.evaluation.tensor_parallel.findings import ANY_ENGINE, Target, TargetFindings
 from qwen_pipeline.evaluation.tensor_parallel.ranks import effective_g_idx, rank_part, weight_over_ranks
 from qwen_pipeline.evaluation.tensor_parallel.simulate import diverge
 from qwen_pipeline.layerwise.model import ComputeContext
 from qwen_pipeline.qwen.linears import decoder_linears
 from qwen_pipeline.transforms.codes.gptq import PackedLinear, gptq_format
+from qwen_pipeline_tests.evaluation.simulated import find_targets
 from qwen_pipeline_tests.rounding import round_to_codes, rounded
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
@@ -83,6 +84,7 @@ def test_half_a_group_is_wrong_on_one_rank(tmp_path: Path) -> None:
     assert not findings(models, "transformers-gptqmodel", 1).answers_wrongly
 
 
+@pytest.mark.slow
 def test_the_width_of_72b_is_wrong_on_two_and_eight_ranks_until_it_is_padded(tmp_path: Path) -> None:
     live = quantized(tmp_path / "live", intermediate_size=29568, vocab_size=VOCABULARY)
     for engine in ("vllm-machete", "vllm-exllama"):
@@ -115,7 +117,7 @@ def test_a_rank_without_a_scale_is_wrong_and_not_measured(tmp_path: Path) -> Non
     found = findings(models, ANY_ENGINE, 2)
     assert found.found
     assert found.found.errors.keys() == {"model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"}
-    assert shardings_with_effect(models[1], [found]) == {}
+    assert shardings_with_effect(models[1], [found.found]) == {}
 
 
 def test_slices_give_the_same_verdict_as_whole_weights(nine_groups: tuple[Checkpoint, Checkpoint]) -> None:
@@ -166,7 +168,9 @@ def test_divergence_equals_that_of_a_forward_pass_rank_by_rank(
 ) -> None:
     source, candidate = nine_groups
     windows = list(torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1)))
-    cuts = shardings_with_effect(candidate, [findings(nine_groups, ANY_ENGINE, 2)])
+    simulated = findings(nine_groups, ANY_ENGINE, 2).found
+    assert simulated
+    cuts = shardings_with_effect(candidate, [simulated])
     (found,) = diverge(candidate, list(cuts.values()), windows, CPU)
 
     root = tiny_model("qwen2", tmp_path / "again", intermediate_size=9 * 128, **SMALL)

@@ -1,5 +1,7 @@
 """Learned rounding: its gradients against autograd, and what it may not change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -137,6 +139,21 @@ def test_if_the_error_does_not_fall_scales_are_learned_alone_or_nothing_is() -> 
         assert error.travel == (0.0 if falls else None)
         assert all(torch.equal(codes_of(each), were) for each, were in zip(offsets, codes, strict=True))
         assert all(torch.equal(each.scales, were) != falls for each, were in zip(offsets, scales, strict=True))
+
+
+def test_what_only_helps_the_windows_that_it_was_learned_from_is_not_kept() -> None:
+    """The eighth window, which is held out, is as it should be before anything is learned."""
+    layer, settings = Gated(), LearnedRounding(steps=10)
+    offsets, batches = offsets_of(layer), batches_of(layer)
+    before = [each.weight() for each in offsets]
+    rounded = {"up": before[0], "down": before[1]}
+    held_out = torch.func.functional_call(layer, rounded, (batches[-1].hidden,), dict(batches[-1].arguments))[-1:]
+    changed = replace(batches[-1], target=torch.cat([batches[-1].target[:-1], held_out.detach()]))
+    error = learn_rounding(layer, [*batches[:-1], changed], offsets, settings, forwards)
+    assert error.travel is None
+    assert error.after == error.before
+    assert all(torch.equal(each.weight(), were) for each, were in zip(offsets, before, strict=True))
+    assert learn_rounding(layer, batches, offsets, settings, forwards).travel
 
 
 def codes_of(offsets: Offsets) -> Tensor:

@@ -14,6 +14,7 @@ from qwen_pipeline.quantization.losses import NOT_SOLVED
 from qwen_pipeline.quantization.recipes import RECIPES, LearnedRounding, Recipe, RecipeName, ScaleSearch
 from qwen_pipeline.quantization.solver import Hessian
 from qwen_pipeline.quantization.spec import QuantSpec
+from qwen_pipeline.quantization.steps import step_errors
 from qwen_pipeline.quantization.steps.solve import solve_by_recipe
 from qwen_pipeline.quantization.steps.target_correction import InputError
 from qwen_pipeline.workers.environments import find_environment
@@ -24,6 +25,7 @@ SPEC = QuantSpec(recipe="fast", group_size=32, device="cpu", threads=1)
 PLAIN = replace(SPEC, recipe="gptq")
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_without_further_steps_the_codes_are_gptqmodels(tmp_path: Path) -> None:
     target = "qwen_pipeline_tests.quantization.steps.gptqmodel_codes:compare"
@@ -59,6 +61,29 @@ def test_corrected_targets_bring_the_outputs_closer_to_full_precision() -> None:
         return (inputs.quantized @ packed.weight_rows(0, OUT).T + inputs.residual - outputs).square().sum().item()
 
     assert distance(inputs.error()) < distance(inputs.error(residual=False)) < distance(InputError())
+
+
+def test_the_errors_after_each_step_are_those_of_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle computes outputs; the best weight solves the damped normal equations in float64."""
+    monkeypatch.setattr(step_errors, "SAMPLE", OUT)
+    inputs = layer_inputs()
+    quantized, weight = inputs.quantized.double(), inputs.weight.double()
+    missing = inputs.full.double() @ weight.T - quantized @ weight.T + inputs.residual_full - inputs.residual
+    gram = quantized.T @ quantized
+    gram += SPEC.damp_percent * gram.diagonal().mean() * torch.eye(IN)
+    best = weight + torch.linalg.solve(gram, quantized.T @ missing).T
+
+    def error(recipe: Recipe) -> float:
+        with patch.dict(spec_module.RECIPES, fast=recipe):
+            solved = solve_by_recipe({"q": inputs.weight}, inputs.hessian(), inputs.error(), SPEC)["q"]
+        difference = solved.packed.weight_rows(0, OUT).double() - best
+        return float((quantized @ difference.T).square().sum() / (quantized @ weight.T).square().sum())
+
+    fast = RECIPES["fast"]
+    errors = solve_by_recipe({"q": inputs.weight}, inputs.hessian(), inputs.error(), SPEC)["q"].errors
+    steps = {"gptq_error": Recipe(), "corrected_error": replace(fast, scale_search=None), "searched_error": fast}
+    assert errors == pytest.approx({name: error(recipe) for name, recipe in steps.items()}, rel=1e-3)
+    assert errors["searched_error"] < errors["corrected_error"] < errors["gptq_error"]
 
 
 def test_dead_channels_and_rows_of_zeros_are_exactly_zero_and_change_nothing() -> None:

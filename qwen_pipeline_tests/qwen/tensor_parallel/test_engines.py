@@ -3,6 +3,7 @@
 import pytest
 
 from qwen_pipeline.errors import InputRefused
+from qwen_pipeline.qwen.precision import KEPT, Precision, uniform
 from qwen_pipeline.qwen.tensor_parallel.engines import SERVING_ENGINES, VERDICTS, kernels_of, predict_serving
 from qwen_pipeline_tests.qwen.published import QWEN2_72B, config_of
 
@@ -87,3 +88,24 @@ def test_kernels_of_an_engine_name() -> None:
     with pytest.raises(InputRefused, match="'vlm'"):
         kernels_of("vlm")
     assert VERDICTS[-1] == "silently wrong"
+
+
+def test_single_layers_may_have_other_bits_and_groups() -> None:
+    """8 bits serve on GPUs; the kernel for CPUs has 4 bits only, and some engines one format for all experts."""
+    wide = QWEN2_72B | {"intermediate_size": 29696}
+
+    def mixed(_: int, kind: str) -> Precision:
+        kept = kind == "self_attn.o_proj"
+        return KEPT if kept else Precision(bits=8 if kind.startswith("self_attn") else 4, group_size=128)
+
+    for engine, verdict in (("vllm-marlin", "ok"), ("vllm-machete", "ok"), ("vllm", "ok"), ("vllm-cpu", "refused")):
+        assert predict_serving(wide, engine, group_size=128, degree=8, precision_at=mixed).verdict == verdict
+    small_groups = uniform(Precision(bits=4, group_size=32))
+    found = predict_serving(QWEN2_72B, "vllm-marlin", group_size=128, degree=8, precision_at=small_groups)
+    assert found.verdict == "refused", "29568 are 115.5 groups of 32 on each rank"
+    eight = uniform(Precision(bits=8, group_size=128))
+    config = config_of("Qwen3-30B-A3B")
+    for engine in ("sglang-gptq-marlin", "vllm-moe-wna16"):
+        (reason,) = predict_serving(config, engine, group_size=128, degree=1, precision_at=eight).reasons
+        assert "experts are 8g128, but the engine gives them the config's own format, 4g128" in reason
+    assert predict_serving(config, "vllm-marlin", group_size=128, degree=1, precision_at=eight).verdict == "ok"

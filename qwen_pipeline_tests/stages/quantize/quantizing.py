@@ -21,7 +21,7 @@ from qwen_pipeline.reports import load_reports
 from qwen_pipeline.workers.environments import WorkerEnvironment
 from qwen_pipeline_tests import REPOSITORY
 
-SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=2, device="cpu")
+SPEC = QuantSpec(engine="gptqmodel", group_size=32, samples=8, seq_len=64, batch_size=4, threads=1, device="cpu")
 
 
 @dataclass(frozen=True)

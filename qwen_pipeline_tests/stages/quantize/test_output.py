@@ -94,6 +94,7 @@ def test_transformers_loads_the_output_and_predicts_nearly_the_same(run: Run, en
     assert found["kl"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_hessian_that_is_not_positive_definite_fails_the_checks(
     tmp_path: Path, calibration: Path, engine: WorkerEnvironment
 ) -> None:

@@ -10,11 +10,15 @@ import torch
 
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Directory
+from qwen_pipeline.checkpoint.store.stage_input import open_input
 from qwen_pipeline.evaluation.structure.check import check_structure
+from qwen_pipeline.models.open import padded_recipe
+from qwen_pipeline.quantization.evidence import STEP_ERRORS, evidence_frame
+from qwen_pipeline.quantization.plot import draw_steps
 from qwen_pipeline.qwen.padding_spec import Layout, PaddingSpec
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages.export import export
-from qwen_pipeline.stages.pad import pad
+from qwen_pipeline.stages.pad import pad, prepare
 from qwen_pipeline.stages.quantize import quantize
 from qwen_pipeline.stages.repair import repair
 from qwen_pipeline.transforms.codes.gptq import gptq_format
@@ -24,6 +28,8 @@ from qwen_pipeline_tests.quantizers import logits_of
 from qwen_pipeline_tests.rounding import save_dequantized
 from qwen_pipeline_tests.stages.quantize.quantizing import require_passed
 from qwen_pipeline_tests.stages.test_export import weights_by_compressed_tensors
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=["interleave", "split"])
@@ -64,6 +70,30 @@ def test_the_format_is_the_same_and_scales_have_both_signs(fast: Artifact, padde
     assert all(0 < layer["errors"]["output"] < 0.1 for layer in fast.manifest.result["layers"])
 
 
+def test_codes_do_not_depend_on_stored_weights(fast: Artifact, layout: Layout, chain: Chain, tmp_path: Path) -> None:
+    spec = PaddingSpec(group_size=GROUP_SIZE, tensor_parallel=2, layout=layout)
+    unstored = prepare(open_input("source", chain.merged), spec).write_recipe(
+        tmp_path / "padded", lambda: padded_recipe(chain.merged), task="pad"
+    )
+    assert not list(unstored.path.glob("*.safetensors"))
+    again = quantized(chain, unstored.path, "fast")
+    assert again.manifest.derivation == fast.manifest.derivation
+    assert again.manifest.content_digest == fast.manifest.content_digest
+    assert validate_chain(replace(chain, padded=unstored.path, quantized=again.path), tmp_path / "validated")
+
+
+def test_what_each_step_gained_is_recorded_and_drawn(fast: Artifact, chain: Chain, tmp_path: Path) -> None:
+    frame = evidence_frame(fast.path)
+    assert (frame["searched_error"] < frame["gptq_error"]).all()
+    assert [set(STEP_ERRORS) <= loss.keys() for loss in fast.manifest.result["losses"]] == [True] * len(frame)
+    caption = draw_steps(fast.path, tmp_path / "steps.png")
+    assert caption
+    assert "geometric means" in caption
+    assert (tmp_path / "steps.png").stat().st_size
+    assert draw_steps(chain.quantized, tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_a_learned_layer_comes_closer_and_its_padding_is_preserved(chain: Chain, padded: Path, fast: Artifact) -> None:
     artifact = quantized(chain, padded, "balanced")
     require_passed(artifact)
@@ -73,8 +103,8 @@ def test_a_learned_layer_comes_closer_and_its_padding_is_preserved(chain: Chain,
     learned = [layer["errors"] for layer in artifact.manifest.result["layers"]]
     first = fast.manifest.result["layers"][0]["errors"]["output"]
     assert learned[0]["before_learning"] == pytest.approx(first, rel=1e-3)
-    assert all(errors["output"] < errors["before_learning"] for errors in learned)
-    assert quantized(chain, padded, "balanced").manifest.contents.tensors == artifact.manifest.contents.tensors
+    assert all(errors["output"] < 1.0001 * errors["before_learning"] for errors in learned)  # or the codes are kept
+    assert "Learned rounding leaves" in str(draw_steps(artifact.path, artifact.path.with_name("steps.png")))
 
 
 def test_transformers_computes_with_negative_scales_what_the_weights_say(

@@ -24,6 +24,8 @@ from qwen_pipeline.transforms.codes.gptq import (
 from qwen_pipeline_tests import REPOSITORY
 from qwen_pipeline_tests.chain import Chain
 
+pytestmark = pytest.mark.lengthy
+
 MODULES = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj")
 FORMATS: tuple[CheckpointFormat, ...] = ("gptq", "gptq_v2")
 
@@ -83,6 +85,7 @@ def test_weights_equal_those_of_a_loop_over_every_code(
     assert torch.equal(packed.weight_rows(start, stop).double(), expected[start:stop])
 
 
+@pytest.mark.slow
 def test_weights_equal_those_of_gptqmodel(chain: Chain, tmp_path: Path) -> None:
     script = [chain.engine.python, "-m", "qwen_pipeline_tests.transforms.codes.gptqmodel_weights"]
     arguments = [chain.quantized / "model.safetensors", tmp_path / "weights.safetensors", json.dumps(MODULES), 4, 32]
@@ -104,6 +107,9 @@ def test_weights_equal_those_of_gptqmodel(chain: Chain, tmp_path: Path) -> None:
         ({"quant_method": "gptq", "bits": 3, "group_size": 64}, "bits 3"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size 0"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 64, "checkpoint_format": "marlin"}, "'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {"-:(": {}}}, r"'-:\(', .*unterminated"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {"a": {"bits": 3}}}, "'a', .*'bits': 3"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": ["-:a"]}, "its value is None"),
     ],
 )
 def test_unsupported_formats_are_refused_by_name(quantization: dict[str, Any], words: str) -> None:

@@ -16,10 +16,11 @@ from qwen_pipeline.evaluation.tensor_parallel.repair_proof import prove_repair
 from qwen_pipeline.qwen.geometry import PaddedSize
 from qwen_pipeline.qwen.layers import required
 from qwen_pipeline.transforms.codes.formats import code_format
-from qwen_pipeline.transforms.codes.repair import plan_repair, repair, widenings
+from qwen_pipeline.transforms.codes.repair import coarsest, plan_repair, repair, widenings
 from qwen_pipeline_tests.codes import (
     METHODS,
     Codes,
+    Method,
     Packing,
     read_codes,
     replace_mlps_by_codes,
@@ -27,6 +28,8 @@ from qwen_pipeline_tests.codes import (
 )
 from qwen_pipeline_tests.in_memory import lazy
 from qwen_pipeline_tests.tiny import tiny_model
+
+pytestmark = pytest.mark.lengthy
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,3 +206,34 @@ def test_models_that_added_groups_cannot_repair_are_refused_with_a_remedy_that_c
     with pytest.raises(InputRefused, match=what) as refused:
         plan_repair(before.config, form, tensor_parallel=4)
     assert refused.match(remedy)
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+def test_layers_of_other_bits_and_groups_keep_them(tmp_path: Path, method: Method) -> None:
+    """Gate and up have groups of 16, which decide on the width, and down has half of that."""
+    packing, other = Packing(method=method, group_size=16), Packing(method=method, bits=8, group_size=8)
+    write_checkpoint_of_codes(tmp_path / "model", packing, width=48)
+    write_checkpoint_of_codes(tmp_path / "other", other, width=48)
+    whole, others = open_checkpoint(tmp_path / "model"), open_checkpoint(tmp_path / "other")
+    settings = packing.settings
+    if method == "gptq":
+        settings = {**settings, "dynamic": {r"+:.*\.down_proj$": {"bits": 8, "group_size": 8}}}
+    before = whole.replace(
+        tensors={name: others.tensors[name] for name in whole if ".down_proj." in name},
+        config={**whole.config, "quantization_config": settings},
+    )
+    form = code_format(settings)
+    plan = plan_repair(before.config, coarsest(before, form, mlps=True), tensor_parallel=4)
+    after = repair(before, form, plan)
+    (size,) = plan.sizes
+    assert (size.padded, size.group_size) == (64, 16)
+    for name, of, axis in (("gate_proj", packing, 0), ("down_proj", other, 1)):
+        prefix = f"model.layers.0.mlp.{name}."
+        old, new = (
+            read_codes(of, {key.removeprefix(prefix): found.load(key) for key in found if key.startswith(prefix)})
+            for found in (before, after)
+        )
+        expected = torch.zeros_like(new.weight).index_copy_(axis, size.positions(), old.weight)
+        assert torch.equal(new.weight, expected)
+    changed = widenings(before, size)
+    assert not prove_repair(before, after, form, changed, ranks=4).changed

@@ -1,5 +1,6 @@
 """A full fine-tune takes the base's spelling and layout, and Transformers reads the same model from it."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from qwen_pipeline_tests.tiny import (
     with_codes,
 )
 
-PAIRS: list[tuple[str, Layout, Layout]] = [
-    (family, base, own)
+PAIRS = [
+    pytest.param(family, base, own, marks=[pytest.mark.slow] * (base != layouts_of(family)[0]))
     for family in LANGUAGE_FAMILIES
     for base in layouts_of(family)
     for own in layouts_of(family)
     if own not in (base, "mtp")
 ]
+"""Every pair of layouts; those of a base in another than its family's first layout are slow."""
 BASE, TUNED = 0, 5
 """Seeds of the weights."""
 
@@ -84,6 +86,30 @@ def test_every_layout_is_adopted_into_every_other(
     drafts = [name for name in parent if name.startswith("mtp.")]
     assert dict(adopted.carried) == ({"mtp": len(drafts)} if drafts else {})
     assert all(torch.equal(adopted.checkpoint.load(name), parent.load(name)) for name in drafts)
+
+
+def with_whole_table(sharded: Path, root: Path) -> Path:
+    """Copy a model with the shards of its n-gram table as one tensor."""
+    shutil.copytree(sharded, root)
+    tensors = load_file(root / "model.safetensors")
+    shards = sorted(name for name in tensors if ".ngram_embedding.shard_" in name)
+    assert len(shards) == 2
+    table = torch.cat([tensors.pop(name) for name in shards])
+    save_file({**tensors, shards[0].replace(".shard_0", ""): table}, root / "model.safetensors")
+    return root
+
+
+def test_a_table_of_n_grams_is_adopted_in_shards_and_as_a_whole(roots: Models, tmp_path: Path) -> None:
+    sharded = {seed: roots.directory("qwen4_exp", "saved", seed) for seed in (BASE, TUNED)}
+    whole = {seed: with_whole_table(root, tmp_path / str(seed)) for seed, root in sharded.items()}
+    for base, own, expected in (
+        (sharded[BASE], whole[TUNED], sharded[TUNED]),
+        (whole[BASE], sharded[TUNED], whole[TUNED]),
+    ):
+        adopted = adopt(open_checkpoint(base), open_checkpoint(own)).checkpoint
+        tensors = load_file(expected / "model.safetensors")
+        assert adopted.tensors.keys() == tensors.keys()
+        assert all(torch.equal(adopted.load(name), tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
@@ -185,6 +211,36 @@ def test_a_model_of_another_depth_width_or_family_is_refused_by_name(tmp_path: P
         adopt(base, wider)
     with pytest.raises(CheckpointRefused, match="its model_type is qwen3, but the base's is qwen2"):
         adopt(base, other)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_key_value_heads": 1}, {"num_attention_heads": 8}, {"hidden_size": 128}, {"intermediate_size": 100},
+     {"head_dim": 8}],
+)  # fmt: skip
+def test_sizes_of_the_config_that_are_not_those_of_the_weights_are_refused(
+    sizes: dict[str, int], roots: Models
+) -> None:
+    base, tuned = roots.opened("qwen3", "saved", BASE), roots.opened("qwen3", "saved", TUNED)
+    with pytest.raises(CheckpointRefused, match=r"do not match its config: model\.layers\.0\."):
+        adopt(base, tuned.replace(config={**tuned.config, **sizes}))
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "layers.0._orig_mod."])
+def test_names_in_the_wrappers_of_a_training_are_taken(wrapper: str, roots: Models) -> None:
+    base, tuned = roots.opened("qwen3", "saved", BASE), roots.opened("qwen3", "saved", TUNED)
+    names = {name: name.replace("layers.0.", wrapper) if "layers" in wrapper else wrapper + name for name in tuned}
+    adopted = adopt(base, tuned.renamed(names))
+    assert adopted.respelled == sum(name != wrapped for name, wrapped in names.items() if name != "lm_head.weight")
+    assert adopted.checkpoint.tensors == tuned.tensors
+    both = tuned.renamed(names).with_tensor(
+        "norm.weight", tuned.tensors["model.norm.weight"], after=names["model.norm.weight"]
+    )
+    with pytest.raises(CheckpointRefused, match="two spellings"):
+        adopt(base, both)
+    unmerged = tuned.renamed({name: name.replace("q_proj.", "q_proj.base_layer.") for name in tuned})
+    with pytest.raises(CheckpointRefused, match="belongs to an adapter that was not merged"):
+        adopt(base, unmerged)
 
 
 def test_a_quantized_fine_tune_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.checkpoint.measure import resident_peak
@@ -22,7 +23,13 @@ from qwen_pipeline.transforms.lora.adapter_set import single
 from qwen_pipeline.transforms.lora.merge import merge_lora
 
 HIDDEN, WIDTH = 1024, 256
-EMBEDDING, HEAD, MLP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.experts"
+SIZES: Mapping[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+EMBEDDING, MLP = "model.embed_tokens.weight", "model.layers.0.mlp.experts"
 
 
 def ones(*shape: int) -> LazyTensor:
@@ -30,9 +37,17 @@ def ones(*shape: int) -> LazyTensor:
     return LazyTensor(spec=spec, read=lambda start, stop: torch.ones(stop - start, *shape[1:], dtype=torch.bfloat16))
 
 
+def model(config: PreTrainedConfig) -> dict[str, LazyTensor]:
+    """Return the tensors of a model that Transformers builds, all ones."""
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    return {name: ones(*tensor.shape) for name, tensor in state.items()}
+
+
 def write_merged(
     root: Path,
     name: str,
+    config: PreTrainedConfig,
     base: Mapping[str, LazyTensor],
     factors: Mapping[str, tuple[int, ...]],
     settings: Mapping[str, Any],
@@ -42,26 +57,32 @@ def write_merged(
     save_file({f"base_model.model.{key}": torch.ones(shape) for key, shape in factors.items()}, root / ADAPTER_WEIGHTS)
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **settings}
     (root / ADAPTER_CONFIG).write_text(json.dumps(settings))
-    config = {"model_type": "qwen3_moe", "hidden_size": HIDDEN, "num_experts": 8}
     shards = dict.fromkeys(base, "model.safetensors")
-    merged = merge_lora(Checkpoint(config=config, tensors=base, shards=shards), single(open_adapter(root))).checkpoint
-    only = Checkpoint(config=config, tensors={name: merged.tensors[name]}, shards={name: "model.safetensors"})
+    whole = Checkpoint(config=config.to_dict(), tensors=base, shards=shards)
+    merged = merge_lora(whole, single(open_adapter(root))).checkpoint
+    only = Checkpoint(config=whole.config, tensors={name: merged.tensors[name]}, shards={name: shards[name]})
     write_checkpoint(only, root, task="")
     (root / "model.safetensors").unlink()
 
 
 def dora(root: Path, rows: int) -> None:
-    base = {EMBEDDING: ones(rows, HIDDEN), HEAD: ones(rows, HIDDEN)}
+    config = Qwen2Config(**SIZES, intermediate_size=WIDTH, vocab_size=rows, tie_word_embeddings=False)
     factors = {"lora_embedding_A": (1, rows), "lora_embedding_B": (HIDDEN, 1), "lora_magnitude_vector": (HIDDEN,)}
     factors = {f"model.embed_tokens.{part}": shape for part, shape in factors.items()}
-    write_merged(root, EMBEDDING, base, factors, {"use_dora": True})
+    write_merged(root, EMBEDDING, config, model(config), factors, {"use_dora": True})
 
 
 def experts(root: Path, count: int, *, transposed: bool = False) -> None:
-    stack = ones(count, HIDDEN, 2 * WIDTH) if transposed else ones(count, 2 * WIDTH, HIDDEN)
-    base = {EMBEDDING: ones(8, HIDDEN), HEAD: ones(8, HIDDEN), f"{MLP}.gate_up_proj": stack}
+    config = Qwen3MoeConfig(
+        **SIZES, moe_intermediate_size=WIDTH, num_experts=count, vocab_size=8, tie_word_embeddings=False
+    )
+    base = model(config)
+    if transposed:
+        base[f"{MLP}.gate_up_proj"] = ones(count, HIDDEN, 2 * WIDTH)
+        base[f"{MLP}.down_proj"] = ones(count, WIDTH, HIDDEN)
     factors = {f"{MLP}.lora_A.weight": (count, HIDDEN), f"{MLP}.lora_B.weight": (2 * WIDTH, count)}
-    write_merged(root, f"{MLP}.gate_up_proj", base, factors, {"target_parameters": ["experts.gate_up_proj"]})
+    settings = {"target_parameters": ["experts.gate_up_proj"]}
+    write_merged(root, f"{MLP}.gate_up_proj", config, base, factors, settings)
 
 
 def transposed_experts(root: Path, count: int) -> None:

@@ -27,6 +27,8 @@ from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHT
 from qwen_pipeline_tests.adapter_kinds import KINDS, Kind, train
 from qwen_pipeline_tests.tiny import VOCABULARY, load_tiny, tiny_model
 
+pytestmark = pytest.mark.lengthy
+
 MLP = {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
 DOWN = {"target_modules": ["o_proj", "down_proj"]}
 INTO_PADDED: list[tuple[Layout, Kind]] = [

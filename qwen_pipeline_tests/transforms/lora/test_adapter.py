@@ -19,7 +19,13 @@ from qwen_pipeline.errors import AdapterRefused
 from qwen_pipeline.stages.convert import convert
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
-from qwen_pipeline.transforms.lora.settings import LoraSettings, lora_settings
+from qwen_pipeline.transforms.lora.settings import (
+    _OTHER_METHODS,  # pyright: ignore[reportPrivateUsage]
+    _UNMERGEABLE,  # pyright: ignore[reportPrivateUsage]
+    _UNSUPPORTED,  # pyright: ignore[reportPrivateUsage]
+    LoraSettings,
+    lora_settings,
+)
 from qwen_pipeline_tests.oracles import merged_with, peft_merge
 from qwen_pipeline_tests.tiny import load_tiny, tiny_adapter, tiny_model, tiny_qwen2, tiny_qwen3
 
@@ -99,15 +105,14 @@ def test_settings_that_peft_saves_but_cannot_be_merged_are_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_qalora", True),
-        ("arrow_config", {"top_k": 3}),
-        ("kasa_config", {"beta": 1e-4}),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "corda"),
-        ("peft_type", "LOHA"),
+        *((name, {"a": 1}) for name in (*_UNSUPPORTED, *_UNMERGEABLE)),
+        *(("init_lora_weights", name) for name in ("loftq", "corda", "lora_ga")),
+        *(("peft_type", name) for name in (*_OTHER_METHODS, "LOHA", "VERA", "IA3")),
         ("peft_type", None),
         ("base_model_name_or_path", ["Qwen/Qwen3-8B"]),
         ("base_model_name_or_path", "Qwen\0"),
+        ("base_model_name_or_path", "Qwen\x1b[31m"),
+        ("base_model_name_or_path", "Q" * 5000),
         ("revision", 7),
         ("peft_version", 0.18),
         ("setting_of_tomorrow", "on"),
@@ -127,6 +132,19 @@ def test_an_unsupported_setting_in_the_file_is_refused_by_name(adapter: Path, na
         {"r": 3},
         {"r": None},
         {"lora_alpha": float("inf")},
+        {"r": "4"},
+        {"r": 4.0},
+        {"r": True},
+        {"r": 10**400},
+        {"lora_alpha": 1e308},
+        {"lora_alpha": -8},
+        {"lora_alpha": 1e-320},
+        {"lora_alpha": "8"},
+        {"lora_alpha": True},
+        {"alpha_pattern": {"up_proj": float("nan")}},
+        {"rank_pattern": {"up_proj": "4"}},
+        {"trainable_token_indices": {"embed_tokens": [-1]}},
+        {"trainable_token_indices": {"embed_tokens": [2**40]}},
         {"rank_pattern": {"up_proj": 9}},
         {"rank_pattern": {"up_proj": -1}},
         {"alpha_pattern": {"(": 1}},
@@ -135,8 +153,9 @@ def test_an_unsupported_setting_in_the_file_is_refused_by_name(adapter: Path, na
 )
 def test_invalid_numbers_are_refused(adapter: Path, edit: dict[str, Any]) -> None:
     _edit(adapter, edit)
-    with pytest.raises(AdapterRefused):
+    with pytest.raises(AdapterRefused) as refusal:
         open_adapter(adapter)
+    assert edit == {"r": 3} or next(iter(edit)) in refusal.value.what or "up_proj" in refusal.value.what
 
 
 def test_every_setting_of_the_installed_peft_is_known() -> None:

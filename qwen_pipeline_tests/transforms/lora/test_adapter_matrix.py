@@ -24,6 +24,8 @@ from qwen_pipeline_tests.layouts import Layout, layouts_of
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, load_tiny, tiny_model
 
+pytestmark = pytest.mark.lengthy
+
 DOCUMENT = REPOSITORY / "docs" / "fine-tunes.md"
 _TABLE = re.compile(r"(?s)(<!-- matrix -->\n).*(<!-- end of matrix -->)")
 
@@ -103,7 +105,12 @@ def test_every_kind_is_exact_in_one_family(tmp_path: Path, number: int, base_of:
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [(family, layout) for family in LANGUAGE_FAMILIES for layout in layouts_of(family)[1:]]
+    ("family", "layout"),
+    [
+        pytest.param(family, layout, marks=[pytest.mark.slow] * (number > 0))
+        for family in LANGUAGE_FAMILIES
+        for number, layout in enumerate(layouts_of(family)[1:])
+    ],
 )
 def test_every_tensor_is_found_in_every_layout(tmp_path: Path, family: str, layout: Layout, base_of: Base) -> None:
     kind = EVERYTHING if FAMILIES[family].experts else KINDS["linear"]

@@ -60,6 +60,8 @@ def test_adapters_without_a_weighted_sum_are_refused_by_name(base: Path, pair: l
         adapter = tiny_adapter(base, tmp_path / named, target_modules=["q_proj"], **lora)
         with pytest.raises(AdapterRefused, match=named):
             weighted([pair[0], adapter], [], combination="cat")
+    with pytest.raises(InputRefused, match="nan are not all finite"):
+        weighted(pair, [1.0, float("nan")], combination="cat")
     with pytest.raises(InputRefused, match="one weight for each of 2 adapters, got 1"):
         weighted(pair, [1.0], combination="cat")
 

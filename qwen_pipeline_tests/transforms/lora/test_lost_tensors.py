@@ -15,6 +15,8 @@ from qwen_pipeline_tests.adapter_kinds import KINDS, convolutions, train
 from qwen_pipeline_tests.oracles import merged_with
 from qwen_pipeline_tests.tiny import VOCABULARY, tiny_model
 
+pytestmark = pytest.mark.lengthy
+
 Tensors = dict[str, torch.Tensor]
 REPEATED = ("original_module.", "modules_to_save.")
 """Duplicates and originals of a saved tensor, which PEFT saves as well: without them the merge is the same."""

@@ -16,6 +16,8 @@ from qwen_pipeline_tests.in_memory import blocks_of, read_in_blocks
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with, peft_merge
 from qwen_pipeline_tests.tiny import LINEARS, tiny_adapter, tiny_qwen2, tiny_qwen3, tiny_vl, with_codes
 
+pytestmark = pytest.mark.lengthy
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "r": 8},

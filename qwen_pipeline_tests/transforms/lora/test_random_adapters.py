@@ -13,6 +13,8 @@ from qwen_pipeline_tests.adapter_kinds import Kind, merged_by_peft, train
 from qwen_pipeline_tests.oracles import assert_no_further, merged_with
 from qwen_pipeline_tests.tiny import LINEARS, tiny_qwen2
 
+pytestmark = pytest.mark.lengthy
+
 PATTERNS = st.sampled_from(
     ["q_proj", ".*_proj", r"layers\.1\..*", "^model.layers.0.mlp.up_proj", "self_attn.[qk]_proj"]
 )

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_pipeline.transforms.padding.channel_maps import NEW, divided, first_positions, gathered, placed, summed
+from qwen_pipeline.transforms.padding.channel_maps import (
+    NEW,
+    divided,
+    first_positions,
+    gathered,
+    placed,
+    selected,
+    summed,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -39,6 +47,7 @@ def test_a_map_applied_and_undone_is_the_identity(
 ) -> None:
     live = numbers(int(source.max()) + 1, dtype, seed).transpose(1, axis).contiguous()
     assert same_bits(gathered(placed(live, axis, source), axis, source), live)
+    assert same_bits(selected(live, axis, source), placed(live, axis, source))
     assert same_bits(summed(divided(live, axis, source), axis, source), live)
 
 

@@ -22,6 +22,8 @@ from qwen_pipeline_tests.layouts import Layout as DiskLayout
 from qwen_pipeline_tests.layouts import layouts_of
 from qwen_pipeline_tests.tiny import LANGUAGE_FAMILIES, VOCABULARY, load_tiny, tiny_model, tiny_qwen2
 
+pytestmark = pytest.mark.lengthy
+
 
 def published_rows(weight: torch.Tensor, pad_size: int) -> torch.Tensor:
     """Apply Qwen's procedure for gate_proj and up_proj: r0, 0, r1, 0, ..., r[pad_size - 1], 0, then the rest."""
@@ -113,7 +115,12 @@ def test_a_checkpoint_that_was_changed_after_padding_is_not_unpadded(layout: Lay
 
 
 @pytest.mark.parametrize(
-    ("family", "disk"), [(family, disk) for family in LANGUAGE_FAMILIES for disk in layouts_of(family)]
+    ("family", "disk"),
+    [
+        pytest.param(family, disk, marks=[pytest.mark.slow] * (disk != "saved"))
+        for family in LANGUAGE_FAMILIES
+        for disk in layouts_of(family)
+    ],
 )
 def test_float64_logits_are_unchanged(tmp_path: Path, family: str, disk: DiskLayout) -> None:
     root = tiny_model(family, tmp_path / "live", dtype=torch.float64, layout=disk)

@@ -16,6 +16,8 @@ from qwen_pipeline_tests.layouts import fused
 from qwen_pipeline_tests.oracles import merged_with
 from qwen_pipeline_tests.tiny import HIDDEN, load_tiny, tiny_model
 
+pytestmark = pytest.mark.lengthy
+
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 EXPERTS, RANK = 4, 3
 SQUARE = {GATE_UP: HIDDEN // 2, DOWN: HIDDEN}

@@ -17,6 +17,8 @@ from qwen_pipeline_tests.adapter_kinds import KINDS, merged_by_peft, train
 from qwen_pipeline_tests.oracles import merged_with
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen3
 
+pytestmark = pytest.mark.lengthy
+
 Tensors = dict[str, torch.Tensor]
 Rename = Callable[[str], str]
 NAMED = re.compile(r"(lora_[AB])\.")

@@ -1,0 +1,1 @@
+"""``qwen-pipeline audit``, ``sign`` and ``verify``."""

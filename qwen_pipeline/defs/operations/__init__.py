@@ -1,0 +1,1 @@
+"""Definitions for who runs the pipeline day by day: releases, retention, audits, notifications."""

@@ -1,0 +1,1 @@
+"""The choice of a precision for each module: measured divergence of parts, a knapsack over them, and its curve."""

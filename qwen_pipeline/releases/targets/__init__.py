@@ -1,0 +1,1 @@
+"""Places that promoted releases are delivered to: directories, object storage, and repositories of Hugging Face."""

@@ -1,0 +1,1 @@
+"""Tests of needs, op tags and executors."""

@@ -1,0 +1,1 @@
+"""Tests of the requests, and of what their answers are worth."""

@@ -1,0 +1,1 @@
+"""Faults of the machine, at system calls of the stages."""
