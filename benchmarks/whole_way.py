@@ -105,7 +105,7 @@ def commands(scale: Scale, layers: int, options: argparse.Namespace) -> dict[str
     groups = f" --group-size {scale.group_size}"
     lines = {
         "merge-pad": f"merge-pad --base base --adapter adapter --recipe merged --out padded --tp {TENSOR_PARALLEL}"
-        f"{groups}",
+        f"{groups}{'' if options.store_padded else ' --no-store-padded'}",
         "calibrate": "calibrate --in padded --out calibration --text calibration.jsonl"
         f" --samples {scale.samples} --seq-len {scale.seq_len}",
         "quantize": f"quantize --in padded --out quantized --calibration calibration --recipe {options.recipe}"
@@ -181,12 +181,14 @@ def _written(scratch: Path, stage: str) -> dict[str, Any]:
     files = [file for root in roots if root.is_dir() for file in root.rglob("*") if file.is_file()]
     manifest = roots[-1] / "manifest.json"
     read = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
-    seconds, checks = read.get("result", {}).get("seconds"), read.get("result", {}).get("checks", [])
+    result = read.get("result", {})
+    checks = result.get("checks", [])
     failed = [check["name"] for check in checks if not check["passed"] and not check.get("skipped")]
     return {
         "output_bytes": sum(file.stat().st_size for file in files),
         "manifest": {
-            "run": read.get("run"), "digest": read.get("content_digest"), "seconds": seconds, "not_passed": failed
+            "run": read.get("run"), "digest": read.get("content_digest"), "seconds": result.get("seconds"),
+            "layers": result.get("layers"), "not_passed": failed,
         },
     }  # fmt: skip
 
@@ -287,6 +289,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep what a stage that was cut had finished")
     parser.add_argument("--until", type=float, default=1e9, help="end everything after this many seconds")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="do not drop the page cache")
+    parser.add_argument("--no-store-padded", dest="store_padded", action="store_false", help="padded is a recipe too")
     parser.add_argument("--recipe", default="gptq", help="of the quantization")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of the quantization")
     parser.add_argument("--engine-python", type=Path, help="interpreter that has gptqmodel")
