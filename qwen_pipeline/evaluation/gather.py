@@ -10,7 +10,7 @@ from qwen_pipeline.evaluation.behaviour.ask import Requests, behaviour_of
 from qwen_pipeline.evaluation.behaviour.findings import Behaviour
 from qwen_pipeline.evaluation.figures import DivergenceFigures, ModelFigures
 from qwen_pipeline.evaluation.findings import BASE, MERGED, PADDED, QUANTIZED, Findings
-from qwen_pipeline.evaluation.measurement import MEASURE, MEASURING_ENVIRONMENT, Measurement, sharding_role
+from qwen_pipeline.evaluation.measurement import MEASURING_ENVIRONMENT, Measurement, sharding_role
 from qwen_pipeline.evaluation.plan import ValidationPlan
 from qwen_pipeline.evaluation.samples import Completion, Sample
 from qwen_pipeline.evaluation.serving.findings import ServingFindings, ServingPlan
@@ -37,8 +37,7 @@ from qwen_pipeline.qwen.config import stop_tokens
 from qwen_pipeline.qwen.heads import further_steps
 from qwen_pipeline.text.tokenizers import Tokenizer
 from qwen_pipeline.transforms.codes.fp8 import is_fp8
-from qwen_pipeline.workers.environments import WorkerEnvironment
-from qwen_pipeline.workers.parent import run_worker
+from qwen_pipeline.workers.parent import Worker, run_worker
 
 SERVED_TEXTS, SERVED_WINDOWS = 64, 4
 """The most texts that a serving engine classifies or embeds, and windows whose tokens it classifies."""
@@ -67,7 +66,7 @@ def gather_findings(
     models: OpenedModels,
     plan: ValidationPlan,
     *,
-    engine: WorkerEnvironment,
+    worker: Worker,
     logs: Path,
     observe: Observe,
 ) -> tuple[Findings, int]:
@@ -76,7 +75,7 @@ def gather_findings(
     Args:
         models: The opened models.
         plan: The plan.
-        engine: An environment in which Transformers can load the candidate.
+        worker: A worker for :data:`~qwen_pipeline.evaluation.measurement.MEASURE` that has no task yet.
         logs: The directory for the logs of workers and servers.
         observe: Called with the progress of each step.
     """
@@ -94,10 +93,8 @@ def gather_findings(
         outputs=len(_served_texts(models.measurement)) * _outputs_of(models.measurement) if plan.serving else 0,
     )
     log, is_language = logs / "validate.log", measurement.task.kind == "language"
-    worker = run_worker(
-        engine.python, MEASURE, measurement.to_json(), log=log, env=MEASURING_ENVIRONMENT, observe=observe
-    )
-    measured = Measured.from_json(worker.value)
+    result = worker.run(measurement.to_json(), log=log, observe=observe)
+    measured = Measured.from_json(result.value)
     figures, shardings = measured.figures, shardings_with_effect(quantized, measured.shardings)
     assert measured.structure, "it was requested"
     findings = Findings(
@@ -121,7 +118,7 @@ def gather_findings(
         findings = replace(findings, served=served)
     if plan.tasks and is_language and not any(figures[role].fault for role in (MERGED, QUANTIZED)):
         findings = _with_scores(findings, plan.tasks, models, logs, observe)
-    return findings, worker.peak_memory_bytes
+    return findings, result.peak_memory_bytes
 
 
 def _planned(candidate: Checkpoint, targets: Sequence[Target]) -> list[PlannedTarget]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation, find_manifest
 from qwen_pipeline.checkpoint.store.canonical import LOGS, canonical_sha256
 from qwen_pipeline.checkpoint.store.derive import Built, derive
-from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination
+from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
 from qwen_pipeline.checkpoint.store.verify import contents_of_directory, require_intact
 from qwen_pipeline.errors import InputRefused
@@ -30,7 +30,7 @@ from qwen_pipeline.evaluation.findings import (
 from qwen_pipeline.evaluation.gather import OpenedModels, gather_findings
 from qwen_pipeline.evaluation.heads import task_of, texts_of
 from qwen_pipeline.evaluation.limits import Limits
-from qwen_pipeline.evaluation.measurement import Measurement
+from qwen_pipeline.evaluation.measurement import MEASURE, MEASURING_ENVIRONMENT, Measurement
 from qwen_pipeline.evaluation.origin import (
     calibration_digest,
     equal_by_digest,
@@ -66,6 +66,7 @@ from qwen_pipeline.text.reading import RecordUse
 from qwen_pipeline.text.windows import read_windows, spread
 from qwen_pipeline.transforms.codes.fp8 import is_fp8
 from qwen_pipeline.workers.environments import MAIN, WorkerEnvironment
+from qwen_pipeline.workers.parent import Worker, started_worker
 
 __all__ = [
     "CHECKS",
@@ -80,6 +81,8 @@ __all__ = [
 
 STAGE = "validated"
 CODE_VERSION = "16"
+REPORT = "write report"
+"""Name of the progress of drawing and writing."""
 ENGINE = "gptqmodel"
 """The library with which Transformers loads GPTQ checkpoints, whichever quantizer made them."""
 
@@ -126,27 +129,36 @@ def validate(
         EnvironmentFault: The engine's environment cannot load GPTQ checkpoints, or memory ran out.
     """
     plan = replace(plan, device=plan.device or default_device())
-    prepared = _prepare(inputs, plan, observe)
-    derivation = Derivation(
-        stage=STAGE,
-        inputs=prepared.digests,
-        spec={**plan.to_json(), "versions": _loader(engine, prepared).versions()},
-        code_version=CODE_VERSION,
-    )
+    with ExitStack() as workers:
 
-    def build(partial: Path) -> Built:
-        logs = partial / LOGS
-        logs.mkdir(exist_ok=True)
-        with _verifying(inputs.candidate, observe) as observed:
-            findings, peak_bytes = gather_findings(prepared.models, plan, engine=engine, logs=logs, observe=observed)
-        reports = judge(findings, plan.limits, plan.tasks)
-        result = _write(partial, prepared, plan, findings, reports)
-        return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=peak_bytes)
+        def start() -> Worker:
+            return workers.enter_context(started_worker(engine.python, MEASURE, env=MEASURING_ENVIRONMENT))
 
-    artifact = derive(derivation, destination, build)
+        early = start() if engine.python.exists() and not as_destination(destination).may_hold(STAGE) else None
+        prepared = _prepare(inputs, plan, observe)
+        derivation = Derivation(
+            stage=STAGE,
+            inputs=prepared.digests,
+            spec={**plan.to_json(), "versions": _loader(engine, prepared).versions()},
+            code_version=CODE_VERSION,
+        )
+        artifact = derive(derivation, destination, lambda out: _build(out, prepared, plan, early or start(), observe))
     if artifact.reused:
         load_validation(artifact.path, artifact.manifest)
     return artifact
+
+
+def _build(partial: Path, prepared: _Prepared, plan: ValidationPlan, worker: Worker, observe: Observe) -> Built:
+    """Measure, judge, and write the report."""
+    logs = partial / LOGS
+    logs.mkdir(exist_ok=True)
+    with _verifying(prepared.inputs.candidate, observe) as observed:
+        findings, peak_bytes = gather_findings(prepared.models, plan, worker=worker, logs=logs, observe=observed)
+    reports = judge(findings, plan.limits, plan.tasks)
+    observe(Progress(task=REPORT, done=0, total=1, unit="steps"))
+    result = _write(partial, prepared, plan, findings, reports)
+    observe(Progress(task=REPORT, done=1, total=1, unit="steps"))
+    return Built(contents=contents_of_directory(partial), result=result, worker_peak_bytes=peak_bytes)
 
 
 def _loader(engine: WorkerEnvironment, prepared: _Prepared) -> WorkerEnvironment:
