@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest import digest_file, digest_files, digest_shard, hash_checkpoint
@@ -25,6 +26,8 @@ from qwen_pipeline.reports import CheckSpec, dump_reports
 
 STAGE = "published"
 CODE_VERSION = "3"
+COPIES = 4
+"""Files that are copied and read back at a time."""
 README, PROVENANCE, VALIDATION = "README.md", "provenance.json", "validation"
 
 PASSED = CheckSpec(
@@ -127,18 +130,23 @@ def _copy_files(
     """
     files = {path: file for path, file in manifest.contents.files.items() if not path.startswith(LOGS)}
     require_releasable(root, files, allowed)
-    released: dict[str, FileDigest] = {}
-    done, total = 0, sum(file.bytes for file in files.values())
-    for path, file in files.items():
+
+    def copied_file(path: str) -> FileDigest:
         if not (root / path).is_file():
             raise _other_file(root / path)
         copy_file(root / path, out / path)
-        released[path] = digest_file(out / path)
-        found = released[path] if isinstance(file, FileDigest) else digest_shard(out / path)
-        if found != file:
+        released = digest_file(out / path)
+        if files[path] != (released if isinstance(files[path], FileDigest) else digest_shard(out / path)):
             raise _other_file(root / path)
-        done += file.bytes
-        observe(Progress(task=f"publish {manifest.derivation.stage}", done=done, total=total, unit="bytes"))
+        return released
+
+    released: dict[str, FileDigest] = {}
+    done, total = 0, sum(file.bytes for file in files.values())
+    with ThreadPoolExecutor(COPIES) as pool:
+        for path, digest in zip(files, pool.map(copied_file, files), strict=True):
+            released[path] = digest
+            done += digest.bytes
+            observe(Progress(task=f"publish {manifest.derivation.stage}", done=done, total=total, unit="bytes"))
     if manifest.contents.tensors:
         copied = open_checkpoint(out)
         tensors = hash_checkpoint(copied, out, observe=observe).tensors
