@@ -4,8 +4,8 @@ For each layer: read it (the following ones are read meanwhile), run every batch
 of all batches are kept, the weights are not. A model is read once, and memory does not depend on the number of layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,22 @@ class LayerStream(LayeredModel):
                 found.clear()
                 raise _CapturedError(captured)
 
-        with ExitStack() as hooks:
-            for name in reached:
-                hooks.enter_context(module.get_submodule(name).register_forward_pre_hook(note))
+        with _hooked(module, reached, note):
             yield from self._capture(layer, module)
+
+    def run_noting(
+        self, layer: int, module: nn.Module, reached: Sequence[str]
+    ) -> Iterator[Sequence[tuple[Tensor, ...]]]:
+        """Run every batch through a layer, and replace its hidden states; yield what its modules get on the way.
+
+        See :meth:`inputs_on_the_way`.
+        """
+        found: list[tuple[Tensor, ...]] = []
+        with _hooked(module, reached, lambda _, inputs: found.append(inputs)):
+            for hidden, output in zip(self.hidden, self.outputs(layer, module), strict=True):
+                yield tuple(found)
+                found.clear()
+                hidden.copy_(output, non_blocking=True)
 
     def cache_outputs(self, layer: int, module: nn.Module, last: str, inputs: list[Tensor]) -> None:
         """Replace a child of a layer by its outputs for the batches; its weights are freed.
@@ -242,6 +254,17 @@ def product(hidden_NH: Tensor, rows_VH: Tensor) -> Tensor:
     if hidden_NH.device.type == "cuda" and hidden_NH.dtype != torch.float32:
         return torch.mm(hidden_NH, rows_VH.T, out_dtype=torch.float32)
     return (hidden_NH @ rows_VH.T).float()
+
+
+@contextmanager
+def _hooked(
+    module: nn.Module, reached: Sequence[str], note: Callable[[nn.Module, tuple[Tensor, ...]], None]
+) -> Generator[None]:
+    """Call ``note`` with the positional arguments of modules inside a layer, before each is called."""
+    with ExitStack() as hooks:
+        for name in reached:
+            hooks.enter_context(module.get_submodule(name).register_forward_pre_hook(note))
+        yield
 
 
 def _deduplicated(arguments: Sequence[Arguments], earlier: Sequence[Arguments]) -> Sequence[Arguments]:

@@ -71,9 +71,6 @@ class LayerQuantization:
         module, learning = self._quantized.module, self._spec.steps.learned_rounding
         children = dict(module.named_children())
         self._solve(report)
-        if self._full:
-            self._full.stream.run(self._full.layer, self._full.module)
-            self._clock.lap("forward")
         if learning and self._linears:
             for name, child in children.items():
                 setattr(module, name, child)  # instead of the cached outputs of attention

@@ -75,8 +75,18 @@ class LayerPass:
     layer: int
     module: nn.Module
 
-    def inputs_on_the_way(self, reached: Sequence[str]) -> Iterator[Sequence[tuple[Tensor, ...]]]:
-        return self.stream.inputs_on_the_way(self.layer, self.module, reached)
+    def inputs_on_the_way(
+        self, reached: Sequence[str], *, to_the_end: bool = False
+    ) -> Iterator[Sequence[tuple[Tensor, ...]]]:
+        capture = self.stream.run_noting if to_the_end else self.stream.inputs_on_the_way
+        return capture(self.layer, self.module, reached)
+
+
+def _inputs(
+    passes: Sequence[LayerPass], reached: Sequence[str], *, last: bool
+) -> list[Iterator[Sequence[tuple[Tensor, ...]]]]:
+    """Return the inputs of modules in each model; a full-precision layer need not be run again after its last ones."""
+    return [each.inputs_on_the_way(reached, to_the_end=last and each is not passes[0]) for each in passes]
 
 
 def require_known(linears: Sequence[Linear]) -> None:
@@ -100,16 +110,19 @@ def input_groups(
 
     Args:
         passes: The layer whose linear layers are quantized one after another; then, to measure the error of inputs, the
-            same layer of the full-precision model.
+            same layer of the full-precision model, whose stream has passed the layer in the end.
         masks: For each batch the tokens that count, bool [B * T].
         linears: The linear layers of the layer that are quantized; others keep their weights.
         all_experts: Whether each expert is calibrated on every token, regardless of the router.
     """
     by_kind = {linear.kind: linear for linear in linears}
+    experts = [linear for linear in linears if linear.is_expert]
+    last = None if experts or not linears else [step for step in STEPS if not by_kind.keys().isdisjoint(step)][-1]
     for step in STEPS:
         if members := [by_kind[kind] for kind in step if kind in by_kind]:
             captured: list[list[Tensor]] = [[] for _ in passes]
-            hessian, error = _measure(passes, members[0], masks, captured if step in LAST_OF_MIXERS else ())
+            kept = captured if step in LAST_OF_MIXERS else ()
+            hessian, error = _measure(passes, members, masks, kept, last=step == last)
             weights = [passes[0].module.get_parameter(f"{linear.kind}.weight") for linear in members]
             yield InputGroup(linears=members, weights=weights, hessian=hessian, error=error)
             if step in LAST_OF_MIXERS:
@@ -119,10 +132,12 @@ def input_groups(
             for each in passes:
                 inputs = _offloaded(each, step[0], copies=len(passes) * len(masks))
                 each.stream.cache_outputs(each.layer, each.module, step[0], inputs)
-    if experts := [linear for linear in linears if linear.is_expert]:
+    if experts:
         inputs = ExpertInputs.capture(passes, masks, all_experts=all_experts)
         for number, group in groupby(experts, key=_expert_number):
             yield from _expert_groups(passes, number, list(group), inputs)
+    for each in () if linears else passes[1:]:
+        each.stream.run(each.layer, each.module)
 
 
 def _offloaded(each: LayerPass, kind: str, *, copies: int) -> list[Tensor]:
@@ -131,20 +146,28 @@ def _offloaded(each: LayerPass, kind: str, *, copies: int) -> list[Tensor]:
 
 
 def _measure(
-    passes: Sequence[LayerPass], linear: Linear, masks: Sequence[Tensor], captured: Sequence[list[Tensor]]
+    passes: Sequence[LayerPass],
+    linears: Sequence[Linear],
+    masks: Sequence[Tensor],
+    captured: Sequence[list[Tensor]],
+    *,
+    last: bool,
 ) -> tuple[Hessian, InputError]:
-    """Return the Hessian of a linear layer's inputs, and their error; all inputs are appended to ``captured``."""
-    norm, children = NORMS.get(linear.kind), dict(passes[0].module.named_children())
-    reached = [norm, linear.kind] if len(passes) > 1 and norm in children else [linear.kind]
+    """Return the Hessian of linear layers' inputs, and their error; all inputs are appended to ``captured``."""
+    linear, children = linears[0], dict(passes[0].module.named_children())
+    norm = NORMS.get(linear.kind) if len(passes) > 1 else None
+    reached = [norm, linear.kind] if norm in children else [linear.kind]
     hessian, error = Hessian(linear.in_features), InputError()
-    for *found, mask_N in zip(*(each.inputs_on_the_way(reached) for each in passes), masks, strict=True):
+    of_outputs = len(linears) == 1 and (len(reached) > 1 or linear.out_features <= linear.in_features)
+    weight_OI = passes[0].module.get_parameter(f"{linear.kind}.weight")
+    for *found, mask_N in zip(*_inputs(passes, reached, last=last), masks, strict=True):
         inputs = [_masked(reaching[-1][0].flatten(0, -2), mask_N) for reaching in found]
         hessian.add(inputs[0])
-        if len(passes) > 1:
+        if len(passes) > 1 and of_outputs:
+            residuals = [_masked(reaching[0][0].flatten(0, -2), mask_N) for reaching in found if len(reached) > 1]
+            error.add_outputs(weight_OI, full=inputs[1], quantized=inputs[0], residuals=residuals[::-1])
+        elif len(passes) > 1:
             error.add(full=inputs[1], quantized=inputs[0])
-        if len(reached) > 1:
-            residuals = [_masked(reaching[0][0].flatten(0, -2), mask_N) for reaching in found]
-            error.add_residual(full=residuals[1], quantized=residuals[0], inputs=inputs[0])
         if captured:
             for each, reaching, kept in zip(passes, found, captured, strict=True):
                 kept.append(each.stream.context.offload(reaching[-1][0], copies=len(passes) * len(masks)))
@@ -207,7 +230,7 @@ class ExpertInputs:
     def capture(cls, passes: Sequence[LayerPass], masks: Sequence[Tensor], *, all_experts: bool) -> "ExpertInputs":
         """Capture the inputs in forward passes that end at the experts; they are stored like the hidden states."""
         context, batches = passes[0].stream.context, list[tuple[Sequence[Tensor], Tensor]]()
-        for *found, mask_N in zip(*(each.inputs_on_the_way([EXPERTS]) for each in passes), masks, strict=True):
+        for *found, mask_N in zip(*_inputs(passes, [EXPERTS], last=True), masks, strict=True):
             copies = len(passes) * len(masks)
             tokens = [context.offload(_masked(reaching[0][0], mask_N), copies=copies) for reaching in found]
             batches.append((tokens, _masked(found[0][0][1], mask_N)))

@@ -34,11 +34,9 @@ class TargetCorrection:
 
     Attributes:
         strength: Share of the correction that is applied; all of it (1) overfits small calibration sets.
-        residual: Whether layers that add to the residual stream also make up for its error.
     """
 
     strength: float = 0.5
-    residual: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

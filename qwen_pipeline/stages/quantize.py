@@ -64,7 +64,7 @@ from qwen_pipeline.workers.parent import Worker, started_worker
 STAGE = "quantized"
 UNPADDED_STAGE = "quantized_unpadded"
 """Stage of the merged checkpoint, quantized without padding for comparison only."""
-CODE_VERSION = "6"
+CODE_VERSION = "7"
 CHECKS = checks.CHECKS
 
 
@@ -350,14 +350,15 @@ def worker_environment(spec: QuantSpec) -> Mapping[str, str]:
     """Return variables that limit threads and visible GPUs.
 
     GPTQModel uses all visible GPUs, and a different number of GPUs gives different bytes. Backward passes need cuBLAS's
-    fixed workspace for that they always give the same.
+    fixed workspace for that they always give the same. Segments that expand keep the allocator from holding far more
+    memory of the GPU than is in use.
     """
     threads = str(spec.threads)
     gpus = spec.gpus if spec.device == "cuda" else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
     limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
     workspace = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if spec.steps.learned_rounding else {}
-    return {**limits, **workspace, "HF_HUB_OFFLINE": "1"}
+    return {**limits, **workspace, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
 
 
 def _seconds(laps: Stopwatch, output: EngineOutput) -> dict[str, Any]:

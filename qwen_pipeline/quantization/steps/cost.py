@@ -29,8 +29,9 @@ class Reference:
         tokens: Calibration tokens.
         seconds: Recipe -> seconds; of one core if the device is a CPU.
         rate: Multiply-adds a second of a product on the device: in float32 of one core, in bfloat16 of a GPU.
-        column: Seconds for each column that is rounded, whatever its length: what launching the kernels takes. On a GPU
-            it decides the time of mixtures, and comes from one (benchmarks/results/layerwise-experts-h200.md).
+        column: Seconds for each column that GPTQModel's solver rounds, whatever its length: what launching the kernels
+            takes. On a GPU it decides the time of mixtures, and comes from one
+            (benchmarks/results/layerwise-experts-h200.md). The kernel of the other recipes is launched once a block.
     """
 
     source: str
@@ -57,10 +58,10 @@ def _dense(hidden: int, kv: int, intermediate: int) -> list[Matrix]:
 
 REFERENCES: Mapping[Device, Reference] = {
     "cuda": Reference(
-        source="one H200, 72B widths, benchmarks/results/quality-h200.md",
+        source="one H200, 72B widths, docs/performance.md",
         matrices=_dense(8192, 1024, 29696),
         tokens=128 * 2048,
-        seconds={"gptq": 6.16, "fast": 14.21, "balanced": 29.73},
+        seconds={"gptq": 6.16, "fast": 6.02},
         rate=394e12,
         seq_len=2048,
         column=26e-6,
@@ -114,7 +115,7 @@ def recipe_costs(config: Config, spec: QuantSpec, *, rate: float, cores: int) ->
     for name in RECIPES:
         per_product = _seconds_a_product(name, reference)
         work = sum(products(name, matrices, tokens, spec.seq_len, share) for matrices in layers)
-        rounded = sum(_columns(matrices) for matrices in layers)
+        rounded = sum(map(_columns, layers)) if name == "gptq" else 0
         found.append(
             RecipeCost(
                 recipe=name,
@@ -129,7 +130,8 @@ def _seconds_a_product(name: RecipeName, reference: Reference) -> float:
     """Return the seconds of a multiply-add; of a recipe that was not measured, those of the last one that was."""
     known = name if name in reference.seconds else list(reference.seconds)[-1]
     work = products(known, reference.matrices, reference.tokens, reference.seq_len, 1)
-    return (reference.seconds[known] - reference.column * _columns(reference.matrices)) / work
+    launching = reference.column * _columns(reference.matrices) if known == "gptq" else 0.0
+    return (reference.seconds[known] - launching) / work
 
 
 def _columns(matrices: Sequence[Matrix]) -> int:

@@ -12,8 +12,13 @@ from torch import Tensor
 from qwen_pipeline.quantization.recipes import ScaleSearch
 
 SMALLEST_HALF = 2.0**-24
-CACHE_BYTES = 32 * 2**20
-"""Errors that are computed at once on a GPU, in bytes: they stay in its cache. A CPU's is smaller than one scale's."""
+
+
+def group_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: ScaleSearch | None) -> Tensor:
+    """Return the scales [O] of a group: the searched ones, or without a search those of GPTQModel's grid."""
+    if search is None:
+        return absmax_scales(target_CO, bits=bits)
+    return searched_scales(target_CO, cost_C, bits=bits, search=search)
 
 
 def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: ScaleSearch) -> Tensor:
@@ -31,11 +36,10 @@ def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: Sca
     factors_K = torch.linspace(search.smallest, search.largest, search.candidates, device=step_O.device)[:, None]
     scales_KO = stored(torch.cat([factors_K, -factors_K] if search.signed else [factors_K]) * step_O)
     costs: list[Tensor] = []
-    at_once = max(1, CACHE_BYTES // target_CO.nbytes) if step_O.device.type == "cuda" else 1
-    for scales_k1O in scales_KO[:, None].split(at_once):
-        errors_kCO = (target_CO / scales_k1O).round_().clamp_(low, high).mul_(scales_k1O).sub_(target_CO)
-        costs.append(cost_C @ errors_kCO.square_())
-    return scales_KO.gather(0, torch.cat(costs).argmin(dim=0, keepdim=True))[0]
+    for scales_O in scales_KO:
+        errors_CO = (target_CO / scales_O).round_().clamp_(low, high).mul_(scales_O).sub_(target_CO)
+        costs.append(cost_C @ errors_CO.square_())
+    return scales_KO.gather(0, torch.stack(costs).argmin(dim=0, keepdim=True))[0]
 
 
 def absmax_scales(target_CO: Tensor, *, bits: int) -> Tensor:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,17 +10,14 @@ from torch import Tensor
 
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.quantization.losses import NOT_SOLVED
-from qwen_pipeline.quantization.recipes import ScaleSearch
 from qwen_pipeline.quantization.solver import Hessian, Solved, pack, zero_and_saturated_groups
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.quantization.steps.gptq import (
     Rounded,
-    ScalesOf,
     factored,
     group_aware_order,
     round_columns,
 )
-from qwen_pipeline.quantization.steps.scale_search import absmax_scales, searched_scales
 from qwen_pipeline.quantization.steps.step_errors import StepErrors
 from qwen_pipeline.quantization.steps.target_correction import InputError, corrected
 from qwen_pipeline.transforms.codes.gptq import gptq_format, in_order
@@ -58,12 +54,11 @@ def solve_by_recipe(
         target_OI[:, dead_I] = 0
         if steps:
             steps.drop(dead_I)
-        scales_of = _scales(spec.bits, spec.steps.scale_search)
-        rounded = round_columns(target_OI, factor, scales_of, bits=spec.bits, group_size=spec.group_size)
+        size = {"bits": spec.bits, "group_size": spec.group_size}
+        rounded = round_columns(target_OI, factor, spec.steps.scale_search, **size)
         errors = [dict[str, float]()] * len(modules)
         if steps:
-            size = {"bits": spec.bits, "group_size": spec.group_size}
-            errors = steps.measured(target_OI, rounded.weight, _scales(spec.bits, None), **size)
+            errors = steps.measured(target_OI, rounded.weight, **size)
         del target_OI
         for module, part, found in zip(modules, rounded.split(outputs), errors, strict=True):
             solved[module] = replace(_packed(module, part, factor.damp, tokens, spec), errors=found)
@@ -89,13 +84,6 @@ def _order(hessian_II: Tensor, spec: QuantSpec) -> Tensor:
     if spec.act_group_aware:
         return group_aware_order(hessian_II.diagonal(), spec.group_size)
     return torch.arange(len(hessian_II), device=hessian_II.device)
-
-
-@cache
-def _scales(bits: int, search: ScaleSearch | None) -> ScalesOf:
-    if search is None:
-        return lambda target_CO, _: absmax_scales(target_CO, bits=bits)
-    return partial(searched_scales, bits=bits, search=search)
 
 
 def _packed(module: str, rounded: Rounded, damp: float, tokens: int, spec: QuantSpec) -> Solved:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_pipeline.quantization.recipes import TargetCorrection
-from qwen_pipeline.quantization.steps.gptq import InverseFactor, ScalesOf, round_columns
+from qwen_pipeline.quantization.steps.gptq import InverseFactor, round_columns
 from qwen_pipeline.quantization.steps.target_correction import InputError, corrected
 
 SAMPLE = 32
@@ -47,20 +47,17 @@ class StepErrors:
         self._weight[:, dead_I] = 0
         self._best[:, dead_I] = 0
 
-    def measured(
-        self, target_OI: Tensor, rounded_OI: Tensor, scales_of: ScalesOf, *, bits: int, group_size: int
-    ) -> list[dict[str, float]]:
+    def measured(self, target_OI: Tensor, rounded_OI: Tensor, *, bits: int, group_size: int) -> list[dict[str, float]]:
         """Return the errors of each weight: of GPTQ, of GPTQ with corrected targets, and of the codes.
 
         Args:
             target_OI: The corrected stacked weights.
             rounded_OI: The weights that the codes stand for.
-            scales_of: Scales of GPTQ.
             bits: Bits of a code.
             group_size: Columns of a group.
         """
         both_2RI = torch.cat([self._weight, target_OI[self.rows]])
-        again = round_columns(both_2RI, self._factor, scales_of, bits=bits, group_size=group_size).weight
+        again = round_columns(both_2RI, self._factor, None, bits=bits, group_size=group_size).weight
         steps = {"gptq_error": again[: len(self.rows)], "corrected_error": again[len(self.rows) :]}
         steps["searched_error"] = rounded_OI[self.rows]
         squares = self._squares(self._weight)

@@ -6,27 +6,35 @@ rounds a mixture with ``W``. A layer that adds to the residual stream ``r`` can 
 and so pay back what all layers before it lost.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qwen_pipeline.quantization.recipes import TargetCorrection
 from qwen_pipeline.quantization.solver import product
 from qwen_pipeline.quantization.steps.gptq import InverseFactor
+from qwen_pipeline.quantization.steps.products import float_product
+
+COLUMNS = 2048
+"""Columns of a triangular matrix that are multiplied at once."""
 
 
 @dataclass(slots=True)
 class InputError:
-    """Running sums over N tokens of the error of a layer's inputs, and of the residual stream, times the inputs.
+    """Running sum over N tokens of the error that codes shall make up for, times the inputs ``x`` that they meet.
 
     Attributes:
-        inputs: ``sum (x_f - x) x^T``, float32.
-        residual: ``sum (r_f - r) x^T``, float32; None for a layer that does not add to the residual stream.
+        inputs: ``sum (x_f - x) x^T`` [I, I], float32, which serves any number of weights.
+        outputs: ``sum (W (x_f - x) + r_f - r) x^T`` [O, I], float32, instead: takes less work for one weight with fewer
+            outputs than inputs, and has the residual stream ``r``, if the layer adds to it.
         tokens: N.
     """
 
     inputs: Tensor | None = None
-    residual: Tensor | None = None
+    outputs: Tensor | None = None
     tokens: int = 0
 
     def add(self, full: Tensor, quantized: Tensor) -> None:
@@ -34,14 +42,18 @@ class InputError:
         self.inputs = _plus(self.inputs, product((full - quantized).T, quantized))
         self.tokens += len(quantized)
 
-    def add_residual(self, full: Tensor, quantized: Tensor, inputs: Tensor) -> None:
-        """Add the residual streams [N, O] of both models, and the inputs [N, I] of the quantized one."""
-        self.residual = _plus(self.residual, product((full - quantized).T, inputs))
+    def add_outputs(self, weight_OI: Tensor, full: Tensor, quantized: Tensor, residuals: Sequence[Tensor] = ()) -> None:
+        """Add inputs [N, I] of both models, and the residual streams [N, O] of both that their outputs are added to."""
+        missing_NO = functional.linear(full - quantized, weight_OI)
+        if residuals:
+            missing_NO += residuals[0] - residuals[1]
+        self.outputs = _plus(self.outputs, product(missing_NO.T, quantized))
+        self.tokens += len(quantized)
 
     def of_outputs(self, rows: Tensor) -> "InputError":
-        """Return the sums that concern some outputs."""
-        residual = None if self.residual is None else self.residual[rows]
-        return InputError(inputs=self.inputs, residual=residual, tokens=self.tokens)
+        """Return the sum that concerns some outputs."""
+        outputs = None if self.outputs is None else self.outputs[rows]
+        return InputError(inputs=self.inputs, outputs=outputs, tokens=self.tokens)
 
 
 def corrected(weight_OI: Tensor, error: InputError, factor: InverseFactor, correction: TargetCorrection) -> Tensor:
@@ -49,14 +61,28 @@ def corrected(weight_OI: Tensor, error: InputError, factor: InverseFactor, corre
 
     The Hessian is the mean of ``2 x x^T``, so the sums are scaled likewise.
     """
-    if error.inputs is None:
-        return weight_OI.float()
-    cross_OI = weight_OI.float() @ error.inputs
-    if error.residual is not None and correction.residual:
-        cross_OI += error.residual
-    order_I = factor.order
-    change_OI = cross_OI[:, order_I] @ factor.upper.T @ factor.upper
-    return weight_OI + (correction.strength * 2 / error.tokens) * change_OI[:, order_I.argsort()]
+    weight_OI = weight_OI.float()
+    if error.outputs is not None:
+        change_OI = _solved(error.outputs, factor)
+    elif error.inputs is None:
+        return weight_OI
+    elif len(weight_OI) > len(error.inputs):
+        change_OI = float_product(weight_OI, _solved(error.inputs, factor))
+    else:
+        change_OI = _solved(float_product(weight_OI, error.inputs), factor)
+    return change_OI.mul_(correction.strength * 2 / error.tokens).add_(weight_OI)
+
+
+def _solved(cross_RI: Tensor, factor: InverseFactor) -> Tensor:
+    """Return rows multiplied by the inverse Hessian; zeros of the factor are left out, as far as whole blocks are."""
+    upper_II, ordered_RI = factor.upper, cross_RI[:, factor.order]
+    blocks = [slice(start, start + COLUMNS) for start in range(0, len(upper_II), COLUMNS)]
+    half_RI = torch.empty_like(ordered_RI)
+    for block in blocks:
+        half_RI[:, block] = float_product(ordered_RI[:, block.start :], upper_II[block, block.start :].T)
+    for block in blocks:
+        ordered_RI[:, block] = float_product(half_RI[:, : block.stop], upper_II[: block.stop, block])
+    return ordered_RI[:, factor.order.argsort()]
 
 
 def _plus(total: Tensor | None, term: Tensor) -> Tensor:

@@ -32,12 +32,15 @@ class LayerInputs:
         mean_II = self.hessian().pop_mean()
         return factored(mean_II, group_aware_order(mean_II.diagonal(), GROUP_SIZE), DAMP)
 
-    def error(self, *, residual: bool = True) -> InputError:
+    def error(self, *, residual: bool = True, of_outputs: bool | None = None) -> InputError:
         error = InputError()
         for rows in torch.arange(TOKENS).split(100):
-            error.add(full=self.full[rows], quantized=self.quantized[rows])
-            if residual:
-                error.add_residual(self.residual_full[rows], self.residual[rows], self.quantized[rows])
+            if residual if of_outputs is None else of_outputs:
+                residuals = (self.residual_full[rows], self.residual[rows]) if residual else ()
+                error.add_outputs(self.weight, self.full[rows], self.quantized[rows], residuals)
+            else:
+                assert not residual
+                error.add(full=self.full[rows], quantized=self.quantized[rows])
         return error
 
 

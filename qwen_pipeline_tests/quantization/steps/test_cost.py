@@ -32,7 +32,7 @@ def test_a_measured_layer_costs_what_was_measured(
     found = seconds(config, device, samples=samples, seq_len=seq_len)
     measured = [2 * each for each in REFERENCES[device].seconds.values()]
     assert found[: len(measured)] == pytest.approx(measured)
-    assert found == sorted(found)
+    assert found[1:] == sorted(found[1:])
     longer = seconds(config, device, samples=4 * samples, seq_len=seq_len)
     assert all(one < more < 4 * one for one, more in zip(found, longer, strict=True))
 

@@ -1,16 +1,11 @@
 """The solver's loop, against rounding column by column in float64; GPTQModel's codes are in ``test_solve``."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from qwen_pipeline.errors import CheckFailed
 from qwen_pipeline.quantization.steps.gptq import factored, group_aware_order, round_columns
-from qwen_pipeline.quantization.steps.scale_search import absmax_scales
 from qwen_pipeline_tests.quantization.steps.layer_inputs import GROUP_SIZE, IN, OUT, layer_inputs
-
-SCALES = partial(absmax_scales, bits=4)
 
 
 def test_groups_are_ordered_by_their_largest_and_channels_within_them() -> None:
@@ -34,9 +29,7 @@ def test_each_column_makes_up_for_those_before_it(block_size: int) -> None:
     """Oracle: after each column the others are the least squares solution that keeps the rounded ones (OBQ)."""
     inputs = layer_inputs()
     factor = inputs.factor()
-    found = round_columns(
-        inputs.weight, factor, lambda target, _: SCALES(target), bits=4, group_size=GROUP_SIZE, block_size=block_size
-    )
+    found = round_columns(inputs.weight, factor, None, bits=4, group_size=GROUP_SIZE, block_size=block_size)
     inverse = (factor.upper.double().T @ factor.upper.double())[:IN, :IN]
     hessian = inverse.inverse()
     weight = inputs.weight.double()[:, factor.order]
@@ -51,7 +44,7 @@ def test_each_column_makes_up_for_those_before_it(block_size: int) -> None:
 def test_codes_scales_and_losses_fit_together() -> None:
     inputs = layer_inputs()
     factor = inputs.factor()
-    found = round_columns(inputs.weight, factor, lambda target, _: SCALES(target), bits=4, group_size=GROUP_SIZE)
+    found = round_columns(inputs.weight, factor, None, bits=4, group_size=GROUP_SIZE)
     scale = found.scales.repeat_interleave(GROUP_SIZE, dim=1)
     codes = (found.target / scale).round().clamp(-8, 7)
     assert torch.equal(codes * scale, found.weight)

@@ -1,21 +1,27 @@
 """Corrected targets, against their closed form in float64."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from qwen_pipeline.quantization.recipes import TargetCorrection
+from qwen_pipeline.quantization.steps.products import float_product
 from qwen_pipeline.quantization.steps.target_correction import InputError, corrected
-from qwen_pipeline_tests.quantization.steps.layer_inputs import DAMP, IN, layer_inputs
+from qwen_pipeline_tests.quantization.steps.layer_inputs import DAMP, IN, LayerInputs, layer_inputs
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("residual", "of_outputs"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_a_corrected_target_is_the_closed_form(strength: float, residual: bool) -> None:
+@pytest.mark.parametrize("copies", [1, 2])  # with more outputs than inputs, the products are in another order
+def test_a_corrected_target_is_the_closed_form(strength: float, residual: bool, of_outputs: bool, copies: int) -> None:
     inputs = layer_inputs()
-    correction = TargetCorrection(strength=strength, residual=residual)
-    found = corrected(inputs.weight, inputs.error(), inputs.factor(), correction)
+    inputs = replace(inputs, weight=torch.cat([inputs.weight] * copies))
+    if residual:
+        both = (torch.cat([each] * copies, dim=1) for each in (inputs.residual_full, inputs.residual))
+        inputs = replace(inputs, **dict(zip(("residual_full", "residual"), both, strict=True)))
+    error = inputs.error(residual=residual, of_outputs=of_outputs)
+    found = corrected(inputs.weight, error, inputs.factor(), TargetCorrection(strength=strength))
 
     full, quantized, weight = inputs.full.double(), inputs.quantized.double(), inputs.weight.double()
     hessian = quantized.T @ quantized
@@ -48,3 +54,23 @@ def test_nothing_is_corrected_with_strength_zero_equal_inputs_or_no_tokens() -> 
     for error, strength in ((inputs.error(), 0.0), (same.error(), 1.0), (InputError(), 1.0)):
         found = corrected(inputs.weight, error, inputs.factor(), TargetCorrection(strength=strength))
         assert torch.equal(found, inputs.weight)
+
+
+@pytest.mark.gpu
+def test_a_gpus_correction_is_right_to_four_digits() -> None:
+    inputs = layer_inputs()
+    exact = corrected(inputs.weight, inputs.error(), inputs.factor(), TargetCorrection())
+    moved = LayerInputs(**{field.name: getattr(inputs, field.name).cuda() for field in fields(inputs)})
+    found = corrected(moved.weight, moved.error(), moved.factor(), TargetCorrection()).cpu()
+    share = (found - exact).norm() / (exact - inputs.weight).norm()
+    assert share < 1e-4
+
+
+@pytest.mark.gpu
+def test_a_product_on_tensor_cores_is_right_to_six_digits() -> None:
+    left, right = torch.randn(300, 4000, device="cuda"), torch.randn(4000, 200, device="cuda")
+    exact = left.double() @ right.double()
+    error, plain = float_product(left, right) - exact, left @ right - exact
+    assert error.norm() < 2e-6 * exact.norm()
+    assert error.norm() < 10 * plain.norm()
+    assert not torch.backends.cuda.matmul.allow_tf32
