@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.whole_way OUT --layers 8`` writes a random base with Qwen2.5-72B's widths and vocabulary and a
 LoRA of rank 16 on all linear layers, then merges and pads, calibrates, quantizes, validates and publishes from the
-command line, with the page cache dropped before each stage where that is permitted. Seconds, bytes, memory and the
-steps within a stage are written every few seconds, with their projection to the depth of the real model.
+command line. Before each stage all these files are dropped from the page cache. Seconds, bytes, memory and the steps
+within a stage are written every few seconds, with their projection to the depth of the real model.
 ``--stages`` runs some of the stages, on what earlier ones left in ``--scratch``. ``--sizes tiny`` tests that it runs.
 """
 
@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disk import drop_caches
+from benchmarks.disk import drop_files
 from benchmarks.machine import describe_machine
 from benchmarks.report import keep, table
 from benchmarks.watched import Figures, watch
@@ -77,11 +77,12 @@ write_text(widths, Path("held_out.jsonl"), words=int(sys.argv[5]), seed=2)
 PUBLISH = """
 import qwen_pipeline as qp
 from pathlib import Path
+from qwen_pipeline.progress import describe
 from qwen_pipeline.workers.fast_exit import fast_exit
 with fast_exit():
     qp.publish(
         quantized=Path("quantized"), validated=Path("validated"), destination=Path("published"), base_model="base",
-        fine_tune="adapter",
+        fine_tune="adapter", observe=lambda progress: print(describe(progress)),
     )
     raise SystemExit(0)
 """
@@ -149,7 +150,7 @@ def run(
         shutil.rmtree(scratch / output, ignore_errors=True)
         if not options.resume:
             shutil.rmtree(scratch / f"{output}.partial", ignore_errors=True)
-    cold = options.cold and drop_caches()
+    cold = options.cold and drop_files(scratch)
 
     def note(figures: Figures) -> None:
         found["stages"][stage] = figures.to_json() | {"cold": cold}
@@ -288,7 +289,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", type=lambda text: text.split(","), default=stages, help=",".join(stages))
     parser.add_argument("--resume", action="store_true", help="keep what a stage that was cut had finished")
     parser.add_argument("--until", type=float, default=1e9, help="end everything after this many seconds")
-    parser.add_argument("--no-cold", dest="cold", action="store_false", help="do not drop the page cache")
+    parser.add_argument("--no-cold", dest="cold", action="store_false", help="keep the files in the page cache")
     parser.add_argument("--no-store-padded", dest="store_padded", action="store_false", help="padded is a recipe too")
     parser.add_argument("--recipe", default="gptq", help="of the quantization")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of the quantization")
