@@ -8,19 +8,31 @@ from torch import Tensor
 
 LOW_BITS = 2**13 - 1
 """Bits of a float32 that TF32, the format that tensor cores take, does not have."""
+ROWS = 4096
+"""Rows that are split at once; their parts take memory."""
 
 
 def float_product(left_IN: Tensor, right_NJ: Tensor) -> Tensor:
     """Return the product of float32 matrices, right to six digits.
 
-    A GPU multiplies TF32, which has ten bits behind the point, eight times as fast as float32. A number is the sum of
-    two of them but for its last bits; three of the four products of these matter.
+    A GPU multiplies TF32, which has ten bits behind the point, eight times as fast as float32.
     """
-    if left_IN.device.type != "cuda":
-        return left_IN @ right_NJ
-    (left_high, left_low), (right_high, right_low) = _split(left_IN), _split(right_NJ)
+    return product_of_parts(left_IN, right_NJ) if left_IN.device.type == "cuda" else left_IN @ right_NJ
+
+
+def product_of_parts(left_IN: Tensor, right_NJ: Tensor) -> Tensor:
+    """Multiply numbers as sums of two of TF32, which they are but for their last bits.
+
+    Of the four products of these, the one of the smaller parts does not matter.
+    """
+    right_high, right_low = _split(right_NJ)
+    product_IJ = left_IN.new_empty(len(left_IN), right_NJ.shape[1])
     with _tensor_cores():
-        return (left_low @ right_high).add_(left_high @ right_low).add_(left_high @ right_high)
+        for left, product in zip(left_IN.split(ROWS), product_IJ.split(ROWS), strict=True):
+            left_high, left_low = _split(left)
+            torch.mm(left_low, right_high, out=product)
+            product.addmm_(left_high, right_low).addmm_(left_high, right_high)
+    return product_IJ
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
