@@ -99,3 +99,19 @@ def test_rows_of_the_embedding_are_read_once_for_all_batches(tmp_path: Path) -> 
     assert read <= 60
     for hidden, stream in zip(together.hidden, alone, strict=True):
         assert torch.equal(hidden, stream.hidden[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_inputs_are_noted_while_a_layer_is_run_to_its_end(family: str, tmp_path: Path) -> None:
+    """They are those that are captured on the way, and the hidden states are those of a plain pass."""
+    checkpoint = open_checkpoint(tiny_model(family, tmp_path / "model"))
+    noting, plain = (LayerStream(checkpoint, BATCHES, CPU) for _ in range(2))
+    layer = next(plain.iter_layers())
+    reached = ["post_attention_layernorm", "mlp.down_proj" if family == "qwen2" else "mlp.experts"]
+    with torch.inference_mode():
+        expected = [[inputs[0].clone() for inputs in found] for found in plain.inputs_on_the_way(0, layer, reached)]
+        noted = [[inputs[0].clone() for inputs in found] for found in noting.run_noting(0, layer, reached)]
+        plain.run(0, layer)
+    for found, ours in zip(expected, noted, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, ours, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(plain.hidden, noting.hidden, strict=True))
