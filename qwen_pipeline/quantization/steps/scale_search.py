@@ -35,11 +35,11 @@ def searched_scales(target_CO: Tensor, cost_C: Tensor, *, bits: int, search: Sca
     step_O.masked_fill_(step_O == 0, 1)  # any scale is exact for zeros
     factors_K = torch.linspace(search.smallest, search.largest, search.candidates, device=step_O.device)[:, None]
     scales_KO = stored(torch.cat([factors_K, -factors_K] if search.signed else [factors_K]) * step_O)
-    costs: list[Tensor] = []
-    for scales_O in scales_KO:
-        errors_CO = (target_CO / scales_O).round_().clamp_(low, high).mul_(scales_O).sub_(target_CO)
-        costs.append(cost_C @ errors_CO.square_())
-    return scales_KO.gather(0, torch.stack(costs).argmin(dim=0, keepdim=True))[0]
+    costs_KO, errors_CO = torch.empty_like(scales_KO), torch.empty_like(target_CO)
+    for scales_O, costs_O in zip(scales_KO, costs_KO, strict=True):
+        torch.div(target_CO, scales_O, out=errors_CO).round_().clamp_(low, high).mul_(scales_O).sub_(target_CO)
+        torch.mv(errors_CO.square_().T, cost_C, out=costs_O)
+    return scales_KO.gather(0, costs_KO.argmin(dim=0, keepdim=True))[0]
 
 
 def absmax_scales(target_CO: Tensor, *, bits: int) -> Tensor:
