@@ -74,7 +74,8 @@ def audit_releases(
             result = audit(root, library=library, sources=sources, stated_by=signers, observe=observe)
             result = replace(result, findings=[*result.findings, *witness(result)])
             digest, faults = next(iter(result.nodes)), result.faults
-            state, nbytes = _state(result, is_current=path_of(root) in current), _nbytes(result)
+            is_current = path_of(root) in current and not _is_of_another_base(result, settings)
+            state, nbytes = _state(result, is_current=is_current), _nbytes(result)
         except CheckpointRefused as refused:
             digest, state, faults, nbytes = "", "tampered", [refused.what], 0
         found.append(
@@ -104,6 +105,13 @@ def _current(settings: Settings) -> set[str]:
         if published and all(stage.state != "stale" for stage in product.stages.values()):
             current.add(path_of(published.path))
     return current
+
+
+def _is_of_another_base(result: Audit, settings: Settings) -> bool:
+    """Return whether a chain's base is none of those that the settings name and that are here."""
+    bases = known_bases(settings).values() if settings.base_model or settings.bases else ()
+    lost = any(node.name == "base" and node.state == "claimed" for node in result.nodes.values())
+    return lost and any(base.root.exists() for base in bases)
 
 
 def _state(result: Audit, *, is_current: bool) -> ReleaseState:

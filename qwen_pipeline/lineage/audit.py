@@ -1,7 +1,8 @@
 """An audit: the chain behind a directory, back to base, fine-tune and texts, with every byte that is here compared.
 
 Parents are found by content digest, never by name. A parent without bytes is a claim; if the step that made it is
-recorded and its own inputs are here, it was dropped, and can be rebuilt.
+recorded and its own inputs are here, it was dropped, and can be rebuilt. The version that a validation compared with is
+no parent: it is named, and compared with its manifest, but what is behind it is no part of the chain.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ State = Literal["proven", "claimed", "dropped", "refuted"]
 """``proven``: its bytes are here and give the digest. ``dropped``: its bytes are gone, what they were made of is here.
 ``claimed``: recorded only. ``refuted``: what is here does not give the digest."""
 _NOT_FOUND = "No directory or file that was searched has this digest. Name it with --source."
+_COMPARED = "Compared with, not made from"
 _OF_TOKENS = (
     "No file that was searched has this digest. Where a stage drew the tokens itself, it is the digest of the tokens,"
     " which running the stage again gives."
@@ -48,6 +50,7 @@ class Node:
         inputs: Role -> content digest; empty of what no stage made, and of what nothing records.
         path: Where its bytes are, if they are here.
         detail: What was compared, or why it is no more than a claim.
+        is_compared: Whether it is an earlier version that the validation compared with, and no part of the chain.
     """
 
     digest: str
@@ -57,6 +60,7 @@ class Node:
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     path: Path | None = None
     nbytes: int = 0
+    is_compared: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +71,7 @@ class Node:
             "inputs": dict(self.inputs),
             "path": str(self.path) if self.path else None,
             "bytes": self.nbytes,
+            "is_compared": self.is_compared,
         }
 
 
@@ -131,6 +136,7 @@ def audit(
     walk = _Walk(library=library, sources=sources, near=root.resolve(), observe=observe, signers=signers)
     record = read_record(root)
     walk.visit(record)
+    walk.visit_compared()
     nodes = {digest: walk.nodes[digest] for digest in walk.order if digest in walk.nodes}
     findings = [*walk.order_findings(record)]
     if record.step.stage == RELEASE:
@@ -153,6 +159,7 @@ class _Walk:
     steps: dict[tuple[str, str], RecordedStep] = field(default_factory=dict[tuple[str, str], RecordedStep])
     records: dict[str, Record] = field(default_factory=dict[str, Record])
     wrong: dict[Path, dict[str, str]] = field(default_factory=dict[Path, "dict[str, str]"])
+    compared: dict[str, str] = field(default_factory=dict[str, str])
 
     def visit(self, record: Record) -> None:
         """Compare a directory, and then everything that it was made from."""
@@ -173,8 +180,43 @@ class _Walk:
             path=record.root,
             nbytes=sum(int(file["bytes"]) for file in record.files.values()),
         )
+        self._follow_inputs(step, inputs)
+
+    def visit_compared(self) -> None:
+        """Add the nodes of what validations compared with, unless it is part of the chain; nothing behind them."""
+        for digest, role in self.compared.items():
+            if digest not in self.order:
+                self.order.append(digest)
+                self.nodes[digest] = self._compared(digest, role)
+
+    def _compared(self, digest: str, role: str) -> Node:
+        """Return the node of an earlier version; if its bytes changed, the comparison is no more than a claim."""
+        path, nbytes, wrong, step = self.library.find(digest, near=self.near), 0, "its bytes are not here.", None
+        if path:
+            try:
+                record = read_record(path)
+                step, nbytes = record.step, sum(int(file["bytes"]) for file in record.files.values())
+                changed = compare(record, observe=self._progress(record))
+                wrong = listed([f"its bytes changed since: {name} {why}." for name, why in sorted(changed.items())])
+            except CheckpointRefused as refused:
+                wrong = refused.what
+        elif step := self._dropped_step(digest):
+            wrong = "retention dropped its bytes."
+        return Node(
+            digest=digest,
+            name=step.stage if step else role,
+            state="claimed" if wrong else "proven",
+            detail=f"{_COMPARED}: {wrong or 'its files have the stated digests.'}",
+            path=path,
+            nbytes=nbytes,
+            is_compared=True,
+        )
+
+    def _follow_inputs(self, step: RecordedStep, inputs: Mapping[str, str]) -> None:
+        self.compared |= {digest: role for role, digest in step.compared_with.items()}
         for role, digest in inputs.items():
-            self.follow(role, digest)
+            if role not in step.compared_with:
+                self.follow(role, digest)
 
     def _inputs(self, step: RecordedStep) -> Mapping[str, str]:
         """Return the inputs of a step; of one that changed nothing, those of the output that it has the digest of."""
@@ -195,7 +237,7 @@ class _Walk:
         """Add the node of an input, and what is behind it."""
         if digest in self.order or not digest.startswith("sha256:"):
             return
-        place = self.library.find(digest, near=self.near)
+        place = self.library.find(digest, near=self.near, chain=self._chain())
         source = None if place else self.sources.find(role, digest)
         if place := place or (source if source and (source / MANIFEST_FILE).is_file() else None):
             try:
@@ -206,9 +248,14 @@ class _Walk:
             return
         self.order.append(digest)
         step = find_step(self.steps, digest) or self._dropped_step(digest)
-        for parent_role, parent in (step.inputs if step else {}).items():
-            self.follow(parent_role, parent)
+        if step:
+            self._follow_inputs(step, step.inputs)
         self.nodes[digest] = self._elsewhere(role, digest, source, step)
+
+    def _chain(self) -> set[str]:
+        """Return the derivation keys and the content digests that are known to be of this chain."""
+        steps = self.steps.values()
+        return {each for step in steps for each in (step.key, step.content_digest, *step.made_from.values())}
 
     def _dropped_step(self, digest: str) -> RecordedStep | None:
         """Return the step of an output whose manifest alone retention kept."""
@@ -246,7 +293,7 @@ class _Walk:
             yield from (
                 Finding(name="recalled", verdict="refuted", detail=f"{self.nodes[digest].name} {digest}: {reason}")
                 for digest, reason in log.recalled.items()
-                if digest in self.nodes
+                if digest in self.nodes and not self.nodes[digest].is_compared
             )
 
     def unreadable(self) -> Iterator[Finding]:
@@ -267,6 +314,7 @@ class _Walk:
         inputs = step.inputs if step else {}
         parents = {parent: self.nodes[of] for parent, of in inputs.items() if of in self.nodes}
         lost = [f"{parent} {short(inputs[parent])}" for parent, node in parents.items() if node.state == "claimed"]
+        lost += [f"{other} {short(of)}" for other, of in self._absent_comparisons(step)]
         state: State = "proven" if source else "dropped" if parents and not lost else "claimed"
         if source:
             detail = "Its bytes, read just now, give the digest."
@@ -280,6 +328,12 @@ class _Walk:
             detail = _OF_TOKENS if role in ("text", "calibration") else _NOT_FOUND
         name = step.stage if step else role
         return Node(digest=digest, name=name, state=state, detail=detail, inputs=inputs, path=source)
+
+    def _absent_comparisons(self, step: RecordedStep | None) -> Iterator[tuple[str, str]]:
+        """Yield role and digest of what a step compared with and would need again, if no directory here has it."""
+        for role, digest in (step.compared_with if step else {}).items():
+            if not self.library.find(digest, near=self.near):
+                yield role, digest
 
     def _progress(self, record: Record) -> Any:
         done, total = 0, sum(int(file["bytes"]) for file in record.files.values())

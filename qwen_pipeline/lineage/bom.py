@@ -115,7 +115,7 @@ def _ancestors(release: Record, steps: Sequence[RecordedStep]) -> Iterator[dict[
     """Yield the base, each fine-tune and every intermediate checkpoint."""
     made = {step.content_digest: step.stage for step in steps}
     for step in steps:
-        for role, digest in step.inputs.items():
+        for role, digest in step.made_from.items():
             if digest not in made and role not in _TEXTS and digest.startswith("sha256:"):
                 name = str(release.step.spec.get("base_model")) if role == "base" else f"{role} of {step.stage}"
                 made[digest] = name

@@ -1,17 +1,18 @@
 """Descendants of a digest in a store: who used this adapter, which releases come from this base."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.lineage.library import Library, recorded_steps
+from qwen_pipeline.lineage.verification.order import makers_of
 from qwen_pipeline.lineage.verification.records import RecordedStep, read_record
 
 MIN_DIGITS = 6
-COMPARED = "before"
-"""Role of an earlier release that a validation compares with: nothing is made from it."""
+Makers = Mapping[str, Sequence[RecordedStep]]
+"""Content digest -> the steps that made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +67,31 @@ def resolve(text: str, library: Library) -> str:
 
 def descendants(digest: str, library: Library) -> list[Descendant]:
     """Return everything that was made from a digest, in the order of the stages."""
-    steps, found, seen = _steps(library), list[Descendant](), {digest}
-    frontier: Set[str] = {digest}
+    steps, found = _steps(library), list[Descendant]()
+    makers: dict[str, list[RecordedStep]] = {}
+    for step in steps.values():
+        makers.setdefault(step.content_digest, []).append(step)
+    frontier, seen = {digest: makers.get(digest, [])}, set[str]()
     while frontier:
         made = {
-            step.content_digest: (step, role, parent)
+            step.key: (step, role, parent)
             for step in steps.values()
-            for role, parent in step.inputs.items()
-            if role != COMPARED and parent in frontier and step.content_digest not in seen
+            for role, parent in step.made_from.items()
+            if step.key not in seen and step.content_digest != digest and _used(parent, step, frontier, makers, digest)
         }
+        frontier = {}
         for step, role, parent in made.values():
             found += [_descendant(step, role, parent, place) for place in _places(step, library)]
-        frontier = made.keys()
-        seen |= frontier
+            frontier.setdefault(step.content_digest, []).append(step)
+        seen |= made.keys()
     return found
+
+
+def _used(parent: str, step: RecordedStep, frontier: Makers, makers: Makers, origin: str) -> bool:
+    """Return whether a step used an input that one of the steps of the frontier made, or the origin itself."""
+    if parent == origin or parent not in frontier:
+        return parent in frontier
+    return any(maker in frontier[parent] for maker in makers_of(parent, step, makers[parent]))
 
 
 def _steps(library: Library) -> Mapping[tuple[str, str], RecordedStep]:

@@ -66,8 +66,9 @@ def _chain(end: Record, library: Library) -> dict[str, _Output]:
         if step.stage in chain:
             continue
         chain[step.stage] = _Output(step=step, record=record)
-        for digest in step.inputs.values():
-            if place := library.find(digest, near=end.root):
+        fitting = {each for known_step in known.values() for each in (known_step.key, known_step.content_digest)}
+        for digest in step.made_from.values():
+            if place := library.find(digest, near=end.root, chain=fitting):
                 parent = read_record(place)
                 known |= {each.content_digest: each for each in recorded_steps(place)}
                 todo.append((parent.step, parent))

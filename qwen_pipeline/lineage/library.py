@@ -1,6 +1,6 @@
 """Finished directories by content digest: those of a store, those beside a directory, and inputs from outside."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
 from qwen_pipeline.checkpoint.store.destinations import DROPPED, PARTIAL
 from qwen_pipeline.errors import CheckpointRefused, PipelineError
-from qwen_pipeline.lineage.verification.records import Record, RecordedStep, read_steps, step_from_json
+from qwen_pipeline.lineage.verification.records import Record, RecordedStep, read_record, read_steps, step_from_json
 from qwen_pipeline.models.open import fine_tune_digest
 from qwen_pipeline.text.sources import open_text
 
@@ -34,10 +34,27 @@ class Library:
     unreadable: dict[Path, str] = field(default_factory=dict[Path, str])
     dropped: dict[str, list[Path]] = field(default_factory=dict[str, "list[Path]"])
 
-    def find(self, digest: str, *, near: Path) -> Path | None:
-        """Return a directory of a digest: if there are several, one of the same fine-tune as ``near``."""
+    def find(self, digest: str, *, near: Path, chain: Collection[str] = ()) -> Path | None:
+        """Return a directory of a digest; of several, the one that fits a chain best.
+
+        Two steps may give the same bytes: tokens of one text, drawn for two fine-tunes.
+
+        Args:
+            digest: The content digest.
+            near: A directory of the chain; one of the same fine-tune is preferred.
+            chain: Derivation keys and content digests of the chain, which decide before the fine-tune does.
+        """
         found = self.places.get(digest, [])
-        return next((path for path in found if path.parent.name == near.parent.name), found[0] if found else None)
+
+        def fitness(path: Path) -> tuple[bool, int, bool]:
+            is_near = path.parent.name == near.parent.name
+            try:
+                step = read_record(path).step
+            except CheckpointRefused:
+                return False, -1, is_near
+            return step.key in chain, sum(each in chain for each in step.inputs.values()), is_near
+
+        return max(found, key=fitness) if found[1:] else next(iter(found), None)
 
     def directories(self) -> Iterable[Path]:
         return (path for paths in self.places.values() for path in paths)

@@ -82,7 +82,8 @@ def prove_log(log: StoreLog, roots: Sequence[Path]) -> list[Finding]:
         detail = f"{changed[0] / MANIFEST_FILE} was changed after {LOG} recorded it."
         return [chain, Finding(name=MANIFESTS, verdict="refuted", detail=detail)]
     known = sum(sha256 is not None for sha256 in stated.values())
-    detail = f"{known} of {len(roots)} manifests are those that {LOG} recorded; it does not know the others."
+    others = "." if known == len(roots) else "; it does not know the others."
+    detail = f"{known} of {len(roots)} manifests are those that {LOG} recorded{others}"
     return [chain, Finding(name=MANIFESTS, verdict="proven" if known == len(roots) else "claimed", detail=detail)]
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
 from qwen_pipeline.checkpoint.store.destinations import DROPPED, PARTIAL, CheckpointStore
 from qwen_pipeline.errors import CheckpointRefused
-from qwen_pipeline.lineage.verification.records import Record, read_record
+from qwen_pipeline.lineage.verification.order import makers_of
+from qwen_pipeline.lineage.verification.records import Record, RecordedStep, read_record
 from qwen_pipeline.reports import load_reports
 from qwen_pipeline.stages import calibrate, merge, pad, publish, quantize, validate
 
@@ -63,14 +64,17 @@ class Outputs:
 
     def behind_passed_validations(self) -> set[str]:
         """Return the content digests that validations which passed descend from."""
-        inputs: dict[str, set[str]] = {}
+        steps: dict[str, list[RecordedStep]] = {}
         for record in self.records():
-            inputs.setdefault(record.step.content_digest, set()).update(record.step.inputs.values())
-        frontier = {digest for record in self.records() if _passed(record) for digest in record.step.inputs.values()}
-        found: set[str] = set()
+            steps.setdefault(record.step.content_digest, []).append(record.step)
+        frontier, found, seen = [record.step for record in self.records() if _passed(record)], set[str](), set[str]()
         while frontier:
-            found |= frontier
-            frontier = {digest for each in frontier for digest in inputs.get(each, ())} - found
+            step = frontier.pop()
+            seen.add(step.key)
+            for digest in step.made_from.values():
+                found.add(digest)
+                makers = makers_of(digest, step, steps.get(digest, ()))
+                frontier += [maker for maker in makers if maker.key not in seen]
         return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest
 from qwen_pipeline.checkpoint.lazy import MANIFEST, Checkpoint
 from qwen_pipeline.checkpoint.manifest import Derivation, find_manifest
-from qwen_pipeline.checkpoint.store.canonical import LOGS, canonical_sha256
+from qwen_pipeline.checkpoint.store.canonical import BEFORE, LOGS, canonical_sha256
 from qwen_pipeline.checkpoint.store.derive import Built, derive
 from qwen_pipeline.checkpoint.store.destinations import Artifact, Destination, as_destination
 from qwen_pipeline.checkpoint.store.lineage import dump_step, steps_of
@@ -223,7 +223,7 @@ def _prepare(inputs: ValidationInputs, plan: ValidationPlan, observe: Observe) -
         digests["calibration"] = calibration.digest
     evidence_before = load_evidence(inputs.before) if inputs.before else []
     if inputs.before:
-        digests["before"] = checkpoint_digest(inputs.before, observe=observe)
+        digests[BEFORE] = checkpoint_digest(inputs.before, observe=observe)
     digests["text"] = f"sha256:{canonical_sha256(tokens)}"
     requests = _requests(checkpoints[MERGED], tokenizer, plan, tokens) if task.kind == "language" else Requests()
     measurement = Measurement(

@@ -10,6 +10,8 @@ LOGS = "logs/"
 BOM, PROVENANCE, SIGNATURE = "bom.cdx.json", "provenance.intoto.jsonl", "model.sig"
 ATTESTATIONS = (BOM, PROVENANCE, SIGNATURE)
 """Files that may join a finished release, in the order they are written; no manifest lists them."""
+BEFORE = "before"
+"""Role of the quantized checkpoint of an earlier version that a validation compares with: nothing is made from it."""
 
 
 def canonical_sha256(value: object) -> str:

@@ -30,7 +30,8 @@ def recorded_findings(audit: Audit, store: Path, instance: dg.DagsterInstance) -
     There is none if none of its outputs is in that store.
     """
     store = store.resolve()
-    outputs = [node for node in audit.nodes.values() if node.path and node.path.resolve().is_relative_to(store)]
+    chain = [node for node in audit.nodes.values() if not node.is_compared]
+    outputs = [node for node in chain if node.path and node.path.resolve().is_relative_to(store)]
     return [_agreement(outputs, instance), *_log_findings(store, instance)] if outputs else []
 
 

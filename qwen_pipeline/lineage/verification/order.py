@@ -4,7 +4,7 @@ A stage's input is named by its content digest, which covers every tensor. So wh
 another's input, the first came before the second.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qwen_pipeline.checkpoint.store.canonical import content_digest
 from qwen_pipeline.lineage.verification.findings import Finding, Verdict
@@ -31,6 +31,17 @@ def find_step(steps: Steps, digest: str | None, stage: str = "") -> RecordedStep
         return step
     made = [step for step in steps.values() if step.content_digest == digest]
     return next((step for step in made if digest not in step.inputs.values()), made[0] if made else None)
+
+
+def makers_of(digest: str, step: RecordedStep, makers: Sequence[RecordedStep]) -> list[RecordedStep]:
+    """Return the steps, of those that give an input's digest, that made it for a step.
+
+    Two steps may give the same bytes: tokens of one text, drawn for two fine-tunes. Those count that share most inputs
+    with the step that used them.
+    """
+    given = set(step.inputs.values()) - {digest}
+    shared = {maker.key: len(given & set(maker.inputs.values())) for maker in makers if maker.key != step.key}
+    return [maker for maker in makers if shared.get(maker.key) == max(shared.values(), default=0)]
 
 
 def released_digests(release: Record) -> dict[str, str]:

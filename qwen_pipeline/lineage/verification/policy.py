@@ -153,7 +153,7 @@ def _base_findings(policy: Policy, steps: Sequence[RecordedStep], verdict: Verdi
 def _recall_findings(policy: Policy, steps: Sequence[RecordedStep], verdict: Verdict) -> list[Finding]:
     if not policy.recalled:
         return []
-    ancestry = {digest: role for step in steps for role, digest in step.inputs.items()}
+    ancestry = {digest: role for step in steps for role, digest in step.made_from.items()}
     ancestry |= {step.content_digest: step.stage for step in steps}
     if recalled := [f"{ancestry[digest]} {digest}" for digest in policy.recalled if digest in ancestry]:
         detail = f"It descends from what was recalled: {', '.join(recalled)}."

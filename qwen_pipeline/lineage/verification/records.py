@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwen_pipeline.checkpoint.files import load_json, parse_json
-from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE, canonical_sha256, content_digest
+from qwen_pipeline.checkpoint.store.canonical import BEFORE, MANIFEST_FILE, canonical_sha256, content_digest
 from qwen_pipeline.errors import CheckpointRefused
 
 FORMAT = "qwen-pipeline/manifest/4"
@@ -29,6 +29,16 @@ class RecordedStep:
     spec: Mapping[str, Any]
     code_version: str
     key: str
+
+    @property
+    def made_from(self) -> Mapping[str, str]:
+        """The inputs without the version that a validation compares with."""
+        return {role: digest for role, digest in self.inputs.items() if role != BEFORE}
+
+    @property
+    def compared_with(self) -> Mapping[str, str]:
+        """The version that a validation compares with, if it has one."""
+        return {role: digest for role, digest in self.inputs.items() if role == BEFORE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
