@@ -25,6 +25,11 @@ def dump_visible(data: Any) -> str:
     return _UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
+def size(nbytes: int) -> str:
+    """Return a number of bytes in GB or MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 class VisibleConsole(Console):
     """A console that shows text as it is: without Rich's markup, and with unseen characters as escapes."""
 

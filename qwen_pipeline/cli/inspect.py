@@ -117,7 +117,7 @@ def _describe_model(
     child: "Checkpoint", base: "KnownBase | None", data: dict[str, Any], view: "list[Table | str]"
 ) -> None:
     from qwen_pipeline.checkpoint.lazy import open_checkpoint
-    from qwen_pipeline.cli.tables import size
+    from qwen_pipeline.cli.console import size
     from qwen_pipeline.models.examine import require_full_precision_model
     from qwen_pipeline.qwen.settle import settle
     from qwen_pipeline.transforms.fine_tune.adopt import adopt

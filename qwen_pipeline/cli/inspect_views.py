@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from qwen_pipeline.cli.tables import size
+from qwen_pipeline.cli.console import size
 from qwen_pipeline.models.fine_tune_files import FineTuneFiles
 
 _UNSET: tuple[object, ...] = (False, "none", (), {})

@@ -11,7 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qwen_pipeline.checkpoint.memory_budget import AvailableResources, shortages
-from qwen_pipeline.cli.tables import feasibility_table, size
+from qwen_pipeline.cli.console import size
+from qwen_pipeline.cli.tables import feasibility_table
 from qwen_pipeline.quantization.spec import QuantSpec
 from qwen_pipeline.quantization.steps.cost import REFERENCES, RecipeCost
 from qwen_pipeline.qwen.methods import FP8_LAYOUTS

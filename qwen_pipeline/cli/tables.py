@@ -11,6 +11,7 @@ from rich.text import Text
 
 from qwen_pipeline.checkpoint.store.destinations import Artifact
 from qwen_pipeline.checkpoint.store.products import product
+from qwen_pipeline.cli.console import size
 from qwen_pipeline.config.assets import Costs
 from qwen_pipeline.costs import cost, gpu_seconds
 from qwen_pipeline.errors import CheckFailed
@@ -35,11 +36,6 @@ _STATE_STYLES: Mapping[str, str] = {
     "stale": "yellow",
     "missing": "dim",
 }
-
-
-def size(nbytes: int) -> str:
-    """Return a number of bytes in GB or MB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
@@ -152,15 +148,15 @@ def feasibility_table(rows: Sequence["DegreeFeasibility"], group_size: int) -> T
     """Return a table with a row for each size at each tensor-parallel degree."""
     table = Table("TP", "size", "width", "padded", "extra", f"groups of {group_size} per rank", "result")
     for row in rows:
-        for number, size in enumerate(row.sizes):
-            before, after = (f"{groups:g}" for groups in size.groups_per_rank)
+        for number, each in enumerate(row.sizes):
+            before, after = (f"{groups:g}" for groups in each.groups_per_rank)
             table.add_row(
                 str(row.degree) if not number else "",
-                size.field.removesuffix("intermediate_size").rstrip("_") or "mlp",
-                f"{size.live:,}",
-                f"{size.target:,}",
-                f"{size.extra_percent:.2f} %",
-                f"{before} -> {after}" if size.live != size.target else before,
+                each.field.removesuffix("intermediate_size").rstrip("_") or "mlp",
+                f"{each.live:,}",
+                f"{each.target:,}",
+                f"{each.extra_percent:.2f} %",
+                f"{before} -> {after}" if each.live != each.target else before,
                 Text(row.sentence, style="" if row.legal else "red") if not number else "",
             )
     return table
@@ -188,15 +184,15 @@ def repair_table(plan: "PadPlan") -> Table:
     """Return a table with a row for each size and the groups that a repair adds."""
     ranks = plan.tensor_parallel
     table = Table("size", "width", "repaired", "extra", f"groups of {plan.group_size}", f"on each of {ranks} ranks")
-    for size in plan.sizes:
-        before, after = (width / size.group_size for width in (size.live, size.padded))
+    for each in plan.sizes:
+        before, after = (width / each.group_size for width in (each.live, each.padded))
         table.add_row(
-            size.field,
-            f"{size.live:,}",
-            f"{size.padded:,}",
-            f"{100 * size.zeros / size.live:.2f} %",
-            "" if size.of_tower else f"{before:g} -> {after:g}",
-            f"{before / ranks:g} -> {after / ranks:g}" + " channels" * size.of_tower,
+            each.field,
+            f"{each.live:,}",
+            f"{each.padded:,}",
+            f"{100 * each.zeros / each.live:.2f} %",
+            "" if each.of_tower else f"{before:g} -> {after:g}",
+            f"{before / ranks:g} -> {after / ranks:g}" + " channels" * each.of_tower,
         )
     return table
 

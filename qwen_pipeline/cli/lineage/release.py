@@ -76,8 +76,8 @@ def verify(
 
     The command qwen-pipeline-verify does the same, and needs neither Dagster nor torch.
     """
+    from qwen_pipeline.cli.console import size
     from qwen_pipeline.cli.lineage.views import finding_table
-    from qwen_pipeline.cli.tables import size
     from qwen_pipeline.lineage.verification.policy import load_policy
     from qwen_pipeline.lineage.verification.trust import given_signers
     from qwen_pipeline.lineage.verification.verify import verify as verify_release

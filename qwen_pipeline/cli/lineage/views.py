@@ -1,17 +1,20 @@
 """Trees and tables of audits, differences, descendants and verifications."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
-from qwen_pipeline.cli.tables import size
-from qwen_pipeline.lineage.audit import Audit, Node
-from qwen_pipeline.lineage.descendants import Descendant
-from qwen_pipeline.lineage.diff import Difference
+from qwen_pipeline.cli.console import size
 from qwen_pipeline.lineage.verification.findings import Finding
 from qwen_pipeline.lineage.verification.order import short
+
+if TYPE_CHECKING:  # they take long to import, and verify shows none of them
+    from qwen_pipeline.lineage.audit import Audit, Node
+    from qwen_pipeline.lineage.descendants import Descendant
+    from qwen_pipeline.lineage.diff import Difference
 
 _STYLES = {"proven": "green", "attested": "green", "dropped": "yellow", "claimed": "yellow", "refuted": "bold red"}
 _ROWS = 12
@@ -22,7 +25,7 @@ def verdict(word: str) -> Text:
     return Text(word.upper() if word == "refuted" else word, style=_STYLES[word])
 
 
-def node_tree(audit: Audit) -> Tree:
+def node_tree(audit: "Audit") -> Tree:
     """Return the chain as a tree, from the directory down to its inputs. What occurs twice is expanded once."""
     root = next(iter(audit.nodes.values()))
     tree = Tree(_label("", root))
@@ -30,7 +33,7 @@ def node_tree(audit: Audit) -> Tree:
     return tree
 
 
-def _grow(tree: Tree, node: Node, nodes: Mapping[str, Node], shown: set[str]) -> None:
+def _grow(tree: Tree, node: "Node", nodes: "Mapping[str, Node]", shown: set[str]) -> None:
     for role, digest in node.inputs.items():
         if not (parent := nodes.get(digest)):
             continue
@@ -40,14 +43,14 @@ def _grow(tree: Tree, node: Node, nodes: Mapping[str, Node], shown: set[str]) ->
             _grow(branch, parent, nodes, shown)
 
 
-def _label(role: str, node: Node, *, again: bool = False) -> Text:
+def _label(role: str, node: "Node", *, again: bool = False) -> Text:
     name = node.name if role in ("", node.name) else f"{role}: {node.name}"
     if again:
         return Text(f"{name} {short(node.digest)}, as above", style="dim")
     return Text.assemble((name, "bold"), f" {short(node.digest)} ", verdict(node.state), f" {node.path or ''}")
 
 
-def node_table(audit: Audit) -> Table:
+def node_table(audit: "Audit") -> Table:
     """Return a row for each node, with what was compared."""
     table = Table("output or input", Column("digest", no_wrap=True), "state", "size", "made from", "detail")
     for node in audit.nodes.values():
@@ -58,7 +61,7 @@ def node_table(audit: Audit) -> Table:
     return table
 
 
-def node_details(audit: Audit) -> list[Text]:
+def node_details(audit: "Audit") -> list[Text]:
     """Return a line for each node that is not proven."""
     return [
         Text.assemble(verdict(node.state), f" {node.name} {short(node.digest)}: {node.detail}")
@@ -75,7 +78,7 @@ def finding_table(findings: Iterable[Finding]) -> Table:
     return table
 
 
-def difference_table(found: Sequence[Difference]) -> Table:
+def difference_table(found: "Sequence[Difference]") -> Table:
     """Return a row for each difference; of many tensors or files, the first few."""
     table = Table("stage", "kind", "name", "before", "after")
     rows: dict[tuple[str, str], int] = {}
@@ -89,7 +92,7 @@ def difference_table(found: Sequence[Difference]) -> Table:
     return table
 
 
-def descendant_table(found: Sequence[Descendant]) -> Table:
+def descendant_table(found: "Sequence[Descendant]") -> Table:
     """Return a row for each descendant."""
     table = Table("fine-tune", "stage", "digest", "made from", "directory")
     for each in found:

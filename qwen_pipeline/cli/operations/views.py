@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from qwen_pipeline.cli.tables import size
+from qwen_pipeline.cli.console import size
 from qwen_pipeline.lineage.verification.order import short
 from qwen_pipeline.releases.versions import Version
 from qwen_pipeline.retention.collect import Collection

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from qwen_pipeline.checkpoint.buffers import empty
 from qwen_pipeline.checkpoint.lazy import LazyTensor
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
-from qwen_pipeline.qwen.geometry import PaddedSize
 from qwen_pipeline.transforms.padding.strided import copy_channels
 
 if TYPE_CHECKING:
     import torch
+
+    from qwen_pipeline.qwen.geometry import PaddedSize
 
 Dimension = Literal["in", "out"]
 WORD_BITS = 32
@@ -34,7 +35,7 @@ class Widening:
     """
 
     dimension: Dimension
-    size: PaddedSize
+    size: "PaddedSize"
     group_size: int | None = None
 
     @property
