@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_pipeline.checkpoint.digest_cache import checkpoint_digest, rereading
 from qwen_pipeline.checkpoint.files import load_json
-from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
+from qwen_pipeline.checkpoint.store.canonical import ATTESTATIONS, MANIFEST_FILE
 from qwen_pipeline.checkpoint.store.destinations import DROPPED, PARTIAL
 from qwen_pipeline.errors import CheckpointRefused, PipelineError
 from qwen_pipeline.lineage.verification.records import Record, RecordedStep, read_record, read_steps, step_from_json
@@ -97,12 +97,20 @@ def store_of(root: Path) -> Path | None:
 
 
 def misplaced(record: Record) -> str:
-    """Return how a directory of a store differs from the name that its derivation key gives it."""
-    name, key = record.root.name, record.step.key
-    is_key = len(name) == _KEY_LENGTH and not name.strip("0123456789abcdef")
-    if is_key and not key.startswith(name) and record.root.parent.parent.name == record.step.stage:
-        return f"its manifest's stage, inputs, settings and code version have the key {key}, its directory is {name}"
-    return ""
+    """Return how a directory of a store is not what a stage left there: by its name, or by a link among its files.
+
+    A directory elsewhere, such as a cache of the hub, may have links: its files count as what they lead to.
+    """
+    root, key = record.root, record.step.key
+    is_key = len(root.name) == _KEY_LENGTH and not root.name.strip("0123456789abcdef")
+    if not is_key or root.parent.parent.name != record.step.stage:
+        return ""
+    if not key.startswith(root.name):
+        return (
+            f"its manifest's stage, inputs, settings and code version have the key {key}, its directory is {root.name}"
+        )
+    links = [path for path in (*sorted(record.files), MANIFEST_FILE, *ATTESTATIONS) if (root / path).is_symlink()]
+    return f"{links[0]} is a link to {(root / links[0]).readlink()}, so its bytes are not in the store" if links else ""
 
 
 def recorded_steps(root: Path) -> list[RecordedStep]:

@@ -1,6 +1,7 @@
 """A store with a whole chain up to a signed release, and keys: made once, copied by each test that changes it."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qwen_pipeline.checkpoint.store.destinations import CheckpointStore, Slot
 from qwen_pipeline.lineage.audit import Audit, audit
 from qwen_pipeline.lineage.library import Sources, open_library
 from qwen_pipeline.lineage.verification.envelopes import load_public_key
+from qwen_pipeline.lineage.verification.trust import Signer
 from qwen_pipeline.stages.publish import publish
 from qwen_pipeline_tests.chain import Chain
 
@@ -22,7 +24,8 @@ NAME = "bot"
 class Chained:
     """A directory with ``store/``, ``merged/`` (which no stage made) and the keys ``release.pem`` and ``release.pub``.
 
-    The store has the outputs ``padded``, ``quantized``, ``validated`` and the signed release.
+    The store has the outputs ``padded``, ``quantized``, ``validated`` and the signed release; ``other/`` is another
+    release of the same weights by the same signer.
     """
 
     root: Path
@@ -46,17 +49,21 @@ class Chained:
     def release(self) -> Path:
         return self.output("published")
 
+    @property
+    def other(self) -> Path:
+        return self.root / "other"
+
     def copy(self, root: Path) -> "Chained":
         shutil.copytree(self.root, root, symlinks=True)
         return Chained(root)
 
-    def audit(self, root: Path | None = None) -> Audit:
-        """Audit the release, or another output."""
+    def audit(self, root: Path | None = None, *, signers: Sequence[Signer] = ()) -> Audit:
+        """Audit the release, or another output; its own key is trusted, unless others are named."""
         return audit(
             root or self.release,
             library=open_library([self.store]),
             sources=Sources([self.root / "merged"]),
-            keys=[load_public_key(self.public_key)],
+            keys=signers or [load_public_key(self.public_key)],
         )
 
 
@@ -68,15 +75,21 @@ def make_chained(root: Path, chain: Chain, validated: Path) -> Chained:
     slot = CheckpointStore(chained.store).slot(NAME)
     for source in (chain.padded, chain.quantized, validated):
         _place(source, slot)
+    publish_again(chained, slot, "Qwen/Tiny")
+    publish_again(chained, chained.other, "Qwen/Other")
+    return chained
+
+
+def publish_again(chained: Chained, destination: Slot | Path, base_model: str) -> None:
+    """Publish and sign a release of the chain whose card names another base."""
     publish(
         quantized=chained.output("quantized"),
         validated=chained.output("validated"),
-        destination=slot,
-        base_model="Qwen/Tiny",
+        destination=destination,
+        base_model=base_model,
         fine_tune=NAME,
         signing_key=chained.key,
     )
-    return chained
 
 
 def write_key(private: Path, public: Path, passphrase: bytes | None = None) -> None:
