@@ -7,7 +7,7 @@ no parent: it is named, and compared with its manifest, but what is behind it is
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,10 @@ from qwen_pipeline.lineage.verification.trust import Signer
 from qwen_pipeline.lineage.verification.verify import Verification, judge
 from qwen_pipeline.progress import Observe, Progress, unobserved
 
-State = Literal["proven", "claimed", "dropped", "refuted"]
+State = Literal["proven", "attested", "claimed", "dropped", "refuted"]
 """``proven``: its bytes are here and give the digest. ``dropped``: its bytes are gone, what they were made of is here.
-``claimed``: recorded only. ``refuted``: what is here does not give the digest."""
+``attested``: recorded only, in files that a trusted key signed. ``claimed``: recorded only. ``refuted``: what is here
+does not give the digest."""
 _NOT_FOUND = "No directory or file that was searched has this digest. Name it with --source."
 _COMPARED = "Compared with, not made from"
 _OF_TOKENS = (
@@ -137,10 +138,14 @@ def audit(
     record = read_record(root)
     walk.visit(record)
     walk.visit_compared()
-    nodes = {digest: walk.nodes[digest] for digest in walk.order if digest in walk.nodes}
-    findings = [*walk.order_findings(record)]
+    verification = None
     if record.step.stage == RELEASE:
         verification = judge(record, walk.wrong[record.root], keys=keys, policy=policy)
+        if verification.signer and not verification.faults:
+            walk.attest(record, verification.signer)
+    nodes = {digest: walk.nodes[digest] for digest in walk.order if digest in walk.nodes}
+    findings = walk.order_findings(record)
+    if verification:
         findings = [*_of_release(verification, findings), *findings]
     return Audit(
         root=root, nodes=nodes, findings=[*findings, *walk.padding_findings(), *walk.log_findings(), *walk.unreadable()]
@@ -264,12 +269,21 @@ class _Walk:
                 self.steps |= by_digest([read_record(root).step])
         return find_step(self.steps, digest)
 
+    def attest(self, release: Record, signer: str) -> None:
+        """Give claims the weight of a signature over the files of the release that record them."""
+        steps = recorded_steps(release.root)
+        signed = {digest for step in steps for digest in (step.content_digest, *step.inputs.values())}
+        for digest, node in self.nodes.items():
+            if node.state == "claimed" and digest in signed:
+                detail = f"{node.detail} Files of the release that {signer} signed record it."
+                self.nodes[digest] = replace(node, state="attested", detail=detail)
+
     def order_findings(self, record: Record) -> list[Finding]:
         """Return the order proof; a link is proven if the bytes at its ends are here."""
 
         def strength(step: RecordedStep) -> Verdict:
             node = self.nodes.get(step.content_digest)
-            return "proven" if node and node.state == "proven" else "claimed"
+            return node.state if node and node.state in ("proven", "attested") else "claimed"
 
         return prove_order(record.step, self.steps, strength)
 

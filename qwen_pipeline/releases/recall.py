@@ -38,8 +38,8 @@ class Impact:
     def sentence(self) -> str:
         served = ", ".join(sorted(self.pointers)) or "none"
         return (
-            f"{len(self.descendants)} outputs descend from it, of them {len(self.releases)} releases; pointers that "
-            f"lead to one: {served}."
+            f"Outputs that descend from it: {len(self.descendants)}, of them releases: {len(self.releases)}; pointers "
+            f"that lead to one: {served}."
         )
 
     def to_json(self) -> dict[str, Any]:

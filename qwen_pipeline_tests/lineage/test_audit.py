@@ -8,6 +8,9 @@ import pytest
 
 from qwen_pipeline.checkpoint.store import log
 from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.lineage.audit import Audit, audit
+from qwen_pipeline.lineage.library import Sources, open_library
+from qwen_pipeline.lineage.verification.envelopes import load_public_key
 from qwen_pipeline_tests.lineage.chained import Chained
 
 
@@ -38,10 +41,31 @@ def test_a_dropped_parent_is_known_from_later_stages(chained: Chained, tmp_path:
     assert (states["padded"], states["quantized"], states["validated"]) == ("dropped", "proven", "proven")
     shutil.rmtree(copy.root / "merged")
     without_source = copy.audit()
-    assert {node.name: node.state for node in without_source.nodes.values()}["padded"] == "claimed"
-    order = {finding.name: finding.verdict for finding in without_source.findings}
-    assert order["padding_before_quantization"] == "claimed"
-    assert not found.faults + without_source.faults
+    assert {node.name: node.state for node in without_source.nodes.values()}["padded"] == "attested"
+    assert verdict_of_order(without_source) == "attested"
+    (copy.release / "model.sig").unlink()
+    unsigned = audit(copy.release, library=open_library([copy.store]), sources=Sources([]))
+    assert {node.name: node.state for node in unsigned.nodes.values()}["padded"] == "claimed"
+    assert verdict_of_order(unsigned) == "claimed"
+    assert not found.faults + without_source.faults + unsigned.faults
+
+
+def test_a_release_alone_is_attested_by_its_signature(chained: Chained, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(chained.release, tmp_path / "release"))
+    key = load_public_key(chained.public_key)
+    found = audit(alone, library=open_library([alone]), sources=Sources([]), keys=[key])
+    states = {node.name: node.state for node in found.nodes.values()}
+    assert (states["published"], states["quantized"], states["validated"]) == ("proven", "attested", "attested")
+    assert verdict_of_order(found) == "attested"
+    assert "release.pub" in next(node.detail for node in found.nodes.values() if node.name == "padded")
+    with (alone / "config.json").open("a") as file:
+        file.write(" ")
+    changed = audit(alone, library=open_library([alone]), sources=Sources([]), keys=[key])
+    assert "attested" not in {node.state for node in changed.nodes.values()}
+
+
+def verdict_of_order(found: Audit) -> str:
+    return {finding.name: finding.verdict for finding in found.findings}["padding_before_quantization"]
 
 
 def test_an_edited_padding_map_and_a_rewritten_manifest_are_found(chained: Chained, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cyclonedx.schema import SchemaVersion
 from google.protobuf.json_format import Parse, ParseDict
@@ -23,12 +24,24 @@ from qwen_pipeline_tests.lineage.chained import Chained, write_key
 # Classes that protobuf generates, and one that is loaded by its type's name, are not known to type checkers.
 StatementMessage: Any = import_module("in_toto_attestation.v1.statement_pb2").Statement
 Provenance: Any = import_module("in_toto_attestation.predicates.provenance.v1.provenance_pb2").Provenance
+openssf: Any = import_module("model_signing._cli")
 SSlibKey: Any = import_module("securesystemslib.signer").SSlibKey
 
 
 def verify_by_model_signing(chained: Chained) -> None:
     verifier = verifying.Config().use_elliptic_key_verifier(public_key=chained.public_key)
     verifier.verify(chained.release, chained.release / "model.sig")
+
+
+def test_the_command_of_openssf_verifies_a_release(chained: Chained, tmp_path: Path) -> None:
+    """The command is the one of docs/audit.md."""
+    copy = chained.copy(tmp_path / "copy")
+    command = f"verify key {copy.release} --signature {copy.release}/model.sig --public_key {copy.public_key}".split()
+    assert CliRunner().invoke(openssf.main, command).exit_code == 0
+    (copy.release / "validation" / "report.json").write_text("{}")
+    refused = CliRunner().invoke(openssf.main, command)
+    assert refused.exit_code == 1
+    assert "validation/report.json" in refused.output
 
 
 def test_openssf_accepts_the_signature_and_refuses_what_was_changed(chained: Chained, tmp_path: Path) -> None:

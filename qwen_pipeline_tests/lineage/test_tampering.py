@@ -24,7 +24,7 @@ def complaints(chained: Chained, signers: Sequence[Signer] = ()) -> str:
         found = chained.audit(signers=signers)
     except CheckpointRefused as refused:
         return refused.what
-    absent = [node for node in found.nodes.values() if node.state in ("dropped", "claimed")]
+    absent = [node for node in found.nodes.values() if node.state in ("dropped", "claimed", "attested")]
     return "\n".join([*found.faults, *(f"{node.name} is {node.state}" for node in absent if node.name in STAGES)])
 
 

@@ -169,7 +169,10 @@ def descendants(digest: str, search: In = None) -> CommandResult:
     releases = sum(each.stage == "published" for each in found)
     return CommandResult(
         data={"digest": origin, "descendants": [each.to_json() for each in found]},
-        view=[descendant_table(found), f"{len(found)} outputs descend from {origin}, of them {releases} releases."],
+        view=[
+            descendant_table(found),
+            f"Outputs that descend from {origin}: {len(found)}, of them releases: {releases}.",
+        ],
     )
 
 
@@ -221,11 +224,36 @@ def emit() -> CommandResult:
     return CommandResult(data={"outputs": sent}, view=[*sent, f"Sent the events of {len(sent)} outputs."])
 
 
+_LOST_LOG = (
+    "Restore log.jsonl and log.head of the store from a backup; without one its pointers and approvals prove nothing."
+)
+_REMEDIES = {
+    "recalled": "Do not serve it: promote another release, or go back to one with qwen-pipeline rollback.",
+    "signature": "Do not serve it; or pass the key of its signer, or sign it: qwen-pipeline sign.",
+    "statements_are_signed": (
+        "Ask the people named there. With a key in [signing], qwen-pipeline promote, and for candidate"
+        " qwen-pipeline run, state anew where the pointers lead."
+    ),
+    "pointers_are_logged": (
+        "Ask who moved it. The next qwen-pipeline promote or rollback leads it to where the log says."
+    ),
+    "dagster_agrees": "Compare the store and Dagster's instance with backups: one of them was changed.",
+    "manifests_are_logged": "Restore the manifest from a backup, or delete its directory and run its stage again.",
+    "log_is_unbroken": _LOST_LOG,
+    "log_is_that_of_signing": _LOST_LOG,
+    "log_is_that_of_dagster": _LOST_LOG,
+}
+"""Statement -> the remedy if it is refuted; without one, bytes differ."""
+
+
 def _fault(faults: list[str], root: str) -> CheckFailed | None:
     if not faults:
         return None
     more = f" And {len(faults) - 1} more." if faults[1:] else ""
     return CheckFailed(
         f"{root} is not what its records say: {faults[0]}{more}",
-        remedy="Do not serve it. Compare with a backup, or delete what differs and run its stage again.",
+        remedy=_REMEDIES.get(
+            faults[0].partition(":")[0],
+            "Do not serve it. Compare with a backup, or delete what differs and run its stage again.",
+        ),
     )

@@ -99,4 +99,9 @@ def _fault(release: Path, faults: list[str]) -> CheckFailed | None:
     if not faults:
         return None
     more = f" And {len(faults) - 1} more." if faults[1:] else ""
-    return CheckFailed(f"{release} is refused: {faults[0]}{more}", remedy="Do not serve it; fetch the release again.")
+    remedy = "Do not serve it; fetch the release again."
+    if faults[0].startswith("policy."):
+        remedy = "Do not serve it: its files are those that were released, and the policy demands more of a release."
+    elif faults[0].startswith("signature:"):
+        remedy = "Do not serve it; fetch it again with its signature, or pass the key of its signer."
+    return CheckFailed(f"{release} is refused: {faults[0]}{more}", remedy=remedy)

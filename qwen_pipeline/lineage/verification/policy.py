@@ -1,5 +1,6 @@
 """A policy of a serving host: who may sign, which checks must have passed, accepted bases, and what is recalled."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ _SECTIONS: Mapping[str, frozenset[str]] = {
 }
 """Section -> its keys; names of signers are free."""
 ANY = "*"
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 OF_HEADS = frozenset({"head_logits", "label_agreement", "reward_order", "embedding_cosine"})
 OF_LANGUAGE = frozenset({
     "perplexity_ratio", "kl_divergence", "top1_agreement", "draft_acceptance", "merged_not_worse", "sample_texts",
@@ -77,9 +79,9 @@ def load_policy(path: Path) -> Policy:
         passed=_texts(path, checks, "passed", ()),
         may_skip=_texts(path, checks, "may_skip", (ANY,)),
         may_warn=_texts(path, checks, "may_warn", (ANY,)),
-        base_digests=_texts(path, base, "digests", ()),
+        base_digests=_digests(path, base),
         base_revisions=_texts(path, base, "revisions", ()),
-        recalled=_texts(path, given.get("recalled", {}), "digests", ()),
+        recalled=_digests(path, given.get("recalled", {})),
     )
 
 
@@ -143,7 +145,7 @@ def _base_findings(policy: Policy, steps: Sequence[RecordedStep], verdict: Verdi
         if not accepted:
             continue
         other = [value for value in found or [None] if value not in accepted]
-        detail = f"The base is {', '.join(map(str, found)) or 'not recorded'}" + (
+        detail = f"The base is {', '.join(str(value) for value in found if value) or 'not recorded'}" + (
             ", which the policy does not accept." if other else ", which the policy accepts."
         )
         findings.append(Finding(name=name, verdict="refuted" if other else verdict, detail=detail))
@@ -186,6 +188,14 @@ def _texts(path: Path, section: Mapping[str, Any], key: str, default: Sequence[s
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in cast("list[object]", value)):
         raise _refused(path, f"{key} is {value!r}, expected a list of texts")
     return tuple(cast("list[str]", value))
+
+
+def _digests(path: Path, section: Mapping[str, Any]) -> Sequence[str]:
+    """Return content digests; one that is cut off would never match, and what it recalls would be served."""
+    found = _texts(path, section, "digests", ())
+    if other := [each for each in found if not _DIGEST.fullmatch(each)]:
+        raise _refused(path, f"{other[0]!r} is no content digest, expected sha256: and 64 hexadecimal digits")
+    return found
 
 
 def _refused(path: Path, why: str) -> InputRefused:

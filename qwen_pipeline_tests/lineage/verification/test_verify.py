@@ -163,7 +163,7 @@ UNASKED = '"draft_acceptance", ' + ", ".join(f'"{check.name}"' for check in BEHA
         ),
         (POLICY + '[base]\nrevisions = ["a09a354"]\n', "policy.base_revision: The base is "),
         (POLICY + '[recalled]\ndigests = ["SOURCE"]\n', "policy.recalled: It descends from what was recalled: "),
-        (POLICY + '[recalled]\ndigests = ["sha256:00"]\n', ""),
+        (POLICY + '[recalled]\ndigests = ["sha256:' + "0" * 64 + '"]\n', ""),
     ],
 )
 def test_a_policy_decides(chained: Chained, tmp_path: Path, policy: str, words: str) -> None:
@@ -181,7 +181,16 @@ def test_the_kinds_of_checks_are_those_of_the_validation() -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["[signer]\n", "[checks]\npasses = []\n", "[checks]\npassed = 1\n", "checks = 1", "?"]
+    "policy",
+    [
+        "[signer]\n",
+        "[checks]\npasses = []\n",
+        "[checks]\npassed = 1\n",
+        "checks = 1",
+        "?",
+        '[recalled]\ndigests = ["sha256:3d634234f864"]\n',
+        '[base]\ndigests = ["3d634234f864"]\n',
+    ],
 )
 def test_a_policy_that_is_not_understood_is_refused(tmp_path: Path, policy: str) -> None:
     (tmp_path / "policy.toml").write_text(policy)
