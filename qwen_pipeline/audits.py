@@ -12,7 +12,7 @@ from qwen_pipeline.config.inputs import trusted_keys
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.intake.bases import known_bases
 from qwen_pipeline.lineage.audit import Audit, audit
-from qwen_pipeline.lineage.library import Library, Sources, open_library, store_of
+from qwen_pipeline.lineage.library import Library, Sources, located, open_library, store_of
 from qwen_pipeline.lineage.pointers import pointed_releases
 from qwen_pipeline.lineage.statements import path_of
 from qwen_pipeline.lineage.verification.findings import Finding
@@ -62,11 +62,12 @@ def audit_releases(
         witness: Returns what else is known about a chain, such as by Dagster's instance.
         observe: Called with the bytes compared.
     """
-    roots = sorted((settings.store_root / publish.STAGE).glob(f"*/*/{MANIFEST}"))
+    manifests = (settings.store_root / publish.STAGE).glob(f"*/*/{MANIFEST}")
+    roots = sorted({located(path.parent) for path in manifests})
     library, signers = library_of([], settings, None), trusted_keys(settings) or ()
     pointers, current = pointed_releases(settings.store_root), _current(settings)
     found: list[ReleaseAudit] = []
-    for root in [path.parent for path in roots if not path.parent.is_symlink()]:
+    for root in roots:
         if root.name.endswith(PARTIAL):
             continue
         try:
@@ -164,7 +165,7 @@ def output_of(name: str, settings: Settings) -> Path:
     for stage in reversed(STAGES):
         link = store.link(stage, name)
         if "/" not in name and (link / MANIFEST).is_file():
-            return link.resolve()
+            return located(link)
     raise CheckpointRefused(
         f"{name} is neither a finished directory nor a fine-tune with an output below {settings.store_root}.",
         remedy=f"Pass a directory that has a {MANIFEST}, or a name that qwen-pipeline status shows.",
@@ -173,7 +174,7 @@ def output_of(name: str, settings: Settings) -> Path:
 
 def library_of(roots: Sequence[Path], settings: Settings, more: Sequence[Path] | None) -> Library:
     """Find the finished directories of the stores that some directories lie in, beside them, and in further places."""
-    stores = [store_of(root) or root.resolve().parent for root in roots]
+    stores = [store_of(root) or located(root).parent for root in roots]
     return open_library([settings.store_root, *stores, *(more or ())])
 
 
@@ -193,8 +194,8 @@ def sources_of(root: Path, settings: Settings, more: Sequence[Path] | None, *, r
 def _configured(root: Path, settings: Settings) -> Iterator[Path]:
     if settings.base_model or settings.bases:
         yield from (base.root for base in known_bases(settings).values())
-    yield settings.inbox / root.resolve().parent.name
-    yield settings.imports / root.resolve().parent.name
+    yield settings.inbox / located(root).parent.name
+    yield settings.imports / located(root).parent.name
     for each in (settings, *(settings_of(settings, recipe) for recipe in settings.recipes)):
         if each.calibration.source:
             yield Path(each.calibration.source)

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
 from qwen_pipeline.errors import CheckpointRefused, listed
-from qwen_pipeline.lineage.library import Library, Sources, misplaced, recorded_steps, store_of
+from qwen_pipeline.lineage.library import Library, Sources, located, misplaced, recorded_steps, store_of
 from qwen_pipeline.lineage.log_proof import open_log, prove_anchor, prove_log
 from qwen_pipeline.lineage.padding_proof import prove_padding_map
 from qwen_pipeline.lineage.pointer_proof import prove_pointers
 from qwen_pipeline.lineage.provenance import signed_log_head
 from qwen_pipeline.lineage.verification.envelopes import PublicKey
-from qwen_pipeline.lineage.verification.findings import Finding, Verdict, refuted
+from qwen_pipeline.lineage.verification.findings import Finding, Verdict, in_one_line, refuted
 from qwen_pipeline.lineage.verification.intact import RELEASE, compare
 from qwen_pipeline.lineage.verification.model_signature import confirmed_keys
 from qwen_pipeline.lineage.verification.order import by_digest, find_step, prove_order, short
@@ -96,8 +96,8 @@ class Audit:
         damaged = [f"{node.name} {short(node.digest)}: {node.detail}" for node in self.nodes.values()]
         states = [node.state for node in self.nodes.values()]
         return [
-            *(fault for fault, state in zip(damaged, states, strict=True) if state == "refuted"),
-            *(f"{finding.name}: {finding.detail}" for finding in refuted(self.findings)),
+            *(in_one_line(fault) for fault, state in zip(damaged, states, strict=True) if state == "refuted"),
+            *(in_one_line(f"{finding.name}: {finding.detail}") for finding in refuted(self.findings)),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -134,8 +134,8 @@ def audit(
         CheckpointRefused: The directory has no manifest that can be read.
     """
     signers = [*confirmed_keys(root, [*keys, *(policy.signers if policy else ())]), *stated_by]
-    walk = _Walk(library=library, sources=sources, near=root.resolve(), observe=observe, signers=signers)
-    record = read_record(root)
+    walk = _Walk(library=library, sources=sources, near=located(root), observe=observe, signers=signers)
+    record = read_record(located(root))
     walk.visit(record)
     walk.visit_compared()
     verification = None

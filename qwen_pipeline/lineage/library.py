@@ -65,11 +65,11 @@ def open_library(roots: Iterable[Path]) -> Library:
     library, roots = Library(), list(roots)
     patterns = ["*/" * depth + MANIFEST_FILE for depth in range(_DEPTH + 1)]
     manifests = {path for root in roots for pattern in patterns for path in root.glob(pattern)}
-    for root in sorted({path.parent.resolve() for path in manifests}):
+    for root in sorted({located(path.parent) for path in manifests}):
         if not root.name.endswith(PARTIAL):
             _add(library, library.places, root)
     kept = {path for root in roots for path in (root / DROPPED).glob(f"*/*/*/{MANIFEST_FILE}")}
-    for root in sorted(path.parent.resolve() for path in kept):
+    for root in sorted(located(path.parent) for path in kept):
         if not (root.parents[_DEPTH] / Path(*root.parts[-_DEPTH:])).exists():
             _add(library, library.dropped, root)
     return library
@@ -86,9 +86,25 @@ def _add(library: Library, places: dict[str, list[Path]], root: Path) -> None:
         places.setdefault(str(stated), []).append(root)
 
 
+def located(root: Path) -> Path:
+    """Return a directory by the name that its store gives it: ``latest`` and pointers are followed.
+
+    A derivation whose directory was replaced by a link keeps its name, so that the store's log is asked about it.
+    """
+    at = root.parent.resolve() / root.name
+    while at.is_symlink() and not _is_key(at.name):
+        link = at.parent / at.readlink()
+        at = link.parent.resolve() / link.name
+    return at if _is_key(at.name) else at.resolve()
+
+
+def _is_key(name: str) -> bool:
+    return len(name) == _KEY_LENGTH and not name.strip("0123456789abcdef")
+
+
 def store_of(root: Path) -> Path | None:
     """Return the store that a directory lies in, ``<store>/<stage>/<fine-tune>/<key>``; None if it is elsewhere."""
-    resolved = root.resolve()
+    resolved = located(root)
     try:
         stage = load_json(resolved / MANIFEST_FILE)["derivation"]["stage"]
     except (CheckpointRefused, KeyError, TypeError):
@@ -102,8 +118,7 @@ def misplaced(record: Record) -> str:
     A directory elsewhere, such as a cache of the hub, may have links: its files count as what they lead to.
     """
     root, key = record.root, record.step.key
-    is_key = len(root.name) == _KEY_LENGTH and not root.name.strip("0123456789abcdef")
-    if not is_key or root.parent.parent.name != record.step.stage:
+    if not _is_key(root.name) or root.parent.parent.name != record.step.stage:
         return ""
     if not key.startswith(root.name):
         return (

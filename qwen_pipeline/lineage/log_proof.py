@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
 from qwen_pipeline.checkpoint.store.destinations import DROPPED
 from qwen_pipeline.checkpoint.store.log import HEAD, LOG, START, Entry, read_log, stated_head
+from qwen_pipeline.lineage.library import located
 from qwen_pipeline.lineage.statements import reason_of
 from qwen_pipeline.lineage.verification.findings import Finding
 
@@ -34,7 +35,7 @@ class StoreLog:
 
         A directory that retention removed has its manifest below ``dropped``.
         """
-        path = root.resolve().relative_to(self.store.resolve()).as_posix().removeprefix(f"{DROPPED}/")
+        path = located(root).relative_to(self.store.resolve()).as_posix().removeprefix(f"{DROPPED}/")
         stated = [each for each in self.entries if each.path == path and each.event in _WITH_MANIFEST]
         return stated[-1].manifest_sha256 if stated else None
 

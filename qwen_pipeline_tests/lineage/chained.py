@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from qwen_pipeline.checkpoint.manifest import open_manifest
 from qwen_pipeline.checkpoint.store.destinations import CheckpointStore, Slot
 from qwen_pipeline.lineage.audit import Audit, audit
-from qwen_pipeline.lineage.library import Sources, open_library
+from qwen_pipeline.lineage.library import Sources, located, open_library
 from qwen_pipeline.lineage.verification.envelopes import load_public_key
 from qwen_pipeline.lineage.verification.trust import Signer
 from qwen_pipeline.stages.publish import publish
@@ -43,7 +43,7 @@ class Chained:
         return self.root / "release.pub"
 
     def output(self, stage: str) -> Path:
-        return (self.store / stage / NAME / "latest").resolve()
+        return located(self.store / stage / NAME / "latest")
 
     @property
     def release(self) -> Path:

@@ -116,6 +116,19 @@ def link_file(chained: Chained, draw: st.DrawFn) -> Tampered:
     return Tampered(f"{path} is a link to {kind}", path.name)
 
 
+def link_output(chained: Chained, draw: st.DrawFn) -> Tampered:
+    """Put a link in the place of an output, to a copy whose manifest states what no digest covers."""
+    root = chained.output(draw(st.sampled_from(STAGES)))
+    elsewhere = chained.root / "elsewhere" / "output"
+    shutil.copytree(root, elsewhere)
+    shutil.rmtree(root)
+    root.symlink_to(elsewhere)
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    manifest["run"]["seconds"] += 1
+    (elsewhere / "manifest.json").write_text(json.dumps(manifest))
+    return Tampered(f"{root} is a link", "manifest.json")
+
+
 def swap_tensors(chained: Chained, draw: st.DrawFn) -> Tampered:
     """Exchange the bytes of two tensors of one shard, or their names in its header."""
     shards = [path for path in files(chained) if path.suffix == ".safetensors"]
@@ -327,6 +340,7 @@ DEEDS: tuple[Callable[[Chained, st.DrawFn], Tampered], ...] = (
     truncate_file,
     append_to_file,
     link_file,
+    link_output,
     swap_tensors,
     reseal,
     move_approval,

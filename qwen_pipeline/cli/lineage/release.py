@@ -78,6 +78,7 @@ def verify(
     """
     from qwen_pipeline.cli.console import size
     from qwen_pipeline.cli.lineage.views import finding_table
+    from qwen_pipeline.lineage.verification.findings import in_one_line
     from qwen_pipeline.lineage.verification.policy import load_policy
     from qwen_pipeline.lineage.verification.trust import given_signers
     from qwen_pipeline.lineage.verification.verify import verify as verify_release
@@ -91,7 +92,7 @@ def verify(
     return CommandResult(
         data=found.to_json(),
         view=[finding_table(found.findings), f"{release} {words}: {found.files} files, {size(found.nbytes)}."],
-        fault=_fault(release, [f"{each.name}: {each.detail}" for each in found.faults]),
+        fault=_fault(release, [in_one_line(f"{each.name}: {each.detail}") for each in found.faults]),
     )
 
 
@@ -102,6 +103,6 @@ def _fault(release: Path, faults: list[str]) -> CheckFailed | None:
     remedy = "Do not serve it; fetch the release again."
     if faults[0].startswith("policy."):
         remedy = "Do not serve it: its files are those that were released, and the policy demands more of a release."
-    elif faults[0].startswith("signature:"):
+    elif all(fault.startswith("signature: ") for fault in faults):
         remedy = "Do not serve it; fetch it again with its signature, or pass the key of its signer."
     return CheckFailed(f"{release} is refused: {faults[0]}{more}", remedy=remedy)

@@ -31,7 +31,7 @@ def recorded_findings(audit: Audit, store: Path, instance: dg.DagsterInstance) -
     """
     store = store.resolve()
     chain = [node for node in audit.nodes.values() if not node.is_compared]
-    outputs = [node for node in chain if node.path and node.path.resolve().is_relative_to(store)]
+    outputs = [node for node in chain if node.path and node.path.is_relative_to(store)]
     return [_agreement(outputs, instance), *_log_findings(store, instance)] if outputs else []
 
 
@@ -72,7 +72,7 @@ def _log_findings(store: Path, instance: dg.DagsterInstance) -> Iterator[Finding
 def _digests(instance: dg.DagsterInstance, node: Node) -> Iterator[tuple[str, str]]:
     """Yield the digests that materializations recorded for a node's directory, the latest last, and their runs."""
     assert node.path
-    fine_tune = node.path.resolve().parent.name
+    fine_tune = node.path.parent.name
     of = "tokens" if node.name == calibrate.STAGE else "checkpoint"
     products = [
         key for key in instance.get_dynamic_partitions(FINE_TUNES.name or "") if key.partition("@")[0] == fine_tune
@@ -81,7 +81,7 @@ def _digests(instance: dg.DagsterInstance, node: Node) -> Iterator[tuple[str, st
         return
     of_products = dg.AssetRecordsFilter(dg.AssetKey(f"{node.name}_{of}"), asset_partitions=products)
     for metadata in _materializations(instance, of_products):
-        if "content_digest" in metadata and Path(metadata["path"]).name == node.path.resolve().name:
+        if "content_digest" in metadata and Path(metadata["path"]).name == node.path.name:
             yield metadata["content_digest"], metadata["run_id"]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_pipeline.errors import PipelineError
+from qwen_pipeline.lineage.verification.findings import in_one_line
 from qwen_pipeline.lineage.verification.policy import load_policy
 from qwen_pipeline.lineage.verification.trust import given_signers
 from qwen_pipeline.lineage.verification.verify import Verification, verify
@@ -37,23 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, given.json)
     except KeyboardInterrupt:
         return INTERRUPTED
-    print(json.dumps(found.to_json(), ensure_ascii=False) if given.json else "\n".join(lines_of(found)))
+    print(json.dumps(found.to_json()) if given.json else "\n".join(lines_of(found)))
     return REFUTED if found.faults else 0
 
 
 def lines_of(found: Verification) -> list[str]:
     """Return the findings as lines of text, and the verdict."""
     width = max(len(finding.name) for finding in found.findings)
-    lines = [f"{finding.verdict:<8}  {finding.name:<{width}}  {finding.detail}" for finding in found.findings]
+    lines = [
+        in_one_line(f"{finding.verdict:<8}  {finding.name:<{width}}  {finding.detail}") for finding in found.findings
+    ]
     verdict = f"{len(found.faults)} statements are refuted" if found.faults else "verified"
-    return [*lines, f"{found.root}: {verdict}, {found.files} files, {found.nbytes / 1e6:.1f} MB"]
+    return [*lines, in_one_line(f"{found.root}: {verdict}, {found.files} files, {found.nbytes / 1e6:.1f} MB")]
 
 
 def _fail(error: PipelineError, as_json: bool) -> int:
     if as_json:
         what = {"kind": type(error).__name__, "what": error.what, "remedy": error.remedy, "exit_code": error.exit_code}
-        print(json.dumps({"error": what}, ensure_ascii=False))
-    print(f"Refused: {error}", file=sys.stderr)
+        print(json.dumps({"error": what}))
+    print("\n".join(map(in_one_line, f"Refused: {error}".splitlines())), file=sys.stderr)
     return error.exit_code
 
 

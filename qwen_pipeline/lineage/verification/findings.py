@@ -31,6 +31,14 @@ class Finding:
         return asdict(self)
 
 
+def in_one_line(text: str) -> str:
+    r"""Return a text with an escape such as ``\n`` or ``\x1b`` for each character that a terminal would not show.
+
+    Names of files are whatever was uploaded, and may look like a finding of their own.
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def refuted(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings that contradict a statement."""
     return [finding for finding in findings if not finding.holds]

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qwen_pipeline.checkpoint.files import read_regular
 from qwen_pipeline.checkpoint.store.canonical import SIGNATURE
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.lineage.verification.envelopes import BUNDLE, PublicKey, open_envelope
@@ -56,7 +57,7 @@ def signed_files(root: Path, trusted: Sequence[Signer]) -> tuple[dict[str, str],
     if not path.is_file():
         return _refuted(f"There is no {SIGNATURE}, so no signer vouches for this release.")
     try:
-        bundle = parse_object(path.read_bytes(), SIGNATURE)
+        bundle = parse_object(read_regular(path), SIGNATURE)
         opened = open_envelope(bundle["dsseEnvelope"], keys_of(bundle, trusted))
         if not opened:
             names = ", ".join(each.name for each in trusted)
@@ -89,7 +90,7 @@ def confirmed_keys(root: Path, trusted: Sequence[Signer]) -> list[PublicKey]:
     """Return the keys that are trusted, and those that trusted authorities confirm in a directory's signature."""
     bundle: dict[str, Any] = {}
     with suppress(OSError, CheckpointRefused):  # a signature that is missing or damaged is a finding of its own
-        bundle = parse_object((root / SIGNATURE).read_bytes(), SIGNATURE)
+        bundle = parse_object(read_regular(root / SIGNATURE), SIGNATURE)
     return keys_of(bundle, trusted)
 
 
@@ -99,7 +100,7 @@ def signer_hint(root: Path) -> str | None:
     Nothing is verified.
     """
     try:
-        material = parse_object((root / SIGNATURE).read_bytes(), SIGNATURE)["verificationMaterial"]
+        material = parse_object(read_regular(root / SIGNATURE), SIGNATURE)["verificationMaterial"]
         if "publicKey" in material:
             return str(material["publicKey"]["hint"])
         chain = material.get("x509CertificateChain", {}).get("certificates") or [material["certificate"]]

@@ -147,6 +147,8 @@ def _record(root: Path, manifest: Mapping[str, Any]) -> Record:
     files = {str(path): dict(file) for path, file in contents["files"].items()}
     if outside := [path for path in files if not _is_below(path)]:
         raise ValueError(f"{outside[0]!r} is not a path below its directory")
+    if sizeless := [path for path, file in files.items() if type(file["bytes"]) is not int or file["bytes"] < 0]:
+        raise ValueError(f"{sizeless[0]!r} has no number of bytes")
     tensors = {
         str(name): (str(tensor["dtype"]), list(tensor["shape"]), str(tensor["tree_blake3"]))
         for name, tensor in contents["tensors"].items()

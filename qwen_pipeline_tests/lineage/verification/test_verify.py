@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from qwen_pipeline.lineage.verification.model_signature import signed_files
 from qwen_pipeline.lineage.verification.policy import load_policy
 from qwen_pipeline.lineage.verification.verify import Verification
 from qwen_pipeline.lineage.zipapp import build
+from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.lineage.chained import Chained, write_key
 
 WEIGHTS = "model.safetensors"
@@ -248,3 +250,37 @@ def test_the_command_imports_nothing_that_verification_does_not_need(chained: Ch
     assert {"cryptography", "typer"} <= loaded
     assert not loaded & {"torch", "pydantic", "dagster", "numpy", "pandas", "transformers", "jinja2"}
     assert after.children_user + after.children_system - before.children_user - before.children_system < 0.6
+
+
+def test_names_of_files_do_not_write_findings(
+    chained: Chained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name may hold whatever a file system takes: a line that looks like a finding, a terminal's commands, bytes."""
+    release = Path(shutil.copytree(chained.release, tmp_path / "release"))
+    Path(os.fsdecode(bytes(release) + b"/\xff\nproven    signature  It is signed.\x1b[2J")).touch()
+    assert main([str(release), "--key", str(chained.public_key)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("proven    signature")]
+    assert r"\udcff\nproven    signature  It is signed.\x1b[2J is not in the manifest" in "\n".join(lines)
+    assert main([str(release), "--json"]) == 1
+    assert not json.loads(capsys.readouterr().out)["verified"]
+    ended = qwen_pipeline("verify", release)
+    assert (ended.code, len(ended.err.splitlines())) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["model.sig", "provenance.intoto.jsonl", "bom.cdx.json", "tokenizer.json"])
+def test_what_would_never_end_is_not_read(chained: Chained, tmp_path: Path, name: str) -> None:
+    copy = chained.copy(tmp_path / "copy")
+    (copy.release / name).unlink()
+    os.mkfifo(copy.release / name)
+    assert name in str(verified(copy).faults)
+    assert name in str(copy.audit().faults)
+
+
+@pytest.mark.parametrize("size", ["1e400", "-1", '"1"', "true", "null"])
+def test_a_size_that_is_no_number_is_refused(chained: Chained, tmp_path: Path, size: str) -> None:
+    release = Path(shutil.copytree(chained.release, tmp_path / "release"))
+    manifest = release / "manifest.json"
+    manifest.write_text(re.sub(r'"bytes": ?\d+', f'"bytes": {size}', manifest.read_text(), count=1))
+    (fault,) = verify.verify(release).faults
+    assert "has no number of bytes" in fault.detail
