@@ -9,7 +9,7 @@ from qwen_pipeline.checkpoint.lazy import MANIFEST
 from qwen_pipeline.checkpoint.store.destinations import PARTIAL, CheckpointStore
 from qwen_pipeline.config import Settings, settings_of
 from qwen_pipeline.config.inputs import trusted_keys
-from qwen_pipeline.errors import CheckpointRefused
+from qwen_pipeline.errors import CheckpointRefused, InputRefused
 from qwen_pipeline.intake.bases import known_bases
 from qwen_pipeline.lineage.audit import Audit, audit
 from qwen_pipeline.lineage.library import Library, Sources, located, open_library, store_of
@@ -173,7 +173,12 @@ def output_of(name: str, settings: Settings) -> Path:
 
 
 def library_of(roots: Sequence[Path], settings: Settings, more: Sequence[Path] | None) -> Library:
-    """Find the finished directories of the stores that some directories lie in, beside them, and in further places."""
+    """Find the finished directories of the stores that some directories lie in, beside them, and in further places.
+
+    Raises:
+        InputRefused: One of the further places is not there.
+    """
+    _require_there(more or ())
     stores = [store_of(root) or located(root).parent for root in roots]
     return open_library([settings.store_root, *stores, *(more or ())])
 
@@ -186,9 +191,21 @@ def sources_of(root: Path, settings: Settings, more: Sequence[Path] | None, *, r
         settings: The settings.
         more: Further inputs.
         remembered: Whether a digest may be taken from the cache.
+
+    Raises:
+        InputRefused: One of the further inputs is not there.
     """
+    _require_there(more or ())
     paths = [*(more or ()), *(path for path in _configured(root, settings) if path.exists())]
     return Sources(paths, remembered=remembered)
+
+
+def _require_there(paths: Sequence[Path]) -> None:
+    if missing := [path for path in paths if not path.exists()]:
+        raise InputRefused(
+            f"{missing[0]} is not there, so nothing can be compared with it.",
+            remedy="Pass a directory or a file of this machine; an audit downloads nothing.",
+        )
 
 
 def _configured(root: Path, settings: Settings) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.lineage.library import Library, Sources, located, misplaced, recorded_steps, store_of
-from qwen_pipeline.lineage.log_proof import open_log, prove_anchor, prove_log
+from qwen_pipeline.lineage.log_proof import open_log, prove_anchor, prove_log, prove_removals
 from qwen_pipeline.lineage.padding_proof import prove_padding_map
 from qwen_pipeline.lineage.pointer_proof import prove_pointers
 from qwen_pipeline.lineage.provenance import signed_log_head
@@ -36,8 +36,8 @@ does not give the digest."""
 _NOT_FOUND = "No directory or file that was searched has this digest. Name it with --source."
 _COMPARED = "Compared with, not made from"
 _OF_TOKENS = (
-    "No file that was searched has this digest. Where a stage drew the tokens itself, it is the digest of the tokens,"
-    " which running the stage again gives."
+    "No file that was searched has this digest. Name it with --source; where a stage drew the tokens itself, it is the"
+    " digest of the tokens, which running the stage again gives."
 )
 
 
@@ -206,7 +206,7 @@ class _Walk:
             except CheckpointRefused as refused:
                 wrong = refused.what
         elif step := self._dropped_step(digest):
-            wrong = "retention dropped its bytes."
+            wrong = "retention dropped its bytes." if self._was_dropped(digest) else wrong
         return Node(
             digest=digest,
             name=step.stage if step else role,
@@ -278,6 +278,11 @@ class _Walk:
                 detail = f"{node.detail} Files of the release that {signer} signed record it."
                 self.nodes[digest] = replace(node, state="attested", detail=detail)
 
+    def _was_dropped(self, digest: str) -> bool:
+        """Return whether the log of a store says that retention dropped an output of which it keeps the manifest."""
+        kept = self.library.dropped.get(digest, ())
+        return any(open_log(root.parents[3]).has_dropped(root) for root in kept)
+
     def order_findings(self, record: Record) -> list[Finding]:
         """Return the order proof; a link is proven if the bytes at its ends are here."""
 
@@ -301,6 +306,7 @@ class _Walk:
         for store, roots in stores.items():
             log = open_log(store)
             yield from prove_log(log, sorted({*roots, *self._beside(store)}))
+            yield from prove_removals(log, self.near.parent.name)
             for anchor in filter(None, map(signed_log_head, roots)):
                 yield prove_anchor(log, *anchor)
             yield from prove_pointers(log, self.near.parent.name, self.signers)
@@ -333,7 +339,7 @@ class _Walk:
         if source:
             detail = "Its bytes, read just now, give the digest."
         elif state == "dropped":
-            how = "Retention dropped its bytes" if digest in self.library.dropped else "Its bytes were dropped"
+            how = "Retention dropped its bytes" if self._was_dropped(digest) else "Its bytes were dropped"
             detail = f"{how}; its inputs are here, and running its stage again gives the same digest."
         elif step:
             missing = listed(lost) or "its inputs"

@@ -8,11 +8,13 @@ from pathlib import Path
 from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE
 from qwen_pipeline.checkpoint.store.destinations import DROPPED
 from qwen_pipeline.checkpoint.store.log import HEAD, LOG, START, Entry, read_log, stated_head
+from qwen_pipeline.errors import listed
 from qwen_pipeline.lineage.library import located
 from qwen_pipeline.lineage.statements import reason_of
 from qwen_pipeline.lineage.verification.findings import Finding
 
 CHAIN, MANIFESTS, ANCHOR = "log_is_unbroken", "manifests_are_logged", "log_is_that_of_signing"
+REMOVALS = "removals_are_logged"
 _WITH_MANIFEST = ("finished", "materialized")
 
 
@@ -35,9 +37,17 @@ class StoreLog:
 
         A directory that retention removed has its manifest below ``dropped``.
         """
-        path = located(root).relative_to(self.store.resolve()).as_posix().removeprefix(f"{DROPPED}/")
-        stated = [each for each in self.entries if each.path == path and each.event in _WITH_MANIFEST]
+        stated = [each for each in self._lines_of(root) if each.event in _WITH_MANIFEST]
         return stated[-1].manifest_sha256 if stated else None
+
+    def has_dropped(self, root: Path) -> bool:
+        """Return whether the last line about a directory that retention removed says so."""
+        events = [each.event for each in self._lines_of(root) if each.event in (*_WITH_MANIFEST, "dropped")]
+        return events[-1:] == ["dropped"]
+
+    def _lines_of(self, root: Path) -> list[Entry]:
+        path = located(root).relative_to(self.store.resolve()).as_posix().removeprefix(f"{DROPPED}/")
+        return [each for each in self.entries if each.path == path]
 
     @property
     def recalled(self) -> dict[str, str]:
@@ -93,6 +103,23 @@ def _chain(log: StoreLog) -> Finding:
     if (log.store / HEAD).is_file():
         return Finding(name=CHAIN, verdict="proven", detail=f"{detail}, up to the one that {HEAD} states.")
     return Finding(name=CHAIN, verdict="claimed", detail=f"{detail}; without {HEAD}, further ones may be lost.")
+
+
+def prove_removals(log: StoreLog, fine_tune: str) -> list[Finding]:
+    """Return whether each output of a fine-tune that the log recorded is here, or was removed by retention."""
+    last = {
+        each.path: each
+        for each in log.entries
+        if each.event in (*_WITH_MANIFEST, "dropped") and each.path.split("/")[1:2] == [fine_tune]
+    }
+    if log.fault or not last:
+        return []
+    kept = [path for path, entry in last.items() if entry.event in _WITH_MANIFEST]
+    if gone := [path for path in kept if not (log.store / path / MANIFEST_FILE).is_file()]:
+        detail = f"{LOG} recorded {listed(gone)}, which something else than retention removed."
+        return [Finding(name=REMOVALS, verdict="claimed", detail=detail)]
+    detail = f"{len(kept)} outputs that {LOG} recorded are here; retention dropped {len(last) - len(kept)}."
+    return [Finding(name=REMOVALS, verdict="proven", detail=detail)]
 
 
 def prove_anchor(log: StoreLog, lines: int, digest: str) -> Finding:

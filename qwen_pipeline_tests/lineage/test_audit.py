@@ -68,6 +68,27 @@ def verdict_of_order(found: Audit) -> str:
     return {finding.name: finding.verdict for finding in found.findings}["padding_before_quantization"]
 
 
+def test_what_something_else_than_retention_removed_is_named(chained: Chained, tmp_path: Path) -> None:
+    """A manifest that was put where retention keeps them says nothing without the line of the log."""
+    copy = chained.copy(tmp_path / "copy")
+    padded = copy.output("padded")
+    kept = copy.store / "dropped" / padded.relative_to(copy.store)
+    shutil.copytree(padded, kept, ignore=lambda _, names: [name for name in names if name != "manifest.json"])
+    shutil.rmtree(padded)
+
+    def found() -> tuple[str, str]:
+        audited = copy.audit()
+        (removals,) = (each for each in audited.findings if each.name == "removals_are_logged")
+        (node,) = (each for each in audited.nodes.values() if each.name == "padded")
+        return removals.verdict, node.detail
+
+    verdict, detail = found()
+    assert (verdict, detail[:22]) == ("claimed", "Its bytes were dropped")
+    log.append(copy.store, "dropped", padded.relative_to(copy.store).as_posix(), "", "padded = 0")
+    verdict, detail = found()
+    assert (verdict, detail[:27]) == ("proven", "Retention dropped its bytes")
+
+
 def test_an_edited_padding_map_and_a_rewritten_manifest_are_found(chained: Chained, tmp_path: Path) -> None:
     """No digest covers ``result``, but undoing the padding and the store's log do."""
     copy = chained.copy(tmp_path / "copy")

@@ -58,6 +58,9 @@ def test_an_audit_by_name_by_path_as_tree_and_as_table(place: Chained) -> None:
     assert changed.code == 1
     assert "config.json has bytes" in changed.err.replace("\n", " ")
     assert qwen_pipeline("audit", "absent").code == 2
+    for option in ("--source", "--in"):  # a name of the hub is no directory: nothing is downloaded
+        refused = qwen_pipeline("audit", NAME, option, "acme/model")
+        assert (refused.code, "acme/model is not there" in refused.err) == (2, True)
 
 
 def test_differences_name_what_changed(place: Chained, tmp_path: Path) -> None:

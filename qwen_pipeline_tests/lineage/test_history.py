@@ -129,6 +129,9 @@ def test_the_version_that_was_compared_is_named_and_is_no_ancestor(twice: Twice)
     shutil.rmtree(twice.site.settings.store_root / "dropped" / "quantized")
     assert twice.states()[1] == "verified"
     assert node()["detail"] == "Compared with, not made from: its bytes are not here."
+    assert finding(twice.audit(twice.newer), "removals_are_logged") == "proven"
+    shutil.rmtree(twice.older)
+    assert finding(twice.audit(twice.newer), "removals_are_logged") == "claimed"
 
 
 def test_changed_bytes_of_the_version_that_was_compared_are_named(twice: Twice) -> None:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 IN_TOTO = "application/vnd.in-toto+json"
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _CURVE = "secp256r1"
-_MAKE_KEY = "Make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem; openssl ec -in key.pem -pubout."
+_MAKE_KEY = "To make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem; openssl ec -in key.pem -pubout."
+_PUBLIC_KEY = (
+    "Pass the signer's public key, or the certificate of an authority; openssl ec -in key.pem -pubout prints it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +195,14 @@ def read_key_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputRefused(f"The key {path} cannot be read: {error.strerror}.", remedy=_MAKE_KEY) from error
+        raise InputRefused(
+            f"The key {path} cannot be read: {error.strerror}.", remedy=f"Pass a PEM file. {_MAKE_KEY}"
+        ) from error
 
 
 def _no_key(path: Path, kind: str, why: str) -> InputRefused:
     what = f"{path} is not a {kind} P-256 key in PEM that can be read: {why.rstrip('.')}."
-    return InputRefused(what, remedy=_MAKE_KEY)
+    return InputRefused(what, remedy=_MAKE_KEY if kind == "private" else _PUBLIC_KEY)
 
 
 def _kind(key: object) -> str:
