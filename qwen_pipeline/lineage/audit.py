@@ -183,7 +183,7 @@ class _Walk:
             detail=f"{fault}." if fault else f"{len(record.files)} files have the stated digests.{stored}",
             inputs=(inputs := self._inputs(step)),
             path=record.root,
-            nbytes=sum(int(file["bytes"]) for file in record.files.values()),
+            nbytes=record.nbytes,
         )
         self._follow_inputs(step, inputs)
 
@@ -200,7 +200,7 @@ class _Walk:
         if path:
             try:
                 record = read_record(path)
-                step, nbytes = record.step, sum(int(file["bytes"]) for file in record.files.values())
+                step, nbytes = record.step, record.nbytes
                 changed = compare(record, observe=self._progress(record))
                 wrong = listed([f"its bytes changed since: {name} {why}." for name, why in sorted(changed.items())])
             except CheckpointRefused as refused:
@@ -356,7 +356,7 @@ class _Walk:
                 yield role, digest
 
     def _progress(self, record: Record) -> Any:
-        done, total = 0, sum(int(file["bytes"]) for file in record.files.values())
+        done, total = 0, record.nbytes
 
         def add(nbytes: int) -> None:
             nonlocal done

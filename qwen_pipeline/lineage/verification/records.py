@@ -65,6 +65,11 @@ class Record:
         """True if the tensors are in this directory."""
         return not self.recipe
 
+    @property
+    def nbytes(self) -> int:
+        """Size of its files."""
+        return sum(file["bytes"] for file in self.files.values())
+
     def sha256(self, below: str = "") -> dict[str, str]:
         """Return the SHA-256 of each file below a folder (``validation/``), by its path from there."""
         return {

@@ -103,7 +103,7 @@ def judge(
         content_digest=record.step.content_digest,
         signer=signer.name if signer else None,
         files=len(record.files) + 1,
-        nbytes=sum(int(file["bytes"]) for file in record.files.values()),
+        nbytes=record.nbytes,
         findings=findings,
     )
 
