@@ -242,7 +242,7 @@ def _require_gates(product: str, path: Path, reports: Sequence[CheckReport]) -> 
 
 
 _REMEDIES = {
-    STANDS.name: "Promote another release, or delete its directory and publish again.",
+    STANDS.name: "Promote another release; of one that was not recalled, delete the directory and publish again.",
     APPROVED.name: "Approve it, or promote another release: qwen-pipeline releases shows them.",
     NOT_WORSE.name: 'Compare both reports; to promote it all the same: --accept-regression --reason "...".',
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_pipeline.checkpoint.store.canonical import MANIFEST_FILE, PROVENANCE, SIGNATURE
+from qwen_pipeline.checkpoint.store.canonical import ATTESTATIONS, MANIFEST_FILE, PROVENANCE, SIGNATURE
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.lineage.verification.envelopes import PublicKey, open_envelope
 from qwen_pipeline.lineage.verification.findings import Finding, Verdict, refuted
@@ -124,6 +124,8 @@ def _signature(record: Record, trusted: Sequence[Signer]) -> tuple[list[Finding]
     if not trusted:
         hint = signer_hint(record.root)
         detail = f"It names the key {hint[:16]}, of which none was given." if hint else "It is not signed."
+        if not hint and (beside := [name for name in ATTESTATIONS if (record.root / name).exists()]):
+            detail = f"It is not signed, so nothing covers {', '.join(beside)}."
         return [Finding(name="signature", verdict="claimed", detail=detail)], None
     signed = signed_files(record.root, trusted)
     if isinstance(signed, Finding):

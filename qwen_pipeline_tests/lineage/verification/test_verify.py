@@ -277,6 +277,14 @@ def test_what_would_never_end_is_not_read(chained: Chained, tmp_path: Path, name
     assert name in str(copy.audit().faults)
 
 
+def test_what_a_lost_signature_covered_is_named(chained: Chained, tmp_path: Path) -> None:
+    copy = chained.copy(tmp_path / "copy")
+    (copy.release / "model.sig").unlink()
+    (signature,) = (each for each in verified(copy, key=False).findings if each.name == "signature")
+    assert signature.verdict == "claimed"
+    assert signature.detail == "It is not signed, so nothing covers bom.cdx.json, provenance.intoto.jsonl."
+
+
 @pytest.mark.parametrize("size", ["1e400", "-1", '"1"', "true", "null"])
 def test_a_size_that_is_no_number_is_refused(chained: Chained, tmp_path: Path, size: str) -> None:
     release = Path(shutil.copytree(chained.release, tmp_path / "release"))
