@@ -86,6 +86,17 @@ def test_descendants_and_a_recall(place: Chained) -> None:
     ]
 
 
+def test_a_release_behind_a_link_is_audited_too(place: Chained, tmp_path: Path) -> None:
+    release = place.release
+    release.rename(tmp_path / "elsewhere")
+    release.symlink_to(tmp_path / "elsewhere")
+    settings = settings_from_values({"workspace": place.root})
+    assert [(each.path, each.state, list(each.faults)) for each in audit_releases(settings)] == [(release, "stale", [])]
+    (release / "manifest.json").write_text((release / "manifest.json").read_text() + " ")
+    (audited,) = audit_releases(settings)
+    assert (audited.state, len(audited.faults)) == ("tampered", 1)
+
+
 def test_a_release_is_signed_and_verified(place: Chained) -> None:
     for name in ATTESTATIONS:
         (place.release / name).unlink()
