@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from qwen_pipeline.checkpoint.files import with_home
 from qwen_pipeline.checkpoint.memory_budget import available_memory
 from qwen_pipeline.checkpoint.store.products import DEFAULT_RECIPE
 from qwen_pipeline.config import Settings, load_settings, settings_of
@@ -132,7 +133,7 @@ def _device(settings: Settings) -> Finding | str:
 
 def _base(settings: Settings) -> Finding | str:
     name = base_model_name(settings)
-    directory = config_file().parent / Path(name).expanduser()
+    directory = config_file().parent / with_home(Path(name))
     if not directory.is_dir():
         return Finding(
             subject="base_model",

@@ -58,6 +58,16 @@ def test_paths_are_relative_to_the_settings_file(settings_file: Path) -> None:
     assert settings.validation.text == Path("/abs/held-out.txt")
 
 
+def test_the_home_of_a_user_who_does_not_exist_is_a_directory_of_that_name(
+    settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    settings_file.write_text('workspace = "~/w"\ninbox = "~no-such-user/inbox"\n')
+    settings = load_settings()
+    assert settings.workspace == Path("/homes/me/w")
+    assert settings.inbox == settings_file.parent / "~no-such-user/inbox"
+
+
 def test_the_environment_takes_precedence_over_the_file(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings_file.write_text("[quantization]\nbits = 8\ngroup_size = 64\n")
     monkeypatch.setenv("QWEN_PIPELINE_QUANTIZATION__BITS", "4")

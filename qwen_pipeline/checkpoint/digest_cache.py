@@ -18,6 +18,7 @@ from qwen_pipeline.checkpoint.digest import HashedTensor, HashedTensors, digest_
 from qwen_pipeline.checkpoint.lazy import CONFIG, Checkpoint, open_checkpoint
 from qwen_pipeline.checkpoint.manifest import Contents, FileDigest, find_manifest
 from qwen_pipeline.checkpoint.store.canonical import canonical_sha256
+from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline.progress import Observe, unobserved
 
 
@@ -49,8 +50,15 @@ def rereading() -> Generator[None, None, None]:
 
 
 def _user_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "qwen-pipeline" / "digests-4"
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        caches = Path(named) if named else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            "This user has no home directory, so there is no place for the cache of digests.",
+            remedy="Set HOME or XDG_CACHE_HOME to a directory that this user can write.",
+        ) from error
+    return caches / "qwen-pipeline" / "digests-4"
 
 
 @dataclass(frozen=True, slots=True)

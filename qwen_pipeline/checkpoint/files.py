@@ -48,6 +48,14 @@ def load_json(path: Path, *, refused: type[InputRefused] = CheckpointRefused) ->
     return cast("dict[str, Any]", value)
 
 
+def with_home(path: Path) -> Path:
+    """Return a path whose ``~`` is a home directory; that of a user who does not exist stays, as in a shell."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def load_toml(path: Path, *, refused: type[InputRefused] = InputRefused) -> dict[str, Any]:
     """Read a TOML file.
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from qwen_pipeline.checkpoint.files import with_home
+
 PREFIX = "QWEN_PIPELINE_"
 FILE_VARIABLE = PREFIX + "CONFIG"
 MAX_PATH, MAX_PART = 1024, 255
@@ -13,7 +15,7 @@ INTERNAL = {FILE_VARIABLE, *(PREFIX + name for name in ("KEY_PASSPHRASE", "MESSA
 
 def config_file() -> Path:
     """Return the absolute path of the settings file, which may not exist."""
-    return Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE)).expanduser().absolute()
+    return with_home(Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))).absolute()
 
 
 def beside_config(path: Path) -> Path:
@@ -27,4 +29,4 @@ def beside_config(path: Path) -> Path:
         raise ValueError(
             f"expected a path of up to {MAX_PATH} printable characters, with names of up to {MAX_PART} bytes"
         )
-    return config_file().parent / path.expanduser()
+    return config_file().parent / with_home(path)

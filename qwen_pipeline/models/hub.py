@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_pipeline.checkpoint.config_types import load_config_file
+from qwen_pipeline.checkpoint.files import with_home
 from qwen_pipeline.checkpoint.lazy import CONFIG
 from qwen_pipeline.errors import CheckpointRefused, EnvironmentFault, InputRefused
 
@@ -28,7 +29,7 @@ def find_base(name: str, *, revision: str | None = None, relative_to: Path = Pat
             revision, or it does not exist.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the snapshot.
     """
-    directory = relative_to / Path(name).expanduser()
+    directory = relative_to / with_home(Path(name))
     if directory.is_dir():
         return directory
     _require_hub_id(name, directory)
@@ -40,7 +41,7 @@ def cached_base(name: str, *, revision: str | None = None, relative_to: Path = P
 
     Nothing is downloaded. What is in neither place is returned as a local directory, which does not exist.
     """
-    if (directory := relative_to / Path(name).expanduser()).is_dir():
+    if (directory := relative_to / with_home(Path(name))).is_dir():
         return directory
     from huggingface_hub import try_to_load_from_cache
 
@@ -62,7 +63,7 @@ def load_config(name: str, *, revision: str | None = None, relative_to: Path = P
         CheckpointRefused: The file is missing, is not JSON, or has values of wrong types.
         EnvironmentFault: The hub cannot be reached and its cache does not hold the file.
     """
-    path = relative_to / Path(name).expanduser()
+    path = relative_to / with_home(Path(name))
     if not path.exists():
         _require_hub_id(name, path)
         path = _snapshot(name, revision, (CONFIG,))
@@ -78,7 +79,7 @@ def cached_config(name: str, *, revision: str | None = None, relative_to: Path =
     """
     from huggingface_hub import try_to_load_from_cache
 
-    file = relative_to / Path(name).expanduser() / CONFIG
+    file = relative_to / with_home(Path(name)) / CONFIG
     if not file.is_file():
         cached = try_to_load_from_cache(name, CONFIG, revision=revision) if _HUB_ID.fullmatch(name) else None
         if not isinstance(cached, str):

@@ -9,6 +9,7 @@ import pytest
 from qwen_pipeline.checkpoint.digest import hash_checkpoint, hash_tensors
 from qwen_pipeline.checkpoint.digest_cache import DigestCache, checkpoint_digest, directory_digest, fingerprint
 from qwen_pipeline.checkpoint.lazy import open_checkpoint
+from qwen_pipeline.errors import EnvironmentFault
 from qwen_pipeline_tests.checkpoint.copies import copy
 
 
@@ -34,6 +35,15 @@ def test_digests_of_foreign_directories_are_cached_until_a_file_changes(
 
     (sharded / "config.json").write_text('{"model_type": "qwen3"}')
     assert checkpoint_digest(sharded) != first
+
+
+def test_without_a_home_directory_the_error_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 9)  # no entry in the table of users
+    with pytest.raises(EnvironmentFault, match="no home directory") as fault:
+        DigestCache()
+    assert "XDG_CACHE_HOME" in str(fault.value.remedy)
 
 
 def test_an_entry_is_named_by_the_stats_of_its_files_and_holds_every_digest(cache: Path, sharded: Path) -> None:

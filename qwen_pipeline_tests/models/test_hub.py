@@ -14,7 +14,7 @@ def test_a_directory_is_returned_unchanged(tmp_path: Path) -> None:
     assert find_base(str(tmp_path / "base")) == tmp_path / "base"
 
 
-@pytest.mark.parametrize("name", ["./missing", "/missing/base", "a/b/c", "../x", ""])
+@pytest.mark.parametrize("name", ["./missing", "/missing/base", "a/b/c", "../x", "~no-such-user/base", ""])
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointRefused, match="neither a directory"):
         find_base(name or "not an id", relative_to=tmp_path)
