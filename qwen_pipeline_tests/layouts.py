@@ -5,6 +5,7 @@ Sources: Transformers' ``conversion_mapping.py`` and ``_keys_to_ignore_on_load_u
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -102,3 +103,42 @@ def drafted(tensors: Tensors) -> Tensors:
     hidden = draft["mtp.layers.0.input_layernorm.weight"]
     norms = {f"mtp.{name}.weight": hidden.clone() for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     return tensors | draft | norms | {"mtp.fc.weight": torch.zeros(len(hidden), 2 * len(hidden), dtype=hidden.dtype)}
+
+
+_PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.shared_expert.gate_up_proj": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    **{f"mlp.experts.{e}.gate_up_proj": (f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj") for e in range(4)},
+}
+"""Matrices that vLLM builds as one, and as some tools export them; no class of Transformers loads them for Qwen."""
+
+
+def fused_projections(tensors: Tensors, *, groups: int = 1, is_swapped: bool = False) -> Tensors:
+    """Fuse projections by rows: q, k and v of one group of heads after the other; the second part first if swapped."""
+    kept: Tensors = {}
+    for name, tensor in tensors.items():
+        owner, _, inner = name.rpartition("layers.")
+        number, _, leaf = inner.partition(".")
+        module, _, parameter = leaf.rpartition(".")
+        whole = next((whole for whole, parts in _PARTS.items() if owner and module in parts), None)
+        if whole is None or owner.endswith("tower.") or owner.startswith(("talker.", "code2wav.")):
+            kept[name] = tensor
+            continue
+        stored = [tensors[f"{owner}layers.{number}.{part}.{parameter}"] for part in _PARTS[whole]]
+        by_group = groups if "qkv_proj" in whole else 1
+        turned = stored[::-1] if is_swapped and len(stored) == 2 else stored
+        grouped = torch.cat([part.reshape(by_group, -1, *part.shape[1:]) for part in turned], dim=1)
+        kept[f"{owner}layers.{number}.{whole}.{parameter}"] = grouped.reshape(-1, *tensor.shape[1:])
+    return kept
+
+
+def fused_copy(source: Path, root: Path, *, groups: int = 1, is_swapped: bool = False) -> Path:
+    """Copy a model with its projections fused, as :func:`fused_projections` does it."""
+    shutil.copytree(source, root)
+    tensors = fused_projections(load_file(source / "model.safetensors"), groups=groups, is_swapped=is_swapped)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, root / "model.safetensors", metadata={"format": "pt"})
+    return root

@@ -4,9 +4,10 @@ Transformations build a new :class:`Checkpoint` from an old one (:meth:`Checkpoi
 compose, and every shape is checked before any tensor is read.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from itertools import accumulate
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
@@ -80,6 +81,25 @@ class LazyTensor:
         start, stop = min(start, self.spec.rows), min(stop, self.spec.rows)
         spec = TensorSpec(dtype=self.spec.dtype, shape=(stop - start, *self.spec.shape[1:]))
         return LazyTensor(spec=spec, read=lambda first, last: self.read(start + first, start + last))
+
+
+def concatenated(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Return the rows of several tensors of one dtype and one shape of rows, one tensor after the other."""
+    ends = list(accumulate(part.spec.rows for part in parts))
+    spec = TensorSpec(dtype=parts[0].spec.dtype, shape=(ends[-1], *parts[0].spec.shape[1:]))
+
+    def read(start: int, stop: int) -> "torch.Tensor":
+        import torch
+
+        bounds = [(max(start, end - part.spec.rows), min(stop, end)) for part, end in zip(parts, ends, strict=True)]
+        blocks = [
+            part.read(low - end + part.spec.rows, high - end + part.spec.rows)
+            for part, end, (low, high) in zip(parts, ends, bounds, strict=True)
+            if low < high
+        ]
+        return torch.cat(blocks) if blocks else parts[0].read(0, 0)
+
+    return LazyTensor(spec=spec, read=read)
 
 
 def stored_tensor(file: SafetensorsFile, name: str) -> LazyTensor:

@@ -48,6 +48,8 @@ def _obstacle(record: Record, expected: str | None) -> str:
         return "It was made by merging into a padded base, or records no map, so there is no digest to compare with."
     if result.get("left_behind"):
         return "Padding left buffers behind that are no weights, so undoing it gives another digest."
+    if result.get("split"):
+        return "Padding split fused matrices, so undoing it gives another digest."
     if base_weights(record.step.spec) != AS_STORED:
         return "What was padded is the full precision of a quantized checkpoint, which was never stored."
     return ""

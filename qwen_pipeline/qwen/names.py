@@ -109,6 +109,15 @@ def parse_name(name: str, config: Config) -> ParsedName:
     )
 
 
+def is_tensor_name(name: str, config: Config) -> bool:
+    """Return whether models of this config have a tensor of this name.
+
+    Raises:
+        InputRefused: The family is unknown.
+    """
+    return _parse(name, require_family(config)) is not None
+
+
 def parse_names(checkpoint: Checkpoint) -> dict[ParsedName, str]:
     """Return parsed name -> stored name for all tensors of a checkpoint.
 

@@ -25,6 +25,7 @@ from qwen_pipeline.qwen.families import (
     require_family,
     tie_paths,
 )
+from qwen_pipeline.qwen.fused_weights import split_fused
 from qwen_pipeline.qwen.heads import architectures_of, corrected_labels, head_kind
 from qwen_pipeline.qwen.layers import number_of_layers
 from qwen_pipeline.qwen.linears import decoder_linears
@@ -50,17 +51,19 @@ class Settled:
         checkpoint: The checkpoint; unchanged if nothing was settled.
         corrections: A sentence for each correction of the config.
         left_behind: Names of stored buffers that are no weights, and that the checkpoint no longer has.
+        split: A sentence for each kind of fused matrix that was split; see :func:`split_fused`.
     """
 
     checkpoint: Checkpoint
     corrections: Sequence[str] = ()
     left_behind: Sequence[str] = ()
+    split: Sequence[str] = ()
 
     @property
     def remarks(self) -> list[str]:
         """All that differs from what is stored, as sentences."""
         buffers = f"buffers that are no weights, left behind: {listed(self.left_behind)}"
-        return [*self.corrections, *([buffers] if self.left_behind else [])]
+        return [*self.corrections, *self.split, *([buffers] if self.left_behind else [])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +96,8 @@ class _Correction:
 def settle(checkpoint: Checkpoint, *, reads_values: bool = True, tied_base: bool = False) -> Settled:
     """Return a checkpoint with the config that its weights require, without buffers that are no weights.
 
+    Fused matrices are split, in the usual order of their rows.
+
     A quantized checkpoint is returned unchanged: its config belongs to its codes.
 
     Args:
@@ -108,7 +113,8 @@ def settle(checkpoint: Checkpoint, *, reads_values: bool = True, tied_base: bool
     if is_quantized(checkpoint):
         return Settled(checkpoint=checkpoint)
     buffers = [name for name in checkpoint if _BUFFER.fullmatch(name)]
-    weights = checkpoint.without(buffers) if buffers else checkpoint
+    split = split_fused(checkpoint.without(buffers) if buffers else checkpoint)
+    weights = split.checkpoint
     stored = _Stored(checkpoint=weights, names=parse_names(weights), reads_values=reads_values, tied_base=tied_base)
     found = [correction for rule in _RULES for correction in rule(stored)]
     values = {path: value for correction in found for path, value in correction.values.items()}
@@ -116,6 +122,7 @@ def settle(checkpoint: Checkpoint, *, reads_values: bool = True, tied_base: bool
         checkpoint=weights.replace(config=with_values(weights.config, values)) if values else weights,
         corrections=[correction.sentence for correction in found],
         left_behind=buffers,
+        split=split.remarks,
     )
 
 

@@ -142,7 +142,7 @@ def prepare(
         sources["fine_tune"] = open_input("fine_tune", fine_tune, read_now=read_now, observe=observe)
         child = sources["fine_tune"].checkpoint
         require_no_code_of_its_own(child)
-        adopted = _adopt_model(parent, child, text_only=base.weights.text_only)
+        adopted = _adopt_model(settled, child, text_only=base.weights.text_only)
         merge = _with_change_report(adopted, sources, base.root, fine_tune)
     if base.weights.text_only:
         merge = _language_model_of(merge, parent)
@@ -229,15 +229,15 @@ def _merge_adapters(
     )
 
 
-def _adopt_model(parent: Checkpoint, child: Checkpoint, *, text_only: bool) -> _Merge:
-    adopted = adopt(parent, child)
+def _adopt_model(base: Settled, child: Checkpoint, *, text_only: bool) -> _Merge:
+    adopted = adopt(base.checkpoint, child)
     if text_only:
         carried = {part: count for part, count in adopted.carried.items() if part in LANGUAGE}
         adopted = replace(adopted, carried=carried, remarks=())
     return _Merge(
         output=adopted.checkpoint,
         summary=adoption_summary(adopted),
-        reports=lambda: _model_reports(adopted, parent),
+        reports=lambda: _model_reports(adopted, base),
     )
 
 
@@ -284,17 +284,17 @@ def _adapter_use_report(adapters: AdapterSet, merged: Merged, *, remark: str) ->
     )
 
 
-def _model_reports(adopted: Adopted, base: Checkpoint) -> list[CheckReport]:
+def _model_reports(adopted: Adopted, base: Settled) -> list[CheckReport]:
     exception = ", except for the rows of its vocabulary" if adopted.is_resized else ""
     return [
         TENSORS_USED.report(
             passed=True,
             measured=f"{adopted.stored} of {adopted.stored}",
-            detail=used_detail(adopted, len(base)) + left_out(base, adopted.checkpoint),
+            detail=used_detail(adopted, len(base.checkpoint)) + left_out(base.checkpoint, adopted.checkpoint),
         ),
         BASE_MATCHES.report(passed=True, detail=f"A complete model, with the base's tensors and shapes{exception}."),
         carried_report(adopted),
-        config_report(adopted.settled, *adopted.remarks),
+        config_report(adopted.settled, *adopted.remarks, *(f"in the base, {remark}" for remark in base.split)),
     ]
 
 

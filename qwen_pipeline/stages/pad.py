@@ -111,6 +111,7 @@ def prepare(source: StageInput, spec: PaddingSpec, weights: BaseWeights = AS_STO
         result=lambda: {
             **_unpad_data(stored, plan, changes=plan.changes or settled.checkpoint is not stored),
             "left_behind": list(settled.left_behind),
+            "split": list(settled.split),
             "checks": dump_reports(reports),
         },
     )

@@ -74,6 +74,8 @@ def _identity_report(contents: Contents, manifest: Manifest) -> CheckReport:
         )
     if left_behind := manifest.result.get("left_behind"):
         return IS_WHAT_WAS_PADDED.skipped(f"Padding left buffers behind that are no weights: {listed(left_behind)}.")
+    if split := manifest.result.get("split"):
+        return IS_WHAT_WAS_PADDED.skipped(f"Padding split fused matrices: {listed(split)}.")
     if base_weights(manifest.derivation.spec) != AS_STORED:
         return IS_WHAT_WAS_PADDED.skipped(
             "What was padded is the full precision of a quantized checkpoint, which was never stored."

@@ -1,6 +1,7 @@
 """The merge stage with full fine-tunes, and what is settled in configs before anything is written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.stages.merge_pad import merge_pad
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline.stages.unpad import unpad
+from qwen_pipeline_tests.layouts import fused_copy
 from qwen_pipeline_tests.oracles import language_logits
 from qwen_pipeline_tests.tiny import load_tiny, tiny_adapter, tiny_model, tiny_qwen2
 
@@ -149,6 +151,45 @@ def test_buffers_are_left_behind_alike(tmp_path: Path) -> None:
     (report,) = load_reports(unpad(source=tmp_path / "p", destination=tmp_path / "u").manifest.result)
     assert report.skipped
     assert "inv_freq" in report.detail
+
+
+def test_fused_matrices_are_merged_and_padded_as_the_layers_that_they_hold(tmp_path: Path) -> None:
+    base, tuned = tiny_qwen2(tmp_path / "base"), tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+    tensors = {name: tensor + 2**-5 for name, tensor in load_file(base / SINGLE_SHARD).items()}
+    save_file(tensors, tuned / SINGLE_SHARD, metadata={"format": "pt"})
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    fused_base = fused_copy(base, tmp_path / "fused-base")
+    grouped = fused_copy(tuned, tmp_path / "grouped", groups=2, is_swapped=True)
+    expected = {
+        "full": merge(base=base, fine_tune=tuned, destination=tmp_path / "m0"),
+        "adapter": merge(base=base, fine_tune=adapter, destination=tmp_path / "a0"),
+        "padded": pad(source=base, destination=tmp_path / "p0", spec=SPEC),
+    }
+    for name, artifact in {
+        "full": merge(base=base, fine_tune=grouped, destination=tmp_path / "m1"),
+        "full into it": merge(base=fused_base, fine_tune=tuned, destination=tmp_path / "m2"),
+        "full, both": merge(base=fused_base, fine_tune=grouped, destination=tmp_path / "m3"),
+        "adapter into it": merge(base=fused_base, fine_tune=adapter, destination=tmp_path / "a1"),
+        "padded": pad(source=fused_base, destination=tmp_path / "p1", spec=SPEC),
+    }.items():
+        theirs = expected[name.partition(" ")[0].strip(",")]
+        assert artifact.manifest.content_digest == theirs.manifest.content_digest, name
+        report = reports_of(artifact)["config_matches_weights"]
+        assert not report.passed
+        assert "self_attn.qkv_proj split (4 tensors)" in report.detail
+        assert ("in the base, self_attn" in report.detail) == (name in ("full into it", "full, both"))
+    (report,) = load_reports(unpad(source=tmp_path / "p1", destination=tmp_path / "u").manifest.result)
+    assert report.skipped
+    assert "qkv_proj split" in report.detail
+
+    recipe, once = merge_pad(
+        base=fused_base, fine_tune=grouped, merged=tmp_path / "recipe", padded=tmp_path / "once", spec=SPEC
+    )
+    lazy = open_model(recipe.path)
+    assert all(torch.equal(lazy.load(name), tensor) for name, tensor in tensors.items())
+    twice = pad(source=expected["full"].path, destination=tmp_path / "twice", spec=SPEC)
+    assert once.manifest.content_digest == twice.manifest.content_digest
 
 
 def test_a_base_without_the_prefix_of_its_decoder_is_merged_into_and_padded(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from qwen_pipeline.checkpoint.trainers.weights import plain_names
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.config import FULL_PRECISION_BASE, require_full_precision
 from qwen_pipeline.qwen.families import ModelPart, is_tied
+from qwen_pipeline.qwen.fused_weights import split_fused
 from qwen_pipeline.qwen.heads import as_trained, drafts, head_kind, with_prefix
 from qwen_pipeline.qwen.names import SCORE, ParsedName, parse_names
 from qwen_pipeline.qwen.settle import Settled, require_sizes, settle
@@ -75,7 +76,8 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     fine_tune = _unwrapped(stored)
     grafted = graft(base.config, fine_tune.config)
     own = fine_tune if grafted.config is fine_tune.config else _with_config(fine_tune, base, grafted.config)
-    settled = settle(as_trained(base, own), tied_base=is_tied(base))
+    split = split_fused(own, like=base)
+    settled = settle(as_trained(base, split.checkpoint), tied_base=is_tied(base))
     if head_kind(settled.checkpoint) != "language":
         base = base.without(drafts(base))
     places = parse_names(base)
@@ -93,7 +95,7 @@ def adopt(base: Checkpoint, fine_tune: Checkpoint) -> Adopted:
     return Adopted(
         checkpoint=require_sizes(adopted),
         settled=settled,
-        remarks=(*grafted.remarks, *sections.remarks),
+        remarks=(*grafted.remarks, *split.remarks, *sections.remarks),
         stored=len(settled.checkpoint),
         respelled=sum(tensor is not stored.tensors.get(name) for name, tensor in in_place.items()),
         carried=carried,

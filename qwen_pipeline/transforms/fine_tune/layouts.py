@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
+from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor, concatenated
 from qwen_pipeline.checkpoint.safetensors_file import TensorSpec
 from qwen_pipeline.errors import CheckpointRefused, listed
 from qwen_pipeline.qwen.channels import channels_of
@@ -139,7 +138,7 @@ def _joined_rows(parsed: ParsedName, spec: TensorSpec, source: Source) -> Placed
         return Placed(tensor=table.part(first, first + spec.rows), sources=[name])
     shards = list(_shards(parsed, source.names)) if parsed.module == _NGRAMS else []
     tensors = [source.checkpoint.tensors[name] for name in shards]
-    return Placed(tensor=_concatenated(tensors), sources=shards) if shards else None
+    return Placed(tensor=concatenated(tensors), sources=shards) if shards else None
 
 
 def _shards(parsed: ParsedName, names: Mapping[ParsedName, str]) -> Iterator[str]:
@@ -147,25 +146,6 @@ def _shards(parsed: ParsedName, names: Mapping[ParsedName, str]) -> Iterator[str
         if (name := names.get(replace(parsed, module=f"{parsed.module}.shard_{number}"))) is None:
             return
         yield name
-
-
-def _concatenated(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Return the rows of several tensors, one after the other."""
-    ends = list(accumulate(part.spec.rows for part in parts))
-    spec = replace(parts[0].spec, shape=(ends[-1], *parts[0].spec.shape[1:]))
-
-    def read(start: int, stop: int) -> "torch.Tensor":
-        import torch
-
-        bounds = [(max(start, end - part.spec.rows), min(stop, end)) for part, end in zip(parts, ends, strict=True)]
-        blocks = [
-            part.read(low - end + part.spec.rows, high - end + part.spec.rows)
-            for part, end, (low, high) in zip(parts, ends, bounds, strict=True)
-            if low < high
-        ]
-        return torch.cat(blocks) if blocks else parts[0].read(0, 0)
-
-    return LazyTensor(spec=spec, read=read)
 
 
 def _require_alike(places: Sequence[ParsedName], source: Source) -> None:
