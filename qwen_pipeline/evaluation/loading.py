@@ -17,6 +17,7 @@ from torch import nn
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.models.open import open_model
 from qwen_pipeline.qwen.heads import class_of
 from qwen_pipeline.transforms.codes.fp8 import is_fp8
@@ -98,7 +99,10 @@ def _has_own_format(checkpoint: Checkpoint, tensor: str) -> bool:
     module = tensor.rpartition(".")[0]
     if f"{module}.qweight" not in checkpoint:
         return False
-    form = gptq_format(checkpoint.config)
+    try:
+        form = gptq_format(checkpoint.config)
+    except CheckpointRefused:
+        return False
     return form.of(checkpoint, module) != form
 
 

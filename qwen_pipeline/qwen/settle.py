@@ -10,6 +10,7 @@ Sources: https://github.com/huggingface/transformers/issues/45127 (head), ``PreT
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,6 +40,9 @@ CONFIG_MATCHES = CheckSpec(
 )
 _BUFFER = re.compile(r"(?:.*\.)?(?:rotary_emb\.inv_freq|_extra_state)")
 """Tensors that are no weights: Transformers computes the former, and nothing reads the latter."""
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""Safetensors' names of dtypes -> the names in configs, which are torch's."""
+_OTHER_NAMES = {"half": "float16", "float": "float32", "double": "float64"}
 _EMBEDDING = ParsedName(part="embedding", module="embed_tokens", parameter="weight")
 _HEAD = ParsedName(part="head", module="lm_head", parameter="weight")
 
@@ -265,6 +269,28 @@ def _vocabulary(stored: _Stored) -> Iterator[_Correction]:
         yield _Correction(values=wrong, reason="the stored embedding has as many rows")
 
 
+def _dtype(stored: _Stored) -> Iterator[_Correction]:
+    """Yield the dtype that most of the decoder's weights have, if the outermost section that states one is wrong.
+
+    Transformers and vLLM read no other; what Transformers leaves in the sections below is that of an earlier load.
+    """
+    sizes: Counter[str] = Counter()
+    for parsed, name in stored.names.items():
+        if parsed.part == "decoder" and (spec := stored.checkpoint[name]).dtype in _DTYPES:
+            sizes[_DTYPES[spec.dtype]] += spec.nbytes
+    for dtype, _ in sizes.most_common(1):
+        for field in ("dtype", "torch_dtype"):
+            stated = {path: _plain(value) for path, value in config_items(stored.config, field).items() if value}
+            if next(iter(stated.values()), dtype) != dtype:
+                yield _Correction(values=dict.fromkeys(stated, dtype), reason="the decoder's weights are stored so")
+
+
+def _plain(dtype: str) -> str:
+    """Return the usual name of a dtype in a config, which may be written as torch prints it."""
+    name = dtype.removeprefix("torch.")
+    return _OTHER_NAMES.get(name, name)
+
+
 def _architectures(stored: _Stored) -> Iterator[_Correction]:
     known = architectures_of(head_kind(stored.checkpoint), stored.config)
     value = stored.config.get("architectures")
@@ -282,7 +308,9 @@ def _labels(stored: _Stored) -> Iterator[_Correction]:
 
 
 _Rule = Callable[[_Stored], Iterator[_Correction]]
-_RULES: tuple[_Rule, ...] = (_layers, _layer_types, _vocabulary, _head, _quantization, _labels, _architectures)
+_RULES: tuple[_Rule, ...] = (
+    _layers, _layer_types, _vocabulary, _head, _quantization, _labels, _architectures, _dtype
+)  # fmt: skip
 
 
 def _short(value: object) -> str:

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.evaluation.loading import place_tensors
+from qwen_pipeline_tests.codes import Packing, replace_mlps_by_codes
 from qwen_pipeline_tests.tiny import tiny_model
 from qwen_pipeline_tests.whole import NotLoaded, load_model
 
@@ -44,3 +45,12 @@ def test_an_architecture_unknown_to_transformers_is_a_fault(tmp_path: Path) -> N
     config = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen99ForCausalLM"]}))
     assert "has no architecture 'Qwen99ForCausalLM'" in (place_tensors(root).fault or "")
+
+
+def test_codes_without_their_settings_are_a_fault(tmp_path: Path) -> None:
+    root = replace_mlps_by_codes(tiny_model("qwen3", tmp_path), Packing(method="gptq", group_size=32))
+    config = json.loads((root / "config.json").read_bytes())
+    for settings in ({}, {"quantization_config": {"quant_method": "gptq", "bits": "x"}}):
+        kept = {field: value for field, value in config.items() if field != "quantization_config"}
+        (root / "config.json").write_text(json.dumps(kept | settings))
+        assert place_tensors(root).fault

@@ -230,6 +230,48 @@ def test_a_class_that_no_loader_knows_is_replaced(declared: list[str] | None, tm
     assert not settle(open_checkpoint(root)).remarks
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_5", "qwen2_5_omni_thinker"])
+@pytest.mark.parametrize(("stored", "declared"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_the_dtype_is_that_of_the_stored_weights(
+    family: str, stored: torch.dtype, declared: str, tmp_path: Path
+) -> None:
+    root = tiny_model(family, tmp_path, dtype=stored)
+    before = json.loads((root / CONFIG).read_bytes())
+    paths = [path for path, value in config_items(before, "dtype").items() if value]
+    assert paths
+    edit_config(root, lambda _: dict.fromkeys(paths, declared))
+    settled = settle(open_checkpoint(root))
+    assert settled.checkpoint.config == before
+    values = ", ".join(f"{path} {str(stored).removeprefix('torch.')}" for path in paths)
+    assert settled.corrections == [f"{values}: the decoder's weights are stored so"]
+    write_config(settled.checkpoint, root)
+    theirs: Any = model_class(family).from_pretrained(root, dtype="auto")
+    assert theirs.dtype == stored
+
+
+@pytest.mark.parametrize("spelled", ["torch.float32", "float", None])
+def test_a_dtype_may_be_spelled_as_torch_does(spelled: str | None, tmp_path: Path) -> None:
+    root = tiny_qwen2(tmp_path, dtype=torch.float32)
+    edit_config(root, lambda _: {"torch_dtype": spelled})
+    assert not settle(open_checkpoint(root)).remarks
+
+
+def test_a_dtype_that_no_loader_reads_is_kept(tmp_path: Path) -> None:
+    root = tiny_model("qwen3_5", tmp_path)
+    edit_config(root, lambda _: {"text_config.dtype": "float32"})
+    theirs: Any = model_class("qwen3_5").from_pretrained(root, dtype="auto")
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
+    assert not settle(open_checkpoint(root)).remarks
+
+
+def test_the_dtype_of_few_weights_is_not_that_of_the_model(tmp_path: Path) -> None:
+    root = tiny_qwen2(tmp_path)
+    tensors = load_file(root / SINGLE_SHARD)
+    wide = {name: t.float() for name, t in tensors.items() if "norm" in name or "embed" in name or "lm_head" in name}
+    save_file(tensors | wide, root / SINGLE_SHARD, metadata={"format": "pt"})
+    assert not settle(open_checkpoint(root)).remarks
+
+
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
 def test_nothing_is_settled_in_a_model_that_transformers_saved(family: str, tmp_path: Path) -> None:
     for tie in (False, True):
