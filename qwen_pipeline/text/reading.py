@@ -153,9 +153,10 @@ class RecordReader:
 
     def _refuse(self) -> None:
         use = self.use
-        remedy = self._remedies[next(iter(use.skipped))].rstrip(".")
+        remedy = self._remedies[next(iter(use.skipped))]
+        is_command = not remedy.endswith(".")  # a full stop would become a part of it
         raise InputRefused(
             f"{self._source.name} has too many records that cannot be used, more than max_skipped ="
             f" {self._spec.max_skipped:g}: {use}",
-            remedy=f"{remedy}." + (" Or raise max_skipped." if use.used else ""),
+            remedy=remedy + (f"{chr(10) if is_command else ' '}Or raise max_skipped." if use.used else ""),
         )

@@ -14,7 +14,7 @@ from typing import Any, cast
 from qwen_pipeline.checkpoint.files import parse_json
 from qwen_pipeline.errors import InputRefused
 from qwen_pipeline.text.lines import MAX_LINE_BYTES, Lines
-from qwen_pipeline.text.records import FORMAT, BadRecord
+from qwen_pipeline.text.records import FORMAT, BadRecord, EmptyRecord, parse_record
 
 PARQUET = ".parquet"
 SUFFIXES = (".jsonl", ".json", ".txt", PARQUET)
@@ -56,6 +56,7 @@ class RecordLines(Sequence[StoredRecord]):
     """The records of a file of JSON lines, each parsed when it is asked for."""
 
     def __init__(self, file: Path, start: int) -> None:
+        self._file = file
         self._lines = Lines(file, start)
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class RecordLines(Sequence[StoredRecord]):
         if (length := self._lines.length(index)) > MAX_LINE_BYTES:
             bad = BadRecord(f"has more than {MAX_LINE_BYTES:,} bytes", f"{length:,}", remedy="Split these records.")
             return StoredRecord(place=place, value=bad)
-        return StoredRecord(place=place, value=_parse(self._lines.read(index)))
+        return StoredRecord(place=place, value=_parse(self._lines.read(index), self._file))
 
 
 def load_records(file: Path) -> Sequence[StoredRecord]:
@@ -92,6 +93,8 @@ def load_records(file: Path) -> Sequence[StoredRecord]:
             records = (
                 list(_one_object(_read(file, size, mark), file)) if size <= MAX_DOCUMENT_BYTES else []
             ) or records
+        if first == b"{" and len(records) == 1 and not _is_record(value := records[0].value):
+            _require_no_records_within(value, file)
     except OSError as error:
         raise InputRefused(f"{file} cannot be read: {error}.", remedy="Pass a readable JSONL or .txt file.") from error
     if not records:
@@ -127,11 +130,11 @@ def _whole_text(content: bytes, file: Path) -> str:
         ) from error
 
 
-def _parse(line: bytes) -> Mapping[str, Any] | BadRecord:
+def _parse(line: bytes, file: Path) -> Mapping[str, Any] | BadRecord:
     try:
         return _as_fields(parse_json(line, half_surrogates=True))
     except UnicodeDecodeError as error:
-        return BadRecord("is not UTF-8", str(error), remedy=_IN_UTF8.format("ENCODING", "FILE", ""))
+        return BadRecord("is not UTF-8", str(error), remedy=_IN_UTF8.format("ENCODING", quote(str(file)), file.suffix))
     except ValueError as error:
         return BadRecord("is not valid JSON", f"{error}: {line[:60].decode(errors='replace')!a}", remedy=FORMAT)
 
@@ -158,15 +161,33 @@ def _one_object(content: bytes, file: Path) -> Iterator[StoredRecord]:
         value: Any = parse_json(content, half_surrogates=True)
     except ValueError:
         return
-    if lists := [name for name, part in value.items() if isinstance(part, list) and part and isinstance(part[0], dict)]:
-        known = {"messages", "conversations", "chosen", "completion"}
-        if not known & set(lists):
-            path = f'.["{lists[0]}"][]'
-            raise InputRefused(
-                f"{file} is one JSON object, with records in {', '.join(map(ascii, lists))}.",
-                remedy=f"Write them one per line: jq -c {quote(path)} {quote(str(file))} > records.jsonl",
-            )
+    _require_no_records_within(value, file)
     yield StoredRecord(place="record 1", value=value)
+
+
+def _is_record(value: Mapping[str, Any] | BadRecord) -> bool:
+    """Return whether an object has the form of a record, which may be empty."""
+    if isinstance(value, BadRecord):
+        return False
+    try:
+        parse_record(value)
+    except EmptyRecord:
+        return True
+    except BadRecord:
+        return False
+    return True
+
+
+def _require_no_records_within(value: Mapping[str, Any] | BadRecord, file: Path) -> None:
+    """Require that an object that is a whole file has no lists of records in place of being one."""
+    fields = {} if isinstance(value, BadRecord) else value
+    lists = [name for name, part in fields.items() if isinstance(part, list) and part and isinstance(part[0], dict)]
+    if lists and not {"messages", "conversations", "chosen", "completion"} & set(lists):
+        path = f'.["{lists[0]}"][]'
+        raise InputRefused(
+            f"{file} is one JSON object, with records in {', '.join(map(ascii, lists))}.",
+            remedy=f"Write them one per line: jq -c {quote(path)} {quote(str(file))} > records.jsonl",
+        )
 
 
 def _decoded(content: bytes, file: Path) -> object:

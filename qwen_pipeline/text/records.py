@@ -18,7 +18,7 @@ FORMAT = (
 )
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Fields of a record beside its conversation that hold something else than text."""
-_ONLY_TEXT = "Remove these records: models are calibrated and measured on text"
+_ONLY_TEXT = "Remove these records: models are calibrated and measured on text."
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -43,7 +43,7 @@ class BadRecord(Exception):
         remedy: What to do about all records with this fault.
     """
 
-    def __init__(self, reason: str, detail: str = "", *, remedy: str = "Correct or remove these records") -> None:
+    def __init__(self, reason: str, detail: str = "", *, remedy: str = "Correct or remove these records.") -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail.encode("utf-8", "backslashreplace").decode()[:300]  # half a surrogate cannot be printed

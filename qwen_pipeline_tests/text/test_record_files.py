@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,27 @@ def test_one_object_over_several_lines_is_a_record(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"one JSON object, with records in 'train', 'test'") as refused:
         read(tmp_path, json.dumps({"train": [talk], "test": [talk], "version": 2}, indent=2))
     assert """jq -c '.["train"][]'""" in refused.value.remedy
+
+
+def test_one_object_on_one_line_is_a_record_or_is_refused(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "Hi"}]}
+    for record in (talk, {"text": "a", "meta": [{"b": 1}]}, {"text": "", "meta": [{"b": 1}]}, {"other": [1]}):
+        assert read(tmp_path, json.dumps(record)) == [record]
+    with pytest.raises(InputRefused, match=r"one JSON object, with records in 'data'") as refused:
+        read(tmp_path, json.dumps({"version": "1", "data": [talk, talk]}), "a b.json")
+    if shutil.which("jq"):
+        subprocess.run(refused.value.remedy.partition(": ")[2], shell=True, cwd=tmp_path, check=True)
+        assert read(tmp_path, (tmp_path / "records.jsonl").read_bytes()) == [talk, talk]
+
+
+def test_the_command_that_converts_an_encoding_is_complete(tmp_path: Path) -> None:
+    file = tmp_path / "a b.jsonl"
+    file.write_bytes('{"text": "Grüße"}'.encode("latin-1"))
+    bad = load_records(file)[0].value
+    assert isinstance(bad, BadRecord)
+    command = bad.remedy.partition(": ")[2].replace("ENCODING", "LATIN1")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert [each.fields for each in load_records(tmp_path / "in-utf-8.jsonl")] == [{"text": "Grüße"}]
 
 
 @pytest.mark.parametrize(
