@@ -110,7 +110,7 @@ def _describe_intake(root: Path, data: dict[str, Any], view: "list[Table | str]"
         base = f"Its base in the settings is {found.base}. " if found.base else ""
         view.append(f"{base}In the inbox it becomes: {', '.join(found.products)}.")
     else:
-        view.append(f"In the inbox it would be {found.state}: {found.reason}")
+        view.append(f"In the inbox it would be {found.state}: {found.reason} {found.remedy}".rstrip())
 
 
 def _describe_model(
@@ -121,17 +121,23 @@ def _describe_model(
     from qwen_pipeline.models.examine import require_full_precision_model
     from qwen_pipeline.qwen.settle import settle
     from qwen_pipeline.transforms.fine_tune.adopt import adopt
+    from qwen_pipeline.transforms.sidecars import with_sidecars
+    from qwen_pipeline.transforms.tokenizer_fits import require_tokenizer_fits
 
     view.append(f"Full model: {len(child)} tensors, {size(child.nbytes)}.")
     require_full_precision_model(child)
     if base:
         parent = settle(base.weights.of(open_checkpoint(base.root))).checkpoint
-        whole = adopt(parent, child).checkpoint
+        adopted = adopt(parent, child)
+        whole = adopted.checkpoint
         output, source = base.weights.kept(whole), base.weights.kept(parent)
         carried = [name for name, tensor in output.tensors.items() if tensor is source.tensors.get(name)]
         data |= {"taken": len(output) - len(carried), "carried_over": carried, "left_out": len(whole) - len(output)}
         view.append(f"{len(output) - len(carried)} tensors are taken, {len(carried)} are carried over from the base.")
         view += [f"{len(whole) - len(output)} tensors are left out: --text-only."] * base.weights.text_only
+        data["settled"] = [*adopted.settled.remarks, *adopted.remarks]
+        view += [f"Settled by the stored weights: {remark}." for remark in data["settled"]]
+        require_tokenizer_fits(with_sidecars(output, parent, child.sidecars, text_only=base.weights.text_only))
 
 
 def _describe_merge(
@@ -144,18 +150,25 @@ def _describe_merge(
     from qwen_pipeline.qwen.config import diff_configs
     from qwen_pipeline.qwen.settle import settle
     from qwen_pipeline.transforms.lora.merge import merge_lora
+    from qwen_pipeline.transforms.sidecars import with_sidecars
+    from qwen_pipeline.transforms.tokenizer_fits import require_tokenizer_fits
 
     if base is None:
         return
     data["names_base"] = asdict(base_report(base, child))
-    parent = settle(base.weights.of(open_checkpoint(base.root))).checkpoint
+    settled = settle(base.weights.of(open_checkpoint(base.root)))
+    parent = settled.checkpoint
     merged = merge_lora(parent, child, paddings=paddings_of(base.root, child, padded=padded), check_values=False)
-    data["left_out"] = len(merged.checkpoint) - len(base.weights.kept(merged.checkpoint))
+    output = base.weights.kept(merged.checkpoint)
+    data["left_out"] = len(merged.checkpoint) - len(output)
+    data["settled"] = [f"in the base, {remark}" for remark in settled.remarks]
     data["trained"] = merged.bridge.trained if merged.bridge else None
     data["config"] = diff_configs(parent.config, merged.checkpoint.config)
     merges = merged.plan.merges.items()
     data["lands"] = {name: _merge_data(merge) for name, merge in merges if merge.adapter_tensors}
     view += [merge_table(data["lands"]), *_remarks(data)]
+    view += [f"Settled by the stored weights: {remark}." for remark in data["settled"]]
+    require_tokenizer_fits(with_sidecars(output, parent, child.sidecars, text_only=base.weights.text_only))
 
 
 def _what(found: "Recognized") -> dict[str, Any]:

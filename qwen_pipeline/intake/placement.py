@@ -23,7 +23,7 @@ from qwen_pipeline.stages import merge, repair
 State = Literal["incomplete", "quarantined", "placed"]
 Inflow = Literal["fine_tunes", "imports"]
 """What arrives: fine-tunes in the inbox, or checkpoints that were quantized elsewhere."""
-VERSION = 2
+VERSION = 3
 """Raised when uploads that were judged before have to be judged again."""
 
 

@@ -13,6 +13,8 @@ from qwen_pipeline.qwen.settle import settle
 from qwen_pipeline.transforms.fine_tune.adopt import adopt
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.merge import merge_lora
+from qwen_pipeline.transforms.sidecars import with_sidecars
+from qwen_pipeline.transforms.tokenizer_fits import require_tokenizer_fits
 
 
 def require_full_precision_model(child: Checkpoint) -> None:
@@ -53,4 +55,5 @@ def _require_fitting(child: AdapterSet | Checkpoint, base: KnownBase) -> None:
         merged = merge_lora(parent, child, paddings=paddings_of(base.root, child), check_values=False).checkpoint
     else:
         merged = adopt(parent, child).checkpoint
-    base.weights.kept(merged)
+    output = base.weights.kept(merged)
+    require_tokenizer_fits(with_sidecars(output, parent, child.sidecars, text_only=base.weights.text_only))

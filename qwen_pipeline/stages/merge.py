@@ -30,9 +30,9 @@ from qwen_pipeline.models.open import open_fine_tune, paddings_of, with_weights
 from qwen_pipeline.models.padded import padded_model, trained_on, unpad_data
 from qwen_pipeline.progress import Observe, unobserved
 from qwen_pipeline.qwen.geometry import dump_plan
-from qwen_pipeline.qwen.heads import head_kind, left_out, without_steps
+from qwen_pipeline.qwen.heads import left_out
 from qwen_pipeline.qwen.settle import CONFIG_MATCHES, Settled, config_report, settle
-from qwen_pipeline.qwen.text_only import LANGUAGE, language_model, others_than_language, without_processors
+from qwen_pipeline.qwen.text_only import LANGUAGE, language_model, others_than_language
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.codes.base_weights import AS_STORED, BaseWeights
 from qwen_pipeline.transforms.fine_tune.adopt import Adopted, adopt
@@ -41,7 +41,7 @@ from qwen_pipeline.transforms.lora import reports as lora_reports
 from qwen_pipeline.transforms.lora.adapter_set import AdapterSet
 from qwen_pipeline.transforms.lora.changes import ChangeMeter
 from qwen_pipeline.transforms.lora.merge import Merged, merge_lora
-from qwen_pipeline.transforms.sidecars import merged_sidecars
+from qwen_pipeline.transforms.sidecars import with_sidecars
 from qwen_pipeline.transforms.tokenizer_fits import TOKENIZER_FITS, tokenizer_report
 
 STAGE = "merged"
@@ -148,7 +148,7 @@ def prepare(
         merge = _language_model_of(merge, parent)
     if isinstance(child, Checkpoint):
         require_change(base.weights.kept(parent), merge.output)
-    output = _with_sidecars(merge.output, parent, child, text_only=base.weights.text_only)
+    output = with_sidecars(merge.output, parent, child.sidecars, text_only=base.weights.text_only)
 
     def reports() -> list[CheckReport]:
         of_output = [files_report(files, leave_behind), tokenizer_report(output), _finite_report(output)]
@@ -180,14 +180,6 @@ class _Merge:
     reports: Callable[[], list[CheckReport]]
     spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
     others: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-def _with_sidecars(
-    output: Checkpoint, parent: Checkpoint, child: AdapterSet | Checkpoint, *, text_only: bool
-) -> Checkpoint:
-    """Return a merged checkpoint with the sidecars of both parents; a language model alone has no processors."""
-    sidecars = merged_sidecars(without_steps(parent.sidecars, head_kind(output)), child.sidecars)
-    return output.replace(sidecars=without_processors(sidecars) if text_only else sidecars)
 
 
 def _merge_adapters(

@@ -6,6 +6,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from qwen_pipeline.checkpoint.files import load_json
+from qwen_pipeline.checkpoint.lazy import Checkpoint
+from qwen_pipeline.qwen.heads import head_kind, without_steps
+from qwen_pipeline.qwen.text_only import without_processors
 
 _CONFIG = "tokenizer_config.json"
 _LEGAL = ("LICENSE*", "NOTICE*")
@@ -34,6 +37,18 @@ _TEMPLATES = _Group(
     brought_by=("chat_template.*",),
 )
 _GROUPS = (_VOCABULARY, _SETTINGS, _TEMPLATES)
+
+
+def with_sidecars(
+    output: Checkpoint, base: Checkpoint, fine_tune: Mapping[str, Path], *, text_only: bool = False
+) -> Checkpoint:
+    """Return a merged checkpoint with the sidecars of base and fine-tune; a language model alone has no processors.
+
+    Raises:
+        CheckpointRefused: See :func:`merged_sidecars`.
+    """
+    sidecars = merged_sidecars(without_steps(base.sidecars, head_kind(output)), fine_tune)
+    return output.replace(sidecars=without_processors(sidecars) if text_only else sidecars)
 
 
 def merged_sidecars(base: Mapping[str, Path], fine_tune: Mapping[str, Path]) -> dict[str, Path]:

@@ -6,13 +6,27 @@ from typing import Any, cast
 
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.checkpoint.lazy import Checkpoint
-from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
+from qwen_pipeline.errors import CheckFailed, CheckpointRefused, InputRefused, listed
 from qwen_pipeline.reports import CheckReport, CheckSpec
 from qwen_pipeline.transforms.lora.vocabulary import vocabulary_of
 
 TOKENIZER_FITS = CheckSpec(
     name="tokenizer_fits", description="The embedding has a row for each token of the tokenizer."
 )
+
+
+_REMEDY = "Merge with the tokenizer that the model was trained with, or train with an embedding that was resized to it."
+
+
+def require_tokenizer_fits(checkpoint: Checkpoint) -> None:
+    """Require that no token is known to have no row, before weights are written.
+
+    Raises:
+        CheckFailed: A token has none.
+    """
+    report = tokenizer_report(checkpoint)
+    if not (report.passed or report.skipped):
+        raise CheckFailed(f"{report.name}: {report.detail.removesuffix(_REMEDY).rstrip()}", remedy=_REMEDY)
 
 
 def embedding_rows(checkpoint: Checkpoint) -> int:
@@ -37,8 +51,7 @@ def tokenizer_report(checkpoint: Checkpoint) -> CheckReport:
     if beyond:
         detail = (
             f"The embedding has {rows:,} rows, but none for {len(beyond):,} tokens of the tokenizer:"
-            f" {listed([f'{number} {token!a}' for number, token in beyond])}. Merge with the tokenizer that the"
-            " model was trained with, or train with an embedding that was resized to it."
+            f" {listed([f'{number} {token!a}' for number, token in beyond])}. {_REMEDY}"
         )
     return TOKENIZER_FITS.report(
         passed=not beyond, measured=float(max(tokens.values()) + 1), limit=float(rows), detail=detail

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from qwen_pipeline.cli.inspect import inspect
 from qwen_pipeline.cli.results import CommandResult
-from qwen_pipeline.errors import AdapterRefused, PipelineError
+from qwen_pipeline.errors import AdapterRefused, CheckFailed, PipelineError
+from qwen_pipeline.models.base_names import KnownBase
+from qwen_pipeline.models.examine import require_mergeable
 from qwen_pipeline.stages.merge import merge
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 from qwen_pipeline.transforms.lora.saved.weights import ADAPTER_WEIGHTS
 from qwen_pipeline_tests.cli.terminal import qwen_pipeline
 from qwen_pipeline_tests.hollow import hollow_model
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2
+from qwen_pipeline_tests.tiny import tiny_adapter, tiny_qwen2, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,34 @@ def test_changes_of_the_config_and_the_named_base_are_shown(base: Path, tmp_path
     refused = inspect(tiny_adapter(base, tmp_path / "activated", alora_invocation_tokens=[3]), base=base)
     assert refused.fault
     assert refused.data["declared"]["base_model_name_or_path"] == str(base)
+
+
+def test_a_tokenizer_with_tokens_that_have_no_row_is_refused_before_a_merge(tmp_path: Path) -> None:
+    small = tiny_qwen2(tmp_path / "base", vocab_size=259)
+    adapter, tuned = tiny_adapter(small, tmp_path / "adapter"), tiny_qwen2(tmp_path / "tuned", vocab_size=259, seed=3)
+    for root in (adapter, tuned):
+        assert not inspect(root, base=small).fault
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(["<|extra|>"])
+        tokenizer.save_pretrained(root)
+        seen = inspect(root, base=small)
+        assert isinstance(seen.fault, CheckFailed)
+        assert seen.fault.what == (
+            "tokenizer_fits: The embedding has 259 rows, but none for 1 tokens of the tokenizer: 259 '<|extra|>'."
+        )
+        with pytest.raises(CheckFailed, match="tokenizer_fits"):
+            require_mergeable(root, KnownBase(root=small))
+
+
+def test_what_the_weights_settle_is_shown(base: Path, tmp_path: Path) -> None:
+    tuned = tiny_qwen2(tmp_path / "tuned", seed=3)
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    expected = "dtype bfloat16: the decoder's weights are stored so"
+    assert inspect(tuned, base=base).data["settled"] == [expected]
+    assert f"Settled by the stored weights: {expected}." in printed(inspect(tuned, base=base))
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    assert inspect(adapter, base=tuned).data["settled"] == [f"in the base, {expected}"]
 
 
 def test_a_full_model(base: Path, tmp_path: Path) -> None:
