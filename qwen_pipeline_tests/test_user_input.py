@@ -116,7 +116,7 @@ def use_tokenizer(edits: Edits, site: Site, root: Path) -> None:
 
 
 def config(random: Random, site: Site) -> tuple[Path, Edits, str]:
-    sound = random.choice((site.base, site.mixture, site.coded))
+    sound = random.choice((site.base, site.mixture, site.coded, site.fused))
     edits = file_edits(sound, ("config.json", "generation_config.json"), random)
     return sound, edits, random.choice(MODEL_COMMANDS)
 
@@ -155,7 +155,7 @@ CONTENTS = (
 
 
 def directory(random: Random, site: Site) -> tuple[Path, Edits, str]:
-    sound = random.choice((site.base, site.padded, site.coded))
+    sound = random.choice((site.base, site.padded, site.coded, site.fused))
     names = sorted(path.name for path in sound.iterdir() if path.is_file())
     strays = [(name, random.choice(CONTENTS)) for name in random.sample(STRAYS, random.randint(0, 2))]
     return sound, [*file_edits(sound, names, random), *strays], random.choice(MODEL_COMMANDS)

@@ -16,6 +16,7 @@ from qwen_pipeline.cli import app
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
 from qwen_pipeline_tests.codes import Packing, replace_mlps_by_codes
+from qwen_pipeline_tests.layouts import fused_copy
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen3
 
 ZERO = Path(__file__).parent / "checkpoint/trainers/zero"
@@ -56,6 +57,7 @@ class Site:
     """Sound inputs to damage.
 
     Attributes:
+        fused: A model whose projections are fused.
         padded: The output of a stage, with a manifest.
         coded: A model whose MLPs are codes of GPTQ.
         trained: Checkpoints of trainers, in pickles.
@@ -63,6 +65,7 @@ class Site:
 
     base: Path
     mixture: Path
+    fused: Path
     adapter: Path
     padded: Path
     coded: Path
@@ -81,6 +84,7 @@ def make_site(root: Path) -> Site:
     return Site(
         base=base,
         mixture=tiny_model("qwen3_moe", root / "mixture"),
+        fused=fused_copy(base, root / "fused"),
         adapter=tiny_adapter(base, root / "adapter"),
         padded=pad(source=base, destination=root / "padded", spec=PaddingSpec(group_size=32, tensor_parallel=2)).path,
         coded=replace_mlps_by_codes(Path(shutil.copytree(base, root / "coded")), Packing(method="gptq", group_size=32)),
