@@ -115,13 +115,11 @@ def _fused_tensors(checkpoint: Checkpoint) -> Iterator[_FusedTensor]:
     config = checkpoint.config
     widths: dict[int | None, dict[str, int]] = {}
     for name, spec in checkpoint.items():
+        names = parts_of(name, config)
         match = _NAME.fullmatch(name)
-        parts = _parts_of(match[3]) if match else ()
-        if not match or not parts or is_tensor_name(name, config):
+        if not names or not match:
             continue
-        names = [f"{match[1]}{part}.{match[4]}" for part in parts]
-        if not all(is_tensor_name(part, config) for part in names):
-            continue
+        parts = [part.removeprefix(match[1]).rpartition(".")[0] for part in names]
         layer = None if name.startswith(DRAFTS) else int(match[2])
         if layer not in widths:
             widths[layer] = dict(_widths(config, layer, at_most=len(checkpoint)))
@@ -139,6 +137,20 @@ def _fused_tensors(checkpoint: Checkpoint) -> Iterator[_FusedTensor]:
             parts=names,
             orders=_orders([part.rpartition(".")[2] for part in parts], sizes, config),
         )
+
+
+def parts_of(name: str, config: Config) -> list[str]:
+    """Return the names of the tensors that a fused tensor holds; none if it is not fused, or if its family stores it.
+
+    Raises:
+        InputRefused: The family is unknown.
+    """
+    match = _NAME.fullmatch(name)
+    parts = _parts_of(match[3]) if match else ()
+    if not match or not parts or is_tensor_name(name, config):
+        return []
+    names = [f"{match[1]}{part}.{match[4]}" for part in parts]
+    return names if all(is_tensor_name(part, config) for part in names) else []
 
 
 def _parts_of(module: str) -> tuple[str, ...]:

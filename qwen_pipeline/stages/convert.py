@@ -17,8 +17,9 @@ from qwen_pipeline.checkpoint.trainers.find import open_trained
 from qwen_pipeline.checkpoint.trainers.weights import TrainedWeights
 from qwen_pipeline.errors import CheckpointRefused, InputRefused, listed
 from qwen_pipeline.progress import Observe, unobserved
-from qwen_pipeline.qwen.families import declares_tied
-from qwen_pipeline.qwen.names import parse_names
+from qwen_pipeline.qwen.families import FAMILIES, declares_tied
+from qwen_pipeline.qwen.fused_weights import parts_of, split_fused
+from qwen_pipeline.qwen.names import parse_name, parse_names
 from qwen_pipeline.reports import CheckReport, CheckSpec, dump_reports
 from qwen_pipeline.transforms.lora.adapter import ADAPTER_CONFIG
 from qwen_pipeline.transforms.trained import (
@@ -231,11 +232,16 @@ def _written_report(selection: Selection, home: _Home) -> CheckReport:
 def _names_report(output: Checkpoint, home: _Home, base: Path | None) -> CheckReport:
     if home.is_adapter:
         return NAMES_KNOWN.skipped("The names of an adapter are matched to its base when it is merged.")
-    unknown = [name for name in output if part_of(name, output.config) is None]
+    config = output.config
+    is_known = config.get("model_type") in FAMILIES
+    split = [part for name in output for part in (parts_of(name, config) if is_known else []) or [name]]
+    unknown = [name for name in split if part_of(name, config) is None]
     wrong = [f"{name} is unknown" for name in unknown]
     if base and not unknown:
-        expected, found = parse_names(open_checkpoint(base)), parse_names(output)
-        wrong = [f"{expected[name]} is missing" for name in expected.keys() - found.keys()]
+        expected = parse_names(split_fused(open_checkpoint(base)).checkpoint)
+        found = {parse_name(name, config): name for name in split}
+        wrong += [f"{name} has two spellings" for name in split if found[parse_name(name, config)] != name]
+        wrong += [f"{expected[name]} is missing" for name in expected.keys() - found.keys()]
         wrong += [f"{found[name]} is not in the base" for name in found.keys() - expected.keys()]
         wrong = [each for each in sorted(wrong) if "lm_head" not in each or not declares_tied(output.config)]
     return NAMES_KNOWN.report(

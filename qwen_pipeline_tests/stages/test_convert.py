@@ -25,6 +25,7 @@ from qwen_pipeline.transforms.trained import plan_shards
 from qwen_pipeline_tests.checkpoint.trainers.test_deepspeed import ZERO
 from qwen_pipeline_tests.checkpoint.trainers.train_with_deepspeed import base_model
 from qwen_pipeline_tests.in_memory import lazy
+from qwen_pipeline_tests.layouts import fused_projections
 from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen2
 
 WEIGHTS = "model.safetensors"
@@ -151,6 +152,18 @@ def test_a_base_gives_config_and_tokenizer_and_its_names_are_compared(tmp_path: 
     report = load_reports(convert(source=file, destination=tmp_path / "less", base=model).manifest.result)[1]
     assert (report.outcome, report.measured) == ("warning", 1)
     assert "model.norm.weight is missing" in report.detail
+
+
+def test_names_of_fused_projections_are_those_of_the_layers_that_they_hold(tmp_path: Path) -> None:
+    model = tiny_qwen2(tmp_path / "model")
+    tensors = fused_projections(load_file(model / WEIGHTS))
+    torch.save(tensors, file := tmp_path / "weights.pt")
+    artifact = convert(source=file, destination=tmp_path / "out", base=model)
+    assert all(report.passed for report in load_reports(artifact.manifest.result))
+    assert set(open_checkpoint(artifact.path)) == set(tensors)
+    torch.save(load_file(model / WEIGHTS), file)
+    of_fused = convert(source=file, destination=tmp_path / "of-fused", base=artifact.path)
+    assert all(report.passed for report in load_reports(of_fused.manifest.result))
 
 
 def test_zero_with_a_base_is_a_model_of_that_base(tmp_path: Path) -> None:
