@@ -37,8 +37,9 @@ def inspect(
     """Describe any directory: what it is, who saved it, what happens to each file, and which tensors it changes.
 
     FINE_TUNE is a directory with a LoRA, with several LoRAs and an adapters.toml, or with a full model. A fine-tune
-    that cannot be merged exactly is refused with the message of merge and exit code 2. Headers alone are read: merge
-    also refuses values that are not finite, factors that are all zero, and a model that equals its base.
+    that cannot be merged exactly is refused with the message of merge and exit code 2. Headers, configs and tokenizer
+    are read, and hardly any weights: merge also refuses values that are not finite, factors that are all zero, and a
+    model that equals its base.
     """
     from qwen_pipeline.cli.inspect_views import what_table
     from qwen_pipeline.errors import PipelineError
