@@ -3,6 +3,7 @@
 ``FUZZ_EXAMPLES=10000 make test-slow`` tries as many of each kind; ``docs/security.md`` has the last figures.
 """
 
+import copy
 import functools
 import json
 import os
@@ -28,9 +29,17 @@ from qwen_pipeline.evaluation.structure.check import check_structure
 from qwen_pipeline.quantization.calibration import plot
 from qwen_pipeline.text import bounded_tokenizer
 from qwen_pipeline_tests.fuzzing.kept import KeptObject
-from qwen_pipeline_tests.fuzzing.mutate import Edits, damaged, edited_copy, file_edits, lines_of, mutated_document
+from qwen_pipeline_tests.fuzzing.mutate import (
+    VALUES,
+    Edits,
+    damaged,
+    edited_copy,
+    file_edits,
+    lines_of,
+    mutated_document,
+)
 from qwen_pipeline_tests.tiny import CHAT_TEMPLATE
-from qwen_pipeline_tests.user_inputs import MODEL_COMMANDS, Site, calibrate, make_site, run, run_on_model
+from qwen_pipeline_tests.user_inputs import CODE_COMMANDS, MODEL_COMMANDS, Site, calibrate, make_site, run, run_on_model
 
 pytestmark = pytest.mark.lengthy
 
@@ -126,14 +135,23 @@ def use_model(drawn: Any, site: Site, root: Path) -> None:
     run_on_model(command, edited_copy(sound, root / "model", edits), sound, site, root)
 
 
-def adapter(random: Random, site: Site) -> Edits:
-    return file_edits(site.adapter, sorted(path.name for path in site.adapter.iterdir()), random)
+def adapter(random: Random, site: Site) -> tuple[Path, Path, Edits]:
+    base, sound = random.choice([(site.base, site.adapter), *site.other_adapters])
+    return base, sound, file_edits(sound, sorted(path.name for path in sound.iterdir()), random)
 
 
-def use_adapter(edits: Any, site: Site, root: Path) -> None:
-    copy = edited_copy(site.adapter, root / "adapter", edits)
-    run("merge", "--base", site.base, "--adapter", copy, "--out", root / "merged")
-    run("inspect", copy, "--base", site.base)
+def use_adapter(drawn: Any, site: Site, root: Path) -> None:
+    del site
+    base, sound, edits = drawn
+    copy = edited_copy(sound, root / "adapter", edits)
+    run("merge", "--base", base, "--adapter", copy, "--out", root / "merged")
+    run("inspect", copy, "--base", base)
+
+
+def base_in_codes(random: Random, site: Site) -> tuple[Path, Edits, str]:
+    sound = random.choice(site.bases_in_codes)
+    edits = file_edits(sound, ("config.json", "model.safetensors"), random)
+    return sound, edits, random.choice(CODE_COMMANDS)
 
 
 STRAYS = (
@@ -249,6 +267,7 @@ KINDS: dict[str, tuple[Damage, Use]] = {
     "tokenizer": (tokenizer, use_tokenizer),
     "config": (config, use_model),
     "adapter": (adapter, use_adapter),
+    "base in codes": (base_in_codes, use_model),
     "directory": (directory, use_model),
     "codes": (codes, use_codes),
     "trained": (trained, use_trained),
@@ -267,6 +286,31 @@ def test_sound_input_is_taken(site: Site, tmp_path: Path) -> None:
     for verb, model in taken.items():
         (command,) = (command for command in MODEL_COMMANDS if command.startswith(verb))
         assert "error" not in run_on_model(command, model, site.base, site, tmp_path / verb)
+
+
+def places(node: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value of a document."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*above, key)
+        yield from places(value, (*above, key))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(5), ids=("gptq", "gptq_v2", "awq", "compressed-tensors", "fp8"))
+def test_every_odd_value_of_the_settings_of_codes_is_taken_or_refused(number: int, site: Site, tmp_path: Path) -> None:
+    """At random each field of a quantization_config is hit too rarely."""
+    sound, random = site.bases_in_codes[number], Random(number)
+    config = json.loads((sound / "config.json").read_bytes())
+    for path in places(config["quantization_config"], ("quantization_config",)):
+        for value in VALUES:
+            changed: Any = copy.deepcopy(config)
+            node = functools.reduce(lambda inner, key: inner[key], path[:-1], changed)
+            node[path[-1]] = value
+            edits = [("config.json", json.dumps(changed).encode())]
+            with tempfile.TemporaryDirectory(dir=tmp_path) as root:
+                use_model((sound, edits, random.choice(CODE_COMMANDS)), site, Path(root))
 
 
 @pytest.mark.timeout(7200)

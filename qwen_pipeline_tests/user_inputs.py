@@ -15,9 +15,11 @@ from typer.main import get_command
 from qwen_pipeline.cli import app
 from qwen_pipeline.qwen.padding_spec import PaddingSpec
 from qwen_pipeline.stages.pad import pad
-from qwen_pipeline_tests.codes import Packing, replace_mlps_by_codes
+from qwen_pipeline_tests.codes import METHODS, Packing, replace_mlps_by_codes
 from qwen_pipeline_tests.layouts import fused_copy
-from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen3
+from qwen_pipeline_tests.tiny import tiny_adapter, tiny_model, tiny_qwen3, tiny_tokenizer
+from qwen_pipeline_tests.tiny_heads import tiny_headed_adapter
+from qwen_pipeline_tests.transforms.codes.test_dequantize import to_fp8
 
 ZERO = Path(__file__).parent / "checkpoint/trainers/zero"
 FEW = "--samples 1 --seq-len 4"
@@ -51,6 +53,16 @@ MODEL_COMMANDS = (
 )
 """Commands that read a model in any state."""
 
+CODE_COMMANDS = (
+    "merge --base {model} --adapter {adapter} --base-dequantize --out {out}",
+    "pad --in {model} --out {out} --tp 2 --group-size 32 --base-dequantize",
+    "inspect {adapter} --base {model} --base-dequantize",
+    "repair {model} --tp 2 --out {out}",
+    "export --in {model} --out {out}",
+    "plan {model} --tp 2",
+)
+"""Commands that read a base in codes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
@@ -60,6 +72,8 @@ class Site:
         fused: A model whose projections are fused.
         padded: The output of a stage, with a manifest.
         coded: A model whose MLPs are codes of GPTQ.
+        bases_in_codes: Models in codes or 8-bit floats of each format that is read as a base.
+        other_adapters: Adapters of a classifier and of experts, each with its base.
         trained: Checkpoints of trainers, in pickles.
     """
 
@@ -69,6 +83,8 @@ class Site:
     adapter: Path
     padded: Path
     coded: Path
+    bases_in_codes: Sequence[Path]
+    other_adapters: Sequence[tuple[Path, Path]]
     trained: Sequence[Path]
     text: Path
 
@@ -88,9 +104,33 @@ def make_site(root: Path) -> Site:
         adapter=tiny_adapter(base, root / "adapter"),
         padded=pad(source=base, destination=root / "padded", spec=PaddingSpec(group_size=32, tensor_parallel=2)).path,
         coded=replace_mlps_by_codes(Path(shutil.copytree(base, root / "coded")), Packing(method="gptq", group_size=32)),
+        bases_in_codes=_bases_in_codes(base, root),
+        other_adapters=_other_adapters(base, root),
         trained=[saved, ZERO / "zero2", ZERO / "zero3-lora"],
         text=text,
     )
+
+
+def _bases_in_codes(base: Path, root: Path) -> list[Path]:
+    coded = [
+        replace_mlps_by_codes(
+            Path(shutil.copytree(base, root / f"base-in-{method}")),
+            Packing(method=method, group_size=32, sym=method != "awq"),
+        )
+        for method in METHODS
+    ]
+    return [*coded, to_fp8(Path(shutil.copytree(base, root / "base-in-fp8")))]
+
+
+def _other_adapters(base: Path, root: Path) -> list[tuple[Path, Path]]:
+    stacked = tiny_model("qwen3_moe", root / "stacked", layout="fused")
+    experts: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    classifier = tiny_headed_adapter(base, root / "classifier", "ForSequenceClassification")
+    tiny_tokenizer().save_pretrained(classifier)
+    return [(base, classifier), (stacked, tiny_adapter(stacked, root / "of-experts", **experts))]
 
 
 _COMMANDS = get_command(app)  # built once: Typer takes longer for it than most commands for their work

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from qwen_pipeline.checkpoint.files import load_json
 from qwen_pipeline.errors import CheckpointRefused, listed
@@ -11,6 +11,11 @@ from qwen_pipeline.errors import CheckpointRefused, listed
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Return whether a value of JSON is a positive integer that a size may have."""
+    return _is_count(value) and value != 0
 
 
 def _is_number(value: object) -> bool:

@@ -20,10 +20,10 @@ from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.qwen.families import Config, text_config
 from qwen_pipeline.qwen.fused import FUSED_MODULES
 from qwen_pipeline.qwen.layers import head_geometry, layer_matrices, number_of_layers
-from qwen_pipeline.qwen.names import DRAFTS, is_tensor_name, parse_name, parse_names
+from qwen_pipeline.qwen.names import DRAFTS, NUMBER, is_tensor_name, parse_name, parse_names
 
-_NAME = re.compile(r"((?:.*\.)?layers\.(\d+)\.)((?:self_attn|linear_attn|mlp)\.[\w.]+)\.(weight|bias)")
-_EXPERT = re.compile(r"mlp\.experts\.\d+\.gate_up_proj")
+_NAME = re.compile(rf"((?:.*\.)?layers\.({NUMBER})\.)((?:self_attn|linear_attn|mlp)\.[\w.]+)\.(weight|bias)")
+_EXPERT = re.compile(rf"mlp\.experts\.{NUMBER}\.gate_up_proj")
 _SAMPLED = 16
 """Rows of each matrix that are compared with the base's."""
 _CLOSER = 0.8
@@ -78,7 +78,7 @@ def split_fused(checkpoint: Checkpoint, *, like: Checkpoint | None = None) -> Sp
     Args:
         checkpoint: A full-precision checkpoint of any Qwen family, in any layout.
         like: The base, split, whose weights decide the order of rows. Without it, rows are in the usual order: q, k, v
-            and gate, up, as Transformers, vLLM and SGLang fuse them.
+            and gate, up, as vLLM, SGLang and Phi fuse them.
 
     Raises:
         InputRefused: The family is unknown, or the config lacks a size.

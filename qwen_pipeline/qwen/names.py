@@ -46,8 +46,10 @@ _CODES = (
     "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point",
     "weight_shape", "weight_g_idx",
 )  # fmt: skip
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"((?:.+\.)?)mlp\.experts\.\d+\.(gate|up|down)_proj")
+NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+"""The number of a layer, an expert or a shard in a name, as every framework writes it."""
+_LAYER = re.compile(rf"layers\.({NUMBER})\.(.+)")
+_EXPERT = re.compile(rf"((?:.+\.)?)mlp\.experts\.{NUMBER}\.(gate|up|down)_proj")
 
 _MIXERS: Mapping[str, str] = {
     "attention": "",
@@ -57,7 +59,8 @@ _MIXERS: Mapping[str, str] = {
 _QWEN4_MODULES = (
     r"|self_attn\.indexer\.(?:index_qk_proj|[qk]_layernorm)"
     r"|(?:attn|mlp)_hyper_connection\.(?:hc_norm|input_mix_weight_down|input_mix_weight_up|block_inject_weight)"
-    r"|ple\.(?:conv1d|key_proj|value_proj|norm_(?:conv|key|query)|ple_embedding\.ngram_embedding(?:\.shard_\d+)?)"
+    r"|ple\.(?:conv1d|key_proj|value_proj|norm_(?:conv|key|query)"
+    rf"|ple_embedding\.ngram_embedding(?:\.shard_{NUMBER})?)"
 )
 _PARAMETERS = re.compile(
     r"linear_attn\.(?:A_log|dt_bias)"
@@ -224,7 +227,7 @@ def _modules(mixer: Mixer, experts: bool, shared: bool) -> "Callable[[str], re.M
         r"input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\.(?:gate|up|down)_proj"
     )
     pattern += _MIXERS.get(mixer, _MIXERS["3.5"] + _QWEN4_MODULES)
-    pattern += r"|mlp\.gate|mlp\.experts\.\d+\.(?:gate|up|down)_proj" if experts else ""
+    pattern += rf"|mlp\.gate|mlp\.experts\.{NUMBER}\.(?:gate|up|down)_proj" if experts else ""
     pattern += r"|mlp\.shared_expert\.(?:gate|up|down)_proj|mlp\.shared_expert_gate" if shared else ""
     return re.compile(pattern).fullmatch
 

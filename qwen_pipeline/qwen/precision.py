@@ -15,7 +15,7 @@ KEEP = "keep"
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 FULL_BITS = 16
-_WORD = re.compile(r"(\d+)(?:g(\d+))?")
+_WORD = re.compile(r"([0-9]{1,4})(?:g([0-9]{1,9}))?")
 
 Preset = Literal["uniform", "official"]
 

@@ -77,7 +77,7 @@ def _tokens_of(name: str, file: Path) -> Iterator[tuple[str, int]]:
     try:
         for token, number in _pairs(name, content):
             yield str(token), int(number)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointRefused(
             f"{file} does not map tokens to numbers: {error!r}.", remedy="Save the tokenizer again."
         ) from error

@@ -16,7 +16,7 @@ Edits = Sequence[tuple[str, bytes | None]]
 VALUES: Sequence[Any] = (
     None, True, False, 0, 1, -1, 2, 7, 64, 2**31, 2**70, -0.5, 0.5, 1e308, float("nan"), float("inf"), "", "x", "0",
     "\ud83d", "../../x", "bfloat16", "qwen3", [], [None], ["a"], [1, 2], [[]], [{}], {}, {"a": 1}, {"type": "x"},
-    {"0": None}, 10**400, "a" * 5000, "\x00", "\x1b", {"a": {"b": [{}]}}, [[[[[]]]]], "1e308",
+    {"0": None}, 10**400, "a" * 5000, "\x00", "\x1b", "9" * 5000, {"a": {"b": [{}]}}, [[[[[]]]]], "1e308",
 )  # fmt: skip
 TOKENS: Sequence[bytes] = (
     b"\0", b"\xff", b"\xed\xa0\x80", b"\x1b[2J", b"{}", b"[]", b"null", b"true", b"1e999", b"-1", b"0", b"NaN",
@@ -26,8 +26,11 @@ TOKENS: Sequence[bytes] = (
 
 
 def mutated(data: bytes, random: Random) -> bytes:
-    """Return bytes with one to four changes; half of the time, those of a JSON document keep it one."""
+    """Return bytes with one to four changes; half of the time, those of a JSON document or header keep it one."""
     if random.random() < 0.5:
+        if header := _header(data):
+            changed = json.dumps(mutated_document(header, random)).encode()
+            return len(changed).to_bytes(8, "little") + changed + data[8 + int.from_bytes(data[:8], "little") :]
         try:
             document = json.loads(data)
         except ValueError:
@@ -35,6 +38,17 @@ def mutated(data: bytes, random: Random) -> bytes:
         else:
             return json.dumps(mutated_document(document, random)).encode()
     return damaged(data, random)
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """Return the header of a safetensors file; empty if the bytes are none."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" or end > len(data):
+        return {}
+    try:
+        return json.loads(data[8:end])
+    except ValueError:
+        return {}
 
 
 def mutated_document(document: Any, random: Random) -> Any:
@@ -95,7 +109,11 @@ def _encode(data: bytes, random: Random) -> bytes:
     return random.choice((b"", b"\xef\xbb\xbf" + data, data.decode("utf-8", "replace").encode("utf-16")))
 
 
-_KEYS = ("x", "", "\ud800", "a" * 300, "type", "text_config", "quantization_config")
+_KEYS = (
+    "x", "", "\ud800", "a" * 300, "type", "text_config", "quantization_config",
+    f"model.layers.{'9' * 5000}.mlp.up_proj.weight",
+    "model.layers.1.self_attn.qkv_proj.weight", "model.layers.00.input_layernorm.weight",
+)  # fmt: skip
 _CHANGES: Sequence[Callable[[bytes, Random], bytes]] = (
     *(2 * (_flip, _insert, _delete)), *(2 * (_repeat, _cut)), _encode
 )  # fmt: skip

@@ -70,6 +70,10 @@ def test_parsed_names() -> None:
         ("qwen3_next", "model.layers.0.linear_attn.in_proj_z.weight"),
         ("qwen3_5", "model.language_model.layers.0.linear_attn.in_proj_qkvz.weight"),
         ("qwen2_vl", "model.layers.0.mlp.gate_proj.lora_A"),
+        ("qwen2", "model.layers.00.mlp.gate_proj.weight"),
+        ("qwen2", "model.layers.\u0663.mlp.gate_proj.weight"),
+        ("qwen2", f"model.layers.{'9' * 5000}.mlp.gate_proj.weight"),
+        ("qwen3_moe", f"model.layers.0.mlp.experts.{'9' * 5000}.gate_proj.weight"),
     ],
 )
 def test_a_tensor_that_the_family_lacks_is_refused_by_name(family: str, name: str) -> None:

@@ -29,7 +29,7 @@ def test_the_first_pattern_that_is_found_counts() -> None:
     assert [str(found.read(word)) for word in ("keep", "8", "4g32")] == ["keep", "8g128", "4g32"]
 
 
-@pytest.mark.parametrize("word", ["3", "16", "4g", "4g31", "8g256", "fp4", "Keep", ""])
+@pytest.mark.parametrize("word", ["3", "16", "4g", "4g31", "8g256", "fp4", "Keep", "9" * 5000, "4g" + "9" * 5000, ""])
 def test_an_unknown_word_is_refused(word: str) -> None:
     with pytest.raises(InputRefused, match=f"precision {word!r}"):
         rules(a=word).require_valid()

@@ -42,8 +42,8 @@ def test_tokens_of_all_files_count(tmp_path: Path) -> None:
 
 
 UNREADABLE = (
-    "{", "[]", '{"model": 5}', '{"model": {"vocab": {"a": "x"}}}', '{"model": {"vocab": [1]}}',
-    '{"added_tokens": [{}]}',
+    "{", "[]", '{"model": 5}', '{"model": {"vocab": {"a": "x"}}}', '{"model": {"vocab": {"a": 1e999}}}',
+    '{"model": {"vocab": [1]}}', '{"added_tokens": [{}]}',
 )  # fmt: skip
 
 

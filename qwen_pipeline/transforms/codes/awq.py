@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from qwen_pipeline.checkpoint.config_types import is_size
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.gptq import GptqFormat, PackedLinear, in_order, pack_rows, unpack_rows
@@ -82,10 +83,10 @@ def awq_format(settings: Mapping[str, Any]) -> AwqFormat:
     bits = settings.get("bits", settings.get("w_bit"))
     group_size = settings.get("group_size", settings.get("q_group_size"))
     layout = str(settings.get("version", settings.get("format", "gemm"))).lower()
-    if bits != BITS or layout != "gemm" or not isinstance(group_size, int):
+    if bits != BITS or layout != "gemm" or not is_size(group_size):
         raise CheckpointRefused(
-            f"The AWQ codes have bits {bits!r}, group_size {group_size!r} and layout {layout!r}; expected {BITS}, an"
-            " integer and 'gemm'.",
+            f"The AWQ codes have bits {bits!r}, group_size {group_size!r} and layout {layout!r}; expected {BITS}, a"
+            " positive integer and 'gemm'.",
             remedy="Convert the checkpoint to AWQ's gemm layout with the tool that made it.",
         )
     return AwqFormat(group_size=group_size, zero_point=bool(settings.get("zero_point", True)))

@@ -111,7 +111,7 @@ def _state(checkpoint: Checkpoint, name: str) -> _State:
             nested=(int(settings["nested_blocksize"]), float(settings["nested_offset"])) if is_nested else None,
         )
         _require_sizes(state)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointRefused(
             f"{name} is in 4-bit codes of bitsandbytes, but what restores it is damaged or missing: {error!r}.",
             remedy="Fetch the checkpoint again, or use the full-precision model that it was made from.",

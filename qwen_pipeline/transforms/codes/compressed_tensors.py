@@ -12,6 +12,7 @@ from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.config_types import is_size
 from qwen_pipeline.checkpoint.lazy import Checkpoint
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.transforms.codes.gptq import PACKED_BITS, GptqFormat, PackedLinear, in_order
@@ -107,14 +108,14 @@ def compressed_format(settings: Mapping[str, Any]) -> CompressedFormat:
         CheckpointRefused: The format is not ``pack-quantized``, there is no scheme, or one has weights that are not
             integers of 4 or 8 bits in groups; or schemes differ in symmetry or order.
     """
-    groups = cast("Mapping[str, Any]", settings.get("config_groups") or {})
-    schemes = [cast("Mapping[str, Any]", scheme.get("weights") or {}) for scheme in groups.values()]
+    groups = _mapping(settings.get("config_groups"))
+    schemes = [_mapping(_mapping(scheme).get("weights")) for scheme in groups.values()]
     scheme = schemes[0] if schemes else {}
     unread = next((each for each in schemes if not _is_read(each, like=scheme)), scheme)
     found = {
         "format": settings.get("format"),
         "schemes": len(schemes),
-        **{name: unread.get(name) for name in ("num_bits", "type", "strategy")},
+        **{name: unread.get(name) for name in ("num_bits", "type", "strategy", "group_size")},
     }
     if found["format"] != "pack-quantized" or not schemes or not _is_read(unread, like=scheme):
         raise CheckpointRefused(
@@ -124,7 +125,7 @@ def compressed_format(settings: Mapping[str, Any]) -> CompressedFormat:
         )
     return CompressedFormat(
         bits=int(scheme["num_bits"]),
-        group_size=int(scheme["group_size"]),
+        group_size=scheme["group_size"],
         symmetric=bool(scheme.get("symmetric", True)),
         desc_act=scheme.get("actorder") in (True, "group"),
     )
@@ -134,4 +135,10 @@ def _is_read(scheme: Mapping[str, Any], *, like: Mapping[str, Any]) -> bool:
     """Return whether a scheme has codes that are read here, in the same way as those of another scheme."""
     alike = all(scheme.get(name) == like.get(name) for name in ("symmetric", "actorder"))
     is_packed = scheme.get("num_bits") in PACKED_BITS and scheme.get("type") == "int"
-    return alike and is_packed and scheme.get("strategy") == "group"
+    has_groups = is_size(scheme.get("group_size")) and scheme.get("strategy") == "group"
+    return alike and is_packed and has_groups
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """Return a value of a config that should be an object; an empty one if it is not."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}

@@ -9,8 +9,9 @@ an axis in front of both.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from qwen_pipeline.checkpoint.config_types import is_size
 from qwen_pipeline.checkpoint.lazy import Checkpoint, LazyTensor
 from qwen_pipeline.errors import CheckpointRefused
 
@@ -86,11 +87,15 @@ def _grid(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, ...] | None:
 
 def _block(shape: Sequence[int], grid: Sequence[int], stated: Any) -> tuple[int, int] | None:
     """Return the rows and columns of a block, those that the config states if they give this grid."""
-    sides = shape[-2:]
-    if isinstance(stated, (list, tuple)) and len(stated) == 2:
-        block = (int(stated[0]), int(stated[1]))
-        if tuple(ceil(side / size) for side, size in zip(sides, block, strict=True)) == tuple(grid[-2:]):
-            return block
-    if any(side % parts for side, parts in zip(sides, grid[-2:], strict=True)):
+    sides, parts = tuple(shape[-2:]), tuple(grid[-2:])
+    if 0 in (*sides, *parts):
         return None
-    return sides[0] // grid[-2], sides[1] // grid[-1]
+    sizes = cast("list[object]", stated) if isinstance(stated, list) else []
+    block = [min(size, side) for size, side in zip(sizes, sides, strict=False) if is_size(size)]
+    if len(sizes) == len(block) == 2 and all(
+        ceil(side / size) == n for side, size, n in zip(sides, block, parts, strict=True)
+    ):
+        return block[0], block[1]
+    if any(side % number for side, number in zip(sides, parts, strict=True)):
+        return None
+    return sides[0] // parts[0], sides[1] // parts[1]
