@@ -281,7 +281,7 @@ def test_sound_input_is_taken(site: Site, tmp_path: Path) -> None:
     text.write_text("\n".join(map(json.dumps, SEEDS)))
     assert "error" not in calibrate(site.base, text, tmp_path)
     assert "error" not in run("merge", "--base", site.base, "--adapter", site.adapter, "--out", tmp_path / "merged")
-    assert "error" not in run("convert", "--from", site.trained[1], "--base", site.base, "--out", tmp_path / "whole")
+    assert "error" not in run("convert", "--from", site.trained[2], "--base", site.base, "--out", tmp_path / "whole")
     taken = {"unpad": site.padded, "plan": site.base, "export": site.coded, "audit show": site.padded}
     for verb, model in taken.items():
         (command,) = (command for command in MODEL_COMMANDS if command.startswith(verb))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_saver import save
 from typer.main import get_command
 
 from qwen_pipeline.cli import app
@@ -97,6 +98,8 @@ def make_site(root: Path) -> Site:
     shutil.copytree(base, saved)
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
+    save({"model": load_file(base / "model.safetensors")}, checkpoint_id=root / "distributed", no_dist=True)
+    shutil.copy(base / "config.json", root / "distributed")
     return Site(
         base=base,
         mixture=tiny_model("qwen3_moe", root / "mixture"),
@@ -106,7 +109,7 @@ def make_site(root: Path) -> Site:
         coded=replace_mlps_by_codes(Path(shutil.copytree(base, root / "coded")), Packing(method="gptq", group_size=32)),
         bases_in_codes=_bases_in_codes(base, root),
         other_adapters=_other_adapters(base, root),
-        trained=[saved, ZERO / "zero2", ZERO / "zero3-lora"],
+        trained=[saved, root / "distributed", ZERO / "zero2", ZERO / "zero3-lora"],
         text=text,
     )
 
