@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def printed(result: CommandResult) -> str:
     console = Console(record=True, file=StringIO(), width=120)
     for part in result.view:
-        console.print(part)
+        console.print(part, markup=False)
     return console.export_text()
 
 
@@ -100,6 +100,21 @@ def test_what_the_weights_settle_is_shown(base: Path, tmp_path: Path) -> None:
     assert f"Settled by the stored weights: {expected}." in printed(inspect(tuned, base=base))
     adapter = tiny_adapter(base, tmp_path / "adapter")
     assert inspect(adapter, base=tuned).data["settled"] == [f"in the base, {expected}"]
+
+
+def test_the_reason_and_the_remedy_of_the_inbox_are_shown(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    _settings(base_model_name_or_path="other/name")(adapter)
+    file = tmp_path / "qwen_pipeline.toml"
+    file.write_text(f'[bases.one]\nmodel = "{base}"\n[bases.two]\nmodel = "two"\n')
+    monkeypatch.setenv("QWEN_PIPELINE_CONFIG", str(file))
+    seen = " ".join(printed(inspect(adapter)).split())
+    assert "In the inbox it would be quarantined: It is an adapter of 'other/name'" in seen
+    assert f"Add the base to {file}, in a section [bases.NAME]" in seen
+    file.write_text(f'[bases.one]\nmodel = "{base}"\nnames = ["other/*"]\n[bases.two]\nmodel = "two"\n')
+    assert "In the inbox it becomes: adapter." in printed(inspect(adapter))
 
 
 def test_a_full_model(base: Path, tmp_path: Path) -> None:
