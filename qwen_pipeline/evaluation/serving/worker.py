@@ -46,6 +46,7 @@ ANSWER_SECONDS = 600
 STOP_SECONDS = 20
 _PREFIX = re.compile(r"^\(.*?\] ")
 """The prefix of vLLM's log lines: process, level, time and source."""
+_WARNING = re.compile(r"^\(\w+ pid=\d+\) WARNING ")
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception)(?P<message>: .+)?")
 
 
@@ -197,9 +198,12 @@ def _token_id(name: str) -> int:
 
 
 def _cause(log: Path) -> str | None:
-    """Return the first exception in the log, which causes later ones; without a message, the line before is added."""
-    before = ""
-    for line in (_PREFIX.sub("", each) for each in log.read_text(errors="replace").splitlines()):
+    """Return the first exception in the log, which causes later ones; without a message, the line before is added.
+
+    An exception in a warning, such as that of a request to warm up, ended nothing.
+    """
+    before, lines = "", log.read_text(errors="replace").splitlines()
+    for line in (_PREFIX.sub("", each) for each in lines if not _WARNING.match(each)):
         if found := _EXCEPTION.fullmatch(line):
             return (line if found["message"] else f"{line} ({before})")[:600]
         before = line.strip(" ^~") or before

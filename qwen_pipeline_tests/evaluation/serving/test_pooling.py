@@ -20,6 +20,8 @@ from qwen_pipeline_tests.tiny import tiny_model
 from qwen_pipeline_tests.tiny_heads import Head, as_sentence_transformer, load_headed, tiny_headed
 
 TEXTS = [[(7 * number + step * step) % 200 + 5 for step in range(12)] for number in range(16)]
+HEADS: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
+"""The smallest heads that vLLM's attention has on a CPU."""
 CLOSE = Limits(max_head_error=0.05, min_label_agreement=1, min_reward_order=0.95, min_embedding_cosine=0.999)
 """Limits for the same weights, in 16 bits in vLLM and in float32 in Transformers."""
 
@@ -62,7 +64,7 @@ def test_vllm_reads_every_field_of_a_request(tmp_path: Path) -> None:
     ],
 )
 def test_vllm_computes_the_outputs_of_transformers(tmp_path: Path, family: str, head: Head, labels: int) -> None:
-    base = tiny_model(family, tmp_path / "base", tie=True)
+    base = tiny_model(family, tmp_path / "base", tie=True, **HEADS)
     root = tiny_headed(base, tmp_path / "model", head, labels=labels)
     if head == "Model":
         as_sentence_transformer(root, pooling="mean", normalize=False)
@@ -74,7 +76,7 @@ def test_vllm_computes_the_outputs_of_transformers(tmp_path: Path, family: str, 
 @pytest.mark.serve
 @pytest.mark.timeout(600)
 def test_vllm_computes_outputs_from_codes_or_the_check_is_skipped(tmp_path: Path) -> None:
-    base = tiny_model("qwen3", tmp_path / "base", tie=True)
+    base = tiny_model("qwen3", tmp_path / "base", tie=True, **HEADS)
     root = tiny_headed(base, tmp_path / "model", "ForSequenceClassification")
     replace_mlps_by_codes(root, Packing(method="gptq", group_size=32))
     task = task_of(open_checkpoint(root))
