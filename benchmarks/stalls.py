@@ -1,7 +1,7 @@
 """Time that the threads of one pass spend in each step: ``python -m benchmarks.stalls BASE ADAPTER OUT``.
 
 Seconds are added up over threads, each step without the steps within it. The difference between wall clock and
-processor time is waiting: for the disk, for a file's lock, for its turn, or for Python's lock.
+processor time is waiting: for the disk, for a file's lock, for its turn, or for the GIL.
 """
 
 import argparse

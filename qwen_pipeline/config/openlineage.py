@@ -15,7 +15,7 @@ class OpenLineage(Section):
             none.
         endpoint: Path below the address.
         file: A file that events are appended to, one JSON object a line.
-        namespace: Of jobs and datasets.
+        namespace: Namespace of jobs and datasets.
     """
 
     url: Annotated[str | None, Field(pattern=r"^https?://\S+$")] = None

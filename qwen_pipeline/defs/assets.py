@@ -179,8 +179,8 @@ def padded_checkpoint(
 ) -> dg.MaterializeResult:
     """The merged checkpoint with wider MLPs, so that every tensor-parallel rank gets whole quantization groups.
 
-    The new channels are zero, so the model computes the same function. Padding must come **before** quantization:
-    packed codes and scales cannot be widened freely.
+    The new channels are halves of existing ones or zeros (`padding.layout`), so the model computes the same function.
+    Padding must come **before** quantization: packed codes and scales cannot be widened freely.
     """
     with steps.run(context) as observe:
         config = settings.of_product(workspace, context)

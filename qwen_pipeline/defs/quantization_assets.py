@@ -97,8 +97,7 @@ def quantized_checkpoint(
     """The padded checkpoint with the weights of its linear layers as GPTQ codes and scales, or as 8-bit floats.
 
     GPTQ's quantizer runs in a process and a Python environment of its own; 8-bit floats (`quantization.method`) need
-    neither it nor calibration tokens. Steps that use the GPU share the pool `gpu`, so
-    that one runs at a time.
+    neither it nor calibration tokens. Steps that use the GPU share the pool `gpu`, so that one runs at a time.
     """
     with steps.run(context) as observe:
         config = settings.of_product(workspace, context)

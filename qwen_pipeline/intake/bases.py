@@ -36,7 +36,7 @@ _BASE_IN_CARD = re.compile(r"^base_model:\s*(?:-\s*)?([^\s\[\]]+)\s*$", re.MULTI
 
 
 def known_bases(settings: Settings) -> dict[str, KnownBase]:
-    """Return the bases of the settings by their names; nothing is downloaded, so that a directory may not exist."""
+    """Return the bases of the settings by their names; nothing is downloaded, so a directory may be missing."""
     return {name: _known(settings_of(settings, None, base=name or None)) for name in settings.bases or [ONLY]}
 
 
@@ -57,7 +57,7 @@ def choose_base(settings: Settings, name: str, root: Path, bases: Mapping[str, K
         settings: The settings, with one base or several.
         name: The fine-tune's name.
         root: Its directory.
-        bases: Their :func:`known_bases`, if they are known already.
+        bases: The :func:`known_bases` of the settings, if they are known already.
 
     Raises:
         InputRefused: The fine-tune cannot be opened, or it fits none of the bases or several.
@@ -110,7 +110,7 @@ def _is_trained_on(base: KnownBase, adapters: AdapterSet) -> bool:
 
 
 def _was_padded_from(padded: PaddedModel, base: KnownBase) -> bool:
-    """Return whether a checkpoint was padded from a base; by its config alone, if the base's digest is not known."""
+    """Return whether a checkpoint was padded from a base; by its config alone if the base's digest is unknown."""
     if padded.live_digest and (digest := known_digest(base.root)):
         return padded.live_digest == digest
     return padded.live_config is not None and _agree(
@@ -140,7 +140,7 @@ def _downloaded_config(name: str, revision: str | None) -> Mapping[str, Any] | N
 
 
 def _agree(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None, fields: tuple[str, ...]) -> bool:
-    """Return whether two configs agree in some fields; one that is not known may."""
+    """Return whether two configs agree in some fields; an unknown one agrees with any."""
     return theirs is None or all(config_values(ours, field) == config_values(theirs, field) for field in fields)
 
 

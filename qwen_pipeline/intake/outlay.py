@@ -18,7 +18,7 @@ from qwen_pipeline.qwen.tensor_parallel.plan import quantized_bytes, weight_coun
 from qwen_pipeline.stages.merge_pad import estimate_resources
 
 COPIES = 2
-"""Quantized checkpoints at a time: the codes and their packed form, and later the latter and the release."""
+"""Quantized checkpoints that exist at once: codes and their packed form, later the packed form and the release."""
 _BLOCK = 512
 
 
@@ -43,7 +43,7 @@ class Outlays:
     known: dict[tuple[str, str | None], Outlay] = field(default_factory=dict[tuple[str, str | None], Outlay])
 
     def of(self, key: str) -> Outlay:
-        """Return the outlay of a product; nothing if its base is not here or not known."""
+        """Return the outlay of a product; an empty one if its base is not here or not known."""
         try:
             own = settings_of_product(self.settings, key)
             pair = base_model_name(own), product(key).recipe
@@ -55,7 +55,7 @@ class Outlays:
 
 
 def estimate(settings: Settings) -> Outlay:
-    """Return the outlay of a product with these settings; nothing if the weights of its base are not here.
+    """Return the outlay of a product with these settings; an empty one if the weights of its base are not here.
 
     Raises:
         InputRefused: No base is set, or it cannot be opened.

@@ -1,7 +1,7 @@
 """The placement of an upload: its base and its products, or the reason why it is not taken.
 
-Only headers and configs are read, so that a sensor can judge an upload of any size. What is refused here would be
-refused by its run: it is quarantined instead, with the same reason, and judged again when it or the settings change.
+Only headers and configs are read, so that a sensor can judge an upload of any size. An upload that its run would refuse
+is quarantined instead, with the same reason, and judged again when it or the settings change.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from qwen_pipeline.stages import merge, repair
 
 State = Literal["incomplete", "quarantined", "placed"]
 Inflow = Literal["fine_tunes", "imports"]
-"""What arrives: fine-tunes in the inbox, or checkpoints that were quantized elsewhere."""
+"""Kind of the uploads: fine-tunes in the inbox, or checkpoints that were quantized elsewhere."""
 VERSION = 3
 """Raised when uploads that were judged before have to be judged again."""
 
@@ -55,7 +55,7 @@ def place(settings: Settings, arrival: Arrival, bases: Mapping[str, KnownBase] |
     Args:
         settings: All settings.
         arrival: The upload.
-        bases: Their :func:`known_bases`, if they are known already.
+        bases: The :func:`known_bases` of the settings, if they are known already.
     """
     return _judge(arrival, lambda: _place(settings, arrival, bases or known_bases(settings)))
 

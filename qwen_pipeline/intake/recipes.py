@@ -21,7 +21,7 @@ def products_of(settings: Settings, name: str, *, base: str, root: Path) -> list
     that matches the name; or else the setting ``default_recipes``; or else the settings at the top level.
 
     Raises:
-        InputRefused: The file asks for recipes that there are not, or that are not for its base.
+        InputRefused: The file asks for recipes that do not exist, or that are not for its base.
     """
     chosen = chosen_recipes(root) if settings.uploads_choose_recipes else []
     for each in chosen:

@@ -25,7 +25,7 @@ from qwen_pipeline.models.open import fine_tune_digest
 
 RECORDS: Mapping[Inflow, str] = {"fine_tunes": "intake.json", "imports": "imports.json"}
 IMPORTS_PREFIX = "imports/"
-"""What the name of a quarantined import begins with where it stands among fine-tunes."""
+"""Prefix of a quarantined import's name in a list with fine-tunes."""
 INCOMPLETE_SECONDS = 600
 """Seconds without a change after which an incomplete upload counts as quarantined: it will not complete itself."""
 
@@ -36,7 +36,8 @@ class Judged:
 
     Attributes:
         fingerprint: Its files at that time.
-        rules: The settings at that time.
+        rules: Digest of the settings that placements depended on at that time.
+        placement: The judgement.
         since: Unix time since when it has been so, with the same reason.
         digest: Its content digest, once it was needed.
     """

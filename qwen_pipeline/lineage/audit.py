@@ -2,7 +2,7 @@
 
 Parents are found by content digest, never by name. A parent without bytes is a claim; if the step that made it is
 recorded and its own inputs are here, it was dropped, and can be rebuilt. The version that a validation compared with is
-no parent: it is named, and compared with its manifest, but what is behind it is no part of the chain.
+not a parent: it is named, and compared with its manifest, but its own inputs are not part of the chain.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class Node:
     Attributes:
         digest: Its content digest, as the stage that used it recorded it.
         name: The stage that made it, or its role as an input.
-        inputs: Role -> content digest; empty of what no stage made, and of what nothing records.
+        inputs: Role -> content digest; empty for what no stage made, or whose inputs nothing records.
         path: Where its bytes are, if they are here.
         detail: What was compared, or why it is no more than a claim.
         is_compared: Whether it is an earlier version that the validation compared with, and no part of the chain.

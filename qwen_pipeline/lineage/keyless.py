@@ -45,7 +45,7 @@ def keyless() -> Generator[KeylessKey]:
     """Yield a key for the account of this machine's OpenID Connect token; no browser is opened.
 
     Raises:
-        InputRefused: There is no token, or it is none.
+        InputRefused: There is no token, or Sigstore does not accept it.
         EnvironmentFault: ``sigstore`` is not installed, or its services cannot be reached.
     """
     try:

@@ -113,7 +113,7 @@ def store_of(root: Path) -> Path | None:
 
 
 def misplaced(record: Record) -> str:
-    """Return how a directory of a store is not what a stage left there: by its name, or by a link among its files.
+    """Return how a directory of a store differs from what a stage left there, in its name or by a link; else empty.
 
     A directory elsewhere, such as a cache of the hub, may have links: its files count as what they lead to.
     """

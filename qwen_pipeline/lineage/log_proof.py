@@ -71,7 +71,7 @@ def open_log(store: Path) -> StoreLog:
 
 
 def _lost_end(entries: Sequence[Entry], stated: tuple[int, str] | None) -> str:
-    """Return how the end of a log is not the stated one."""
+    """Return how the end of a log differs from the stated one; empty if it does not."""
     number, digest = stated or (0, "")
     if number > len(entries):
         return f"{HEAD} states {number} lines, {LOG} has {len(entries)}: lines were removed"

@@ -29,9 +29,9 @@ def events_of(record: Record, name: str, inputs: Mapping[str, str], namespace: s
 
     Args:
         record: The manifest of the output.
-        name: Of the output's dataset.
+        name: Name of the output's dataset.
         inputs: Content digest -> name of the dataset of each input that a stage made; others are called by their role.
-        namespace: Of jobs and datasets.
+        namespace: Namespace of jobs and datasets.
     """
     from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import job_type_job

@@ -34,7 +34,7 @@ class Signs(Protocol):
     """A key that signs in-toto Statements.
 
     Attributes:
-        keyid: Names it in the store's log.
+        keyid: Its identifier in the store's log.
     """
 
     @property
@@ -81,7 +81,7 @@ def sign_release(root: Path, key: Signs, *, compared: bool = False) -> bool:
 
     Args:
         root: The release.
-        key: Signs.
+        key: The signer's key.
         compared: Whether its files were compared with its manifest just now. If not, every byte is read.
 
     Raises:

@@ -37,7 +37,7 @@ class Statement:
         product: Name of the fine-tune, or ``<fine-tune>@<recipe>``.
         release: ``published/<fine-tune>/<key>``.
         digest: Content digest of the release.
-        manifest_sha256: Of its manifest.
+        manifest_sha256: Hex SHA-256 of its manifest.
         pointer: The pointer that moved; empty of other events.
         before: The release that the pointer led to before; empty if there was none.
         reason: In the words of the person.
@@ -45,7 +45,7 @@ class Statement:
         through: The command, sensor or job.
         time: ISO 8601 in UTC.
         line: Number of its line in the log.
-        keyid: Of the key that its signature names; empty if it is not signed. Nothing is verified.
+        keyid: Id of the key that its signature names; empty if it is not signed. Nothing is verified.
         fault: Why it does not count; empty if it does.
     """
 
@@ -88,7 +88,7 @@ def state(
         product: Name of the fine-tune, or ``<fine-tune>@<recipe>``.
         reason: In the words of the person.
         by: Name of the person; by default the account.
-        key: Signs the statement.
+        key: The key that signs the statement; None: it is not signed.
         move: ``pointer`` and ``before``, of a move.
     """
     name = path_of(release.root)

@@ -35,7 +35,7 @@ class Entry:
         event: ``finished``, ``materialized``, ``signed``, ``recalled`` or ``dropped``; of a statement about a release
             ``approved``, ``revoked`` or ``pointed``.
         path: ``<stage>/<fine-tune>/<key>`` of the directory, the digest that was recalled, or the pointer that moved.
-        manifest_sha256: Of the directory's manifest; empty of a recall.
+        manifest_sha256: Hex SHA-256 of the directory's manifest; empty for a recall.
         detail: The signer's key id, the reason of a recall, the rule by which it was dropped, or the statement.
         previous: Hex SHA-256 of the line before, without its end.
         digest: Hex SHA-256 of this line; not part of it.

@@ -1,6 +1,6 @@
 """Hashing of many files at the speed of the disk: a thread for each core, largest files first, each byte read once.
 
-Both hashes release Python's lock. A file whose SHA-256 is stated is read from its beginning to its end; a shard whose
+Both hashes release the GIL. A file whose SHA-256 is stated is read from its beginning to its end; a shard whose
 tensors alone have digests is divided, so that all cores can hash one shard.
 """
 
@@ -35,8 +35,8 @@ class FileHash:
     """The digests of one file.
 
     Attributes:
-        sha256: Of the whole file; None if only its header and tensors were to be hashed.
-        header_sha256: Of the length prefix and the header of a safetensors file; None of other files.
+        sha256: SHA-256 of the whole file; None if only its header and tensors were to be hashed.
+        header_sha256: SHA-256 of the length prefix and header of a safetensors file; None for others.
         tensors: Every tensor of a safetensors file; empty without ``blake3``.
     """
 

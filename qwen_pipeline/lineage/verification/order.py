@@ -62,7 +62,7 @@ def prove_release(release: Record, candidate: str, *, verdict: Verdict) -> list[
     Args:
         release: The manifest of the release.
         candidate: The content digest that its validation report is about.
-        verdict: Of statements that hold.
+        verdict: Verdict on the statements that hold.
     """
     stated, found = release.step.inputs, released_digests(release)
     findings: list[Finding] = []

@@ -94,7 +94,7 @@ def apply_policy(
         policy: The policy.
         checks: The reports of the validation.
         steps: The steps that the release records, its own among them.
-        verdict: Of demands that are met.
+        verdict: Verdict on the demands that are met.
     """
     return [
         *_check_findings(policy, {str(check.get("name")): check for check in checks}, verdict),

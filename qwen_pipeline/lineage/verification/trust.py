@@ -28,7 +28,7 @@ class Authority:
 
     Attributes:
         name: The signer's name in a policy, or the file.
-        certificates: Of the authority; a chain has to end at one of them.
+        certificates: The authority's own; a chain has to end at one of them.
         subject: Subject (``CN=release,O=Acme``), e-mail address, URI or host name that the signer's certificate must
             have; empty: any.
     """
@@ -166,8 +166,8 @@ def _chain(certificates: Sequence[Mapping[str, Any]]) -> list["Certificate"]:
 def _leads_to(chain: Sequence["Certificate"], anchors: Sequence["Certificate"]) -> bool:
     """Return whether the first certificate may sign, and each is issued by the next one, up to an anchor.
 
-    As with OpenSSF's verifier, they must have been valid when the first one began to be: a release outlives its
-    signer's certificate. Revocation lists are not read.
+    As with OpenSSF's verifier, all must have been valid at the beginning of the first one's validity, not now: a
+    release outlives its signer's certificate. Revocation lists are not read.
     """
     leaf, *others = chain
     at, current = leaf.not_valid_before_utc, leaf

@@ -32,7 +32,7 @@ class Verification:
     """The findings about one directory.
 
     Attributes:
-        content_digest: Of the release; None if its manifest cannot be read.
+        content_digest: Content digest of the release; None if its manifest cannot be read.
         signer: Name of the key that signed it, if a trusted one did.
         files: Number of files that were read.
         nbytes: Their size.
