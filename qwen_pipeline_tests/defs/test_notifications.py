@@ -65,7 +65,7 @@ def test_a_fault_names_the_address_without_its_secret(hook: Webhook, monkeypatch
         send(MESSAGE, Notify(urls=("nosuchservice://hunter2secret",)))
 
 
-def test_a_failed_run_is_told_once_with_its_reason_and_again_if_nobody_heard(site: Site, hook: Webhook) -> None:
+def test_a_failed_run_is_reported_once_with_its_reason_and_again_if_sending_failed(site: Site, hook: Webhook) -> None:
     site.configure(f'\n[notify]\nurls = ["json://127.0.0.1:{hook.port}/"]\nmin_free_gb = 0\n')
     notify = site.settings.notify
     assert notification_sensor(notify).name in {sensor.name for sensor in code_location(site.settings).sensors or ()}
@@ -87,7 +87,7 @@ def test_a_failed_run_is_told_once_with_its_reason_and_again_if_nobody_heard(sit
     assert "Dependencies" not in post["message"]
 
 
-def test_a_disk_that_is_nearly_full_is_told_once_until_there_is_space(site: Site, hook: Webhook) -> None:
+def test_a_disk_that_is_nearly_full_is_reported_once_until_there_is_space(site: Site, hook: Webhook) -> None:
     full, roomy = (Notify(urls=(f"json://127.0.0.1:{hook.port}/",), min_free_gb=size) for size in (1e9, 0))
     cursor = None
     for notify in (full, full, roomy, full):
@@ -95,7 +95,7 @@ def test_a_disk_that_is_nearly_full_is_told_once_until_there_is_space(site: Site
     assert [title.partition(" has ")[0] for title in hook.titles] == [f"The disk of {site.settings.store_root}"] * 2
 
 
-def test_an_upload_that_is_quarantined_is_told_once_with_its_reason(site: Site, hook: Webhook) -> None:
+def test_an_upload_that_is_quarantined_is_reported_once_with_its_reason(site: Site, hook: Webhook) -> None:
     notify = Notify(urls=(f"json://127.0.0.1:{hook.port}/",), min_free_gb=0)
     _, cursor = tick(site, notify, None)
     upload = site.inbox.root / FINE_TUNE

@@ -1,4 +1,4 @@
-"""Deeds against a store: each changes one thing that an audit has to find, or nothing that it may complain about."""
+"""Changes to a store: each is one that an audit has to find, or a harmless one that it must not complain about."""
 
 import base64
 import hashlib
@@ -31,13 +31,13 @@ STAGES = ("padded", "quantized", "validated", "published")
 
 @dataclass(frozen=True)
 class Tampered:
-    """What was done to a store, and a word that the audit must name.
+    """A change that was made to a store, and a word that the audit must name.
 
     Attributes:
         signers: Who is trusted, if it is not the key of the chain.
     """
 
-    deed: str
+    change: str
     named: str
     signers: Sequence[Signer] = ()
 
@@ -228,7 +228,7 @@ def edit_log(chained: Chained, draw: st.DrawFn) -> Tampered:
     lines = path.read_bytes().splitlines(keepends=True)
     place = draw(st.integers(0, len(lines) - 1))
     changed = json.loads(lines[place]) | {"time": "2020-01-01T00:00:00+00:00"}
-    match deed := draw(st.sampled_from(["remove", "repeat", "change", "cut"])):
+    match change := draw(st.sampled_from(["remove", "repeat", "change", "cut"])):
         case "remove":
             del lines[place]
         case "repeat":
@@ -238,7 +238,7 @@ def edit_log(chained: Chained, draw: st.DrawFn) -> Tampered:
         case _:
             del lines[place:]
     path.write_bytes(b"".join(lines))
-    return Tampered(f"{deed} line {place + 1} of {path}", log.LOG)
+    return Tampered(f"{change} line {place + 1} of {path}", log.LOG)
 
 
 def delete_parent(chained: Chained, draw: st.DrawFn) -> Tampered:
@@ -324,7 +324,7 @@ def swap_certificate(chained: Chained, draw: st.DrawFn) -> Tampered:
     return Tampered(f"the certificate of {other}", "model.sig", signers=[trusted])
 
 
-DEEDS: tuple[Callable[[Chained, st.DrawFn], Tampered], ...] = (
+TAMPERINGS: tuple[Callable[[Chained, st.DrawFn], Tampered], ...] = (
     flip_bit,
     flip_bit,
     swap_files,
@@ -361,7 +361,7 @@ def add_folder(chained: Chained, draw: st.DrawFn) -> None:
     (chained.output(draw(st.sampled_from(STAGES))) / "empty").mkdir()
 
 
-def state_something(chained: Chained, draw: st.DrawFn) -> None:
+def add_statements(chained: Chained, draw: st.DrawFn) -> None:
     """Move a pointer and approve or revoke the release, with the key, and recall something else."""
     key = load_key(chained.key)
     move(chained.store, NAME, draw(st.sampled_from(["candidate", "production"])), chained.release, reason="a", key=key)
@@ -391,7 +391,7 @@ def interrupt(chained: Chained, draw: st.DrawFn) -> None:
 HARMLESS: tuple[Callable[[Chained, st.DrawFn], None], ...] = (
     touch,
     add_folder,
-    state_something,
+    add_statements,
     add_release,
     sign_again,
     interrupt,

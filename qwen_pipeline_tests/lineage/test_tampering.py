@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwen_pipeline.errors import CheckpointRefused
 from qwen_pipeline.lineage.verification.trust import Signer
 from qwen_pipeline_tests.lineage.chained import Chained
-from qwen_pipeline_tests.lineage.deeds import DEEDS, HARMLESS, STAGES, Tampered
+from qwen_pipeline_tests.lineage.tampering import HARMLESS, STAGES, TAMPERINGS, Tampered
 
 FEW, MANY = 24, int(os.environ.get("FUZZ_EXAMPLES", "60"))
 """Changes in ``make test``, and in ``make test-slow`` if the variable does not say otherwise."""
@@ -40,14 +40,14 @@ def examples(number: int) -> settings:
 @pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_every_change_is_found_and_named(chained: Chained, tmp_path: Path, number: int) -> None:
     @examples(number)
-    @given(data=st.data(), deed=st.sampled_from(DEEDS))
-    def tamper(data: st.DataObject, deed: Callable[[Chained, st.DrawFn], Tampered]) -> None:
+    @given(data=st.data(), change=st.sampled_from(TAMPERINGS))
+    def tamper(data: st.DataObject, change: Callable[[Chained, st.DrawFn], Tampered]) -> None:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         copy = chained.copy(tmp_path / "copy")
-        tampered = deed(copy, data.draw)  # pyright: ignore[reportArgumentType]
+        tampered = change(copy, data.draw)  # pyright: ignore[reportArgumentType]
         found = complaints(copy, tampered.signers)
-        assert found, tampered.deed
-        assert tampered.named in found, tampered.deed
+        assert found, tampered.change
+        assert tampered.named in found, tampered.change
 
     assert not complaints(chained)
     tamper()
@@ -55,15 +55,15 @@ def test_every_change_is_found_and_named(chained: Chained, tmp_path: Path, numbe
 
 @pytest.mark.parametrize("number", [FEW // 4, pytest.param(MANY // 4, marks=pytest.mark.slow)])
 def test_nothing_else_is_complained_about(chained: Chained, tmp_path: Path, number: int) -> None:
-    """What happens to a sound store every day, and several of it in any order, is no contradiction."""
+    """Everyday changes to a sound store, several of them in any order, contradict nothing."""
 
     @examples(number)
-    @given(data=st.data(), deeds=st.lists(st.sampled_from(HARMLESS), min_size=1, max_size=4, unique=True))
-    def live(data: st.DataObject, deeds: list[Callable[[Chained, st.DrawFn], None]]) -> None:
+    @given(data=st.data(), changes=st.lists(st.sampled_from(HARMLESS), min_size=1, max_size=4, unique=True))
+    def change_harmlessly(data: st.DataObject, changes: list[Callable[[Chained, st.DrawFn], None]]) -> None:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         copy = chained.copy(tmp_path / "copy")
-        for deed in deeds:
-            deed(copy, data.draw)  # pyright: ignore[reportArgumentType]
-        assert not complaints(copy), [deed.__name__ for deed in deeds]
+        for change in changes:
+            change(copy, data.draw)  # pyright: ignore[reportArgumentType]
+        assert not complaints(copy), [change.__name__ for change in changes]
 
-    live()
+    change_harmlessly()

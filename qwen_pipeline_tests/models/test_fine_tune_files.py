@@ -71,7 +71,9 @@ def test_files_of_trainers_are_left_behind_and_listed(base: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_weights_that_nobody_reads_are_refused_unless_left_behind(base: Path, tmp_path: Path, name: str) -> None:
+def test_weights_that_a_merge_does_not_read_are_refused_unless_left_behind(
+    base: Path, tmp_path: Path, name: str
+) -> None:
     adapter = written(tiny_adapter(base, tmp_path / "adapter"), name)
     with pytest.raises(InputRefused, match=f"does not read: {name}") as refusal:
         merge(base=base, fine_tune=adapter, destination=tmp_path / "merged")

@@ -27,7 +27,7 @@ def settings_with(released: Released, hook: Webhook, **sections: Any) -> Setting
     return released.settings(notify={"urls": [f"json://127.0.0.1:{hook.port}/"]}, **sections)
 
 
-def test_each_line_is_told_once_and_again_if_nobody_heard(released: Released, hook: Webhook) -> None:
+def test_each_line_is_reported_once_and_again_if_sending_failed(released: Released, hook: Webhook) -> None:
     settings = settings_with(released, hook, signing={"key": released.key("release")})
     first = released.make(settings, 1)
     assert announce(settings, settings.notify) == []  # what was before is not told
@@ -58,7 +58,7 @@ def test_each_line_is_told_once_and_again_if_nobody_heard(released: Released, ho
     assert f"{PRODUCT}/production: published/{PRODUCT}/{first.name}" in bodies[-1]
 
 
-def test_commands_tell_at_once_and_leave_what_nobody_heard_to_the_sensor(
+def test_commands_send_at_once_and_leave_unsent_messages_to_the_sensor(
     released: Released, hook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released.root.mkdir()

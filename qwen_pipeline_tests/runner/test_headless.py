@@ -126,7 +126,7 @@ def test_the_report_with_its_plots_is_in_the_metadata(finished: Finished) -> Non
     assert "data:image/png;base64," in report.value
 
 
-def test_the_release_and_its_warnings_are_told(finished: Finished) -> None:
+def test_the_release_and_its_warnings_are_reported(finished: Finished) -> None:
     with webhook() as hook, open_instance(finished.site.settings) as instance:
         notify = Notify(urls=(f"json://127.0.0.1:{hook.port}/",), min_free_gb=0)
         beginning = json.dumps({"failed": 0, "canceled": 0, "succeeded": 0, "disk_low": False})

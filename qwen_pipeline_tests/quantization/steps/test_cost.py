@@ -50,5 +50,5 @@ def test_mixtures_take_the_launches_of_each_column() -> None:
     assert [cost.measured for cost in costs] == [True, False, False, False]
 
 
-def test_this_machine_multiplies() -> None:
+def test_the_speed_of_a_matrix_product_is_measured() -> None:
     assert 1e8 < machine_rate("cpu") < 1e13
