@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # pandas takes long to import, and only audit_frame needs it
 
 ReleaseState = Literal["verified", "stale", "orphaned", "recalled", "tampered"]
 STATES: tuple[ReleaseState, ...] = get_args(ReleaseState)
-"""``verified``: everything behind it is proven here, or can be made again. ``stale``: so it is, but its upload and the
-settings would give another release now. ``orphaned``: a stage before it is a claim alone. ``recalled``: it descends
+"""``verified``: everything behind it is proven here, or can be made again. ``stale``: the same, but its upload and
+the settings would give another release now. ``orphaned``: a stage before it is a claim alone. ``recalled``: it descends
 from what was recalled. ``tampered``: something contradicts its records."""
 
 

@@ -16,7 +16,7 @@ RECORD = "openlineage.json"
 
 
 def emit_new(settings: Settings) -> list[str]:
-    """Emit the events of every output that was finished since the last call, at first of all; return their names.
+    """Emit the events of each output finished since the last call, in the first call of all; return their names.
 
     An output that is gone without its manifest has none.
 

@@ -60,7 +60,7 @@ class Execution(Section):
 
     Attributes:
         kind: ``local``: processes of this machine. ``ray``: jobs of a Ray cluster. ``kubernetes``: jobs of Kubernetes.
-        retries: How often a step is repeated after its node was lost; ``local`` never repeats one for that.
+        retries: Number of times a step is repeated after its node was lost; ``local`` never repeats one for that.
         needs: Step -> what it needs, where the numbers derived from the base model do not fit.
         ray: The Ray cluster.
         kubernetes: The Kubernetes jobs.

@@ -46,7 +46,7 @@ def load_settings() -> Settings:
 
 
 def _require_consistent_names(settings: Settings) -> None:
-    """Require that bases stand in one place, and that recipes and bases that are named exist."""
+    """Require that bases are declared in one place, and that recipes and bases that are named exist."""
     bases, recipes = list(settings.bases), [DEFAULT_RECIPE, *settings.recipes]
     beside = [name for name in OF_BASE if bases and getattr(settings, name)]
     of_recipes = [(f"recipes.{name}.base", recipe.base, bases) for name, recipe in settings.recipes.items()]

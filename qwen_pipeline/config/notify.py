@@ -15,13 +15,13 @@ _URL = re.compile(r"(\w|\$\{\w+\})[\w+.-]*://\S+|\$\{\w+\}")
 
 
 class Notify(Section):
-    """Notifications of what needs a person, sent while Dagster's daemon runs.
+    """Notifications of events that need a person, sent while Dagster's daemon runs.
 
     Attributes:
         urls: Addresses in Apprise's form: ``jsons://host/path`` posts JSON to a webhook, ``slack://...``,
             ``mmosts://...`` (Mattermost), ``mailtos://...`` and many more. ``${NAME}`` is replaced by an environment
             variable when a message is sent, so that no secret is in this file.
-        events: What is notified: ``failed`` and cancelled runs, uploads that are ``quarantined``, runs whose checks
+        events: Events to send: ``failed`` and cancelled runs, uploads that are ``quarantined``, runs whose checks
             ``warned``, ``released`` checkpoints, moves of ``production`` (``promoted``), releases that were
             ``approved`` or revoked, what was ``recalled``, and ``disk_low``.
         min_free_gb: Free space on the disk of the store below which it is low, in GB.

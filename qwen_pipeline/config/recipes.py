@@ -89,10 +89,10 @@ class Recipe(_NamedSection):
         match: Patterns of names of the fine-tunes that it is applied to, such as ``chat-*``.
         base: The base, by its name, whose fine-tunes alone it is applied to.
         padding: Settings of the section ``padding``; those that are left out are those of the top level.
-        quantization: The same of ``quantization``.
-        calibration: The same of ``calibration``, or a source.
-        validation: The same of ``validation``.
-        leave_behind: In place of ``leave_behind``.
+        quantization: The same for ``quantization``.
+        calibration: The same for ``calibration``, or a source.
+        validation: The same for ``validation``.
+        leave_behind: Replaces the setting ``leave_behind`` of the top level.
         priority: Priority of its runs, to which that of ``queue`` is added; higher ones start first.
     """
 

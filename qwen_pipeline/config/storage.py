@@ -73,7 +73,7 @@ class Signing(Section):
 
 
 _PLACES = {"directory": "path", "objects": "url", "huggingface": "repository"}
-"""Kind of a target -> the setting that says where it is."""
+"""Kind of a target -> the setting with its location."""
 
 
 class ReleaseTarget(Section):
@@ -81,13 +81,13 @@ class ReleaseTarget(Section):
 
     Attributes:
         kind: ``directory``, ``objects`` (object storage such as S3) or ``huggingface``.
-        path: Of a directory: releases go to ``<path>/<product>/<digest>``, beside a link ``production``.
-        hard_links: Of a directory: whether files may be hard links to those of the store.
-        url: Of object storage: releases go below ``<url>/<product>/<digest>``, beside an object ``production.json``.
-        endpoint: Of object storage: address of an S3-compatible server other than Amazon's.
-        repository: Of a Hugging Face target: the repository's name, in which ``{product}`` is replaced.
+        path: For kind ``directory``: releases go to ``<path>/<product>/<digest>``, beside a link ``production``.
+        hard_links: For kind ``directory``: whether files may be hard links to those of the store.
+        url: For kind ``objects``: releases go below ``<url>/<product>/<digest>``, beside an object ``production.json``.
+        endpoint: For kind ``objects``: address of an S3-compatible server other than Amazon's.
+        repository: For kind ``huggingface``: the repository's name, in which ``{product}`` is replaced.
         private: Whether a repository that has to be created is private.
-        dry_run: Of a Hugging Face target: whether the upload is only listed.
+        dry_run: For kind ``huggingface``: whether the upload is only listed.
     """
 
     kind: Literal["directory", "objects", "huggingface"]
@@ -115,7 +115,7 @@ class Release(Section):
         approval: Whether a person has to approve a release before it is promoted: ``required`` or ``none``.
         promote: ``automatic``: the pointer ``production`` follows each release that may be promoted. ``manual``: a
             person moves it.
-        targets: Where promoted releases are delivered.
+        targets: Places that promoted releases are delivered to.
     """
 
     approval: Literal["none", "required"] = "none"

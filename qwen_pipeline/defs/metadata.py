@@ -58,7 +58,7 @@ def base_table(settings: Settings, digests: Mapping[str, str]) -> dg.TableMetada
 def artifact_metadata(artifact: Artifact, prices: Costs) -> dict[str, Any]:
     """Describe a finished directory from its manifest: the digests of its inputs, and the signer that it names.
 
-    Dagster draws every number over time and over partitions. Those of a directory that was reused are of its making.
+    Dagster draws every number over time and over partitions. Those of a reused directory are from when it was made.
     """
     manifest, run, signer = artifact.manifest, artifact.manifest.run, signer_hint(artifact.path)
     return {

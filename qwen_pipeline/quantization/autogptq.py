@@ -1,7 +1,7 @@
 """AutoGPTQ 0.7.1 (https://github.com/AutoGPTQ/AutoGPTQ, archived), pinned in ``workers/requirements/autogptq.txt``.
 
-It quantizes on CUDA only, and writes its losses only to its logger. Its codes have the
-same format as GPTQModel's; the stage reads the codes and ignores its configs and its zero biases.
+It quantizes on CUDA only, and writes its losses only to its logger. Its codes have the same format as GPTQModel's; the
+stage reads the codes and ignores its configs and its zero biases.
 """
 
 import csv

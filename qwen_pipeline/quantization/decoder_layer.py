@@ -26,7 +26,7 @@ from qwen_pipeline.qwen.linears import Linear
 from qwen_pipeline.transforms.codes.gptq import CODES
 
 MEASURED_LAYERS, EXPERTS_A_SAMPLE = 16, 16
-"""The errors after each step are measured in so many layers, evenly spaced, and there for one of so many experts."""
+"""Errors after each step are measured in this many layers, evenly spaced, and there for one in this many experts."""
 
 Report = Callable[[Linear, float], None]
 """Reports the loss of a linear layer once it is solved."""

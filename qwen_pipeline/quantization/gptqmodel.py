@@ -123,8 +123,8 @@ def patch_solver() -> None:
 def patch_thread_pool() -> None:
     """Make GPTQModel's threads report an error before they end the process.
 
-    GPTQModel also raises the error in the thread that waits for the result; without this patch, which of the
-    two happens first is a race.
+    GPTQModel also raises the error in the thread that waits for the result; without this patch, which of the two
+    happens first is a race.
     """
     threads: Any = import_module("gptqmodel.utils.threadx").DeviceThreadPool
 

@@ -46,8 +46,8 @@ class LearnedRounding:
     Attributes:
         steps: Number of gradient steps.
         windows: Windows of a step, in whole batches of the forward pass.
-        travels: How far an offset can go in all steps, in codes. They are tried in this order until the error of the
-            layer falls; with 0 only scales are learned. Step sizes fall linearly to 0.
+        travels: Distances that an offset can move in all steps, in codes, tried in this order until the layer's error
+            falls; with 0 only scales are learned. Step sizes fall linearly to 0.
         scale_rate: First learning rate of the relative changes of scales; it falls linearly to 0.
     """
 

@@ -1,7 +1,6 @@
 """GPTQModel's solver, called directly with a Hessian computed here; no other module depends on its interface.
 
-The interface changes between releases, so the parts used here have contract tests
-(``quantization/test_solver.py``).
+The interface changes between releases, so the parts used here have contract tests (``quantization/test_solver.py``).
 """
 
 from collections.abc import Generator, Iterator, Mapping

@@ -1,7 +1,7 @@
-"""Messages about what the store's log says that people are to know: recalls, approvals, and moves of ``production``.
+"""Messages to people about lines of the store's log: recalls, approvals, and moves of ``production``.
 
 The command that appended a line sends its message at once. What could not be sent, and what other processes appended,
-is sent by the sensor ``notifications``: both continue after the last line that was told.
+is sent by the sensor ``notifications``: both continue after the last line that was announced.
 """
 
 from collections.abc import Generator
@@ -18,13 +18,13 @@ from qwen_pipeline.notifications import Notification, send
 from qwen_pipeline.releases.recall import impact
 
 RECORD = "announced.json"
-"""In the workspace: the number of the last line that was told."""
+"""In the workspace: the number of the last line that was announced."""
 
 
 def announce(settings: Settings, notify: Notify) -> list[str]:
-    """Send a message about each line since the last one that was told; return their titles.
+    """Send a message about each line since the last one that was announced; return their titles.
 
-    What was in the log before the first call is not told.
+    Lines that were in the log before the first call are not announced.
 
     Raises:
         EnvironmentFault: A message was not accepted; the next call sends it again.
@@ -41,7 +41,7 @@ def announce(settings: Settings, notify: Notify) -> list[str]:
 
 @contextmanager
 def announced(settings: Settings) -> Generator[list[str]]:
-    """Announce what the body appends to the log; the list that is yielded gets a line for people about each message."""
+    """Announce what the body appends to the log; the list that is yielded gets a line about each message."""
     lines: list[str] = []
     if not settings.notify.urls:
         yield lines
@@ -49,9 +49,9 @@ def announced(settings: Settings) -> Generator[list[str]]:
     begin_following(settings.store_root, settings.workspace / RECORD)
     yield lines
     try:
-        lines += [f"Told: {title}" for title in announce(settings, settings.notify)]
+        lines += [f"Sent: {title}" for title in announce(settings, settings.notify)]
     except (EnvironmentFault, CheckpointRefused) as fault:
-        lines.append(f"Not told yet; the sensor notifications tries again. {fault.what}")
+        lines.append(f"Not sent yet; the sensor notifications tries again. {fault.what}")
 
 
 def _message(settings: Settings, entry: Entry) -> Notification | None:

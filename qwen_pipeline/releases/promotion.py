@@ -119,8 +119,11 @@ def promote(
         observe: Called with the bytes delivered.
 
     Raises:
-        CheckFailed: A byte differs, it was revoked or recalled, it waits for approval, or it is worse.
-        InputRefused: There is no such release.
+        CheckFailed: A byte differs, it was revoked or recalled, it waits for approval, it is worse, or what is at a
+            target is not the release.
+        InputRefused: There is no such release, a reason is missing, or the key is not trusted.
+        CheckpointRefused: The log of the store was changed.
+        EnvironmentFault: A target cannot be reached or written.
     """
     if accept_regression:
         require_reason(reason)
@@ -162,9 +165,21 @@ def rollback(
     By default it is the last earlier release in production whose verdict stands and that was not revoked or recalled.
     No byte is copied, except to a target that lost it.
 
+    Args:
+        settings: The settings.
+        product: Name of the fine-tune, or ``<fine-tune>@<recipe>``.
+        reason: Why; audits show it.
+        to: Digits of the key or content digest of the release to go back to.
+        by: Name of the person; by default the account.
+        key: The person's P-256 private key in PEM; by default that of the settings.
+        observe: Called with the bytes delivered.
+
     Raises:
-        InputRefused: No release is in production, or there is none to go back to.
-        CheckFailed: The release that ``to`` names cannot be served.
+        InputRefused: No release is in production, there is none to go back to, the reason is empty, or the key is not
+            trusted.
+        CheckFailed: The release that ``to`` names cannot be served, or what is at a target is not the release.
+        CheckpointRefused: The log of the store was changed.
+        EnvironmentFault: A target cannot be reached or written.
     """
     require_reason(reason)
     stated, signer = product_history(settings, product), _signer(settings, key)

@@ -129,5 +129,5 @@ def _only_collection(store: Path) -> Generator[None]:
 
 
 def _largest_first(decisions: Sequence[Decision]) -> list[Decision]:
-    """Return the decisions in the order in which the disk has room again soonest."""
+    """Return the decisions with the largest outputs first, so that space is freed as early as possible."""
     return sorted(decisions, key=lambda each: -each.nbytes)

@@ -30,7 +30,7 @@ class Decision:
     Attributes:
         path: Its directory.
         stage: The stage that made it.
-        fine_tune: Whose it is.
+        fine_tune: The fine-tune that it was made for.
         digest: Its content digest.
         nbytes: Bytes that it takes on the disk.
         rule: The setting that decides.

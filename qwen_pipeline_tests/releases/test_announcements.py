@@ -1,4 +1,4 @@
-"""Messages about recalls, approvals and promotions: each is told once, by the command or by the sensor."""
+"""Messages about recalls, approvals and promotions: each is sent once, by the command or by the sensor."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -67,10 +67,10 @@ def test_commands_send_at_once_and_leave_unsent_messages_to_the_sensor(
     monkeypatch.setenv(FILE_VARIABLE, str(file))
     settings = settings_with(released, hook)
     release = released.make(settings, 1)
-    assert f"Told: {PRODUCT}: {release.name} is in production" in qwen_pipeline("promote", PRODUCT).out
+    assert f"Sent: {PRODUCT}: {release.name} is in production" in qwen_pipeline("promote", PRODUCT).out
     hook.status = 500
     revoked = qwen_pipeline("approve", PRODUCT, "--revoke", "--reason", "wrong")
-    assert (revoked.code, "Not told yet" in revoked.out) == (0, True)
+    assert (revoked.code, "Not sent yet" in revoked.out) == (0, True)
     hook.status = 200
     told = qwen_pipeline("audit", "recall", str(release), "--reason", "no licence", "--by", "Eve", "--json").data
     assert [line.partition(": ")[2].partition(" was ")[2] for line in told["told"]] == [

@@ -43,7 +43,7 @@ def unused(_: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class Workspace:
     """A workspace in which fine-tunes of one base are merged and padded."""
 
     root: Path
@@ -90,58 +90,58 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, base: Path) -> Shop:
-    return Shop(tmp_path / "workspace", base)
+def workspace(tmp_path: Path, base: Path) -> Workspace:
+    return Workspace(tmp_path / "workspace", base)
 
 
 def names(decisions: Any) -> set[tuple[str, str]]:
     return {(each.stage, each.path.name) for each in decisions}
 
 
-def test_by_default_everything_is_kept(shop: Shop) -> None:
-    shop.upload("poet")
-    shop.run("poet")
-    found = shop.collect()
+def test_by_default_everything_is_kept(workspace: Workspace) -> None:
+    workspace.upload("poet")
+    workspace.run("poet")
+    found = workspace.collect()
     assert (found.dropped, found.kept, found.nbytes) == ([], [], 0)
 
 
-def test_what_was_dropped_is_known_and_made_again_with_the_same_digest(shop: Shop) -> None:
-    shop.upload("poet")
-    merged, padded = shop.run("poet")
+def test_what_was_dropped_is_known_and_made_again_with_the_same_digest(workspace: Workspace) -> None:
+    workspace.upload("poet")
+    merged, padded = workspace.run("poet")
     rules: dict[str, Any] = {"merged": "0", "padded": 0}
-    planned = shop.collect(dry_run=True, **rules)
+    planned = workspace.collect(dry_run=True, **rules)
     assert names(planned.dropped) == {("merged", merged.path.name), ("padded", padded.path.name)}
     assert planned.nbytes > 2 * 100_000
     assert merged.path.is_dir()
-    found = shop.collect(**rules)
+    found = workspace.collect(**rules)
     assert names(found.dropped) == names(planned.dropped)
     assert found.nbytes == planned.nbytes
     assert not merged.path.exists()
-    kept = shop.store.root / "dropped" / "merged" / "poet" / merged.path.name / "manifest.json"
+    kept = workspace.store.root / "dropped" / "merged" / "poet" / merged.path.name / "manifest.json"
     assert open_manifest(kept.parent).content_digest == merged.manifest.content_digest
-    lines = list(log.read_log(shop.store.root))
+    lines = list(log.read_log(workspace.store.root))
     assert {(each.event, each.path.split("/")[0], each.detail) for each in lines[-2:]} == {
         ("dropped", "merged", "merged = 0"),
         ("dropped", "padded", "padded = 0"),
     }
     assert not padded.path.with_name(padded.path.name + ".lock").exists()
-    states = shop.states("poet")
+    states = workspace.states("poet")
     assert (states["merged"], states["padded"], states["quantized"]) == ("dropped", "dropped", "missing")
 
-    again = shop.run("poet")
+    again = workspace.run("poet")
     assert [each.manifest.content_digest for each in again] == [
         each.manifest.content_digest for each in (merged, padded)
     ]
     assert not any(each.reused for each in again)
-    assert shop.states("poet")["padded"] == "done"
-    assert names(shop.collect(**rules).dropped) == names(planned.dropped)
-    assert shop.collect(**rules).dropped == []
+    assert workspace.states("poet")["padded"] == "done"
+    assert names(workspace.collect(**rules).dropped) == names(planned.dropped)
+    assert workspace.collect(**rules).dropped == []
 
 
-def test_an_audit_tells_what_retention_dropped_from_what_is_lost(shop: Shop) -> None:
-    shop.upload("poet")
-    merged, padded = shop.run("poet")
-    settings = shop.settings(merged=0)
+def test_an_audit_tells_what_retention_dropped_from_what_is_lost(workspace: Workspace) -> None:
+    workspace.upload("poet")
+    merged, padded = workspace.run("poet")
+    settings = workspace.settings(merged=0)
     collect(settings, uses=unused)
 
     def audited() -> Any:
@@ -156,77 +156,77 @@ def test_an_audit_tells_what_retention_dropped_from_what_is_lost(shop: Shop) -> 
     assert (node.name, node.state) == ("merged", "dropped")
     assert node.detail.startswith("Retention dropped its bytes; its inputs are here")
     assert found.faults == []
-    tombstone = shop.store.root / "dropped" / "merged" / "poet" / merged.path.name / "manifest.json"
+    tombstone = workspace.store.root / "dropped" / "merged" / "poet" / merged.path.name / "manifest.json"
     tombstone.write_text(tombstone.read_text().replace('"seconds": ', '"seconds": 1'))
     assert [fault for fault in audited().faults if "manifest.json was changed" in fault]
 
 
-def test_the_newest_are_kept_and_what_nothing_can_make_again(shop: Shop) -> None:
-    shop.upload("poet", seed=1)
-    first, _ = shop.run("poet")
-    shutil.rmtree(shop.root / "inbox" / "poet")
-    shop.upload("poet", seed=2)
-    second, _ = shop.run("poet")
-    assert names(shop.collect(merged=1).dropped) == set()
-    (kept,) = (each for each in shop.collect(merged=1).kept if each.path == first.path)
+def test_the_newest_are_kept_and_what_nothing_can_make_again(workspace: Workspace) -> None:
+    workspace.upload("poet", seed=1)
+    first, _ = workspace.run("poet")
+    shutil.rmtree(workspace.root / "inbox" / "poet")
+    workspace.upload("poet", seed=2)
+    second, _ = workspace.run("poet")
+    assert names(workspace.collect(merged=1).dropped) == set()
+    (kept,) = (each for each in workspace.collect(merged=1).kept if each.path == first.path)
     assert kept.kept.startswith("nothing can make it again: fine_tune")
-    (newest,) = (each for each in shop.collect(merged=1).kept if each.path == second.path)
+    (newest,) = (each for each in workspace.collect(merged=1).kept if each.path == second.path)
     assert newest.kept == "one of the 1 newest"
-    assert names(shop.collect(merged=0).dropped) == {("merged", second.path.name)}
-    assert names(shop.collect(merged=0, irreplaceable=False).dropped) == {("merged", first.path.name)}
+    assert names(workspace.collect(merged=0).dropped) == {("merged", second.path.name)}
+    assert names(workspace.collect(merged=0, irreplaceable=False).dropped) == {("merged", first.path.name)}
 
 
-def test_what_a_merged_recipe_is_made_from_counts(shop: Shop) -> None:
+def test_what_a_merged_recipe_is_made_from_counts(workspace: Workspace) -> None:
     """A merged checkpoint without weights is no source: the padded one is the last that has the fine-tune."""
-    upload = shop.upload("poet")
-    base, slot = KnownBase(root=shop.base, names=()), shop.store.slot("poet")
+    upload = workspace.upload("poet")
+    base, slot = KnownBase(root=workspace.base, names=()), workspace.store.slot("poet")
     merged, padded = merge_pad(base=base, fine_tune=upload, merged=slot, padded=slot, spec=GEOMETRY)
-    (recipe,) = shop.collect(merged=0).kept
+    (recipe,) = workspace.collect(merged=0).kept
     assert (recipe.path, recipe.kept) == (merged.path, "a recipe, without weights")
     shutil.rmtree(upload)
-    (kept,) = shop.collect(padded=0).kept
+    (kept,) = workspace.collect(padded=0).kept
     assert kept.kept.startswith("nothing can make it again: fine_tune")
     assert kept.path == padded.path
 
 
-def test_padding_that_changed_nothing_has_the_digest_of_its_source(shop: Shop) -> None:
+def test_padding_that_changed_nothing_has_the_digest_of_its_source(workspace: Workspace) -> None:
     """One of the two directories with these bytes may go, and both if the upload is here; the last one may not."""
-    upload = shop.upload("poet")
-    slot = shop.store.slot("poet")
-    merged = merge(base=shop.base, fine_tune=upload, destination=slot)
+    upload = workspace.upload("poet")
+    slot = workspace.store.slot("poet")
+    merged = merge(base=workspace.base, fine_tune=upload, destination=slot)
     padded = pad(source=merged.path, destination=slot, spec=PaddingSpec(group_size=32, tensor_parallel=1))
     assert padded.manifest.content_digest == merged.manifest.content_digest
-    settings = shop.settings(merged=0)
+    settings = workspace.settings(merged=0)
     found = audit(
         padded.path,
         library=library_of([padded.path], settings, None),
         sources=sources_of(padded.path, settings, None),
     )
     assert (found.faults, {node.name for node in found.nodes.values()}) == ([], {"padded", "base", "fine_tune"})
-    assert {each.stage for each in shop.collect(merged=0, padded=0, dry_run=True).dropped} == {"merged", "padded"}
-    shop.collect(merged=0)
+    assert {each.stage for each in workspace.collect(merged=0, padded=0, dry_run=True).dropped} == {"merged", "padded"}
+    workspace.collect(merged=0)
     shutil.rmtree(upload)
-    (kept,) = shop.collect(padded=0).kept
+    (kept,) = workspace.collect(padded=0).kept
     assert kept.kept.startswith("nothing can make it again: fine_tune")
 
 
-def test_each_recipe_has_its_own_newest(shop: Shop) -> None:
-    shop.upload("poet")
-    merged, padded = shop.run("poet")
+def test_each_recipe_has_its_own_newest(workspace: Workspace) -> None:
+    workspace.upload("poet")
+    merged, padded = workspace.run("poet")
     narrow = PaddingSpec(group_size=16, tensor_parallel=2)
-    other = pad(source=merged.path, destination=shop.store.slot("poet@narrow"), spec=narrow)
-    assert {each.path: each.kept for each in shop.collect(padded=1).kept} == dict.fromkeys(
+    other = pad(source=merged.path, destination=workspace.store.slot("poet@narrow"), spec=narrow)
+    assert {each.path: each.kept for each in workspace.collect(padded=1).kept} == dict.fromkeys(
         (padded.path, other.path), "one of the 1 newest"
     )
-    assert {each.path for each in shop.collect(padded=0).dropped} == {padded.path, other.path}
+    assert {each.path for each in workspace.collect(padded=0).dropped} == {padded.path, other.path}
 
 
-def test_the_command_lists_and_removes(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shop.upload("poet")
-    merged, padded = shop.run("poet")
+def test_the_command_lists_and_removes(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.upload("poet")
+    merged, padded = workspace.run("poet")
     file = tmp_path / "settings.toml"
     file.write_text(
-        f'workspace = "workspace"\nbase_model = "{shop.base}"\n[store.keep]\nmerged = "0"\npadded = "until validated"\n'
+        f'workspace = "workspace"\nbase_model = "{workspace.base}"\n[store.keep]\nmerged = "0"\npadded = "until validated"\n'
     )
     monkeypatch.setenv(FILE_VARIABLE, str(file))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
@@ -238,17 +238,17 @@ def test_the_command_lists_and_removes(shop: Shop, tmp_path: Path, monkeypatch: 
     assert [each["path"] for each in removed.data["dropped"]] == [str(merged.path)], removed.err
     assert padded.path.is_dir()
     assert "Nothing to remove" in qwen_pipeline("gc").out
-    with open_locked(shop.store.root / "dropped" / ".lock"):
+    with open_locked(workspace.store.root / "dropped" / ".lock"):
         assert qwen_pipeline("gc").code == 3
-    log_file = shop.store.root / log.LOG
+    log_file = workspace.store.root / log.LOG
     log_file.write_text(log_file.read_text().replace("padded", "pbdded", 1))
     assert qwen_pipeline("gc").code == 2
 
 
-def test_what_a_run_or_a_writer_uses_stays(shop: Shop) -> None:
-    shop.upload("poet")
-    merged, padded = shop.run("poet")
-    settings = shop.settings(merged=0)
+def test_what_a_run_or_a_writer_uses_stays(workspace: Workspace) -> None:
+    workspace.upload("poet")
+    merged, padded = workspace.run("poet")
+    settings = workspace.settings(merged=0)
     found = collect(settings, uses=lambda name: f"the run 1 uses {name}")
     assert [each.kept for each in found.kept] == ["the run 1 uses poet"]
     building = padded.path.with_name("0123456789abcdef.partial")
@@ -260,13 +260,13 @@ def test_what_a_run_or_a_writer_uses_stays(shop: Shop) -> None:
         assert [each.kept for each in collect(settings, uses=unused).kept] == ["another process is writing it"]
 
     (decision,) = collect(settings, uses=unused, dry_run=True).dropped
-    assert drop(shop.store.root, decision, lambda _: "a run that began meanwhile") == "a run that began meanwhile"
+    assert drop(workspace.store.root, decision, lambda _: "a run that began meanwhile") == "a run that began meanwhile"
     require_intact(merged.path)
 
 
-def test_what_interrupted_runs_left_behind_goes_after_some_days(shop: Shop) -> None:
-    shop.upload("poet")
-    merged, _ = shop.run("poet")
+def test_what_interrupted_runs_left_behind_goes_after_some_days(workspace: Workspace) -> None:
+    workspace.upload("poet")
+    merged, _ = workspace.run("poet")
     folder = merged.path.parent
     old, young, held = (folder / f"{digit * 16}.partial" for digit in "abc")
     lone = folder / f"{'d' * 16}.lock"
@@ -278,28 +278,28 @@ def test_what_interrupted_runs_left_behind_goes_after_some_days(shop: Shop) -> N
     for path in (old / "model.safetensors", old, held / "model.safetensors", held, lone):
         os.utime(path, (long_ago, long_ago))
     with open_locked(held.with_suffix(".lock")):
-        planned = shop.collect(dry_run=True)
+        planned = workspace.collect(dry_run=True)
         assert set(planned.abandoned) == {old, held}
-        found = shop.collect()
+        found = workspace.collect()
     assert (set(found.abandoned), found.locks) == ({old}, 1)
     assert {path.name for path in folder.iterdir() if path.suffix == ".partial"} == {young.name, held.name}
     require_intact(merged.path)
 
 
 @pytest.mark.slow
-def test_a_killed_collection_goes_on(shop: Shop) -> None:
+def test_a_killed_collection_goes_on(workspace: Workspace) -> None:
     """At every moment there is either the whole directory, or its manifest; in the end the log says so once."""
     moment = random.Random(11)
-    shop.upload("poet")
-    made = shop.run("poet")
+    workspace.upload("poet")
+    made = workspace.run("poet")
     deaths = 0
     for _ in range(8):
-        shop.run("poet")
+        workspace.run("poet")
         call = moment.randrange(1, 13)
         if (child := os.fork()) == 0:
             try:
                 dying(call)
-                shop.collect(merged=0, padded=0)
+                workspace.collect(merged=0, padded=0)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -307,17 +307,17 @@ def test_a_killed_collection_goes_on(shop: Shop) -> None:
         assert code in (0, -signal.SIGKILL)
         deaths += code != 0
         for each in made:
-            kept = shop.store.root / "dropped" / each.path.relative_to(shop.store.root)
+            kept = workspace.store.root / "dropped" / each.path.relative_to(workspace.store.root)
             if each.path.exists():
                 assert require_intact(each.path).content_digest == each.manifest.content_digest
             else:
                 assert open_manifest(kept).content_digest == each.manifest.content_digest
         if moment.random() < 0.5:
-            shop.collect(merged=0, padded=0)
-            assert not list(shop.store.root.glob("*/poet/*.partial"))
+            workspace.collect(merged=0, padded=0)
+            assert not list(workspace.store.root.glob("*/poet/*.partial"))
             assert not any(each.path.exists() for each in made)
-    shop.collect(merged=0, padded=0)
-    stated = [each for each in log.read_log(shop.store.root) if each.event == "dropped"]
+    workspace.collect(merged=0, padded=0)
+    stated = [each for each in log.read_log(workspace.store.root) if each.event == "dropped"]
     assert len({each.manifest_sha256 for each in stated}) == len(stated)
     assert deaths > 2
 
@@ -349,12 +349,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_small_disk_takes_twenty_fine_tunes_by_retention_alone(small_disk: Path, base: Path) -> None:
-    shop = Shop(small_disk, base)
+    workspace = Workspace(small_disk, base)
     sizes: list[int] = []
     for number in range(20):
-        shop.upload(f"bot-{number}", seed=1 + number % 2)
-        shop.run(f"bot-{number}")
-        sizes.append(shop.collect(merged=0, padded=0).nbytes)
+        workspace.upload(f"bot-{number}", seed=1 + number % 2)
+        workspace.run(f"bot-{number}")
+        sizes.append(workspace.collect(merged=0, padded=0).nbytes)
     disk = shutil.disk_usage(small_disk)
     assert sum(sizes) > 2 * disk.total
     assert disk.used < disk.total / 2  # uploads and manifests alone

@@ -208,7 +208,7 @@ def recall(
 
 @command(app, "emit", examples=["qwen-pipeline audit emit", "qwen-pipeline audit emit --json"])
 def emit() -> CommandResult:
-    """Send OpenLineage events of outputs finished since the last time to the catalogue of [openlineage], at first all.
+    """Send OpenLineage events of outputs finished since the last time (at first, of all) to [openlineage]'s catalogue.
 
     While Dagster's daemon runs, the sensor openlineage does it.
     """

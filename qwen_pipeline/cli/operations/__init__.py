@@ -1,1 +1,1 @@
-"""Commands for who runs the pipeline day by day."""
+"""Commands for operators: doctor, metrics, notify, releases, retention."""

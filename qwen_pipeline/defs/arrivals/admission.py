@@ -59,8 +59,8 @@ class Admission:
     def refuse(self, key: str) -> str:
         """Return why a run of a product cannot be requested now; if it can, its disk is reserved.
 
-        What came first goes first: after a refusal nothing else is admitted, unless small models may go before. What is
-        larger than the disk stops no other.
+        Runs are admitted in order: after a refusal nothing else is admitted, unless smaller models may pass. A run that
+        needs more than the whole disk does not hold up others.
         """
         queue = self.settings.queue
         if not queue.reserve_disk or not (need := self.outlays.of(key).disk_bytes):

@@ -36,8 +36,8 @@ def inbox(
 ) -> dg.MaterializeResult:
     """The uploads that have arrived, and those among them that are quarantined, with the reason.
 
-    The sensor `fine_tune_inbox` updates it. A quarantined upload has no partition and no run; it stops no other one,
-    and is judged again when its files or the settings change.
+    The sensor `fine_tune_inbox` updates it. A quarantined upload has no partition and no run. It does not hold up
+    others, and is judged again when its files or the settings change.
     """
     with steps.run(context), open_intake(settings.resolve(workspace)) as intake:
         arrivals = list(workspace.fine_tunes.arrivals())

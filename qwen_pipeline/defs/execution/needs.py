@@ -53,7 +53,7 @@ class Needs:
 def step_needs(settings: Settings) -> Mapping[Step, Needs]:
     """Return the needs of every step: the most that any base and recipe of the settings needs.
 
-    What ``execution.needs`` names replaces what is derived.
+    Values in ``execution.needs`` replace derived ones.
 
     Raises:
         InputRefused: The memory of a step depends on a base model whose config is not here, and is not given.

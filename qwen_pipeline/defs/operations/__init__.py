@@ -1,1 +1,1 @@
-"""Definitions for who runs the pipeline day by day: releases, retention, audits, notifications."""
+"""Definitions for operators: releases, retention, audits, notifications."""

@@ -53,9 +53,9 @@ class Allocation:
 
     Attributes:
         units: The units.
-        other_bytes: Bytes of everything that is no unit: embedding, heads, norms, towers.
+        other_bytes: Bytes of everything outside the units: embedding, heads, norms, towers.
         kl: (unit, word) -> measured KL of the model of which only this unit has codes.
-        uniform: The candidates as they are.
+        uniform: The candidates, each as a whole.
         curve: The best choices for each size; ``cost`` is the sum of the parts' KL.
         anchors: Points of the curve that were measured, from the smallest size to the largest.
         words: The chosen precision of each unit.
@@ -74,7 +74,7 @@ class Allocation:
     measured: float = 0.0
 
     def predict(self, point: Point) -> float:
-        """Return the predicted KL of a point: its cost, scaled as between the two points measured around it."""
+        """Return the predicted KL of a point: its cost, times a scale interpolated between measured points."""
         if not point.cost or not self.anchors:
             return point.cost
         known = self.anchors[::-1]
@@ -107,9 +107,9 @@ def allocate(
 ) -> Allocation:
     """Choose the precision of each unit.
 
-    The parts' KL are summed, as they are small and nearly independent. How nearly depends on the size: the sum is
-    scaled by what it is for a few choices as a whole, and the choice is measured as a whole afterwards, with the
-    candidates' codes.
+    The parts' KL are summed, as they are small and nearly independent. How nearly depends on the size: a few choices
+    are measured as a whole, the sum is scaled to agree with them, and the final choice is measured as a whole too, with
+    the candidates' codes.
 
     Args:
         source: The checkpoint in full precision that the candidates were quantized from.

@@ -43,7 +43,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """All requests, and the fields of :class:`~qwen_pipeline.evaluation.behaviour.findings.Behaviour` of that name."""
+    """The requests for a model, and what is found out while they are written.
+
+    Attributes:
+        asked: The requests.
+        left_out: As in :class:`~qwen_pipeline.evaluation.behaviour.findings.Behaviour`.
+        turn_end: Likewise.
+    """
 
     asked: Sequence[Request] = ()
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])

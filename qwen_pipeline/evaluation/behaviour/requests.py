@@ -18,7 +18,7 @@ CALLS = (
     "Set a timer of 12 minutes with the label eggs. Use a tool.",
 )
 EXAMPLE_CALL = ("set_timer", {"minutes": 7, "label": "two words"})
-"""A call with which is found out how a template writes calls."""
+"""A call that a template is asked to write, to find out the form in which it writes calls."""
 THOUGHTS = ("What is 17 times 3?",)
 JSON_KEYS = ("name", "age", "city")
 OBJECTS = (

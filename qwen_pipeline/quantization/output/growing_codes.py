@@ -63,7 +63,7 @@ class GrowingCodes:
         self.checkpoint = Checkpoint(config={}, tensors=tensors, shards={})
 
     def abandon(self) -> None:
-        """Let everything that waits for a layer raise :class:`Abandoned`."""
+        """Make every reader that waits for a layer raise :class:`Abandoned`."""
         self._over.set()
 
     def _tensor(self, linear: Linear, name: str, spec: TensorSpec) -> LazyTensor:

@@ -24,7 +24,7 @@ class Reference:
     """Measured seconds of a layer.
 
     Attributes:
-        source: Where the measurement is published.
+        source: Publication of the measurement.
         matrices: The quantized matrices of the layer.
         tokens: Calibration tokens.
         seconds: Recipe -> seconds; of one core if the device is a CPU.

@@ -25,7 +25,7 @@ from qwen_pipeline.quantization.steps.scale_search import stored
 
 Index = tuple[int | slice, ...]
 HELD_OUT_EVERY = 8
-"""One window in so many is held out; of fewer windows the last one, if there are two."""
+"""One in this many windows is held out; of fewer windows the last one, if there are at least two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class LayerError:
     """Squared error of a layer's outputs for all tokens, as a share of their squares, before and after learning.
 
     Attributes:
-        travel: How far an offset could go; None if nothing was learned.
+        travel: Largest distance, in codes, that an offset could move; None if nothing was learned.
     """
 
     before: float
@@ -139,7 +139,7 @@ def learn_rounding(
         batches: All calibration tokens.
         offsets: One for each quantized weight of the layer.
         settings: Number and size of the steps.
-        order: Returns a permutation of so many batches.
+        order: Number of batches -> a permutation of their numbers.
     """
     layer, held_out = _TrainableLayer(module, offsets), _held_out(batches)
     learned = [replace(batch, mask=batch.mask & ~held) for batch, held in zip(batches, held_out, strict=True)]
@@ -196,7 +196,7 @@ def _descend(
 
 @contextmanager
 def repeatable_gradients() -> Generator[None]:
-    """Compute gradients outside inference mode, with algorithms that always give the same."""
+    """Compute gradients outside inference mode, with deterministic algorithms."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

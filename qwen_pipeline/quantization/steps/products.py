@@ -15,15 +15,15 @@ ROWS = 4096
 def float_product(left_IN: Tensor, right_NJ: Tensor) -> Tensor:
     """Return the product of float32 matrices, right to six digits.
 
-    A GPU multiplies TF32, which has ten bits behind the point, eight times as fast as float32.
+    A GPU multiplies TF32, which has ten bits of mantissa, eight times as fast as float32.
     """
     return product_of_parts(left_IN, right_NJ) if left_IN.device.type == "cuda" else left_IN @ right_NJ
 
 
 def product_of_parts(left_IN: Tensor, right_NJ: Tensor) -> Tensor:
-    """Multiply numbers as sums of two of TF32, which they are but for their last bits.
+    """Multiply matrices [I, N] and [N, J] of float32, each as a sum of two in TF32, equal to it but for the last bits.
 
-    Of the four products of these, the one of the smaller parts does not matter.
+    The product of the two smaller parts is negligible and left out.
     """
     right_high, right_low = _split(right_NJ)
     product_IJ = left_IN.new_empty(len(left_IN), right_NJ.shape[1])

@@ -1,9 +1,9 @@
 """Search for the scale of each group that costs the least, weighted by curvature, on the weights as they are rounded.
 
 GPTQModel's symmetric grid steps by 2/15 of the largest weight: a largest weight that is positive lands on 7.5 and is
-clamped to 7, and code -8 has nothing to do. Here the step is about 1/8 of it, and the scale has the sign with which -8
-serves the outermost weight. Of many factors the one is kept whose errors cost least after later columns have made up
-for them.
+clamped to 7, and code -8 is not used. Here the step is about 1/8 of it, and the scale has the sign with which -8
+serves the outermost weight. Of many factors, the one is kept whose errors cost the least after later columns have made
+up for them.
 """
 
 import torch

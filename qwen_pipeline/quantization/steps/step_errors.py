@@ -1,7 +1,7 @@
 """The gain of each step of a recipe: the error that codes add to a linear layer's outputs after it.
 
-GPTQ rounds each output on its own. So some outputs that are rounded once more, without the recipe's steps, tell what
-GPTQ alone would have lost, with the same inputs.
+GPTQ rounds each output on its own. So rounding some outputs once more, without the recipe's steps, shows what GPTQ
+alone would have lost, with the same inputs.
 """
 
 from collections.abc import Sequence

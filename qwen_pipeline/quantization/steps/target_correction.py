@@ -24,7 +24,7 @@ COLUMNS = 2048
 
 @dataclass(slots=True)
 class InputError:
-    """Running sum over N tokens of the error that codes shall make up for, times the inputs ``x`` that they meet.
+    """Running sum over N tokens of the error that codes have to make up for, times the inputs ``x`` that they meet.
 
     Attributes:
         inputs: ``sum (x_f - x) x^T`` [I, I], float32, which serves any number of weights.
@@ -51,7 +51,7 @@ class InputError:
         self.tokens += len(quantized)
 
     def of_outputs(self, rows: Tensor) -> "InputError":
-        """Return the sum that concerns some outputs."""
+        """Return the sum for some of the outputs."""
         outputs = None if self.outputs is None else self.outputs[rows]
         return InputError(inputs=self.inputs, outputs=outputs, tokens=self.tokens)
 

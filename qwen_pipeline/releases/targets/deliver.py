@@ -16,7 +16,7 @@ class Delivery:
     Attributes:
         kind: Kind of the target.
         place: The directory, or the repository and its revision.
-        files: Files that were written; all of those that would be, of a dry run.
+        files: Files that were written; in a dry run, those that would be.
         nbytes: Their bytes.
         pointed: Whether the target's pointer leads to the release.
         dry_run: Whether nothing was sent.
