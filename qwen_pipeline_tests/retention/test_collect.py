@@ -226,7 +226,8 @@ def test_the_command_lists_and_removes(workspace: Workspace, tmp_path: Path, mon
     merged, padded = workspace.run("poet")
     file = tmp_path / "settings.toml"
     file.write_text(
-        f'workspace = "workspace"\nbase_model = "{workspace.base}"\n[store.keep]\nmerged = "0"\npadded = "until validated"\n'
+        f'workspace = "workspace"\nbase_model = "{workspace.base}"\n'
+        '[store.keep]\nmerged = "0"\npadded = "until validated"\n'
     )
     monkeypatch.setenv(FILE_VARIABLE, str(file))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
