@@ -109,7 +109,7 @@ def _current(settings: Settings) -> set[str]:
 
 
 def _is_of_another_base(result: Audit, settings: Settings) -> bool:
-    """Return whether a chain's base is none of those that the settings name and that are here."""
+    """Return whether a chain's base is not among those that the settings name and that are here."""
     bases = known_bases(settings).values() if settings.base_model or settings.bases else ()
     lost = any(node.name == "base" and node.state == "claimed" for node in result.nodes.values())
     return lost and any(base.root.exists() for base in bases)

@@ -75,7 +75,7 @@ def parse_json(data: str | bytes, *, half_surrogates: bool = False) -> Any:
 
     Args:
         data: The JSON.
-        half_surrogates: Whether an escape may stand for half of a surrogate pair, which is no text.
+        half_surrogates: Whether an escape may stand for half of a surrogate pair, which is not text.
 
     Raises:
         ValueError: It is not.
@@ -94,7 +94,7 @@ def read_regular(path: Path, refused: type[InputRefused] = CheckpointRefused, *,
     """Read a small file.
 
     Raises:
-        CheckpointRefused: It is no regular file, or larger than ``most``. ``refused`` may be another class.
+        CheckpointRefused: It is not a regular file, or larger than ``most``. ``refused`` may be another class.
         OSError: It cannot be read.
     """
     require_regular(path, refused=refused)
@@ -155,7 +155,7 @@ def remove_scratch(root: Path) -> None:
 def open_locked(path: Path, *, wait: bool = False) -> BinaryIO:
     """Open a lock file, created if absent, with an exclusive ``flock`` that is held until the file is closed.
 
-    A file that its last holder removed is no lock: another process may hold the one that took its name.
+    A file that its last holder removed is not a lock: another process may hold the one that took its name.
 
     Raises:
         BlockingIOError: Another process holds the lock, and ``wait`` is False.

@@ -10,7 +10,7 @@ FILE_VARIABLE = PREFIX + "CONFIG"
 MAX_PATH, MAX_PART = 1024, 255
 DEFAULT_FILE = "qwen_pipeline.toml"
 INTERNAL = {FILE_VARIABLE, *(PREFIX + name for name in ("KEY_PASSPHRASE", "MESSAGES_FD", "PARENT"))}
-"""Variables that are no settings. That of a passphrase is read by :mod:`qwen_pipeline.lineage.sign`."""
+"""Variables that are not settings. That of a passphrase is read by :mod:`qwen_pipeline.lineage.sign`."""
 
 
 def config_file() -> Path:

@@ -15,6 +15,11 @@ from qwen_pipeline.workers.environments import WorkerEnvironment, find_environme
 
 
 def base_model_name(settings: Settings) -> str:
+    """Return the setting ``base_model``: a directory or a hub id.
+
+    Raises:
+        InputRefused: It is missing.
+    """
     return require_setting(settings.base_model, "base_model", '"Qwen/Qwen2.5-7B-Instruct"')
 
 
@@ -24,7 +29,11 @@ def base_model_path(settings: Settings) -> Path:
 
 
 def calibration_source(settings: Settings) -> str:
-    """Return the source of the calibration text. An absolute path must exist; a dataset is not looked up here."""
+    """Return the source of the calibration text; a dataset is not looked up here.
+
+    Raises:
+        InputRefused: The setting is missing, or is an absolute path that does not exist.
+    """
     source = require_setting(settings.calibration.source, "calibration", '"calibration.jsonl"')
     if Path(source).is_absolute() and not Path(source).exists():
         raise InputRefused(
@@ -34,6 +43,11 @@ def calibration_source(settings: Settings) -> str:
 
 
 def held_out_text(settings: Settings) -> Path:
+    """Return the file or directory of the held-out text.
+
+    Raises:
+        InputRefused: The setting is missing, or names a path that does not exist.
+    """
     file = require_setting(settings.validation.text, "validation.text", '"held-out.txt"')
     if not file.exists():
         raise InputRefused(
@@ -47,13 +61,23 @@ def quantizer_environment(settings: Settings) -> WorkerEnvironment:
 
 
 def signing_key(settings: Settings) -> SigningKey | None:
-    """Return the key that signs releases, their pointers and approvals; None if they are not signed."""
+    """Return the key that signs releases, their pointers and approvals; None if they are not signed.
+
+    Raises:
+        InputRefused: The key or its certificate cannot be used: see :func:`~qwen_pipeline.lineage.sign.load_key`.
+        EnvironmentFault: ``cryptography`` is not installed.
+    """
     signing = settings.signing
     return load_key(signing.key, signing.certificate) if signing.key else None
 
 
 def trusted_keys(settings: Settings) -> list[PublicKey] | None:
-    """Return the keys of which one must have signed a statement about a release; None if none has to."""
+    """Return the keys of which one must have signed a statement about a release; None if none has to.
+
+    Raises:
+        InputRefused: A key cannot be read.
+        EnvironmentFault: ``cryptography`` is not installed.
+    """
     signing = settings.signing
     trusted = [load_public_key(file) for file in signing.trusted]
     own = signing_key(settings)

@@ -21,6 +21,9 @@ def interrupts_kept() -> Generator[Callable[[], None]]:
     """Yield a function that raises the interrupt if a signal has arrived since and its error was lost.
 
     In another thread than the main one, which receives no signals, the function does nothing.
+
+    Raises:
+        DagsterExecutionInterruptedError: From the function: such a signal has arrived.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -149,7 +149,7 @@ def text_table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str]) ->
 def recipe_metadata(store: CheckpointStore, key: str) -> dict[str, Any]:
     """Return a table of a fine-tune's recipes beside each other, as metadata, if several of them are validated.
 
-    A damaged validation of another recipe is no fault of this one; ``qwen-pipeline status`` names it.
+    A damaged validation of another recipe is not a fault of this one; ``qwen-pipeline status`` names it.
     """
     try:
         rows = recipe_rows(store, product(key).fine_tune)

@@ -165,7 +165,11 @@ class StepRunner:
     def run(self, context: dg.AssetExecutionContext) -> Generator[Observe, None, None]:
         """Yield an observer that logs progress; convert a fault into a Dagster failure.
 
-        Only a fault that may not recur is retried. An interrupt ends the step even if a library swallowed its error.
+        An interrupt ends the step even if a library swallowed its error.
+
+        Raises:
+            dagster.RetryRequested: The fault may not recur, and the step has a retry left.
+            dagster.Failure: It may recur, or all retries have been used.
         """
         log = logging_observer(context.log.info)
         if self.dies_with_parent:

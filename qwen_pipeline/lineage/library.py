@@ -131,10 +131,10 @@ def misplaced(record: Record) -> str:
 def recorded_steps(root: Path) -> list[RecordedStep]:
     """Return the steps that a release or a validation records besides its own; none if it is another output."""
     steps: list[RecordedStep] = []
-    with suppress(CheckpointRefused):  # it is no release
+    with suppress(CheckpointRefused):  # it is not a release
         steps += read_steps(root)
     for name in _REPORTS:
-        with suppress(CheckpointRefused, KeyError, TypeError, ValueError, AttributeError):  # it is no validation
+        with suppress(CheckpointRefused, KeyError, TypeError, ValueError, AttributeError):  # it is not a validation
             steps += map(step_from_json, load_json(root / name).get("lineage", ()))
     return steps
 

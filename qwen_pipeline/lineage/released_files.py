@@ -16,7 +16,7 @@ def require_releasable(root: Path, paths: Collection[str], allowed: Iterable[str
     """Require that a release may hold the files of a directory.
 
     Raises:
-        CheckpointRefused: A file is none of those, or a pickle that names anything but tensors and plain values.
+        CheckpointRefused: A file is not one of those, or a pickle that names anything but tensors and plain values.
     """
     allowed = tuple(allowed)
     if other := [path for path in paths if not any(_matches(path, pattern) for pattern in allowed)]:

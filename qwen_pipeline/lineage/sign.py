@@ -85,7 +85,7 @@ def sign_release(root: Path, key: Signs, *, compared: bool = False) -> bool:
         compared: Whether its files were compared with its manifest just now. If not, every byte is read.
 
     Raises:
-        CheckpointRefused: It is no release, or a file is not the one in its manifest.
+        CheckpointRefused: It is not a release, or a file is not the one in its manifest.
         DestinationLocked: Another process is signing it.
     """
     record = _require_release(root)

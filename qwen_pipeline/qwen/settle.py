@@ -39,7 +39,7 @@ CONFIG_MATCHES = CheckSpec(
     blocking=False,
 )
 _BUFFER = re.compile(r"(?:.*\.)?(?:rotary_emb\.inv_freq|_extra_state)")
-"""Tensors that are no weights: Transformers computes the former, and nothing reads the latter."""
+"""Tensors that are not weights: Transformers computes the former, and nothing reads the latter."""
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """Safetensors' names of dtypes -> the names in configs, which are torch's."""
 _OTHER_NAMES = {"half": "float16", "float": "float32", "double": "float64"}
@@ -54,7 +54,7 @@ class Settled:
     Attributes:
         checkpoint: The checkpoint; unchanged if nothing was settled.
         corrections: A sentence for each correction of the config.
-        left_behind: Names of stored buffers that are no weights, and that the checkpoint no longer has.
+        left_behind: Names of stored buffers that are not weights, and that the checkpoint no longer has.
         split: A sentence for each kind of fused matrix that was split; see :func:`split_fused`.
     """
 
@@ -98,7 +98,7 @@ class _Correction:
 
 
 def settle(checkpoint: Checkpoint, *, reads_values: bool = True, tied_base: bool = False) -> Settled:
-    """Return a checkpoint with the config that its weights require, without buffers that are no weights.
+    """Return a checkpoint with the config that its weights require, without buffers that are not weights.
 
     Fused matrices are split, in the usual order of their rows.
 

@@ -131,7 +131,7 @@ def serve(settings: Settings, product: str) -> str:
     """Return vLLM's command line for the release in production, by the path of the pointer.
 
     Raises:
-        InputRefused: None is in production, or it is no language model.
+        InputRefused: None is in production, or it is not a language model.
     """
     release = product_history(settings, product).target("production")
     if release is None or not (release / MANIFEST).is_file():

@@ -49,7 +49,7 @@ def allocate(inputs: AllocationInputs, out: Path, *, observe: Observe = unobserv
 
     Raises:
         InputRefused: No choice keeps the limit, a candidate was not quantized from the source with one precision, or
-            the model is no language model.
+            the model is not a language model.
         CheckpointRefused: A checkpoint cannot be read.
     """
     import torch

@@ -31,7 +31,7 @@ _BEGINNING = 65_536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRecord:
-    """A record of a file, or the reason why it is none.
+    """A record of a file, or the reason why it cannot be used.
 
     Attributes:
         place: Its line or its position in the array, from 1: ``line 7``.

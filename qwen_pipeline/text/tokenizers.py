@@ -257,7 +257,7 @@ def _decoded(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _guarded(call: Callable[[], _T]) -> _T:
-    """Return a call's result; a panic of a library in Rust, which is no Exception, becomes one."""
+    """Return a call's result; a panic of a Rust library, which is not an Exception, becomes one."""
     try:
         return call()
     except BaseException as error:

@@ -30,7 +30,7 @@ def content_digest(tensors: Mapping[str, Sequence[object]], sha256: Mapping[str,
 
     Args:
         tensors: Name -> dtype, shape and ``tree_blake3``.
-        sha256: Relative path -> hex SHA-256 of each file; those that are no content are left out.
+        sha256: Relative path -> hex SHA-256 of each file; those that are not content are left out.
     """
     files = {path: digest for path, digest in sha256.items() if is_content(path)}
     return "sha256:" + canonical_sha256(

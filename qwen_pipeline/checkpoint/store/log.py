@@ -94,7 +94,7 @@ def read_log(store: Path) -> Iterator[Entry]:
     """Yield the entries of a store's log, as they are; a store without a log has none.
 
     Raises:
-        ValueError: A line is no entry.
+        ValueError: A line is not an entry.
     """
     if not (store / LOG).is_file():
         return

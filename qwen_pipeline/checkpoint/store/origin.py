@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 FIELDS = ("user", "trigger", "run", "commit", "code", "packages")
-"""The fields among the environment of a run that are no versions."""
+"""The fields of a run's environment that are not versions."""
 _PACKAGE = Path(__file__).parents[2]
 _started: ContextVar[Mapping[str, str]] = ContextVar("started", default={})  # noqa: B039 (never changed)
 

@@ -14,7 +14,7 @@ from qwen_pipeline.errors import CheckpointRefused, listed
 _NESTED = ("state_dict", "model_state_dict", "module", "model")
 """Keys below which trainers save a model's state dict beside other values (Lightning, DeepSpeed, plain torch)."""
 NON_LORA = "non_lora_state_dict.bin"
-"""Trained tensors that are no LoRA, as LLaVA's trainer and its relatives for Qwen-VL save them."""
+"""Trained tensors that are not part of a LoRA, as LLaVA's trainer and its relatives for Qwen-VL save them."""
 
 
 def open_state_dicts(paths: Sequence[Path], *, owners: Mapping[str, str] | None = None) -> TrainedWeights:

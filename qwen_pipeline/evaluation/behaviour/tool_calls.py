@@ -1,7 +1,7 @@
 """Tool calls in an answer, in the two ways in which Qwen's chat templates write them.
 
 Qwen2.5, Qwen3 and others write JSON, as the parser ``hermes`` of vLLM reads it; Qwen3-Coder and Qwen3.5 write a tag for
-each parameter (``qwen3_coder``, ``qwen3_xml``). A call that is not closed is no call, as for those parsers.
+each parameter (``qwen3_coder``, ``qwen3_xml``). A call that is not closed does not count, as for those parsers.
 """
 
 import json

@@ -184,8 +184,8 @@ def check_padding(comparisons: Mapping[tuple[int, str], WeightComparison]) -> Pa
 
     Channels of zeros are recognized by a zero row in gate and up and a zero column in down; they must stay exactly 0.
     Parts of a split channel are recognized by rows and columns that equal the previous ones: they read the same input,
-    so their gate and up rows must stay equal. Their columns in down need not: GPTQ
-    compensates in the second for the rounding of the first.
+    so their gate and up rows must stay equal. Their columns in down need not: GPTQ compensates in the second
+    for the rounding of the first.
 
     Args:
         comparisons: (layer, kind) -> comparison; MLPs without one of the three are skipped.

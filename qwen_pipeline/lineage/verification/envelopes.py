@@ -118,7 +118,7 @@ def open_envelope(envelope: Mapping[str, Any], keys: list[PublicKey]) -> tuple[b
     """Return the payload of an envelope and the key that signed it; None if none of the keys did.
 
     Raises:
-        ValueError: It is no DSSE envelope of an in-toto Statement.
+        ValueError: It is not a DSSE envelope of an in-toto Statement.
     """
     try:
         payload = _decoded(envelope["payload"])

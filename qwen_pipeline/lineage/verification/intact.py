@@ -23,9 +23,16 @@ def files_below(root: Path, *, attestations: bool = False) -> dict[str, Path]:
 
 
 def compare(record: Record, *, observe: Callable[[int], None] = lambda _: None) -> dict[str, str]:
-    """Read every file of a directory once; return what is wrong, path -> the difference. Nothing is wrong: empty.
+    """Read every file of a directory once; return path -> the difference, of each that is not as the manifest states.
 
     A shard of a release is compared by its SHA-256 and, with ``blake3``, tensor by tensor. A recipe has no shards.
+
+    Args:
+        record: The manifest.
+        observe: Called with the bytes read.
+
+    Raises:
+        CheckpointRefused: A shard has digests of its tensors alone, and ``blake3`` is not installed.
     """
     present, expected = files_below(record.root), record.files
     wrong = dict.fromkeys(expected.keys() - present.keys(), "is missing")

@@ -70,7 +70,7 @@ def verify(root: Path, *, keys: Sequence[Signer] = (), policy: Policy | None = N
         policy: What the host demands.
 
     Raises:
-        CheckpointRefused: The directory has no manifest, or is no release.
+        CheckpointRefused: The directory has no manifest, or is not a release.
     """
     if not (root / MANIFEST_FILE).is_file():
         read_record(root)  # raises: there is nothing to verify

@@ -24,7 +24,7 @@ from qwen_pipeline.transforms.codes.gptq import EXCLUDE, OVERRIDE, GptqFormat, e
 OVERRIDDEN = ("bits", "group_size")
 """Fields of a format that may differ between the modules of a checkpoint."""
 ROUTER, CONVOLUTION = "mlp.gate", ".conv1d"
-"""Modules of decoder layers that have a weight, but are no linear layer in Transformers."""
+"""Modules of decoder layers that have a weight, but are not linear layers in Transformers."""
 Rules = dict[str, dict[str, Any]]
 
 
