@@ -128,9 +128,8 @@ class Recipe(_NamedSection):
 def overlaid(values: Mapping[str, Any], overlay: Mapping[str, Any], model: type) -> dict[str, Any]:
     """Return the values of a section with some of them replaced; in sections below it, each by itself.
 
-    A table that is not a section, such as ``targets``, ``modules`` or ``overrides``, is replaced as a whole. Values that
-    exclude a setting of the overlay are left out: the other kind of target, and settings of codes if the method has
-    none.
+    A table that is not a section, such as ``targets``, ``modules`` or ``overrides``, is replaced as a whole. Settings
+    that the overlay excludes are left out: the other kind of target, and those of codes if the method has none.
 
     Args:
         values: The values of a section, complete or not.

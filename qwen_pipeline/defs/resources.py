@@ -169,7 +169,7 @@ class StepRunner:
 
         Raises:
             dagster.RetryRequested: The fault may not recur, and the step has a retry left.
-            dagster.Failure: It may recur, or all retries have been used.
+            dagster.Failure: The fault would recur, or no retry is left.
         """
         log = logging_observer(context.log.info)
         if self.dies_with_parent:
