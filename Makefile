@@ -14,7 +14,7 @@ demo: $(ENGINE)
 test: $(ENGINE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# The tests of single parts, which need no quantizer's environment.
+# Unit tests, which need no quantizer's environment.
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		-m 'not (slow or gpu or serve or engine or lengthy)'
