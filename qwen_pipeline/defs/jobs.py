@@ -28,7 +28,7 @@ promote_release = dg.define_asset_job(
     "promote_release",
     selection=dg.AssetSelection.assets("production_release"),
     config=_OF_PRODUCT,
-    description="Lead the pointer `production` to the last release of a fine-tune, once its checks pass.",
+    description="Point `production` at the last release of a fine-tune, once its checks pass.",
 )
 
 repair_imported = dg.define_asset_job(

@@ -139,7 +139,7 @@ def move(
     by: str = "",
     key: SigningKey | None = None,
 ) -> bool:
-    """Lead a pointer to a release; return False if it leads there already, by a statement of the same key.
+    """Point a pointer at a release; return False if it points there already, by a statement of the same key.
 
     Raises:
         CheckpointRefused: The release has no manifest that can be read, or the log of the store was changed.
@@ -204,7 +204,7 @@ def _settled(store: Path, product: str, folder: Path) -> History:
 
 
 def _link(link: Path, release: str) -> None:
-    """Lead a link to a release in one rename, and make it survive a crash."""
+    """Point a link at a release in one rename, and make it survive a crash."""
     scratch = link.with_name(f".{link.name}.new")
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(Path("..", "..", release))

@@ -58,7 +58,7 @@ class Promotion:
 
 
 def offer(settings: Settings, product: str, release: Path) -> bool:
-    """Lead ``candidate`` to a release that was made, or requested again; return whether it moved."""
+    """Point ``candidate`` at a release that was made, or requested again; return whether it moved."""
     reason = "The release that was made or requested last."
     return move(settings.store_root, product, "candidate", release, reason=reason, key=signing_key(settings))
 
@@ -106,7 +106,7 @@ def promote(
     accept_regression: bool = False,
     observe: Observe = unobserved,
 ) -> Promotion:
-    """Lead ``production`` to a release, by default the candidate, after it was delivered to every target.
+    """Point ``production`` at a release, by default the candidate, after it was delivered to every target.
 
     Args:
         settings: The settings.
@@ -136,7 +136,7 @@ def promote(
 
 
 def advance(settings: Settings, product: str, *, observe: Observe = unobserved) -> Promotion:
-    """Lead ``production`` to the candidate if every check of it passed; otherwise leave it where it is.
+    """Point ``production`` at the candidate if every check of it passed; otherwise leave it where it is.
 
     The comparison with the release in production must have been made, unless there is none.
     """
@@ -160,7 +160,7 @@ def rollback(
     key: Path | None = None,
     observe: Observe = unobserved,
 ) -> Promotion:
-    """Lead ``production`` back to an earlier release, and revoke the one that it leads to now.
+    """Move ``production`` back to an earlier release, and revoke the one that it points at now.
 
     By default it is the last earlier release in production whose verdict stands and that was not revoked or recalled.
     No byte is copied, except to a target that lost it.

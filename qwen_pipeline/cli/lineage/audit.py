@@ -235,7 +235,7 @@ _REMEDIES = {
         " qwen-pipeline run, state anew where the pointers lead."
     ),
     "pointers_are_logged": (
-        "Ask who moved it. The next qwen-pipeline promote or rollback leads it to where the log says."
+        "Ask who moved it. The next qwen-pipeline promote or rollback moves it to where the log says."
     ),
     "dagster_agrees": "Compare the store and Dagster's instance with backups: one of them was changed.",
     "manifests_are_logged": "Restore the manifest from a backup, or delete its directory and run its stage again.",

@@ -119,7 +119,7 @@ def promote(
         bool, typer.Option("--accept-regression", help="Promote it although it is worse; needs a reason.")
     ] = False,
 ) -> CommandResult:
-    """Lead the pointer production of KEY to a release, after every byte of it was compared and its targets have it."""
+    """Point production of KEY at a release, after every byte of it was compared and its targets have it."""
     from qwen_pipeline.cli.progress_bars import progress_bars
     from qwen_pipeline.config import load_settings
     from qwen_pipeline.releases.announcements import announced
@@ -154,7 +154,7 @@ def rollback(
     by: By = "",
     key: Key = None,
 ) -> CommandResult:
-    """Lead production of KEY back to the last earlier release whose verdict stands, and revoke the present one.
+    """Move production of KEY back to the last earlier release whose verdict stands, and revoke the present one.
 
     The release that is left is not promoted again, automatically or by hand, until it is approved again.
     """

@@ -31,7 +31,7 @@ class Delivery:
     lead: Callable[[], object] = field(repr=False)
 
     def point(self) -> "Delivery":
-        """Lead the target's pointer to the release."""
+        """Point the target's pointer at the release."""
         self.lead()
         return replace(self, pointed=not self.dry_run)
 
