@@ -22,8 +22,8 @@ from qwen_pipeline_tests.tiny_heads import Head, as_sentence_transformer, load_h
 TEXTS = [[(7 * number + step * step) % 200 + 5 for step in range(12)] for number in range(16)]
 HEADS: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
 """The smallest heads that vLLM's attention has on a CPU."""
-CLOSE = Limits(max_head_error=0.05, min_label_agreement=1, min_reward_order=0.95, min_embedding_cosine=0.999)
-"""Limits for the same weights, in 16 bits in vLLM and in float32 in Transformers."""
+CLOSE = Limits(max_head_error=0.05, min_label_agreement=0.99, min_reward_order=0.95, min_embedding_cosine=0.999)
+"""Limits for the same weights, in 16 bits in vLLM and in float32 in Transformers; a label may differ at a tie."""
 
 
 @torch.inference_mode()
