@@ -8,6 +8,7 @@ pickle, so that one file cannot affect how the next one is read.
 
 import io
 import pickle
+import pickletools
 import struct
 import zlib
 from collections import OrderedDict
@@ -28,6 +29,7 @@ _REMEDIES: Mapping[str, str] = {
     "torch.distributed._tensor": f"{_NO_DTENSORS} writes safetensors.",
 }
 _REMEDY = "Do not load it elsewhere unless you trust its author. Ask for the weights as safetensors, or for a file that"
+_KEEPING = ("PUT", "BINPUT", "LONG_BINPUT")
 _RECORDS = ("deepspeed.", "torch.distributed.checkpoint.")
 """Packages whose classes are read as :class:`Record`."""
 
@@ -163,11 +165,25 @@ def load_pickle(
     """
     unpickler = _Unpickler(data, str(source), {**_PERMITTED, **(permitted or {})}, persistent)
     try:
+        _require_small_memo(data)
         return unpickler.load()
     except PipelineError:
         raise
     except Exception as error:
         raise damaged(source, str(error) or type(error).__name__) from error
+
+
+def _require_small_memo(data: bytes) -> None:
+    """Require that no value is kept under a larger number than there are bytes.
+
+    Python's unpickler takes memory for all numbers up to the largest one: 16 GiB for a few bytes of a damaged file.
+
+    Raises:
+        ValueError: One is larger, or the pickle is malformed.
+    """
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name in _KEEPING and not 0 <= int(number or 0) <= len(data):
+            raise ValueError(f"it keeps a value under the number {number}")
 
 
 def damaged(source: Path | str, why: str) -> CheckpointRefused:
