@@ -24,14 +24,13 @@ def drop_caches() -> bool:
     return False
 
 
-def drop_files(root: Path) -> bool:
+def drop_files(root: Path) -> None:
     """Drop the files below ``root`` from the page cache; the programs that read them stay there."""
     for path in root.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fdatasync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return True
 
 
 def weight_files(checkpoints: Iterable[Checkpoint]) -> list[Path]:

@@ -150,10 +150,11 @@ def run(
         shutil.rmtree(scratch / output, ignore_errors=True)
         if not options.resume:
             shutil.rmtree(scratch / f"{output}.partial", ignore_errors=True)
-    cold = options.cold and drop_files(scratch)
+    if options.cold:
+        drop_files(scratch)
 
     def note(figures: Figures) -> None:
-        found["stages"][stage] = figures.to_json() | {"cold": cold}
+        found["stages"][stage] = figures.to_json() | {"cold": options.cold}
         keep(options.out / "whole-way", render(found), found)
 
     figures = watch(
